@@ -1,0 +1,80 @@
+"""Bit tiles: one bit per (q, kv) element of a partial tile, and a dictionary of the distinct ones."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+# Multiplying eight 0/1 bytes by this gathers them, first byte lowest, in the top byte of the product.
+_GATHER = 0x0102040810204080
+
+
+def pack(tiles: Tensor) -> Tensor:
+    """Pack bool `(n, block_q, block_kv)` into uint8 `(n, block_q, ceil(block_kv / 8))`.
+
+    Bit `j % 8` of byte `j // 8` is column j (little-endian, as numpy.packbits(bitorder="little")).
+
+    >>> pack(torch.tensor([[[True, False, True, False, False, False, False, False, True]]]))
+    tensor([[[5, 1]]], dtype=torch.uint8)
+    """
+    n, rows, cols = tiles.shape
+    padded = tiles.new_zeros(n, rows, -(-cols // 8) * 8)
+    padded[..., :cols] = tiles
+    words = padded.view(torch.int64)
+    return ((words * _GATHER) >> 56).to(torch.uint8)
+
+
+def unpack(packed: Tensor, block_kv: int) -> Tensor:
+    """The inverse of `pack`: bool `(n, block_q, block_kv)`.
+
+    >>> unpack(torch.tensor([[[5, 1]]], dtype=torch.uint8), 9).int()
+    tensor([[[1, 0, 1, 0, 0, 0, 0, 0, 1]]], dtype=torch.int32)
+    """
+    shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    bits = (packed.unsqueeze(-1) >> shifts) & 1
+    return bits.flatten(-2)[..., :block_kv].bool()
+
+
+def deduplicate(packed: Tensor) -> tuple[Tensor, Tensor]:
+    """Distinct tiles of uint8 `(n, r, c)`, and for each tile the index of its twin, int64 `(n,)`.
+
+    Tiles are compared by a 64-bit hash, and the result is then checked byte by byte, so it is exact.
+
+    >>> tiles = torch.tensor([[[7]], [[1]], [[7]]], dtype=torch.uint8)
+    >>> distinct, index = deduplicate(tiles)
+    >>> len(distinct), torch.equal(distinct[index], tiles)
+    (2, True)
+    """
+    n = len(packed)
+    if n == 0:
+        return packed, torch.empty(0, dtype=torch.int64, device=packed.device)
+    flat = packed.reshape(n, -1)
+    words = pad(flat, (0, -flat.shape[1] % 8)).contiguous().view(torch.int64)
+    for seed in range(8):
+        generator = torch.Generator().manual_seed(seed)
+        factors = torch.randint(-(2**63), 2**63 - 1, (words.shape[1],), generator=generator) | 1
+        _, index = torch.unique(_mix(words, factors.to(words.device)), return_inverse=True)
+        first = torch.full((int(index.max()) + 1,), n, device=packed.device)
+        first.scatter_reduce_(0, index, torch.arange(n, device=packed.device), "amin")
+        if torch.equal(packed[first[index]], packed):
+            return packed[first], index
+    raise AssertionError("eight independent 64-bit hashes collided")
+
+
+def _mix(words: Tensor, factors: Tensor) -> Tensor:
+    """A 64-bit multiply-xorshift hash of each row of int64 `(n, w)`."""
+    product = words * factors
+    return (product ^ (product >> 29)).mul(factors.roll(1)).sum(1)
+
+
+def count(packed: Tensor) -> Tensor:
+    """Ones in each tile of uint8 `(n, r, c)`: int64 `(n,)`.
+
+    >>> count(torch.tensor([[[255, 1]], [[0, 0]]], dtype=torch.uint8))
+    tensor([9, 0])
+    """
+    # Sums of neighbouring bits, pairs and nibbles, in place of eight shifts (Hacker's Delight, 5-1).
+    pairs = packed - ((packed >> 1) & 0x55)
+    nibbles = (pairs & 0x33) + ((pairs >> 2) & 0x33)
+    return ((nibbles + (nibbles >> 4)) & 0x0F).sum((1, 2))

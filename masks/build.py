@@ -1,0 +1,140 @@
+"""From predicates to tiles: classify blocks coarse to fine, evaluate elements only where unknown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from sparse_flash.masks import bits
+from sparse_flash.masks.exchange import Lengths
+from sparse_flash.masks.layout import FULL_TILE, BlockLayout
+from sparse_flash.masks.ternary import FULL, UNKNOWN, Blocks
+
+_FAN = 8  # an unknown square of blocks is split into _FAN x _FAN smaller ones
+
+
+class Predicate(Protocol):
+    """What the builder needs of a mask."""
+
+    def classify(self, blocks: Blocks) -> Tensor:
+        """EMPTY, UNKNOWN or FULL for each rectangle, int8."""
+
+    def __call__(self, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        """The truth for each element."""
+
+
+def build_layout(
+    patterns: Sequence[Predicate],
+    pattern_map: Tensor,
+    lengths: Lengths,
+    device: torch.device | str,
+) -> BlockLayout:
+    """The exact layout of `patterns`, element for element.
+
+    Blocks are classified from the whole matrix down, so the work grows with the stored tiles, not
+    with s^2; tiles that three-valued logic cannot decide are evaluated in chunks.
+
+    Args:
+        patterns: One predicate for each distinct pattern.
+        pattern_map: `(1 or batch, 1 or heads)`, indices into `patterns`.
+        lengths: q_len, kv_len, (block_q, block_kv).
+        device: Where to compute, and where the arrays will live.
+    """
+    device = torch.device(device)
+    rows, cols, entries, packed = [], [], [], []
+    num_bit_tiles, num_block_rows = 0, -(-lengths[0] // lengths[2][0])
+    for number, predicate in enumerate(patterns):
+        full, unknown = _classify(predicate, lengths, device)
+        parts = [(*full, torch.full_like(full[0], FULL_TILE), None)]
+        parts += _evaluate(predicate, *unknown, lengths)
+        for tile_rows, tile_cols, index, tiles in parts:
+            rows.append(tile_rows + number * num_block_rows)
+            cols.append(tile_cols)
+            entries.append(index if tiles is None else index + num_bit_tiles)
+            if tiles is not None:
+                packed.append(tiles)
+                num_bit_tiles += len(tiles)
+    none = torch.empty(0, lengths[2][0], -(-lengths[2][1] // 8), dtype=torch.uint8, device=device)
+    return BlockLayout.from_tiles(
+        lengths,
+        torch.cat(rows),
+        torch.cat(cols),
+        torch.cat([none, *packed]),
+        torch.cat(entries),
+        pattern_map.to(device, torch.int32),
+    )
+
+
+Cells = tuple[Tensor, Tensor]  # block rows and block columns
+
+
+def _classify(predicate: Predicate, lengths: Lengths, device: torch.device) -> tuple[Cells, Cells]:
+    """The full tiles, and the unknown ones."""
+    q_len, kv_len, (block_q, block_kv) = lengths
+    grid = (-(-q_len // block_q), -(-kv_len // block_kv))
+    side = 1
+    while side < max(grid):
+        side *= _FAN
+    unknown = (torch.zeros(1, dtype=torch.int64, device=device),) * 2
+    full = []
+    while True:
+        states = torch.cat([predicate.classify(b) for b in _rectangles(unknown, side, lengths)])
+        whole, rest = states == FULL, states == UNKNOWN
+        full.append(_split((unknown[0][whole], unknown[1][whole]), side, 1, grid))
+        unknown = (unknown[0][rest], unknown[1][rest])
+        if side == 1:
+            rows, cols = zip(*full, strict=True)
+            return (torch.cat(rows), torch.cat(cols)), unknown
+        unknown = _split(unknown, side, side // _FAN, grid)
+        side //= _FAN
+
+
+def _rectangles(cells: Cells, side: int, lengths: Lengths, chunk: int = 1 << 20) -> Iterator[Blocks]:
+    """The index ranges of squares of `side` x `side` blocks; at least one (maybe empty) batch."""
+    q_len, kv_len, (block_q, block_kv) = lengths
+    for i in range(0, max(1, len(cells[0])), chunk):
+        rows, cols = (axis[i : i + chunk] for axis in cells)
+        yield Blocks(
+            rows * block_q,
+            ((rows + side) * block_q).clamp(max=q_len) - 1,
+            cols * block_kv,
+            ((cols + side) * block_kv).clamp(max=kv_len) - 1,
+        )
+
+
+def _split(cells: Cells, side: int, part: int, grid: tuple[int, int]) -> Cells:
+    """Cut squares of `side` blocks into squares of `part` blocks, without those beyond the grid."""
+    if side == part:
+        return cells
+    steps = torch.arange(0, side, part, device=cells[0].device)
+    rows = (cells[0][:, None, None] + steps[:, None]).expand(-1, -1, len(steps)).flatten()
+    cols = (cells[1][:, None, None] + steps).expand(-1, len(steps), -1).flatten()
+    inside = (rows < grid[0]) & (cols < grid[1])
+    return rows[inside], cols[inside]
+
+
+def _evaluate(
+    predicate: Predicate, rows: Tensor, cols: Tensor, lengths: Lengths
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Chunks of nonempty tiles: block rows, block columns, index of the bit tile, bit tiles."""
+    q_len, kv_len, (block_q, block_kv) = lengths
+    chunk = max(1, (1 << (24 if rows.is_cuda else 20)) // (block_q * block_kv))
+    within_q = torch.arange(block_q, device=rows.device)[:, None]
+    within_kv = torch.arange(block_kv, device=rows.device)
+    ragged = bool(q_len % block_q or kv_len % block_kv)
+    for i in range(0, len(rows), chunk):
+        row, col = rows[i : i + chunk], cols[i : i + chunk]
+        q = row[:, None, None] * block_q + within_q
+        kv = col[:, None, None] * block_kv + within_kv
+        if ragged:  # predicates see only indices that exist
+            truth = predicate(q.clamp(max=q_len - 1), kv.clamp(max=kv_len - 1))
+            truth = truth & (q < q_len) & (kv < kv_len)
+        else:
+            truth = predicate(q, kv)
+        packed = bits.pack(truth)
+        some = (packed != 0).flatten(1).any(1)
+        distinct, index = bits.deduplicate(packed[some])
+        yield row[some], col[some], index, distinct

@@ -1,0 +1,136 @@
+"""Validation of a layout's arrays that come from outside: by hand, or from a file."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from sparse_flash.masks.bits import unpack
+
+if TYPE_CHECKING:
+    from sparse_flash.masks.layout import BlockLayout
+
+MAX_LENGTH = 2**31 - 1  # indices are int32
+
+
+def check_lengths(q_len: int, kv_len: int, block: tuple[int, int]) -> None:
+    """Raise unless lengths and block are positive integers that int32 holds."""
+    for name, value in (("q_len", q_len), ("kv_len", kv_len)):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{name} must be an int, got {value!r}")
+        if not 1 <= value <= MAX_LENGTH:
+            raise ValueError(f"{name} must be in 1..{MAX_LENGTH}, got {value}")
+    if not (isinstance(block, tuple) and len(block) == 2 and all(type(b) is int for b in block)):
+        raise TypeError(f"block must be a pair of ints (block_q, block_kv), got {block!r}")
+    if min(block) < 1 or block[0] * block[1] > 2**24:
+        raise ValueError(f"block sizes must be positive, at most 2^24 elements a tile, got {block}")
+
+
+def check_layout(layout: BlockLayout) -> None:
+    """Raise TypeError or ValueError, naming the array and what is wrong with it."""
+    check_lengths(layout.q_len, layout.kv_len, layout.block)
+    _check_types(layout)
+    _check_shapes(layout)
+    _check_rows(layout)
+    _check_columns(layout)
+    _check_references(layout)
+    _check_bits(layout)
+
+
+def _check_types(layout: BlockLayout) -> None:
+    for name, array in layout.arrays().items():
+        dtype = torch.uint8 if name == "bit_tiles" else torch.int32
+        if not isinstance(array, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(array).__name__}")
+        if array.dtype != dtype:
+            raise TypeError(f"{name} must have dtype {dtype}, got {array.dtype}")
+        if array.device != layout.device:
+            raise ValueError(
+                f"{name} is on {array.device} but crow_indices on {layout.device}: "
+                "all arrays of a layout live on one device"
+            )
+
+
+def _check_shapes(layout: BlockLayout) -> None:
+    crow, tiles = layout.crow_indices, layout.bit_tiles
+    nq = layout.num_block_rows
+    if crow.ndim != 2 or crow.shape[0] < 1 or crow.shape[1] != nq + 1:
+        raise ValueError(
+            f"crow_indices must be (patterns, {nq + 1}) for {nq} block rows, got {tuple(crow.shape)}"
+        )
+    if layout.col_indices.ndim != 1 or layout.bit_tile_indices.shape != layout.col_indices.shape:
+        raise ValueError(
+            "col_indices and bit_tile_indices must be one-dimensional and of one length, got "
+            f"{tuple(layout.col_indices.shape)} and {tuple(layout.bit_tile_indices.shape)}"
+        )
+    shape = (layout.block[0], -(-layout.block[1] // 8))
+    if tiles.ndim != 3 or tuple(tiles.shape[1:]) != shape:
+        raise ValueError(f"bit_tiles must be (n, {shape[0]}, {shape[1]}), got {tuple(tiles.shape)}")
+    if layout.pattern_map.ndim != 2 or not layout.pattern_map.numel():
+        raise ValueError(
+            "pattern_map must be (1 or batch, 1 or heads), got "
+            f"{tuple(layout.pattern_map.shape)}"
+        )
+
+
+def _check_rows(layout: BlockLayout) -> None:
+    crow = layout.crow_indices.long()
+    if int(crow[0, 0]) != 0 or int(crow[-1, -1]) != layout.num_tiles:
+        raise ValueError(
+            f"crow_indices must run from 0 to {layout.num_tiles} (the number of tiles), "
+            f"got {int(crow[0, 0])} to {int(crow[-1, -1])}"
+        )
+    if bool((crow.diff(dim=1) < 0).any()) or not torch.equal(crow[:-1, -1], crow[1:, 0]):
+        raise ValueError("crow_indices must not decrease, and each pattern starts where the last ended")
+
+
+def _check_columns(layout: BlockLayout) -> None:
+    cols, nk = layout.col_indices.long(), layout.num_block_cols
+    bad = ((cols < 0) | (cols >= nk)).nonzero()
+    if len(bad):
+        tile = int(bad[0])
+        raise ValueError(f"col_indices[{tile}] = {int(cols[tile])} is not in 0..{nk - 1}")
+    keys = layout.tile_rows * nk + cols
+    bad = (keys.diff() <= 0).nonzero()
+    if len(bad):
+        tile = int(bad[0]) + 1
+        what = "repeats" if int(keys[tile]) == int(keys[tile - 1]) else "comes after a larger one"
+        raise ValueError(
+            f"col_indices[{tile}] = {int(cols[tile])} {what} in its row: "
+            "columns must be ascending, without repeats"
+        )
+
+
+def _check_references(layout: BlockLayout) -> None:
+    entries, patterns = layout.bit_tile_indices, layout.pattern_map
+    if bool(((entries < -1) | (entries >= layout.num_bit_tiles)).any()):
+        raise ValueError(
+            f"bit_tile_indices must be -1 (full) or in 0..{layout.num_bit_tiles - 1}, "
+            f"got {int(entries.min())}..{int(entries.max())}"
+        )
+    if bool(((patterns < 0) | (patterns >= layout.num_patterns)).any()):
+        raise ValueError(
+            f"pattern_map must be in 0..{layout.num_patterns - 1}, "
+            f"got {int(patterns.min())}..{int(patterns.max())}"
+        )
+
+
+def _check_bits(layout: BlockLayout) -> None:
+    """Bits that stand for elements beyond the lengths must be 0: counts and kernels rely on it."""
+    spare = -layout.block[1] % 8
+    if spare and bool((layout.bit_tiles[..., -1] >> (8 - spare)).any()):
+        raise ValueError("bit_tiles: the padding bits of the last byte of a row must be 0")
+    block_q, block_kv = layout.block
+    entries = layout.bit_tile_indices.long()
+    ends = (
+        ("q", layout.q_len % block_q, layout.tile_rows % layout.num_block_rows == layout.num_block_rows - 1),
+        ("kv", layout.kv_len % block_kv, layout.col_indices == layout.num_block_cols - 1),
+    )
+    for name, rest, at_end in ends:
+        used = torch.unique(entries[at_end & (entries >= 0)]) if rest else entries[:0]
+        tiles = unpack(layout.bit_tiles[used], block_kv)
+        beyond = tiles[:, rest:] if name == "q" else tiles[:, :, rest:]
+        if bool(beyond.any()):
+            raise ValueError(f"bit_tiles: a tile at the ragged {name} end allows elements beyond {name}_len")

@@ -1,0 +1,108 @@
+"""Tile data in the formats of others: npz files and scipy.sparse matrices."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+import zlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparse_flash.masks.files import atomic_write
+
+if TYPE_CHECKING:
+    from scipy.sparse import bsr_array
+
+_FORMAT = "sparse_flash BlockLayout 1"
+Lengths = tuple[int, int, tuple[int, int]]  # q_len, kv_len, block
+
+
+def write_npz(path: str | os.PathLike[str], lengths: Lengths, arrays: dict[str, Tensor]) -> None:
+    """Write lengths and arrays to a compressed npz file, atomically."""
+    q_len, kv_len, block = lengths
+    content: dict[str, Any] = {name: array.cpu().numpy() for name, array in arrays.items()}
+    header = {"format": np.array(_FORMAT), "lengths": np.array([q_len, kv_len, *block])}
+    with atomic_write(path) as file:
+        np.savez_compressed(file, **header, **content)
+
+
+def read_npz(path: str | os.PathLike[str], names: list[str]) -> tuple[Lengths, dict[str, Tensor]]:
+    """Read what `write_npz` wrote; ValueError where the file is another's, or damaged."""
+    if not Path(path).exists():
+        raise FileNotFoundError(f"no layout file at {path}")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            if "format" not in file or str(file["format"]) != _FORMAT:
+                raise ValueError(f"it is not marked {_FORMAT!r}")
+            q_len, kv_len, block_q, block_kv = (int(n) for n in file["lengths"])
+            arrays = {name: torch.from_numpy(file[name]) for name in names}
+    except (ValueError, TypeError, KeyError, OSError, EOFError, AttributeError, NotImplementedError,
+            zipfile.BadZipFile, zlib.error) as error:  # fmt: skip
+        raise ValueError(
+            f"{path} is not a readable layout file ({error}); write one with layout.save(path)"
+        ) from error
+    return (q_len, kv_len, (block_q, block_kv)), arrays
+
+
+def to_bsr(
+    lengths: Lengths, crow_indices: Tensor, col_indices: Tensor, tiles: Tensor
+) -> bsr_array:
+    """One pattern's tiles, bool `(n, block_q, block_kv)`, as a matrix padded to whole blocks."""
+    from scipy.sparse import bsr_array
+
+    q_len, kv_len, (block_q, block_kv) = lengths
+    shape = (-(-q_len // block_q) * block_q, -(-kv_len // block_kv) * block_kv)
+    data = (tiles.cpu().numpy(), col_indices.cpu().numpy(), crow_indices.cpu().numpy())
+    return bsr_array(data, shape=shape)
+
+
+def elements(matrix: Any) -> tuple[Tensor, Tensor, tuple[int, int]]:
+    """Rows and columns (int64) of the nonzero elements of a scipy.sparse matrix, and its shape."""
+    from scipy.sparse import coo_array, issparse
+
+    if not issparse(matrix) or matrix.ndim != 2:
+        raise TypeError(
+            f"expected a two-dimensional scipy.sparse matrix or array, got {type(matrix).__name__}"
+        )
+    coo = coo_array(matrix.astype(bool))
+    coo.sum_duplicates()
+    coo.eliminate_zeros()
+    rows, cols = (torch.from_numpy(np.asarray(axis, dtype=np.int64)) for axis in coo.coords)
+    return rows, cols, matrix.shape
+
+
+def tiles_of_coo(
+    rows: Tensor, cols: Tensor, num_block_cols: int, block: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Group distinct elements into tiles: block rows, block columns, packed bits.
+
+    >>> r, c = torch.tensor([0, 0, 5]), torch.tensor([0, 9, 9])
+    >>> tiles_of_coo(r, c, 2, (4, 8))
+    (tensor([0, 0, 1]), tensor([0, 1, 1]), tensor([[[1],
+             [0],
+             [0],
+             [0]],
+    <BLANKLINE>
+            [[2],
+             [0],
+             [0],
+             [0]],
+    <BLANKLINE>
+            [[0],
+             [2],
+             [0],
+             [0]]], dtype=torch.uint8))
+    """
+    (block_q, block_kv), width = block, -(-block[1] // 8)
+    keys = rows // block_q * num_block_cols + cols // block_kv
+    cells, tile = torch.unique(keys, return_inverse=True)
+    inner = cols % block_kv
+    byte = (tile * block_q + rows % block_q) * width + inner // 8
+    packed = torch.zeros(len(cells) * block_q * width, dtype=torch.int32)
+    packed.index_add_(0, byte, (1 << inner % 8).int())  # distinct elements: adding is or-ing
+    tiles = packed.to(torch.uint8).view(-1, block_q, width)
+    return cells // num_block_cols, cells % num_block_cols, tiles

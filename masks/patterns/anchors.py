@@ -1,0 +1,47 @@
+"""Tokens that all see: global tokens and sinks."""
+
+from sparse_flash.masks.mask import Pattern, pattern
+from sparse_flash.masks.patterns.arguments import integer
+from sparse_flash.masks.ternary import Index, Truth
+
+
+@pattern
+class global_tokens(Pattern):
+    """allowed(q, kv) = q < n or kv < n: the first n tokens see all and are seen by all.
+
+    Source: Beltagy et al., Longformer (2020), section 3.1 (symmetric global attention).
+    Density for s tokens: 2n / s - (n / s)^2. Reach: 2.
+
+    >>> global_tokens(16).reach(128), global_tokens(16).density(128)
+    (2, 0.234375)
+    """
+
+    n: int
+
+    def __post_init__(self) -> None:
+        integer("global_tokens", "n", self.n)
+
+    def allowed(self, q: Index, kv: Index) -> Truth:
+        """One of the two is global."""
+        return (q < self.n) | (kv < self.n)
+
+
+@pattern
+class sinks(Pattern):
+    """allowed(q, kv) = kv < n: the first n keys are seen by all.
+
+    Source: Xiao et al., Efficient Streaming Language Models with Attention Sinks (2023).
+    Density for s tokens: n / s. Reach: never (None) alone, sinks see only themselves.
+
+    >>> (sinks(4) | local((1023, 0))).density(4096)
+    0.2196502685546875
+    """
+
+    n: int
+
+    def __post_init__(self) -> None:
+        integer("sinks", "n", self.n)
+
+    def allowed(self, q: Index, kv: Index) -> Truth:
+        """The key is a sink."""
+        return kv < self.n

@@ -1,0 +1,67 @@
+"""Flat butterfly: block i sees block i and the blocks that differ from it in one bit."""
+
+from __future__ import annotations
+
+from sparse_flash.masks.mask import Pattern, pattern
+from sparse_flash.masks.patterns.arguments import integer
+from sparse_flash.masks.ternary import Index, Interval, Ternary, Truth, bit_length
+
+
+@pattern
+class butterfly(Pattern):
+    """allowed(q, kv) = i == j or i XOR j = 2^k, k < n_factors; i = q // block, j = kv // block.
+
+    The union of the butterfly factors and the diagonal; n_factors=None takes all.
+    Source: Dao et al., Pixelated Butterfly (2021), section 3 (flat block butterfly).
+    Density for m = 2^p blocks: (1 + min(p, n_factors)) / m. Reach: p (a hypercube's diameter).
+
+    >>> print(butterfly(64).text(1024, width=16))
+    ┌────────────────────────────────┐
+    │██████  ██      ██              │
+    │████  ██  ██      ██            │
+    │██  ████    ██      ██          │
+    │  ██████      ██      ██        │
+    │██      ██████          ██      │
+    │  ██    ████  ██          ██    │
+    │    ██  ██  ████            ██  │
+    │      ██  ██████              ██│
+    │██              ██████  ██      │
+    │  ██            ████  ██  ██    │
+    │    ██          ██  ████    ██  │
+    │      ██          ██████      ██│
+    │        ██      ██      ██████  │
+    │          ██      ██    ████  ██│
+    │            ██      ██  ██  ████│
+    │              ██      ██  ██████│
+    └────────────────────────────────┘
+    """
+
+    block: int = 128
+    n_factors: int | None = None
+
+    def __post_init__(self) -> None:
+        integer("butterfly", "block", self.block)
+        if self.n_factors is not None:
+            integer("butterfly", "n_factors", self.n_factors, 0)
+
+    def allowed(self, q: Index, kv: Index) -> Truth:
+        """The block numbers differ in at most one bit, which is below n_factors."""
+        i, j = q // self.block, kv // self.block
+        limit = 1 << (62 if self.n_factors is None else min(self.n_factors, 62))
+        if isinstance(i, Interval):
+            return _classify(i, j, limit)
+        differ = i ^ j
+        return (differ & (differ - 1) == 0) & (differ < limit)
+
+
+def _classify(i: Interval, j: Interval, limit: int) -> Ternary:
+    """Decide by the bits that are the same all over both intervals.
+
+    Above bit m, i and j are constant, and so is their XOR; below, every combination may occur.
+    """
+    m = bit_length((i.lo ^ i.hi) | (j.lo ^ j.hi))
+    differ = (i.lo ^ j.lo) >> m
+    at_most_one_bit = (differ & (differ - 1) == 0) & (differ << m < limit)
+    return Ternary.of(at_most_one_bit & (m == 0), at_most_one_bit)
+
+

@@ -1,0 +1,71 @@
+"""Patterns in two dimensions, for images in raster order (see `mask.through` for other orders)."""
+
+from __future__ import annotations
+
+from sparse_flash.masks.mask import Extents, Pattern, pattern
+from sparse_flash.masks.patterns.arguments import integer, normalise, sizes
+from sparse_flash.masks.ternary import Index, Truth
+
+
+@pattern
+class axial(Pattern):
+    """allowed(q, kv) = same row or same column of an image of height x width.
+
+    Source: Ho et al., Axial Attention in Multidimensional Transformers (2019).
+    Density: (height + width - 1) / (height width). Reach: 2.
+
+    >>> axial(16, 16).reach(256), axial(16, 16).density(256)
+    (2, 0.12109375)
+    """
+
+    height: int
+    width: int
+
+    def __post_init__(self) -> None:
+        integer("axial", "height", self.height)
+        integer("axial", "width", self.width)
+
+    def allowed(self, q: Index, kv: Index) -> Truth:
+        """In the same row, or in the same column."""
+        return (q // self.width == kv // self.width) | (q % self.width == kv % self.width)
+
+    def extents(self) -> Extents:
+        """One token a pixel."""
+        return self.height * self.width, self.height * self.width
+
+
+@pattern
+class neighbourhood(Pattern):
+    """allowed(q, kv) = |row(q) - row(kv)| <= r_y and |column(q) - column(kv)| <= r_x.
+
+    `radius` is in pixels: one int, or (r_y, r_x). At the border the window is cut off.
+    Source: Parmar et al., Image Transformer (2018), section 3.3 (2-D local attention).
+    Density, far from the border: (2 r_y + 1) (2 r_x + 1) / (height width).
+    Reach: the larger of ceil((height - 1) / r_y) and ceil((width - 1) / r_x).
+
+    >>> neighbourhood(16, 16, 5).reach(256)
+    3
+    """
+
+    height: int
+    width: int
+    radius: int | tuple[int, int]
+
+    def __post_init__(self) -> None:
+        integer("neighbourhood", "height", self.height)
+        integer("neighbourhood", "width", self.width)
+        radius = sizes("neighbourhood", "radius", self.radius, 0)
+        if len(radius) > 2:
+            raise ValueError(f"neighbourhood: radius must be an int or (r_y, r_x), got {radius}")
+        normalise(self, radius=(radius[0], radius[-1]))
+
+    def allowed(self, q: Index, kv: Index) -> Truth:
+        """Near in both directions."""
+        down, right = self.radius  # type: ignore[misc]
+        rows = q // self.width - kv // self.width
+        cols = q % self.width - kv % self.width
+        return (rows <= down) & (rows >= -down) & (cols <= right) & (cols >= -right)
+
+    def extents(self) -> Extents:
+        """One token a pixel."""
+        return self.height * self.width, self.height * self.width

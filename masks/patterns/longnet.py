@@ -1,0 +1,40 @@
+"""LongNet: dilated segments, the longer the sparser."""
+
+from __future__ import annotations
+
+from sparse_flash.masks.mask import Pattern, pattern
+from sparse_flash.masks.patterns.arguments import integer, normalise, sizes
+from sparse_flash.masks.ternary import Index, Truth
+
+
+@pattern
+class longnet(Pattern):
+    """allowed(q, kv) = for some (w, r): same segment of w tokens, and both at offset modulo r in it.
+
+    Source: Ding et al., LongNet: Scaling Transformers to 1,000,000,000 Tokens (2023), section 3.1.
+    Heads may take different offsets: `per_head([longnet(w, r, offset=h) for h in range(r)])`.
+    Density for n tokens, before overlaps: sum of w / (n r^2). Reach: computed.
+
+    >>> longnet((64, 256), (1, 4)).density(1024)
+    0.0732421875
+    """
+
+    segments: int | tuple[int, ...]
+    dilations: int | tuple[int, ...]
+    offset: int = 0
+
+    def __post_init__(self) -> None:
+        segments = sizes("longnet", "segments", self.segments)
+        dilations = sizes("longnet", "dilations", self.dilations)
+        integer("longnet", "offset", self.offset, 0)
+        if len(segments) != len(dilations):
+            raise ValueError(f"longnet: {len(segments)} segments but {len(dilations)} dilations")
+        normalise(self, segments=segments, dilations=dilations)
+
+    def allowed(self, q: Index, kv: Index) -> Truth:
+        """In the same segment, both on its grid."""
+        rule = q < 0
+        for w, r in zip(self.segments, self.dilations, strict=True):  # type: ignore[arg-type]
+            on_grid = ((q % w) % r == self.offset % r) & ((kv % w) % r == self.offset % r)
+            rule = rule | ((q // w == kv // w) & on_grid)
+        return rule

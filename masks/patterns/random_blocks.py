@@ -1,0 +1,111 @@
+"""Random blocks, seeded: the same arguments give the same pattern everywhere."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparse_flash.masks.mask import Extents, Pattern, pattern
+from sparse_flash.masks.patterns.arguments import integer
+from sparse_flash.masks.tables import IndexTable
+from sparse_flash.masks.ternary import Index, Interval, Ternary, Truth
+
+_RESOLUTION = 1 << 24  # a density is a multiple of 2^-24
+
+
+@pattern
+class random_blocks(Pattern):
+    """allowed(q, kv) = hash(seed, q // block, kv // block) < keep: each block by a coin of its own.
+
+    Fits any length; the same block is decided alike at all lengths.
+    Density: `keep` in expectation. Reach: computed.
+
+    >>> round(random_blocks(0.25, block=64).density(8192), 2)
+    0.25
+    """
+
+    keep: float
+    block: int = 128
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        integer("random_blocks", "block", self.block)
+        if integer("random_blocks", "seed", self.seed, 0) >= 1 << 31:
+            raise ValueError(f"random_blocks: seed must be below 2^31, got {self.seed}")
+        if not isinstance(self.keep, int | float) or not 0 <= self.keep <= 1:
+            raise ValueError(f"random_blocks: keep must be in 0..1, got {self.keep!r}")
+
+    def allowed(self, q: Index, kv: Index) -> Truth:
+        """The block's coin shows heads."""
+        i, j = q // self.block, kv // self.block
+        if not isinstance(i, Interval):
+            return self._coin(i, j)
+        heads, one = self._coin(i.lo, j.lo), (i.lo == i.hi) & (j.lo == j.hi)
+        return Ternary.of(one & heads, ~one | heads)
+
+    def _coin(self, i: Tensor, j: Tensor) -> Tensor:
+        mixed = _mix(_mix(i + (self.seed << 32)) ^ j)
+        return (mixed & (_RESOLUTION - 1)) < round(self.keep * _RESOLUTION)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """The step of SplitMix64 (Steele et al., 2014), in wrapping int64 arithmetic."""
+    x = x - 0x61C8864680B583EB
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):
+        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor
+    return x
+
+
+@pattern
+class random_blocks_per_row(Pattern):
+    """allowed(q, kv) = kv // block is among `count` distinct blocks drawn for row q // block.
+
+    Source: Zaheer et al., Big Bird (2020), section 2 (random attention), made for one length.
+    Density: count / number of blocks. Reach: computed.
+
+    >>> random_blocks_per_row(1024, 2, block=128).density(1024)
+    0.25
+    """
+
+    length: int
+    count: int
+    block: int = 128
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("length", 1), ("count", 0), ("block", 1), ("seed", 0)):
+            integer("random_blocks_per_row", name, getattr(self, name), least)
+        if self.count > self._blocks:
+            raise ValueError(
+                f"random_blocks_per_row: count {self.count} exceeds the {self._blocks} blocks"
+            )
+
+    @property
+    def _blocks(self) -> int:
+        return -(-self.length // self.block)
+
+    @cached_property
+    def _choices(self) -> list[IndexTable]:
+        """`count` tables over block rows: the t-th choice of each row (Floyd's sampling, 1987)."""
+        generator = np.random.default_rng(self.seed)
+        chosen = np.full((self._blocks, self.count), -1)
+        for t, top in enumerate(range(self._blocks - self.count, self._blocks)):
+            draw = generator.integers(0, top + 1, self._blocks)
+            taken = (chosen == draw[:, None]).any(1)
+            chosen[:, t] = np.where(taken, top, draw)
+        return [IndexTable(torch.from_numpy(column.copy())) for column in chosen.T]
+
+    def allowed(self, q: Index, kv: Index) -> Truth:
+        """The key's block is one of those drawn."""
+        i, j = q // self.block, kv // self.block
+        rule = q < 0
+        for choice in self._choices:
+            rule = rule | (choice(i) == j)
+        return rule
+
+    def extents(self) -> Extents:
+        """The length that it is made for."""
+        return self.length, self.length

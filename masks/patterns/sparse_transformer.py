@@ -1,0 +1,57 @@
+"""The two factorised patterns of the Sparse Transformer (Child et al., 2019), without causality.
+
+The paper's are causal: `strided(128) & causal()`.
+"""
+
+from sparse_flash.masks.mask import Pattern, pattern
+from sparse_flash.masks.patterns.arguments import integer
+from sparse_flash.masks.ternary import Index, Truth
+
+
+@pattern
+class strided(Pattern):
+    """allowed(q, kv) = |q - kv| < stride or (q - kv) % stride == 0.
+
+    Source: Child et al., Generating Long Sequences with Sparse Transformers (2019), section 4.2,
+    both heads of the strided pattern together. Density for n tokens: about 2 stride / n + 1 / stride.
+    Reach: 2.
+
+    >>> strided(16).reach(256)
+    2
+    """
+
+    stride: int
+
+    def __post_init__(self) -> None:
+        integer("strided", "stride", self.stride)
+
+    def allowed(self, q: Index, kv: Index) -> Truth:
+        """Near, or a multiple of `stride` away."""
+        near = (q - kv < self.stride) & (kv - q < self.stride)
+        return near | ((q - kv) % self.stride == 0)
+
+
+@pattern
+class fixed(Pattern):
+    """allowed(q, kv) = q // stride == kv // stride or kv % stride >= stride - summary.
+
+    The last `summary` tokens of each segment of `stride` are seen by all.
+    Source: Child et al. (2019), section 4.2, both heads of the fixed pattern together.
+    Density for n tokens: about stride / n + summary / stride. Reach: 2.
+
+    >>> fixed(16, 2).reach(256)
+    2
+    """
+
+    stride: int
+    summary: int = 1
+
+    def __post_init__(self) -> None:
+        integer("fixed", "stride", self.stride)
+        if integer("fixed", "summary", self.summary) > self.stride:
+            raise ValueError(f"fixed: summary {self.summary} exceeds the stride {self.stride}")
+
+    def allowed(self, q: Index, kv: Index) -> Truth:
+        """In the same segment, or a summary token."""
+        same = q // self.stride == kv // self.stride
+        return same | (kv % self.stride >= self.stride - self.summary)

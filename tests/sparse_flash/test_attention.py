@@ -1,0 +1,223 @@
+"""block_sparse_attention against dense attention in float64: values, gradients, edges."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+
+from sparse_flash import block_sparse_attention, masks
+from tests.oracle import dense_attention
+from tests.strategies import problems
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def run(problem, dtype, device, **options):
+    """(out, lse) and gradients of ours and of the oracle, on the same numbers."""
+    (q, k, v), dout, dlse = problem.tensors(dtype, device)
+    s = problem.setting
+    layout = s.mask.layout(s.q_len, s.kv_len, s.block, device=device)
+    lens = problem.kv_lens(device)
+    out, lse = block_sparse_attention(q, k, v, layout, kv_lens=lens, return_lse=True, **options)
+    dlse = dlse.masked_fill(lse == -torch.inf, 0)  # of rows whose lse is no number
+    grads = torch.autograd.grad((out, lse), (q, k, v), (dout, dlse.to(lse.dtype)))
+
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    ref_out, ref_lse = dense_attention(*exact, problem.allowed(device))
+    finite = torch.where(ref_lse == -torch.inf, 0, ref_lse)
+    ref_grads = torch.autograd.grad((ref_out, finite), exact, (dout.double(), dlse.double()))
+    return (out, lse, *grads), (ref_out, ref_lse, *ref_grads)
+
+
+def check(problem, dtype, device, tolerance, **options):
+    for name, a, b in zip(("out", "lse", "dq", "dk", "dv"), *run(problem, dtype, device, **options), strict=True):
+        assert a.dtype == (dtype if name != "lse" else torch.promote_types(dtype, torch.float32))
+        torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@given(problem=problems())
+def test_float64_equals_dense(problem, device):
+    check(problem, torch.float64, device, 1e-10)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 5e-5), (torch.bfloat16, 4e-2), (torch.float16, 6e-3)]
+)
+@given(problem=problems(max_length=80, dims=(8, 16)))
+def test_other_dtypes(problem, dtype, tolerance, device):
+    check(problem, dtype, device, tolerance)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@given(problem=problems(max_length=60, dims=(4,)))
+def test_deterministic_mode_is_exact_too(problem, device):
+    check(problem, torch.float64, device, 1e-10, deterministic=True)
+
+
+def test_long_rows_are_walked_in_slices():
+    """More tiles in a row than one chunk holds: the online softmax joins the slices."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, s, 1, 4, dtype=torch.float64, requires_grad=True) for s in (130, 9000, 9000))
+    mask = masks.sinks(8500) | masks.local(3)
+    out, lse = block_sparse_attention(q, k, v, mask, return_lse=True)
+    ref = dense_attention(q, k, v, mask(torch.arange(130)[:, None], torch.arange(9000))[None, None])
+    torch.testing.assert_close((out, lse), ref, rtol=1e-10, atol=1e-10)
+    grads, ref_grads = (torch.autograd.grad(x.square().sum(), (q, k, v)) for x in (out, ref[0]))
+    torch.testing.assert_close(grads, ref_grads, rtol=1e-9, atol=1e-10)
+
+
+def make(b=1, s=40, h=2, d=4, kv_len=None, kv_heads=None, **options):
+    options = {"dtype": torch.float64, **options}
+    q = torch.randn(b, s, h, d, requires_grad=True, **options)
+    return q, *(torch.randn(b, kv_len or s, kv_heads or h, d, requires_grad=True, **options) for _ in "kv")
+
+
+def test_all_true_equals_sdpa():
+    q, k, v = make(2, 70, 3, 8)
+    ours = block_sparse_attention(q, k, v, masks.full())
+    sdpa = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)))
+    torch.testing.assert_close(ours, sdpa.transpose(1, 2), rtol=1e-12, atol=1e-12)
+
+
+def test_gradcheck():
+    torch.manual_seed(1)
+    q, k, v = make(2, 9, 2, 3, kv_len=11, kv_heads=1)
+    layout = (masks.local(3) | masks.sinks(2)).layout(9, 11, (4, 4))
+    lens = torch.tensor([11, 6])
+
+    def attend(q, k, v):
+        return block_sparse_attention(q, k, v, layout, kv_lens=lens, return_lse=True, softmax_scale=0.7)
+
+    assert torch.autograd.gradcheck(attend, (q, k, v), fast_mode=False)
+
+
+def test_empty_rows_give_zeros():
+    q, k, v = make(s=64)
+    out, lse = block_sparse_attention(q, k, v, ~masks.full(), return_lse=True)
+    assert not out.any()
+    assert bool((lse == -torch.inf).all())
+    (out.sum() + lse.exp().sum()).backward()
+    assert not any(x.grad.any() for x in (q, k, v))
+    # some rows empty, inside stored tiles
+    out, lse = block_sparse_attention(q, k, v, masks.causal(-3), return_lse=True)
+    assert bool((lse[:, :, :3] == -torch.inf).all())
+    assert not out[:, :3].any()
+    grads = torch.autograd.grad(out.sum() + lse[:, :, 3:].sum(), (q, k, v))
+    assert all(g.isfinite().all() for g in grads)
+
+
+def test_poison_outside_the_layout_is_never_seen():
+    """NaN in keys that no tile covers, and beyond kv_lens, leaves everything finite."""
+    q, k, v = make(2, 64)
+    layout = masks.block_diagonal(16).layout(64, block=(16, 16))
+    lens = torch.tensor([64, 50])
+    with torch.no_grad():
+        for x in (k, v):
+            x[1, 50:] = torch.nan
+    out = block_sparse_attention(q, k, v, layout, kv_lens=lens)
+    assert out.isfinite().all()
+    assert all(g.isfinite().all() for g in torch.autograd.grad(out.sum(), (q, k, v)))
+    with torch.no_grad():
+        k[:, 16:32] = v[:, 16:32] = torch.nan
+    out = block_sparse_attention(q, k, v, layout, kv_lens=lens)
+    assert out[:, :16].isfinite().all()
+    assert out[:, 32:].isfinite().all()
+    assert out[:, 16:32].isnan().all()
+
+
+def test_strided_inputs_and_gradients():
+    base = torch.randn(2, 3, 50, 2, 8, dtype=torch.float64, requires_grad=True)
+    q, k, v = (base[:, i] for i in range(3))
+    heads_first = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    for x in (q, k, v), heads_first:
+        out = block_sparse_attention(*x, masks.local(9))
+        (grad,) = torch.autograd.grad(out, base, torch.ones(()).double().expand(out.shape))
+        torch.testing.assert_close(out, block_sparse_attention(*(y.contiguous() for y in x), masks.local(9)))
+        assert grad.isfinite().all()
+
+
+def test_used_twice_and_partly():
+    q, k, v = make(s=33)
+    mask = masks.causal()
+    out, lse = block_sparse_attention(q, k, v, mask, return_lse=True)
+    only_lse = torch.autograd.grad(lse.sum(), (q, k), retain_graph=True)
+    assert all(g.isfinite().all() for g in only_lse)
+    twice = torch.autograd.grad(out.sum(), (q, k, v), retain_graph=True)
+    again = torch.autograd.grad(out.sum(), (q, k, v))
+    torch.testing.assert_close(twice, again, rtol=0, atol=0)
+    with torch.no_grad():
+        torch.testing.assert_close(block_sparse_attention(q, k, v, mask), out, rtol=0, atol=0)
+    frozen = block_sparse_attention(q.detach(), k, v.detach(), mask)
+    assert torch.autograd.grad(frozen.sum(), k)[0].shape == k.shape
+
+
+def test_layouts_of_masks_are_cached(monkeypatch):
+    from sparse_flash import api
+
+    monkeypatch.setattr(api, "_layouts", api._Layouts(most=2))
+    built = []
+    layout = masks.Mask.layout
+    monkeypatch.setattr(masks.Mask, "layout", lambda m, *a, **o: built.append(m) or layout(m, *a, **o))
+    q, k, v = make(s=48)
+    a, b, c = masks.local(5) | masks.sinks(1), masks.causal(), masks.full()
+    for mask in (a, b, masks.local(5) | masks.sinks(1), c, a, b):
+        block_sparse_attention(q, k, v, mask)
+    assert built == [a, b, c, b]  # c drives out b, the least recently used
+
+
+def bad(**changes):
+    q, k, v = make(2, 32, 4, 8, dtype=torch.float32)
+    arguments = {"q": q, "k": k, "v": v, "mask": masks.causal(), **changes}
+    return block_sparse_attention(**arguments)
+
+
+X = torch.randn(2, 32, 4, 8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"q": X.tolist()}, TypeError, "q must be a torch.Tensor"),
+        ({"k": X[0]}, ValueError, r"k must be \(batch, sequence, heads, head_dim\)"),
+        ({"q": X[:, :0]}, ValueError, "all at least 1"),
+        ({"v": X.int()}, TypeError, "v has dtype torch.int32; allowed are float64, float32"),
+        ({"k": X.half()}, TypeError, "k has dtype torch.float16, but q has torch.float32"),
+        ({"v": X[..., :4]}, ValueError, "must have one shape"),
+        ({"k": X[..., :4], "v": X[..., :4]}, ValueError, "agree in batch .* and head_dim"),
+        ({"k": X[:1], "v": X[:1]}, ValueError, "agree in batch"),
+        ({"k": X[:, :, :3], "v": X[:, :, :3]}, ValueError, "4 query heads must be a multiple of the 3"),
+        ({"q": X.to("meta")}, ValueError, "k is on cpu, but q is on meta"),
+        ({"mask": "causal"}, TypeError, "masks.parse makes one from text"),
+        ({"mask": masks.causal().layout(32, 31)}, ValueError, "32 queries and 31 keys"),
+        ({"mask": masks.documents((9, 9))}, ValueError, "made for q_len=18"),
+        ({"mask": masks.per_head([masks.causal()] * 3)}, ValueError, "patterns for 3 heads"),
+        ({"mask": masks.per_batch([masks.causal()] * 3)}, ValueError, "patterns for 3 batch"),
+        ({"kv_lens": [3, 4]}, TypeError, "kv_lens must be an int tensor"),
+        ({"kv_lens": torch.ones(2)}, TypeError, "float32"),
+        ({"kv_lens": torch.tensor([3])}, ValueError, r"shape \(2,\)"),
+        ({"kv_lens": torch.tensor([3, 33])}, ValueError, r"in 0..32 .*got 3..33"),
+        ({"kv_lens": torch.tensor([-1, 3])}, ValueError, "got -1..3"),
+        ({"dropout_p": 0.1}, ValueError, "not implemented; pass 0.0"),
+        ({"softmax_scale": float("nan")}, ValueError, "finite"),
+        ({"impl": "sm70"}, ValueError, "unknown impl='sm70'; there are 'auto', 'reference'"),
+    ],
+)
+def test_bad_input(changes, error, words):
+    with pytest.raises(error, match=words):
+        bad(**changes)
+
+
+@pytest.mark.gpu
+def test_layout_on_another_device():
+    q, k, v = make(device="cuda")
+    with pytest.raises(ValueError, match="the layout is on cpu, but q is on cuda:0: use layout.to"):
+        block_sparse_attention(q, k, v, masks.causal().layout(40))
+
+
+def test_layout_on_another_device_without_a_gpu():
+    q, k, v = (torch.empty(1, 32, 2, 8, device="meta") for _ in range(3))
+    with pytest.raises(ValueError, match="the layout is on cpu, but q is on meta: use layout.to"):
+        block_sparse_attention(q, k, v, masks.causal().layout(32))
