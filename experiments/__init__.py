@@ -1,1 +1,1 @@
-"""k"""
+"""Experiments: data, models, training, and comparisons of dense with block-sparse attention."""

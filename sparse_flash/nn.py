@@ -15,7 +15,8 @@ class SelfAttention(nn.Module):
     Args:
         dim: Width of the model; a multiple of `heads`.
         heads: Query heads.
-        mask: What may attend to what: a Mask, for any length, or a BlockLayout.
+        mask: What may attend to what: a Mask, for any length, or a BlockLayout for one length,
+            which moves with the module from device to device.
         kv_heads: Key and value heads, a divisor of `heads`; default: as many.
         bias: Whether the projections have one.
 
@@ -54,8 +55,19 @@ class SelfAttention(nn.Module):
         """Attend within `(b, s, dim)`; `kv_lens` (b,) counts the tokens that are no padding."""
         q = rearrange(self.to_q(x), "b s (h d) -> b s h d", h=self.heads)
         k, v = rearrange(self.to_kv(x), "b s (two h d) -> two b s h d", two=2, h=self.kv_heads)
-        out = block_sparse_attention(q, k, v, self.mask, kv_lens=kv_lens)
+        out = self.attend(q, k, v, kv_lens)
         return self.to_out(rearrange(out, "b s h d -> b s (h d)"))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, kv_lens: Tensor | None) -> Tensor:
+        """Attention itself, `(b, s, h, d)`: what a subclass changes, to rotate q and k for example."""
+        return block_sparse_attention(q, k, v, self.mask, kv_lens=kv_lens)
+
+    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+        """A layout moves with the module: to(device), cuda(), cpu()."""
+        super()._apply(fn, recurse)
+        if isinstance(self.mask, BlockLayout):
+            self.mask = self.mask.to(self.to_q.weight.device)
+        return self
 
     def extra_repr(self) -> str:
         """Shown when the module is printed."""

@@ -1,1 +1,1 @@
-"""k"""
+"""Tasks as tokens: how they are made or read, and how batches are drawn."""

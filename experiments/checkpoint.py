@@ -1,0 +1,74 @@
+"""Checkpoints: written atomically, verified when read, resumed to the same numbers."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from sparse_flash.masks.files import atomic_write
+
+_MAGIC = b"sparse_flash checkpoint 1\n"
+
+
+class CheckpointError(ValueError):
+    """A file that is no checkpoint of ours, is damaged, or belongs to another run."""
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Write `state` (tensors, numbers, text, lists, dicts): a magic line, a SHA-256, the data.
+
+    Raises:
+        OSError: The disk is full or the folder cannot be written; an older checkpoint is kept.
+    """
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    data = buffer.getvalue()
+    with atomic_write(path) as file:
+        file.write(_MAGIC + hashlib.sha256(data).digest())
+        file.write(data)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read what `save` wrote, onto the CPU.
+
+    Raises:
+        CheckpointError: It is no checkpoint of ours, or it is damaged.
+    """
+    content = path.read_bytes()
+    header, digest = len(_MAGIC), hashlib.sha256().digest_size
+    way_out = "delete it (or choose another folder) to start anew"
+    if content[:header] != _MAGIC:
+        raise CheckpointError(f"{path} is no checkpoint of sparse_flash: {way_out}")
+    data = content[header + digest :]
+    if hashlib.sha256(data).digest() != content[header : header + digest]:
+        raise CheckpointError(f"{path} is damaged (its checksum does not match): {way_out}")
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+
+
+def random_state() -> dict[str, Any]:
+    """The states of all random generators, as plain data and tensors."""
+    numpy_state: Any = np.random.get_state()  # noqa: NPY002 - whatever a task may use
+    python = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": [numpy_state[0], numpy_state[1].tolist(), *numpy_state[2:]],
+        "python": [python[0], list(python[1]), python[2]],
+    }
+
+
+def restore_random_state(state: dict[str, Any]) -> None:
+    """The inverse of `random_state`; on another number of GPUs, theirs are left alone."""
+    torch.set_rng_state(state["torch"])
+    if len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.array(keys, np.uint32), *rest))  # noqa: NPY002
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))

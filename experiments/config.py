@@ -1,0 +1,136 @@
+"""The settings of a run. Recipes return them, the command line changes them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from sparse_flash.experiments.data.listops import ListOps
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A pre-norm transformer encoder for classification."""
+
+    dim: int = 64
+    """Width."""
+    heads: int = 2
+    """Attention heads."""
+    layers: int = 2
+    """Encoder layers."""
+    ffn: int = 128
+    """Width of the feed-forward layers."""
+    positions: Literal["learned", "rotary"] = "learned"
+    """How the model knows where a token is."""
+    pooling: Literal["mean", "max", "cls"] = "mean"
+    """How tokens become one vector."""
+    dropout: float = 0.1
+    """After attention, after the feed-forward layers, and on the embeddings."""
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that do not fit each other."""
+        if self.dim % self.heads or min(self.dim, self.heads, self.layers, self.ffn) < 1:
+            raise ValueError(f"dim={self.dim} must be a multiple of heads={self.heads}, all sizes positive")
+        if self.positions == "rotary" and self.dim // self.heads % 2:
+            raise ValueError(f"rotary positions need an even head_dim, got {self.dim // self.heads}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in 0..1, got {self.dropout}")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Optimisation and its bookkeeping."""
+
+    steps: int = 5_000
+    """Optimiser steps."""
+    batch_size: int = 32
+    """Examples a step."""
+    lr: float = 1e-3
+    """Peak learning rate of AdamW; linear warm-up, then a cosine to zero."""
+    warmup: int = 500
+    """Steps of linear warm-up."""
+    weight_decay: float = 0.01
+    """On matrices; biases, norms and embeddings have none."""
+    clip: float = 1.0
+    """Largest norm of the gradient."""
+    eval_every: int = 500
+    """Steps between evaluations."""
+    log_every: int = 20
+    """Steps between records in TensorBoard, and checks for NaN."""
+    checkpoint_every: int = 200
+    """Steps between checkpoints."""
+    compile: bool = False
+    """Run the model through torch.compile."""
+
+    def __post_init__(self) -> None:
+        """Refuse numbers with which no run is possible."""
+        counts = ("steps", "batch_size", "eval_every", "log_every", "checkpoint_every")
+        for name in counts:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.lr > 0 or not self.clip > 0 or self.warmup < 0 or self.weight_decay < 0:
+            raise ValueError(f"lr and clip must be positive, warmup and weight_decay not negative: {self}")
+
+
+@dataclass(frozen=True)
+class Common:
+    """What a single run and a comparison have in common."""
+
+    task: ListOps = field(default_factory=ListOps)
+    """The data."""
+    block: int = 128
+    """Granularity of layouts, in tokens."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The model."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """The training."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as it is saved with checkpoints and results."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+
+@dataclass(frozen=True)
+class RunConfig(Common):
+    """Everything that decides a run's numbers."""
+
+    attention: str = "dense"
+    """'sdpa' (PyTorch's), 'dense' (ours, all-true mask), or a mask such as
+    'local(256) | global_tokens(16)'."""
+    seed: int = 0
+    """Seed of the weights, dropout and the order of the data."""
+
+    def flat(self) -> dict[str, int | float | str | bool]:
+        """One level, with dotted names, for TensorBoard's table of hyperparameters."""
+        items: dict[str, Any] = {}
+        for key, value in self.to_dict().items():
+            nested = value if isinstance(value, dict) else {"": value}
+            items.update({f"{key}.{name}".rstrip("."): v for name, v in nested.items()})
+        return items
+
+
+@dataclass(frozen=True)
+class CompareConfig(Common):
+    """Several kinds of attention under the same seeds and budget."""
+
+    attentions: tuple[str, ...] = ("sdpa", "dense", "local(256) | global_tokens(16)")
+    """Variants: 'sdpa', 'dense', or masks. The first is what the others are compared with."""
+    seeds: tuple[int, ...] = (0,)
+    """Each variant is trained once a seed."""
+
+    def __post_init__(self) -> None:
+        """There must be something to compare, each once."""
+        for name, values in (("attentions", self.attentions), ("seeds", self.seeds)):
+            if not values or len(set(values)) != len(values):
+                raise ValueError(f"{name} must be different values, at least one, got {values}")
+
+    def run(self, attention: str, seed: int) -> RunConfig:
+        """One run of the comparison."""
+        return RunConfig(self.task, self.block, self.model, self.train, attention, seed)
+
+
+def compared(run: RunConfig, *attentions: str) -> CompareConfig:
+    """A comparison whose runs are as `run`, but for the attention."""
+    return CompareConfig(run.task, run.block, run.model, run.train, attentions, (run.seed,))

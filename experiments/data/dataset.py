@@ -1,0 +1,121 @@
+"""Padded token sequences with labels, and batches drawn from them in a repeatable order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Examples of one step.
+
+    - `tokens` (b, s) int64, 0 is padding
+    - `lengths` (b,) int64, tokens that are no padding
+    - `labels` (b,) int64
+    """
+
+    tokens: Tensor
+    lengths: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class Split:
+    """A set of examples: `tokens` (n, s) uint8, `lengths` (n,) int64, `labels` (n,) int64.
+
+    >>> split = Split.from_sequences([(bytes([3, 4]), 1), (bytes([5]), 0)], length=3)
+    >>> split.tokens
+    tensor([[3, 4, 0],
+            [5, 0, 0]], dtype=torch.uint8)
+    >>> split.most_frequent
+    0.5
+    """
+
+    tokens: Tensor
+    lengths: Tensor
+    labels: Tensor
+
+    @classmethod
+    def from_sequences(cls, examples: Sequence[tuple[bytes, int]], length: int) -> Split:
+        """Pad sequences of at most `length` bytes (tokens) with zeros."""
+        tokens = np.zeros((len(examples), length), np.uint8)
+        for row, (sequence, _) in zip(tokens, examples, strict=True):
+            row[: len(sequence)] = np.frombuffer(sequence, np.uint8)
+        lengths = torch.tensor([len(sequence) for sequence, _ in examples])
+        labels = torch.tensor([label for _, label in examples])
+        return cls(torch.from_numpy(tokens), lengths, labels)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, device: torch.device) -> Split:
+        """The same examples on another device."""
+        return Split(self.tokens.to(device), self.lengths.to(device), self.labels.to(device))
+
+    def take(self, index: Tensor) -> Batch:
+        """The examples at these indices."""
+        return Batch(self.tokens[index].long(), self.lengths[index], self.labels[index])
+
+    def batches(self, size: int) -> Iterator[Batch]:
+        """All examples once, in order."""
+        for index in torch.arange(len(self), device=self.labels.device).split(size):
+            yield self.take(index)
+
+    @property
+    def most_frequent(self) -> float:
+        """The accuracy of always answering the most frequent label: chance."""
+        return self.labels.bincount().max().item() / len(self)
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Training, validation and test examples."""
+
+    train: Split
+    val: Split
+    test: Split
+
+
+class Task(Protocol):
+    """What a task must say of itself; its settings are a frozen dataclass."""
+
+    vocabulary: int
+    classes: int
+
+    @property
+    def length(self) -> int:
+        """Tokens per example, padding included."""
+
+    def load(self) -> Splits:
+        """Read or make the data."""
+
+
+class Sampler:
+    """Endless shuffled batches; the batch of a step depends on seed and step alone.
+
+    So a run that is resumed sees the same batches as one that was never interrupted. Each epoch
+    is a permutation; a batch may end one epoch and begin the next.
+    """
+
+    def __init__(self, split: Split, batch_size: int, seed: int) -> None:
+        self.split, self.batch_size, self.seed = split, batch_size, seed
+        self._epoch, self._order = -1, torch.empty(0)
+
+    def batch(self, step: int) -> Batch:
+        """The batch of this step (from 0)."""
+        n = len(self.split)
+        places = range(step * self.batch_size, (step + 1) * self.batch_size)
+        index = [int(self._permutation(place // n)[place % n]) for place in places]
+        return self.split.take(torch.tensor(index, device=self.split.labels.device))
+
+    def _permutation(self, epoch: int) -> Tensor:
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            self._epoch, self._order = epoch, torch.randperm(len(self.split), generator=generator)
+        return self._order

@@ -1,0 +1,182 @@
+"""ListOps: nested lists of MIN, MAX, MED and SM (sum modulo 10) over digits, to be evaluated.
+
+Source: Nangia & Bowman, ListOps (2018), with the lengths of Long Range Arena (Tay et al., 2020).
+A tree is a digit with probability 0.75, and always at the largest depth; otherwise an operator
+with 2 to `max_args` children. Its length is 1 for a digit, and 2 (operator and closing bracket)
+plus its children's otherwise.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import random
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+
+from tqdm import tqdm
+
+from sparse_flash.experiments.data.dataset import Split, Splits
+
+OPERATORS = ("MIN", "MAX", "MED", "SM")
+PAD, CLOSE = 0, 15  # 1..10 are the digits, 11..14 the operators
+VOCABULARY = 16
+_CHUNK = 250  # examples that one seed makes
+
+
+@dataclass(frozen=True)
+class ListOps:
+    """How ListOps is generated; the defaults are Long Range Arena's.
+
+    Raises:
+        ValueError: Sizes or limits with which no example can be made.
+    """
+
+    min_length: int = 500
+    """Shorter sequences, and those of exactly this length, are dropped."""
+    max_length: int = 2000
+    """Longer sequences, and those of exactly this length, are dropped."""
+    max_depth: int = 10
+    """Depth at which everything is a digit."""
+    max_args: int = 10
+    """Most children of an operator."""
+    train: int = 96_000
+    """Training examples."""
+    val: int = 2_000
+    """Examples to evaluate on during training."""
+    test: int = 2_000
+    """Examples to evaluate on in the end."""
+    seed: int = 0
+    """Seed of the data, not of the training."""
+
+    vocabulary = VOCABULARY
+    classes = 10
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be generated."""
+        if not 0 < self.min_length + 2 < self.max_length:
+            raise ValueError(f"ListOps needs min_length + 2 < max_length, got {self}")
+        if self.max_depth < 2 or self.max_args < 2:
+            raise ValueError(f"ListOps needs max_depth and max_args of at least 2, got {self}")
+        if min(self.train, self.val, self.test) < 1:
+            raise ValueError(f"ListOps needs at least one example in each split, got {self}")
+
+    @property
+    def length(self) -> int:
+        """Tokens per example, padding included."""
+        return self.max_length - 1
+
+    def load(self) -> Splits:
+        """Generate all splits; no sequence appears twice."""
+        return generate(self)
+
+
+def tree(rng: random.Random, task: ListOps, tokens: list[int], depth: int = 1) -> int:
+    """Append a random tree to `tokens` and return its value; stop where it is too long anyway."""
+    if depth >= task.max_depth or rng.random() > 0.25:
+        digit = rng.randrange(10)
+        tokens.append(1 + digit)
+        return digit
+    operator = rng.randrange(4)
+    tokens.append(11 + operator)
+    values = []
+    for _ in range(rng.randint(2, task.max_args)):
+        if len(tokens) >= task.max_length:
+            return 0
+        values.append(tree(rng, task, tokens, depth + 1))
+    tokens.append(CLOSE)
+    return apply(operator, values)
+
+
+def apply(operator: int, values: list[int]) -> int:
+    """The value of an operator (index into OPERATORS) over digits; MED truncates.
+
+    >>> [apply(o, [4, 9, 1, 8]) for o in range(4)]
+    [1, 9, 6, 2]
+    """
+    if operator == 0:
+        return min(values)
+    if operator == 1:
+        return max(values)
+    if operator == 3:
+        return sum(values) % 10
+    ordered, half = sorted(values), len(values) // 2
+    return ordered[half] if len(values) % 2 else (ordered[half - 1] + ordered[half]) // 2
+
+
+def evaluate(tokens: list[int]) -> int:
+    """The value of a sequence of tokens, by a stack; the inverse of what `tree` writes.
+
+    >>> evaluate([12, 5, 11, 10, 2, 15, 15])  # [MAX 4 [MIN 9 1 ] ]
+    4
+    """
+    stack: list[list[int]] = [[]]
+    for token in tokens:
+        if 1 <= token <= 10:
+            stack[-1].append(token - 1)
+        elif token == CLOSE:
+            operator, *values = stack.pop()
+            stack[-1].append(apply(operator, values))
+        else:
+            stack.append([token - 11])
+    (value,) = stack[0]
+    return value
+
+
+def text(tokens: list[int]) -> str:
+    """Human-readable form.
+
+    >>> text([12, 5, 11, 10, 2, 15, 15])
+    '[MAX 4 [MIN 9 1 ] ]'
+    """
+    names = {CLOSE: "]", **{11 + i: f"[{name}" for i, name in enumerate(OPERATORS)}}
+    return " ".join(names.get(t, str(t - 1)) for t in tokens if t != PAD)
+
+
+def _chunk(task: ListOps, number: int) -> list[tuple[bytes, int]]:
+    """The `number`-th batch of examples: tokens and value, of acceptable length."""
+    rng = random.Random(f"listops {task.seed} {number}")  # noqa: S311 - no cryptography
+    examples = []
+    while len(examples) < _CHUNK:
+        tokens: list[int] = []
+        value = tree(rng, task, tokens)
+        if task.min_length < len(tokens) < task.max_length:
+            examples.append((bytes(tokens), value))
+    return examples
+
+
+def _chunks(task: ListOps, workers: int) -> Iterator[list[tuple[bytes, int]]]:
+    """Chunks in order of their number, whatever the number of workers."""
+    if workers <= 1:
+        for number in range(1 << 30):
+            yield _chunk(task, number)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        for start in range(0, 1 << 30, 4 * workers):
+            yield from pool.map(_chunk, [task] * 4 * workers, range(start, start + 4 * workers))
+
+
+def generate(task: ListOps, workers: int | None = None) -> Splits:
+    """All splits of `task`; the same for any number of worker processes."""
+    total = task.train + task.val + task.test
+    if workers is None:  # short sequences are made faster than processes are started
+        workers = multiprocessing.cpu_count() if total * task.max_length > 10_000_000 else 1
+    seen: dict[bytes, int] = {}
+    fruitless = 0
+    with tqdm(total=total, desc="generating ListOps", unit="ex", leave=False) as bar:
+        for chunk in _chunks(task, workers):
+            before = len(seen)
+            seen.update((tokens, value) for tokens, value in chunk if tokens not in seen)
+            bar.update(min(len(seen), total) - bar.n)
+            fruitless = fruitless + 1 if len(seen) == before else 0
+            if len(seen) >= total:
+                break
+            if fruitless >= 20:
+                raise ValueError(f"only {len(seen)} different sequences of {total} exist for {task}")
+    examples = list(seen.items())[:total]
+    ends = (task.train, task.train + task.val, total)
+    train, val, test = (
+        Split.from_sequences(examples[a:b], task.length)
+        for a, b in zip((0, *ends), ends, strict=False)
+    )
+    return Splits(train, val, test)

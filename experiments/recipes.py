@@ -1,0 +1,55 @@
+"""Recipes: functions that return a whole configuration. The command line starts from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from sparse_flash.experiments.config import (
+    CompareConfig,
+    ModelConfig,
+    RunConfig,
+    TrainConfig,
+    compared,
+)
+from sparse_flash.experiments.data.listops import ListOps
+
+
+def listops() -> RunConfig:
+    """Long Range Arena's ListOps with the small model that most PyTorch papers compare."""
+    return RunConfig(
+        task=ListOps(),
+        attention="local(128) | global_tokens(16) | butterfly(128)",
+        model=ModelConfig(dim=64, heads=2, layers=2, ffn=128),
+        train=TrainConfig(steps=5_000, batch_size=32, lr=1e-3, warmup=500, eval_every=250),
+    )
+
+
+def listops_short() -> RunConfig:
+    """ListOps of at most 255 tokens, for a CPU: minutes, not hours."""
+    return RunConfig(
+        task=ListOps(min_length=16, max_length=256, max_depth=5, max_args=5,
+                     train=20_000, val=1_000, test=2_000),
+        attention="local(24) | global_tokens(8)",
+        block=32,
+        model=ModelConfig(dim=64, heads=4, layers=2, ffn=128, pooling="mean", dropout=0.0),
+        train=TrainConfig(steps=600, batch_size=32, lr=2e-3, warmup=50, eval_every=100, log_every=10),
+    )  # fmt: skip
+
+
+def compare_listops() -> CompareConfig:
+    """ListOps at full length: PyTorch's attention, ours dense, ours block-sparse."""
+    run = listops()
+    return compared(run, "sdpa", "dense", run.attention)
+
+
+def compare_listops_short() -> CompareConfig:
+    """Short ListOps: what `make demo` runs."""
+    run = listops_short()
+    return compared(run, "sdpa", "dense", run.attention)
+
+
+RUNS: dict[str, Callable[[], RunConfig]] = {"listops": listops, "listops-short": listops_short}
+COMPARISONS: dict[str, Callable[[], CompareConfig]] = {
+    "listops": compare_listops,
+    "listops-short": compare_listops_short,
+}

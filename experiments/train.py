@@ -1,0 +1,348 @@
+"""One training loop for all tasks."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from sparse_flash.experiments import checkpoint
+from sparse_flash.experiments.clock import AttentionClock
+from sparse_flash.experiments.config import RunConfig, TrainConfig
+from sparse_flash.experiments.data.dataset import Batch, Sampler, Split, Splits
+from sparse_flash.experiments.logger import Logger
+from sparse_flash.experiments.machine import PeakMemory, describe
+from sparse_flash.experiments.model import Encoder, mask_of
+from sparse_flash.masks.files import atomic_write
+
+CHECKPOINT, RESULT = "checkpoint.pt", "result.json"
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot go on: its loss is no number."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """SIGTERM or SIGINT came; the checkpoint is written, and the run can be resumed."""
+
+
+@dataclass
+class _Progress:
+    """What a run has done so far; saved with the checkpoint."""
+
+    step: int = 0
+    seconds: float = 0.0  # of training steps alone, without evaluation
+    tokens: int = 0
+    best_accuracy: float = 0.0
+    attention_share: float = math.nan
+    peak_mebibytes: float = 0.0
+
+
+def train(config: RunConfig, folder: Path, device: str = "auto", data: Splits | None = None) -> dict[str, Any]:
+    """Train as `config` says, logging to `folder`; resume where an earlier call stopped.
+
+    Args:
+        config: All that decides the numbers.
+        folder: Of this run alone: checkpoint, TensorBoard events, result.json.
+        device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", ...
+        data: The task's data, where it is loaded already.
+
+    Returns:
+        What result.json holds: config, machine, metrics.
+
+    Raises:
+        TrainingError: The loss is no number.
+        CheckpointError: The folder holds something that cannot be resumed.
+        LogError: The folder cannot be written.
+        Interrupted: After SIGTERM or SIGINT.
+    """
+    done = finished(config, folder)
+    if done is not None:
+        return done
+    return _Run(config, folder, pick_device(device), data).run()
+
+
+def finished(config: RunConfig, folder: Path) -> dict[str, Any] | None:
+    """The result of this very run, if it was brought to its end before."""
+    path = folder / RESULT
+    if not path.exists():
+        return None
+    result = json.loads(path.read_text())
+    if result["config"] != config.to_dict():
+        raise checkpoint.CheckpointError(_other_settings(path, result["config"], config))
+    return result
+
+
+def pick_device(name: str) -> torch.device:
+    """The device by name; "auto" prefers a GPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {name}: no CUDA GPU can be used here; leave it at auto, or say cpu")
+    return device
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Linear warm-up to `lr`, then a cosine to zero at the last step."""
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    rest = (step - config.warmup) / max(1, config.steps - config.warmup)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, rest)))
+
+
+class _Run:
+    """The state of one run: model, optimiser, progress, log."""
+
+    def __init__(
+        self, config: RunConfig, folder: Path, device: torch.device, data: Splits | None
+    ) -> None:
+        self.config, self.folder, self.device = config, folder, device
+        task = config.task
+        resumable = self._read_checkpoint()
+        data = data or task.load()
+        self.chance = data.test.most_frequent
+        self.train_split, self.val, self.test = (s.to(device) for s in (data.train, data.val, data.test))
+        self.sampler = Sampler(self.train_split, config.train.batch_size, config.seed)
+        torch.manual_seed(config.seed)
+        self.model = Encoder(
+            config.model, task.vocabulary, task.classes, task.length, config.attention, config.block
+        ).to(device)
+        self.compiled = torch.compile(self.model) if config.train.compile else self.model
+        self.optimizer = _optimizer(self.model, config.train)
+        self.progress = _Progress()
+        if resumable is not None:
+            self._restore(resumable)
+        self.log = Logger(folder, first_step=self.progress.step)
+
+    def run(self) -> dict[str, Any]:
+        """Train to the end, evaluate, and write the result."""
+        train = self.config.train
+        with self.log, _stop_on_signals() as stop, PeakMemory(self.device) as memory:
+            if self.progress.step == 0:
+                self._describe()
+            with tqdm(
+                total=train.steps, initial=self.progress.step, desc=self.folder.name, unit="step"
+            ) as bar:
+                while self.progress.step < train.steps:
+                    self._step(bar)
+                    step = self.progress.step
+                    if step % train.eval_every == 0 or step == train.steps:
+                        self.progress.peak_mebibytes = memory.mebibytes
+                        self._evaluate(bar)
+                    if step % train.checkpoint_every == 0 or step == train.steps or stop:
+                        self._save()
+                    if stop:
+                        raise Interrupted(f"stopped at step {step}; run the same command to resume")
+            return self._finish()
+
+    def _step(self, bar: tqdm[Any]) -> None:
+        """One optimiser step, logged now and then."""
+        config, progress = self.config.train, self.progress
+        logged = (progress.step + 1) % config.log_every == 0
+        # Compiled graphs cannot be marked; elsewhere the marks cost nothing that could be seen.
+        clock = AttentionClock(self.device) if logged and not config.compile else None
+        self.model.set_clock(clock)
+        start = self._now()
+        batch = self.sampler.batch(progress.step)
+        lr = learning_rate(config, progress.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.compiled.train()
+        loss, correct = self._loss(batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
+        self.optimizer.step()
+        seconds = self._now(wait=logged) - start
+        progress.step += 1
+        progress.seconds += seconds
+        progress.tokens += batch.tokens.numel()
+        bar.update()
+        if logged or progress.step == config.steps:
+            self._check(loss, norm)
+            self.model.set_clock(None)
+            if clock is not None:
+                progress.attention_share = clock.milliseconds() / (1000 * seconds)
+            self._record(batch, loss, correct, norm, lr, seconds, bar)
+
+    def _now(self, wait: bool = False) -> float:
+        if wait and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Mean cross-entropy, and which answers are right."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            logits = self.compiled(batch.tokens, batch.lengths)
+        loss = nn.functional.cross_entropy(logits.float(), batch.labels)
+        return loss, logits.argmax(-1) == batch.labels
+
+    def _check(self, loss: Tensor, norm: Tensor) -> None:
+        """Stop early where going on would only waste time, before a checkpoint could keep it."""
+        if math.isfinite(loss.item()) and math.isfinite(norm.item()):
+            return
+        raise TrainingError(
+            f"{self.folder}: at step {self.progress.step} the loss is {loss.item()} and the norm of "
+            f"the gradient {norm.item()}. The last checkpoint is from before; try a lower --lr "
+            f"(now {self.config.train.lr}) or a longer --warmup."
+        )
+
+    def _record(
+        self, batch: Batch, loss: Tensor, correct: Tensor, norm: Tensor, lr: float, seconds: float,
+        bar: tqdm[Any],
+    ) -> None:  # fmt: skip
+        values = {
+            "train/loss": loss.item(),
+            "train/accuracy": correct.float().mean().item(),
+            "train/lr": lr,
+            "train/gradient_norm": norm.item(),
+            "speed/step_ms": 1000 * seconds,
+            "speed/tokens_per_second": batch.tokens.numel() / seconds,
+        }
+        if not math.isnan(self.progress.attention_share):
+            values["speed/attention_share"] = self.progress.attention_share
+        self.log.scalars(values, self.progress.step)
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+
+    def _evaluate(self, bar: tqdm[Any]) -> None:
+        progress = self.progress
+        loss, accuracy = self._measure(self.val)
+        progress.best_accuracy = max(progress.best_accuracy, accuracy)
+        values = {"eval/loss": loss, "eval/accuracy": accuracy}
+        self.log.scalars(values, progress.step)
+        by_time = {f"by_training_second/{name}": v for name, v in values.items()}
+        self.log.scalars(by_time, round(progress.seconds))
+        self.log.scalars({"speed/peak_memory_MiB": progress.peak_mebibytes}, progress.step)
+        self.log.flush()
+        bar.write(
+            f"{self.folder.name}: step {progress.step}, {progress.seconds:.0f} s, "
+            f"eval loss {loss:.3f}, accuracy {accuracy:.1%}"
+        )
+
+    @torch.no_grad()
+    def _measure(self, split: Split) -> tuple[float, float]:
+        """Mean loss and accuracy over a split."""
+        self.compiled.eval()
+        loss = correct = 0.0
+        for batch in split.batches(2 * self.config.train.batch_size):
+            mean, right = self._loss(batch)
+            loss += mean.item() * len(right)
+            correct += right.sum().item()
+        return loss / len(split), correct / len(split)
+
+    def _finish(self) -> dict[str, Any]:
+        """Evaluate on the test split; write result.json last, as the sign that all is done."""
+        loss, accuracy = self._measure(self.test)
+        progress, config = self.progress, self.config
+        metrics = {
+            "test_accuracy": accuracy,
+            "test_loss": loss,
+            "best_eval_accuracy": progress.best_accuracy,
+            "chance": self.chance,
+            "training_seconds": progress.seconds,
+            "step_ms": 1000 * progress.seconds / progress.step,
+            "tokens_per_second": progress.tokens / progress.seconds,
+            "attention_share": progress.attention_share,
+            "peak_memory_MiB": progress.peak_mebibytes,
+            "density": density(config),
+        }
+        shown = {f"final/{name}": v for name, v in metrics.items() if not math.isnan(v)}
+        self.log.hyperparameters(config.flat(), shown)
+        self.log.flush()
+        result = {"config": config.to_dict(), "machine": describe(self.device), "metrics": metrics}
+        with atomic_write(self.folder / RESULT) as file:
+            file.write(json.dumps(result, indent=2).encode())
+        return result
+
+    def _describe(self) -> None:
+        """What TensorBoard should show of the run before its first step."""
+        config = self.config
+        self.log.text("config", "\n".join(f"    {k} = {v!r}" for k, v in config.flat().items()))
+        facts = describe(self.device).items()
+        self.log.text("machine", "\n".join(f"    {name}: {value}" for name, value in facts))
+        mask = mask_of("dense" if config.attention == "sdpa" else config.attention)
+        if mask is not None:
+            layout = mask.layout(config.task.length, block=(config.block, config.block))
+            title = f"{config.attention}\n{config.task.length} tokens, density {layout.density:.2%}"
+            self.log.figure("mask", layout.plot(title=title))
+
+    def _save(self) -> None:
+        state = {
+            "config": self.config.to_dict(),
+            "progress": vars(self.progress),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "random": checkpoint.random_state(),
+        }
+        self.log.flush()
+        checkpoint.save(self.folder / CHECKPOINT, state)
+
+    def _read_checkpoint(self) -> dict[str, Any] | None:
+        """The folder's checkpoint, if there is one; it must be of this very run."""
+        path = self.folder / CHECKPOINT
+        if not path.exists():
+            return None
+        state = checkpoint.load(path)
+        if state["config"] != self.config.to_dict():
+            raise checkpoint.CheckpointError(_other_settings(path, state["config"], self.config))
+        return state
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.progress = _Progress(**state["progress"])
+        checkpoint.restore_random_state(state["random"])
+
+
+def density(config: RunConfig) -> float:
+    """The kept fraction of the attention matrix; 1 for dense attention."""
+    mask = mask_of(config.attention)
+    return 1.0 if mask is None else mask.density(config.task.length)
+
+
+def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW; weight decay on matrices of linear layers alone."""
+    matrices = {m.weight for m in model.modules() if isinstance(m, nn.Linear)}
+    others = [p for p in model.parameters() if p not in matrices]
+    groups = [
+        {"params": [p for p in model.parameters() if p in matrices], "weight_decay": config.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.lr)
+
+
+def _other_settings(path: Path, found: dict[str, Any], config: RunConfig) -> str:
+    mine = config.to_dict()
+    names = sorted(k for k in mine.keys() | found.keys() if mine.get(k) != found.get(k))
+    return (
+        f"{path} belongs to a run with other settings (different: {', '.join(names)}): "
+        "choose another folder with --out, or delete it"
+    )
+
+
+@contextlib.contextmanager
+def _stop_on_signals() -> Iterator[list[int]]:
+    """A list that receives SIGTERM and SIGINT; empty (false) as long as the run may go on."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received  # Python delivers signals to the main thread alone
+        return
+    names = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(name, lambda number, _: received.append(number)) for name in names]
+    try:
+        yield received
+    finally:
+        for name, handler in zip(names, before, strict=True):
+            signal.signal(name, handler)

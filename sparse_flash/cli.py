@@ -1,0 +1,142 @@
+"""The command line: look at masks, train, compare."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from sparse_flash.experiments import recipes
+from sparse_flash.experiments.compare import compare, table
+from sparse_flash.experiments.config import CompareConfig, RunConfig
+from sparse_flash.experiments.train import Interrupted, TrainingError, train
+from sparse_flash.masks import parse
+
+Flat = tyro.conf.arg(name="")  # --attention, not --config.attention
+
+
+def show_mask(
+    spec: tyro.conf.Positional[str],
+    length: int = 4096,
+    block: int = 128,
+    width: int = 32,
+    reach: bool = False,
+    png: Path | None = None,
+) -> None:
+    """Show a mask: a picture in the terminal, its tiles, its density, and on request its reach.
+
+    Args:
+        spec: The mask, for example "local(256) | global_tokens(64) | butterfly(128)".
+        length: Number of queries and keys.
+        block: Tokens per block.
+        width: About this many cells in the picture, each way.
+        reach: Also compute how many layers it takes until every token can influence every other
+            (by all pairs: slow beyond some ten thousand tokens).
+        png: Also save a picture here.
+    """
+    mask = parse(spec)
+    layout = mask.layout(length, block=(block, block))
+    print(layout.text(width))
+    print(f"{mask!r}\n{length} x {length}, density {layout.density:.4%}")
+    print(
+        f"{layout.num_tiles} tiles of {block} x {block}, {layout.num_partial} of them partial, "
+        f"made of {layout.num_bit_tiles} distinct bit tiles"
+    )
+    if reach:
+        layers = mask.reach(length)
+        print("reach: never" if layers is None else f"reach: {layers} layers")
+    if png:
+        png.parent.mkdir(parents=True, exist_ok=True)
+        layout.plot(title=f"{mask!r}\n{layout.density:.3%} kept").savefig(png)
+        print(f"picture: {png}")
+
+
+def _trainer(name: str, recipe: Callable[[], RunConfig]) -> Callable[..., None]:
+    """The command that trains by a recipe."""
+
+    def run(
+        config: Annotated[RunConfig, Flat] = recipe(),  # noqa: B008 - the recipe is the default
+        out: Path = Path("runs/train") / name,
+        device: str = "auto",
+    ) -> None:
+        """Train one model; the same command resumes a run that was interrupted.
+
+        Args:
+            config: The recipe's settings.
+            out: Folder of this run: checkpoint, TensorBoard events, result.json.
+            device: auto (a GPU if there is one), cpu, cuda, cuda:1, ...
+        """
+        result = train(config, out, device)
+        for metric, value in result["metrics"].items():
+            print(f"{metric:>20}: {value:.4g}")
+        _point_to_tensorboard(out)
+
+    return run
+
+
+def _comparer(name: str, recipe: Callable[[], CompareConfig]) -> Callable[..., None]:
+    """The command that compares by a recipe."""
+
+    def run(
+        config: Annotated[CompareConfig, Flat] = recipe(),  # noqa: B008 - the recipe is the default
+        out: Path = Path("runs/compare") / name,
+        device: str = "auto",
+    ) -> None:
+        """Train several kinds of attention under the same seeds and budget; print one table.
+
+        The same command resumes a comparison that was interrupted.
+
+        Args:
+            config: The recipe's settings.
+            out: Folder: a folder a run, and the report in comparison.md and comparison.json.
+            device: auto (a GPU if there is one), cpu, cuda, cuda:1, ...
+        """
+        report = compare(config, out, device)
+        print(f"\n{table(report)}\n")
+        print(f"always the most frequent answer: {report['rows'][0]['chance']:.1%}")
+        sparsest = min(report["rows"], key=lambda row: row["density"])
+        if sparsest["density"] < 1:
+            mask, length = parse(sparsest["attention"]), config.task.length
+            picture = mask.layout(length, block=(config.block, config.block)).text(32)
+            print(f"\n{mask!r} at {length} tokens:\n{picture}")
+        print(f"\nreport: {out / 'comparison.md'} and {out / 'comparison.json'}")
+        _point_to_tensorboard(out)
+
+    return run
+
+
+def _point_to_tensorboard(folder: Path) -> None:
+    tensorboard = Path(sys.executable).parent / "tensorboard"
+    print(f"see it in TensorBoard:\n    {tensorboard} --logdir {folder}")
+
+
+def _application() -> tyro.extras.SubcommandApp:
+    """The tree of commands; every recipe is one, with its values as defaults."""
+    app = tyro.extras.SubcommandApp()
+    mask, train_, compare_ = (tyro.extras.SubcommandApp() for _ in range(3))
+    mask.command(show_mask, name="show")
+    for name, run in recipes.RUNS.items():
+        train_.command(_trainer(name, run), name=name, help=run.__doc__)
+    for name, pair in recipes.COMPARISONS.items():
+        compare_.command(_comparer(name, pair), name=name, help=pair.__doc__)
+    app.command(mask, name="mask", help="Look at masks.")
+    app.command(train_, name="train", help="Train one model on a task.")
+    app.command(compare_, name="compare", help="Compare kinds of attention on a task.")
+    return app
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The `sparse-flash` command; returns its exit code: 0, 1 for errors, 143 when stopped."""
+    description = "Block-sparse attention: look at masks, train, compare dense with block-sparse."
+    try:
+        _application().cli(prog="sparse-flash", description=description, args=arguments)
+    except Interrupted as stop:
+        print(f"sparse-flash: {stop}", file=sys.stderr)
+        return 143
+    except (ValueError, TypeError, OSError, TrainingError) as error:
+        print(f"sparse-flash: {error}", file=sys.stderr)
+        return 1
+    return 0
