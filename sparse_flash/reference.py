@@ -11,18 +11,18 @@ float64 inputs are computed in float64, all others in float32. Everything here i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from sparse_flash.masks import BlockLayout, bits
 from sparse_flash.masks.layout import FULL_TILE
 
-_CHUNK_CPU, _CHUNK_GPU = 1 << 17, 1 << 26  # logits at a time: what caches hold, what fills a GPU
+_LOG2_E = math.log2(math.e)
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,17 @@ class _Part:
     rows: Tensor  # (r, 1)
     cols: Tensor  # (r, c)
     entries: Tensor  # (r, c) bit tiles, -1 for full
-    partial: bool  # whether any of them is partial
     first: bool  # the first slice of these rows
     last: bool  # the last one
 
 
 class _Problem:
-    """Inputs seen as blocks, without a copy where the blocks divide the lengths."""
+    """The inputs, the parts of the work, and what each part needs of the inputs.
+
+    Rows and keys are gathered token by token from where they are. Indices beyond the end of a
+    sequence are clamped to its last token, and what comes of them gets weight 0: so neither
+    padding nor copies are needed, and keys beyond kv_lens are never read.
+    """
 
     def __init__(
         self, q: Tensor, k: Tensor, v: Tensor, tiles: _Tiles, kv_lens: Tensor | None, scale: float
@@ -64,28 +68,22 @@ class _Problem:
         self.tiles, self.scale = tiles, scale
         self.batch, self.q_len, self.heads, _ = q.shape
         self.kv_len, self.kv_heads = k.shape[1:3]
-        self.dtype = _compute_dtype(q)
-        whole = torch.full((self.batch,), self.kv_len, device=q.device)
-        self.limits = whole if kv_lens is None else kv_lens.to(q.device, torch.int64)
-        self.within = torch.arange(tiles.block[1], device=q.device)
-        self.ragged = kv_lens is not None or self.kv_len % tiles.block[1] != 0
-        if kv_lens is not None:  # what lies beyond must not be seen at all, not even times zero
-            beyond = torch.arange(self.kv_len, device=q.device) >= self.limits[:, None]
-            k, v = (x.masked_fill(beyond[:, :, None, None], 0) for x in (k, v))
-        block_q, block_kv = tiles.block
-        self.q, self.k, self.v = _blocks(q, block_q), _blocks(k, block_kv), _blocks(v, block_kv)
-        dictionary = bits.unpack(tiles.bit_tiles, block_kv)  # and for entry -1 a last one, all ones
-        self.bits = torch.cat([dictionary, torch.ones_like(dictionary[:1])]) if len(dictionary) else None
+        self.dtype, device = _compute_dtype(q), q.device
+        self.nq, self.nk = -(-self.q_len // tiles.block[0]), -(-self.kv_len // tiles.block[1])
+        self.q, self.k, self.v = _tokens(q), _tokens(k), _tokens(v)
+        whole = torch.full((self.batch,), self.kv_len, device=device)
+        self.limits = whole if kv_lens is None else kv_lens.to(device, torch.int64)
+        self.shortest = int(self.limits.min())
+        self.within = [torch.arange(block, device=device) for block in tiles.block]
+        full = torch.full_like(tiles.bit_tiles[:1], 255) if len(tiles.bit_tiles) else tiles.bit_tiles
+        self.bit_tiles = torch.cat([tiles.bit_tiles, full])  # the last one: entry -1
 
     def parts(self) -> Iterator[_Part]:
-        """All the work, in pieces of about a chunk; slices of the same rows follow each other.
-
-        A chunk grows with the inputs: temporaries stay a fraction of them.
-        """
-        t, on_cpu = self.tiles, self.q.device.type == "cpu"
-        chunk = max(_CHUNK_CPU, self.q.numel() // 16) if on_cpu else _CHUNK_GPU
-        chunk = max(1, chunk // (t.block[0] * t.block[1]))  # in tiles
-        owners = t.pattern_map.expand(self.batch, self.heads).flatten()
+        """All the work, in pieces of about a chunk; slices of the same rows follow each other."""
+        t = self.tiles
+        chunk = max(1, _chunk(self.q) // (t.block[0] * t.block[1]))  # in tiles
+        owners = t.pattern_map.expand(self.batch, self.heads)
+        owners = owners.masked_fill(self.limits[:, None] == 0, -1).flatten()  # without keys: no work
         cols, entries = t.col_indices.long(), t.bit_tile_indices.long()
         for pattern, starts in enumerate(t.crow_indices.cpu().long()):
             mine = (owners == pattern).nonzero().squeeze(1)
@@ -107,52 +105,79 @@ class _Problem:
         heads = heads[:, None, None]
         batch, head = heads // self.heads, heads % self.heads
         kv_head = head // (self.heads // self.kv_heads)
-        partial = self.bits is not None and bool((entries != FULL_TILE).any())
-        return _Part(batch, head, kv_head, rows.to(cols.device), cols, entries, partial, *ends)
+        return _Part(batch, head, kv_head, rows.to(cols.device), cols, entries, *ends)
 
-    def rows(self, part: _Part, blocks: Tensor) -> Tensor:
-        """The part's block rows of a tensor `(b, h, nq, block_q, d)`: `(n * r, block_q, d)`."""
-        return blocks[part.batch, part.head, part.rows].flatten(0, 2).to(self.dtype)
+    def rows(self, part: _Part, *tensors: Tensor) -> list[Tensor]:
+        """The part's rows of tensors of tokens `(b * q_len * h, d)`: `(n * r, block_q, d)`."""
+        token = (part.rows * self.tiles.block[0] + self.within[0]).clamp(max=self.q_len - 1)
+        index = ((part.batch * self.q_len + token) * self.heads + part.head).flatten()
+        return [self._take(x, index, len(self.within[0])) for x in tensors]
 
-    def cols(self, part: _Part, blocks: Tensor) -> Tensor:
-        """The keys or values of the part's tiles: `(n * r, c * block_kv, d)`."""
-        taken = blocks[part.batch, part.kv_head, part.cols].to(self.dtype)
-        return taken.flatten(2, 3).flatten(0, 1)
+    def keys(self, part: _Part, *tensors: Tensor) -> list[Tensor]:
+        """The part's keys of tensors of tokens `(b * kv_len * h_kv, d)`: `(n * r, c * block_kv, d)`."""
+        token = (part.cols[..., None] * self.tiles.block[1] + self.within[1]).flatten(1)
+        if self._beyond(part):
+            token = torch.minimum(token, self.limits[part.batch] - 1)
+        index = ((part.batch * self.kv_len + token) * self.kv_heads + part.kv_head).flatten()
+        return [self._take(x, index, token.shape[-1]) for x in tensors]
+
+    def _take(self, tokens: Tensor, index: Tensor, length: int) -> Tensor:
+        return tokens.index_select(0, index).to(self.dtype).view(-1, length, tokens.shape[1])
+
+    def _beyond(self, part: _Part) -> bool:
+        """Whether some tile reaches beyond the end of some sequence."""
+        return (int(part.cols.max()) + 1) * self.tiles.block[1] > self.shortest
 
     def row_index(self, part: _Part) -> Tensor:
-        """Where the part's block rows are in tensors `(b * h * nq, ...)`: `(n * r,)`."""
-        first = (part.batch * self.heads + part.head) * self.q.shape[2]
-        return (first + part.rows).flatten()
+        """Where the part's block rows are in results `(b * h * nq, ...)`: `(n * r,)`."""
+        return ((part.batch * self.heads + part.head) * self.nq + part.rows).flatten()
 
     def col_index(self, part: _Part) -> Tensor:
-        """Where the part's tiles are in tensors `(b * h_kv * nk, ...)`: `(n * r * c,)`."""
-        first = (part.batch * self.kv_heads + part.kv_head) * self.k.shape[2]
-        return (first + part.cols).flatten()
+        """Where the part's tiles are in results `(b * h_kv * nk, ...)`: `(n * r * c,)`."""
+        return ((part.batch * self.kv_heads + part.kv_head) * self.nk + part.cols).flatten()
 
     def logits(self, part: _Part, q: Tensor, k: Tensor) -> Tensor:
-        """(n * r, block_q, c * block_kv), -inf where not allowed."""
-        logits = torch.bmm(q, k.transpose(1, 2)).mul_(self.scale)
+        """To base 2: scale q k^T log2(e), -inf where not allowed: (n * r, block_q, c * block_kv).
+
+        (Base 2 because torch.exp is several times slower than exp2 where its result is 0.)
+        """
+        logits = torch.bmm(q, k.transpose(1, 2)).mul_(self.scale * _LOG2_E)
         n, (r, c), (block_q, block_kv) = len(part.batch), part.cols.shape, self.tiles.block
         view = logits.view(n, r, block_q, c, block_kv)
-        if part.partial:
-            allowed = self.bits[part.entries].transpose(1, 2)  # type: ignore[index]
-            view.masked_fill_(~allowed, -torch.inf)
-        if self.ragged:
-            keys = part.cols[:, None, :, None] * block_kv + self.within
-            view.masked_fill_(keys >= self.limits[part.batch[..., None, None]], -torch.inf)
+        for j in (part.entries != FULL_TILE).any(0).nonzero().flatten().tolist():
+            allowed = bits.unpack(self.bit_tiles[part.entries[:, j]], block_kv)
+            view[:, :, :, j].add_(_bias(~allowed, self.dtype))
+        if self._beyond(part):
+            keys = part.cols[..., None] * block_kv + self.within[1]
+            beyond = keys >= self.limits[part.batch[..., None]]
+            view.add_(_bias(beyond, self.dtype)[:, :, None])
         return logits
+
+
+def _chunk(q: Tensor) -> int:
+    """Logits to hold at a time.
+
+    As many as fill a GPU; on a CPU, many where a problem is small and calls are what costs, few
+    where it is large, so that temporaries stay a fraction of its inputs and in the caches.
+    """
+    if q.device.type != "cpu":
+        return 1 << 26
+    return 1 << 19 if q.numel() <= 1 << 20 else max(1 << 17, q.numel() // 16)
+
+
+def _bias(forbidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 or -inf: adding it is much faster than masked_fill_ with a mask that broadcasts."""
+    zeros = torch.zeros(forbidden.shape, dtype=dtype, device=forbidden.device)
+    return zeros.masked_fill_(forbidden, -torch.inf)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _blocks(x: Tensor, block: int) -> Tensor:
-    """(b, s, h, ...) seen as (b, h, blocks, block, ...); a ragged end is filled up with zeros."""
-    missing = -x.shape[1] % block
-    if missing:
-        x = pad(x, (0, 0) * (x.ndim - 2) + (0, missing))
-    return x.transpose(1, 2).unflatten(2, (-1, block))
+def _tokens(x: Tensor) -> Tensor:
+    """(b, s, h, d) as (b * s * h, d); a copy only where the strides do not allow a view."""
+    return x.reshape(-1, x.shape[-1])
 
 
 def _new_blocks(like: Tensor, block: int) -> Tensor:
@@ -168,27 +193,27 @@ def _joined(blocks: Tensor, like: Tensor) -> Tensor:
 
 
 def _forward(problem: _Problem, q: Tensor) -> tuple[Tensor, Tensor]:
-    """Output as blocks and logsumexp (b * h * nq, block_q)."""
+    """Output as blocks, and logsumexp (b * h * nq, block_q)."""
     p = problem
     out = _new_blocks(q, p.tiles.block[0])
     lse = torch.full_like(out[:, :, 0], -torch.inf)
     for part in p.parts():
-        queries = p.rows(part, p.q)
-        logits = p.logits(part, queries, p.cols(part, p.k))
+        (queries,), (keys, values) = p.rows(part, p.q), p.keys(part, p.k, p.v)
+        logits = p.logits(part, queries, keys)
         if part.first:
             top, total = torch.full_like(logits[:, :, 0], -torch.inf), 0
             acc = torch.zeros_like(queries)
         new = torch.maximum(top, logits.amax(2))
-        shift = new.masked_fill(new == -torch.inf, 0)  # a row without keys yet: exp(-inf), not NaN
-        weights = logits.sub_(shift[:, :, None]).exp_()
-        decay = (top - shift).exp()
+        shift = new.masked_fill(new == -torch.inf, 0)  # a row without keys yet: 2^-inf, not NaN
+        weights = logits.sub_(shift[:, :, None]).exp2_()
+        decay = (top - shift).exp2()
         total = total * decay + weights.sum(2)
-        acc = acc.mul_(decay[:, :, None]).baddbmm_(weights, p.cols(part, p.v))
+        acc = acc.mul_(decay[:, :, None]).baddbmm_(weights, values)
         top = new
         if part.last:
             index, some = p.row_index(part), total > 0
             out[index] = acc / total.where(some, 1)[:, :, None]
-            lse[index] = (shift + total.log()).where(some, -torch.inf)
+            lse[index] = ((shift + total.log2()) / _LOG2_E).where(some, -torch.inf)
     return out, lse
 
 
@@ -200,24 +225,24 @@ def _backward(
     delta: Tensor,
     deterministic: bool,
 ) -> list[Tensor]:
-    """Blocks of dq, dk, dv, from dout as blocks, lse and delta (b * h * nq, block_q)."""
+    """Blocks of dq, dk, dv, from dout, lse and delta by token (b * q_len * h, d or 1)."""
     p, (block_q, block_kv) = problem, problem.tiles.block
     blocks = (block_q, block_kv, block_kv)
     dq, dk, dv = (_new_blocks(x, block) for x, block in zip(likes, blocks, strict=True))
 
     def accumulate(part: _Part) -> None:  # a function of its own, so that temporaries end with it
         """P = exp(S - lse): dV = P^T dO, dS = scale P * (dO V^T - delta), dQ = dS K, dK = dS^T Q."""
-        rows, cols = p.row_index(part), p.col_index(part)
-        queries, grad = p.rows(part, p.q), p.rows(part, dout)
-        keys = p.cols(part, p.k)
-        shift = lse[rows].masked_fill_(lse[rows] == -torch.inf, torch.inf)  # rows without keys: P = 0
-        weights = p.logits(part, queries, keys).sub_(shift[:, :, None]).exp_()
-        _add(dv, cols, torch.bmm(weights.transpose(1, 2), grad), deterministic)
-        dots = torch.bmm(grad, p.cols(part, p.v).transpose(1, 2))
-        ds = dots.sub_(delta[rows][:, :, None]).mul_(weights).mul_(p.scale)
+        queries, grad, top, d = p.rows(part, p.q, dout, lse, delta)
+        (keys,) = p.keys(part, p.k)
+        beyond = part.rows * block_q + p.within[0] >= p.q_len  # repetitions of the last row
+        top = top.view(-1, *beyond.shape, 1).masked_fill_(beyond[..., None], torch.inf).view_as(top)
+        weights = p.logits(part, queries, keys).sub_(top).exp2_()
+        _add(dv, p.col_index(part), torch.bmm(weights.transpose(1, 2), grad), deterministic)
+        dots = torch.bmm(grad, p.keys(part, p.v)[0].transpose(1, 2))
+        ds = dots.sub_(d).mul_(weights).mul_(p.scale)
         del weights
-        dq.index_add_(0, rows, torch.bmm(ds, keys))
-        _add(dk, cols, torch.bmm(ds.transpose(1, 2), queries), deterministic)
+        _add(dq, p.row_index(part), torch.bmm(ds, keys), deterministic)
+        _add(dk, p.col_index(part), torch.bmm(ds.transpose(1, 2), queries), deterministic)
 
     for part in p.parts():
         accumulate(part)
@@ -286,10 +311,11 @@ def reference_backward(
     delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
     if dlse is not None:
         delta -= dlse.transpose(1, 2)
-    delta = _blocks(delta, block[0]).flatten(0, 2)
-    lse = _blocks(lse.transpose(1, 2), block[0]).flatten(0, 2)
+    top = lse.transpose(1, 2).contiguous().mul_(_LOG2_E)
+    top.masked_fill_(top == -torch.inf, torch.inf)  # rows without keys: P = 2^(S - inf) = 0
+    by_token = (_tokens(x) for x in (dout, top[..., None], delta[..., None]))
     with torch.autocast(q.device.type, enabled=False):
-        grads = _backward(problem, (q, k, v), _blocks(dout, block[0]), lse, delta, deterministic)
+        grads = _backward(problem, (q, k, v), *by_token, deterministic)
     return tuple(_joined(g, x) for g, x in zip(grads, (q, k, v), strict=True))  # type: ignore[return-value]
 
 
