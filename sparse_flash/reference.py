@@ -311,7 +311,7 @@ def reference_backward(
     delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
     if dlse is not None:
         delta -= dlse.transpose(1, 2)
-    top = lse.transpose(1, 2).contiguous().mul_(_LOG2_E)
+    top = torch.mul(lse.transpose(1, 2), _LOG2_E, out=torch.empty_like(delta))
     top.masked_fill_(top == -torch.inf, torch.inf)  # rows without keys: P = 2^(S - inf) = 0
     by_token = (_tokens(x) for x in (dout, top[..., None], delta[..., None]))
     with torch.autocast(q.device.type, enabled=False):
