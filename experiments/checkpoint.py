@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-
 from sparse_flash.masks.files import atomic_write
 
 _MAGIC = b"sparse_flash checkpoint 1\n"

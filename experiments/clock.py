@@ -56,7 +56,9 @@ class _Mark(torch.autograd.Function):
     """Identity that appends the time to one list on the way forward, to another on the way back."""
 
     @staticmethod
-    def forward(ctx: Any, forward: list[Any], backward: list[Any], clock: Any, *tensors: Any) -> Any:
+    def forward(
+        ctx: Any, forward: list[Any], backward: list[Any], clock: Any, *tensors: Any
+    ) -> Any:
         ctx.backward_list, ctx.clock = backward, clock
         forward.append(clock.now())
         return tuple(t.view_as(t) for t in tensors)

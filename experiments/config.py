@@ -32,9 +32,13 @@ class ModelConfig:
     def __post_init__(self) -> None:
         """Refuse sizes that do not fit each other."""
         if self.dim % self.heads or min(self.dim, self.heads, self.layers, self.ffn) < 1:
-            raise ValueError(f"dim={self.dim} must be a multiple of heads={self.heads}, all sizes positive")
+            raise ValueError(
+                f"dim={self.dim} must be a multiple of heads={self.heads}, all sizes positive"
+            )
         if self.positions == "rotary" and self.dim // self.heads % 2:
-            raise ValueError(f"rotary positions need an even head_dim, got {self.dim // self.heads}")
+            raise ValueError(
+                f"rotary positions need an even head_dim, got {self.dim // self.heads}"
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in 0..1, got {self.dropout}")
 
@@ -71,7 +75,9 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not self.lr > 0 or not self.clip > 0 or self.warmup < 0 or self.weight_decay < 0:
-            raise ValueError(f"lr and clip must be positive, warmup and weight_decay not negative: {self}")
+            raise ValueError(
+                f"lr and clip must be positive, warmup and weight_decay not negative: {self}"
+            )
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
@@ -38,7 +38,8 @@ class Logger:
             probe.unlink()
         except OSError as error:
             raise LogError(
-                f"cannot write to the log folder {folder} ({error.strerror}): choose another with --out"
+                f"cannot write to the log folder {folder} ({error.strerror}): "
+                "choose another with --out"
             ) from error
         self.writer = SummaryWriter(str(folder), purge_step=first_step or None)
 
@@ -74,11 +75,14 @@ class Logger:
         except OSError as error:
             raise LogError(f"cannot write events to {self.folder} ({error.strerror})") from error
 
-    def __enter__(self) -> Logger:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         try:
             self.writer.close()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import TracebackType
+from typing import Self
 
 import torch
+from sparse_flash.kernels import DSL_VERSION, why_no_dsl
 
 MIB = 1 << 20
 
@@ -17,7 +20,9 @@ def describe(device: torch.device | str) -> dict[str, str]:
     """The machine and the versions that matter, for the results of a measurement."""
     facts = {
         "cpu": _cpu_name(),
-        "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
+        "cores": str(
+            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        ),
         "threads": str(torch.get_num_threads()),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
@@ -26,6 +31,7 @@ def describe(device: torch.device | str) -> dict[str, str]:
     if torch.device(device).type == "cuda":
         facts["gpu"] = torch.cuda.get_device_name(device)
         facts["cuda"] = str(torch.version.cuda)
+        facts["cute dsl"] = why_no_dsl() or DSL_VERSION
     return facts
 
 
@@ -39,49 +45,25 @@ def _cpu_name() -> str:
 
 
 class PeakMemory:
-    """The most memory that a block of code takes above what was in use when it began.
+    """The most memory that a process takes (Linux) above what it had when a block of code began.
 
-    On a GPU, by PyTorch's allocator; on a CPU (Linux), by the resident set of the process, which
-    counts pages: what earlier code returned to the allocator and kept mapped is not seen. NaN where
-    neither can be read.
+    By the resident set, which counts pages: memory that earlier code returned to the allocator, and
+    that is still mapped, is not seen again. NaN where it cannot be read.
 
-    >>> with PeakMemory("cpu") as memory:
+    >>> with PeakMemory() as memory:
     ...     x = torch.ones(1 << 24)
     >>> memory.mebibytes > 30
     True
     """
 
-    def __init__(self, device: torch.device | str) -> None:
-        self.device = torch.device(device)
-        self.start = 0.0
-
-    def __enter__(self) -> PeakMemory:
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-            self.start = torch.cuda.memory_allocated(self.device) / MIB
-        else:
-            _forget_peak()
-            self.start = _status("VmRSS")
+    def __enter__(self) -> Self:
+        with contextlib.suppress(OSError):  # where not permitted, the peak is the process's own
+            Path("/proc/self/clear_refs").write_text("5")
+        self.start = _status("VmRSS")
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        pass
-
-    @property
-    def mebibytes(self) -> float:
-        """Peak so far, above the start."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device) / MIB - self.start
-        return _status("VmHWM") - self.start
-
-
-def _forget_peak() -> None:
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:  # not permitted here: the peak is then that of the whole process
-        return
+    def __exit__(self, *error: object) -> None:
+        self.mebibytes = _status("VmHWM") - self.start
 
 
 def _status(field: str) -> float:
@@ -92,20 +74,44 @@ def _status(field: str) -> float:
     return next(float(line.split()[1]) / 1024 for line in lines if line.startswith(field + ":"))
 
 
-def allocated_peak(function: Callable[[], object]) -> float:
-    """The most MiB that PyTorch holds on the CPU at once while `function` runs, above the start.
+def tensor_peak(function: Callable[[], object], device: torch.device | str = "cpu") -> float:
+    """The most MiB that PyTorch's tensors take while `function` runs, above those before it.
 
-    Counts each allocation of a tensor, so that two functions can be compared in one process.
+    Counts each allocation, on a CPU too, so that functions can be compared in one process. On a
+    CPU the function runs twice: first to warm up.
     """
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        function()
+        torch.cuda.synchronize(device)
+        return (torch.cuda.max_memory_allocated(device) - before) / MIB
     from torch.profiler import ProfilerActivity, profile
 
     function()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        result = function()
+    watch = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+    with _silent_stderr(), watch as record:  # its native part announces itself there
+        function()
     held = peak = 0
-    for event in record.profiler.kineto_results.events():  # type: ignore[union-attr]
+    for event in record.profiler.kineto_results.events():
         if event.name() == "[memory]":
             held += event.nbytes()
             peak = max(peak, held)
-    del result
     return peak / MIB
+
+
+@contextlib.contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Drop what native code writes to the standard error of the process."""
+    sys.stderr.flush()
+    saved = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(nowhere)

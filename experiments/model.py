@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 from einops import rearrange
-from torch import Tensor, nn
-
-from sparse_flash import masks
 from sparse_flash.experiments.clock import AttentionClock
 from sparse_flash.experiments.config import ModelConfig
 from sparse_flash.masks import Mask
+from torch import Tensor, nn
+
+from sparse_flash import masks
 from sparse_flash.nn import SelfAttention
 
 
@@ -34,18 +34,20 @@ class EncoderAttention(SelfAttention):
         block: Granularity of the layout.
     """
 
+    angles: Tensor
+
     def __init__(self, config: ModelConfig, length: int, mask: Mask | None, block: int) -> None:
         layout = (masks.full() if mask is None else mask).layout(length, block=(block, block))
         super().__init__(config.dim, config.heads, mask=layout)
         self.sdpa = mask is None
         self.clock: AttentionClock | None = None
-        rotary = config.positions == "rotary"
-        angles = rotary_angles(length, config.dim // config.heads) if rotary else None
+        self.rotary = config.positions == "rotary"
+        angles = rotary_angles(length if self.rotary else 0, config.dim // config.heads)
         self.register_buffer("angles", angles, persistent=False)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, kv_lens: Tensor | None) -> Tensor:
         """Rotate, and attend; timed where a clock is set."""
-        if self.angles is not None:
+        if self.rotary:
             q, k = rotate(q, self.angles), rotate(k, self.angles)
         if self.clock is None:
             return self.core(q, k, v, kv_lens)
@@ -162,4 +164,4 @@ class Encoder(nn.Module):
     def set_clock(self, clock: AttentionClock | None) -> None:
         """Time attention with this clock from now on; None: no longer."""
         for layer in self.layers:
-            layer.attention.clock = clock  # type: ignore[union-attr, assignment]
+            layer.attention.clock = clock  # type: ignore[union-attr]

@@ -14,17 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from tqdm import tqdm
-
 from sparse_flash.experiments import checkpoint
 from sparse_flash.experiments.clock import AttentionClock
 from sparse_flash.experiments.config import RunConfig, TrainConfig
 from sparse_flash.experiments.data.dataset import Batch, Sampler, Split, Splits
 from sparse_flash.experiments.logger import Logger
-from sparse_flash.experiments.machine import PeakMemory, describe
+from sparse_flash.experiments.machine import describe, tensor_peak
 from sparse_flash.experiments.model import Encoder, mask_of
 from sparse_flash.masks.files import atomic_write
+from torch import Tensor, nn
+from tqdm import tqdm
 
 CHECKPOINT, RESULT = "checkpoint.pt", "result.json"
 
@@ -49,7 +48,9 @@ class _Progress:
     peak_mebibytes: float = 0.0
 
 
-def train(config: RunConfig, folder: Path, device: str = "auto", data: Splits | None = None) -> dict[str, Any]:
+def train(
+    config: RunConfig, folder: Path, device: str = "auto", data: Splits | None = None
+) -> dict[str, Any]:
     """Train as `config` says, logging to `folder`; resume where an earlier call stopped.
 
     Args:
@@ -90,7 +91,9 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {name}: no CUDA GPU can be used here; leave it at auto, or say cpu")
+        raise ValueError(
+            f"--device {name}: no CUDA GPU can be used here; leave it at auto, or say cpu"
+        )
     return device
 
 
@@ -113,7 +116,9 @@ class _Run:
         resumable = self._read_checkpoint()
         data = data or task.load()
         self.chance = data.test.most_frequent
-        self.train_split, self.val, self.test = (s.to(device) for s in (data.train, data.val, data.test))
+        self.train_split, self.val, self.test = (
+            s.to(device) for s in (data.train, data.val, data.test)
+        )
         self.sampler = Sampler(self.train_split, config.train.batch_size, config.seed)
         torch.manual_seed(config.seed)
         self.model = Encoder(
@@ -129,7 +134,7 @@ class _Run:
     def run(self) -> dict[str, Any]:
         """Train to the end, evaluate, and write the result."""
         train = self.config.train
-        with self.log, _stop_on_signals() as stop, PeakMemory(self.device) as memory:
+        with self.log, _stop_on_signals() as stop:
             if self.progress.step == 0:
                 self._describe()
             with tqdm(
@@ -139,7 +144,6 @@ class _Run:
                     self._step(bar)
                     step = self.progress.step
                     if step % train.eval_every == 0 or step == train.steps:
-                        self.progress.peak_mebibytes = memory.mebibytes
                         self._evaluate(bar)
                     if step % train.checkpoint_every == 0 or step == train.steps or stop:
                         self._save()
@@ -159,7 +163,7 @@ class _Run:
         lr = learning_rate(config, progress.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.compiled.train()
+        self.model.train()
         loss, correct = self._loss(batch)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -194,8 +198,8 @@ class _Run:
         if math.isfinite(loss.item()) and math.isfinite(norm.item()):
             return
         raise TrainingError(
-            f"{self.folder}: at step {self.progress.step} the loss is {loss.item()} and the norm of "
-            f"the gradient {norm.item()}. The last checkpoint is from before; try a lower --lr "
+            f"{self.folder}: at step {self.progress.step} the loss is {loss.item()} and the norm "
+            f"of the gradient {norm.item()}. The last checkpoint is from before; try a lower --lr "
             f"(now {self.config.train.lr}) or a longer --warmup."
         )
 
@@ -224,7 +228,6 @@ class _Run:
         self.log.scalars(values, progress.step)
         by_time = {f"by_training_second/{name}": v for name, v in values.items()}
         self.log.scalars(by_time, round(progress.seconds))
-        self.log.scalars({"speed/peak_memory_MiB": progress.peak_mebibytes}, progress.step)
         self.log.flush()
         bar.write(
             f"{self.folder.name}: step {progress.step}, {progress.seconds:.0f} s, "
@@ -234,7 +237,7 @@ class _Run:
     @torch.no_grad()
     def _measure(self, split: Split) -> tuple[float, float]:
         """Mean loss and accuracy over a split."""
-        self.compiled.eval()
+        self.model.eval()
         loss = correct = 0.0
         for batch in split.batches(2 * self.config.train.batch_size):
             mean, right = self._loss(batch)
@@ -272,11 +275,27 @@ class _Run:
         self.log.text("config", "\n".join(f"    {k} = {v!r}" for k, v in config.flat().items()))
         facts = describe(self.device).items()
         self.log.text("machine", "\n".join(f"    {name}: {value}" for name, value in facts))
+        self.progress.peak_mebibytes = self._step_memory()
+        self.log.scalars({"speed/peak_memory_MiB": self.progress.peak_mebibytes}, 0)
         mask = mask_of("dense" if config.attention == "sdpa" else config.attention)
         if mask is not None:
             layout = mask.layout(config.task.length, block=(config.block, config.block))
             title = f"{config.attention}\n{config.task.length} tokens, density {layout.density:.2%}"
             self.log.figure("mask", layout.plot(title=title))
+
+    def _step_memory(self) -> float:
+        """MiB that forward and backward take above the model; leaves no trace in the run."""
+        state = checkpoint.random_state()
+        batch = self.sampler.batch(0)
+
+        def forward_backward() -> None:
+            self._loss(batch)[0].backward()
+            self.optimizer.zero_grad(set_to_none=True)
+
+        self.model.train()
+        peak = tensor_peak(forward_backward, self.device)
+        checkpoint.restore_random_state(state)
+        return peak
 
     def _save(self) -> None:
         state = {
@@ -317,7 +336,10 @@ def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     matrices = {m.weight for m in model.modules() if isinstance(m, nn.Linear)}
     others = [p for p in model.parameters() if p not in matrices]
     groups = [
-        {"params": [p for p in model.parameters() if p in matrices], "weight_decay": config.weight_decay},
+        {
+            "params": [p for p in model.parameters() if p in matrices],
+            "weight_decay": config.weight_decay,
+        },
         {"params": others, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=config.lr)

@@ -1,4 +1,4 @@
-"""Bit tiles: one bit per (q, kv) element of a partial tile, and a dictionary of the distinct ones."""
+"""Bit tiles: a bit for each (q, kv) element of a partial tile; distinct tiles are kept once."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-# Multiplying eight 0/1 bytes by this gathers them, first byte lowest, in the top byte of the product.
+# Multiplying eight 0/1 bytes by this gathers them, the first lowest, in the product's top byte.
 _GATHER = 0x0102040810204080
 
 
@@ -39,7 +39,7 @@ def unpack(packed: Tensor, block_kv: int) -> Tensor:
 def deduplicate(packed: Tensor) -> tuple[Tensor, Tensor]:
     """Distinct tiles of uint8 `(n, r, c)`, and for each tile the index of its twin, int64 `(n,)`.
 
-    Tiles are compared by a 64-bit hash, and the result is then checked byte by byte, so it is exact.
+    Tiles are compared by a 64-bit hash, and the result is checked byte by byte: it is exact.
 
     >>> tiles = torch.tensor([[[7]], [[1]], [[7]]], dtype=torch.uint8)
     >>> distinct, index = deduplicate(tiles)
@@ -74,7 +74,7 @@ def count(packed: Tensor) -> Tensor:
     >>> count(torch.tensor([[[255, 1]], [[0, 0]]], dtype=torch.uint8))
     tensor([9, 0])
     """
-    # Sums of neighbouring bits, pairs and nibbles, in place of eight shifts (Hacker's Delight, 5-1).
+    # Sums of neighbouring bits, pairs, nibbles, not eight shifts (Warren, Hacker's Delight, 5-1).
     pairs = packed - ((packed >> 1) & 0x55)
     nibbles = (pairs & 0x33) + ((pairs >> 2) & 0x33)
     return ((nibbles + (nibbles >> 4)) & 0x0F).sum((1, 2))

@@ -1,4 +1,4 @@
-"""From predicates to tiles: classify blocks coarse to fine, evaluate elements only where unknown."""
+"""From predicates to tiles: classify coarse to fine, evaluate elements only where unknown."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
-from torch import Tensor
-
 from sparse_flash.masks import bits
 from sparse_flash.masks.exchange import Lengths
 from sparse_flash.masks.layout import FULL_TILE, BlockLayout
 from sparse_flash.masks.ternary import FULL, UNKNOWN, Blocks
+from torch import Tensor
 
 _FAN = 8  # an unknown square of blocks is split into _FAN x _FAN smaller ones
 
@@ -44,19 +43,22 @@ def build_layout(
         device: Where to compute, and where the arrays will live.
     """
     device = torch.device(device)
-    rows, cols, entries, packed = [], [], [], []
+    rows: list[Tensor] = []
+    cols: list[Tensor] = []
+    entries: list[Tensor] = []
+    packed: list[Tensor] = []
     num_bit_tiles, num_block_rows = 0, -(-lengths[0] // lengths[2][0])
     for number, predicate in enumerate(patterns):
         full, unknown = _classify(predicate, lengths, device)
-        parts = [(*full, torch.full_like(full[0], FULL_TILE), None)]
-        parts += _evaluate(predicate, *unknown, lengths)
-        for tile_rows, tile_cols, index, tiles in parts:
+        rows.append(full[0] + number * num_block_rows)
+        cols.append(full[1])
+        entries.append(torch.full_like(full[0], FULL_TILE))
+        for tile_rows, tile_cols, index, tiles in _evaluate(predicate, *unknown, lengths):
             rows.append(tile_rows + number * num_block_rows)
             cols.append(tile_cols)
-            entries.append(index if tiles is None else index + num_bit_tiles)
-            if tiles is not None:
-                packed.append(tiles)
-                num_bit_tiles += len(tiles)
+            entries.append(index + num_bit_tiles)
+            packed.append(tiles)
+            num_bit_tiles += len(tiles)
     none = torch.empty(0, lengths[2][0], -(-lengths[2][1] // 8), dtype=torch.uint8, device=device)
     return BlockLayout.from_tiles(
         lengths,
@@ -92,7 +94,9 @@ def _classify(predicate: Predicate, lengths: Lengths, device: torch.device) -> t
         side //= _FAN
 
 
-def _rectangles(cells: Cells, side: int, lengths: Lengths, chunk: int = 1 << 20) -> Iterator[Blocks]:
+def _rectangles(
+    cells: Cells, side: int, lengths: Lengths, chunk: int = 1 << 20
+) -> Iterator[Blocks]:
     """The index ranges of squares of `side` x `side` blocks; at least one (maybe empty) batch."""
     q_len, kv_len, (block_q, block_kv) = lengths
     for i in range(0, max(1, len(cells[0])), chunk):

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
-
 from sparse_flash.masks.bits import unpack
+from torch import Tensor
 
 if TYPE_CHECKING:
     from sparse_flash.masks.layout import BlockLayout
@@ -58,7 +57,8 @@ def _check_shapes(layout: BlockLayout) -> None:
     nq = layout.num_block_rows
     if crow.ndim != 2 or crow.shape[0] < 1 or crow.shape[1] != nq + 1:
         raise ValueError(
-            f"crow_indices must be (patterns, {nq + 1}) for {nq} block rows, got {tuple(crow.shape)}"
+            f"crow_indices must be (patterns, {nq + 1}) for {nq} block rows, "
+            f"got {tuple(crow.shape)}"
         )
     if layout.col_indices.ndim != 1 or layout.bit_tile_indices.shape != layout.col_indices.shape:
         raise ValueError(
@@ -70,8 +70,7 @@ def _check_shapes(layout: BlockLayout) -> None:
         raise ValueError(f"bit_tiles must be (n, {shape[0]}, {shape[1]}), got {tuple(tiles.shape)}")
     if layout.pattern_map.ndim != 2 or not layout.pattern_map.numel():
         raise ValueError(
-            "pattern_map must be (1 or batch, 1 or heads), got "
-            f"{tuple(layout.pattern_map.shape)}"
+            f"pattern_map must be (1 or batch, 1 or heads), got {tuple(layout.pattern_map.shape)}"
         )
 
 
@@ -83,7 +82,9 @@ def _check_rows(layout: BlockLayout) -> None:
             f"got {int(crow[0, 0])} to {int(crow[-1, -1])}"
         )
     if bool((crow.diff(dim=1) < 0).any()) or not torch.equal(crow[:-1, -1], crow[1:, 0]):
-        raise ValueError("crow_indices must not decrease, and each pattern starts where the last ended")
+        raise ValueError(
+            "crow_indices must not decrease, and each pattern starts where the last ended"
+        )
 
 
 def _check_columns(layout: BlockLayout) -> None:
@@ -125,7 +126,11 @@ def _check_bits(layout: BlockLayout) -> None:
     block_q, block_kv = layout.block
     entries = layout.bit_tile_indices.long()
     ends = (
-        ("q", layout.q_len % block_q, layout.tile_rows % layout.num_block_rows == layout.num_block_rows - 1),
+        (
+            "q",
+            layout.q_len % block_q,
+            layout.tile_rows % layout.num_block_rows == layout.num_block_rows - 1,
+        ),
         ("kv", layout.kv_len % block_kv, layout.col_indices == layout.num_block_cols - 1),
     )
     for name, rest, at_end in ends:
@@ -133,4 +138,6 @@ def _check_bits(layout: BlockLayout) -> None:
         tiles = unpack(layout.bit_tiles[used], block_kv)
         beyond = tiles[:, rest:] if name == "q" else tiles[:, :, rest:]
         if bool(beyond.any()):
-            raise ValueError(f"bit_tiles: a tile at the ragged {name} end allows elements beyond {name}_len")
+            raise ValueError(
+                f"bit_tiles: a tile at the ragged {name} end allows elements beyond {name}_len"
+            )

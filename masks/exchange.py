@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
-
 from sparse_flash.masks.files import atomic_write
+from torch import Tensor
 
 if TYPE_CHECKING:
     from scipy.sparse import bsr_array
@@ -25,12 +24,12 @@ def write_npz(path: str | os.PathLike[str], lengths: Lengths, arrays: dict[str, 
     """Write lengths and arrays to a compressed npz file, atomically."""
     q_len, kv_len, block = lengths
     content: dict[str, Any] = {name: array.cpu().numpy() for name, array in arrays.items()}
-    header = {"format": np.array(_FORMAT), "lengths": np.array([q_len, kv_len, *block])}
+    content |= {"format": np.array(_FORMAT), "lengths": np.array([q_len, kv_len, *block])}
     with atomic_write(path) as file:
-        np.savez_compressed(file, **header, **content)
+        np.savez_compressed(file, **content)
 
 
-def read_npz(path: str | os.PathLike[str], names: list[str]) -> tuple[Lengths, dict[str, Tensor]]:
+def read_npz(path: str | os.PathLike[str], names: list[str]) -> tuple[Lengths, dict[str, Any]]:
     """Read what `write_npz` wrote; ValueError where the file is another's, or damaged."""
     if not Path(path).exists():
         raise FileNotFoundError(f"no layout file at {path}")
@@ -48,9 +47,7 @@ def read_npz(path: str | os.PathLike[str], names: list[str]) -> tuple[Lengths, d
     return (q_len, kv_len, (block_q, block_kv)), arrays
 
 
-def to_bsr(
-    lengths: Lengths, crow_indices: Tensor, col_indices: Tensor, tiles: Tensor
-) -> bsr_array:
+def to_bsr(lengths: Lengths, crow_indices: Tensor, col_indices: Tensor, tiles: Tensor) -> bsr_array:
     """One pattern's tiles, bool `(n, block_q, block_kv)`, as a matrix padded to whole blocks."""
     from scipy.sparse import bsr_array
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import ClassVar, NoReturn
 
 import torch
-from torch import Tensor
-
 from sparse_flash.masks.mask import Extents, Mask, merge_extents, named, through
 from sparse_flash.masks.orders import TokenOrder
 from sparse_flash.masks.ternary import Blocks, Index
+from torch import Tensor
 
 
 @dataclass(frozen=True, repr=False)
@@ -22,6 +21,7 @@ class HeadMasks(Mask):
     `(1 or batch, 1 or heads, ...)`.
     """
 
+    by_head: ClassVar[bool] = True
     grid: tuple[tuple[Mask, ...], ...]
 
     @property
@@ -144,6 +144,8 @@ def per_batch(masks: Sequence[Mask]) -> HeadMasks:
         rows.append(mask.grid[0] if isinstance(mask, HeadMasks) else (mask,))
     heads = max((len(row) for row in rows), default=0)
     if not rows or any(len(row) not in (1, heads) for row in rows):
-        raise ValueError(f"per_batch needs entries of one number of heads, got {[len(r) for r in rows]}")
+        raise ValueError(
+            f"per_batch needs entries of one number of heads, got {[len(r) for r in rows]}"
+        )
     merge_extents("per_batch", tuple(m for row in rows for m in row))
     return HeadMasks(tuple(row * (heads // len(row)) for row in rows))

@@ -8,9 +8,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
-
 from sparse_flash.masks import bits, check, exchange, picture
+from torch import Tensor
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -166,7 +165,11 @@ class BlockLayout:
 
     def equal(self, other: BlockLayout) -> bool:
         """Whether both describe the same tiles with the same arrays, wherever they live."""
-        return (self.q_len, self.kv_len, self.block) == (other.q_len, other.kv_len, other.block) and all(
+        return (self.q_len, self.kv_len, self.block) == (
+            other.q_len,
+            other.kv_len,
+            other.block,
+        ) and all(
             torch.equal(a.cpu(), b.cpu())
             for a, b in zip(self.arrays().values(), other.arrays().values(), strict=True)
         )
@@ -179,8 +182,8 @@ class BlockLayout:
         """The same layout on another device; itself where it is already there."""
         if torch.empty(0, device=device).device == self.device:
             return self
-        arrays = {name: array.to(device) for name, array in self.arrays().items()}
-        return BlockLayout(self.q_len, self.kv_len, self.block, **arrays, validate=False)
+        arrays: dict[str, Any] = {n: array.to(device) for n, array in self.arrays().items()}
+        return BlockLayout(*self.lengths, **arrays, validate=False)
 
     def transpose(self) -> BlockLayout:
         """The layout with queries and keys exchanged.
@@ -306,8 +309,8 @@ class BlockLayout:
             TypeError: It is no scipy.sparse matrix or array.
 
         >>> import scipy.sparse
-        >>> BlockLayout.from_scipy(scipy.sparse.eye_array(256), block=(128, 128))
-        BlockLayout(256 x 256, block 128 x 128, 2 tiles, 2 partial, 1 bit tiles, density 0.00391, cpu)
+        >>> BlockLayout.from_scipy(scipy.sparse.eye_array(256)).num_bit_tiles
+        1
         """
         rows, cols, (q_len, kv_len) = exchange.elements(matrix)
         check.check_lengths(q_len, kv_len, block)
@@ -349,7 +352,9 @@ class BlockLayout:
             full = (entries < 0) | (bits.count(packed)[entries.clamp(min=0)] == area)
             entries = torch.where(full, FULL_TILE, entries)
         distinct, entries = _renumber(packed, entries)
-        starts = torch.searchsorted(rows, torch.arange((int(pattern_map.max()) + 1) * nq + 1, device=device))
+        starts = torch.searchsorted(
+            rows, torch.arange((int(pattern_map.max()) + 1) * nq + 1, device=device)
+        )
         first = torch.arange(int(pattern_map.max()) + 1, device=device)[:, None] * nq
         crow = starts[first + torch.arange(nq + 1, device=device)]
         arrays = (crow.int(), cols.int(), entries.int(), distinct, pattern_map)
@@ -360,9 +365,7 @@ class BlockLayout:
         exchange.write_npz(path, self.lengths, self.arrays())
 
     @classmethod
-    def load(
-        cls, path: str | os.PathLike[str], device: torch.device | str = "cpu"
-    ) -> BlockLayout:
+    def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> BlockLayout:
         """Read what `save` wrote, and validate it.
 
         Raises:

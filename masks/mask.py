@@ -9,15 +9,13 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, ClassVar, TypeVar, dataclass_transform
 
 import torch
-from torch import Tensor
-
 from sparse_flash.masks import build, check
 from sparse_flash.masks.reach import layers_to_reach
 from sparse_flash.masks.ternary import Blocks, Index, Truth
+from torch import Tensor
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
     from sparse_flash.masks.layout import BlockLayout
     from sparse_flash.masks.orders import TokenOrder
 
@@ -44,6 +42,8 @@ class Mask:
     >>> (mask & ~masks.causal())(q, kv).sum()
     tensor(5)
     """
+
+    by_head: ClassVar[bool] = False  # whether it is several masks, by batch entry and head
 
     def allowed(self, q: Index, kv: Index) -> Truth:
         """The rule: a bool tensor from index tensors, a Ternary from intervals."""
@@ -78,7 +78,7 @@ class Mask:
         raise TypeError("a mask has no truth value of its own: combine masks with |, & and ~")
 
     def through(self, order: TokenOrder) -> Mask:
-        """This mask, written for raster positions, on tokens that come in another order.
+        """The same mask, written for raster positions, on tokens that come in another order.
 
         >>> from sparse_flash import masks
         >>> masks.neighbourhood(4, 4, 1).through(masks.morton(4, 4))
@@ -263,21 +263,19 @@ def merge_extents(owner: object, masks: tuple[Mask, ...]) -> Extents:
     """The lengths that all masks agree on; ValueError where they do not."""
     merged = []
     for name, axis in (("q_len", 0), ("kv_len", 1)):
-        lengths = {m.extents()[axis] for m in masks} - {None}
+        lengths = {n for n in (m.extents()[axis] for m in masks) if n is not None}
         if len(lengths) > 1:
-            raise ValueError(f"masks made for different {name} {sorted(lengths)} in {owner!r}")  # type: ignore[type-var]
+            raise ValueError(f"masks made for different {name} {sorted(lengths)} in {owner!r}")
         merged.append(lengths.pop() if lengths else None)
     return merged[0], merged[1]
 
 
 def _combine(kind: type[_Combination], left: Mask, right: Mask) -> Mask:
-    if not isinstance(right, Mask):
-        return NotImplemented
-    if right.patterns()[1].numel() > 1:  # per-head masks know how to meet single ones
-        return getattr(right, "__ror__" if kind is Or else "__rand__")(left)
+    if not isinstance(right, Mask) or right.by_head:
+        return NotImplemented  # masks by head know how to meet others: Python asks them next
     parts: list[Mask] = []
     for mask in (left, right):
-        parts += mask.masks if type(mask) is kind else [mask]  # type: ignore[attr-defined]
+        parts += mask.masks if type(mask) is kind else [mask]
     unique = tuple(dict.fromkeys(parts))
     result = kind(unique) if len(unique) > 1 else unique[0]
     result.extents()

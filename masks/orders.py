@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch import Tensor
-
 from sparse_flash.masks.mask import named
 from sparse_flash.masks.tables import IndexTable
+from torch import Tensor
 
 
 @dataclass(frozen=True, repr=False)
@@ -50,7 +49,9 @@ class TokenOrder:
         """int64 `(height * width,)`: the raster index (row * width + column) of each token."""
         raster = torch.arange(len(self))
         key = {"raster": _raster_key, "morton": _morton_key, "hilbert": _hilbert_key}[self.name]
-        return torch.argsort(key(raster // self.width, raster % self.width, self.width), stable=True)
+        return torch.argsort(
+            key(raster // self.width, raster % self.width, self.width), stable=True
+        )
 
     @cached_property
     def inverse(self) -> Tensor:
@@ -88,8 +89,9 @@ def _hilbert_key(row: Tensor, col: Tensor, width: int) -> Tensor:
         right, low = (x & half) > 0, (y & half) > 0
         key += half * half * torch.where(right, torch.where(low, 2, 3), torch.where(low, 1, 0))
         flip = right & ~low
-        x, y = torch.where(flip, half - 1 - (x & (half - 1)), x & (half - 1)), torch.where(
-            flip, half - 1 - (y & (half - 1)), y & (half - 1)
+        x, y = (
+            torch.where(flip, half - 1 - (x & (half - 1)), x & (half - 1)),
+            torch.where(flip, half - 1 - (y & (half - 1)), y & (half - 1)),
         )
         x, y = torch.where(low, x, y), torch.where(low, y, x)
         half >>= 1
@@ -104,7 +106,7 @@ def raster(height: int, width: int) -> TokenOrder:
 
 @named
 def morton(height: int, width: int) -> TokenOrder:
-    """Z-order: by the interleaved bits of row and column; aligned runs of 4^k tokens are squares."""
+    """Z-order, by interleaving the bits of row and column: aligned runs of 4^k are squares."""
     return TokenOrder("morton", height, width)
 
 

@@ -56,7 +56,9 @@ class _Reader:
             self.refuse(f"more than {_MAX_DEPTH} levels of nesting")
         match node:
             case ast.BinOp(left, ast.BitOr() | ast.BitAnd() as op, right):
-                return self.combine(node, op, self.read(left, depth + 1), self.read(right, depth + 1))
+                return self.combine(
+                    node, op, self.read(left, depth + 1), self.read(right, depth + 1)
+                )
             case ast.UnaryOp(ast.Invert(), operand):
                 return ~self.mask(node, self.read(operand, depth + 1))
             case ast.UnaryOp(ast.USub(), ast.Constant(int() | float() as value)):
@@ -74,7 +76,9 @@ class _Reader:
             case ast.BoolOp() | ast.UnaryOp(ast.Not()):
                 return self.refuse("combine masks with |, & and ~, not with or, and, not")
         part = ast.get_source_segment(self.text.strip(), node) or type(node).__name__
-        return self.refuse(f"{_short(part)} is not allowed; known are names, calls, |, &, ~ and numbers")
+        return self.refuse(
+            f"{_short(part)} is not allowed; known are names, calls, |, &, ~ and numbers"
+        )
 
     def combine(self, node: ast.expr, op: ast.operator, left: Any, right: Any) -> Mask:
         left, right = self.mask(node, left), self.mask(node, right)
@@ -83,20 +87,26 @@ class _Reader:
     def mask(self, node: ast.expr, value: Any) -> Mask:
         if not isinstance(value, Mask):
             self.refuse(f"|, & and ~ take masks, got {value!r}")
-        return value  # type: ignore[no-any-return]
+        return value
 
     def call(
-        self, node: ast.Call, name: str, args: list[ast.expr], keywords: list[ast.keyword], depth: int
+        self,
+        node: ast.Call,
+        name: str,
+        args: list[ast.expr],
+        keywords: list[ast.keyword],
+        depth: int,
     ) -> Any:
         maker = self.maker(name)
         if any(k.arg is None for k in keywords) or any(isinstance(a, ast.Starred) for a in args):
             self.refuse("* and ** are not allowed")
         values = [self.read(a, depth) for a in args]
         named = {str(k.arg): self.read(k.value, depth) for k in keywords}
+        signature = inspect.signature(maker).replace(return_annotation=inspect.Signature.empty)
         try:
-            inspect.signature(maker).bind(*values, **named)
+            signature.bind(*values, **named)
         except TypeError as error:
-            self.refuse(f"{name}{inspect.signature(maker).replace(return_annotation=inspect.Signature.empty)}: {error}")
+            self.refuse(f"{name}{signature}: {error}")
         return maker(*values, **named)
 
     def maker(self, name: str) -> Callable[..., Any]:
@@ -105,7 +115,9 @@ class _Reader:
         if name in PATTERNS:
             return PATTERNS[name]
         close = difflib.get_close_matches(name, [p for p in PATTERNS if p != "custom"], 1, 0.5)
-        hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(sorted(PATTERNS))}"
+        hint = (
+            f"did you mean {close[0]!r}?" if close else f"known are {', '.join(sorted(PATTERNS))}"
+        )
         raise ValueError(f"unknown pattern {name!r} in {_short(self.text)}; {hint}")
 
     def refuse(self, reason: str) -> NoReturn:

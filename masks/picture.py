@@ -14,7 +14,7 @@ _SHADES = " ░▒▓█"
 
 
 def cell_size(length: int, block: int, size: int) -> int:
-    """Tokens per picture cell: a divisor or a multiple of `block`, so that about `size` cells result.
+    """Tokens per picture cell: a divisor or multiple of `block`, so that about `size` cells result.
 
     >>> cell_size(65536, 128, 256), cell_size(1024, 128, 256), cell_size(200, 128, 256)
     (256, 4, 1)
@@ -34,7 +34,12 @@ def areas(shape: tuple[int, int], cells: list[int]) -> Tensor:
 
 
 def accumulate(
-    grid: Tensor, cells: list[int], block: tuple[int, int], rows: Tensor, cols: Tensor, tiles: Tensor
+    grid: Tensor,
+    cells: list[int],
+    block: tuple[int, int],
+    rows: Tensor,
+    cols: Tensor,
+    tiles: Tensor,
 ) -> None:
     """Add the element counts of bool tiles `(n, block_q, block_kv)` to the cells they lie in."""
     inner = [min(c, b) for c, b in zip(cells, block, strict=True)]  # the part of a cell in one tile

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import torch
+from sparse_flash.masks.layout import BlockLayout
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sparse_flash.masks.layout import BlockLayout
-
 
 def layers_to_reach(layout: BlockLayout, chunk: int = 1024) -> int | None:
-    """The smallest L with (A or I)^L full, for a square layout of one pattern; None if there is none.
+    """The smallest L with (A or I)^L full, for a square layout of one pattern; None if none is.
 
     Works on `chunk` sources at a time: seen[i, j] says whether source j has influenced token i.
     """
     if layout.q_len != layout.kv_len:
-        raise ValueError(f"reach needs as many queries as keys, got {layout.q_len}, {layout.kv_len}")
+        raise ValueError(
+            f"reach needs as many queries as keys, got {layout.q_len}, {layout.kv_len}"
+        )
     tiles, rows, cols = layout.tiles().float(), layout.tile_rows, layout.col_indices.long()
     worst = 1
     for start in range(0, layout.q_len, chunk):

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-
 from sparse_flash.masks.ternary import Index, Indirect, Interval, RangeTable, Ternary
+from torch import Tensor
 
 
 class IndexTable:

@@ -141,7 +141,8 @@ class RangeTable:
 
     Memory: 2 n log2(n) integers. Source: Bender & Farach-Colton, The LCA Problem Revisited, 2000.
 
-    >>> bounds = RangeTable(torch.tensor([3, 1, 4, 1, 5])).bounds(torch.tensor([2]), torch.tensor([4]))
+    >>> table = RangeTable(torch.tensor([3, 1, 4, 1, 5]))
+    >>> bounds = table.bounds(torch.tensor([2]), torch.tensor([4]))
     >>> bounds.lo, bounds.hi
     (tensor([1]), tensor([5]))
     """

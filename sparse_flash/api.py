@@ -155,7 +155,9 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
+    return tuple(
+        t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors
+    )
 
 
 def _check_are_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -168,7 +170,8 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4 or 0 in x.shape:
             raise ValueError(
-                f"{name} must be (batch, sequence, heads, head_dim), all at least 1, got {tuple(x.shape)}"
+                f"{name} must be (batch, sequence, heads, head_dim), all at least 1, "
+                f"got {tuple(x.shape)}"
             )
         if x.dtype not in _DTYPES:
             allowed = ", ".join(str(d).removeprefix("torch.") for d in _DTYPES)
@@ -181,7 +184,8 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"k {tuple(k.shape)} and v {tuple(v.shape)} must have one shape")
     if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         raise ValueError(
-            f"q {tuple(q.shape)} and k {tuple(k.shape)} must agree in batch (first) and head_dim (last)"
+            f"q {tuple(q.shape)} and k {tuple(k.shape)} must agree in batch (first) "
+            "and head_dim (last)"
         )
     if q.shape[2] % k.shape[2]:
         raise ValueError(
@@ -208,11 +212,13 @@ def _check_layout(layout: BlockLayout, q: Tensor, k: Tensor) -> None:
     if (layout.q_len, layout.kv_len) != (q.shape[1], k.shape[1]):
         raise ValueError(
             f"the layout is for {layout.q_len} queries and {layout.kv_len} keys, "
-            f"but q has {q.shape[1]} and k {k.shape[1]}: build it with mask.layout({q.shape[1]}, {k.shape[1]})"
+            f"but q has {q.shape[1]} and k {k.shape[1]}: "
+            f"build it with mask.layout({q.shape[1]}, {k.shape[1]})"
         )
     if layout.device != q.device:
         raise ValueError(
-            f"the layout is on {layout.device}, but q is on {q.device}: use layout.to({str(q.device)!r})"
+            f"the layout is on {layout.device}, but q is on {q.device}: "
+            f"use layout.to({str(q.device)!r})"
         )
     for name, size, given in zip(
         ("batch entries", "heads"), layout.pattern_map.shape, (q.shape[0], q.shape[2]), strict=True
@@ -222,7 +228,11 @@ def _check_layout(layout: BlockLayout, q: Tensor, k: Tensor) -> None:
 
 
 def _check_kv_lens(kv_lens: Tensor, batch: int, kv_len: int) -> None:
-    if not isinstance(kv_lens, Tensor) or kv_lens.is_floating_point() or kv_lens.dtype == torch.bool:
+    if (
+        not isinstance(kv_lens, Tensor)
+        or kv_lens.is_floating_point()
+        or kv_lens.dtype == torch.bool
+    ):
         what = kv_lens.dtype if isinstance(kv_lens, Tensor) else type(kv_lens).__name__
         raise TypeError(f"kv_lens must be an int tensor of shape ({batch},), got {what}")
     if kv_lens.shape != (batch,):
@@ -231,4 +241,6 @@ def _check_kv_lens(kv_lens: Tensor, batch: int, kv_len: int) -> None:
         # Values on a GPU are not looked at: that would make the host wait. There they are clamped.
         low, high = int(kv_lens.min()), int(kv_lens.max())
         if low < 0 or high > kv_len:
-            raise ValueError(f"kv_lens must be in 0..{kv_len} (the number of keys), got {low}..{high}")
+            raise ValueError(
+                f"kv_lens must be in 0..{kv_len} (the number of keys), got {low}..{high}"
+            )

@@ -117,11 +117,11 @@ def _application() -> tyro.extras.SubcommandApp:
     """The tree of commands; every recipe is one, with its values as defaults."""
     app = tyro.extras.SubcommandApp()
     mask, train_, compare_ = (tyro.extras.SubcommandApp() for _ in range(3))
-    mask.command(show_mask, name="show")
+    mask.command(name="show")(show_mask)
     for name, run in recipes.RUNS.items():
-        train_.command(_trainer(name, run), name=name, help=run.__doc__)
+        train_.command(name=name, help=run.__doc__)(_trainer(name, run))
     for name, pair in recipes.COMPARISONS.items():
-        compare_.command(_comparer(name, pair), name=name, help=pair.__doc__)
+        compare_.command(name=name, help=pair.__doc__)(_comparer(name, pair))
     app.command(mask, name="mask", help="Look at masks.")
     app.command(train_, name="train", help="Train one model on a task.")
     app.command(compare_, name="compare", help="Compare kinds of attention on a task.")

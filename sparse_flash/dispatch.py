@@ -20,7 +20,9 @@ class Implementation:
     """
 
     name: str
-    attend: Callable[[Tensor, Tensor, Tensor, BlockLayout, Tensor | None, float, bool], tuple[Tensor, Tensor]]
+    attend: Callable[
+        [Tensor, Tensor, Tensor, BlockLayout, Tensor | None, float, bool], tuple[Tensor, Tensor]
+    ]
     why_not: Callable[[Tensor, Tensor, Tensor, BlockLayout], str | None]
 
 

@@ -59,7 +59,7 @@ class SelfAttention(nn.Module):
         return self.to_out(rearrange(out, "b s h d -> b s (h d)"))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, kv_lens: Tensor | None) -> Tensor:
-        """Attention itself, `(b, s, h, d)`: what a subclass changes, to rotate q and k for example."""
+        """Attention itself, `(b, s, h, d)`: for subclasses to change, to rotate q and k say."""
         return block_sparse_attention(q, k, v, self.mask, kv_lens=kv_lens)
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]

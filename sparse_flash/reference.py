@@ -75,7 +75,9 @@ class _Problem:
         self.limits = whole if kv_lens is None else kv_lens.to(device, torch.int64)
         self.shortest = int(self.limits.min())
         self.within = [torch.arange(block, device=device) for block in tiles.block]
-        full = torch.full_like(tiles.bit_tiles[:1], 255) if len(tiles.bit_tiles) else tiles.bit_tiles
+        full = (
+            torch.full_like(tiles.bit_tiles[:1], 255) if len(tiles.bit_tiles) else tiles.bit_tiles
+        )
         self.bit_tiles = torch.cat([tiles.bit_tiles, full])  # the last one: entry -1
 
     def parts(self) -> Iterator[_Part]:
@@ -83,7 +85,9 @@ class _Problem:
         t = self.tiles
         chunk = max(1, _chunk(self.q) // (t.block[0] * t.block[1]))  # in tiles
         owners = t.pattern_map.expand(self.batch, self.heads)
-        owners = owners.masked_fill(self.limits[:, None] == 0, -1).flatten()  # without keys: no work
+        owners = owners.masked_fill(
+            self.limits[:, None] == 0, -1
+        ).flatten()  # without keys: no work
         cols, entries = t.col_indices.long(), t.bit_tile_indices.long()
         for pattern, starts in enumerate(t.crow_indices.cpu().long()):
             mine = (owners == pattern).nonzero().squeeze(1)
@@ -114,7 +118,7 @@ class _Problem:
         return [self._take(x, index, len(self.within[0])) for x in tensors]
 
     def keys(self, part: _Part, *tensors: Tensor) -> list[Tensor]:
-        """The part's keys of tensors of tokens `(b * kv_len * h_kv, d)`: `(n * r, c * block_kv, d)`."""
+        """The part's keys of tensors `(b * kv_len * h_kv, d)`: `(n * r, c * block_kv, d)`."""
         token = (part.cols[..., None] * self.tiles.block[1] + self.within[1]).flatten(1)
         if self._beyond(part):
             token = torch.minimum(token, self.limits[part.batch] - 1)
@@ -162,7 +166,7 @@ def _chunk(q: Tensor) -> int:
     """
     if q.device.type != "cpu":
         return 1 << 26
-    return 1 << 19 if q.numel() <= 1 << 20 else max(1 << 17, q.numel() // 16)
+    return 1 << 19 if q.numel() <= 1 << 20 else max(1 << 16, q.numel() // 20)
 
 
 def _bias(forbidden: Tensor, dtype: torch.dtype) -> Tensor:
@@ -201,7 +205,8 @@ def _forward(problem: _Problem, q: Tensor) -> tuple[Tensor, Tensor]:
         (queries,), (keys, values) = p.rows(part, p.q), p.keys(part, p.k, p.v)
         logits = p.logits(part, queries, keys)
         if part.first:
-            top, total = torch.full_like(logits[:, :, 0], -torch.inf), 0
+            top = torch.full_like(logits[:, :, 0], -torch.inf)
+            total = torch.zeros_like(top)
             acc = torch.zeros_like(queries)
         new = torch.maximum(top, logits.amax(2))
         shift = new.masked_fill(new == -torch.inf, 0)  # a row without keys yet: 2^-inf, not NaN
@@ -231,16 +236,17 @@ def _backward(
     dq, dk, dv = (_new_blocks(x, block) for x, block in zip(likes, blocks, strict=True))
 
     def accumulate(part: _Part) -> None:  # a function of its own, so that temporaries end with it
-        """P = exp(S - lse): dV = P^T dO, dS = scale P * (dO V^T - delta), dQ = dS K, dK = dS^T Q."""
+        """P = exp(S - lse), dV = P^T dO, dS = P (dO V^T - delta) scale, dQ = dS K, dK = dS^T Q."""
         queries, grad, top, d = p.rows(part, p.q, dout, lse, delta)
-        (keys,) = p.keys(part, p.k)
         beyond = part.rows * block_q + p.within[0] >= p.q_len  # repetitions of the last row
         top = top.view(-1, *beyond.shape, 1).masked_fill_(beyond[..., None], torch.inf).view_as(top)
-        weights = p.logits(part, queries, keys).sub_(top).exp2_()
+        weights = p.logits(part, queries, *p.keys(part, p.k)).sub_(top).exp2_()
         _add(dv, p.col_index(part), torch.bmm(weights.transpose(1, 2), grad), deterministic)
-        dots = torch.bmm(grad, p.keys(part, p.v)[0].transpose(1, 2))
+        (values,) = p.keys(part, p.v)
+        dots = torch.bmm(grad, values.transpose(1, 2))
         ds = dots.sub_(d).mul_(weights).mul_(p.scale)
-        del weights
+        del weights, values
+        (keys,) = p.keys(part, p.k)  # gathered twice rather than held
         _add(dq, p.row_index(part), torch.bmm(ds, keys), deterministic)
         _add(dk, p.col_index(part), torch.bmm(ds.transpose(1, 2), queries), deterministic)
 
@@ -274,7 +280,21 @@ def reference_forward(
     deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse); the layout comes as its arrays and its block."""
-    problem = _Problem(q, k, v, _Tiles(crow_indices, col_indices, bit_tile_indices, bit_tiles, pattern_map, (block[0], block[1])), kv_lens, softmax_scale)
+    problem = _Problem(
+        q,
+        k,
+        v,
+        _Tiles(
+            crow_indices,
+            col_indices,
+            bit_tile_indices,
+            bit_tiles,
+            pattern_map,
+            (block[0], block[1]),
+        ),
+        kv_lens,
+        softmax_scale,
+    )
     with torch.autocast(q.device.type, enabled=False):  # the precision here is ours to choose
         out, lse = _forward(problem, q)
     b, s, h, _ = q.shape
@@ -307,15 +327,29 @@ def reference_backward(
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv), from the gradients of out and lse."""
-    problem = _Problem(q, k, v, _Tiles(crow_indices, col_indices, bit_tile_indices, bit_tiles, pattern_map, (block[0], block[1])), kv_lens, softmax_scale)
+    problem = _Problem(
+        q,
+        k,
+        v,
+        _Tiles(
+            crow_indices,
+            col_indices,
+            bit_tile_indices,
+            bit_tiles,
+            pattern_map,
+            (block[0], block[1]),
+        ),
+        kv_lens,
+        softmax_scale,
+    )
     delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
     if dlse is not None:
         delta -= dlse.transpose(1, 2)
     top = torch.mul(lse.transpose(1, 2), _LOG2_E, out=torch.empty_like(delta))
     top.masked_fill_(top == -torch.inf, torch.inf)  # rows without keys: P = 2^(S - inf) = 0
-    by_token = (_tokens(x) for x in (dout, top[..., None], delta[..., None]))
+    rows = (_tokens(dout), _tokens(top[..., None]), _tokens(delta[..., None]))
     with torch.autocast(q.device.type, enabled=False):
-        grads = _backward(problem, (q, k, v), *by_token, deterministic)
+        grads = _backward(problem, (q, k, v), *rows, deterministic)
     return tuple(_joined(g, x) for g, x in zip(grads, (q, k, v), strict=True))  # type: ignore[return-value]
 
 

@@ -16,7 +16,7 @@ def dense_attention(
     logits = torch.einsum("bqhd,bkhd->bhqk", q, k) * scale
     logits = logits.masked_fill(~allowed, -torch.inf)
     some = allowed.any(-1)
-    # Rows without keys would be 0/0, also in the gradients: give them logits, then blank the result.
+    # Rows without keys would be 0/0, in the gradients too: give them logits, then blank the result
     lse = logits.masked_fill(~some[..., None], 0).logsumexp(-1)
     weights = (logits - lse[..., None]).exp()
     out = torch.einsum("bhqk,bkhd->bqhd", weights, v)

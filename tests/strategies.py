@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
 from hypothesis import strategies as st
+from sparse_flash.masks import Mask
 
 from sparse_flash import masks
-from sparse_flash.masks import Mask
 
 small = st.integers(1, 40)
 
@@ -48,13 +49,15 @@ PREDICATES = {3: lambda q, kv: (q - kv) % 3 != 1, 5: lambda q, kv: (q * kv) % 5 
 @st.composite
 def square_patterns(draw, length: int) -> Mask:
     """Patterns made for exactly `length` tokens."""
-    kind = draw(st.sampled_from(["documents", "table", "blocks", "scipy", "rows", "bigbird", "image"]))
+    kind = draw(
+        st.sampled_from(["documents", "table", "blocks", "scipy", "rows", "bigbird", "image"])
+    )
     seed = draw(st.integers(0, 99))
     generator = torch.Generator().manual_seed(seed)
     if kind == "documents":
         cuts = sorted(draw(st.sets(st.integers(1, length - 1), max_size=4))) if length > 1 else []
         edges = [0, *cuts, length]
-        return masks.documents(tuple(b - a for a, b in zip(edges, edges[1:], strict=False)))
+        return masks.documents(tuple(b - a for a, b in itertools.pairwise(edges)))
     if kind in ("table", "scipy"):
         table = torch.rand(length, length, generator=generator) < draw(st.floats(0, 1))
         if kind == "table":
@@ -118,7 +121,9 @@ def settings_(draw, max_length: int = 150, heads: bool = False) -> Setting:
     if heads:
         others = draw(st.lists(compositions(leaves), min_size=1, max_size=2))
         mask = masks.per_head([mask, others[0], others[-1], mask])
-    block = draw(st.sampled_from([(16, 16), (32, 16), (8, 24), (5, 7), (64, 64), (128, 128), (1, 3)]))
+    block = draw(
+        st.sampled_from([(16, 16), (32, 16), (8, 24), (5, 7), (64, 64), (128, 128), (1, 3)])
+    )
     return Setting(mask, q_len, kv_len, block)
 
 
@@ -169,4 +174,6 @@ def problems(draw, max_length: int = 150, dims=(1, 4, 8)) -> Problem:
     heads = 4 if per_head else kv_heads * draw(st.sampled_from([1, 2]))
     batch = draw(st.integers(1, 3))
     lens = draw(st.none() | st.tuples(*[st.integers(0, setting.kv_len)] * batch))
-    return Problem(setting, batch, heads, kv_heads, draw(st.sampled_from(dims)), lens, draw(st.integers(0, 9)))
+    return Problem(
+        setting, batch, heads, kv_heads, draw(st.sampled_from(dims)), lens, draw(st.integers(0, 9))
+    )

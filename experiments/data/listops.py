@@ -14,9 +14,8 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
-from tqdm import tqdm
-
 from sparse_flash.experiments.data.dataset import Split, Splits
+from tqdm import tqdm
 
 OPERATORS = ("MIN", "MAX", "MED", "SM")
 PAD, CLOSE = 0, 15  # 1..10 are the digits, 11..14 the operators
@@ -135,8 +134,8 @@ def text(tokens: list[int]) -> str:
 
 def _chunk(task: ListOps, number: int) -> list[tuple[bytes, int]]:
     """The `number`-th batch of examples: tokens and value, of acceptable length."""
-    rng = random.Random(f"listops {task.seed} {number}")  # noqa: S311 - no cryptography
-    examples = []
+    rng = random.Random(f"listops {task.seed} {number}")
+    examples: list[tuple[bytes, int]] = []
     while len(examples) < _CHUNK:
         tokens: list[int] = []
         value = tree(rng, task, tokens)
@@ -172,7 +171,9 @@ def generate(task: ListOps, workers: int | None = None) -> Splits:
             if len(seen) >= total:
                 break
             if fruitless >= 20:
-                raise ValueError(f"only {len(seen)} different sequences of {total} exist for {task}")
+                raise ValueError(
+                    f"only {len(seen)} different sequences of {total} exist for {task}"
+                )
     examples = list(seen.items())[:total]
     ends = (task.train, task.train + task.val, total)
     train, val, test = (

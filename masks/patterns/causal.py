@@ -27,5 +27,5 @@ class causal(Pattern):
         integer("causal", "offset", self.offset, None)
 
     def allowed(self, q: Index, kv: Index) -> Truth:
-        """kv <= q + offset."""
+        """Kv <= q + offset."""
         return kv <= q + self.offset

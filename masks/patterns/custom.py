@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
-
 from sparse_flash.masks.mask import Mask, pattern
 from sparse_flash.masks.ternary import UNKNOWN, Index, Interval, Ternary, Truth
+from torch import Tensor
 
 
 @pattern
 class custom(Mask):
-    """allowed(q, kv) = fn(q, kv), for any fn from broadcasting int64 index tensors to a bool tensor.
+    """allowed(q, kv) = fn(q, kv), any fn from broadcasting int64 index tensors to a bool tensor.
 
     Every tile is evaluated element by element, in chunks: exact, memory in proportion to the tiles
     kept. Two customs are equal if their functions are the same object.

@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import cached_property
 
 import torch
-
 from sparse_flash.masks.mask import Extents, Pattern, pattern
 from sparse_flash.masks.patterns.arguments import integer, normalise, sizes
 from sparse_flash.masks.tables import IndexTable

@@ -10,14 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.nn.functional import pad
-
 from sparse_flash.masks import exchange
 from sparse_flash.masks.mask import Extents, Mask, Pattern, named, pattern
 from sparse_flash.masks.patterns.arguments import integer, normalise
 from sparse_flash.masks.tables import RectangleTable
 from sparse_flash.masks.ternary import Index, Interval, Truth
+from torch import Tensor
+from torch.nn.functional import pad
 
 _TEXT_LIMIT = 1 << 20  # bytes of data beyond which a repr abbreviates
 
@@ -39,7 +38,9 @@ class _Data:
         rows, cols = self.shape
         if self.content.nbytes > _TEXT_LIMIT:
             return f"<{rows} x {cols}, sha256 {self.digest[:12]}>"
-        return repr(f"{rows}x{cols}:{base64.b64encode(zlib.compress(self.content)).decode()}")
+        return repr(
+            f"{rows}x{cols}:{base64.b64encode(zlib.compress(self.content.tobytes())).decode()}"
+        )
 
     @classmethod
     def from_text(cls, name: str, text: str, dtype: type[np.generic]) -> _Data:
@@ -87,7 +88,9 @@ class from_blocks(Pattern):
             if length is None:
                 normalise(self, **{name: count * self.block})
             elif -(-integer("from_blocks", name, length) // self.block) != count:
-                raise ValueError(f"from_blocks: {name}={length} is not {count} blocks of {self.block}")
+                raise ValueError(
+                    f"from_blocks: {name}={length} is not {count} blocks of {self.block}"
+                )
 
     def __repr__(self) -> str:
         rows, cols = self.table.shape
@@ -203,13 +206,16 @@ def _bits(name: str, table: Any) -> _Data:
     if isinstance(table, str):
         data = _Data.from_text(name, table, np.uint8)
         if data.content.nbytes != -(-data.shape[0] * data.shape[1] // 8):
-            raise ValueError(f"{name}: the text holds {data.content.nbytes} bytes, not a {data.shape} table")
+            raise ValueError(
+                f"{name}: the text holds {data.content.nbytes} bytes, not a {data.shape} table"
+            )
         return data
     if isinstance(table, Tensor):
         table = table.detach().cpu().numpy()
     array = np.asarray(table)
     if array.ndim != 2 or not array.size or array.dtype.kind not in "buif":
         raise ValueError(
-            f"{name}: the table must be two-dimensional bools, got shape {array.shape} of {array.dtype}"
+            f"{name}: the table must be two-dimensional bools, "
+            f"got shape {array.shape} of {array.dtype}"
         )
     return _Data((array.shape[0], array.shape[1]), np.packbits(array != 0))

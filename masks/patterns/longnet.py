@@ -9,7 +9,7 @@ from sparse_flash.masks.ternary import Index, Truth
 
 @pattern
 class longnet(Pattern):
-    """allowed(q, kv) = for some (w, r): same segment of w tokens, and both at offset modulo r in it.
+    """allowed(q, kv) = for some (w, r): same segment of w tokens, both at offset modulo r in it.
 
     Source: Ding et al., LongNet: Scaling Transformers to 1,000,000,000 Tokens (2023), section 3.1.
     Heads may take different offsets: `per_head([longnet(w, r, offset=h) for h in range(r)])`.

@@ -24,7 +24,12 @@ def longformer(window: int = 256, n_global: int = 1) -> Mask:
 
 @named
 def bigbird(
-    length: int, block: int = 64, window: int = 3, n_global: int = 2, n_random: int = 3, seed: int = 0
+    length: int,
+    block: int = 64,
+    window: int = 3,
+    n_global: int = 2,
+    n_random: int = 3,
+    seed: int = 0,
 ) -> Mask:
     """A window of `window` blocks, `n_global` global blocks, `n_random` random blocks a row.
 

@@ -6,12 +6,11 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from torch import Tensor
-
 from sparse_flash.masks.mask import Extents, Pattern, pattern
 from sparse_flash.masks.patterns.arguments import integer
 from sparse_flash.masks.tables import IndexTable
 from sparse_flash.masks.ternary import Index, Interval, Ternary, Truth
+from torch import Tensor
 
 _RESOLUTION = 1 << 24  # a density is a multiple of 2^-24
 

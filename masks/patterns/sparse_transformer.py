@@ -13,7 +13,8 @@ class strided(Pattern):
     """allowed(q, kv) = |q - kv| < stride or (q - kv) % stride == 0.
 
     Source: Child et al., Generating Long Sequences with Sparse Transformers (2019), section 4.2,
-    both heads of the strided pattern together. Density for n tokens: about 2 stride / n + 1 / stride.
+    both heads of the strided pattern together.
+    Density for n tokens: about 2 stride / n + 1 / stride.
     Reach: 2.
 
     >>> strided(16).reach(256)

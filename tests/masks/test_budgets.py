@@ -16,7 +16,7 @@ from sparse_flash import masks
 from sparse_flash.experiments.machine import PeakMemory
 mask = {mask}
 mask.layout(1024)
-with PeakMemory("cpu") as memory:
+with PeakMemory() as memory:
     start = time.perf_counter()
     layout = mask.layout({length})
     seconds = time.perf_counter() - start
@@ -34,7 +34,9 @@ CUSTOM = "masks.custom(lambda q, kv: (q * 7 + kv * kv) % 5 != 1)"
 )
 def test_layouts_stay_within_budget(mask, length, seconds, mebibytes):
     script = SCRIPT.format(mask=mask, length=length)
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
     took, used, bit_tiles, tiles = json.loads(done.stdout.splitlines()[-1])
     print(f"{mask} at {length}: {took:.2f} s, {used:.0f} MiB, {tiles} tiles, {bit_tiles} bit tiles")
     assert took <= seconds

@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-
-from sparse_flash import masks
 from sparse_flash.masks import BlockLayout
 from sparse_flash.masks.ternary import EMPTY, FULL, Blocks
+
+from sparse_flash import masks
 from tests.strategies import any_length_patterns, settings_, square_patterns
 
 
@@ -80,7 +80,9 @@ def test_save_load_and_scipy(setting):
     exact = matrix.tocsr()[: setting.q_len, : setting.kv_len]
     back = BlockLayout.from_scipy(exact, setting.block)
     assert torch.equal(back.to_dense(), layout.to_dense())
-    assert torch.equal(torch.from_numpy(matrix.toarray())[: setting.q_len, : setting.kv_len], layout.to_dense())
+    assert torch.equal(
+        torch.from_numpy(matrix.toarray())[: setting.q_len, : setting.kv_len], layout.to_dense()
+    )
 
 
 @given(settings_())
@@ -88,7 +90,9 @@ def test_coverage_counts_every_element_once(setting):
     layout = setting.mask.layout(setting.q_len, setting.kv_len, setting.block)
     for size in (4, 33, 300):
         grid = layout.coverage(size)
-        cell = [-(-n // g) for n, g in zip((setting.q_len, setting.kv_len), grid.shape, strict=True)]
+        cell = [
+            -(-n // g) for n, g in zip((setting.q_len, setting.kv_len), grid.shape, strict=True)
+        ]
         assert bool((grid >= 0).all())
         assert bool((grid <= 1).all())
         truth = layout.to_dense()

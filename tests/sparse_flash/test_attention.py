@@ -31,9 +31,13 @@ def run(problem, dtype, device, **options):
 
 
 def check(problem, dtype, device, tolerance, **options):
-    for name, a, b in zip(("out", "lse", "dq", "dk", "dv"), *run(problem, dtype, device, **options), strict=True):
+    for name, a, b in zip(
+        ("out", "lse", "dq", "dk", "dv"), *run(problem, dtype, device, **options), strict=True
+    ):
         assert a.dtype == (dtype if name != "lse" else torch.promote_types(dtype, torch.float32))
-        torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            a.double(), b, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -60,7 +64,9 @@ def test_deterministic_mode_is_exact_too(problem, device):
 def test_long_rows_are_walked_in_slices():
     """More tiles in a row than one chunk holds: the online softmax joins the slices."""
     torch.manual_seed(0)
-    q, k, v = (torch.randn(1, s, 1, 4, dtype=torch.float64, requires_grad=True) for s in (130, 9000, 9000))
+    q, k, v = (
+        torch.randn(1, s, 1, 4, dtype=torch.float64, requires_grad=True) for s in (130, 9000, 9000)
+    )
     mask = masks.sinks(8500) | masks.local(3)
     out, lse = block_sparse_attention(q, k, v, mask, return_lse=True)
     ref = dense_attention(q, k, v, mask(torch.arange(130)[:, None], torch.arange(9000))[None, None])
@@ -72,7 +78,9 @@ def test_long_rows_are_walked_in_slices():
 def make(b=1, s=40, h=2, d=4, kv_len=None, kv_heads=None, **options):
     options = {"dtype": torch.float64, **options}
     q = torch.randn(b, s, h, d, requires_grad=True, **options)
-    return q, *(torch.randn(b, kv_len or s, kv_heads or h, d, requires_grad=True, **options) for _ in "kv")
+    return q, *(
+        torch.randn(b, kv_len or s, kv_heads or h, d, requires_grad=True, **options) for _ in "kv"
+    )
 
 
 def test_all_true_equals_sdpa():
@@ -89,7 +97,9 @@ def test_gradcheck():
     lens = torch.tensor([11, 6])
 
     def attend(q, k, v):
-        return block_sparse_attention(q, k, v, layout, kv_lens=lens, return_lse=True, softmax_scale=0.7)
+        return block_sparse_attention(
+            q, k, v, layout, kv_lens=lens, return_lse=True, softmax_scale=0.7
+        )
 
     assert torch.autograd.gradcheck(attend, (q, k, v), fast_mode=False)
 
@@ -135,7 +145,9 @@ def test_strided_inputs_and_gradients():
     for x in (q, k, v), heads_first:
         out = block_sparse_attention(*x, masks.local(9))
         (grad,) = torch.autograd.grad(out, base, torch.ones(()).double().expand(out.shape))
-        torch.testing.assert_close(out, block_sparse_attention(*(y.contiguous() for y in x), masks.local(9)))
+        torch.testing.assert_close(
+            out, block_sparse_attention(*(y.contiguous() for y in x), masks.local(9))
+        )
         assert grad.isfinite().all()
 
 
@@ -160,7 +172,9 @@ def test_layouts_of_masks_are_cached(monkeypatch):
     monkeypatch.setattr(api, "_layouts", api._Layouts(most=2))
     built = []
     layout = masks.Mask.layout
-    monkeypatch.setattr(masks.Mask, "layout", lambda m, *a, **o: built.append(m) or layout(m, *a, **o))
+    monkeypatch.setattr(
+        masks.Mask, "layout", lambda m, *a, **o: built.append(m) or layout(m, *a, **o)
+    )
     q, k, v = make(s=48)
     a, b, c = masks.local(5) | masks.sinks(1), masks.causal(), masks.full()
     for mask in (a, b, masks.local(5) | masks.sinks(1), c, a, b):
@@ -188,7 +202,11 @@ X = torch.randn(2, 32, 4, 8)
         ({"v": X[..., :4]}, ValueError, "must have one shape"),
         ({"k": X[..., :4], "v": X[..., :4]}, ValueError, "agree in batch .* and head_dim"),
         ({"k": X[:1], "v": X[:1]}, ValueError, "agree in batch"),
-        ({"k": X[:, :, :3], "v": X[:, :, :3]}, ValueError, "4 query heads must be a multiple of the 3"),
+        (
+            {"k": X[:, :, :3], "v": X[:, :, :3]},
+            ValueError,
+            "4 query heads must be a multiple of the 3",
+        ),
         ({"q": X.to("meta")}, ValueError, "k is on cpu, but q is on meta"),
         ({"mask": "causal"}, TypeError, "masks.parse makes one from text"),
         ({"mask": masks.causal().layout(32, 31)}, ValueError, "32 queries and 31 keys"),
@@ -213,11 +231,11 @@ def test_bad_input(changes, error, words):
 @pytest.mark.gpu
 def test_layout_on_another_device():
     q, k, v = make(device="cuda")
-    with pytest.raises(ValueError, match="the layout is on cpu, but q is on cuda:0: use layout.to"):
+    with pytest.raises(ValueError, match=r"on cpu, but q is on cuda:0: use layout\.to"):
         block_sparse_attention(q, k, v, masks.causal().layout(40))
 
 
 def test_layout_on_another_device_without_a_gpu():
     q, k, v = (torch.empty(1, 32, 2, 8, device="meta") for _ in range(3))
-    with pytest.raises(ValueError, match="the layout is on cpu, but q is on meta: use layout.to"):
+    with pytest.raises(ValueError, match=r"on cpu, but q is on meta: use layout\.to"):
         block_sparse_attention(q, k, v, masks.causal().layout(32))

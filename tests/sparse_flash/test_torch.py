@@ -124,7 +124,7 @@ def test_faster_and_smaller_than_dense(two_threads):
     """s = 8192, 4 heads, d 64, density 5 %: at least 4 times faster than SDPA, in less memory."""
     import time
 
-    from sparse_flash.experiments.machine import allocated_peak
+    from sparse_flash.experiments.machine import tensor_peak
 
     s = 8192
     q, k, v = (torch.randn(1, s, 4, 64, requires_grad=True) for _ in range(3))
@@ -136,7 +136,9 @@ def test_faster_and_smaller_than_dense(two_threads):
         return torch.autograd.grad(block_sparse_attention(q, k, v, layout), (q, k, v), grad)
 
     def dense():
-        out = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)))
+        out = torch.nn.functional.scaled_dot_product_attention(
+            *(x.transpose(1, 2) for x in (q, k, v))
+        )
         return torch.autograd.grad(out.transpose(1, 2), (q, k, v), grad)
 
     def seconds(f):
@@ -148,7 +150,7 @@ def test_faster_and_smaller_than_dense(two_threads):
     # Interleaved, so that other work on the machine slows both; the best of each counts.
     times = [(seconds(sparse), seconds(dense)) for _ in range(4)]
     ours, theirs = (min(t) for t in zip(*times, strict=True))
-    peaks = allocated_peak(sparse), allocated_peak(dense)
+    peaks = tensor_peak(sparse), tensor_peak(dense)
     print(f"sparse {ours:.3f} s, dense {theirs:.3f} s; MiB {peaks[0]:.1f}, {peaks[1]:.1f}")
     assert theirs >= 4 * ours
     assert peaks[0] < peaks[1]
