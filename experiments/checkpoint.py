@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import pickle
 import random
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,10 @@ def load(path: Path) -> dict[str, Any]:
     data = content[header + digest :]
     if hashlib.sha256(data).digest() != content[header : header + digest]:
         raise CheckpointError(f"{path} is damaged (its checksum does not match): {way_out}")
-    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    try:
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}): {way_out}") from error
 
 
 def random_state() -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import statistics
@@ -106,5 +107,8 @@ def _row(attention: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _slug(attention: str) -> str:
-    """A folder name: the letters and digits of the mask, short."""
-    return re.sub(r"[^A-Za-z0-9]+", "_", attention).strip("_")[:60]
+    """A folder name: the letters and digits of the mask, and a digest of all of it."""
+    if attention.isalnum():
+        return attention
+    words = re.sub(r"[^A-Za-z0-9]+", "_", attention).strip("_")[:50]
+    return f"{words}-{hashlib.sha256(attention.encode()).hexdigest()[:6]}"

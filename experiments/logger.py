@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -18,35 +19,49 @@ class LogError(OSError):
     """The log folder cannot be written."""
 
 
+Record = tuple[str, float, int, float]  # tag, value, step, wall time in seconds since 1970
+
+
 class Logger:
     """Writes events of one run into its folder.
 
     Args:
-        folder: The run's folder; made if missing.
-        first_step: Events of this step and later, left by an interrupted run, are dropped.
+        folder: The run's folder; made if missing. Events of an earlier process are replaced by
+            what `history` holds: what was logged after the last checkpoint is logged anew.
+        history: The scalars of the run so far.
 
     Raises:
         LogError: The folder cannot be made or written.
     """
 
-    def __init__(self, folder: Path, first_step: int = 0) -> None:
+    def __init__(self, folder: Path, history: Sequence[Record] = ()) -> None:
         self.folder = folder
+        self.history: list[Record] = []
         try:
             folder.mkdir(parents=True, exist_ok=True)
             probe = folder / ".writable"
             probe.write_bytes(b"x")
             probe.unlink()
+            for old in folder.glob("events.out.tfevents.*"):
+                old.unlink()
         except OSError as error:
             raise LogError(
                 f"cannot write to the log folder {folder} ({error.strerror}): "
                 "choose another with --out"
             ) from error
-        self.writer = SummaryWriter(str(folder), purge_step=first_step or None)
+        self.writer = SummaryWriter(str(folder))
+        for tag, value, step, wall_time in history:
+            self._scalar((tag, value, step, wall_time))
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Record numbers at a step."""
-        for name, value in values.items():
-            self.writer.add_scalar(name, value, step)
+        now = time.time()
+        for tag, value in values.items():
+            self._scalar((tag, float(value), step, now))
+
+    def _scalar(self, record: Record) -> None:
+        self.writer.add_scalar(*record)
+        self.history.append(record)
 
     def figure(self, name: str, figure: Figure) -> None:
         """Record a picture, once for the run."""

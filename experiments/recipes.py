@@ -32,7 +32,7 @@ def listops_short() -> RunConfig:
         block=32,
         model=ModelConfig(dim=64, heads=2, layers=2, ffn=128, pooling="max", dropout=0.0),
         train=TrainConfig(
-            steps=250,
+            steps=200,
             batch_size=16,
             lr=3e-3,
             warmup=40,

@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -129,23 +130,28 @@ class _Run:
         self.progress = _Progress()
         if resumable is not None:
             self._restore(resumable)
-        self.log = Logger(folder, first_step=self.progress.step)
+        self.log = Logger(folder, [tuple(r) for r in resumable["history"]] if resumable else ())
 
     def run(self) -> dict[str, Any]:
         """Train to the end, evaluate, and write the result."""
         train = self.config.train
         with self.log, _stop_on_signals() as stop:
-            if self.progress.step == 0:
-                self._describe()
+            self._describe()
             with tqdm(
-                total=train.steps, initial=self.progress.step, desc=self.folder.name, unit="step"
+                total=train.steps,
+                initial=self.progress.step,
+                desc=self.folder.name,
+                unit="step",
+                mininterval=0.1 if sys.stderr.isatty() else 30,  # a log file wants fewer lines
             ) as bar:
                 while self.progress.step < train.steps:
                     self._step(bar)
                     step = self.progress.step
                     if step % train.eval_every == 0 or step == train.steps:
+                        self._check()
                         self._evaluate(bar)
                     if step % train.checkpoint_every == 0 or step == train.steps or stop:
+                        self._check()
                         self._save()
                     if stop:
                         raise Interrupted(f"stopped at step {step}; run the same command to resume")
@@ -169,13 +175,14 @@ class _Run:
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
         self.optimizer.step()
+        self.latest = loss.detach(), norm
         seconds = self._now(wait=logged) - start
         progress.step += 1
         progress.seconds += seconds
         progress.tokens += batch.tokens.numel()
         bar.update()
         if logged or progress.step == config.steps:
-            self._check(loss, norm)
+            self._check()
             self.model.set_clock(None)
             if clock is not None:
                 progress.attention_share = clock.milliseconds() / (1000 * seconds)
@@ -193,13 +200,14 @@ class _Run:
         loss = nn.functional.cross_entropy(logits.float(), batch.labels)
         return loss, logits.argmax(-1) == batch.labels
 
-    def _check(self, loss: Tensor, norm: Tensor) -> None:
+    def _check(self) -> None:
         """Stop early where going on would only waste time, before a checkpoint could keep it."""
-        if math.isfinite(loss.item()) and math.isfinite(norm.item()):
+        loss, norm = (value.item() for value in self.latest)
+        if math.isfinite(loss) and math.isfinite(norm):
             return
         raise TrainingError(
-            f"{self.folder}: at step {self.progress.step} the loss is {loss.item()} and the norm "
-            f"of the gradient {norm.item()}. The last checkpoint is from before; try a lower --lr "
+            f"{self.folder}: at step {self.progress.step} the loss is {loss} and the norm "
+            f"of the gradient {norm}. The last checkpoint is from before; try a lower --lr "
             f"(now {self.config.train.lr}) or a longer --warmup."
         )
 
@@ -275,8 +283,9 @@ class _Run:
         self.log.text("config", "\n".join(f"    {k} = {v!r}" for k, v in config.flat().items()))
         facts = describe(self.device).items()
         self.log.text("machine", "\n".join(f"    {name}: {value}" for name, value in facts))
-        self.progress.peak_mebibytes = self._step_memory()
-        self.log.scalars({"speed/peak_memory_MiB": self.progress.peak_mebibytes}, 0)
+        if self.progress.step == 0:
+            self.progress.peak_mebibytes = self._step_memory()
+            self.log.scalars({"speed/peak_memory_MiB": self.progress.peak_mebibytes}, 0)
         mask = mask_of("dense" if config.attention == "sdpa" else config.attention)
         if mask is not None:
             layout = mask.layout(config.task.length, block=(config.block, config.block))
@@ -304,8 +313,8 @@ class _Run:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "random": checkpoint.random_state(),
+            "history": [list(record) for record in self.log.history],
         }
-        self.log.flush()
         checkpoint.save(self.folder / CHECKPOINT, state)
 
     def _read_checkpoint(self) -> dict[str, Any] | None:

@@ -63,6 +63,8 @@ class _Reader:
                 return ~self.mask(node, self.read(operand, depth + 1))
             case ast.UnaryOp(ast.USub(), ast.Constant(int() | float() as value)):
                 return -value
+            case ast.Constant(bool()):
+                return self.refuse("True and False are no arguments of masks")
             case ast.Constant(int() | float() | str() | None as value):
                 return value
             case ast.Tuple(items) | ast.List(items):

@@ -33,8 +33,9 @@ class sinks(Pattern):
     Source: Xiao et al., Efficient Streaming Language Models with Attention Sinks (2023).
     Density for s tokens: n / s. Reach: never (None) alone, sinks see only themselves.
 
-    >>> (sinks(4) | local((1023, 0))).density(4096)
-    0.2196502685546875
+    >>> from sparse_flash import masks
+    >>> (sinks(4) | masks.local((1023, 0))).density(4096)
+    0.219512939453125
     """
 
     n: int

@@ -14,6 +14,7 @@ class dilated(Pattern):
     Density for n tokens, far from the ends: (left + 1 + right) / n. Reach: never (None) for
     dilation > 1 alone: tokens of different remainder never meet.
 
+    >>> import torch
     >>> dilated(2, 4)(torch.tensor(100), torch.arange(90, 111)).nonzero().flatten() + 90
     tensor([ 92,  96, 100, 104, 108])
     """

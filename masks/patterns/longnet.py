@@ -16,7 +16,7 @@ class longnet(Pattern):
     Density for n tokens, before overlaps: sum of w / (n r^2). Reach: computed.
 
     >>> longnet((64, 256), (1, 4)).density(1024)
-    0.0732421875
+    0.07421875
     """
 
     segments: int | tuple[int, ...]

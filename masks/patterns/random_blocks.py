@@ -20,6 +20,7 @@ class random_blocks(Pattern):
     """allowed(q, kv) = hash(seed, q // block, kv // block) < keep: each block by a coin of its own.
 
     Fits any length; the same block is decided alike at all lengths.
+    Source: Zaheer et al., Big Bird (2020), section 2 (random attention), by independent coins.
     Density: `keep` in expectation. Reach: computed.
 
     >>> round(random_blocks(0.25, block=64).density(8192), 2)

@@ -1,0 +1,249 @@
+"""The comparison: table, files, resumption; and TensorBoard shows it in a browser."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from sparse_flash.experiments import compare as module
+from sparse_flash.experiments.compare import compare, markdown
+from sparse_flash.experiments.config import compared
+
+from sparse_flash import cli
+
+SPARSE = "local(6) | global_tokens(2)"
+
+
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory):
+    from sparse_flash.experiments.config import ModelConfig, RunConfig, TrainConfig
+
+    from tests.experiments.conftest import TINY
+
+    run = RunConfig(
+        task=TINY,
+        block=16,
+        model=ModelConfig(dim=16, heads=2, layers=1, ffn=32),
+        train=TrainConfig(steps=12, batch_size=8, eval_every=4, log_every=2, checkpoint_every=4),
+    )
+    config = replace(compared(run, "sdpa", "dense", SPARSE), seeds=(0, 1))
+    folder = tmp_path_factory.mktemp("comparison")
+    return config, folder, compare(config, folder, "cpu")
+
+
+def test_report(comparison):
+    _, folder, report = comparison
+    assert [row["attention"] for row in report["rows"]] == ["sdpa", "dense", SPARSE]
+    assert len(report["runs"]) == 6
+    assert report["rows"][0]["speedup"] == 1
+    assert report["rows"][2]["density"] < 0.5
+    # Dense by SDPA and by our own path are the same function: the same numbers, up to rounding.
+    for seed in range(2):
+        losses = [report["runs"][3 * seed + i]["metrics"]["test_loss"] for i in range(2)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    saved = json.loads((folder / "comparison.json").read_text())
+    assert saved == report
+    assert saved["machine"]["cpu"]
+    text = (folder / "comparison.md").read_text()
+    assert text == markdown(report)
+    assert "local(6) \\| global_tokens(2)" in text
+    assert text.count(" ± ") == 3
+    assert report["machine"]["torch"] in text
+
+
+def test_finished_runs_are_not_trained_again(comparison, monkeypatch):
+    config, folder, report = comparison
+    trained = []
+    original = module.train
+    monkeypatch.setattr(
+        module, "train", lambda run, *rest: trained.append(run.attention) or original(run, *rest)
+    )
+    (folder / "dense-seed1" / "result.json").unlink()
+    again = compare(config, folder, "cpu")
+    assert len(trained) == 6
+    assert again["rows"][0] == report["rows"][0]
+    assert again["rows"][1]["test_loss"] == report["rows"][1]["test_loss"]
+
+
+def test_different_masks_never_share_a_folder():
+    names = {
+        module._slug(a) for a in ("local(1)", "local((1, 1))", "~local(1)", "local(1) | full()")
+    }
+    assert len(names) == 4
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not (shutil.which("chromium") and shutil.which("chromedriver")),
+    reason="no chromium and chromedriver on this machine",
+)
+def test_tensorboard_shows_the_comparison_in_a_browser(comparison, tmp_path):
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    _, folder, _ = comparison
+    port = free_port()
+    board = Path(sys.executable).parent / "tensorboard"
+    server = subprocess.Popen(
+        [str(board), "--logdir", str(folder), "--port", str(port), "--host", "127.0.0.1"],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium")
+    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic",
+                 "--no-first-run",
+                 "--disable-background-networking", "--disable-component-update", "--disable-sync",
+                 "--disable-dev-shm-usage", "--window-size=1600,1400",
+                 f"--user-data-dir={tmp_path / 'profile'}"):  # fmt: skip
+        options.add_argument(flag)
+    browser = None
+    try:
+        wait_until(lambda: reachable(f"http://127.0.0.1:{port}/"), 60)
+        wait_until(lambda: len(runs(port)) == 6, 60)
+        browser = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
+        for page, words in (
+            (
+                "timeseries",
+                ["eval/accuracy", "speed/attention_share", "final/test_accuracy", "mask"],
+            ),
+            ("images", ["mask"]),
+            ("hparams", ["attention", "final/test_accuracy", "sdpa", "global_tokens"]),
+        ):
+            browser.get(f"http://127.0.0.1:{port}/#{page}")
+            missing = [
+                w for w in words if not wait_until(lambda w=w: w in everything(browser), 40, False)
+            ]
+            browser.save_screenshot(str(tmp_path / f"{page}.png"))
+            assert not missing, f"{page} does not show {missing}; see {tmp_path}/{page}.png"
+        browser.get(f"http://127.0.0.1:{port}/#images")
+        assert wait_until(lambda: loaded_pictures(browser), 40, False), "no picture was drawn"
+    finally:
+        if browser is not None:
+            browser.quit()
+        server.terminate()
+        server.wait(20)
+
+
+EVERYTHING = """
+const texts = [];
+const walk = (node) => {
+  if (node.shadowRoot) walk(node.shadowRoot);
+  for (const child of node.childNodes) {
+    if (child.nodeType === 3) texts.push(child.textContent);
+    else if (!['SCRIPT', 'STYLE'].includes(child.nodeName)) walk(child);
+  }
+};
+walk(document.body);
+return texts.join('');
+"""
+PICTURES = """
+const found = [];
+const walk = (node) => {
+  if (node.nodeName === 'IMG' && node.naturalWidth > 100) found.push(node.src);
+  if (node.shadowRoot) walk(node.shadowRoot);
+  for (const child of node.children || []) walk(child);
+};
+walk(document.body);
+return found;
+"""
+
+
+def everything(browser):
+    """All text of the page, that of web components included, without any space."""
+    return "".join(browser.execute_script(EVERYTHING).split())
+
+
+def loaded_pictures(browser):
+    return [src for src in browser.execute_script(PICTURES) if "plugin" in src]
+
+
+def reachable(url):
+    try:
+        return urllib.request.urlopen(url, timeout=5).status == 200
+    except OSError:
+        return False
+
+
+def runs(port):
+    return json.loads(
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/data/runs", timeout=10).read()
+    )
+
+
+def wait_until(condition, seconds, must=True):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(0.25)
+    assert not must, f"{condition} did not come true in {seconds} s"
+    return False
+
+
+def test_command_line_mask(capsys, tmp_path):
+    spec = "local(256) | global_tokens(64) | butterfly(128)"
+    assert (
+        cli.main(["mask", "show", spec, "--length", "8192", "--png", str(tmp_path / "m.png")]) == 0
+    )
+    output = capsys.readouterr().out
+    assert "density" in output
+    assert "█" in output
+    assert (tmp_path / "m.png").exists()
+    assert cli.main(["mask", "show", "lokal(3)"]) == 1
+    assert "did you mean 'local'?" in capsys.readouterr().err
+    assert cli.main(["mask", "show", "causal()", "--length", "0"]) == 1
+    assert "q_len must be in 1.." in capsys.readouterr().err
+
+
+def test_command_line_train_and_compare(capsys, tmp_path):
+    small = ["--task.train", "60", "--task.val", "20", "--task.test", "20", "--task.max-length",
+             "40",
+             "--task.min-length", "4", "--task.max-depth", "4", "--train.steps", "4",
+             "--train.batch-size", "4", "--model.dim", "8", "--model.layers", "1"]  # fmt: skip
+    out = str(tmp_path / "run")
+    assert (
+        cli.main(["train", "listops-short", "--attention", "local(5)", "--out", out, *small]) == 0
+    )
+    assert "test_accuracy" in capsys.readouterr().out
+    assert (
+        cli.main(["train", "listops-short", "--attention", "local(6)", "--out", out, *small]) == 1
+    )
+    assert "other settings (different: attention)" in capsys.readouterr().err
+    out = str(tmp_path / "compare")
+    assert (
+        cli.main(
+            ["compare", "listops-short", "--out", out, *small, "--attentions", "sdpa", "local(5)"]
+        )
+        == 0
+    )
+    output = capsys.readouterr().out
+    assert "| attention " in output
+    assert "tensorboard --logdir" in output
+    assert cli.main(["compare", "listops-short", "--out", out, "--attentions", "sdpa", "sdpa"]) == 1
+    assert "different values" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [[], ["mask"], ["mask", "show"], ["train"], ["train", "listops"], ["compare", "listops"]],
+)
+def test_help_suffices(words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*words, "--help"])
+    assert stop.value.code == 0
+    output = capsys.readouterr().out
+    assert "usage: sparse-flash" in output

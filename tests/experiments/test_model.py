@@ -1,0 +1,76 @@
+"""The encoder: variants agree, padding has no influence, pooling and positions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from sparse_flash.experiments.clock import AttentionClock
+from sparse_flash.experiments.config import ModelConfig
+from sparse_flash.experiments.model import Encoder, rotary_angles, rotate
+
+
+def make(attention="dense", **changes):
+    torch.manual_seed(0)
+    config = ModelConfig(
+        **{"dim": 16, "heads": 2, "layers": 2, "ffn": 32, "dropout": 0.0, **changes}
+    )
+    return Encoder(config, 16, 10, 40, attention, block=16)
+
+
+TOKENS = torch.randint(1, 16, (3, 40), generator=torch.Generator().manual_seed(0))
+LENGTHS = torch.tensor([40, 13, 1])
+
+
+@pytest.mark.parametrize("pooling", ["mean", "max", "cls"])
+@pytest.mark.parametrize("positions", ["learned", "rotary"])
+def test_dense_variants_agree(pooling, positions):
+    variants = [
+        make(attention, pooling=pooling, positions=positions)(TOKENS, LENGTHS)
+        for attention in ("sdpa", "dense", "local(100)")
+    ]
+    torch.testing.assert_close(variants[0], variants[1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(variants[1], variants[2])
+    assert not torch.allclose(make("local(2)", pooling=pooling)(TOKENS, LENGTHS), variants[0])
+
+
+@pytest.mark.parametrize("pooling", ["mean", "max", "cls"])
+@pytest.mark.parametrize("attention", ["sdpa", "local(5) | sinks(2)"])
+def test_padding_has_no_influence(pooling, attention):
+    model = make(attention, pooling=pooling)
+    other = TOKENS.clone()
+    other[1, 13:] = 0
+    other[2, 1:] = 7
+    torch.testing.assert_close(model(TOKENS, LENGTHS), model(other, LENGTHS))
+
+
+def test_rotary_positions_are_relative():
+    q, k = torch.randn(2, 1, 30, 1, 8, dtype=torch.float64)
+    angles = rotary_angles(60, 8).double()
+    scores = [
+        torch.einsum("bqhd,bkhd->qk", rotate(q, a), rotate(k, a))
+        for a in (angles[:30], angles[17:47])
+    ]
+    torch.testing.assert_close(*scores, rtol=1e-5, atol=1e-6)
+
+
+def test_the_clock_sees_attention_forward_and_backward():
+    model = make("local(5)")
+    clock = AttentionClock(torch.device("cpu"))
+    model.set_clock(clock)
+    model(TOKENS, LENGTHS).sum().backward()
+    assert len(clock.starts) == len(clock.ends) == 4  # 2 layers, forward and backward
+    assert clock.milliseconds() > 0
+    grads = [p.grad.clone() for p in model.parameters()]
+    model.set_clock(None)
+    model.zero_grad()
+    model(TOKENS, LENGTHS).sum().backward()
+    assert all(torch.equal(a, p.grad) for a, p in zip(grads, model.parameters(), strict=True))
+
+
+def test_bad_sizes():
+    with pytest.raises(ValueError, match="multiple of heads"):
+        ModelConfig(dim=10, heads=4)
+    with pytest.raises(ValueError, match="even head_dim"):
+        ModelConfig(dim=9, heads=3, positions="rotary")
+    with pytest.raises(ValueError, match="unknown pattern"):
+        make("lokal(3)")

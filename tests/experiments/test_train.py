@@ -1,0 +1,324 @@
+"""Training: learns, logs, resumes to the same numbers, stops clearly."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from sparse_flash.experiments import checkpoint
+from sparse_flash.experiments.checkpoint import CheckpointError
+from sparse_flash.experiments.logger import LogError
+from sparse_flash.experiments.train import (
+    CHECKPOINT,
+    Interrupted,
+    TrainingError,
+    _Run,
+    learning_rate,
+    pick_device,
+    train,
+)
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+# The child of the tests that kill: one thread, so that it computes exactly what this process does.
+CHILD = """
+import sys, torch
+from pathlib import Path
+torch.set_num_threads(1)
+from tests.experiments.test_train import slow_config
+from sparse_flash.experiments.train import Interrupted, train
+try:
+    train(slow_config(), Path(sys.argv[1]), "cpu")
+except Interrupted as stop:
+    print(stop)
+    sys.exit(143)
+"""
+
+
+def slow_config():
+    from sparse_flash.experiments.config import ModelConfig, RunConfig, TrainConfig
+
+    from tests.experiments.conftest import TINY
+
+    return RunConfig(
+        task=TINY,
+        attention="local(6)",
+        block=16,
+        model=ModelConfig(dim=16, heads=2, layers=2, ffn=32),
+        train=TrainConfig(steps=120, batch_size=8, eval_every=40, log_every=1, checkpoint_every=5),
+    )
+
+
+@contextlib.contextmanager
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def weights(folder):
+    return checkpoint.load(folder / CHECKPOINT)["model"]
+
+
+def scalars(folder, tag):
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    return [(e.step, e.value) for e in events.Scalars(tag)]
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_run_learns_and_logs(tiny_config, tiny_data, tmp_path):
+    config = replace(
+        tiny_config, train=replace(tiny_config.train, steps=160, lr=1e-2, batch_size=16)
+    )
+    result = train(config, tmp_path, "cpu", tiny_data)
+    losses = [value for _, value in scalars(tmp_path, "train/loss")]
+    assert sum(losses[-5:]) / 5 < losses[0] - 0.2
+    assert result == json.loads((tmp_path / "result.json").read_text())
+    metrics = result["metrics"]
+    assert metrics["test_accuracy"] > 0
+    assert 0 < metrics["attention_share"] < 1
+    assert metrics["peak_memory_MiB"] > 0
+    assert 0 < metrics["density"] < 1
+    assert result["machine"]["torch"] == torch.__version__
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    tags = events.Tags()
+    for tag in ("eval/accuracy", "eval/loss", "by_training_second/eval/accuracy", "train/lr",
+                "speed/tokens_per_second", "speed/attention_share", "speed/peak_memory_MiB",
+                "final/test_accuracy"):  # fmt: skip
+        assert tag in tags["scalars"], tag
+    assert "mask" in tags["images"]
+    assert "config/text_summary" in tags["tensors"]
+    assert [step for step, _ in scalars(tmp_path, "eval/loss")] == list(range(8, 161, 8))
+    again = train(config, tmp_path, "cpu", tiny_data)  # it is finished: nothing is trained again
+    assert again == result
+
+
+def test_resuming_gives_the_same_numbers(tiny_config, tiny_data, tmp_path, monkeypatch):
+    whole = train(tiny_config, tmp_path / "whole", "cpu", tiny_data)
+    # Interrupt after step 15, when the last checkpoint is that of step 12.
+    step = _Run._step
+
+    def crash(self, bar):
+        if self.progress.step == 15:
+            raise MemoryError("crash")
+        step(self, bar)
+
+    monkeypatch.setattr(_Run, "_step", crash)
+    with pytest.raises(MemoryError):
+        train(tiny_config, tmp_path / "parts", "cpu", tiny_data)
+    monkeypatch.setattr(_Run, "_step", step)
+    torch.manual_seed(999)  # whatever happened in between
+    parts = train(tiny_config, tmp_path / "parts", "cpu", tiny_data)
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+    for name in ("test_accuracy", "test_loss", "best_eval_accuracy"):
+        assert whole["metrics"][name] == parts["metrics"][name]
+    for tag in ("train/loss", "eval/accuracy"):
+        assert scalars(tmp_path / "whole", tag) == scalars(tmp_path / "parts", tag)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143)])
+def test_killed_runs_resume_to_the_same_numbers(number, code, tmp_path):
+    config = slow_config()
+    with one_thread():
+        whole = train(config, tmp_path / "whole", "cpu")
+        folder = tmp_path / "killed"
+        child = subprocess.Popen(
+            [sys.executable, "-c", CHILD, str(folder)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        deadline = time.monotonic() + 120
+        while not (folder / CHECKPOINT).exists():
+            assert child.poll() is None, "the child ended by itself"
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        os.kill(child.pid, number)
+        output = child.communicate(timeout=60)[0].decode()
+        assert child.returncode == code
+        reached = checkpoint.load(folder / CHECKPOINT)["progress"]["step"]
+        assert 0 < reached < config.train.steps
+        if number == signal.SIGTERM:
+            assert f"stopped at step {reached}; run the same command to resume" in output
+        assert not (folder / "result.json").exists()
+        resumed = train(config, folder, "cpu")
+    assert same(weights(tmp_path / "whole"), weights(folder))
+    assert whole["metrics"]["test_loss"] == resumed["metrics"]["test_loss"]
+    assert not [p for p in folder.iterdir() if p.name.startswith(".")], "no half-written files"
+
+
+def test_sigterm_saves_and_stops(tiny_config, tiny_data, tmp_path, monkeypatch):
+    step = _Run._step
+
+    def terminate(self, bar):
+        step(self, bar)
+        if self.progress.step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(_Run, "_step", terminate)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Interrupted, match="stopped at step 5"):
+        train(tiny_config, tmp_path, "cpu", tiny_data)
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert checkpoint.load(tmp_path / CHECKPOINT)["progress"]["step"] == 5
+
+
+def test_nan_stops_the_run_and_spares_the_checkpoint(tiny_config, tiny_data, tmp_path, monkeypatch):
+    step = _Run._step
+
+    def poison(self, bar):
+        if self.progress.step == 13:
+            with torch.no_grad():
+                self.model.head.weight[0, 0] = torch.nan
+        step(self, bar)
+
+    monkeypatch.setattr(_Run, "_step", poison)
+    with pytest.raises(TrainingError, match=r"at step 16 the loss is nan.* lower --lr"):
+        train(tiny_config, tmp_path, "cpu", tiny_data)
+    kept = checkpoint.load(tmp_path / CHECKPOINT)
+    assert kept["progress"]["step"] == 12
+    assert all(w.isfinite().all() for w in kept["model"].values())
+
+
+def test_a_checkpoint_is_never_taken_of_nan(tiny_config, tiny_data, tmp_path, monkeypatch):
+    """Also where checkpoints are more frequent than logged steps."""
+    config = replace(
+        tiny_config, train=replace(tiny_config.train, checkpoint_every=1, log_every=24)
+    )
+    step = _Run._step
+
+    def poison(self, bar):
+        if self.progress.step == 3:
+            with torch.no_grad():
+                self.model.head.weight[0, 0] = torch.nan
+        step(self, bar)
+
+    monkeypatch.setattr(_Run, "_step", poison)
+    with pytest.raises(TrainingError):
+        train(config, tmp_path, "cpu", tiny_data)
+    assert checkpoint.load(tmp_path / CHECKPOINT)["progress"]["step"] == 3
+
+
+def test_foreign_and_damaged_checkpoints(tiny_config, tiny_data, tmp_path):
+    train(tiny_config, tmp_path, "cpu", tiny_data)
+    path = tmp_path / CHECKPOINT
+    good = path.read_bytes()
+    (tmp_path / "result.json").unlink()
+    for bad, words in [
+        (b"", "no checkpoint of sparse_flash"),
+        (b"PK\x03\x04 something else", "no checkpoint of sparse_flash"),
+        (good[:-100], "is damaged"),
+        (good[:5000] + bytes([good[5000] ^ 1]) + good[5001:], "is damaged"),
+    ]:
+        path.write_bytes(bad)
+        with pytest.raises(CheckpointError, match=words):
+            train(tiny_config, tmp_path, "cpu", tiny_data)
+        assert path.read_bytes() == bad, "nothing is overwritten"
+    path.write_bytes(good)
+    other = replace(tiny_config, seed=1)
+    with pytest.raises(CheckpointError, match=r"other settings \(different: seed\)"):
+        train(other, tmp_path, "cpu", tiny_data)
+    assert train(tiny_config, tmp_path, "cpu", tiny_data)["metrics"]["step_ms"] > 0
+
+
+def test_checkpoints_do_not_run_code(tmp_path):
+    import hashlib
+    import io
+
+    class Bomb:
+        def __reduce__(self):
+            return (os.system, ("touch " + str(tmp_path / "exploded"),))
+
+    buffer = io.BytesIO()
+    torch.save({"model": Bomb()}, buffer)
+    data = buffer.getvalue()
+    path = tmp_path / "bomb.pt"
+    path.write_bytes(checkpoint._MAGIC + hashlib.sha256(data).digest() + data)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        checkpoint.load(path)
+    assert not (tmp_path / "exploded").exists()
+
+
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+import torch
+from sparse_flash.experiments import checkpoint
+path = Path(sys.argv[1])
+checkpoint.save(path, {"value": torch.arange(10)})
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # no file grows beyond this
+try:
+    checkpoint.save(path, {"value": torch.zeros(1_000_000)})
+except OSError as error:
+    print(error)
+"""
+
+
+def test_full_disk_keeps_the_old_checkpoint(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(path)], capture_output=True, text=True, check=True
+    )
+    assert "could not write" in done.stdout
+    assert "what was there is kept" in done.stdout
+    assert checkpoint.load(path)["value"].tolist() == list(range(10))
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_unwritable_log_folder(tiny_config, tiny_data, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(LogError, match="cannot write to the log folder .* --out"):
+        train(tiny_config, tmp_path / "file" / "run", "cpu", tiny_data)
+
+
+def test_learning_rate(tiny_config):
+    config = replace(tiny_config.train, steps=100, warmup=10, lr=1.0)
+    rates = [learning_rate(config, s) for s in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == rates[9] == rates[10] == 1.0
+    assert rates[55] == pytest.approx(0.5)
+    assert rates[-1] < 1e-3
+    assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
+
+
+def test_compiled_training(tiny_config, tiny_data, tmp_path):
+    config = replace(tiny_config, train=replace(tiny_config.train, steps=6, compile=True))
+    eager = replace(tiny_config, train=replace(tiny_config.train, steps=6))
+    eager_dropless, compiled_dropless = (
+        replace(c, model=replace(c.model, dropout=0.0)) for c in (eager, config)
+    )
+    torch._dynamo.reset()
+    a = train(compiled_dropless, tmp_path / "compiled", "cpu", tiny_data)
+    b = train(eager_dropless, tmp_path / "eager", "cpu", tiny_data)
+    assert a["metrics"]["test_loss"] == pytest.approx(b["metrics"]["test_loss"], rel=1e-3)
+
+
+def test_devices():
+    assert pick_device("cpu").type == "cpu"
+    if not torch.cuda.is_available():
+        assert pick_device("auto").type == "cpu"
+        with pytest.raises(ValueError, match="no CUDA GPU can be used here"):
+            pick_device("cuda")
+
+
+@pytest.mark.gpu
+def test_training_on_a_gpu(tiny_config, tiny_data, tmp_path):
+    for attention in ("sdpa", "dense", tiny_config.attention):
+        config = replace(tiny_config, attention=attention)
+        result = train(config, tmp_path / attention[:4], "cuda", tiny_data)
+        assert 0 < result["metrics"]["attention_share"] < 1
+        assert result["metrics"]["test_loss"] < 3

@@ -1,0 +1,27 @@
+"""The gate to the CuTe DSL."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+
+import pytest
+from sparse_flash.kernels import DSL_VERSION, why_no_dsl
+
+
+def test_versions(monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: f"{DSL_VERSION}.1")
+    assert why_no_dsl() is None
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: "3.9.0")
+    assert "is 3.9.0, but the kernels need" in why_no_dsl()
+
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    assert "not installed: pip install" in why_no_dsl()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the DSL is a dependency on Linux alone")
+def test_the_pinned_version_is_installed():
+    assert why_no_dsl() is None
