@@ -125,7 +125,7 @@ def _evaluate(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Chunks of nonempty tiles: block rows, block columns, index of the bit tile, bit tiles."""
     q_len, kv_len, (block_q, block_kv) = lengths
-    chunk = max(1, (1 << (24 if rows.is_cuda else 20)) // (block_q * block_kv))
+    chunk = max(1, (1 << (22 if rows.is_cuda else 20)) // (block_q * block_kv))
     within_q = torch.arange(block_q, device=rows.device)[:, None]
     within_kv = torch.arange(block_kv, device=rows.device)
     ragged = bool(q_len % block_q or kv_len % block_kv)

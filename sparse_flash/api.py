@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sparse_flash.dispatch import choose
 from sparse_flash.masks import BlockLayout, Mask
+from sparse_flash.masks.mask import mask_by_number
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -129,8 +130,9 @@ class _Layouts:
         self.names: OrderedDict[tuple[Mask, int, int, str], str] = OrderedDict()
 
     @torch.compiler.assume_constant_result
-    def name_of(self, mask: Mask, q_len: int, kv_len: int, device: str) -> str:
+    def name_of(self, mask_number: int, q_len: int, kv_len: int, device: str) -> str:
         """The attribute that holds this layout; builds it, and drops the least recently used."""
+        mask = mask_by_number(mask_number)
         key = (mask, q_len, kv_len, device)
         if key not in self.names:
             name = f"layout_{next(_numbers)}"
@@ -147,12 +149,12 @@ _layouts = _Layouts()
 
 
 def _layout_of(mask: Mask, q_len: int, kv_len: int, device: str) -> BlockLayout:
-    return getattr(_layouts, _layouts.name_of(mask, q_len, kv_len, device))
+    return getattr(_layouts, _layouts.name_of(mask.number, q_len, kv_len, device))
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     device = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):  # meta knows no autocast
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(

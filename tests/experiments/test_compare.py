@@ -115,20 +115,15 @@ def test_tensorboard_shows_the_comparison_in_a_browser(comparison, tmp_path):
         wait_until(lambda: reachable(f"http://127.0.0.1:{port}/"), 60)
         wait_until(lambda: len(runs(port)) == 6, 60)
         browser = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
-        for page, words in (
-            (
-                "timeseries",
-                ["eval/accuracy", "speed/attention_share", "final/test_accuracy", "mask"],
-            ),
-            ("images", ["mask"]),
-            ("hparams", ["attention", "final/test_accuracy", "sdpa", "global_tokens"]),
-        ):
-            browser.get(f"http://127.0.0.1:{port}/#{page}")
+        for page, words in PAGES.items():
+            browser.get(f"http://127.0.0.1:{port}/{page}")
+            browser.refresh()  # a new fragment alone does not reload
             missing = [
                 w for w in words if not wait_until(lambda w=w: w in everything(browser), 40, False)
             ]
-            browser.save_screenshot(str(tmp_path / f"{page}.png"))
-            assert not missing, f"{page} does not show {missing}; see {tmp_path}/{page}.png"
+            picture = tmp_path / f"{page.partition('#')[2]}.png"
+            browser.save_screenshot(str(picture))
+            assert not missing, f"{page} does not show {missing}; see {picture}"
         browser.get(f"http://127.0.0.1:{port}/#images")
         assert wait_until(lambda: loaded_pictures(browser), 40, False), "no picture was drawn"
     finally:
@@ -138,6 +133,13 @@ def test_tensorboard_shows_the_comparison_in_a_browser(comparison, tmp_path):
         server.wait(20)
 
 
+PAGES = {
+    "?tagFilter=accuracy#timeseries": ["eval/accuracy", "by_training_second/eval/accuracy"],
+    "?tagFilter=attention_share#timeseries": ["speed/attention_share", "final/attention_share"],
+    "?tagFilter=memory#timeseries": ["speed/peak_memory_MiB", "final/peak_memory_MiB"],
+    "#images": ["mask"],
+    "#hparams": ["attention", "final/test_accuracy", "sdpa", "global_tokens"],
+}
 EVERYTHING = """
 const texts = [];
 const walk = (node) => {

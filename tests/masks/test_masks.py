@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 import scipy.sparse
@@ -138,6 +141,14 @@ def test_equality_hash_and_composition():
         a | 3
     with pytest.raises(AttributeError):
         a.window = 4
+
+
+def test_copies_and_pickles_are_masks_of_their_own():
+    mask = masks.local(3) | masks.documents((4, 5))
+    for again in (copy.copy(mask), copy.deepcopy(mask), pickle.loads(pickle.dumps(mask))):
+        assert again == mask
+        assert again.number != mask.number
+        assert torch.equal(again.layout(9).to_dense(), mask.layout(9).to_dense())
 
 
 def test_heads_compose():
