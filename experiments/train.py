@@ -80,7 +80,12 @@ def finished(config: RunConfig, folder: Path) -> dict[str, Any] | None:
     path = folder / RESULT
     if not path.exists():
         return None
-    result = json.loads(path.read_text())
+    try:
+        result = json.loads(path.read_text())
+    except ValueError as error:
+        raise checkpoint.CheckpointError(
+            f"{path} is no readable result ({error}): delete it, and the run is evaluated again"
+        ) from error
     if result["config"] != config.to_dict():
         raise checkpoint.CheckpointError(_other_settings(path, result["config"], config))
     return result

@@ -33,26 +33,31 @@ def areas(shape: tuple[int, int], cells: list[int]) -> Tensor:
     return rows[:, None] * cols
 
 
+def count_parts(tiles: Tensor, cells: list[int]) -> Tensor:
+    """Elements in each part of bool tiles that lies in a cell of its own: `(n, parts, parts)`."""
+    inner = [min(cell, side) for cell, side in zip(cells, tiles.shape[1:], strict=True)]
+    return tiles.unflatten(2, (-1, inner[1])).unflatten(1, (-1, inner[0])).sum((2, 4))
+
+
 def accumulate(
     grid: Tensor,
     cells: list[int],
     block: tuple[int, int],
     rows: Tensor,
     cols: Tensor,
-    tiles: Tensor,
+    counts: Tensor,
 ) -> None:
-    """Add the element counts of bool tiles `(n, block_q, block_kv)` to the cells they lie in."""
-    inner = [min(c, b) for c, b in zip(cells, block, strict=True)]  # the part of a cell in one tile
-    splits = [b // c for b, c in zip(block, inner, strict=True)]
-    counts = tiles.view(-1, splits[0], inner[0], splits[1], inner[1]).sum((2, 4)).to(grid.dtype)
+    """Add element counts `(n, parts, parts)` of tiles to the cells that they lie in."""
     lines = [
-        (index[:, None] * b + torch.arange(s, device=grid.device) * i) // c
-        for index, b, s, i, c in zip((rows, cols), block, splits, inner, cells, strict=True)
+        (index[:, None] * side + torch.arange(parts, device=grid.device) * (side // parts)) // cell
+        for index, side, parts, cell in zip(
+            (rows, cols), block, counts.shape[1:], cells, strict=True
+        )
     ]
     target = lines[0][:, :, None] * grid.shape[1] + lines[1][:, None, :]
     # A tile at a ragged end may reach past the last cell; nothing is counted there.
     inside = (lines[0] < grid.shape[0])[:, :, None] & (lines[1] < grid.shape[1])[:, None, :]
-    grid.view(-1).index_add_(0, target[inside], counts[inside])
+    grid.view(-1).index_add_(0, target[inside], counts[inside].to(grid.dtype))
 
 
 def text(grid: Tensor) -> str:

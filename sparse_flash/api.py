@@ -76,7 +76,8 @@ def block_sparse_attention(
             cached, or a BlockLayout on the device of the inputs.
         softmax_scale: Factor of the logits; default d ** -0.5.
         kv_lens: Number of keys that exist in each batch entry, int `(b,)`, 0..kv_len; what lies
-            beyond is padding, and is never looked at.
+            beyond is padding, and is never looked at. Values on a GPU, or in a compiled graph, are
+            clamped to that range, not checked: checking would make the host wait.
         dropout_p: Must be 0: attention dropout is not implemented.
         return_lse: Also return the logsumexp of the logits of each query (natural logarithm),
             `(b, h, q_len)`, float32 (float64 for float64 inputs); differentiable.
@@ -240,7 +241,6 @@ def _check_kv_lens(kv_lens: Tensor, batch: int, kv_len: int) -> None:
     if kv_lens.shape != (batch,):
         raise ValueError(f"kv_lens must have shape ({batch},), got {tuple(kv_lens.shape)}")
     if kv_lens.device.type == "cpu" and not torch.compiler.is_compiling():
-        # Values on a GPU are not looked at: that would make the host wait. There they are clamped.
         low, high = int(kv_lens.min()), int(kv_lens.max())
         if low < 0 or high > kv_len:
             raise ValueError(

@@ -72,7 +72,8 @@ class _Problem:
         self.nq, self.nk = -(-self.q_len // tiles.block[0]), -(-self.kv_len // tiles.block[1])
         self.q, self.k, self.v = _tokens(q), _tokens(k), _tokens(v)
         whole = torch.full((self.batch,), self.kv_len, device=device)
-        self.limits = whole if kv_lens is None else kv_lens.to(device, torch.int64)
+        limits = whole if kv_lens is None else kv_lens.to(device, torch.int64)
+        self.limits = limits.clamp(0, self.kv_len)
         self.shortest = int(self.limits.min())
         self.within = [torch.arange(block, device=device) for block in tiles.block]
         full = (

@@ -235,6 +235,16 @@ def test_foreign_and_damaged_checkpoints(tiny_config, tiny_data, tmp_path):
     assert train(tiny_config, tmp_path, "cpu", tiny_data)["metrics"]["step_ms"] > 0
 
 
+def test_damaged_result(tiny_config, tiny_data, tmp_path):
+    result = train(tiny_config, tmp_path, "cpu", tiny_data)
+    (tmp_path / "result.json").write_text("{")
+    with pytest.raises(CheckpointError, match="no readable result .* delete it"):
+        train(tiny_config, tmp_path, "cpu", tiny_data)
+    (tmp_path / "result.json").unlink()
+    again = train(tiny_config, tmp_path, "cpu", tiny_data)
+    assert again["metrics"]["test_loss"] == result["metrics"]["test_loss"]
+
+
 def test_checkpoints_do_not_run_code(tmp_path):
     import hashlib
     import io

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 
-from sparse_flash import block_sparse_attention, masks
+from sparse_flash import block_sparse_attention, masks, reference
 from tests.oracle import dense_attention
 from tests.strategies import problems
 
@@ -164,6 +164,25 @@ def test_used_twice_and_partly():
         torch.testing.assert_close(block_sparse_attention(q, k, v, mask), out, rtol=0, atol=0)
     frozen = block_sparse_attention(q.detach(), k, v.detach(), mask)
     assert torch.autograd.grad(frozen.sum(), k)[0].shape == k.shape
+
+
+def test_second_derivatives_are_refused():
+    q, k, v = make(s=9)
+    (dq,) = torch.autograd.grad(
+        block_sparse_attention(q, k, v, masks.causal()).sum(), q, create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="reference_backward"):
+        dq.sum().backward()
+
+
+def test_kv_lens_beyond_the_keys_are_clamped_where_they_are_not_checked():
+    q, k, v = make(2, 40)
+    arrays = masks.causal().layout(40, block=(16, 16)).arrays().values()
+    wrong, right = (
+        reference.reference_forward(q, k, v, *arrays, [16, 16], torch.tensor(lens), 0.5, False)[0]
+        for lens in ([99, -3], [40, 0])
+    )
+    assert torch.equal(wrong, right)
 
 
 def test_layouts_of_masks_are_cached(monkeypatch):
