@@ -1,0 +1,43 @@
+"""What the README shows runs, and what it names exists."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from sparse_flash import cli
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def test_python_examples_run(capsys):
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) >= 3
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+    assert names["out"].shape == names["q"].shape
+    assert names["y"].shape == (2, 4096, 256)
+
+
+def test_every_pattern_is_in_the_table():
+    from sparse_flash.masks import patterns
+
+    for name in patterns.__all__:
+        assert f"`{name}(" in README, name
+
+
+def test_mask_command(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = re.search(r"sparse-flash (mask show) (\".*\") (--length.*)", README)
+    arguments = [*command[1].split(), command[2].strip('"'), *command[3].split()]
+    assert cli.main([a.replace("8192", "2048") for a in arguments]) == 0
+    assert (tmp_path / "mask.png").exists()
+
+
+def test_the_table_is_a_recorded_result():
+    folder = Path(__file__).parent.parent / "experiments" / "results" / "listops-short-cpu"
+    recorded = (folder / "comparison.md").read_text()
+    for line in README.splitlines():
+        if line.startswith("| ") and line.count("|") > 9:
+            assert line in recorded
