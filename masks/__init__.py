@@ -39,6 +39,7 @@ from sparse_flash.masks.patterns import (
     star_attention,
     strided,
 )
+from sparse_flash.masks.retile import retile
 
 __all__ = [
     "BlockLayout",
@@ -72,6 +73,7 @@ __all__ = [
     "random_blocks",
     "random_blocks_per_row",
     "raster",
+    "retile",
     "sinks",
     "star",
     "star_attention",

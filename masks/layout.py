@@ -270,14 +270,14 @@ class BlockLayout:
         cells = [picture.cell_size(n, b, size) for n, b in zip(shape, self.block, strict=True)]
         sizes = [-(-n // c) for n, c in zip(shape, cells, strict=True)]
         grid = torch.zeros(sizes, dtype=torch.float64, device=self.device)
-        tiles = (one.tile_rows, one.col_indices.long())
+        rows, cols = one.tile_rows, one.col_indices.long()
         if all(cell >= block for cell, block in zip(cells, self.block, strict=True)):
-            picture.accumulate(grid, cells, self.block, *tiles, one.tile_counts[:, None, None])
+            picture.accumulate(grid, cells, self.block, rows, cols, one.tile_counts[:, None, None])
         else:  # a tile has parts in several cells: its elements are counted
             chunk = max(1, (1 << 22) // (self.block[0] * self.block[1]))
             for part in torch.arange(one.num_tiles, device=self.device).split(chunk):
                 counts = picture.count_parts(one.tiles(part), cells)
-                picture.accumulate(grid, cells, self.block, *(t[part] for t in tiles), counts)
+                picture.accumulate(grid, cells, self.block, rows[part], cols[part], counts)
         return (grid / picture.areas(shape, cells).to(grid)).float()
 
     def plot(self, pattern: int = 0, title: str | None = None) -> Figure:

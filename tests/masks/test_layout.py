@@ -65,6 +65,25 @@ def test_transpose(setting):
     assert torch.equal(layout.tile_rows[order] % layout.num_block_rows, layout.row_indices.long())
 
 
+@given(
+    settings_(max_length=90, heads=True), st.sampled_from([(16, 16), (128, 64), (7, 9), (48, 1)])
+)
+def test_retile(setting, block):
+    layout = setting.mask.layout(setting.q_len, setting.kv_len, setting.block)
+    again = masks.retile(layout, block)
+    assert again.equal(setting.mask.layout(setting.q_len, setting.kv_len, block))
+    assert masks.retile(again, setting.block).equal(layout)
+
+
+def test_retiling_looks_only_where_something_is_stored():
+    mask = masks.local(256) | masks.global_tokens(64) | masks.butterfly(128)
+    fine = mask.layout(65536, block=(64, 64))
+    assert masks.retile(fine, (128, 128)).equal(mask.layout(65536))
+    assert masks.retile(fine, (64, 64)) is fine
+    with pytest.raises(ValueError, match="block sizes must be positive"):
+        masks.retile(fine, (0, 64))
+
+
 @given(settings_())
 def test_save_load_and_scipy(setting):
     import tempfile

@@ -1,0 +1,79 @@
+"""The same pattern in tiles of another size."""
+
+from __future__ import annotations
+
+import torch
+from sparse_flash.masks import check
+from sparse_flash.masks.build import build_layout
+from sparse_flash.masks.layout import FULL_TILE, BlockLayout
+from sparse_flash.masks.tables import RectangleTable
+from sparse_flash.masks.ternary import Blocks
+from torch import Tensor
+
+_CELLS = 1 << 22  # the most cells that the table of stored tiles has
+
+
+def retile(layout: BlockLayout, block: tuple[int, int]) -> BlockLayout:
+    """The layout with blocks of another size, allowing exactly the same elements.
+
+    So the size in which a pattern is described need not be the one in which it is computed.
+
+    Raises:
+        TypeError: `block` is no pair of ints.
+        ValueError: A block size is out of range.
+
+    >>> from sparse_flash import masks
+    >>> fine = masks.causal().layout(300, block=(16, 16))
+    >>> masks.retile(fine, (128, 64)).equal(masks.causal().layout(300, block=(128, 64)))
+    True
+    """
+    check.check_lengths(layout.q_len, layout.kv_len, block)
+    if block == layout.block:
+        return layout
+    patterns = [_Stored(layout.pattern(p)) for p in range(layout.num_patterns)]
+    lengths = (layout.q_len, layout.kv_len, block)
+    return build_layout(patterns, layout.pattern_map, lengths, layout.device)
+
+
+class _Stored:
+    """A layout of one pattern as a predicate, as the builder of layouts wants it."""
+
+    def __init__(self, layout: BlockLayout) -> None:
+        self.layout = layout
+        rows, cols = layout.tile_rows, layout.col_indices.long()
+        self.keys = rows * layout.num_block_cols + cols  # ascending
+        shape = (layout.num_block_rows, layout.num_block_cols)
+        cell = 1
+        while (-(-shape[0] // cell)) * (-(-shape[1] // cell)) > _CELLS:
+            cell *= 2
+        grid = [-(-n // cell) for n in shape]
+        index = rows // cell * grid[1] + cols // cell
+        full = layout.bit_tile_indices == FULL_TILE
+        zeros = torch.zeros(grid[0] * grid[1], dtype=torch.int64, device=layout.device)
+        stored = zeros.index_add(0, index, torch.ones_like(index)).view(grid)
+        whole = zeros.index_add(0, index, full.long()).view(grid)
+        heights, widths = (
+            (n - torch.arange(0, n, cell, device=layout.device)).clamp(max=cell) for n in shape
+        )
+        self.table = RectangleTable(stored > 0, whole == heights[:, None] * widths, cell)
+
+    def classify(self, blocks: Blocks) -> Tensor:
+        """EMPTY, UNKNOWN or FULL for each rectangle, int8."""
+        block_q, block_kv = self.layout.block
+        return self.table.classify(blocks.q // block_q, blocks.kv // block_kv).value
+
+    def __call__(self, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        """The stored bit of each element."""
+        layout, (block_q, block_kv) = self.layout, self.layout.block
+        key = q_idx // block_q * layout.num_block_cols + kv_idx // block_kv
+        if not layout.num_tiles:
+            return torch.zeros_like(key, dtype=torch.bool)
+        tile = torch.searchsorted(self.keys, key).clamp(max=layout.num_tiles - 1)
+        stored = self.keys[tile] == key
+        entry = layout.bit_tile_indices[tile]
+        full = entry == FULL_TILE
+        if not layout.num_bit_tiles:
+            return stored & full
+        column = kv_idx % block_kv
+        byte = layout.bit_tiles[entry.clamp(min=0).long(), q_idx % block_q, column // 8]
+        return stored & (full | ((byte >> (column % 8)) & 1).bool())
