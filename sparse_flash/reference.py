@@ -76,19 +76,15 @@ class _Problem:
         self.limits = limits.clamp(0, self.kv_len)
         self.shortest = int(self.limits.min())
         self.within = [torch.arange(block, device=device) for block in tiles.block]
-        full = (
-            torch.full_like(tiles.bit_tiles[:1], 255) if len(tiles.bit_tiles) else tiles.bit_tiles
-        )
-        self.bit_tiles = torch.cat([tiles.bit_tiles, full])  # the last one: entry -1
+        full = torch.full_like(tiles.bit_tiles[:1], 255)
+        self.bit_tiles = torch.cat([tiles.bit_tiles, full])  # so that entry -1, the last, is full
 
     def parts(self) -> Iterator[_Part]:
         """All the work, in pieces of about a chunk; slices of the same rows follow each other."""
         t = self.tiles
         chunk = max(1, _chunk(self.q) // (t.block[0] * t.block[1]))  # in tiles
-        owners = t.pattern_map.expand(self.batch, self.heads)
-        owners = owners.masked_fill(
-            self.limits[:, None] == 0, -1
-        ).flatten()  # without keys: no work
+        idle = self.limits[:, None] == 0  # sequences without keys
+        owners = t.pattern_map.expand(self.batch, self.heads).masked_fill(idle, -1).flatten()
         cols, entries = t.col_indices.long(), t.bit_tile_indices.long()
         for pattern, starts in enumerate(t.crow_indices.cpu().long()):
             mine = (owners == pattern).nonzero().squeeze(1)

@@ -152,6 +152,8 @@ def test_cuda_layout_equals_cpu_layout(setting):
     on_gpu = setting.mask.layout(*arguments, device="cuda")
     assert on_gpu.device.type == "cuda"
     assert on_gpu.equal(setting.mask.layout(*arguments))
+    assert on_gpu.transpose().equal(setting.mask.layout(*arguments).transpose())
+    assert masks.retile(on_gpu, (16, 48)).equal(masks.retile(on_gpu.to("cpu"), (16, 48)))
 
 
 HAND_MADE = {
