@@ -153,7 +153,6 @@ class _Run:
                     self._step(bar)
                     step = self.progress.step
                     if step % train.eval_every == 0 or step == train.steps:
-                        self._check()
                         self._evaluate(bar)
                     if step % train.checkpoint_every == 0 or step == train.steps or stop:
                         self._check()
@@ -165,11 +164,13 @@ class _Run:
     def _step(self, bar: tqdm[Any]) -> None:
         """One optimiser step, logged now and then."""
         config, progress = self.config.train, self.progress
-        logged = (progress.step + 1) % config.log_every == 0
+        intervals = (config.log_every, config.eval_every, config.checkpoint_every, config.steps)
+        logged = any((progress.step + 1) % interval == 0 for interval in intervals)
         # Compiled graphs cannot be marked; elsewhere the marks cost nothing that could be seen.
         clock = AttentionClock(self.device) if logged and not config.compile else None
         self.model.set_clock(clock)
-        start = self._now()
+        begin = time.perf_counter()
+        start = self._now(wait=logged)  # a logged step does not pay for those still in flight
         batch = self.sampler.batch(progress.step)
         lr = learning_rate(config, progress.step)
         for group in self.optimizer.param_groups:
@@ -183,17 +184,18 @@ class _Run:
         self.latest = loss.detach(), norm
         seconds = self._now(wait=logged) - start
         progress.step += 1
-        progress.seconds += seconds
+        progress.seconds += start - begin + seconds
         progress.tokens += batch.tokens.numel()
         bar.update()
-        if logged or progress.step == config.steps:
+        if logged:
             self._check()
             self.model.set_clock(None)
             if clock is not None:
                 progress.attention_share = clock.milliseconds() / (1000 * seconds)
             self._record(batch, loss, correct, norm, lr, seconds, bar)
 
-    def _now(self, wait: bool = False) -> float:
+    def _now(self, wait: bool) -> float:
+        """The time; where asked, once the device has done all that it was given."""
         if wait and self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
