@@ -12,6 +12,7 @@ from sparse_flash.masks.layout import FULL_TILE, BlockLayout
 from sparse_flash.masks.ternary import FULL, UNKNOWN, Blocks
 from torch import Tensor
 
+_EMPTY_TILE = -2  # of an evaluated tile: nothing is allowed in it
 _FAN = 8  # an unknown square of blocks is split into _FAN x _FAN smaller ones
 
 
@@ -53,18 +54,18 @@ def build_layout(
         rows.append(full[0] + number * num_block_rows)
         cols.append(full[1])
         entries.append(torch.full_like(full[0], FULL_TILE))
-        for tile_rows, tile_cols, index, tiles in _evaluate(predicate, *unknown, lengths):
-            rows.append(tile_rows + number * num_block_rows)
-            cols.append(tile_cols)
-            entries.append(index + num_bit_tiles)
-            packed.append(tiles)
-            num_bit_tiles += len(tiles)
-    none = torch.empty(0, lengths[2][0], -(-lengths[2][1] // 8), dtype=torch.uint8, device=device)
+        index, tiles = _evaluate(predicate, *unknown, lengths)
+        some = index != _EMPTY_TILE
+        rows.append(unknown[0][some] + number * num_block_rows)
+        cols.append(unknown[1][some])
+        entries.append(index[some] + num_bit_tiles)
+        packed.append(tiles)
+        num_bit_tiles += len(tiles)
     return BlockLayout.from_tiles(
         lengths,
         torch.cat(rows),
         torch.cat(cols),
-        torch.cat([none, *packed]),
+        torch.cat(packed),
         torch.cat(entries),
         pattern_map.to(device, torch.int32),
     )
@@ -122,23 +123,38 @@ def _split(cells: Cells, side: int, part: int, grid: tuple[int, int]) -> Cells:
 
 def _evaluate(
     predicate: Predicate, rows: Tensor, cols: Tensor, lengths: Lengths
-) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Chunks of nonempty tiles: block rows, block columns, index of the bit tile, bit tiles."""
-    q_len, kv_len, (block_q, block_kv) = lengths
+) -> tuple[Tensor, Tensor]:
+    """The index of each tile's bit tile, or _EMPTY_TILE; bit tiles, repeated at most once a chunk.
+
+    What outlives a chunk goes into two long-lived tensors: many small ones between the large
+    temporaries would break up the heap, and the process would grow to several times its need.
+    """
+    block_q, block_kv = lengths[2]
     chunk = max(1, (1 << (22 if rows.is_cuda else 20)) // (block_q * block_kv))
-    within_q = torch.arange(block_q, device=rows.device)[:, None]
-    within_kv = torch.arange(block_kv, device=rows.device)
-    ragged = bool(q_len % block_q or kv_len % block_kv)
+    entries = torch.empty_like(rows)
+    store = torch.empty(256, block_q, -(-block_kv // 8), dtype=torch.uint8, device=rows.device)
+    count = 0
     for i in range(0, len(rows), chunk):
-        row, col = rows[i : i + chunk], cols[i : i + chunk]
-        q = row[:, None, None] * block_q + within_q
-        kv = col[:, None, None] * block_kv + within_kv
-        if ragged:  # predicates see only indices that exist
-            truth = predicate(q.clamp(max=q_len - 1), kv.clamp(max=kv_len - 1))
-            truth = truth & (q < q_len) & (kv < kv_len)
-        else:
-            truth = predicate(q, kv)
-        packed = bits.pack(truth)
-        some = (packed != 0).flatten(1).any(1)
-        distinct, index = bits.deduplicate(packed[some])
-        yield row[some], col[some], index, distinct
+        part = slice(i, i + chunk)
+        distinct, index = _distinct_tiles(predicate, rows[part], cols[part], lengths)
+        while count + len(distinct) > len(store):
+            store = torch.cat([store, torch.empty_like(store)])
+        store[count : count + len(distinct)] = distinct
+        some = (distinct != 0).flatten(1).any(1)
+        entries[part] = torch.where(some[index], index + count, _EMPTY_TILE)
+        count += len(distinct)
+    return entries, store[:count]
+
+
+def _distinct_tiles(
+    predicate: Predicate, rows: Tensor, cols: Tensor, lengths: Lengths
+) -> tuple[Tensor, Tensor]:
+    """The distinct bit tiles among those at these blocks, and which one each of them is."""
+    q_len, kv_len, (block_q, block_kv) = lengths
+    q = rows[:, None, None] * block_q + torch.arange(block_q, device=rows.device)[:, None]
+    kv = cols[:, None, None] * block_kv + torch.arange(block_kv, device=rows.device)
+    if q_len % block_q == 0 and kv_len % block_kv == 0:
+        return bits.deduplicate(bits.pack(predicate(q, kv)))
+    # Predicates see only indices that exist.
+    truth = predicate(q.clamp(max=q_len - 1), kv.clamp(max=kv_len - 1))
+    return bits.deduplicate(bits.pack(truth & (q < q_len) & (kv < kv_len)))
