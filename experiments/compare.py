@@ -63,8 +63,8 @@ def markdown(report: dict[str, Any]) -> str:
         f"Always giving the most frequent answer: {chance:.1%}. Seeds: {seeds}; "
         f"{train_settings['steps']} steps of {train_settings['batch_size']} sequences. "
         f"Model: {model}. Attention share: part of a training step that attention takes, forward "
-        "and backward. Memory: of forward and backward, above the model. Speed-up: of a training "
-        "step, against the first row.\n\n"
+        "and backward. Memory: of forward and backward, above the model. Tokens: "
+        "padding included. Speed-up: of a training step, against the first row.\n\n"
         f"## Machine\n\n{machine}\n"
     )
 

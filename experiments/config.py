@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from sparse_flash.experiments.data.listops import ListOps
+from sparse_flash.masks import Mask
+
+from sparse_flash import masks
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,26 @@ class Common:
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
 
+def mask_of(attention: str) -> Mask | None:
+    """The mask of an attention by name; None for 'sdpa', which has no mask of ours.
+
+    >>> mask_of("dense"), mask_of("local(9)"), mask_of("sdpa")
+    (full(), local((9, 9)), None)
+    """
+    if attention == "sdpa":
+        return None
+    return masks.full() if attention == "dense" else masks.parse(attention)
+
+
+def _check_attention(attention: str, length: int) -> None:
+    mask = mask_of(attention)
+    made_for = () if mask is None else mask.extents()
+    if any(extent not in (None, length) for extent in made_for):
+        raise ValueError(
+            f"{attention!r} is made for {made_for}, but sequences have {length} tokens"
+        )
+
+
 @dataclass(frozen=True)
 class RunConfig(Common):
     """Everything that decides a run's numbers."""
@@ -107,6 +130,10 @@ class RunConfig(Common):
     'local(256) | global_tokens(16)'."""
     seed: int = 0
     """Seed of the weights, dropout and the order of the data."""
+
+    def __post_init__(self) -> None:
+        """Refuse a mask that cannot be read, or is made for other lengths, before any work."""
+        _check_attention(self.attention, self.task.length + (self.model.pooling == "cls"))
 
     def flat(self) -> dict[str, int | float | str | bool]:
         """One level, with dotted names, for TensorBoard's table of hyperparameters."""
@@ -131,6 +158,8 @@ class CompareConfig(Common):
         for name, values in (("attentions", self.attentions), ("seeds", self.seeds)):
             if not values or len(set(values)) != len(values):
                 raise ValueError(f"{name} must be different values, at least one, got {values}")
+        for attention in self.attentions:
+            self.run(attention, self.seeds[0])
 
     def run(self, attention: str, seed: int) -> RunConfig:
         """One run of the comparison."""

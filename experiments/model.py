@@ -5,23 +5,12 @@ from __future__ import annotations
 import torch
 from einops import rearrange
 from sparse_flash.experiments.clock import AttentionClock
-from sparse_flash.experiments.config import ModelConfig
+from sparse_flash.experiments.config import ModelConfig, mask_of
 from sparse_flash.masks import Mask
 from torch import Tensor, nn
 
 from sparse_flash import masks
 from sparse_flash.nn import SelfAttention
-
-
-def mask_of(attention: str) -> Mask | None:
-    """The mask of an attention by name; None for 'sdpa', which has no mask of ours.
-
-    >>> mask_of("dense"), mask_of("local(9)"), mask_of("sdpa")
-    (full(), local((9, 9)), None)
-    """
-    if attention == "sdpa":
-        return None
-    return masks.full() if attention == "dense" else masks.parse(attention)
 
 
 class EncoderAttention(SelfAttention):

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from sparse_flash.experiments import checkpoint
 from sparse_flash.experiments.clock import AttentionClock
-from sparse_flash.experiments.config import RunConfig, TrainConfig
+from sparse_flash.experiments.config import RunConfig, TrainConfig, mask_of
 from sparse_flash.experiments.data.dataset import Batch, Sampler, Split, Splits
 from sparse_flash.experiments.logger import Logger
 from sparse_flash.experiments.machine import describe, tensor_peak
-from sparse_flash.experiments.model import Encoder, mask_of
+from sparse_flash.experiments.model import Encoder
 from sparse_flash.masks.files import atomic_write
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -120,6 +120,7 @@ class _Run:
         self.config, self.folder, self.device = config, folder, device
         task = config.task
         resumable = self._read_checkpoint()
+        self.log = Logger(folder, [tuple(r) for r in resumable["history"]] if resumable else ())
         data = data or task.load()
         self.chance = data.test.most_frequent
         self.train_split, self.val, self.test = (
@@ -135,7 +136,6 @@ class _Run:
         self.progress = _Progress()
         if resumable is not None:
             self._restore(resumable)
-        self.log = Logger(folder, [tuple(r) for r in resumable["history"]] if resumable else ())
 
     def run(self) -> dict[str, Any]:
         """Train to the end, evaluate, and write the result."""

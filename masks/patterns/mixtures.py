@@ -14,7 +14,8 @@ from sparse_flash.masks.patterns.random_blocks import random_blocks_per_row
 def longformer(window: int = 256, n_global: int = 1) -> Mask:
     """local(window) | global_tokens(n_global), `window` a side.
 
-    Source: Beltagy et al., Longformer (2020). Reach: 2.
+    Source: Beltagy et al., Longformer (2020).
+    Density for s tokens: about (2 window + 1 + 2 n_global) / s. Reach: 2.
 
     >>> longformer(128, 16)
     local((128, 128)) | global_tokens(16)
@@ -34,7 +35,8 @@ def bigbird(
     """A window of `window` blocks, `n_global` global blocks, `n_random` random blocks a row.
 
     Source: Zaheer et al., Big Bird: Transformers for Longer Sequences (2020), section 2 (ITC).
-    Reach: 2, through the global blocks.
+    Density for m blocks: about (window + 2 n_global + n_random) / m. Reach: 2, through the global
+    blocks.
 
     >>> bigbird(1024, block=64).reach(1024)
     2
@@ -53,7 +55,8 @@ def bigbird(
 def star(ring: int = 1) -> Mask:
     """local(ring) | global_tokens(1): a ring of satellites around one relay token.
 
-    Source: Guo et al., Star-Transformer (2019). Reach: 2.
+    Source: Guo et al., Star-Transformer (2019).
+    Density for s tokens: about (2 ring + 3) / s. Reach: 2.
 
     >>> star(1).reach(64)
     2
@@ -66,7 +69,7 @@ def star_attention(block: int) -> Mask:
     """block_diagonal(block) | sinks(block): each block sees itself and the first, the anchor.
 
     Source: Acharya et al., Star Attention (2024), section 2.1 (context encoding).
-    Reach: never (None) alone, the anchor block sees only itself.
+    Density for m blocks: (2m - 1) / m^2. Reach: never (None), the anchor sees only itself.
 
     >>> star_attention(256).density(1024)
     0.4375

@@ -73,6 +73,18 @@ def test_finished_runs_are_not_trained_again(comparison, monkeypatch):
     assert again["rows"][1]["test_loss"] == report["rows"][1]["test_loss"]
 
 
+def test_bad_masks_are_refused_before_anything_is_trained(comparison, tmp_path, monkeypatch):
+    config, _, _ = comparison
+    monkeypatch.setattr(type(config.task), "load", lambda _: pytest.fail("data was loaded"))
+    with pytest.raises(ValueError, match="did you mean 'local'"):
+        replace(config, attentions=("sdpa", "lokal(3)"))
+    with pytest.raises(ValueError, match=r"made for \(9, 9\), but sequences have 47 tokens"):
+        replace(config, attentions=("sdpa", "axial(3, 3)"))
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OSError, match="cannot write to the log folder"):
+        module.train(config.run("sdpa", 0), tmp_path / "file" / "run", "cpu")
+
+
 def test_different_masks_never_share_a_folder():
     names = {
         module._slug(a) for a in ("local(1)", "local((1, 1))", "~local(1)", "local(1) | full()")

@@ -177,16 +177,21 @@ def test_sigterm_saves_and_stops(tiny_config, tiny_data, tmp_path, monkeypatch):
     assert checkpoint.load(tmp_path / CHECKPOINT)["progress"]["step"] == 5
 
 
-def test_nan_stops_the_run_and_spares_the_checkpoint(tiny_config, tiny_data, tmp_path, monkeypatch):
-    step = _Run._step
+def poison(monkeypatch, step):
+    """Put a NaN among the weights before that step."""
+    original = _Run._step
 
-    def poison(self, bar):
-        if self.progress.step == 13:
+    def poisoned(self, bar):
+        if self.progress.step == step:
             with torch.no_grad():
                 self.model.head.weight[0, 0] = torch.nan
-        step(self, bar)
+        original(self, bar)
 
-    monkeypatch.setattr(_Run, "_step", poison)
+    monkeypatch.setattr(_Run, "_step", poisoned)
+
+
+def test_nan_stops_the_run_and_spares_the_checkpoint(tiny_config, tiny_data, tmp_path, monkeypatch):
+    poison(monkeypatch, step=13)
     with pytest.raises(TrainingError, match=r"at step 16 the loss is nan.* lower --lr"):
         train(tiny_config, tmp_path, "cpu", tiny_data)
     kept = checkpoint.load(tmp_path / CHECKPOINT)
@@ -199,15 +204,7 @@ def test_a_checkpoint_is_never_taken_of_nan(tiny_config, tiny_data, tmp_path, mo
     config = replace(
         tiny_config, train=replace(tiny_config.train, checkpoint_every=1, log_every=24)
     )
-    step = _Run._step
-
-    def poison(self, bar):
-        if self.progress.step == 3:
-            with torch.no_grad():
-                self.model.head.weight[0, 0] = torch.nan
-        step(self, bar)
-
-    monkeypatch.setattr(_Run, "_step", poison)
+    poison(monkeypatch, step=3)
     with pytest.raises(TrainingError):
         train(config, tmp_path, "cpu", tiny_data)
     assert checkpoint.load(tmp_path / CHECKPOINT)["progress"]["step"] == 3
