@@ -1,7 +1,6 @@
 """Kernels in the CuTe DSL, and what they need: configurations, schedules, a compile cache.
 
-There are no kernels in this release yet: attention runs by the reference implementation. What is
-here is the gate to the DSL, which is imported lazily so that all else works without it.
+The DSL is imported lazily, by the modules that a compilation needs: all else works without it.
 """
 
 from sparse_flash.kernels.dsl import DSL_VERSION, why_no_dsl

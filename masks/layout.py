@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import weakref
 from dataclasses import InitVar, dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -16,7 +18,14 @@ if TYPE_CHECKING:
     from scipy.sparse import bsr_array
 
 ARRAYS = ["crow_indices", "col_indices", "bit_tile_indices", "bit_tiles", "pattern_map"]
+_numbers = itertools.count()
+_by_number: weakref.WeakValueDictionary[int, BlockLayout] = weakref.WeakValueDictionary()
 FULL_TILE = -1  # in bit_tile_indices: every element of the tile is allowed
+
+
+def layout_by_number(number: int) -> BlockLayout:
+    """The layout with this number: an int is all that torch.compile can pass on of a layout."""
+    return _by_number[number]
 
 
 @dataclass(eq=False, repr=False)
@@ -63,6 +72,7 @@ class BlockLayout:
     ccol_indices: Tensor = field(init=False)
     row_indices: Tensor = field(init=False)
     transpose_order: Tensor = field(init=False)
+    number: int = field(init=False)  # of this object in this process: see `layout_by_number`
 
     def __post_init__(self, validate: bool) -> None:
         """Check arrays that come from outside, and derive the transpose."""
@@ -82,7 +92,17 @@ class BlockLayout:
             "transpose_order": order.int(),
         }
         for name, value in derived.items():
-            object.__setattr__(self, name, value)
+            setattr(self, name, value)
+        self._register()
+
+    def _register(self) -> None:
+        self.number = next(_numbers)
+        _by_number[self.number] = self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Copies and unpickled layouts are layouts of their own."""
+        self.__dict__.update(state)
+        self._register()
 
     @property
     def device(self) -> torch.device:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from sparse_flash import reference
+from sparse_flash import hopper, reference
 from sparse_flash.masks import BlockLayout
 
 
@@ -27,7 +27,10 @@ class Implementation:
 
 
 # Best first: "auto" takes the first one that can run the inputs; the last one runs all.
-IMPLEMENTATIONS = (Implementation("reference", reference.attend, reference.why_not),)
+IMPLEMENTATIONS = (
+    Implementation("sm90", hopper.attend, hopper.why_not),
+    Implementation("reference", reference.attend, reference.why_not),
+)
 
 
 def choose(impl: str, q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout) -> Implementation:

@@ -1,0 +1,118 @@
+"""Compiled kernels on disk: a process that finds one there starts in milliseconds, not seconds.
+
+An entry is an object file named after everything it depends on and after its own content, so that
+a truncated or altered one is recognised and made anew. Entries appear by renaming, whole; a lock
+keeps processes that start together from compiling the same kernel.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import importlib.metadata
+import os
+import platform
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from sparse_flash.masks.files import atomic_write
+
+CACHE_VARIABLE = "SPARSE_FLASH_CACHE_DIR"
+ENTRY_POINT = "sparse_flash_kernel"
+
+
+def cache_dir() -> Path:
+    """Where compiled kernels are kept.
+
+    $SPARSE_FLASH_CACHE_DIR, or sparse_flash in the user's cache folder (XDG base directories).
+    """
+    chosen = os.environ.get(CACHE_VARIABLE)
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparse_flash"
+
+
+def load_or_compile(name: str, key: str, build: Callable[[], Any]) -> Callable[..., None]:
+    """The kernel from the cache, or built by `build()` (a DSL compilation) and then cached.
+
+    Args:
+        name: What it is, for people who look into the folder.
+        key: Everything that it depends on besides versions and sources, such as its config.
+        build: Compiles it.
+
+    A folder that cannot be written costs a warning: the kernel is compiled for this process alone.
+    """
+    stem = f"{name}-{_digest(key.encode(), fingerprint().encode())}"
+    found = _load(stem)
+    if found is not None:
+        return found
+    try:
+        with _locked(stem):
+            found = _load(stem)  # another process may have been quicker
+            if found is not None:
+                return found
+            compiled = build()
+            _store(stem, compiled)
+    except OSError as error:
+        warnings.warn(
+            f"compiled kernels cannot be kept in {cache_dir()} ({error}): every process will "
+            f"compile its own; set {CACHE_VARIABLE} to a folder that can be written",
+            stacklevel=2,
+        )
+        return build()
+    return compiled
+
+
+@functools.cache
+def fingerprint() -> str:
+    """What all kernels depend on: the machine, the compiler, its toolkit, our sources."""
+    facts = [platform.machine()]
+    for package in ("nvidia-cutlass-dsl", "nvidia-cutlass-dsl-libs-cu13", "apache-tvm-ffi"):
+        try:
+            facts.append(f"{package}={importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            facts.append(f"{package}=none")
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    return _digest(*(fact.encode() for fact in facts), *(path.read_bytes() for path in sources))
+
+
+def _digest(*parts: bytes) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()[:20]
+
+
+def _load(stem: str) -> Callable[..., None] | None:
+    """The entry of this name; None where there is none that is whole."""
+    from cutlass import cute
+
+    for path in cache_dir().glob(f"{stem}-*.o"):
+        with contextlib.suppress(OSError):
+            if path.stem.removeprefix(f"{stem}-") == _digest(path.read_bytes()):
+                module = cute.runtime.load_module(str(path), enable_tvm_ffi=True)
+                return getattr(module, ENTRY_POINT)
+            path.unlink()
+    return None
+
+
+def _store(stem: str, compiled: Any) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.o"
+        compiled.export_to_c(str(path), function_name=ENTRY_POINT)
+        content = path.read_bytes()
+    with atomic_write(cache_dir() / f"{stem}-{_digest(content)}.o") as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def _locked(stem: str) -> Iterator[None]:
+    cache_dir().mkdir(parents=True, exist_ok=True)
+    with (cache_dir() / f"{stem}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # ends with the process, however that ends
+        yield

@@ -1,0 +1,236 @@
+"""A consumer warpgroup of the forward kernel: 64 query rows of each of the CTA's items.
+
+    S = Q K^T;    P = exp2(scale (S - max));    O = O + P V        (FlashAttention, online softmax)
+
+The tensor cores work on S of the next tile and on O of the last one while the threads compute P:
+inside a warpgroup because both products are issued before the wait for S, between warpgroups
+because named barriers let them take turns (FlashAttention-3, Shah et al., 2024). The first product
+of the next item is issued together with the last one of this item, so that short rows leave no
+bubble.
+"""
+
+import cutlass
+from cutlass import Float32, Int32, const_expr, cute, pipeline
+from cutlass.cute.nvgpu import cpasync, warp, warpgroup
+from sparse_flash.kernels import online_softmax as online
+from sparse_flash.kernels.forward_producer import FULL
+
+CONSUMER = pipeline.PipelineUserType.Consumer
+FIRST, INNER, BOUNDARY = range(3)  # kinds of steps
+# Named barriers (0 is the whole CTA's): one a warpgroup to take turns, one a warpgroup for itself.
+TURN_BARRIER, OWN_BARRIER = 1, 4
+SLACK = 8.0  # by how many powers of two P may exceed 1 before its maximum is taken over
+
+
+class Consumer:
+    """State of one warpgroup: O, the statistics of its rows, and where to find everything."""
+
+    def __init__(self, config, dtype, products, store, buffers, pipes, bits, results, scale_log2):
+        self.config, self.dtype, self.bits, self.scale_log2 = config, dtype, bits, scale_log2
+        self.qk, self.pv, self.chunk = products
+        s_q, s_k, self.s_v, self.s_o, self.s_work, self.s_tiles = buffers
+        self.q_pipe, self.k_pipe, self.v_pipe, self.work_pipe = pipes
+        self.store = store
+        self.lse, self.out_parts, self.lse_parts = results
+        self.thread = cute.arch.thread_idx()[0] % 128
+        self.group = cute.arch.make_warp_uniform(cute.arch.thread_idx()[0] // 128 - 1)
+        # V as the second operand of O += P V: (head_dim, keys).
+        shape = (config.head_dim, config.tile_n, config.kv_stages)
+        s_vt = cute.composition(self.s_v, cute.make_ordered_layout(shape, order=(1, 0, 2)))
+        self.f_q = self.qk.make_fragment_A(self.qk.get_slice(0).partition_A(s_q))
+        self.f_k = self.qk.make_fragment_B(self.qk.get_slice(0).partition_B(s_k))
+        self.f_v = self.pv.make_fragment_B(self.pv.get_slice(0).partition_B(s_vt))
+        self.p = cute.make_rmem_tensor(((2, 2, 2), 1, config.tile_n // 16), dtype)
+        self.acc_o = cute.make_rmem_tensor(
+            self.pv.partition_shape_C((64, config.head_dim)), Float32
+        )
+        self.stats = cute.make_rmem_tensor((2, 2), Float32)  # of two rows, the maximum and the sum
+
+    @cute.jit
+    def run(self):
+        """Item after item, until one has no tiles."""
+        q_state = pipeline.make_pipeline_state(CONSUMER, self.config.q_stages)
+        kv_state = pipeline.make_pipeline_state(CONSUMER, self.config.kv_stages)
+        work_state = pipeline.make_pipeline_state(CONSUMER, self.work_pipe.num_stages)
+        if self.group == self.config.warpgroups - 1:
+            self.pass_turn()  # so that warpgroup 0 may begin
+        item = self.take_work(work_state)
+        work_state.advance()
+        remaining = Int32(0)
+        if item[3] > 0:
+            self.q_pipe.consumer_wait(q_state)
+            kv_state, remaining = self.step(q_state.index, kv_state, FIRST)
+        while item[3] > 0:
+            self.acc_o.fill(0.0)
+            for _ in cutlass.range(item[3] - 1, unroll=1):
+                kv_state, remaining = self.step(q_state.index, kv_state, INNER)
+            self.q_pipe.consumer_release(q_state)
+            q_state.advance()
+            following = self.take_work(work_state)
+            work_state.advance()
+            finished = cute.make_rmem_tensor((2, 2), Float32)
+            finished.store(self.stats.load())
+            self.zero_beyond(kv_state, remaining)
+            if following[3] > 0:
+                self.q_pipe.consumer_wait(q_state)
+                kv_state, remaining = self.step(q_state.index, kv_state, BOUNDARY)
+            else:
+                self.v_pipe.consumer_wait(kv_state)
+                self.multiply(self.pv, self.acc_o, self.p, self.f_v, kv_state.index, False)
+                warpgroup.wait_group(0)
+            self.finish(item, finished)
+            item = following
+        if self.thread < 32:
+            cute.arch.cp_async_bulk_wait_group(0)
+
+    @cute.jit
+    def step(self, q_stage, kv_state, kind: cutlass.Constexpr):
+        """S and P of a tile, and (unless `kind` is FIRST) O += P V of the tile before it.
+
+        INNER: both belong to one item, whose O is rescaled. BOUNDARY: the tile is the first of
+        the next item, whose statistics begin anew. `kv_state` is where the tile before is.
+        Returns the state of this tile, and how many keys there are from its first column on.
+        """
+        config = self.config
+        # Made anew for each tile: if it were kept, its old content would have to be.
+        acc_s = cute.make_rmem_tensor(self.qk.partition_shape_C((64, config.tile_n)), Float32)
+        v_state = kv_state.clone()
+        if const_expr(kind != FIRST):
+            kv_state.advance()
+        self.k_pipe.consumer_wait(kv_state)
+        if const_expr(kind != FIRST):
+            self.take_turn()
+        mine = self.f_q[None, None, None, q_stage * config.warpgroups + self.group]
+        self.multiply(self.qk, acc_s, mine, self.f_k, kv_state.index, True)
+        if const_expr(kind != FIRST):
+            self.v_pipe.consumer_wait(v_state)
+            self.multiply(self.pv, self.acc_o, self.p, self.f_v, v_state.index, False)
+            self.pass_turn()
+        bit_tile, remaining = self.s_tiles[kv_state.index, 0], Int32(config.tile_n)
+        if bit_tile != FULL:
+            remaining = self.s_tiles[kv_state.index, 1]
+        words = online.mask_words(self.bits, bit_tile, self.group, self.thread)
+        warpgroup.wait_group(0 if const_expr(kind == FIRST) else 1)
+        self.k_pipe.consumer_release(kv_state)
+        if bit_tile != FULL:
+            online.apply_mask(acc_s, words, remaining, self.thread)
+        if const_expr(kind != INNER):
+            online.reset(self.stats)
+        slack = SLACK / self.scale_log2
+        grown, decay = online.softmax(acc_s, self.stats, self.scale_log2, slack)
+        if const_expr(kind != FIRST):
+            warpgroup.wait_group(0)
+            self.v_pipe.consumer_release(v_state)
+        # Accumulators of S lie just as the first operand of the next product wants P.
+        self.p.store(acc_s.load().to(self.dtype).reshape(self.p.shape))
+        if const_expr(kind == INNER):
+            if grown:
+                online.rescale(self.acc_o, decay)
+        return kv_state, remaining
+
+    @cute.jit
+    def multiply(self, product, acc, a, b, stage, clear: cutlass.Constexpr):
+        """Issue acc = a b, or acc += a b; `wait_group` waits for it."""
+        warpgroup.fence()
+        atom = cute.make_mma_atom(product.op)
+        atom.set(warpgroup.Field.ACCUMULATE, not clear)
+        for k in cutlass.range_constexpr(cute.size(a, mode=[2])):
+            cute.gemm(atom, acc, a[None, None, k], b[None, None, k, stage], acc)
+            atom.set(warpgroup.Field.ACCUMULATE, True)
+        warpgroup.commit_group()
+
+    @cute.jit
+    def take_work(self, state):
+        """The next item: m_block, head, batch, tiles, part. No tiles: there are no more items."""
+        self.work_pipe.consumer_wait(state)
+        fields = tuple(self.s_work[state.index, i] for i in range(5))
+        self.work_pipe.consumer_release(state)
+        return fields
+
+    @cute.jit
+    def take_turn(self):
+        """Wait until the warpgroup before this one has issued its products."""
+        cute.arch.barrier(barrier_id=TURN_BARRIER + self.group, number_of_threads=256)
+
+    @cute.jit
+    def pass_turn(self):
+        """Let the next warpgroup issue its products."""
+        following = (self.group + 1) % self.config.warpgroups
+        cute.arch.barrier_arrive(barrier_id=TURN_BARRIER + following, number_of_threads=256)
+
+    @cute.jit
+    def gather(self):
+        """A barrier among the threads of this warpgroup."""
+        cute.arch.barrier(barrier_id=OWN_BARRIER + self.group, number_of_threads=128)
+
+    @cute.jit
+    def zero_beyond(self, state, remaining):
+        """Clear the values of an item's last tile beyond the keys' length: 0 times NaN is NaN.
+
+        Every warpgroup clears them all before it reads any, so they need not wait for each other.
+        """
+        width, height, s_v = self.config.head_dim, self.config.tile_n, self.s_v
+        if remaining < height:
+            self.v_pipe.consumer_wait(state)
+            start = cutlass.max(remaining, Int32(0))
+            for i in cutlass.range((height - start) * width // 128, unroll=1):
+                element = i * 128 + self.thread
+                place = (start + element // width, element % width, state.index)
+                s_v[place] = self.dtype(0.0)
+            cute.arch.fence_view_async_shared()
+            self.gather()
+
+    @cute.jit
+    def finish(self, item, stats):
+        """Write O / sum and the logsumexp: to the output, or as a part of a split row."""
+        m_block, head, batch, _, part = item
+        factors, log_sums = online.normalisers(stats, self.scale_log2)
+        online.rescale(self.acc_o, factors)
+        lse, out_parts, lse_parts = self.lse, self.out_parts, self.lse_parts
+        quad = self.thread % 4
+        row = self.group * 64 + self.thread // 32 * 16 + self.thread % 32 // 4
+        if part < 0:
+            self.store_out(m_block, head, batch)
+            for r in cutlass.range_constexpr(2):
+                q_idx = m_block * self.config.tile_m + row + 8 * r
+                if quad == 0 and q_idx < cute.size(lse, mode=[2]):
+                    lse[batch, head, q_idx] = log_sums[r]
+        else:
+            for i in cutlass.range_constexpr(cute.size(self.acc_o)):
+                place = (part, row + 8 * (i // 2 % 2), i // 4 * 8 + quad * 2 + i % 2)
+                out_parts[place] = self.acc_o[i]
+            if quad == 0:
+                for r in cutlass.range_constexpr(2):
+                    lse_parts[part, row + 8 * r] = log_sums[r]
+
+    @cute.jit
+    def store_out(self, m_block, head, batch):
+        """The warpgroup's 64 rows through shared memory; TMA leaves out rows beyond the end."""
+        (o_atom, o_tma), columns = self.store, self.config.o_columns
+        stmatrix = cute.make_copy_atom(warp.StMatrix8x8x16bOp(num_matrices=4), self.dtype)
+        copy = cute.make_tiled_copy_C(stmatrix, self.chunk).get_slice(self.thread)
+        mine = self.s_o[None, None, self.group]
+        target = cute.local_tile(o_tma[None, None, head, batch], (64, columns), (None, None))
+        source, goal = cpasync.tma_partition(
+            o_atom,
+            0,
+            cute.make_layout(1),
+            cute.group_modes(mine, 0, 2),
+            cute.group_modes(target, 0, 2),
+        )
+        for chunk in cutlass.range_constexpr(self.config.head_dim // columns):
+            registers = cute.make_rmem_tensor(
+                self.chunk.partition_shape_C((64, columns)), self.dtype
+            )
+            for i in cutlass.range_constexpr(cute.size(registers)):
+                registers[i] = self.acc_o[chunk * cute.size(registers) + i].to(self.dtype)
+            if self.thread < 32:  # the store before this one has read its shared memory
+                cute.arch.cp_async_bulk_wait_group(0, read=True)
+            self.gather()
+            cute.copy(stmatrix, copy.retile(registers), copy.partition_D(mine))
+            cute.arch.fence_view_async_shared()
+            self.gather()
+            if self.thread < 32:
+                block = m_block * self.config.warpgroups + self.group
+                cute.copy(o_atom, source, goal[None, block, chunk])
+                cute.arch.cp_async_bulk_commit_group()

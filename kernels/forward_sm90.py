@@ -1,0 +1,218 @@
+"""The forward kernel for Hopper: persistent, warp-specialised, and driven by a Schedule.
+
+A CTA has one producer warp and `config.warpgroups` consumer warpgroups. The producer takes work
+items off a common list (the first one by its number, the next ones off an atomic counter) and
+loads Q, K and V tiles by TMA. Each consumer warpgroup owns 64 query rows and runs FlashAttention
+with the overlaps of FlashAttention-3 (Shah et al., 2024): see forward_consumer.py.
+
+Nothing here knows a mask: a tile is full, or names a bit tile whose bits lie in the order in
+which threads hold S (fragment.py), or reaches beyond the keys' length.
+"""
+
+from functools import partial
+
+import cutlass
+from cutlass import Float32, Int32, Int64, cute, pipeline
+from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
+from cutlass.tensor_utils import LayoutEnum
+from cutlass.utils import hopper_helpers
+from sparse_flash.kernels.combine import Combine
+from sparse_flash.kernels.config import WORK_FIELDS, ForwardConfig
+from sparse_flash.kernels.forward_consumer import Consumer
+from sparse_flash.kernels.forward_producer import Producer
+
+WORK_STAGES = 2
+
+
+class ForwardSm90:
+    """One kernel; `config` is all that it is compiled for."""
+
+    def __init__(self, config: ForwardConfig, dtype: type[cutlass.Numeric]) -> None:
+        self.config, self.dtype = config, dtype
+        self.consumers = 128 * config.warpgroups
+
+    @cute.jit
+    def __call__(
+        self,
+        q: cute.Tensor,  # (b, s_q, h, d)
+        k: cute.Tensor,  # (b, s_kv, h_kv, d)
+        v: cute.Tensor,  # (b, s_kv, h_kv, d)
+        out: cute.Tensor,  # (b, s_q, h, d)
+        lse: cute.Tensor,  # (b, h, s_q) float32
+        kv_lens: cute.Tensor,  # (b,) int32
+        work: cute.Tensor,  # (items, WORK_FIELDS) int32
+        tiles: cute.Tensor,  # (tiles, 2) int32: n_block and bit tile
+        bits: cute.Tensor,  # (bit tiles, warpgroups, 128, 2) int32, in fragment order
+        counter: cute.Tensor,  # (2,) int32, zeros; left as zeros
+        out_parts: cute.Tensor,  # (parts, tile_m, head_dim) float32
+        lse_parts: cute.Tensor,  # (parts, tile_m) float32
+        combine: cute.Tensor,  # (rows, WORK_FIELDS) int32
+        num_ctas: Int32,
+        scale_log2: Float32,
+        stream,
+    ):
+        """Launch on the stream. See `Schedule` for the work items and the parts."""
+        lists = (kv_lens, work, tiles, bits, counter)
+        results = (lse, out_parts, lse_parts)
+        self.launch((q, k, v, out), lists, results, num_ctas, scale_log2, stream)
+        if cute.size(combine, mode=[0]) > 0:
+            rows = Combine(self.config.tile_m, self.config.head_dim, self.dtype)
+            rows(out, lse, combine, out_parts, lse_parts, stream)
+
+    @cute.jit
+    def launch(self, tensors, lists, results, num_ctas: Int32, scale_log2: Float32, stream):
+        """Launch the attention kernel itself."""
+        config, width = self.config, self.config.head_dim
+        # (s, d, h, b): the modes of a tile first.
+        q, k, v, out = (
+            cute.make_tensor(x.iterator, cute.select(x.layout, mode=[1, 3, 2, 0])) for x in tensors
+        )
+        q_layout = self._smem_layout(64, width, config.warpgroups * config.q_stages)
+        kv_layout = self._smem_layout(config.tile_n, width, config.kv_stages)
+        o_layout = self._smem_layout(64, config.o_columns, config.warpgroups)
+        load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
+
+        def tma(op, tensor, layout):
+            tile = cute.select(layout, [0, 1])
+            return cpasync.make_tiled_tma_atom(op, tensor, tile, cute.product_each(tile.shape))
+
+        self.kernel(
+            (tma(load, q, q_layout), tma(load, k, kv_layout), tma(load, v, kv_layout)),
+            tma(store, out, o_layout),
+            (q_layout, kv_layout, o_layout),
+            self._products(),
+            lists,
+            results,
+            cute.size(q, mode=[2]) // cute.size(k, mode=[2]),
+            scale_log2,
+            self._storage(q_layout, kv_layout, o_layout),
+        ).launch(
+            grid=(num_ctas, 1, 1),
+            block=(128 + self.consumers, 1, 1),
+            stream=stream,
+            min_blocks_per_mp=1,
+        )
+
+    @cute.kernel
+    def kernel(
+        self,
+        loads,  # (TMA atom, tensor) of q, k, v
+        store,  # (TMA atom, tensor) of out
+        layouts,
+        products,
+        lists,
+        results,
+        group_size: Int32,  # q heads for each kv head
+        scale_log2: Float32,
+        storage: cutlass.Constexpr,
+    ):
+        """Set up shared memory and barriers, then part ways."""
+        config = self.config
+        warp_idx = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        if warp_idx == 0:
+            for atom, _ in (*loads, store):
+                cpasync.prefetch_descriptor(atom)
+        smem = cutlass.utils.SmemAllocator().allocate(storage)
+        pipes = self._pipelines(smem)
+        q_layout, kv_layout, o_layout = layouts
+        s_q, s_k, s_v, s_o = (
+            part.get_tensor(layout.outer, swizzle=layout.inner)
+            for part, layout in (
+                (smem.q, q_layout),
+                (smem.k, kv_layout),
+                (smem.v, kv_layout),
+                (smem.o, o_layout),
+            )
+        )
+        work_layout = cute.make_layout((WORK_STAGES, WORK_FIELDS), stride=(WORK_FIELDS, 1))
+        s_work = smem.work.get_tensor(work_layout)
+        s_tiles = smem.tiles.get_tensor(cute.make_layout((config.kv_stages, 2), stride=(2, 1)))
+        kv_lens, work, tiles, bits, counter = lists
+        if warp_idx < 4:
+            cute.arch.setmaxregister_decrease(config.producer_registers)
+            if warp_idx == 0:
+                inputs = (kv_lens, work, tiles, counter, group_size)
+                Producer(config, loads, (s_q, s_k, s_v), s_work, s_tiles, pipes, inputs).run()
+        else:
+            cute.arch.setmaxregister_increase(config.consumer_registers)
+            buffers = (s_q, s_k, s_v, s_o, s_work, s_tiles)
+            Consumer(
+                config, self.dtype, products, store, buffers, pipes, bits, results, scale_log2
+            ).run()
+
+    def _products(self):
+        """S = Q K^T; O += P V, with P in registers; and the part of O that leaves at a time."""
+        config = self.config
+        make = partial(
+            hopper_helpers.make_trivial_tiled_mma,
+            self.dtype,
+            self.dtype,
+            OperandMajorMode.K,
+            acc_dtype=Float32,
+            atom_layout_mnk=(1, 1, 1),
+        )
+        registers = warpgroup.OperandSource.RMEM
+        qk = make(OperandMajorMode.K, tiler_mn=(64, config.tile_n))
+        pv = make(OperandMajorMode.MN, tiler_mn=(64, config.head_dim), a_source=registers)
+        chunk = make(OperandMajorMode.MN, tiler_mn=(64, config.o_columns), a_source=registers)
+        return qk, pv, chunk
+
+    def _smem_layout(self, rows, columns, stages):
+        """Swizzled as the products and TMA want it."""
+        kind = hopper_helpers.get_smem_layout_atom(LayoutEnum.ROW_MAJOR, self.dtype, columns)
+        atom = warpgroup.make_smem_layout_atom(kind, self.dtype)
+        return cute.tile_to_shape(atom, (rows, columns, stages), order=(0, 1, 2))
+
+    def _storage(self, q_layout, kv_layout, o_layout):
+        config = self.config
+
+        def buffer(layout):
+            return cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(layout)], 1024]
+
+        def barriers(stages):
+            return cute.struct.MemRange[Int64, 2 * stages]
+
+        @cute.struct
+        class Storage:
+            q_barriers: barriers(config.q_stages)
+            k_barriers: barriers(config.kv_stages)
+            v_barriers: barriers(config.kv_stages)
+            work_barriers: barriers(WORK_STAGES)
+            work: cute.struct.MemRange[Int32, WORK_STAGES * WORK_FIELDS]
+            tiles: cute.struct.MemRange[Int32, config.kv_stages * 2]
+            q: buffer(q_layout)
+            k: buffer(kv_layout)
+            v: buffer(kv_layout)
+            o: buffer(o_layout)
+
+        return Storage
+
+    def _pipelines(self, smem):
+        """Rings of barriers: Q, K, V (filled by TMA) and work items (filled by the producer)."""
+        config = self.config
+        group = partial(pipeline.CooperativeGroup, pipeline.Agent.Thread)
+        row_bytes = config.head_dim * self.dtype.width // 8
+
+        def tma(storage, stages, rows):
+            return pipeline.PipelineTmaAsync.create(
+                barrier_storage=storage.data_ptr(),
+                num_stages=stages,
+                producer_group=group(),
+                consumer_group=group(self.consumers // 32),  # one thread of each warp arrives
+                tx_count=rows * row_bytes,
+                defer_sync=True,
+            )
+
+        q = tma(smem.q_barriers, config.q_stages, config.tile_m)
+        k = tma(smem.k_barriers, config.kv_stages, config.tile_n)
+        v = tma(smem.v_barriers, config.kv_stages, config.tile_n)
+        work = pipeline.PipelineAsync.create(
+            barrier_storage=smem.work_barriers.data_ptr(),
+            num_stages=WORK_STAGES,
+            producer_group=group(32),
+            consumer_group=group(self.consumers),
+            defer_sync=True,
+        )
+        cute.arch.mbarrier_init_fence()
+        cute.arch.sync_threads()
+        return q, k, v, work

@@ -1,0 +1,144 @@
+"""What a thread does with its accumulators of S: mask, online softmax, rescale.
+
+The accumulators of a 64 x n product (WGMMA m64nNk16, PTX ISA) lie like this: element i of thread t
+of a warpgroup is row 16 (t / 32) + (t % 32) / 4 + 8 (i / 2 % 2) and column 8 (i / 4) + 2 (t % 4)
++ i % 2.
+So a thread has two rows, and the four threads of a quad share them.
+"""
+
+from __future__ import annotations
+
+import math
+
+import cutlass
+from cutlass import Float32, Int32, cute
+
+LN2 = math.log(2.0)
+
+
+@cute.jit
+def mask_words(bits, bit_tile, group, thread):
+    """For each of the thread's two rows, a word with a bit for each of its columns.
+
+    Bit 2 j + c stands for column 8 j + 2 (t % 4) + c. A negative `bit_tile`: all are set.
+    """
+    words = cute.make_rmem_tensor(2, Int32)
+    words.fill(-1)
+    if bit_tile >= 0:
+        words[0] = bits[bit_tile, group, thread, 0]
+        words[1] = bits[bit_tile, group, thread, 1]
+    return words
+
+
+@cute.jit
+def apply_mask(acc_s, words, remaining, thread):
+    """-inf where a bit is not set, and from column `remaining` on.
+
+    A selection, so that NaN in masked keys does not matter.
+    """
+    columns = cutlass.max(remaining - 2 * (thread % 4), Int32(0))
+    count = 2 * (columns // 8) + cutlass.min(columns % 8, Int32(2))
+    within = (Int32(1) << count) - 1 if count < 32 else Int32(-1)
+    for i in cutlass.range_constexpr(cute.size(acc_s)):
+        bit = 1 << (i // 4 * 2 + i % 2)
+        bit = bit - (1 << 32) if bit >= 1 << 31 else bit
+        allowed = (words[i // 2 % 2] & within & Int32(bit)) != 0
+        acc_s[i] = acc_s[i] if allowed else -Float32.inf
+
+
+@cute.jit
+def reset(stats):
+    """No keys so far: maximum -inf, sum 0."""
+    for row in cutlass.range_constexpr(2):
+        stats[row, 0] = -Float32.inf
+        stats[row, 1] = Float32(0.0)
+
+
+@cute.jit
+def softmax(acc_s, stats, scale_log2, slack):
+    """S becomes exp2(scale (S - maximum)). Returns whether, and by how much, to rescale O.
+
+    Online softmax: Milakov & Gimelshein, 2018. The sums stay those of the thread's own columns
+    until `normalisers`. A maximum that grows by less than `slack`, 8 / scale_log2, is not taken
+    over (as in FlashAttention-4): P stays below 2^8, which costs no precision, and there is nothing
+    to exchange or to rescale.
+    """
+    decay = cute.make_rmem_tensor(2, Float32)
+    decay.fill(1.0)
+    tops = [_reduce([acc_s[i] for i in _row(acc_s, row)], cute.arch.fmax) for row in range(2)]
+    grown = tops[0] > stats[0, 0] + slack or tops[1] > stats[1, 0] + slack
+    grown = cute.arch.vote_any_sync(grown)
+    if grown:
+        for row in cutlass.range_constexpr(2):
+            old = stats[row, 0]
+            top = _quad(cute.arch.fmax(tops[row], old), cute.arch.fmax)
+            decay[row] = (
+                cute.math.exp2((old - top) * scale_log2, fastmath=True)
+                if top > old
+                else Float32(1.0)
+            )
+            stats[row, 0] = top
+            stats[row, 1] = stats[row, 1] * decay[row]
+    for row in cutlass.range_constexpr(2):
+        # A row without keys so far has no maximum.
+        shift = Float32(0.0) if stats[row, 0] == -Float32.inf else stats[row, 0]
+        scaled = shift * scale_log2
+        for i in _row(acc_s, row):
+            acc_s[i] = _exp2(acc_s[i] * scale_log2 - scaled)
+        stats[row, 1] = stats[row, 1] + _reduce([acc_s[i] for i in _row(acc_s, row)], _add)
+    return grown, decay
+
+
+def _exp2(x):
+    """One MUFU. In PTX, because the compiler makes copies of the intrinsic where P is used."""
+    return cute.arch.inline_ptx(
+        "ex2.approx.ftz.f32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[x]
+    )
+
+
+def _row(acc_s, row):
+    """A row's elements among a thread's accumulators."""
+    return [4 * j + 2 * row + c for j in range(cute.size(acc_s) // 4) for c in range(2)]
+
+
+@cute.jit
+def normalisers(stats, scale_log2):
+    """Of each row 1 / sum, and the logarithm of sum exp(scale S); 0 and -inf without keys."""
+    factors = cute.make_rmem_tensor(2, Float32)
+    log_sums = cute.make_rmem_tensor(2, Float32)
+    for row in cutlass.range_constexpr(2):
+        total = _quad(stats[row, 1], _add)
+        empty = total == 0.0
+        factors[row] = Float32(0.0) if empty else cute.arch.rcp_approx(total)
+        log_sum = (stats[row, 0] * scale_log2 + cute.math.log2(total, fastmath=True)) * LN2
+        log_sums[row] = -Float32.inf if empty else log_sum
+    return factors, log_sums
+
+
+@cute.jit
+def rescale(acc_o, factors):
+    """Multiply each row of O by its factor."""
+    for i in cutlass.range_constexpr(cute.size(acc_o)):
+        acc_o[i] = acc_o[i] * factors[i // 2 % 2]
+
+
+def _add(x, y):
+    return x + y
+
+
+def _reduce(values, combine, chains=4):
+    """Four independent chains: a warp waits for each result, and few warps are there to step in."""
+    heads = values[:chains]
+    for i, value in enumerate(values[chains:]):
+        heads[i % chains] = combine(heads[i % chains], value)
+    while len(heads) > 1:
+        pairs = [combine(a, b) for a, b in zip(heads[::2], heads[1::2], strict=False)]
+        heads = pairs + heads[len(heads) // 2 * 2 :]
+    return heads[0]
+
+
+def _quad(value, combine):
+    """Over the four threads that share a row."""
+    for offset in (1, 2):
+        value = combine(value, cute.arch.shuffle_sync_bfly(value, offset=offset))
+    return value

@@ -1,0 +1,173 @@
+"""Who computes what, when: a Schedule, from a layout, once.
+
+Sparse layouts are badly balanced: one global block makes a row of 512 tiles among rows of 4. The
+kernels are persistent; their CTAs take work items off one list. Items are ordered longest first
+(LPT: Graham, 1969), and a row that would keep one CTA busy for too large a part of the whole is
+split into parts, whose results are combined through their logsumexp (Flash-Decoding, Dao et al.,
+2023).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from sparse_flash.kernels.config import WORK_FIELDS
+from sparse_flash.kernels.fragment import fragment_order
+from sparse_flash.masks.layout import FULL_TILE, BlockLayout
+from sparse_flash.masks.retile import retile
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """What things cost, in units of the time that a full tile takes. Fitted to an H200."""
+
+    partial_tile: float = 1.1
+    tall_tile: float = 1.2  # a full tile of 192 x 128, in units of one of 128 x 128
+    item: float = 1.5  # loading Q, the first softmax, writing O
+    part: float = 1.0  # more than `item`: writing and combining a part of a split row
+    largest_share: float = 0.5  # of what a CTA gets, that one item may be
+    fewest_tiles: int = 8  # of a part: shorter ones cost more than they balance
+
+    def tile(self, tile_m: int) -> float:
+        """The cost of a full tile, comparable between tiles of different heights."""
+        return self.tall_tile if tile_m == 192 else 1.0
+
+    def rows(self, layout: BlockLayout) -> Tensor:
+        """The cost of each block row `(patterns, block rows)`, float32; 0 for an empty one."""
+        partial = (layout.bit_tile_indices != FULL_TILE).float()
+        before = torch.nn.functional.pad(partial.cumsum(0, dtype=torch.float64), (1, 0))
+        starts = layout.crow_indices.long()
+        tiles, partials = starts.diff(), before[starts].diff()
+        cost = tiles + (self.partial_tile - 1) * partials + self.item * (tiles > 0)
+        return cost.float()
+
+    def parts(self, tiles: Tensor, costs: Tensor, share: Tensor) -> Tensor:
+        """In how many parts to compute rows of so many tiles and such costs: int64, 1 or more."""
+        limit = share * self.largest_share
+        wanted = (costs / limit.clamp(min=1e-6)).ceil().long()
+        return torch.minimum(wanted, tiles // self.fewest_tiles).clamp(min=1)
+
+
+COSTS = CostModel()
+L2_BYTES = 24 << 20  # what keys and values may count on: of the 50 MB, each half may hold a copy
+
+
+@dataclass
+class Schedule:
+    """Arrays that the forward kernel reads, all int32. See `schedule`.
+
+    work: (items, 8). m_block, head, batch, first tile, number of tiles, part (-1: not split),
+        and two zeros.
+    tiles: (tiles, 2). n_block, and the bit tile or -1 for a full one; columns ascend in a row.
+    bits: (bit tiles, tile_m / 64, 128, 2), in fragment order.
+    combine: (rows, 8). m_block, head, batch, first part, number of parts (0: an empty row: write
+        0 and -inf), and three zeros.
+    kv_lens: (batch,), the whole length each; for calls that give none.
+    num_parts: parts of split rows, each a float32 (tile_m, head_dim) and a logsumexp.
+    cost: of all items, in full tiles.
+    """
+
+    work: Tensor
+    tiles: Tensor
+    bits: Tensor
+    combine: Tensor
+    kv_lens: Tensor
+    num_parts: int
+    tile: tuple[int, int]
+    cost: float
+
+    def arrays(self) -> list[Tensor]:
+        """work, tiles, bits, combine, kv_lens."""
+        return [self.work, self.tiles, self.bits, self.combine, self.kv_lens]
+
+    @property
+    def num_items(self) -> int:
+        """Work items."""
+        return self.work.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of all arrays."""
+        return sum(x.numel() * x.element_size() for x in self.arrays())
+
+
+def schedule(
+    layout: BlockLayout,
+    batch: int,
+    heads: int,
+    tile: tuple[int, int],
+    num_ctas: int,
+    kv_bytes: int = 0,
+    costs: CostModel = COSTS,
+) -> Schedule:
+    """The schedule of a layout of any granularity for a kernel of this tile.
+
+    kv_bytes: Size of one head's keys and values: heads are taken in groups whose keys and values
+        fit the L2 cache together.
+
+    >>> from sparse_flash import masks
+    >>> layout = masks.global_tokens(128).layout(65536)  # one row of 512 tiles, 511 rows of 1
+    >>> s = schedule(layout, batch=1, heads=8, tile=(128, 128), num_ctas=132)
+    >>> s.work[0, 4].item(), s.work[-1, 4].item(), s.num_parts, len(s.combine)
+    (17, 1, 248, 8)
+    """
+    layout = retile(layout, tile)
+    starts = layout.crow_indices.long()
+    owners = layout.pattern_map.long().expand(batch, heads).reshape(-1)  # of (batch, head) pairs
+    tiles = starts.diff()[owners].flatten()  # of (batch, head, row) triples, as all that follows
+    cost = costs.rows(layout)[owners].flatten()
+    share = cost.sum() / num_ctas
+    parts = costs.parts(tiles, cost, share) * (tiles > 0)
+    row = torch.repeat_interleave(torch.arange(len(parts), device=parts.device), parts)
+    of = parts[row]
+    nth = torch.arange(len(row), device=row.device) - (parts.cumsum(0) - parts)[row]
+    begin, end = tiles[row] * nth // of, tiles[row] * (nth + 1) // of
+    split = of > 1
+    part = torch.where(split, split.cumsum(0) - 1, -1)
+    first = starts[:, :-1][owners].flatten()[row] + begin
+    item_cost = cost[row] * (end - begin) / tiles[row]
+    group = _head_groups(batch * heads, kv_bytes, parts.device)[row // layout.num_block_rows]
+    work = _records(row, (heads, layout.num_block_rows), first, end - begin, part)
+    in_parts = torch.where(parts > 1, parts, 0)
+    combined = (parts != 1).nonzero().squeeze(1)
+    first_part = (in_parts.cumsum(0) - in_parts)[combined]
+    return Schedule(
+        work=work[_longest_first(item_cost, group, share)],
+        tiles=torch.stack([layout.col_indices, layout.bit_tile_indices], 1).int(),
+        bits=fragment_order(layout.bit_tiles),
+        combine=_records(combined, (heads, layout.num_block_rows), first_part, parts[combined]),
+        kv_lens=torch.full((batch,), layout.kv_len, dtype=torch.int32, device=layout.device),
+        num_parts=int(in_parts.sum()),
+        tile=tile,
+        cost=float(cost.sum()) * costs.tile(tile[0]),
+    )
+
+
+def _records(row: Tensor, sizes: tuple[int, int], *fields: Tensor) -> Tensor:
+    """m_block, head, batch and the fields of each row index: int32 (n, WORK_FIELDS)."""
+    heads, rows = sizes
+    record = row.new_zeros(len(row), WORK_FIELDS, dtype=torch.int32)
+    columns = (row % rows, row // rows % heads, row // (rows * heads), *fields)
+    for i, column in enumerate(columns):
+        record[:, i] = column
+    return record
+
+
+def _longest_first(cost: Tensor, group: Tensor, share: Tensor) -> Tensor:
+    """The order of the items: group by group, in each the longest first.
+
+    Items that take longer than what their group gives a CTA to do come before all groups: started
+    with the last group, they would be the last to end.
+    """
+    groups = group.max() + 1 if len(group) else 1
+    group = torch.where(cost > share / groups, -1, group)
+    by_cost = cost.argsort(descending=True, stable=True)
+    return by_cost[group[by_cost].argsort(stable=True)]
+
+
+def _head_groups(pairs: int, kv_bytes: int, device: torch.device) -> Tensor:
+    """The group of each (batch, head) pair: int64 (pairs,)."""
+    size = max(1, L2_BYTES // max(1, kv_bytes))
+    return torch.arange(pairs, device=device) // size

@@ -1,0 +1,193 @@
+"""Attention on Hopper: which calls the kernels can take, and how they are launched."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import weakref
+from collections.abc import Callable
+
+import torch
+from sparse_flash.kernels.compile import forward_kernel
+from sparse_flash.kernels.config import ForwardConfig, forward_configs
+from sparse_flash.kernels.dsl import why_no_dsl
+from sparse_flash.kernels.schedule import Schedule, schedule
+from sparse_flash.masks.layout import BlockLayout, layout_by_number
+from torch import Tensor
+
+_DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_LOG2_E = math.log2(math.e)
+
+
+def why_not(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """Why the kernels cannot take these tensors, with the way out; None where they can."""
+    if q.dtype not in _DTYPES:
+        return f"it computes bfloat16 and float16, not {q.dtype}: convert q, k and v"
+    if not q.is_cuda:
+        return f"it needs a Hopper GPU, but q is on {q.device}"
+    head_dim = q.shape[3]
+    if head_dim % 8 or not 16 <= head_dim <= 256:
+        return f"head_dim must be a multiple of 8 from 16 to 256, got {head_dim}: pad q, k and v"
+    reason = _why_not_device(q.device.index or 0)
+    if reason:
+        return reason
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not _aligned(x):
+            return (
+                f"{name} has strides {x.stride()}: the last must be 1, and all others, as the "
+                f"address, multiples of 16 bytes: use {name}.contiguous()"
+            )
+    return None
+
+
+@functools.cache
+def _why_not_device(index: int) -> str | None:
+    major, minor = torch.cuda.get_device_capability(index)
+    if (major, minor) != (9, 0):
+        name = torch.cuda.get_device_name(index)
+        return f"it needs a Hopper GPU (compute capability 9.0), {name} has {major}.{minor}"
+    return why_no_dsl()
+
+
+def _aligned(x: Tensor) -> bool:
+    """What TMA can load: the stride of a dimension of size 1 does not matter."""
+    s = x.stride()
+    return s[3] == 1 and not any(
+        step % 8 and size > 1 for step, size in zip(s[:3], x.shape[:3], strict=True)
+    )
+
+
+class _Schedules:
+    """The schedules of layouts, kept as attributes of this object as long as their layouts live.
+
+    As attributes, because that is what torch.compile can follow: it runs `name_of` while it
+    traces, takes the name as a constant, and reads the schedule where it finds it in later calls.
+    """
+
+    def __init__(self) -> None:
+        self.names: dict[tuple[int, ...], str] = {}
+
+    @torch.compiler.assume_constant_result
+    def name_of(
+        self, number: int, batch: int, heads: int, head_dim: int, dtype: str, kv_bytes: int
+    ) -> str:
+        """The attribute that holds the schedule of this layout for such tensors; builds it."""
+        key = (number, batch, heads, _bucket(dtype, head_dim), kv_bytes)
+        name = self.names.get(key)
+        if name is None:
+            layout = layout_by_number(number)
+            name = f"schedule_{next(_numbers)}"
+            setattr(self, name, best_schedule(layout, batch, heads, head_dim, dtype, kv_bytes))
+            self.names[key] = name
+            weakref.finalize(layout, self._forget, key)
+        return name
+
+    def _forget(self, key: tuple[int, ...]) -> None:
+        delattr(self, self.names.pop(key))
+
+
+_numbers = itertools.count()
+_schedules = _Schedules()
+
+
+@functools.cache
+def _bucket(dtype: str, head_dim: int) -> int:
+    return forward_configs(dtype, head_dim)[0].head_dim
+
+
+def schedule_of(layout: BlockLayout, q: Tensor, k: Tensor) -> Schedule:
+    """The schedule of a layout for these tensors: built once, kept as long as the layout."""
+    batch, _, heads, head_dim = q.shape
+    kv_bytes = 2 * k.shape[1] * head_dim * k.element_size()
+    dtype = _DTYPES[q.dtype]
+    name = _schedules.name_of(layout.number, batch, heads, head_dim, dtype, kv_bytes)
+    return getattr(_schedules, name)
+
+
+def best_schedule(
+    layout: BlockLayout, batch: int, heads: int, head_dim: int, dtype: str, kv_bytes: int
+) -> Schedule:
+    """The cheapest of the schedules for the configs of this head_dim."""
+    num_ctas = torch.cuda.get_device_properties(layout.device).multi_processor_count
+    candidates = (
+        schedule(layout, batch, heads, (c.tile_m, c.tile_n), num_ctas, kv_bytes)
+        for c in forward_configs(dtype, head_dim)
+    )
+    return min(candidates, key=lambda s: s.cost)
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, plan: Schedule, kv_lens: Tensor | None, softmax_scale: float
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) on torch's current stream; out `(b, s, h, d)` in q's dtype, lse float32."""
+    return launch(q, k, v, plan.arrays(), kv_lens, plan.num_parts, plan.tile[0], softmax_scale)
+
+
+def launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: list[Tensor],
+    kv_lens: Tensor | None,
+    num_parts: int,
+    tile_m: int,
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor]:
+    """As `forward`, with a schedule's `arrays()`."""
+    work, tiles, bits, combine, whole = plan
+    b, s, h, d = q.shape
+    if softmax_scale <= 0:  # the kernel takes maxima before it scales
+        q = -q if softmax_scale < 0 else torch.zeros_like(q)
+        softmax_scale = -softmax_scale or 1.0
+    kernel, config = _loaded(_DTYPES[q.dtype], d, tile_m)
+    device = q.device
+    counter = _counter(device, config)
+    out = torch.empty((b, s, h, d), dtype=q.dtype, device=device)
+    lse = torch.empty((b, h, s), dtype=torch.float32, device=device)
+    out_parts = torch.empty(
+        (num_parts, tile_m, config.head_dim), dtype=torch.float32, device=device
+    )
+    lse_parts = torch.empty((num_parts, tile_m), dtype=torch.float32, device=device)
+    lens = whole if kv_lens is None else kv_lens.to(device, torch.int32).clamp(max=k.shape[1])
+    num_ctas = max(1, min(work.shape[0], _num_sms(device.index or 0)))
+    arguments = (q, k, v, out, lse, lens, work, tiles, bits, counter, out_parts, lse_parts)
+    with torch.cuda.device(device):
+        kernel(*arguments, combine, num_ctas, softmax_scale * _LOG2_E)
+    return out, lse
+
+
+@functools.cache
+def _num_sms(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+@functools.cache
+def _loaded(dtype: str, head_dim: int, tile_m: int) -> tuple[Callable[..., None], ForwardConfig]:
+    config = next(c for c in forward_configs(dtype, head_dim) if c.tile_m == tile_m)
+    return forward_kernel(config), config
+
+
+_counters: dict[tuple[int, int], Tensor] = {}
+_launched: set[tuple[int, ForwardConfig]] = set()
+
+
+def _counter(device: torch.device, config: ForwardConfig) -> Tensor:
+    """Zeros for a launch to count with; it leaves them zero.
+
+    Launches that may overlap must not share them: each stream has its own, and so has each launch
+    in a CUDA graph, whose replays may run on any stream.
+    """
+    index = device.index or 0
+    if torch.cuda.is_current_stream_capturing():
+        if (index, config) not in _launched:
+            raise RuntimeError(
+                "the first launch of a kernel loads it, which a CUDA graph cannot capture: run "
+                "the same call once before the capture (torch.cuda.graph's documentation: warm up)"
+            )
+        return torch.zeros(2, dtype=torch.int32, device=device)
+    _launched.add((index, config))
+    key = (index, torch.cuda.current_stream(device).cuda_stream)
+    if key not in _counters:
+        _counters[key] = torch.zeros(2, dtype=torch.int32, device=device)
+    return _counters[key]
