@@ -41,12 +41,12 @@ class ForwardConfig:
     @property
     def consumer_registers(self) -> int:
         """Registers a consumer thread may use: with the producer's they fill the register file."""
-        return {1: 256, 2: 240, 3: 160}[self.warpgroups]
+        return {1: 256, 2: 232, 3: 160}[self.warpgroups]
 
     @property
     def producer_registers(self) -> int:
         """Registers a producer thread may use."""
-        return {1: 56, 2: 24, 3: 32}[self.warpgroups]
+        return {1: 56, 2: 40, 3: 32}[self.warpgroups]
 
     @property
     def shared_memory(self) -> int:

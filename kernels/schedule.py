@@ -170,4 +170,5 @@ def _longest_first(cost: Tensor, group: Tensor, share: Tensor) -> Tensor:
 def _head_groups(pairs: int, kv_bytes: int, device: torch.device) -> Tensor:
     """The group of each (batch, head) pair: int64 (pairs,)."""
     size = max(1, L2_BYTES // max(1, kv_bytes))
-    return torch.arange(pairs, device=device) // size
+    groups = -(-pairs // size)
+    return torch.arange(pairs, device=device) * groups // pairs  # of equal size, or nearly

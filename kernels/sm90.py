@@ -53,9 +53,9 @@ def _why_not_device(index: int) -> str | None:
 def _aligned(x: Tensor) -> bool:
     """What TMA can load: the stride of a dimension of size 1 does not matter."""
     s = x.stride()
-    return s[3] == 1 and not any(
-        step % 8 and size > 1 for step, size in zip(s[:3], x.shape[:3], strict=True)
-    )
+    if s[3] != 1 or x.storage_offset() % 8:
+        return False
+    return not any(step % 8 and size > 1 for step, size in zip(s[:3], x.shape, strict=False))
 
 
 class _Schedules:

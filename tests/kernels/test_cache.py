@@ -1,0 +1,119 @@
+"""The compile cache: found again, by other processes too; what is broken is made anew."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+from sparse_flash.kernels import cache
+
+pytest.importorskip("cutlass")
+
+# A host function that compiles in a moment stands for a kernel; it says when it is compiled.
+SOURCE = """
+import sys, torch, cutlass.cute as cute
+from cutlass import Int32
+from sparse_flash.kernels import cache
+
+@cute.jit
+def fill(x: cute.Tensor, value: Int32):
+    x[0] = value
+
+def build():
+    print("compiled", flush=True)
+    like = cute.runtime.from_dlpack(x, enable_tvm_ffi=True)
+    return cute.compile(fill, like, Int32(1), options="--enable-tvm-ffi --gpu-arch sm_90a")
+
+x = torch.zeros(4, dtype=torch.int32)
+cache.load_or_compile("fill", sys.argv[1], build)(x, 7)
+print(x[0].item())
+"""
+
+
+def run(folder, key="key", wait=True):
+    script = folder.parent / "script.py"  # the DSL wants to read what it compiles
+    script.write_text(SOURCE)
+    process = subprocess.Popen(
+        [sys.executable, str(script), key],
+        env={**os.environ, cache.CACHE_VARIABLE: str(folder)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    return result(process) if wait else process
+
+
+def result(process):
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return out.split(), err
+
+
+def entries(folder):
+    return list(folder.glob("*.o"))
+
+
+def test_second_process_compiles_nothing(tmp_path):
+    assert run(tmp_path / "cache")[0] == ["compiled", "7"]
+    assert run(tmp_path / "cache")[0] == ["7"]
+    assert len(entries(tmp_path / "cache")) == 1
+    assert run(tmp_path / "cache", "other")[0] == ["compiled", "7"]
+    assert len(entries(tmp_path / "cache")) == 2
+
+
+def test_concurrent_processes_compile_once(tmp_path):
+    processes = [run(tmp_path / "cache", wait=False) for _ in range(3)]
+    outputs = [result(p)[0] for p in processes]
+    assert sorted(len(out) for out in outputs) == [1, 1, 2]
+    assert all(out[-1] == "7" for out in outputs)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "altered", "empty"])
+def test_corrupt_entry_is_a_miss(tmp_path, damage):
+    run(tmp_path / "cache")
+    (path,) = entries(tmp_path / "cache")
+    content = path.read_bytes()
+    middle = len(content) // 2
+    path.write_bytes(
+        {
+            "truncated": content[:middle],
+            "altered": content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :],
+            "empty": b"",
+        }[damage]
+    )
+    assert run(tmp_path / "cache")[0] == ["compiled", "7"]
+    assert len(entries(tmp_path / "cache")) == 1
+    assert run(tmp_path / "cache")[0] == ["7"]
+
+
+def test_folder_that_cannot_be_written(tmp_path):
+    folder = tmp_path / "file"
+    folder.write_text("in the way")
+    out, err = run(folder)
+    assert out == ["compiled", "7"]
+    assert "every process will compile its own" in err
+    assert cache.CACHE_VARIABLE in err
+
+
+def test_location(monkeypatch, tmp_path):
+    monkeypatch.setenv(cache.CACHE_VARIABLE, str(tmp_path / "mine"))
+    assert cache.cache_dir() == tmp_path / "mine"
+    monkeypatch.delenv(cache.CACHE_VARIABLE)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache.cache_dir() == tmp_path / "sparse_flash"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache.cache_dir().parts[-2:] == (".cache", "sparse_flash")
+
+
+def test_everything_that_matters_is_in_the_name(monkeypatch):
+    import importlib.metadata
+
+    before = cache.fingerprint.__wrapped__()
+    assert before == cache.fingerprint.__wrapped__()
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0")
+    assert cache.fingerprint.__wrapped__() != before
+    monkeypatch.undo()
+    monkeypatch.setattr("platform.machine", lambda: "other")
+    assert cache.fingerprint.__wrapped__() != before

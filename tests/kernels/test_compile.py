@@ -1,0 +1,91 @@
+"""Every shipped kernel, compiled for Hopper on whatever machine this is, and looked into."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from sparse_flash.kernels.config import DTYPES, all_forward_configs, forward_configs
+
+cute = pytest.importorskip("cutlass.cute")
+Int32 = pytest.importorskip("cutlass").Int32
+
+COMPILE = """
+import sys
+from sparse_flash.kernels.compile import compile_forward
+from sparse_flash.kernels.config import all_forward_configs
+compile_forward(all_forward_configs()[int(sys.argv[1])])
+"""
+
+
+def name(config):
+    return f"{config.dtype}-d{config.head_dim}-{config.tile_m}x{config.tile_n}"
+
+
+CONFIGS = all_forward_configs()
+
+
+@pytest.mark.parametrize("index", range(len(CONFIGS)), ids=lambda i: name(CONFIGS[i]))
+def test_forward_compiles_well(index, tmp_path):
+    """No spills, no stack, products by WGMMA and not one after the other, each exponential once."""
+    config = CONFIGS[index]
+    env = {
+        **os.environ,
+        "CUTE_DSL_ARCH": "sm_90a",  # or there is no SASS
+        "CUTE_DSL_KEEP": "cubin,sass",
+        "CUTE_DSL_DUMP_DIR": str(tmp_path),
+        "CUTE_DSL_COMPILER_OPT": "remarks{ptx}",
+    }
+    command = [sys.executable, "-c", COMPILE, str(index)]
+    run = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    log = run.stdout + run.stderr
+    assert run.returncode == 0, log
+    spills = re.findall(
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log
+    )
+    assert len(spills) == 2, log  # the attention kernel and the combination
+    assert set(spills) == {("0", "0", "0")}, log
+    assert "Potential Performance Loss" not in log
+    assert "setmaxnreg ignored" not in log
+    sass = "".join(path.read_text() for path in tmp_path.glob("*.sass"))
+    hgmma = len(re.findall(r"\bHGMMA\.", sass))
+    # Three steps (first, inner, boundary) with S, and three places (inner, boundary, last) with O.
+    assert hgmma == 3 * (config.head_dim // 16 + config.tile_n // 16)
+    assert not re.search(r"\b(LDL|STL)\b", sass)
+    # Each step: a thread's tile_n / 2 of P and two decays; and one more in the combination.
+    assert len(re.findall(r"MUFU\.EX2", sass)) == 3 * (config.tile_n // 2 + 2) + 1
+
+
+def test_configs():
+    for dtype in DTYPES:
+        for head_dim in range(8, 257, 8):
+            assert all(c.head_dim >= head_dim for c in forward_configs(dtype, head_dim))
+            assert forward_configs(dtype, head_dim)
+        assert forward_configs(dtype, 264) == ()
+    assert len(set(all_forward_configs())) == len(all_forward_configs())
+
+
+def test_walk_of_a_list_on_the_host():
+    """Device code that the DSL also runs on a CPU: how many tiles lie within a length."""
+    from sparse_flash.kernels.forward_producer import tiles_within
+
+    @cute.jit
+    def count(tiles: cute.Tensor, out: cute.Tensor, first: Int32, number: Int32, limit: Int32):
+        out[0] = tiles_within(tiles, first, number, limit, 128)
+
+    columns = torch.tensor([9, 0, 1, 4, 5, 11, 3], dtype=torch.int32)
+    tiles = torch.stack([columns, -torch.ones_like(columns)], 1).contiguous()
+    out = torch.zeros(1, dtype=torch.int32)
+    compiled = cute.compile(
+        count,
+        *(cute.runtime.from_dlpack(x, enable_tvm_ffi=True) for x in (tiles, out)),
+        *(Int32(0),) * 3,
+        options="--enable-tvm-ffi --gpu-arch sm_90a",
+    )
+    for limit in (-5, 0, 1, 128, 129, 256, 513, 640, 641, 1408, 1409, 4000):
+        for first, number in ((1, 5), (1, 1), (2, 3), (6, 1)):
+            compiled(tiles, out, first, number, limit)
+            some = columns[first : first + number]
+            assert out.item() == max(1, int((some * 128 < limit).sum()))

@@ -1,0 +1,133 @@
+"""Schedules: nothing left out, nothing twice, and no CTA left with most of the work."""
+
+from __future__ import annotations
+
+import heapq
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from sparse_flash.kernels.schedule import COSTS, CostModel, schedule
+
+from sparse_flash import masks
+from tests.strategies import settings_
+
+M_BLOCK, HEAD, BATCH, FIRST, COUNT, PART = range(6)
+
+
+def rows_of(plan):
+    """{(batch, head, m_block): its items (first, count, part) in order of their tiles}."""
+    rows = {}
+    for item in plan.work.tolist():
+        key = (item[BATCH], item[HEAD], item[M_BLOCK])
+        rows.setdefault(key, []).append((item[FIRST], item[COUNT], item[PART]))
+    return {key: sorted(items) for key, items in rows.items()}
+
+
+@given(
+    settings_(max_length=700, heads=True),
+    st.integers(1, 2),
+    st.sampled_from([(64, 64), (128, 128), (192, 128)]),
+    st.sampled_from([1, 3, 132]),
+    st.sampled_from([1, 3]),
+)
+def test_every_tile_is_computed_once(setting, batch, tile, ctas, fewest):
+    layout = setting.mask.layout(setting.q_len, setting.kv_len, setting.block)
+    plan = schedule(layout, batch, 4, tile, ctas, 1 << 20, CostModel(fewest_tiles=fewest))
+    expected = masks.retile(layout, tile)
+    rows, parts = rows_of(plan), []
+    combined = {(r[2], r[1], r[0]): (r[3], r[4]) for r in plan.combine.tolist()}
+    owners = expected.pattern_map.expand(batch, 4)
+    for b in range(batch):
+        for h in range(4):
+            starts = expected.crow_indices[owners[b, h]].tolist()
+            for m in range(expected.num_block_rows):
+                items = rows.pop((b, h, m), [])
+                walked = [t for first, count, _ in items for t in range(first, first + count)]
+                assert walked == list(range(starts[m], starts[m + 1]))
+                mine = [part for _, _, part in items]
+                if len(items) == 1:
+                    assert mine == [-1]
+                    assert (b, h, m) not in combined
+                else:  # empty or split: in order, next to each other
+                    first, count = combined.pop((b, h, m))
+                    assert count == len(items)
+                    assert mine == list(range(first, first + count))
+                    parts += mine
+    assert not rows
+    assert not combined
+    assert sorted(parts) == list(range(plan.num_parts))
+    assert torch.equal(plan.tiles[:, 0], expected.col_indices)
+    assert torch.equal(plan.tiles[:, 1], expected.bit_tile_indices)
+    assert plan.kv_lens.tolist() == [setting.kv_len] * batch
+    assert all(x.dtype == torch.int32 for x in plan.arrays())
+
+
+def makespan(plan, ctas, costs=COSTS):
+    """How long CTAs take that fetch items in order, and the mean: in full tiles."""
+    partial = (plan.tiles[:, 1] >= 0).tolist()
+    free = [0.0] * ctas
+    for item in plan.work.tolist():
+        tiles = partial[item[FIRST] : item[FIRST] + item[COUNT]]
+        cost = costs.item + len(tiles) + (costs.partial_tile - 1) * sum(tiles)
+        heapq.heappush(free, heapq.heappop(free) + cost)
+    return max(free), sum(free) / ctas
+
+
+@pytest.mark.parametrize(
+    ("spec", "length", "heads"),
+    [
+        ("local(128) | global_tokens(128)", 65536, 8),
+        ("local(200) | global_tokens(37)", 65536, 8),
+        ("causal()", 16384, 16),
+        ("butterfly(128)", 65536, 8),
+        ("random_blocks(0.05, 128, 0)", 16384, 16),
+        ("full()", 4096, 8),
+        ("star(3)", 32768, 4),
+    ],
+)
+def test_work_is_balanced(spec, length, heads):
+    layout = masks.parse(spec).layout(length)
+    plan = schedule(layout, 1, heads, (128, 128), 132, 4 * length * 64)
+    longest, mean = makespan(plan, 132)
+    assert longest < 1.07 * mean + 4
+
+
+def test_without_splitting_one_row_would_keep_all_waiting():
+    layout = masks.parse("local(128) | global_tokens(128)").layout(65536)
+    whole = CostModel(fewest_tiles=1 << 20)
+    longest, mean = makespan(schedule(layout, 1, 8, (128, 128), 132, costs=whole), 132, whole)
+    assert longest > 2.4 * mean
+
+
+def test_cost_model():
+    layout = masks.local(200).layout(1024)  # inner rows: 3 full tiles between 2 partial ones
+    costs = CostModel(partial_tile=1.5, item=10)
+    counts = layout.crow_indices.diff()[0]
+    partial = torch.zeros(8).index_add(0, layout.tile_rows, (layout.bit_tile_indices >= 0).float())
+    assert torch.equal(costs.rows(layout)[0], 10 + counts + 0.5 * partial)
+    share = torch.tensor(20.0)
+    tiles = torch.tensor([0, 5, 40, 400])
+    parts = CostModel(largest_share=0.5, fewest_tiles=8).parts(tiles, tiles.float(), share)
+    assert parts.tolist() == [1, 1, 4, 40]
+
+
+def test_longest_come_first_in_each_group_of_heads():
+    layout = masks.causal().layout(2048)
+    plan = schedule(layout, 1, 4, (128, 128), 132, kv_bytes=12 << 20)  # two heads fit the cache
+    work = plan.work[plan.work[:, COUNT] <= plan.work[:, COUNT].median()]
+    for group in (0, 1):
+        counts = work[work[:, HEAD] // 2 == group][:, COUNT]
+        assert torch.equal(counts, counts.sort(descending=True).values)
+
+
+def test_empty_rows_and_empty_layouts():
+    mask = masks.block_diagonal(64) & ~masks.sinks(300)
+    plan = schedule(mask.layout(700), 2, 3, (128, 128), 132)
+    empty = plan.combine[plan.combine[:, 4] == 0]
+    assert sorted(set(empty[:, M_BLOCK].tolist())) == [0, 1]
+    assert len(empty) == 2 * 2 * 3
+    nothing = schedule((~masks.full()).layout(700), 1, 1, (128, 128), 132)
+    assert nothing.num_items == 0
+    assert len(nothing.combine) == 6
