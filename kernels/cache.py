@@ -1,6 +1,6 @@
 """Compiled kernels on disk: a process that finds one there starts in milliseconds, not seconds.
 
-An entry is an object file named after everything it depends on and after its own content, so that
+An entry is a shared library named after everything it depends on and after its own content, so that
 a truncated or altered one is recognised and made anew. Entries appear by renaming, whole; a lock
 keeps processes that start together from compiling the same kernel.
 """
@@ -8,12 +8,16 @@ keeps processes that start together from compiling the same kernel.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import functools
 import hashlib
 import importlib.metadata
+import importlib.util
 import os
 import platform
+import shutil
+import subprocess
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -56,16 +60,16 @@ def load_or_compile(name: str, key: str, build: Callable[[], Any]) -> Callable[.
             found = _load(stem)  # another process may have been quicker
             if found is not None:
                 return found
-            compiled = build()
-            _store(stem, compiled)
+            _store(stem, build())
+            # What is loaded is also lighter to call than what the DSL's compiler returns.
+            found = _load(stem)
     except OSError as error:
         warnings.warn(
             f"compiled kernels cannot be kept in {cache_dir()} ({error}): every process will "
             f"compile its own; set {CACHE_VARIABLE} to a folder that can be written",
             stacklevel=2,
         )
-        return build()
-    return compiled
+    return build() if found is None else found
 
 
 @functools.cache
@@ -90,24 +94,49 @@ def _digest(*parts: bytes) -> str:
 
 def _load(stem: str) -> Callable[..., None] | None:
     """The entry of this name; None where there is none that is whole."""
-    from cutlass import cute
+    import tvm_ffi
 
-    for path in cache_dir().glob(f"{stem}-*.o"):
+    for path in cache_dir().glob(f"{stem}-*.so"):
         with contextlib.suppress(OSError):
             if path.stem.removeprefix(f"{stem}-") == _digest(path.read_bytes()):
-                module = cute.runtime.load_module(str(path), enable_tvm_ffi=True)
-                return getattr(module, ENTRY_POINT)
+                for library in _runtime_libraries():
+                    ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
+                return tvm_ffi.load_module(str(path))[ENTRY_POINT]
             path.unlink()
     return None
 
 
 def _store(stem: str, compiled: Any) -> None:
+    """Export the kernel, link it, and put it into the cache."""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.o"
-        compiled.export_to_c(str(path), function_name=ENTRY_POINT)
-        content = path.read_bytes()
-    with atomic_write(cache_dir() / f"{stem}-{_digest(content)}.o") as file:
+        source, target = Path(folder) / "kernel.o", Path(folder) / "kernel.so"
+        compiled.export_to_c(str(source), function_name=ENTRY_POINT)
+        _link(source, target)
+        content = target.read_bytes()
+    with atomic_write(cache_dir() / f"{stem}-{_digest(content)}.so") as file:
         file.write(content)
+
+
+def _link(source: Path, target: Path) -> None:
+    linker = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
+    if linker is None:
+        raise OSError("no C compiler (cc, gcc, clang) to link them with")
+    command = [linker, "-shared", "-o", str(target), str(source)]
+    run = subprocess.run(command, check=False, capture_output=True, text=True)  # noqa: S603
+    if run.returncode:
+        raise OSError(f"{linker} could not link them: {run.stderr.strip()[-200:]}")
+
+
+def _runtime_libraries() -> list[str]:
+    """The DSL's runtime, found without importing the DSL, which would take a second."""
+    spec = importlib.util.find_spec("nvidia_cutlass_dsl")
+    roots = [Path(p) for p in (spec.submodule_search_locations or [])] if spec else []
+    for flavour in ("cu13", "cu12"):  # as the DSL itself prefers
+        for root in roots:
+            found = root / flavour / "lib" / "libcute_dsl_runtime.so"
+            if found.exists():
+                return [str(found)]
+    return []
 
 
 @contextlib.contextmanager

@@ -34,6 +34,11 @@ class ForwardConfig:
         assert self.shared_memory <= SHARED_MEMORY
 
     @property
+    def tile(self) -> tuple[int, int]:
+        """(tile_m, tile_n)."""
+        return self.tile_m, self.tile_n
+
+    @property
     def warpgroups(self) -> int:
         """Consumer warpgroups; each owns 64 query rows."""
         return self.tile_m // 64

@@ -173,10 +173,12 @@ class Consumer:
         if remaining < height:
             self.v_pipe.consumer_wait(state)
             start = cutlass.max(remaining, Int32(0))
-            for i in cutlass.range((height - start) * width // 128, unroll=1):
+            elements = (height - start) * width
+            for i in cutlass.range(cute.ceil_div(elements, 128), unroll=1):
                 element = i * 128 + self.thread
-                place = (start + element // width, element % width, state.index)
-                s_v[place] = self.dtype(0.0)
+                if element < elements:
+                    place = (start + element // width, element % width, state.index)
+                    s_v[place] = self.dtype(0.0)
             cute.arch.fence_view_async_shared()
             self.gather()
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from sparse_flash.kernels.config import WORK_FIELDS
+from sparse_flash.kernels.config import WORK_FIELDS, ForwardConfig
 from sparse_flash.kernels.fragment import fragment_order
 from sparse_flash.masks.layout import FULL_TILE, BlockLayout
 from sparse_flash.masks.retile import retile
@@ -66,7 +66,6 @@ class Schedule:
         0 and -inf), and three zeros.
     kv_lens: (batch,), the whole length each; for calls that give none.
     num_parts: parts of split rows, each a float32 (tile_m, head_dim) and a logsumexp.
-    cost: of all items, in full tiles.
     """
 
     work: Tensor
@@ -76,7 +75,6 @@ class Schedule:
     kv_lens: Tensor
     num_parts: int
     tile: tuple[int, int]
-    cost: float
 
     def arrays(self) -> list[Tensor]:
         """work, tiles, bits, combine, kv_lens."""
@@ -111,7 +109,7 @@ def schedule(
     >>> layout = masks.global_tokens(128).layout(65536)  # one row of 512 tiles, 511 rows of 1
     >>> s = schedule(layout, batch=1, heads=8, tile=(128, 128), num_ctas=132)
     >>> s.work[0, 4].item(), s.work[-1, 4].item(), s.num_parts, len(s.combine)
-    (17, 1, 248, 8)
+    (52, 1, 80, 8)
     """
     layout = retile(layout, tile)
     starts = layout.crow_indices.long()
@@ -141,8 +139,42 @@ def schedule(
         kv_lens=torch.full((batch,), layout.kv_len, dtype=torch.int32, device=layout.device),
         num_parts=int(in_parts.sum()),
         tile=tile,
-        cost=float(cost.sum()) * costs.tile(tile[0]),
     )
+
+
+def best_config(
+    layout: BlockLayout, configs: tuple[ForwardConfig, ...], costs: CostModel = COSTS
+) -> ForwardConfig:
+    """The config whose tiles cover the layout at the least cost.
+
+    Tiles are counted over the stored blocks, as if all these were full: exact where neither
+    granularity cuts the blocks of the other, and else close enough.
+    """
+    return min(configs, key=lambda c: cover(layout, c.tile) * costs.tile(c.tile_m))
+
+
+def cover(layout: BlockLayout, tile: tuple[int, int]) -> int:
+    """How many tiles of this size touch stored blocks of the layout, over all its patterns.
+
+    >>> from sparse_flash import masks
+    >>> layout = masks.block_local(128, 1).layout(768)  # 128-blocks: 2, 3, 3, 3, 3, 2 in a row
+    >>> cover(layout, (128, 128)), cover(layout, (192, 128)), cover(layout, (128, 64))
+    (16, 14, 32)
+    """
+    (block_q, block_kv), (tile_m, tile_n) = layout.block, tile
+    rows = layout.tile_rows.long()
+    pattern, rows = rows // layout.num_block_rows, rows % layout.num_block_rows
+    top, left = rows * block_q, layout.col_indices.long() * block_kv
+    bottom = (top + block_q).clamp(max=layout.q_len) - 1
+    right = (left + block_kv).clamp(max=layout.kv_len) - 1
+    height, width = -(-layout.q_len // tile_m), -(-layout.kv_len // tile_n)
+    touched = []
+    for i in range((block_q - 1) // tile_m + 2):
+        for j in range((block_kv - 1) // tile_n + 2):
+            m, n = top // tile_m + i, left // tile_n + j
+            inside = (m <= bottom // tile_m) & (n <= right // tile_n)
+            touched.append(((pattern * height + m) * width + n)[inside])
+    return len(torch.cat(touched).unique())
 
 
 def _records(row: Tensor, sizes: tuple[int, int], *fields: Tensor) -> Tensor:

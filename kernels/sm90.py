@@ -12,7 +12,7 @@ import torch
 from sparse_flash.kernels.compile import forward_kernel
 from sparse_flash.kernels.config import ForwardConfig, forward_configs
 from sparse_flash.kernels.dsl import why_no_dsl
-from sparse_flash.kernels.schedule import Schedule, schedule
+from sparse_flash.kernels.schedule import Schedule, best_config, schedule
 from sparse_flash.masks.layout import BlockLayout, layout_by_number
 from torch import Tensor
 
@@ -29,7 +29,7 @@ def why_not(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     head_dim = q.shape[3]
     if head_dim % 8 or not 16 <= head_dim <= 256:
         return f"head_dim must be a multiple of 8 from 16 to 256, got {head_dim}: pad q, k and v"
-    reason = _why_not_device(q.device.index or 0)
+    reason = _why_not_device(q.device.index)
     if reason:
         return reason
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -41,21 +41,30 @@ def why_not(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     return None
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def _why_not_device(index: int) -> str | None:
-    major, minor = torch.cuda.get_device_capability(index)
-    if (major, minor) != (9, 0):
+    if index not in _reasons:
+        major, minor = torch.cuda.get_device_capability(index)
         name = torch.cuda.get_device_name(index)
-        return f"it needs a Hopper GPU (compute capability 9.0), {name} has {major}.{minor}"
-    return why_no_dsl()
+        _reasons[index] = (
+            why_no_dsl()
+            if (major, minor) == (9, 0)
+            else f"it needs a Hopper GPU (compute capability 9.0), {name} has {major}.{minor}"
+        )
+    return _reasons[index]
+
+
+_reasons: dict[int, str | None] = {}
 
 
 def _aligned(x: Tensor) -> bool:
     """What TMA can load: the stride of a dimension of size 1 does not matter."""
-    s = x.stride()
-    if s[3] != 1 or x.storage_offset() % 8:
+    b, s, h, d = x.stride()
+    if d != 1 or x.storage_offset() % 8:
         return False
-    return not any(step % 8 and size > 1 for step, size in zip(s[:3], x.shape, strict=False))
+    return not ((b | s | h) % 8) or not any(
+        stride % 8 and size > 1 for stride, size in zip((b, s, h), x.shape, strict=False)
+    )
 
 
 class _Schedules:
@@ -108,20 +117,10 @@ def schedule_of(layout: BlockLayout, q: Tensor, k: Tensor) -> Schedule:
 def best_schedule(
     layout: BlockLayout, batch: int, heads: int, head_dim: int, dtype: str, kv_bytes: int
 ) -> Schedule:
-    """The cheapest of the schedules for the configs of this head_dim."""
+    """The schedule for the config that computes this layout soonest."""
     num_ctas = torch.cuda.get_device_properties(layout.device).multi_processor_count
-    candidates = (
-        schedule(layout, batch, heads, (c.tile_m, c.tile_n), num_ctas, kv_bytes)
-        for c in forward_configs(dtype, head_dim)
-    )
-    return min(candidates, key=lambda s: s.cost)
-
-
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, plan: Schedule, kv_lens: Tensor | None, softmax_scale: float
-) -> tuple[Tensor, Tensor]:
-    """(out, lse) on torch's current stream; out `(b, s, h, d)` in q's dtype, lse float32."""
-    return launch(q, k, v, plan.arrays(), kv_lens, plan.num_parts, plan.tile[0], softmax_scale)
+    config = best_config(layout, forward_configs(dtype, head_dim))
+    return schedule(layout, batch, heads, config.tile, num_ctas, kv_bytes)
 
 
 def launch(
@@ -134,7 +133,10 @@ def launch(
     tile_m: int,
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """As `forward`, with a schedule's `arrays()`."""
+    """(out, lse) on torch's current stream, by a schedule's `arrays()`, `num_parts` and tile.
+
+    out is `(b, s, h, d)` in q's dtype, lse `(b, h, s)` float32.
+    """
     work, tiles, bits, combine, whole = plan
     b, s, h, d = q.shape
     if softmax_scale <= 0:  # the kernel takes maxima before it scales
@@ -142,19 +144,33 @@ def launch(
         softmax_scale = -softmax_scale or 1.0
     kernel, config = _loaded(_DTYPES[q.dtype], d, tile_m)
     device = q.device
-    counter = _counter(device, config)
     out = torch.empty((b, s, h, d), dtype=q.dtype, device=device)
     lse = torch.empty((b, h, s), dtype=torch.float32, device=device)
-    out_parts = torch.empty(
-        (num_parts, tile_m, config.head_dim), dtype=torch.float32, device=device
-    )
-    lse_parts = torch.empty((num_parts, tile_m), dtype=torch.float32, device=device)
+    parts = _parts(config, device, num_parts)
     lens = whole if kv_lens is None else kv_lens.to(device, torch.int32).clamp(max=k.shape[1])
-    num_ctas = max(1, min(work.shape[0], _num_sms(device.index or 0)))
-    arguments = (q, k, v, out, lse, lens, work, tiles, bits, counter, out_parts, lse_parts)
-    with torch.cuda.device(device):
-        kernel(*arguments, combine, num_ctas, softmax_scale * _LOG2_E)
+    num_ctas = max(1, min(work.shape[0], _num_sms(device.index)))
+    arguments = (*parts, combine, num_ctas, softmax_scale * _LOG2_E)
+    if device.index == torch.cuda.current_device():
+        kernel(q, k, v, out, lse, lens, work, tiles, bits, _counter(device, config), *arguments)
+    else:
+        with torch.cuda.device(device):
+            kernel(q, k, v, out, lse, lens, work, tiles, bits, _counter(device, config), *arguments)
     return out, lse
+
+
+def _parts(config: ForwardConfig, device: torch.device, number: int) -> tuple[Tensor, Tensor]:
+    """Room for the parts of split rows."""
+    if not number:
+        return _no_parts(config, device)
+    shape = (number, config.tile_m, config.head_dim)
+    out = torch.empty(shape, dtype=torch.float32, device=device)
+    return out, torch.empty(shape[:2], dtype=torch.float32, device=device)
+
+
+@functools.cache
+def _no_parts(config: ForwardConfig, device: torch.device) -> tuple[Tensor, Tensor]:
+    shape = (0, config.tile_m, config.head_dim)
+    return torch.empty(shape, device=device), torch.empty(shape[:2], device=device)
 
 
 @functools.cache
@@ -178,7 +194,7 @@ def _counter(device: torch.device, config: ForwardConfig) -> Tensor:
     Launches that may overlap must not share them: each stream has its own, and so has each launch
     in a CUDA graph, whose replays may run on any stream.
     """
-    index = device.index or 0
+    index = device.index
     if torch.cuda.is_current_stream_capturing():
         if (index, config) not in _launched:
             raise RuntimeError(
@@ -187,7 +203,8 @@ def _counter(device: torch.device, config: ForwardConfig) -> Tensor:
             )
         return torch.zeros(2, dtype=torch.int32, device=device)
     _launched.add((index, config))
-    key = (index, torch.cuda.current_stream(device).cuda_stream)
+    # As Triton does: torch.cuda.current_stream makes an object first, which takes longer.
+    key = (index, torch._C._cuda_getCurrentRawStream(index))
     if key not in _counters:
         _counters[key] = torch.zeros(2, dtype=torch.int32, device=device)
     return _counters[key]

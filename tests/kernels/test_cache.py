@@ -52,7 +52,7 @@ def result(process):
 
 
 def entries(folder):
-    return list(folder.glob("*.o"))
+    return list(folder.glob("*.so"))
 
 
 def test_second_process_compiles_nothing(tmp_path):

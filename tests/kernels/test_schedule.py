@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from sparse_flash.kernels.schedule import COSTS, CostModel, schedule
+from sparse_flash.kernels.schedule import COSTS, CostModel, cover, schedule
 
 from sparse_flash import masks
 from tests.strategies import settings_
@@ -131,3 +131,16 @@ def test_empty_rows_and_empty_layouts():
     nothing = schedule((~masks.full()).layout(700), 1, 1, (128, 128), 132)
     assert nothing.num_items == 0
     assert len(nothing.combine) == 6
+
+
+@given(settings_(max_length=500), st.sampled_from([(64, 64), (128, 128), (192, 128), (16, 48)]))
+def test_cover_counts_tiles_that_touch_stored_blocks(setting, tile):
+    layout = setting.mask.layout(setting.q_len, setting.kv_len, setting.block)
+    blocks = torch.zeros(layout.num_block_rows, layout.num_block_cols)
+    blocks[layout.tile_rows.long(), layout.col_indices.long()] = 1
+    whole = blocks.repeat_interleave(setting.block[0], 0).repeat_interleave(setting.block[1], 1)
+    whole = whole[: setting.q_len, : setting.kv_len]
+    pads = (0, -setting.kv_len % tile[1], 0, -setting.q_len % tile[0])
+    padded = torch.nn.functional.pad(whole, pads)
+    expected = padded.unflatten(1, (-1, tile[1])).unflatten(0, (-1, tile[0])).amax((1, 3)).sum()
+    assert cover(layout, tile) == expected
