@@ -1,15 +1,16 @@
-"""The command line: look at masks, train, compare."""
+"""The command line: look at masks, train, compare, measure speed."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
 from sparse_flash.experiments import recipes
+from sparse_flash.experiments.bench import run as benchmark
 from sparse_flash.experiments.compare import compare, table
 from sparse_flash.experiments.config import CompareConfig, RunConfig
 from sparse_flash.experiments.train import Interrupted, TrainingError, train
@@ -108,6 +109,23 @@ def _comparer(name: str, recipe: Callable[[], CompareConfig]) -> Callable[..., N
     return run
 
 
+def bench(
+    suite: Literal["quick", "standard"] = "standard",
+    out: Path = Path("runs/bench"),
+    rounds: int = 3,
+) -> None:
+    """Measure the speed of attention: ours and the peers that are installed, on the same inputs.
+
+    Args:
+        suite: quick is three cases; standard is lengths, patterns, densities and head_dims.
+        out: Folder of the report: bench.json, bench.md, bench.png, TensorBoard events.
+        rounds: Each implementation is measured so often, in turns.
+    """
+    report = benchmark.bench(suite, out, rounds)
+    print(f"\n{benchmark.table(report)}\nreport: {out / 'bench.md'} and {out / 'bench.json'}")
+    _point_to_tensorboard(out)
+
+
 def _point_to_tensorboard(folder: Path) -> None:
     tensorboard = Path(sys.executable).parent / "tensorboard"
     print(f"see it in TensorBoard:\n    {tensorboard} --logdir {folder}")
@@ -125,6 +143,7 @@ def _application() -> tyro.extras.SubcommandApp:
     app.command(mask, name="mask", help="Look at masks.")
     app.command(train_, name="train", help="Train one model on a task.")
     app.command(compare_, name="compare", help="Compare kinds of attention on a task.")
+    app.command(name="bench")(bench)
     return app
 
 

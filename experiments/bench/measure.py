@@ -1,0 +1,113 @@
+"""Timing side by side, in turns: a GPU at its power limit slows down whoever comes later."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+import torch
+from sparse_flash.experiments.bench.cases import Case
+from sparse_flash.experiments.bench.peers import PEERS, Call, Peer, UnsupportedError
+from sparse_flash.masks import BlockLayout
+from torch import Tensor
+
+Row = dict[str, Any]
+TOLERANCE = 0.02  # relative L2 distance between outputs in 16 bits
+
+
+def measure(case: Case, peers: tuple[Peer, ...] = PEERS, rounds: int = 3) -> list[Row]:
+    """A row for each peer that can compute the case: time, speed, memory; or why it cannot.
+
+    ms: Time on the GPU, median over rounds of triton.testing.do_bench's medians.
+    wall_ms: Time of a call in a row of calls, what the host takes included.
+    tflops: 4 x elements of stored tiles x head_dim / ms.
+    peak_mib: Memory that a call takes, its output included.
+
+    Raises:
+        AssertionError: Two implementations disagree.
+    """
+    layout = case.pattern.layout(case.length, block=(case.block, case.block), device="cuda")
+    generator = torch.Generator("cuda").manual_seed(0)
+    shape = (case.batch, case.length, case.heads, case.head_dim)
+    q, k, v = (
+        torch.randn(shape, generator=generator, device="cuda").to(torch.bfloat16) for _ in range(3)
+    )
+    rows, calls, expected = [], {}, None
+    for peer in peers:
+        row: Row = {"case": case.label, "peer": peer.name, "density": layout.density}
+        rows.append(row)
+        try:
+            call = peer.prepare(case, layout, q, k, v)
+            out = call()
+            torch.cuda.synchronize()
+        except UnsupportedError as reason:
+            row["left out"] = str(reason)
+            continue
+        except Exception as error:
+            if peer.name == "ours":
+                raise
+            row["left out"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}"
+            continue
+        expected = out if expected is None else expected
+        _check(case, peer, out, expected)
+        del out
+        row["peak_mib"] = _peak(call)
+        calls[peer.name] = call
+    times = _in_turns(calls, rounds)
+    for row in rows:
+        if row["peer"] in times:
+            row["ms"], row["wall_ms"] = times[row["peer"]]
+            row["tflops"] = _flops(case, layout) / row["ms"] / 1e9
+    return rows
+
+
+def _flops(case: Case, layout: BlockLayout) -> float:
+    elements = layout.num_tiles * case.block**2
+    return 4.0 * elements * case.head_dim * case.heads * case.batch
+
+
+def _check(case: Case, peer: Peer, out: Tensor, expected: Tensor) -> None:
+    distance = (out.float() - expected.float()).norm() / expected.float().norm()
+    assert distance < TOLERANCE, f"{case.label}: {peer.name} is {distance:.3f} away from ours"
+
+
+def _peak(call: Call) -> float:
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated()
+    out = call()
+    torch.cuda.synchronize()
+    del out
+    return (torch.cuda.max_memory_allocated() - held) / 2**20
+
+
+def _in_turns(calls: dict[str, Call], rounds: int) -> dict[str, tuple[float, float]]:
+    """Of each call (ms on the GPU, ms on the wall)."""
+    from triton.testing import do_bench
+
+    gpu: dict[str, list[float]] = {name: [] for name in calls}
+    wall: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            gpu[name].append(do_bench(call, warmup=15, rep=50, return_mode="median"))
+            wall[name].append(_wall(call, gpu[name][-1]))
+    return {name: (statistics.median(gpu[name]), statistics.median(wall[name])) for name in calls}
+
+
+def _wall(call: Call, expected_ms: float) -> float:
+    number = max(3, min(50, int(20 / expected_ms)))
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(number):
+        call()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) / number * 1e3
+
+
+def matrix_peak() -> float:
+    """TFLOP/s of an 8192^3 bfloat16 matrix product on this machine, random numbers."""
+    from triton.testing import do_bench
+
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in "ab")
+    return 2 * 8192**3 / do_bench(lambda: a @ b, warmup=50, rep=300, return_mode="median") / 1e9

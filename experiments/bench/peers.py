@@ -1,0 +1,178 @@
+"""The implementations that are compared: ours, and those that researchers use today.
+
+A peer prepares a call for a case once (planning is not what is timed) and says why it cannot.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from sparse_flash.experiments.bench.cases import Case
+from sparse_flash.masks import BlockLayout
+from sparse_flash.masks.layout import FULL_TILE
+from torch import Tensor
+from torch.nn import attention
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+from sparse_flash import block_sparse_attention
+
+Call = Callable[[], Tensor]
+
+
+class UnsupportedError(ValueError):
+    """A peer cannot compute a case."""
+
+
+@dataclass(frozen=True)
+class Peer:
+    """`prepare(case, layout, q, k, v)` returns a call that computes the output `(b, s, h, d)`."""
+
+    name: str
+    package: str  # whose version is recorded, and whose absence leaves the peer out
+    module: str
+    prepare: Callable[[Case, BlockLayout, Tensor, Tensor, Tensor], Call]
+
+    @property
+    def version(self) -> str | None:
+        """None where it is not installed."""
+        if importlib.util.find_spec(self.module.partition(".")[0]) is None:
+            return None
+        try:
+            return importlib.metadata.version(self.package)
+        except importlib.metadata.PackageNotFoundError:
+            return "installed from sources"
+
+
+def _ours(case: Case, layout: BlockLayout, q: Tensor, k: Tensor, v: Tensor) -> Call:
+    return lambda: block_sparse_attention(q, k, v, layout, impl="sm90")
+
+
+def _flash_attention_4(case: Case, layout: BlockLayout, q: Tensor, k: Tensor, v: Tensor) -> Call:
+    from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
+    from flash_attn.cute.interface import flash_attn_func
+
+    if case.mask in ("full()", "causal()"):  # it has these built in
+        causal = case.mask == "causal()"
+        return lambda: _first(flash_attn_func(q, k, v, causal=causal))
+    if layout.num_partial:
+        raise UnsupportedError("partial tiles need a predicate compiled into its kernel")
+    counts, indices = _rows(layout)
+    empty = torch.zeros_like(counts), torch.zeros_like(indices[..., :1])
+    tensors = BlockSparseTensorsTorch(*empty, counts, indices, block_size=layout.block)
+    return lambda: _first(flash_attn_func(q, k, v, block_sparse_tensors=tensors))
+
+
+def _first(result: Tensor | tuple[Tensor, ...]) -> Tensor:
+    return result if isinstance(result, Tensor) else result[0]
+
+
+def _rows(layout: BlockLayout) -> tuple[Tensor, Tensor]:
+    """Padded lists of the stored blocks: counts (1, 1, rows), columns (1, 1, rows, most)."""
+    starts = layout.crow_indices[0]
+    counts = starts.diff()
+    within = torch.arange(int(counts.max()), device=layout.device)
+    index = (starts[:-1, None] + within).clamp(max=layout.num_tiles - 1)
+    columns = torch.where(within < counts[:, None], layout.col_indices[index], 0)
+    return counts[None, None].int(), columns[None, None].int().contiguous()
+
+
+def _flex_attention(case: Case, layout: BlockLayout, q: Tensor, k: Tensor, v: Tensor) -> Call:
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+    mask = case.pattern
+    counts, columns = _rows(layout)
+    partial = layout.bit_tile_indices != FULL_TILE
+    if partial.any():
+        kinds = [_rows(_only(layout, kind)) for kind in (partial, ~partial)]
+    else:
+        kinds = [(torch.zeros_like(counts), columns[..., :1]), (counts, columns)]
+
+    def predicate(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return mask(q_idx, kv_idx) if layout.num_partial else q_idx >= 0
+
+    lengths = (case.length, case.length)
+    blocks = BlockMask.from_kv_blocks(
+        *kinds[0], *kinds[1], BLOCK_SIZE=layout.block, mask_mod=predicate, seq_lengths=lengths
+    )
+    heads_first = [x.transpose(1, 2) for x in (q, k, v)]
+    compiled = _compiled(flex_attention)
+    return lambda: compiled(*heads_first, block_mask=blocks).transpose(1, 2)
+
+
+def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    torch._dynamo.reset()  # a graph for each case, not one for all shapes
+    return torch.compile(function, dynamic=False)
+
+
+def _only(layout: BlockLayout, keep: Tensor) -> BlockLayout:
+    """The layout with some of its tiles."""
+    rows = layout.tile_rows[keep]
+    counts = torch.zeros(layout.num_block_rows, dtype=torch.int64, device=layout.device)
+    counts.index_add_(0, rows.long(), torch.ones_like(rows, dtype=torch.int64))
+    starts = pad(counts.cumsum(0), (1, 0))[None].int()
+    return BlockLayout(
+        layout.q_len,
+        layout.kv_len,
+        layout.block,
+        starts,
+        layout.col_indices[keep],
+        layout.bit_tile_indices[keep],
+        layout.bit_tiles,
+        layout.pattern_map,
+        validate=False,
+    )
+
+
+def _cudnn(case: Case, layout: BlockLayout, q: Tensor, k: Tensor, v: Tensor) -> Call:
+    from cudnn.flex_attention import create_mask_plan, flex_attn_func
+
+    plan = create_mask_plan(_intervals(case, layout.device), q, k, v, build_backward=False)
+    return lambda: flex_attn_func(q, k, v, mask_plan=plan)
+
+
+def _intervals(case: Case, device: torch.device) -> Tensor:
+    """Each query's visible keys as intervals [0, f0), [f1, f2), ...: int32 (1, n odd, queries)."""
+    mask, s = case.pattern, case.length
+    kv, chunks = torch.arange(s, device=device), []
+    for start in range(0, s, 1024):
+        allowed = mask(torch.arange(start, min(start + 1024, s), device=device)[:, None], kv)
+        row, edge = pad(allowed.int(), (1, 1)).diff(dim=1).nonzero().T  # starts, ends in turns
+        counts = row.bincount(minlength=len(allowed))
+        rank = torch.arange(len(row), device=device) - (counts.cumsum(0) - counts)[row]
+        # An interval that starts at 0 needs no start; otherwise the first one is [0, 0).
+        place = rank + torch.where(allowed[:, 0], -1, 1)[row]
+        ends = torch.zeros(len(allowed), int(counts.max()) + 2, dtype=torch.int32, device=device)
+        ends[row[place >= 0], place[place >= 0]] = edge[place >= 0].int()
+        chunks.append(ends)
+    most = max(chunk.shape[1] for chunk in chunks) // 2 * 2 + 1
+    return torch.cat([pad(c, (0, most - c.shape[1])) for c in chunks]).T[None].contiguous()
+
+
+def _sdpa(backend: attention.SDPBackend) -> Callable[..., Call]:
+    def prepare(case: Case, layout: BlockLayout, q: Tensor, k: Tensor, v: Tensor) -> Call:
+        if case.mask not in ("full()", "causal()"):
+            raise UnsupportedError("dense and causal only")
+        q_, k_, v_ = (x.transpose(1, 2) for x in (q, k, v))
+
+        def call() -> Tensor:
+            with attention.sdpa_kernel(backend):
+                out = scaled_dot_product_attention(q_, k_, v_, is_causal=case.mask == "causal()")
+            return out.transpose(1, 2)
+
+        return call
+
+    return prepare
+
+
+PEERS = (
+    Peer("ours", "sparse-flash", "sparse_flash", _ours),
+    Peer("FlashAttention-4", "flash-attn-4", "flash_attn", _flash_attention_4),
+    Peer("cudnn-frontend", "nvidia-cudnn-frontend", "cudnn", _cudnn),
+    Peer("FlexAttention", "torch", "torch", _flex_attention),
+    Peer("SDPA cuDNN", "torch", "torch", _sdpa(attention.SDPBackend.CUDNN_ATTENTION)),
+    Peer("SDPA flash", "torch", "torch", _sdpa(attention.SDPBackend.FLASH_ATTENTION)),
+)
