@@ -111,6 +111,7 @@ class Consumer:
             remaining = self.s_tiles[kv_state.index, 1]
         words = online.mask_words(self.bits, bit_tile, self.group, self.thread)
         warpgroup.wait_group(0 if const_expr(kind == FIRST) else 1)
+        cute.arch.sync_warp()  # one thread tells for all that they have read the stage
         self.k_pipe.consumer_release(kv_state)
         if bit_tile != FULL:
             online.apply_mask(acc_s, words, remaining, self.thread)

@@ -6,7 +6,6 @@ import functools
 import itertools
 import math
 import weakref
-from collections.abc import Callable
 
 import torch
 from sparse_flash.kernels.compile import forward_kernel
@@ -60,7 +59,8 @@ _reasons: dict[int, str | None] = {}
 def _aligned(x: Tensor) -> bool:
     """What TMA can load: the stride of a dimension of size 1 does not matter."""
     b, s, h, d = x.stride()
-    if d != 1 or x.storage_offset() % 8:
+    # Dynamo cannot trace an offset; a compiled graph meets the kernel's own check of addresses.
+    if d != 1 or (not torch.compiler.is_compiling() and x.storage_offset() % 8):
         return False
     return not ((b | s | h) % 8) or not any(
         stride % 8 and size > 1 for stride, size in zip((b, s, h), x.shape, strict=False)
@@ -142,69 +142,81 @@ def launch(
     if softmax_scale <= 0:  # the kernel takes maxima before it scales
         q = -q if softmax_scale < 0 else torch.zeros_like(q)
         softmax_scale = -softmax_scale or 1.0
-    kernel, config = _loaded(_DTYPES[q.dtype], d, tile_m)
+    kernel = _loaded(_DTYPES[q.dtype], d, tile_m)
     device = q.device
     out = torch.empty((b, s, h, d), dtype=q.dtype, device=device)
     lse = torch.empty((b, h, s), dtype=torch.float32, device=device)
-    parts = _parts(config, device, num_parts)
     lens = whole if kv_lens is None else kv_lens.to(device, torch.int32).clamp(max=k.shape[1])
-    num_ctas = max(1, min(work.shape[0], _num_sms(device.index)))
-    arguments = (*parts, combine, num_ctas, softmax_scale * _LOG2_E)
+    arguments = (q, k, v, out, lse, lens, work, tiles, bits)
+    scale_log2 = softmax_scale * _LOG2_E
     if device.index == torch.cuda.current_device():
-        kernel(q, k, v, out, lse, lens, work, tiles, bits, _counter(device, config), *arguments)
+        kernel.run(arguments, combine, num_parts, scale_log2, device)
     else:
         with torch.cuda.device(device):
-            kernel(q, k, v, out, lse, lens, work, tiles, bits, _counter(device, config), *arguments)
+            kernel.run(arguments, combine, num_parts, scale_log2, device)
     return out, lse
 
 
-def _parts(config: ForwardConfig, device: torch.device, number: int) -> tuple[Tensor, Tensor]:
-    """Room for the parts of split rows."""
-    if not number:
-        return _no_parts(config, device)
-    shape = (number, config.tile_m, config.head_dim)
-    out = torch.empty(shape, dtype=torch.float32, device=device)
-    return out, torch.empty(shape[:2], dtype=torch.float32, device=device)
-
-
 @functools.cache
-def _no_parts(config: ForwardConfig, device: torch.device) -> tuple[Tensor, Tensor]:
-    shape = (0, config.tile_m, config.head_dim)
-    return torch.empty(shape, device=device), torch.empty(shape[:2], device=device)
+def _loaded(dtype: str, head_dim: int, tile_m: int) -> _Kernel:
+    return _Kernel(next(c for c in forward_configs(dtype, head_dim) if c.tile_m == tile_m))
 
 
-@functools.cache
-def _num_sms(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
+class _Kernel:
+    """A compiled kernel, and what its launches on each device and stream need."""
 
+    def __init__(self, config: ForwardConfig) -> None:
+        self.function = forward_kernel(config)
+        self.part = (config.tile_m, config.head_dim)
+        self.num_ctas: dict[int, int] = {}  # of devices where it was launched
+        self.no_parts: dict[int, tuple[Tensor, Tensor]] = {}
+        self.counters: dict[tuple[int, int], Tensor] = {}
 
-@functools.cache
-def _loaded(dtype: str, head_dim: int, tile_m: int) -> tuple[Callable[..., None], ForwardConfig]:
-    config = next(c for c in forward_configs(dtype, head_dim) if c.tile_m == tile_m)
-    return forward_kernel(config), config
+    def run(
+        self,
+        arguments: tuple[Tensor, ...],
+        combine: Tensor,
+        num_parts: int,
+        scale_log2: float,
+        device: torch.device,
+    ) -> None:
+        """Launch on the current stream of the current device."""
+        index = device.index
+        counter = self.counter(index)
+        out_parts, lse_parts = self.parts(num_parts, device)
+        items = arguments[6].shape[0]
+        ctas = max(1, min(items, self.num_ctas[index]))
+        self.function(*arguments, counter, out_parts, lse_parts, combine, ctas, scale_log2)
 
+    def parts(self, number: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Room for the parts of split rows."""
+        if number == 0 and device.index in self.no_parts:
+            return self.no_parts[device.index]
+        shape = (number, *self.part)
+        out_parts = torch.empty(shape, dtype=torch.float32, device=device)
+        lse_parts = torch.empty(shape[:2], dtype=torch.float32, device=device)
+        if number == 0:
+            self.no_parts[device.index] = out_parts, lse_parts
+        return out_parts, lse_parts
 
-_counters: dict[tuple[int, int], Tensor] = {}
-_launched: set[tuple[int, ForwardConfig]] = set()
+    def counter(self, index: int) -> Tensor:
+        """Zeros for a launch to count with; it leaves them zero.
 
-
-def _counter(device: torch.device, config: ForwardConfig) -> Tensor:
-    """Zeros for a launch to count with; it leaves them zero.
-
-    Launches that may overlap must not share them: each stream has its own, and so has each launch
-    in a CUDA graph, whose replays may run on any stream.
-    """
-    index = device.index
-    if torch.cuda.is_current_stream_capturing():
-        if (index, config) not in _launched:
-            raise RuntimeError(
-                "the first launch of a kernel loads it, which a CUDA graph cannot capture: run "
-                "the same call once before the capture (torch.cuda.graph's documentation: warm up)"
-            )
-        return torch.zeros(2, dtype=torch.int32, device=device)
-    _launched.add((index, config))
-    # As Triton does: torch.cuda.current_stream makes an object first, which takes longer.
-    key = (index, torch._C._cuda_getCurrentRawStream(index))
-    if key not in _counters:
-        _counters[key] = torch.zeros(2, dtype=torch.int32, device=device)
-    return _counters[key]
+        Launches that may overlap must not share them: each stream has its own, and so has each
+        launch in a CUDA graph, whose replays may run on any stream.
+        """
+        if torch.cuda.is_current_stream_capturing():
+            if index not in self.num_ctas:
+                raise RuntimeError(
+                    "the first launch of a kernel loads it, which a CUDA graph cannot capture: "
+                    "run the same call once before the capture (see torch.cuda.graph: warm up)"
+                )
+            return torch.zeros(2, dtype=torch.int32, device=f"cuda:{index}")
+        if index not in self.num_ctas:
+            properties = torch.cuda.get_device_properties(index)
+            self.num_ctas[index] = properties.multi_processor_count
+        # As Triton does: torch.cuda.current_stream makes an object first, which takes longer.
+        key = (index, torch._C._cuda_getCurrentRawStream(index))
+        if key not in self.counters:
+            self.counters[key] = torch.zeros(2, dtype=torch.int32, device=f"cuda:{index}")
+        return self.counters[key]

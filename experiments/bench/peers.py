@@ -61,7 +61,7 @@ def _flash_attention_4(case: Case, layout: BlockLayout, q: Tensor, k: Tensor, v:
     if layout.num_partial:
         raise UnsupportedError("partial tiles need a predicate compiled into its kernel")
     counts, indices = _rows(layout)
-    empty = torch.zeros_like(counts), torch.zeros_like(indices[..., :1])
+    empty = torch.zeros_like(counts), torch.zeros_like(indices)
     tensors = BlockSparseTensorsTorch(*empty, counts, indices, block_size=layout.block)
     return lambda: _first(flash_attn_func(q, k, v, block_sparse_tensors=tensors))
 
@@ -71,11 +71,11 @@ def _first(result: Tensor | tuple[Tensor, ...]) -> Tensor:
 
 
 def _rows(layout: BlockLayout) -> tuple[Tensor, Tensor]:
-    """Padded lists of the stored blocks: counts (1, 1, rows), columns (1, 1, rows, most)."""
+    """Padded lists of the stored blocks: counts (1, 1, rows), columns (1, 1, rows, columns)."""
     starts = layout.crow_indices[0]
     counts = starts.diff()
-    within = torch.arange(int(counts.max()), device=layout.device)
-    index = (starts[:-1, None] + within).clamp(max=layout.num_tiles - 1)
+    within = torch.arange(layout.num_block_cols, device=layout.device)
+    index = (starts[:-1, None] + within).clamp(max=max(0, layout.num_tiles - 1))
     columns = torch.where(within < counts[:, None], layout.col_indices[index], 0)
     return counts[None, None].int(), columns[None, None].int().contiguous()
 
@@ -89,7 +89,7 @@ def _flex_attention(case: Case, layout: BlockLayout, q: Tensor, k: Tensor, v: Te
     if partial.any():
         kinds = [_rows(_only(layout, kind)) for kind in (partial, ~partial)]
     else:
-        kinds = [(torch.zeros_like(counts), columns[..., :1]), (counts, columns)]
+        kinds = [(torch.zeros_like(counts), columns), (counts, columns)]
 
     def predicate(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return mask(q_idx, kv_idx) if layout.num_partial else q_idx >= 0
