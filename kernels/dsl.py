@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 
 DSL_PACKAGE = "nvidia-cutlass-dsl"
 DSL_VERSION = "4.8"  # minor versions change names and generated code; pyproject.toml pins the same
@@ -22,4 +23,6 @@ def why_no_dsl() -> str | None:
         return f"the CuTe DSL is not installed: {install}"
     if not found.startswith(f"{DSL_VERSION}."):
         return f"the CuTe DSL is {found}, but the kernels need {DSL_VERSION}.*: {install}"
+    if importlib.util.find_spec("tvm_ffi") is None:
+        return "apache-tvm-ffi, which calls the kernels, is missing: pip install apache-tvm-ffi"
     return None

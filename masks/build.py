@@ -130,7 +130,7 @@ def _evaluate(
     temporaries would break up the heap, and the process would grow to several times its need.
     """
     block_q, block_kv = lengths[2]
-    chunk = max(1, (1 << (22 if rows.is_cuda else 20)) // (block_q * block_kv))
+    chunk = max(1, (1 << (21 if rows.is_cuda else 20)) // (block_q * block_kv))
     entries = torch.empty_like(rows)
     store = torch.empty(256, block_q, -(-block_kv // 8), dtype=torch.uint8, device=rows.device)
     count = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import sys
 
 import pytest
@@ -14,6 +15,10 @@ def test_versions(monkeypatch):
     assert why_no_dsl() is None
     monkeypatch.setattr(importlib.metadata, "version", lambda _: "3.9.0")
     assert "is 3.9.0, but the kernels need" in why_no_dsl()
+
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: f"{DSL_VERSION}.1")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    assert "missing: pip install apache-tvm-ffi" in why_no_dsl()
 
     def missing(name):
         raise importlib.metadata.PackageNotFoundError(name)
