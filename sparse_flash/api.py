@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections import OrderedDict
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from sparse_flash.dispatch import choose
+from sparse_flash import dispatch
+from sparse_flash.dispatch import Implementation, choose
 from sparse_flash.masks import BlockLayout, Mask
 from sparse_flash.masks.mask import mask_by_number
 
@@ -105,18 +106,61 @@ def block_sparse_attention(
     """
     _check_are_tensors(q, k, v)
     q, k, v = _autocast(q, k, v)
-    _check_tensors(q, k, v)
     _check_options(softmax_scale, dropout_p)
-    lengths = (q.shape[1], k.shape[1])
-    layout = _layout_of(mask, *lengths, str(q.device)) if isinstance(mask, Mask) else mask
-    _check_layout(layout, q, k)
+    layout, implementation = _prepare(q, k, v, mask, impl)
     if kv_lens is not None:
         _check_kv_lens(kv_lens, q.shape[0], k.shape[1])
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
-    implementation = choose(impl, q, k, v, layout)
     out, lse = implementation.attend(q, k, v, layout, kv_lens, scale, deterministic)
     return (out, lse) if return_lse else out
+
+
+def _prepare(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask | BlockLayout, impl: str
+) -> tuple[BlockLayout, Implementation]:
+    """The layout and the implementation of a call, checked to fit the tensors.
+
+    Checks take the host longer than a launch does: calls like one before are not checked again.
+    """
+    if torch.compiler.is_compiling() or not isinstance(mask, Mask | BlockLayout):
+        return _check_and_choose(q, k, v, mask, impl)
+    like = (
+        *_kind(q),
+        *_kind(k),
+        *_kind(v),
+        type(mask),
+        mask.number,
+        impl,
+        id(dispatch.IMPLEMENTATIONS),
+    )
+    implementation = _checked.get(like)
+    if implementation is None:
+        if len(_checked) >= 4096:
+            _checked.clear()
+        layout, _checked[like] = _check_and_choose(q, k, v, mask, impl)
+        return layout, _checked[like]
+    if isinstance(mask, Mask):
+        return _layout_of(mask, q.shape[1], k.shape[1], str(q.device)), implementation
+    return mask, implementation
+
+
+_checked: dict[tuple[Any, ...], Implementation] = {}
+
+
+def _kind(x: Tensor) -> tuple[Any, ...]:
+    """All that checks and implementations look at: not the numbers."""
+    return x.shape, x.stride(), x.storage_offset() % 8, x.dtype, x.device
+
+
+def _check_and_choose(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask | BlockLayout, impl: str
+) -> tuple[BlockLayout, Implementation]:
+    _check_tensors(q, k, v)
+    lengths = (q.shape[1], k.shape[1])
+    layout = _layout_of(mask, *lengths, str(q.device)) if isinstance(mask, Mask) else mask
+    _check_layout(layout, q, k)
+    return layout, choose(impl, q, k, v, layout)
 
 
 class _Layouts:

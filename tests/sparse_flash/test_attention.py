@@ -256,7 +256,11 @@ X = torch.randn(2, 32, 4, 8)
         ({"kv_lens": torch.tensor([-1, 3])}, ValueError, "got -1..3"),
         ({"dropout_p": 0.1}, ValueError, "not implemented; pass 0.0"),
         ({"softmax_scale": float("nan")}, ValueError, "finite"),
-        ({"impl": "sm70"}, ValueError, "unknown impl='sm70'; there are 'auto', 'sm90', 'reference'"),
+        (
+            {"impl": "sm70"},
+            ValueError,
+            "unknown impl='sm70'; there are 'auto', 'sm90', 'reference'",
+        ),
     ],
 )
 def test_bad_input(changes, error, words):
