@@ -95,7 +95,24 @@ def table(report: dict[str, Any]) -> str:
         ratios = [_ratio(rows, key) for key in ("ms", "wall_ms")]
         density = f"{rows['ours']['density']:.2%}"
         lines.append(f"| {case} | {density} | " + " | ".join((*cells, *ratios)) + " |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", *_details(report)]) + "\n"
+
+
+def _details(report: dict[str, Any]) -> list[str]:
+    """Markdown: a line for each measurement."""
+    lines = [
+        "| case | by | ms | wall ms | of the matrix peak | of own dense | MiB |",
+        "|" + "---|" * 7,
+    ]
+    for row in report["rows"]:
+        if "ms" not in row:
+            lines.append(f"| {row['case']} | {row['peer']} | left out: {row['left out']} |||||")
+            continue
+        shares = [f"{row[key]:.0%}" if key in row else "" for key in ("of_peak", "of_own_dense")]
+        times = [f"{row[key]:.3f}" for key in ("ms", "wall_ms")]
+        cells = (row["case"], row["peer"], *times, *shares, f"{row['peak_mib']:.0f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
 
 
 def _ratio(rows: dict[str, Row], key: str) -> str:

@@ -39,6 +39,8 @@ def test_report(tmp_path):
     lines = run.table(made).splitlines()
     assert lines[4] == "| 16K dense d64 | 100.00% | 300 | 200 | 1.50 | 1.43 |"
     assert lines[5] == "| 64K local d64 | 1.00% | 600 |  |  |  |"
+    assert "| 64K local d64 | ours | 1.000 | 1.500 | 80% | 200% | 10 |" in lines
+    assert "| 64K local d64 | SDPA flash | left out: dense only |||||" in lines
     assert "left out: dense only" in run._line(made["rows"][3])
     figure = run.plot(made)
     figure.savefig(tmp_path / "bench.png")

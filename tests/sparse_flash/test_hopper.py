@@ -1,0 +1,109 @@
+"""The Hopper implementation's way through PyTorch, without a GPU: the launch is a stand-in."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from sparse_flash.kernels import sm90
+from torch.nn.functional import scaled_dot_product_attention
+
+from sparse_flash import block_sparse_attention, dispatch, hopper, masks
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Launches, of dense attention; with "auto" every call comes by the Hopper implementation."""
+    seen = []
+
+    def launch(q, k, v, plan, kv_lens, num_parts, tile_m, scale):
+        seen.append((q.shape, len(plan), tile_m))
+        heads_first = (x.transpose(1, 2) for x in (q, k, v))
+        out = scaled_dot_product_attention(*heads_first, scale=scale).transpose(1, 2).contiguous()
+        logits = torch.einsum("bqhd,bkhd->bhqk", q.float(), k.float()) * scale
+        return out, logits.logsumexp(-1)
+
+    implementation = dispatch.Implementation("sm90", hopper.attend, lambda *_: None)
+    monkeypatch.setattr(dispatch, "IMPLEMENTATIONS", (implementation,))
+    monkeypatch.setattr(sm90, "launch", launch)
+    properties = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    return seen
+
+
+def tensors(grad):
+    torch.manual_seed(0)
+    return [torch.randn(2, 200, 2, 32).bfloat16().requires_grad_(grad) for _ in "qkv"]
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("kind", ["mask", "layout"])
+def test_compile_fullgraph(calls, kind, grad):
+    mask = masks.full() if kind == "mask" else masks.full().layout(200)
+
+    def step(q, k, v):
+        out, lse = block_sparse_attention(q * 2, k, v, mask, return_lse=True)
+        return out.float().sin().sum() + lse.sum()
+
+    torch._dynamo.reset()
+    q, k, v = tensors(grad)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    result, eager = compiled(q, k, v), step(q, k, v)
+    torch.testing.assert_close(result, eager, rtol=1e-3, atol=1e-1)
+    if grad:
+        gradients = [torch.autograd.grad(x, (q, k, v)) for x in (result, eager)]
+        for a, b in zip(*gradients, strict=True):
+            assert (a - b).float().norm() < 0.01 * b.float().norm()
+    assert {call[0] for call in calls} == {q.shape}
+    before = len(calls)
+    compiled(q, k, v)
+    assert len(calls) == before + 1  # the compiled graph launches it
+
+
+def test_gradients_are_those_of_attention(calls):
+    q, k, v = tensors(True)
+    out, lse = block_sparse_attention(q, k, v, masks.full(), return_lse=True)
+    dout, dlse = torch.randn_like(out), torch.randn_like(lse)
+    got = torch.autograd.grad((out, lse), (q, k, v), (dout, dlse))
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    logits = torch.einsum("bqhd,bkhd->bhqk", *exact[:2]) * 32**-0.5
+    ref = torch.einsum("bhqk,bkhd->bqhd", logits.softmax(-1), exact[2])
+    expected = torch.autograd.grad(
+        (ref, logits.logsumexp(-1)), exact, (dout.double(), dlse.double())
+    )
+    for a, b in zip(got, expected, strict=True):
+        assert (a.double() - b).norm() < 0.01 * b.norm()
+
+
+def test_only_the_lse_is_used(calls):
+    q, k, v = tensors(True)
+    _, lse = block_sparse_attention(q, k, v, masks.full(), return_lse=True)
+    lse.sum().backward()
+    assert q.grad.any()
+    assert not v.grad.any()
+
+
+def test_schedules_live_as_long_as_their_layouts(calls):
+    import gc
+
+    q, k, _ = tensors(False)
+    layout = masks.causal().layout(200)
+    first = sm90.schedule_of(layout, q, k)
+    assert sm90.schedule_of(layout, q, k) is first
+    assert sm90.schedule_of(layout, q[:1], k[:1]) is not first
+    count = len(sm90._schedules.names)
+    del layout
+    gc.collect()
+    assert len(sm90._schedules.names) == count - 2
+
+
+def test_a_copy_of_a_layout_has_schedules_of_its_own(calls):
+    import copy
+    import pickle
+
+    q, k, _ = tensors(False)
+    layout = masks.causal().layout(200)
+    for twin in (copy.copy(layout), copy.deepcopy(layout), pickle.loads(pickle.dumps(layout))):
+        assert twin.number != layout.number
+        assert torch.equal(sm90.schedule_of(twin, q, k).work, sm90.schedule_of(layout, q, k).work)
