@@ -21,9 +21,9 @@ class Combine:
         self.tile_m, self.head_dim, self.dtype = tile_m, head_dim, dtype
 
     @cute.jit
-    def __call__(self, out, lse, combine, out_parts, lse_parts, stream):
+    def __call__(self, out, lse, combine, counts, out_parts, lse_parts, stream):
         """Launch on the stream; out is (b, s, h, d), lse (b, h, s). See `Schedule.combine`."""
-        self.kernel(out, lse, combine, out_parts, lse_parts).launch(
+        self.kernel(out, lse, combine, counts, out_parts, lse_parts).launch(
             grid=(cute.size(combine, mode=[0]), self.tile_m // ROWS, 1),
             block=(128, 1, 1),
             stream=stream,
@@ -35,21 +35,22 @@ class Combine:
         out: cute.Tensor,
         lse: cute.Tensor,
         combine: cute.Tensor,
+        counts: cute.Tensor,
         out_parts: cute.Tensor,
         lse_parts: cute.Tensor,
     ):
         """Four rows for each warp."""
         item, chunk, _ = cute.arch.block_idx()
         warp, lane = cute.arch.warp_idx(), cute.arch.lane_idx()
-        m_block, head, batch = combine[item, 0], combine[item, 1], combine[item, 2]
-        first, count = combine[item, 3], combine[item, 4]
-        for i in cutlass.range(ROWS // 4, unroll=1):
-            row = chunk * ROWS + i * 4 + warp
-            q_idx = m_block * self.tile_m + row
-            if q_idx < cute.size(out, mode=[1]):
-                self.row(
-                    out, lse, out_parts, lse_parts, (first, count), row, (batch, q_idx, head), lane
-                )
+        if item < counts[1]:
+            m_block, head, batch = combine[item, 0], combine[item, 1], combine[item, 2]
+            parts = (combine[item, 3], combine[item, 4])
+            for i in cutlass.range(ROWS // 4, unroll=1):
+                row = chunk * ROWS + i * 4 + warp
+                q_idx = m_block * self.tile_m + row
+                if q_idx < cute.size(out, mode=[1]):
+                    place = (batch, q_idx, head)
+                    self.row(out, lse, out_parts, lse_parts, parts, row, place, lane)
 
     @cute.jit
     def row(self, out, lse, out_parts, lse_parts, parts, row, place, lane):

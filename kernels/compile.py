@@ -65,6 +65,7 @@ def compile_forward(config: ForwardConfig, options: str = "") -> Any:
         compact(Float32, parts, config.tile_m, config.head_dim),
         compact(Float32, parts, config.tile_m),
         compact(Int32, size(), WORK_FIELDS),
+        compact(Int32, 2),
         Int32(1),
         Float32(1.0),
         cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True),

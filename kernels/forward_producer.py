@@ -22,7 +22,7 @@ class Producer:
         self.config, self.s_work, self.s_tiles = config, s_work, s_tiles
         self.loads, self.buffers = loads, buffers
         self.q_pipe, self.k_pipe, self.v_pipe, self.work_pipe = pipes
-        self.kv_lens, self.work, self.tiles, self.counter, self.group_size = inputs
+        self.kv_lens, self.work, self.tiles, self.counter, self.counts, self.group_size = inputs
 
     @cute.jit
     def run(self):
@@ -34,7 +34,8 @@ class Producer:
         index = cute.arch.block_idx()[0]
         # The tile whose V is still to be loaded: none at first.
         v_place = (Int32(-1), Int32(0), Int32(0))
-        while index < cute.size(self.work, mode=[0]):
+        num_items = self.counts[0]
+        while index < num_items:
             m_block, head, batch = (self.work[index, i] for i in range(3))
             first, count, part = (self.work[index, i] for i in range(3, 6))
             limit = self.kv_lens[batch]

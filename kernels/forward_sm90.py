@@ -47,17 +47,18 @@ class ForwardSm90:
         out_parts: cute.Tensor,  # (parts, tile_m, head_dim) float32
         lse_parts: cute.Tensor,  # (parts, tile_m) float32
         combine: cute.Tensor,  # (rows, WORK_FIELDS) int32
+        counts: cute.Tensor,  # (2,) int32: how many items and rows there are
         num_ctas: Int32,
         scale_log2: Float32,
         stream,
     ):
         """Launch on the stream. See `Schedule` for the work items and the parts."""
-        lists = (kv_lens, work, tiles, bits, counter)
+        lists = (kv_lens, work, tiles, bits, counter, counts)
         results = (lse, out_parts, lse_parts)
         self.launch((q, k, v, out), lists, results, num_ctas, scale_log2, stream)
         if cute.size(combine, mode=[0]) > 0:
             rows = Combine(self.config.tile_m, self.config.head_dim, self.dtype)
-            rows(out, lse, combine, out_parts, lse_parts, stream)
+            rows(out, lse, combine, counts, out_parts, lse_parts, stream)
 
     @cute.jit
     def launch(self, tensors, lists, results, num_ctas: Int32, scale_log2: Float32, stream):
@@ -127,11 +128,11 @@ class ForwardSm90:
         work_layout = cute.make_layout((WORK_STAGES, WORK_FIELDS), stride=(WORK_FIELDS, 1))
         s_work = smem.work.get_tensor(work_layout)
         s_tiles = smem.tiles.get_tensor(cute.make_layout((config.kv_stages, 2), stride=(2, 1)))
-        kv_lens, work, tiles, bits, counter = lists
+        kv_lens, work, tiles, bits, counter, counts = lists
         if warp_idx < 4:
             cute.arch.setmaxregister_decrease(config.producer_registers)
             if warp_idx == 0:
-                inputs = (kv_lens, work, tiles, counter, group_size)
+                inputs = (kv_lens, work, tiles, counter, counts, group_size)
                 Producer(config, loads, (s_q, s_k, s_v), s_work, s_tiles, pipes, inputs).run()
         else:
             cute.arch.setmaxregister_increase(config.consumer_registers)

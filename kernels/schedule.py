@@ -61,10 +61,13 @@ class Schedule:
     work: (items, 8). m_block, head, batch, first tile, number of tiles, part (-1: not split),
         and two zeros.
     tiles: (tiles, 2). n_block, and the bit tile or -1 for a full one; columns ascend in a row.
-    bits: (bit tiles, tile_m / 64, 128, 2), in fragment order.
+    bits: (bit tiles and some room, tile_m / 64, 128, 2), in fragment order; `num_bit_tiles` of
+        them are used.
     combine: (rows, 8). m_block, head, batch, first part, number of parts (0: an empty row: write
         0 and -inf), and three zeros.
     kv_lens: (batch,), the whole length each; for calls that give none.
+    counts: (2,). How many items of `work` and rows of `combine` there are: read on the GPU, so that
+        a CUDA graph's replays see what `update_` has changed.
     num_parts: parts of split rows, each a float32 (tile_m, head_dim) and a logsumexp.
     """
 
@@ -73,12 +76,49 @@ class Schedule:
     bits: Tensor
     combine: Tensor
     kv_lens: Tensor
+    counts: Tensor
+    num_bit_tiles: int
     num_parts: int
     tile: tuple[int, int]
 
     def arrays(self) -> list[Tensor]:
-        """work, tiles, bits, combine, kv_lens."""
-        return [self.work, self.tiles, self.bits, self.combine, self.kv_lens]
+        """work, tiles, bits, combine, kv_lens, counts."""
+        return [self.work, self.tiles, self.bits, self.combine, self.kv_lens, self.counts]
+
+    def update_(self, other: Schedule) -> None:
+        """Take over another schedule in place, so that captured CUDA graphs follow it.
+
+        Raises:
+            ValueError: As `check_room`.
+        """
+        self.check_room(other)
+        for room, new in zip(self.arrays(), other._used(), strict=True):
+            room[: len(new)] = new
+        self.num_bit_tiles = other.num_bit_tiles
+
+    def _used(self) -> list[Tensor]:
+        """The arrays of a schedule that was just made, without room to spare."""
+        return [x[: self.num_bit_tiles] if x is self.bits else x for x in self.arrays()]
+
+    def check_room(self, other: Schedule) -> None:
+        """Whether `update_` would work.
+
+        Raises:
+            ValueError: It is for another tile, or has more of something than this one has room for.
+        """
+        if other.tile != self.tile:
+            raise ValueError(f"the schedule is for tiles of {other.tile}, this one of {self.tile}")
+        if other.num_parts > self.num_parts:
+            raise ValueError(
+                f"no room for {other.num_parts} parts of split rows: there were {self.num_parts}"
+            )
+        names = ("work", "tiles", "bits", "combine", "kv_lens", "counts")
+        for name, room, new in zip(names, self.arrays(), other._used(), strict=True):
+            if len(new) > len(room):
+                raise ValueError(
+                    f"no room for {len(new)} entries of `{name}`: there were {len(room)}; "
+                    "begin with the layout that needs most"
+                )
 
     @property
     def num_items(self) -> int:
@@ -131,10 +171,13 @@ def schedule(
     in_parts = torch.where(parts > 1, parts, 0)
     combined = (parts != 1).nonzero().squeeze(1)
     first_part = (in_parts.cumsum(0) - in_parts)[combined]
+    counts = torch.tensor([len(work), len(combined)], dtype=torch.int32, device=layout.device)
     return Schedule(
+        counts=counts,
         work=work[_longest_first(item_cost, group, share)],
         tiles=torch.stack([layout.col_indices, layout.bit_tile_indices], 1).int(),
-        bits=fragment_order(layout.bit_tiles),
+        bits=_with_room(fragment_order(layout.bit_tiles)),
+        num_bit_tiles=layout.num_bit_tiles,
         combine=_records(combined, (heads, layout.num_block_rows), first_part, parts[combined]),
         kv_lens=torch.full((batch,), layout.kv_len, dtype=torch.int32, device=layout.device),
         num_parts=int(in_parts.sum()),
@@ -175,6 +218,12 @@ def cover(layout: BlockLayout, tile: tuple[int, int]) -> int:
             inside = (m <= bottom // tile_m) & (n <= right // tile_n)
             touched.append(((pattern * height + m) * width + n)[inside])
     return len(torch.cat(touched).unique())
+
+
+def _with_room(bits: Tensor) -> Tensor:
+    """Room for the bit tiles of other patterns (see `update_`): as many again, to some 2 MiB."""
+    room = min(len(bits) + 16, 1024)
+    return torch.cat([bits, bits.new_zeros(room, *bits.shape[1:])])
 
 
 def _records(row: Tensor, sizes: tuple[int, int], *fields: Tensor) -> Tensor:

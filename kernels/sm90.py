@@ -6,6 +6,7 @@ import functools
 import itertools
 import math
 import weakref
+from collections.abc import Callable
 
 import torch
 from sparse_flash.kernels.compile import forward_kernel
@@ -87,13 +88,24 @@ class _Schedules:
         if name is None:
             layout = layout_by_number(number)
             name = f"schedule_{next(_numbers)}"
-            setattr(self, name, best_schedule(layout, batch, heads, head_dim, dtype, kv_bytes))
+            plan = best_schedule(layout, batch, heads, head_dim, dtype, kv_bytes)
+            setattr(self, name, plan)
             self.names[key] = name
+            layout.on_update.append(functools.partial(_follow, plan, batch, heads, kv_bytes))
             weakref.finalize(layout, self._forget, key)
         return name
 
     def _forget(self, key: tuple[int, ...]) -> None:
         delattr(self, self.names.pop(key))
+
+
+def _follow(
+    plan: Schedule, batch: int, heads: int, kv_bytes: int, layout: BlockLayout
+) -> Callable[[], None]:
+    """What makes this schedule that of another layout, in place."""
+    new = schedule(layout, batch, heads, plan.tile, _num_sms(layout.device), kv_bytes)
+    plan.check_room(new)
+    return functools.partial(plan.update_, new)
 
 
 _numbers = itertools.count()
@@ -118,9 +130,12 @@ def best_schedule(
     layout: BlockLayout, batch: int, heads: int, head_dim: int, dtype: str, kv_bytes: int
 ) -> Schedule:
     """The schedule for the config that computes this layout soonest."""
-    num_ctas = torch.cuda.get_device_properties(layout.device).multi_processor_count
     config = best_config(layout, forward_configs(dtype, head_dim))
-    return schedule(layout, batch, heads, config.tile, num_ctas, kv_bytes)
+    return schedule(layout, batch, heads, config.tile, _num_sms(layout.device), kv_bytes)
+
+
+def _num_sms(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def launch(
@@ -137,7 +152,7 @@ def launch(
 
     out is `(b, s, h, d)` in q's dtype, lse `(b, h, s)` float32.
     """
-    work, tiles, bits, combine, whole = plan
+    work, tiles, bits, combine, whole, counts = plan
     b, s, h, d = q.shape
     if softmax_scale <= 0:  # the kernel takes maxima before it scales
         q = -q if softmax_scale < 0 else torch.zeros_like(q)
@@ -150,10 +165,10 @@ def launch(
     arguments = (q, k, v, out, lse, lens, work, tiles, bits)
     scale_log2 = softmax_scale * _LOG2_E
     if device.index == torch.cuda.current_device():
-        kernel.run(arguments, combine, num_parts, scale_log2, device)
+        kernel.run(arguments, (combine, counts), num_parts, scale_log2, device)
     else:
         with torch.cuda.device(device):
-            kernel.run(arguments, combine, num_parts, scale_log2, device)
+            kernel.run(arguments, (combine, counts), num_parts, scale_log2, device)
     return out, lse
 
 
@@ -175,7 +190,7 @@ class _Kernel:
     def run(
         self,
         arguments: tuple[Tensor, ...],
-        combine: Tensor,
+        rest: tuple[Tensor, Tensor],
         num_parts: int,
         scale_log2: float,
         device: torch.device,
@@ -186,7 +201,7 @@ class _Kernel:
         out_parts, lse_parts = self.parts(num_parts, device)
         items = arguments[6].shape[0]
         ctas = max(1, min(items, self.num_ctas[index]))
-        self.function(*arguments, counter, out_parts, lse_parts, combine, ctas, scale_log2)
+        self.function(*arguments, counter, out_parts, lse_parts, *rest, ctas, scale_log2)
 
     def parts(self, number: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Room for the parts of split rows."""
@@ -213,8 +228,7 @@ class _Kernel:
                 )
             return torch.zeros(2, dtype=torch.int32, device=f"cuda:{index}")
         if index not in self.num_ctas:
-            properties = torch.cuda.get_device_properties(index)
-            self.num_ctas[index] = properties.multi_processor_count
+            self.num_ctas[index] = _num_sms(torch.device("cuda", index))
         # As Triton does: torch.cuda.current_stream makes an object first, which takes longer.
         key = (index, torch._C._cuda_getCurrentRawStream(index))
         if key not in self.counters:

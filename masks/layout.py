@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import weakref
+from collections.abc import Callable
 from dataclasses import InitVar, dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -73,6 +74,8 @@ class BlockLayout:
     row_indices: Tensor = field(init=False)
     transpose_order: Tensor = field(init=False)
     number: int = field(init=False)  # of this object in this process: see `layout_by_number`
+    # Called by `update_` with the new layout; they return what is to be done once all have agreed.
+    on_update: list[Callable[[BlockLayout], Callable[[], None]]] = field(init=False)
 
     def __post_init__(self, validate: bool) -> None:
         """Check arrays that come from outside, and derive the transpose."""
@@ -95,7 +98,41 @@ class BlockLayout:
             setattr(self, name, value)
         self._register()
 
+    def update_(self, other: BlockLayout) -> None:
+        """Become another layout of the same lengths, blocks and sharing; the object stays the same.
+
+        What was derived from this layout follows (see `on_update`): CUDA graphs that were captured
+        with it compute the new pattern when they are replayed, if it has no more tiles than the
+        old one had.
+
+        Raises:
+            ValueError: Lengths, blocks, devices or shared heads differ, or there is no room.
+
+        >>> from sparse_flash import masks
+        >>> layout = masks.local(100).layout(300, block=(64, 64))
+        >>> layout.update_(masks.sinks(64).layout(300, block=(64, 64)))
+        >>> layout.col_indices
+        tensor([0, 0, 0, 0, 0], dtype=torch.int32)
+        """
+        for what in ("lengths", "device"):
+            if getattr(self, what) != getattr(other, what):
+                given, had = getattr(other, what), getattr(self, what)
+                raise ValueError(f"the layout has {what} {given}, but this one has {had}")
+        if self.pattern_map.shape != other.pattern_map.shape:
+            raise ValueError(
+                f"the layout has a pattern map of {tuple(other.pattern_map.shape)}, but this one "
+                f"of {tuple(self.pattern_map.shape)}"
+            )
+        follow = [listener(other) for listener in self.on_update]  # which may refuse
+        for name in (*ARRAYS, "ccol_indices", "row_indices", "transpose_order"):
+            setattr(self, name, getattr(other, name))
+        for name in ("num_partial", "pattern_densities"):  # what was computed of the old arrays
+            self.__dict__.pop(name, None)
+        for step in follow:
+            step()
+
     def _register(self) -> None:
+        self.on_update = []
         self.number = next(_numbers)
         _by_number[self.number] = self
 

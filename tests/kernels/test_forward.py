@@ -319,6 +319,20 @@ class TestAsPartOfTorch:
             wait()
             check(out, lse, q, k, v, truth(mask, q, k, lens))
 
+    @pytest.mark.parametrize("length", [700, 9000])
+    def test_cuda_graph_follows_an_updated_layout(self, length):
+        q, k, v = tensors(1, 256, 2, 64, length)
+        layout = masks.full().layout(256, length, block=(64, 64), device="cuda")
+        attend(q, k, v, layout)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out, lse = block_sparse_attention(q, k, v, layout, return_lse=True)
+        for mask in (masks.block_local(64, 1), masks.sinks(256), ~masks.full(), masks.full()):
+            layout.update_(mask.layout(256, length, block=(64, 64), device="cuda"))
+            graph.replay()
+            wait()
+            check(out, lse, q, k, v, truth(mask, q, k))
+
     def test_capture_of_a_kernel_that_was_never_run_says_what_to_do(self):
         from sparse_flash.kernels import sm90
 

@@ -54,7 +54,7 @@ def test_arguments_are_those_of_the_kernel(launched):
     assert plan.num_parts > 0
     for name, tensor in {"q": q, "k": k, "v": v, "out": out, "lse": lse}.items():
         assert given[name] is tensor
-    for name in ("work", "tiles", "bits", "combine", "kv_lens"):
+    for name in ("work", "tiles", "bits", "combine", "kv_lens", "counts"):
         assert given[name] is getattr(plan, name)
     assert out.shape == q.shape
     assert (lse.shape, lse.dtype) == ((2, 4, 300), torch.float32)

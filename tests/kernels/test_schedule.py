@@ -61,6 +61,7 @@ def test_every_tile_is_computed_once(setting, batch, tile, ctas, fewest):
     assert torch.equal(plan.tiles[:, 0], expected.col_indices)
     assert torch.equal(plan.tiles[:, 1], expected.bit_tile_indices)
     assert plan.kv_lens.tolist() == [setting.kv_len] * batch
+    assert plan.counts.tolist() == [plan.num_items, len(plan.combine)]
     assert all(x.dtype == torch.int32 for x in plan.arrays())
 
 
@@ -144,3 +145,27 @@ def test_cover_counts_tiles_that_touch_stored_blocks(setting, tile):
     padded = torch.nn.functional.pad(whole, pads)
     expected = padded.unflatten(1, (-1, tile[1])).unflatten(0, (-1, tile[0])).amax((1, 3)).sum()
     assert cover(layout, tile) == expected
+
+
+def test_update_in_place():
+    def plan(mask, ctas=132):
+        return schedule(mask.layout(1000), 1, 2, (128, 128), ctas)
+
+    large, small = plan(masks.causal()), plan(masks.local(50))
+    arrays = large.arrays()
+    large.update_(small)
+    assert all(a is b for a, b in zip(large.arrays(), arrays, strict=True))
+    items, rows = large.counts.tolist()
+    assert (items, rows) == (small.num_items, len(small.combine))
+    assert torch.equal(large.work[:items], small.work)
+    assert torch.equal(large.tiles[: len(small.tiles)], small.tiles)
+    before = [x.clone() for x in small.arrays()]
+    with pytest.raises(ValueError, match=r"no room for .* entries of `tiles`: there were"):
+        small.update_(plan(masks.full()))
+    with pytest.raises(ValueError, match="parts of split rows"):
+        small.update_(
+            schedule(masks.full().layout(1000), 1, 2, (128, 128), 999, 0, CostModel(fewest_tiles=1))
+        )
+    with pytest.raises(ValueError, match=r"tiles of \(192, 128\), this one of \(128, 128\)"):
+        small.update_(schedule(masks.local(5).layout(1000), 1, 2, (192, 128), 132))
+    assert all(torch.equal(a, b) for a, b in zip(small.arrays(), before, strict=True))

@@ -254,3 +254,32 @@ def test_mask_of_the_wrong_length():
         masks.neighbourhood(8, 8, 1) | masks.documents((3, 4))
     with pytest.raises(ValueError, match="does not have the 16 tokens"):
         masks.neighbourhood(8, 8, 1).through(masks.morton(4, 4))
+
+
+def test_update_replaces_everything_that_was_derived():
+    layout = masks.causal().layout(300, block=(64, 64))
+    assert (layout.num_partial, layout.density > 0.5) == (5, True)
+    new = (masks.local(10) & masks.custom(lambda q, kv: (q + kv) % 3 > 0)).layout(
+        300, block=(64, 64)
+    )
+    layout.update_(new)
+    assert layout.equal(new)
+    assert layout.num_partial == new.num_partial
+    assert layout.density == new.density
+    assert layout.transpose().equal(new.transpose())
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (masks.causal().layout(301, block=(64, 64)), "has lengths"),
+        (masks.causal().layout(300, block=(64, 32)), "has lengths"),
+        (masks.per_head([masks.causal()] * 2 + [masks.full()]).layout(300, block=(64, 64)), "map"),
+    ],
+)
+def test_update_refuses_what_does_not_fit(other, message):
+    layout = masks.causal().layout(300, block=(64, 64))
+    before = layout.crow_indices
+    with pytest.raises(ValueError, match=message):
+        layout.update_(other)
+    assert layout.crow_indices is before

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from sparse_flash.kernels import sm90
+from sparse_flash.kernels.schedule import schedule
 from torch.nn.functional import scaled_dot_product_attention
 
 from sparse_flash import block_sparse_attention, dispatch, hopper, masks
@@ -107,3 +108,28 @@ def test_a_copy_of_a_layout_has_schedules_of_its_own(calls):
     for twin in (copy.copy(layout), copy.deepcopy(layout), pickle.loads(pickle.dumps(layout))):
         assert twin.number != layout.number
         assert torch.equal(sm90.schedule_of(twin, q, k).work, sm90.schedule_of(layout, q, k).work)
+
+
+def noise(q, kv):
+    return (q * 7919 + kv * 104729) % 11 > 3
+
+
+def test_schedules_follow_an_updated_layout(calls):
+    q, k, _ = tensors(False)
+    layout = masks.full().layout(200, block=(64, 64))
+    plans = [sm90.schedule_of(layout, q[:n], k[:n]) for n in (1, 2)]
+    arrays = [plan.arrays() for plan in plans]
+    new = masks.local(20).layout(200, block=(64, 64))
+    layout.update_(new)
+    assert layout.equal(new)
+    for plan, before in zip(plans, arrays, strict=True):
+        assert all(a is b for a, b in zip(plan.arrays(), before, strict=True))
+    expected = schedule(new, 2, 2, plans[1].tile, 132)
+    assert torch.equal(plans[1].tiles[: len(expected.tiles)], expected.tiles)
+    assert plans[1].counts.tolist() == expected.counts.tolist()
+    kept = [x.clone() for plan in plans for x in plan.arrays()]
+    with pytest.raises(ValueError, match="no room"):
+        layout.update_(masks.custom(noise).layout(200, block=(64, 64)))
+    assert layout.equal(new)
+    now = [x for plan in plans for x in plan.arrays()]
+    assert all(torch.equal(a, b) for a, b in zip(now, kept, strict=True))
