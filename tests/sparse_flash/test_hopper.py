@@ -110,10 +110,6 @@ def test_a_copy_of_a_layout_has_schedules_of_its_own(calls):
         assert torch.equal(sm90.schedule_of(twin, q, k).work, sm90.schedule_of(layout, q, k).work)
 
 
-def noise(q, kv):
-    return (q * 7919 + kv * 104729) % 11 > 3
-
-
 def test_schedules_follow_an_updated_layout(calls):
     q, k, _ = tensors(False)
     layout = masks.full().layout(200, block=(64, 64))
@@ -127,9 +123,15 @@ def test_schedules_follow_an_updated_layout(calls):
     expected = schedule(new, 2, 2, plans[1].tile, 132)
     assert torch.equal(plans[1].tiles[: len(expected.tiles)], expected.tiles)
     assert plans[1].counts.tolist() == expected.counts.tolist()
-    kept = [x.clone() for plan in plans for x in plan.arrays()]
+
+
+def test_an_update_that_finds_no_room_changes_nothing(calls):
+    q, k, _ = tensors(False)
+    layout = masks.sinks(64).layout(200, block=(64, 64))
+    plans = [sm90.schedule_of(layout, q[:n], k[:n]) for n in (1, 2)]
+    before, kept = layout.col_indices, [x.clone() for plan in plans for x in plan.arrays()]
     with pytest.raises(ValueError, match="no room"):
-        layout.update_(masks.custom(noise).layout(200, block=(64, 64)))
-    assert layout.equal(new)
+        layout.update_(masks.full().layout(200, block=(64, 64)))
+    assert layout.col_indices is before
     now = [x for plan in plans for x in plan.arrays()]
     assert all(torch.equal(a, b) for a, b in zip(now, kept, strict=True))
