@@ -55,21 +55,26 @@ def load_or_compile(name: str, key: str, build: Callable[[], Any]) -> Callable[.
     found = _load(stem)
     if found is not None:
         return found
+    compiled = None
     try:
         with _locked(stem):
             found = _load(stem)  # another process may have been quicker
             if found is not None:
                 return found
-            _store(stem, build())
+            compiled = build()
+            _store(stem, compiled)
             # What is loaded is also lighter to call than what the DSL's compiler returns.
             found = _load(stem)
+            if found is None:
+                raise OSError("what was written cannot be loaded")
+            return found
     except OSError as error:
         warnings.warn(
             f"compiled kernels cannot be kept in {cache_dir()} ({error}): every process will "
             f"compile its own; set {CACHE_VARIABLE} to a folder that can be written",
             stacklevel=2,
         )
-    return build() if found is None else found
+    return build() if compiled is None else compiled
 
 
 @functools.cache

@@ -29,8 +29,8 @@ def _forward_kernel(config: ForwardConfig) -> Callable[..., None]:
     return load_or_compile(name, repr(config), lambda: compile_forward(config))
 
 
-def compile_forward(config: ForwardConfig, options: str = "") -> Any:
-    """Compile, whether or not there is a GPU. `options` are more options of the DSL's compiler."""
+def compile_forward(config: ForwardConfig) -> Any:
+    """Compile, whether or not there is a GPU."""
     import cutlass
     from cutlass import Float32, Int32, cute
     from sparse_flash.kernels.forward_sm90 import ForwardSm90
@@ -70,5 +70,5 @@ def compile_forward(config: ForwardConfig, options: str = "") -> Any:
         Float32(1.0),
         cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True),
     )
-    options = f"--enable-tvm-ffi --gpu-arch {config.arch} {options}".strip()
+    options = f"--enable-tvm-ffi --gpu-arch {config.arch}"
     return cute.compile(ForwardSm90(config, dtype), *arguments, options=options)

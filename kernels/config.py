@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-WORK_FIELDS = 8  # int32 words of a work item; see schedule.py
+WORK_FIELDS = 8  # int32 words of a work item, padded to a sector of memory; see schedule.py
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class ForwardConfig:
     def __post_init__(self) -> None:
         if not self.o_columns:
             object.__setattr__(self, "o_columns", self.head_dim)
-        assert self.tile_m % 64 == 0
+        assert self.tile_m in (128, 192)  # warpgroups that take turns: two or three
         assert self.tile_n % 16 == 0
         assert self.tile_n <= 128  # a row's bits fill one word a thread
         assert self.shared_memory <= SHARED_MEMORY
@@ -46,12 +46,12 @@ class ForwardConfig:
     @property
     def consumer_registers(self) -> int:
         """Registers a consumer thread may use: with the producer's they fill the register file."""
-        return {1: 256, 2: 232, 3: 160}[self.warpgroups]
+        return {2: 232, 3: 160}[self.warpgroups]
 
     @property
     def producer_registers(self) -> int:
         """Registers a producer thread may use."""
-        return {1: 56, 2: 40, 3: 32}[self.warpgroups]
+        return {2: 40, 3: 32}[self.warpgroups]
 
     @property
     def shared_memory(self) -> int:

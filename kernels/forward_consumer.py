@@ -13,7 +13,7 @@ import cutlass
 from cutlass import Float32, Int32, const_expr, cute, pipeline
 from cutlass.cute.nvgpu import cpasync, warp, warpgroup
 from sparse_flash.kernels import online_softmax as online
-from sparse_flash.kernels.forward_producer import FULL
+from sparse_flash.masks.layout import FULL_TILE
 
 CONSUMER = pipeline.PipelineUserType.Consumer
 FIRST, INNER, BOUNDARY = range(3)  # kinds of steps
@@ -27,6 +27,7 @@ class Consumer:
 
     def __init__(self, config, dtype, products, store, buffers, pipes, bits, results, scale_log2):
         self.config, self.dtype, self.bits, self.scale_log2 = config, dtype, bits, scale_log2
+        self.slack = SLACK / scale_log2
         self.qk, self.pv, self.chunk = products
         s_q, s_k, self.s_v, self.s_o, self.s_work, self.s_tiles = buffers
         self.q_pipe, self.k_pipe, self.v_pipe, self.work_pipe = pipes
@@ -107,18 +108,17 @@ class Consumer:
             self.multiply(self.pv, self.acc_o, self.p, self.f_v, v_state.index, False)
             self.pass_turn()
         bit_tile, remaining = self.s_tiles[kv_state.index, 0], Int32(config.tile_n)
-        if bit_tile != FULL:
+        if bit_tile != FULL_TILE:
             remaining = self.s_tiles[kv_state.index, 1]
         words = online.mask_words(self.bits, bit_tile, self.group, self.thread)
         warpgroup.wait_group(0 if const_expr(kind == FIRST) else 1)
         cute.arch.sync_warp()  # one thread tells for all that they have read the stage
         self.k_pipe.consumer_release(kv_state)
-        if bit_tile != FULL:
+        if bit_tile != FULL_TILE:
             online.apply_mask(acc_s, words, remaining, self.thread)
         if const_expr(kind != INNER):
             online.reset(self.stats)
-        slack = SLACK / self.scale_log2
-        grown, decay = online.softmax(acc_s, self.stats, self.scale_log2, slack)
+        grown, decay = online.softmax(acc_s, self.stats, self.scale_log2, self.slack)
         if const_expr(kind != FIRST):
             warpgroup.wait_group(0)
             self.v_pipe.consumer_release(v_state)

@@ -3,8 +3,9 @@
 import cutlass
 from cutlass import Int32, cute, pipeline
 from cutlass.cute.nvgpu import cpasync
+from sparse_flash.masks.layout import FULL_TILE
 
-FULL, FULL_BEYOND = -1, -2  # instead of a bit tile; the second reaches beyond the keys' length
+FULL_BEYOND = -2  # instead of a bit tile: FULL_TILE, but reaching beyond the keys' length
 PRODUCER = pipeline.PipelineUserType.Producer
 
 
@@ -99,7 +100,7 @@ class Producer:
     def load_k(self, state, place, bit_tile, limit):
         """K, and what to mask in its tile."""
         remaining = limit - place[0] * self.config.tile_n
-        if bit_tile == FULL and remaining < self.config.tile_n:
+        if bit_tile == FULL_TILE and remaining < self.config.tile_n:
             bit_tile = Int32(FULL_BEYOND)
         self.k_pipe.sync_object_empty.wait(state.index, state.phase)
         s_tiles = self.s_tiles

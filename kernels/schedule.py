@@ -21,12 +21,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class CostModel:
-    """What things cost, in units of the time that a full tile takes. Fitted to an H200."""
+    """What things cost, in units of the time that a full tile takes.
+
+    `tall_tile` is from speeds on an H200 at head_dim 64 (571 against 461 TFLOP/s); the others are
+    estimates that balance what tests/kernels/test_schedule.py simulates.
+    """
 
     partial_tile: float = 1.1
     tall_tile: float = 1.2  # a full tile of 192 x 128, in units of one of 128 x 128
     item: float = 1.5  # loading Q, the first softmax, writing O
-    part: float = 1.0  # more than `item`: writing and combining a part of a split row
     largest_share: float = 0.5  # of what a CTA gets, that one item may be
     fewest_tiles: int = 8  # of a part: shorter ones cost more than they balance
 

@@ -36,6 +36,11 @@ def _(q, k, v, plan, kv_lens, num_parts, tile_m, softmax_scale):  # type: ignore
     return q.new_empty(q.shape), q.new_empty((b, h, s), dtype=torch.float32)
 
 
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """By the op where a compiler looks, which must see one; else without its overhead."""
+    return (sm90_forward if torch.compiler.is_compiling() else sm90.launch)(*arguments)
+
+
 class _Attention(torch.autograd.Function):
     """Differentiable attention. `layout` are a layout's arrays; tensors only, for torch.compile."""
 
@@ -51,8 +56,7 @@ class _Attention(torch.autograd.Function):
         sizes: tuple[int, int, tuple[int, int], float, bool],
     ) -> tuple[Tensor, Tensor]:
         num_parts, tile_m, *ctx.options = sizes
-        forward = sm90_forward if torch.compiler.is_compiling() else sm90.launch
-        out, lse = forward(q, k, v, plan, kv_lens, num_parts, tile_m, sizes[3])
+        out, lse = _forward(q, k, v, plan, kv_lens, num_parts, tile_m, sizes[3])
         ctx.save_for_backward(q, k, v, out, lse, kv_lens, *layout)
         ctx.set_materialize_grads(False)
         return out, lse
@@ -86,8 +90,7 @@ def attend(
         sizes = (plan.num_parts, plan.tile[0], layout.block, softmax_scale, deterministic)
         arrays = list(layout.arrays().values())
         return _Attention.apply(q, k, v, kv_lens, plan.arrays(), arrays, sizes)
-    forward = sm90_forward if torch.compiler.is_compiling() else sm90.launch
-    return forward(q, k, v, plan.arrays(), kv_lens, plan.num_parts, plan.tile[0], softmax_scale)
+    return _forward(q, k, v, plan.arrays(), kv_lens, plan.num_parts, plan.tile[0], softmax_scale)
 
 
 def why_not(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout) -> str | None:

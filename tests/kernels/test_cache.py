@@ -97,6 +97,34 @@ def test_folder_that_cannot_be_written(tmp_path):
     assert cache.CACHE_VARIABLE in err
 
 
+def test_entry_that_does_not_load_is_said_and_not_compiled_twice(tmp_path, monkeypatch):
+    monkeypatch.setenv(cache.CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(cache, "_load", lambda stem: None)
+    monkeypatch.setattr(cache, "_store", lambda stem, compiled: None)
+    built = []
+
+    def build():
+        built.append(len(built))
+        return built
+
+    with pytest.warns(UserWarning, match="what was written cannot be loaded"):
+        assert cache.load_or_compile("fill", "key", build) is built
+    assert built == [0]
+
+
+def test_machine_without_a_linker_compiles_once(tmp_path, monkeypatch):
+    class Compiled:
+        def export_to_c(self, path, function_name):
+            cache.Path(path).write_bytes(b"object")
+
+    monkeypatch.setenv(cache.CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    built = []
+    with pytest.warns(UserWarning, match="no C compiler"):
+        cache.load_or_compile("fill", "key", lambda: built.append(Compiled()) or built[-1])
+    assert len(built) == 1
+
+
 def test_location(monkeypatch, tmp_path):
     monkeypatch.setenv(cache.CACHE_VARIABLE, str(tmp_path / "mine"))
     assert cache.cache_dir() == tmp_path / "mine"

@@ -489,13 +489,8 @@ torch.cuda.synchronize()
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_sanitizer(tool):
     command = ["compute-sanitizer", "--tool", tool, "--kernel-name", "kernel_substring=cutlass"]
-    run = subprocess.run(
-        [*command, "--error-exitcode", "7", sys.executable, "-c", SMALL_CASES],
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
+    command += ["--error-exitcode", "7", sys.executable, "-c", SMALL_CASES]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
     if "Device not supported" in run.stdout:
         pytest.skip("compute-sanitizer does not run on this machine")
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-2000:]
