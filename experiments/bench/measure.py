@@ -47,7 +47,9 @@ def measure(case: Case, peers: tuple[Peer, ...] = PEERS, rounds: int = 3) -> lis
         except Exception as error:
             if peer.name == "ours":
                 raise
-            row["left out"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}"
+            row["left out"] = (
+                f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:160]}"
+            )
             continue
         expected = out if expected is None else expected
         _check(case, peer, out, expected)

@@ -60,9 +60,9 @@ def _flash_attention_4(case: Case, layout: BlockLayout, q: Tensor, k: Tensor, v:
         return lambda: _first(flash_attn_func(q, k, v, causal=causal))
     if layout.num_partial:
         raise UnsupportedError("partial tiles need a predicate compiled into its kernel")
-    counts, indices = _rows(layout)
-    empty = torch.zeros_like(counts), torch.zeros_like(indices)
-    tensors = BlockSparseTensorsTorch(*empty, counts, indices, block_size=layout.block)
+    full = layout.bit_tile_indices == FULL_TILE
+    lists = (*_rows(layout, ~full), *_rows(layout, full))
+    tensors = BlockSparseTensorsTorch(*lists, block_size=layout.block)
     return lambda: _first(flash_attn_func(q, k, v, block_sparse_tensors=tensors))
 
 
@@ -70,33 +70,30 @@ def _first(result: Tensor | tuple[Tensor, ...]) -> Tensor:
     return result if isinstance(result, Tensor) else result[0]
 
 
-def _rows(layout: BlockLayout) -> tuple[Tensor, Tensor]:
-    """Padded lists of the stored blocks: counts (1, 1, rows), columns (1, 1, rows, columns)."""
-    starts = layout.crow_indices[0]
-    counts = starts.diff()
-    within = torch.arange(layout.num_block_cols, device=layout.device)
-    index = (starts[:-1, None] + within).clamp(max=max(0, layout.num_tiles - 1))
-    columns = torch.where(within < counts[:, None], layout.col_indices[index], 0)
-    return counts[None, None].int(), columns[None, None].int().contiguous()
+def _rows(layout: BlockLayout, keep: Tensor) -> tuple[Tensor, Tensor]:
+    """Padded lists of the kept tiles: counts (1, 1, rows), block columns (1, 1, rows, columns)."""
+    rows = layout.tile_rows[keep].long()
+    counts = rows.bincount(minlength=layout.num_block_rows)
+    place = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
+    shape = (layout.num_block_rows, layout.num_block_cols)
+    columns = torch.zeros(shape, dtype=torch.int32, device=rows.device)
+    columns[rows, place] = layout.col_indices[keep]
+    return counts[None, None].int(), columns[None, None]
 
 
 def _flex_attention(case: Case, layout: BlockLayout, q: Tensor, k: Tensor, v: Tensor) -> Call:
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
     mask = case.pattern
-    counts, columns = _rows(layout)
     partial = layout.bit_tile_indices != FULL_TILE
-    if partial.any():
-        kinds = [_rows(_only(layout, kind)) for kind in (partial, ~partial)]
-    else:
-        kinds = [(torch.zeros_like(counts), columns), (counts, columns)]
+    kinds = (*_rows(layout, partial), *_rows(layout, ~partial))
 
     def predicate(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return mask(q_idx, kv_idx) if layout.num_partial else q_idx >= 0
 
     lengths = (case.length, case.length)
     blocks = BlockMask.from_kv_blocks(
-        *kinds[0], *kinds[1], BLOCK_SIZE=layout.block, mask_mod=predicate, seq_lengths=lengths
+        *kinds, BLOCK_SIZE=layout.block, mask_mod=predicate, seq_lengths=lengths
     )
     heads_first = [x.transpose(1, 2) for x in (q, k, v)]
     compiled = _compiled(flex_attention)
@@ -106,25 +103,6 @@ def _flex_attention(case: Case, layout: BlockLayout, q: Tensor, k: Tensor, v: Te
 def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     torch._dynamo.reset()  # a graph for each case, not one for all shapes
     return torch.compile(function, dynamic=False)
-
-
-def _only(layout: BlockLayout, keep: Tensor) -> BlockLayout:
-    """The layout with some of its tiles."""
-    rows = layout.tile_rows[keep]
-    counts = torch.zeros(layout.num_block_rows, dtype=torch.int64, device=layout.device)
-    counts.index_add_(0, rows.long(), torch.ones_like(rows, dtype=torch.int64))
-    starts = pad(counts.cumsum(0), (1, 0))[None].int()
-    return BlockLayout(
-        layout.q_len,
-        layout.kv_len,
-        layout.block,
-        starts,
-        layout.col_indices[keep],
-        layout.bit_tile_indices[keep],
-        layout.bit_tiles,
-        layout.pattern_map,
-        validate=False,
-    )
 
 
 def _cudnn(case: Case, layout: BlockLayout, q: Tensor, k: Tensor, v: Tensor) -> Call:

@@ -9,6 +9,8 @@ import torch
 from sparse_flash.experiments.bench import peers, run
 from sparse_flash.experiments.bench.cases import SUITES, Case
 
+from sparse_flash import masks
+
 
 def report():
     rows = [
@@ -67,7 +69,21 @@ def test_cases_can_be_built():
     names = [case.label for case in SUITES["standard"]]
     assert len(set(names)) == len(names)
     for case in SUITES["standard"]:
-        assert case.pattern == case.pattern
+        short = case.pattern.layout(2048, block=(case.block, case.block))
+        assert 0 < short.num_tiles <= 256
+
+
+def test_lists_of_tiles():
+    layout = masks.parse("local(100) | global_tokens(64)").layout(1000, block=(128, 128))
+    for keep in (layout.bit_tile_indices < 0, layout.bit_tile_indices >= 0):
+        counts, columns = peers._rows(layout, keep)
+        table = torch.zeros(layout.num_block_rows, layout.num_block_cols, dtype=torch.bool)
+        for row, (count, of_row) in enumerate(zip(counts[0, 0], columns[0, 0], strict=True)):
+            table[row, of_row[:count].long()] = True
+        expected = torch.zeros_like(table)
+        expected[layout.tile_rows[keep].long(), layout.col_indices[keep].long()] = True
+        assert torch.equal(table, expected)
+        assert counts.sum() == keep.sum()
 
 
 def test_refusals(tmp_path):
