@@ -1,4 +1,4 @@
-"""Rows that were computed in parts, put together; and rows without keys.
+"""Rows that were computed in parts, put together.
 
 With out_i and lse_i of the parts of a row,
     lse = log sum_i exp(lse_i),    out = sum_i exp(lse_i - lse) out_i        (Flash-Decoding, 2023)

@@ -107,12 +107,9 @@ class Consumer:
             self.v_pipe.consumer_wait(v_state)
             self.multiply(self.pv, self.acc_o, self.p, self.f_v, v_state.index, False)
             self.pass_turn()
-        bit_tile, remaining = self.s_tiles[kv_state.index, 0], Int32(config.tile_n)
-        if bit_tile != FULL_TILE:
-            remaining = self.s_tiles[kv_state.index, 1]
+        bit_tile, remaining = self.what_to_mask(kv_state.index)
         words = online.mask_words(self.bits, bit_tile, self.group, self.thread)
         warpgroup.wait_group(0 if const_expr(kind == FIRST) else 1)
-        cute.arch.sync_warp()  # one thread tells for all that they have read the stage
         self.k_pipe.consumer_release(kv_state)
         if bit_tile != FULL_TILE:
             online.apply_mask(acc_s, words, remaining, self.thread)
@@ -128,6 +125,17 @@ class Consumer:
             if grown:
                 online.rescale(self.acc_o, decay)
         return kv_state, remaining
+
+    @cute.jit
+    def what_to_mask(self, stage):
+        """A tile's bit tile, and how many keys there are from its first column on.
+
+        Read by the thread that frees the stage for its warp, and by no other.
+        """
+        words, s_tiles = cute.make_rmem_tensor(2, Int32), self.s_tiles
+        if self.thread % 32 == 0:
+            words[0], words[1] = s_tiles[stage, 0], s_tiles[stage, 1]
+        return cute.arch.shuffle_sync(words[0], 0), cute.arch.shuffle_sync(words[1], 0)
 
     @cute.jit
     def multiply(self, product, acc, a, b, stage, clear: cutlass.Constexpr):

@@ -40,6 +40,8 @@ class Producer:
             m_block, head, batch = (self.work[index, i] for i in range(3))
             first, count, part = (self.work[index, i] for i in range(3, 6))
             limit = self.kv_lens[batch]
+            if count == 0:  # a row without tiles: all keys of the tile that it names are masked
+                count, limit = Int32(1), Int32(0)
             count = tiles_within(self.tiles, first, count, limit, self.config.tile_n)
             self.announce(work_state, (m_block, head, batch, count, part))
             work_state.advance()
@@ -103,14 +105,13 @@ class Producer:
         if bit_tile == FULL_TILE and remaining < self.config.tile_n:
             bit_tile = Int32(FULL_BEYOND)
         self.k_pipe.sync_object_empty.wait(state.index, state.phase)
-        s_tiles = self.s_tiles
+        s_tiles, barrier = self.s_tiles, self.k_pipe.producer_get_barrier(state)
         if cute.arch.lane_idx() == 0:
             s_tiles[state.index, 0] = bit_tile
             s_tiles[state.index, 1] = remaining
-        cute.arch.sync_warp()
-        # This arrival, which also says how many bytes to expect, releases what was just written.
-        self.k_pipe.sync_object_full.arrive(state.index, self.k_pipe.producer_mask)
-        self.load(1, place, state.index, self.k_pipe.producer_get_barrier(state))
+            # This arrival releases what was just written.
+            cute.arch.mbarrier_arrive_and_expect_tx(barrier, self.k_pipe.sync_object_full.tx_count)
+        self.load(1, place, state.index, barrier)
 
     @cute.jit
     def load_v(self, state, place):

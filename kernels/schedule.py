@@ -17,6 +17,7 @@ from sparse_flash.kernels.fragment import fragment_order
 from sparse_flash.masks.layout import FULL_TILE, BlockLayout
 from sparse_flash.masks.retile import retile
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,13 @@ class CostModel:
         return self.tall_tile if tile_m == 192 else 1.0
 
     def rows(self, layout: BlockLayout) -> Tensor:
-        """The cost of each block row `(patterns, block rows)`, float32; 0 for an empty one."""
+        """The cost of each block row `(patterns, block rows)`, float32."""
         partial = (layout.bit_tile_indices != FULL_TILE).float()
-        before = torch.nn.functional.pad(partial.cumsum(0, dtype=torch.float64), (1, 0))
+        before = pad(partial.cumsum(0, dtype=torch.float64), (1, 0))
         starts = layout.crow_indices.long()
         tiles, partials = starts.diff(), before[starts].diff()
-        cost = tiles + (self.partial_tile - 1) * partials + self.item * (tiles > 0)
+        # The kernel walks through an empty row as through one tile.
+        cost = tiles.clamp(min=1) + (self.partial_tile - 1) * partials + self.item
         return cost.float()
 
     def parts(self, tiles: Tensor, costs: Tensor, share: Tensor) -> Tensor:
@@ -63,11 +65,11 @@ class Schedule:
 
     work: (items, 8). m_block, head, batch, first tile, number of tiles, part (-1: not split),
         and two zeros.
-    tiles: (tiles, 2). n_block, and the bit tile or -1 for a full one; columns ascend in a row.
+    tiles: (tiles + 1, 2). n_block, and the bit tile or -1 for a full one; columns ascend in a row.
+        The last one is what items without tiles name as their first.
     bits: (bit tiles and some room, tile_m / 64, 128, 2), in fragment order; `num_bit_tiles` of
         them are used.
-    combine: (rows, 8). m_block, head, batch, first part, number of parts (0: an empty row: write
-        0 and -inf), and three zeros.
+    combine: (split rows, 8). m_block, head, batch, first part, number of parts, and three zeros.
     kv_lens: (batch,), the whole length each; for calls that give none.
     counts: (2,). How many items of `work` and rows of `combine` there are: read on the GPU, so that
         a CUDA graph's replays see what `update_` has changed.
@@ -160,7 +162,7 @@ def schedule(
     tiles = starts.diff()[owners].flatten()  # of (batch, head, row) triples, as all that follows
     cost = costs.rows(layout)[owners].flatten()
     share = cost.sum() / num_ctas
-    parts = costs.parts(tiles, cost, share) * (tiles > 0)
+    parts = costs.parts(tiles, cost, share)
     row = torch.repeat_interleave(torch.arange(len(parts), device=parts.device), parts)
     of = parts[row]
     nth = torch.arange(len(row), device=row.device) - (parts.cumsum(0) - parts)[row]
@@ -168,17 +170,18 @@ def schedule(
     split = of > 1
     part = torch.where(split, split.cumsum(0) - 1, -1)
     first = starts[:, :-1][owners].flatten()[row] + begin
-    item_cost = cost[row] * (end - begin) / tiles[row]
+    first = torch.where(end > begin, first, layout.num_tiles)
+    item_cost = cost[row] / of
     group = _head_groups(batch * heads, kv_bytes, parts.device)[row // layout.num_block_rows]
     work = _records(row, (heads, layout.num_block_rows), first, end - begin, part)
     in_parts = torch.where(parts > 1, parts, 0)
-    combined = (parts != 1).nonzero().squeeze(1)
+    combined = (parts > 1).nonzero().squeeze(1)
     first_part = (in_parts.cumsum(0) - in_parts)[combined]
     counts = torch.tensor([len(work), len(combined)], dtype=torch.int32, device=layout.device)
     return Schedule(
         counts=counts,
         work=work[_longest_first(item_cost, group, share)],
-        tiles=torch.stack([layout.col_indices, layout.bit_tile_indices], 1).int(),
+        tiles=pad(torch.stack([layout.col_indices, layout.bit_tile_indices], 1).int(), (0, 0, 0, 1)),
         bits=_with_room(fragment_order(layout.bit_tiles)),
         num_bit_tiles=layout.num_bit_tiles,
         combine=_records(combined, (heads, layout.num_block_rows), first_part, parts[combined]),

@@ -88,9 +88,13 @@ def _flex_attention(case: Case, layout: BlockLayout, q: Tensor, k: Tensor, v: Te
     partial = layout.bit_tile_indices != FULL_TILE
     kinds = (*_rows(layout, partial), *_rows(layout, ~partial))
 
-    def predicate(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return mask(q_idx, kv_idx) if layout.num_partial else q_idx >= 0
+    def exact(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return mask(q_idx, kv_idx)
 
+    def whole(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return q_idx >= 0
+
+    predicate = exact if layout.num_partial else whole
     lengths = (case.length, case.length)
     blocks = BlockMask.from_kv_blocks(
         *kinds, BLOCK_SIZE=layout.block, mask_mod=predicate, seq_lengths=lengths
@@ -102,7 +106,8 @@ def _flex_attention(case: Case, layout: BlockLayout, q: Tensor, k: Tensor, v: Te
 
 def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     torch._dynamo.reset()  # a graph for each case, not one for all shapes
-    return torch.compile(function, dynamic=False)
+    # The whole of it: else what cannot be compiled would run uncompiled, unnoticed.
+    return torch.compile(function, dynamic=False, fullgraph=True)
 
 
 def _cudnn(case: Case, layout: BlockLayout, q: Tensor, k: Tensor, v: Tensor) -> Call:
@@ -113,7 +118,10 @@ def _cudnn(case: Case, layout: BlockLayout, q: Tensor, k: Tensor, v: Tensor) -> 
 
 
 def _intervals(case: Case, device: torch.device) -> Tensor:
-    """Each query's visible keys as intervals [0, f0), [f1, f2), ...: int32 (1, n odd, queries)."""
+    """Each query's visible keys as intervals [0, f0), [f1, f2), ...: int32 (1, n odd, queries).
+
+    Ends ascend; [s, s) fills up what a query does not need.
+    """
     mask, s = case.pattern, case.length
     kv, chunks = torch.arange(s, device=device), []
     for start in range(0, s, 1024):
@@ -123,11 +131,13 @@ def _intervals(case: Case, device: torch.device) -> Tensor:
         rank = torch.arange(len(row), device=device) - (counts.cumsum(0) - counts)[row]
         # An interval that starts at 0 needs no start; otherwise the first one is [0, 0).
         place = rank + torch.where(allowed[:, 0], -1, 1)[row]
-        ends = torch.zeros(len(allowed), int(counts.max()) + 2, dtype=torch.int32, device=device)
+        shape = (len(allowed), int(counts.max()) + 2)
+        ends = torch.full(shape, s, dtype=torch.int32, device=device)
+        ends[~allowed[:, 0], 0] = 0
         ends[row[place >= 0], place[place >= 0]] = edge[place >= 0].int()
         chunks.append(ends)
     most = max(chunk.shape[1] for chunk in chunks) // 2 * 2 + 1
-    return torch.cat([pad(c, (0, most - c.shape[1])) for c in chunks]).T[None].contiguous()
+    return torch.cat([pad(c, (0, most - c.shape[1]), value=s) for c in chunks]).T[None].contiguous()
 
 
 def _sdpa(backend: attention.SDPBackend) -> Callable[..., Call]:

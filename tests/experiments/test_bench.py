@@ -58,6 +58,7 @@ def test_intervals_mean_the_mask(spec):
     case = Case("x", spec, 1500, 1, 64)
     ends = peers._intervals(case, torch.device("cpu"))[0].T
     assert ends.shape[1] % 2 == 1
+    assert (ends.diff(dim=1) >= 0).all()
     keys = torch.arange(1500)
     visible = keys < ends[:, :1]
     for i in range(1, ends.shape[1], 2):

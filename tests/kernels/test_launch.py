@@ -77,8 +77,8 @@ def test_lengths_and_scales(launched):
     assert not launched[2]["q"].any()
     assert launched[2]["scale_log2"] > 0
     launch(q, q, q, ~masks.full())
-    assert launched[3]["num_ctas"] == 1
-    assert len(launched[3]["combine"]) == 2
+    assert launched[3]["num_ctas"] == 2
+    assert len(launched[3]["combine"]) == 0
 
 
 def test_a_split_row_allocates_and_others_do_not(launched):

@@ -47,10 +47,12 @@ def test_every_tile_is_computed_once(setting, batch, tile, ctas, fewest):
                 walked = [t for first, count, _ in items for t in range(first, first + count)]
                 assert walked == list(range(starts[m], starts[m + 1]))
                 mine = [part for _, _, part in items]
-                if len(items) == 1:
+                if starts[m] == starts[m + 1]:
+                    assert items == [(expected.num_tiles, 0, -1)]
+                elif len(items) == 1:
                     assert mine == [-1]
                     assert (b, h, m) not in combined
-                else:  # empty or split: in order, next to each other
+                else:  # split: in order, next to each other
                     first, count = combined.pop((b, h, m))
                     assert count == len(items)
                     assert mine == list(range(first, first + count))
@@ -58,8 +60,9 @@ def test_every_tile_is_computed_once(setting, batch, tile, ctas, fewest):
     assert not rows
     assert not combined
     assert sorted(parts) == list(range(plan.num_parts))
-    assert torch.equal(plan.tiles[:, 0], expected.col_indices)
-    assert torch.equal(plan.tiles[:, 1], expected.bit_tile_indices)
+    assert torch.equal(plan.tiles[:-1, 0], expected.col_indices)
+    assert torch.equal(plan.tiles[:-1, 1], expected.bit_tile_indices)
+    assert plan.tiles[-1].tolist() == [0, 0]
     assert plan.kv_lens.tolist() == [setting.kv_len] * batch
     assert plan.counts.tolist() == [plan.num_items, len(plan.combine)]
     assert all(x.dtype == torch.int32 for x in plan.arrays())
@@ -126,12 +129,12 @@ def test_longest_come_first_in_each_group_of_heads():
 def test_empty_rows_and_empty_layouts():
     mask = masks.block_diagonal(64) & ~masks.sinks(300)
     plan = schedule(mask.layout(700), 2, 3, (128, 128), 132)
-    empty = plan.combine[plan.combine[:, 4] == 0]
+    empty = plan.work[plan.work[:, COUNT] == 0]
     assert sorted(set(empty[:, M_BLOCK].tolist())) == [0, 1]
     assert len(empty) == 2 * 2 * 3
+    assert len(plan.combine) == 0
     nothing = schedule((~masks.full()).layout(700), 1, 1, (128, 128), 132)
-    assert nothing.num_items == 0
-    assert len(nothing.combine) == 6
+    assert nothing.work[:, [FIRST, COUNT, PART]].tolist() == [[0, 0, -1]] * 6
 
 
 @given(settings_(max_length=500), st.sampled_from([(64, 64), (128, 128), (192, 128), (16, 48)]))
