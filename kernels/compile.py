@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sparse_flash.kernels.cache import load_or_compile
-from sparse_flash.kernels.config import WORK_FIELDS, ForwardConfig
+from sparse_flash.kernels.config import DQ_CHUNK, WORK_FIELDS, BackwardConfig, ForwardConfig
 
 _lock = threading.Lock()
 
@@ -23,10 +23,37 @@ def forward_kernel(config: ForwardConfig) -> Callable[..., None]:
         return _forward_kernel(config)
 
 
+def backward_kernel(config: BackwardConfig) -> Callable[..., None]:
+    """The compiled backward kernel, likewise, with the arguments of `BackwardSm90.__call__`."""
+    with _lock:
+        return _backward_kernel(config)
+
+
+@functools.cache
+def _backward_kernel(config: BackwardConfig) -> Callable[..., None]:
+    name = f"backward-{config.dtype}-{config.head_dim}-{config.tile_n}x{config.tile_m}"
+    return load_or_compile(name, repr(config), lambda: compile_backward(config))
+
+
 @functools.cache
 def _forward_kernel(config: ForwardConfig) -> Callable[..., None]:
     name = f"forward-{config.dtype}-{config.head_dim}-{config.tile_m}x{config.tile_n}"
     return load_or_compile(name, repr(config), lambda: compile_forward(config))
+
+
+def _strided(dtype: Any, *shape: Any) -> Any:
+    """A tensor of any strides that TMA can take: the last 1, the others multiples of 16 bytes."""
+    from cutlass import cute
+
+    stride: Any = (*(cute.sym_int64(divisibility=8) for _ in range(3)), 1)
+    return cute.runtime.make_fake_tensor(dtype, shape, stride=stride, assumed_align=16)
+
+
+def _compact(dtype: Any, *shape: Any) -> Any:
+    from cutlass import cute
+
+    order = tuple(reversed(range(len(shape))))
+    return cute.runtime.make_fake_compact_tensor(dtype, shape, stride_order=order, assumed_align=16)
 
 
 def compile_forward(config: ForwardConfig) -> Any:
@@ -36,19 +63,7 @@ def compile_forward(config: ForwardConfig) -> Any:
     from sparse_flash.kernels.forward_sm90 import ForwardSm90
 
     dtype = {"bfloat16": cutlass.BFloat16, "float16": cutlass.Float16}[config.dtype]
-    size = cute.sym_int
-
-    def strided(*shape: Any) -> Any:
-        """Any strides that TMA can take: the last 1, the others multiples of 16 bytes."""
-        stride: Any = (*(cute.sym_int64(divisibility=8) for _ in range(3)), 1)
-        return cute.runtime.make_fake_tensor(dtype, shape, stride=stride, assumed_align=16)
-
-    def compact(kind: Any, *shape: Any) -> Any:
-        order = tuple(reversed(range(len(shape))))
-        return cute.runtime.make_fake_compact_tensor(
-            kind, shape, stride_order=order, assumed_align=16
-        )
-
+    size, strided = cute.sym_int, functools.partial(_strided, dtype)
     b, q_len, kv_len, h, h_kv, d = (*(size() for _ in range(5)), size(divisibility=8))
     parts = size()
     arguments = (
@@ -56,19 +71,61 @@ def compile_forward(config: ForwardConfig) -> Any:
         strided(b, kv_len, h_kv, d),
         strided(b, kv_len, h_kv, d),
         strided(b, q_len, h, d),
-        compact(Float32, b, h, q_len),
-        compact(Int32, b),
-        compact(Int32, size(), WORK_FIELDS),
-        compact(Int32, size(), 2),
-        compact(Int32, size(), config.warpgroups, 128, 2),
-        compact(Int32, 2),
-        compact(Float32, parts, config.tile_m, config.head_dim),
-        compact(Float32, parts, config.tile_m),
-        compact(Int32, size(), WORK_FIELDS),
-        compact(Int32, 2),
+        _compact(Float32, b, h, q_len),
+        _compact(Int32, b),
+        _compact(Int32, size(), WORK_FIELDS),
+        _compact(Int32, size(), 2),
+        _compact(Int32, size(), config.warpgroups, 128, 2),
+        _compact(Int32, 2),
+        _compact(Float32, parts, config.tile_m, config.head_dim),
+        _compact(Float32, parts, config.tile_m),
+        _compact(Int32, size(), WORK_FIELDS),
+        _compact(Int32, 2),
         Int32(1),
         Float32(1.0),
         cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True),
     )
     options = f"--enable-tvm-ffi --gpu-arch {config.arch}"
     return cute.compile(ForwardSm90(config, dtype), *arguments, options=options)
+
+
+def compile_backward(config: BackwardConfig) -> Any:
+    """Compile, whether or not there is a GPU."""
+    import cutlass
+    from cutlass import Float32, Int32, cute
+    from sparse_flash.kernels.backward_sm90 import BackwardSm90
+
+    dtype = {"bfloat16": cutlass.BFloat16, "float16": cutlass.Float16}[config.dtype]
+    size, strided = cute.sym_int, functools.partial(_strided, dtype)
+    b, q_len, kv_len, h, h_kv, d = (*(size() for _ in range(5)), size(divisibility=8))
+    parts = size()
+    arguments = (
+        strided(b, q_len, h, d),
+        strided(b, kv_len, h_kv, d),
+        strided(b, kv_len, h_kv, d),
+        strided(b, q_len, h, d),
+        strided(b, q_len, h, d),
+        _compact(Float32, b, h, q_len),
+        _compact(Float32, b, h, q_len),
+        _compact(dtype, b, q_len, h, d),
+        strided(b, kv_len, h_kv, d),
+        strided(b, kv_len, h_kv, d),
+        _compact(Float32, b, h, size(), DQ_CHUNK),
+        _compact(Float32, b, h, 2, size(divisibility=64)),
+        _compact(Int32, b),
+        _compact(Int32, size(), WORK_FIELDS),
+        _compact(Int32, size(), 2),
+        _compact(Int32, size(), config.tile_n // 64, 128, 2),
+        _compact(Int32, 2),
+        _compact(Float32, parts, config.tile_n, config.head_dim),
+        _compact(Float32, parts, config.tile_n, config.head_dim),
+        _compact(Int32, size(), WORK_FIELDS),
+        _compact(Int32, 2),
+        Int32(1),
+        Int32(0),
+        Float32(1.0),
+        Float32(1.0),
+        cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True),
+    )
+    options = f"--enable-tvm-ffi --gpu-arch {config.arch}"
+    return cute.compile(BackwardSm90(config, dtype), *arguments, options=options)

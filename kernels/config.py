@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+DQ_CHUNK = 64 * 64  # elements of dQ that a warpgroup computes at a time
 WORK_FIELDS = 8  # int32 words of a work item, padded to a sector of memory; see schedule.py
 
 
@@ -60,6 +61,58 @@ class ForwardConfig:
         return 2 * (rows * self.head_dim + self.tile_m * self.o_columns) + 1024
 
 
+@dataclass(frozen=True)
+class BackwardConfig:
+    """One compiled backward kernel: two warpgroups, which share tile_n keys and tile_m queries.
+
+    Each owns 64 keys, and of dQ 64 x 64 at a time: with tile_m 64 half of the columns, with 128
+    half of the rows.
+    """
+
+    dtype: str
+    head_dim: int
+    tile_m: int
+    tile_n: int = 128
+    q_stages: int = 2  # of Q and dO
+    kv_stages: int = 1
+    ds_stages: int = 2
+    arch: str = "sm_90a"
+
+    def __post_init__(self) -> None:
+        assert self.tile_n == 128
+        assert (self.tile_m, self.head_dim) in ((64, 128), (128, 64))
+        assert self.shared_memory <= SHARED_MEMORY, self.shared_memory
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        """The tile of the transposed layout: (tile_n, tile_m)."""
+        return self.tile_n, self.tile_m
+
+    @property
+    def dq_by_columns(self) -> bool:
+        """Whether the warpgroups share the columns of dQ instead of its rows."""
+        return self.tile_m == 64
+
+    @property
+    def early_dv(self) -> bool:
+        """Whether to multiply P before dS is there: more overlap, for more registers."""
+        return self.tile_m == 64
+
+    @property
+    def out_slots(self) -> int:
+        """How many 64 x head_dim in 16 bits take as much room as 64 x 64 of dQ in 32."""
+        return 128 // self.head_dim
+
+    @property
+    def shared_memory(self) -> int:
+        """Bytes of shared memory: tiles, statistics, and less than 1 KiB of barriers and items."""
+        rows = 2 * self.q_stages * self.tile_m + 2 * self.kv_stages * self.tile_n
+        scores = self.ds_stages * self.tile_m * self.tile_n
+        results = 4 * 2 * 64 * 64  # two buffers for each of two warpgroups
+        statistics = 8 * self.tile_m * self.q_stages
+        return 2 * (rows * self.head_dim + scores + results) + statistics + 1024
+
+
 SHARED_MEMORY = 227 * 1024  # what a CTA may have on sm_90
 
 
@@ -90,3 +143,21 @@ _FORWARD = {
     192: (ForwardConfig(_ANY, 192, 128, tile_n=64, q_stages=1, kv_stages=3, o_columns=64),),
     256: (ForwardConfig(_ANY, 256, 128, tile_n=64, q_stages=1, kv_stages=2, o_columns=64),),
 }
+
+_BACKWARD = {
+    64: BackwardConfig(_ANY, 64, tile_m=128),
+    128: BackwardConfig(_ANY, 128, tile_m=64),
+}
+
+
+def backward_config(dtype: str, head_dim: int) -> BackwardConfig | None:
+    """The config that computes this head_dim; None above 128."""
+    for size, config in _BACKWARD.items():
+        if head_dim <= size:
+            return replace(config, dtype=dtype)
+    return None
+
+
+def all_backward_configs() -> list[BackwardConfig]:
+    """Everything that is shipped."""
+    return [replace(config, dtype=dtype) for dtype in DTYPES for config in _BACKWARD.values()]

@@ -13,24 +13,29 @@ import cutlass
 from cutlass import Float32, Int32, const_expr, cute, pipeline
 from cutlass.cute.nvgpu import cpasync, warp, warpgroup
 from sparse_flash.kernels import online_softmax as online
+from sparse_flash.kernels.primitives import multiply
 from sparse_flash.masks.layout import FULL_TILE
 
 CONSUMER = pipeline.PipelineUserType.Consumer
 FIRST, INNER, BOUNDARY = range(3)  # kinds of steps
 # Named barriers (0 is the whole CTA's): one a warpgroup to take turns, one a warpgroup for itself.
 TURN_BARRIER, OWN_BARRIER = 1, 4
+ITEM_FIELDS = 5  # m_block, head, batch, tiles (none: there are no more items), part
 SLACK = 8.0  # by how many powers of two P may exceed 1 before its maximum is taken over
 
 
 class Consumer:
     """State of one warpgroup: O, the statistics of its rows, and where to find everything."""
 
-    def __init__(self, config, dtype, products, store, buffers, pipes, bits, results, scale_log2):
+    def __init__(
+        self, config, dtype, products, store, buffers, pipes, items, bits, results, scale_log2
+    ):
         self.config, self.dtype, self.bits, self.scale_log2 = config, dtype, bits, scale_log2
+        self.items = items
         self.slack = SLACK / scale_log2
         self.qk, self.pv, self.chunk = products
-        s_q, s_k, self.s_v, self.s_o, self.s_work, self.s_tiles = buffers
-        self.q_pipe, self.k_pipe, self.v_pipe, self.work_pipe = pipes
+        s_q, s_k, self.s_v, self.s_o, self.s_tiles = buffers
+        self.q_pipe, self.k_pipe, self.v_pipe = pipes
         self.store = store
         self.lse, self.out_parts, self.lse_parts = results
         self.thread = cute.arch.thread_idx()[0] % 128
@@ -52,10 +57,10 @@ class Consumer:
         """Item after item, until one has no tiles."""
         q_state = pipeline.make_pipeline_state(CONSUMER, self.config.q_stages)
         kv_state = pipeline.make_pipeline_state(CONSUMER, self.config.kv_stages)
-        work_state = pipeline.make_pipeline_state(CONSUMER, self.work_pipe.num_stages)
+        work_state = pipeline.make_pipeline_state(CONSUMER, self.items.pipe.num_stages)
         if self.group == self.config.warpgroups - 1:
             self.pass_turn()  # so that warpgroup 0 may begin
-        item = self.take_work(work_state)
+        item = self.items.take(work_state, ITEM_FIELDS)
         work_state.advance()
         remaining = Int32(0)
         if item[3] > 0:
@@ -67,7 +72,7 @@ class Consumer:
                 kv_state, remaining = self.step(q_state.index, kv_state, INNER)
             self.q_pipe.consumer_release(q_state)
             q_state.advance()
-            following = self.take_work(work_state)
+            following = self.items.take(work_state, ITEM_FIELDS)
             work_state.advance()
             finished = cute.make_rmem_tensor((2, 2), Float32)
             finished.store(self.stats.load())
@@ -77,7 +82,7 @@ class Consumer:
                 kv_state, remaining = self.step(q_state.index, kv_state, BOUNDARY)
             else:
                 self.v_pipe.consumer_wait(kv_state)
-                self.multiply(self.pv, self.acc_o, self.p, self.f_v, kv_state.index, False)
+                multiply(self.pv, self.acc_o, self.p, self.f_v, kv_state.index, False)
                 warpgroup.wait_group(0)
             self.finish(item, finished)
             item = following
@@ -102,17 +107,17 @@ class Consumer:
         if const_expr(kind != FIRST):
             self.take_turn()
         mine = self.f_q[None, None, None, q_stage * config.warpgroups + self.group]
-        self.multiply(self.qk, acc_s, mine, self.f_k, kv_state.index, True)
+        multiply(self.qk, acc_s, mine, self.f_k, kv_state.index, True)
         if const_expr(kind != FIRST):
             self.v_pipe.consumer_wait(v_state)
-            self.multiply(self.pv, self.acc_o, self.p, self.f_v, v_state.index, False)
+            multiply(self.pv, self.acc_o, self.p, self.f_v, v_state.index, False)
             self.pass_turn()
         bit_tile, remaining = self.what_to_mask(kv_state.index)
         words = online.mask_words(self.bits, bit_tile, self.group, self.thread)
         warpgroup.wait_group(0 if const_expr(kind == FIRST) else 1)
         self.k_pipe.consumer_release(kv_state)
         if bit_tile != FULL_TILE:
-            online.apply_mask(acc_s, words, remaining, self.thread)
+            online.apply_mask(acc_s, words, online.columns_within(remaining, self.thread))
         if const_expr(kind != INNER):
             online.reset(self.stats)
         grown, decay = online.softmax(acc_s, self.stats, self.scale_log2, self.slack)
@@ -136,25 +141,6 @@ class Consumer:
         if self.thread % 32 == 0:
             words[0], words[1] = s_tiles[stage, 0], s_tiles[stage, 1]
         return cute.arch.shuffle_sync(words[0], 0), cute.arch.shuffle_sync(words[1], 0)
-
-    @cute.jit
-    def multiply(self, product, acc, a, b, stage, clear: cutlass.Constexpr):
-        """Issue acc = a b, or acc += a b; `wait_group` waits for it."""
-        warpgroup.fence()
-        atom = cute.make_mma_atom(product.op)
-        atom.set(warpgroup.Field.ACCUMULATE, not clear)
-        for k in cutlass.range_constexpr(cute.size(a, mode=[2])):
-            cute.gemm(atom, acc, a[None, None, k], b[None, None, k, stage], acc)
-            atom.set(warpgroup.Field.ACCUMULATE, True)
-        warpgroup.commit_group()
-
-    @cute.jit
-    def take_work(self, state):
-        """The next item: m_block, head, batch, tiles, part. No tiles: there are no more items."""
-        self.work_pipe.consumer_wait(state)
-        fields = tuple(self.s_work[state.index, i] for i in range(5))
-        self.work_pipe.consumer_release(state)
-        return fields
 
     @cute.jit
     def take_turn(self):

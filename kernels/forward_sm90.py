@@ -12,14 +12,13 @@ which threads hold S (fragment.py), or reaches beyond the keys' length.
 from functools import partial
 
 import cutlass
-from cutlass import Float32, Int32, Int64, cute, pipeline
+from cutlass import Float32, Int32, cute, pipeline
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
-from cutlass.tensor_utils import LayoutEnum
-from cutlass.utils import hopper_helpers
 from sparse_flash.kernels.combine import Combine
 from sparse_flash.kernels.config import WORK_FIELDS, ForwardConfig
 from sparse_flash.kernels.forward_consumer import Consumer
 from sparse_flash.kernels.forward_producer import Producer
+from sparse_flash.kernels.primitives import WorkList, barriers, buffer, product, smem_layout
 
 WORK_STAGES = 2
 
@@ -68,9 +67,9 @@ class ForwardSm90:
         q, k, v, out = (
             cute.make_tensor(x.iterator, cute.select(x.layout, mode=[1, 3, 2, 0])) for x in tensors
         )
-        q_layout = self._smem_layout(64, width, config.warpgroups * config.q_stages)
-        kv_layout = self._smem_layout(config.tile_n, width, config.kv_stages)
-        o_layout = self._smem_layout(64, config.o_columns, config.warpgroups)
+        q_layout = smem_layout(self.dtype, 64, width, config.warpgroups * config.q_stages)
+        kv_layout = smem_layout(self.dtype, config.tile_n, width, config.kv_stages)
+        o_layout = smem_layout(self.dtype, 64, config.o_columns, config.warpgroups)
         load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
 
         def tma(op, tensor, layout):
@@ -114,7 +113,7 @@ class ForwardSm90:
             for atom, _ in (*loads, store):
                 cpasync.prefetch_descriptor(atom)
         smem = cutlass.utils.SmemAllocator().allocate(storage)
-        pipes = self._pipelines(smem)
+        *pipes, work_pipe = self._pipelines(smem)
         q_layout, kv_layout, o_layout = layouts
         s_q, s_k, s_v, s_o = (
             part.get_tensor(layout.outer, swizzle=layout.inner)
@@ -129,49 +128,28 @@ class ForwardSm90:
         s_work = smem.work.get_tensor(work_layout)
         s_tiles = smem.tiles.get_tensor(cute.make_layout((config.kv_stages, 2), stride=(2, 1)))
         kv_lens, work, tiles, bits, counter, counts = lists
+        items = WorkList(work, counter, counts, s_work, work_pipe)
         if warp_idx < 4:
             cute.arch.setmaxregister_decrease(config.producer_registers)
             if warp_idx == 0:
-                inputs = (kv_lens, work, tiles, counter, counts, group_size)
-                Producer(config, loads, (s_q, s_k, s_v), s_work, s_tiles, pipes, inputs).run()
+                inputs = (kv_lens, tiles, group_size)
+                Producer(config, loads, (s_q, s_k, s_v), s_tiles, pipes, items, inputs).run()
         else:
             cute.arch.setmaxregister_increase(config.consumer_registers)
-            buffers = (s_q, s_k, s_v, s_o, s_work, s_tiles)
-            Consumer(
-                config, self.dtype, products, store, buffers, pipes, bits, results, scale_log2
-            ).run()
+            outside = (store, (s_q, s_k, s_v, s_o, s_tiles), pipes, items, bits, results)
+            Consumer(config, self.dtype, products, *outside, scale_log2).run()
 
     def _products(self):
         """S = Q K^T; O += P V, with P in registers; and the part of O that leaves at a time."""
-        config = self.config
-        make = partial(
-            hopper_helpers.make_trivial_tiled_mma,
-            self.dtype,
-            self.dtype,
-            OperandMajorMode.K,
-            acc_dtype=Float32,
-            atom_layout_mnk=(1, 1, 1),
-        )
-        registers = warpgroup.OperandSource.RMEM
-        qk = make(OperandMajorMode.K, tiler_mn=(64, config.tile_n))
-        pv = make(OperandMajorMode.MN, tiler_mn=(64, config.head_dim), a_source=registers)
-        chunk = make(OperandMajorMode.MN, tiler_mn=(64, config.o_columns), a_source=registers)
+        config, of_p = self.config, {"a_source": warpgroup.OperandSource.RMEM}
+        columns = OperandMajorMode.MN
+        qk = product(self.dtype, (64, config.tile_n))
+        pv = product(self.dtype, (64, config.head_dim), b_mode=columns, **of_p)
+        chunk = product(self.dtype, (64, config.o_columns), b_mode=columns, **of_p)
         return qk, pv, chunk
-
-    def _smem_layout(self, rows, columns, stages):
-        """Swizzled as the products and TMA want it."""
-        kind = hopper_helpers.get_smem_layout_atom(LayoutEnum.ROW_MAJOR, self.dtype, columns)
-        atom = warpgroup.make_smem_layout_atom(kind, self.dtype)
-        return cute.tile_to_shape(atom, (rows, columns, stages), order=(0, 1, 2))
 
     def _storage(self, q_layout, kv_layout, o_layout):
         config = self.config
-
-        def buffer(layout):
-            return cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(layout)], 1024]
-
-        def barriers(stages):
-            return cute.struct.MemRange[Int64, 2 * stages]
 
         @cute.struct
         class Storage:
@@ -181,10 +159,10 @@ class ForwardSm90:
             work_barriers: barriers(WORK_STAGES)
             work: cute.struct.MemRange[Int32, WORK_STAGES * WORK_FIELDS]
             tiles: cute.struct.MemRange[Int32, config.kv_stages * 2]
-            q: buffer(q_layout)
-            k: buffer(kv_layout)
-            v: buffer(kv_layout)
-            o: buffer(o_layout)
+            q: buffer(self.dtype, q_layout)
+            k: buffer(self.dtype, kv_layout)
+            v: buffer(self.dtype, kv_layout)
+            o: buffer(self.dtype, o_layout)
 
         return Storage
 

@@ -31,19 +31,24 @@ def mask_words(bits, bit_tile, group, thread):
 
 
 @cute.jit
-def apply_mask(acc_s, words, remaining, thread):
-    """-inf where a bit is not set, and from column `remaining` on.
+def columns_within(remaining, thread):
+    """A word whose bits are set for the thread's columns before column `remaining`."""
+    columns = cutlass.max(remaining - 2 * (thread % 4), Int32(0))
+    count = 2 * (columns // 8) + cutlass.min(columns % 8, Int32(2))
+    return (Int32(1) << count) - 1 if count < 32 else Int32(-1)
+
+
+@cute.jit
+def apply_mask(acc_s, words, within, otherwise: cutlass.Constexpr = -math.inf):
+    """`otherwise` where a bit is not set in the row's word, or not in `within`.
 
     A selection, so that NaN in masked keys does not matter.
     """
-    columns = cutlass.max(remaining - 2 * (thread % 4), Int32(0))
-    count = 2 * (columns // 8) + cutlass.min(columns % 8, Int32(2))
-    within = (Int32(1) << count) - 1 if count < 32 else Int32(-1)
     for i in cutlass.range_constexpr(cute.size(acc_s)):
         bit = 1 << (i // 4 * 2 + i % 2)
         bit = bit - (1 << 32) if bit >= 1 << 31 else bit
         allowed = (words[i // 2 % 2] & within & Int32(bit)) != 0
-        acc_s[i] = acc_s[i] if allowed else -Float32.inf
+        acc_s[i] = acc_s[i] if allowed else Float32(otherwise)
 
 
 @cute.jit
@@ -84,12 +89,12 @@ def softmax(acc_s, stats, scale_log2, slack):
         shift = Float32(0.0) if stats[row, 0] == -Float32.inf else stats[row, 0]
         scaled = shift * scale_log2
         for i in _row(acc_s, row):
-            acc_s[i] = _exp2(acc_s[i] * scale_log2 - scaled)
+            acc_s[i] = exp2(acc_s[i] * scale_log2 - scaled)
         stats[row, 1] = stats[row, 1] + _reduce([acc_s[i] for i in _row(acc_s, row)], _add)
     return grown, decay
 
 
-def _exp2(x):
+def exp2(x):
     """One MUFU. In PTX, because the compiler makes copies of the intrinsic where P is used."""
     return cute.arch.inline_ptx(
         "ex2.approx.ftz.f32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[x]

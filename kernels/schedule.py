@@ -9,7 +9,7 @@ split into parts, whose results are combined through their logsumexp (Flash-Deco
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from sparse_flash.kernels.config import WORK_FIELDS, ForwardConfig
@@ -56,6 +56,7 @@ class CostModel:
 
 
 COSTS = CostModel()
+BACKWARD_COSTS = CostModel(partial_tile=1.05)  # more products for each tile to mask
 L2_BYTES = 24 << 20  # what keys and values may count on: of the 50 MB, each half may hold a copy
 
 
@@ -171,7 +172,7 @@ def schedule(
     part = torch.where(split, split.cumsum(0) - 1, -1)
     first = starts[:, :-1][owners].flatten()[row] + begin
     first = torch.where(end > begin, first, layout.num_tiles)
-    item_cost = cost[row] / of
+    item_cost = cost[row] * (end - begin).clamp(min=1) / tiles[row].clamp(min=1)
     group = _head_groups(batch * heads, kv_bytes, parts.device)[row // layout.num_block_rows]
     work = _records(row, (heads, layout.num_block_rows), first, end - begin, part)
     in_parts = torch.where(parts > 1, parts, 0)
@@ -181,13 +182,80 @@ def schedule(
     return Schedule(
         counts=counts,
         work=work[_longest_first(item_cost, group, share)],
-        tiles=pad(torch.stack([layout.col_indices, layout.bit_tile_indices], 1).int(), (0, 0, 0, 1)),
+        tiles=pad(
+            torch.stack([layout.col_indices, layout.bit_tile_indices], 1).int(), (0, 0, 0, 1)
+        ),
         bits=_with_room(fragment_order(layout.bit_tiles)),
         num_bit_tiles=layout.num_bit_tiles,
         combine=_records(combined, (heads, layout.num_block_rows), first_part, parts[combined]),
         kv_lens=torch.full((batch,), layout.kv_len, dtype=torch.int32, device=layout.device),
         num_parts=int(in_parts.sum()),
         tile=tile,
+    )
+
+
+def backward_schedule(
+    layout: BlockLayout,
+    batch: int,
+    heads: tuple[int, int],
+    tile: tuple[int, int],
+    num_ctas: int,
+    q_bytes: int = 0,
+    costs: CostModel = BACKWARD_COSTS,
+) -> Schedule:
+    """The schedule of the transposed layout, by kv heads, for tiles of (keys, queries).
+
+    heads: Of q and of k. The q heads that share a kv head are stacked: their tiles follow each
+        other, with block columns counted on. Otherwise all is as in `schedule`, with keys and
+        queries exchanged.
+    q_bytes: Size of what is read and written of the queries of a kv head.
+
+    >>> from sparse_flash import masks
+    >>> layout = masks.local(100).layout(384)   # columns of 2, 3 and 2 tiles of 128
+    >>> s = backward_schedule(layout, 1, (4, 2), (128, 128), num_ctas=132)
+    >>> s.work[:, 4].tolist(), s.tiles[:4, 0].tolist()
+    ([6, 6, 4, 4, 4, 4], [0, 1, 3, 4])
+    """
+    stacked = stack_heads(retile(layout.transpose(), tile), heads[0] // heads[1])
+    plan = schedule(stacked, batch, heads[1], tile, num_ctas, q_bytes, costs)
+    return replace(plan, kv_lens=torch.full_like(plan.kv_lens, layout.kv_len))
+
+
+def stack_heads(layout: BlockLayout, size: int) -> BlockLayout:
+    """A layout whose block columns are those of `size` heads next to each other.
+
+    Its pattern map is that of groups of so many heads.
+
+    >>> from sparse_flash import masks
+    >>> layout = stack_heads(masks.causal().layout(256), 2)
+    >>> layout.crow_indices.tolist(), layout.col_indices.tolist()
+    ([[0, 2, 6]], [0, 2, 0, 1, 2, 3])
+    """
+    if size == 1:
+        return layout
+    owners = layout.pattern_map.long()
+    shared = owners.shape[1] == 1
+    groups = owners[..., None].expand(-1, -1, size) if shared else owners.unflatten(1, (-1, size))
+    patterns, which = groups.reshape(-1, size).unique(dim=0, return_inverse=True)
+    starts = layout.crow_indices.long()
+    counts = starts.diff()[patterns].transpose(1, 2).flatten()  # of (pattern, row, head) triples
+    begin = starts[:, :-1][patterns].transpose(1, 2).flatten()
+    crow = pad(counts.cumsum(0), (1, 0))
+    owner = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+    tile = begin[owner] + torch.arange(len(owner), device=owner.device) - crow[owner]
+    rows, columns = layout.num_block_rows, layout.num_block_cols
+    index = torch.arange(len(patterns), device=crow.device)[:, None] * rows
+    index = index + torch.arange(rows + 1, device=crow.device)
+    return BlockLayout(
+        layout.q_len,
+        size * columns * layout.block[1],
+        layout.block,
+        crow_indices=crow[index * size].int(),
+        col_indices=(layout.col_indices[tile] + owner % size * columns).int(),
+        bit_tile_indices=layout.bit_tile_indices[tile],
+        bit_tiles=layout.bit_tiles,
+        pattern_map=which.view(groups.shape[:2]).int(),
+        validate=False,
     )
 
 

@@ -1,6 +1,7 @@
-"""The Hopper implementation as PyTorch knows it: a custom op, and its derivative.
+"""The Hopper implementation as PyTorch knows it: custom ops, and the derivative.
 
-The backward pass is the reference implementation's, from the forward's output and logsumexp.
+Where the backward kernels cannot compute the derivative (head_dims above 128), or not repeatably
+(`deterministic`), the reference implementation does, from the forward's output and logsumexp.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sparse_flash.kernels import sm90
+from sparse_flash.kernels.plans import schedule_of
 from sparse_flash.masks import BlockLayout
 from sparse_flash.reference import reference_backward
 
@@ -36,13 +38,48 @@ def _(q, k, v, plan, kv_lens, num_parts, tile_m, softmax_scale):  # type: ignore
     return q.new_empty(q.shape), q.new_empty((b, h, s), dtype=torch.float32)
 
 
+@torch.library.custom_op("sparse_flash::sm90_backward", mutates_args=())
+def sm90_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    plan: list[Tensor],
+    kv_lens: Tensor | None,
+    num_parts: int,
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv); the backward schedule comes as its arrays and the number of its parts."""
+    return sm90.launch_backward(
+        dout, dlse, q, k, v, out, lse, plan, kv_lens, num_parts, softmax_scale
+    )
+
+
+@sm90_backward.register_fake
+def _(dout, dlse, q, k, v, *rest):  # type: ignore[no-untyped-def]
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     """By the op where a compiler looks, which must see one; else without its overhead."""
     return (sm90_forward if torch.compiler.is_compiling() else sm90.launch)(*arguments)
 
 
+def _backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return (sm90_backward if torch.compiler.is_compiling() else sm90.launch_backward)(*arguments)
+
+
 class _Attention(torch.autograd.Function):
-    """Differentiable attention. `layout` are a layout's arrays; tensors only, for torch.compile."""
+    """Differentiable attention. Schedules and layouts come as their arrays, for torch.compile.
+
+    sizes: num_parts and tile_m of the forward's schedule.
+    back: Arrays of the backward's schedule, or those of the layout for the reference.
+    options: softmax_scale; num_parts of the backward's schedule, or None and the layout's block,
+        and whether the reference is to be deterministic.
+    """
 
     @staticmethod
     def forward(
@@ -52,27 +89,33 @@ class _Attention(torch.autograd.Function):
         v: Tensor,
         kv_lens: Tensor | None,
         plan: list[Tensor],
-        layout: list[Tensor],
-        sizes: tuple[int, int, tuple[int, int], float, bool],
+        sizes: tuple[int, int],
+        back: list[Tensor],
+        options: tuple[Any, ...],
     ) -> tuple[Tensor, Tensor]:
-        num_parts, tile_m, *ctx.options = sizes
-        out, lse = _forward(q, k, v, plan, kv_lens, num_parts, tile_m, sizes[3])
-        ctx.save_for_backward(q, k, v, out, lse, kv_lens, *layout)
+        ctx.options = options
+        out, lse = _forward(q, k, v, plan, kv_lens, *sizes, options[0])
+        ctx.save_for_backward(q, k, v, out, lse, kv_lens, *back)
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         dout, dlse = grads
-        q, k, v, out, lse, kv_lens, *layout = ctx.saved_tensors
+        q, k, v, out, lse, kv_lens, *back = ctx.saved_tensors
         if dout is None and dlse is None:
-            return (None,) * 7
+            return (None,) * 8
         dout = torch.zeros_like(out) if dout is None else dout
-        block, *options = ctx.options
-        dq, dk, dv = reference_backward(
-            dout, dlse, q, k, v, out, lse, *layout, list(block), kv_lens, *options
-        )
-        return dq, dk, dv, None, None, None, None
+        given = (dout, dlse, q, k, v, out, lse)
+        scale, num_parts, *rest = ctx.options
+        if num_parts is None:
+            block, deterministic = rest
+            gradients = reference_backward(
+                *given, *back, list(block), kv_lens, scale, deterministic
+            )
+        else:
+            gradients = _backward(*given, back, kv_lens, num_parts, scale)
+        return *gradients, None, None, None, None, None
 
 
 def attend(
@@ -85,12 +128,17 @@ def attend(
     deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of validated inputs."""
-    plan = sm90.schedule_of(layout, q, k)
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        sizes = (plan.num_parts, plan.tile[0], layout.block, softmax_scale, deterministic)
-        arrays = list(layout.arrays().values())
-        return _Attention.apply(q, k, v, kv_lens, plan.arrays(), arrays, sizes)
-    return _forward(q, k, v, plan.arrays(), kv_lens, plan.num_parts, plan.tile[0], softmax_scale)
+    plan = schedule_of("forward", layout, q, k)
+    arrays, sizes = plan.arrays(), (plan.num_parts, plan.tile[0])
+    if not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
+        return _forward(q, k, v, arrays, kv_lens, *sizes, softmax_scale)
+    if deterministic or not sm90.has_backward(q):
+        back = list(layout.arrays().values())
+        options: tuple[Any, ...] = (softmax_scale, None, layout.block, deterministic)
+    else:
+        schedule = schedule_of("backward", layout, q, k)
+        back, options = schedule.arrays(), (softmax_scale, schedule.num_parts)
+    return _Attention.apply(q, k, v, kv_lens, arrays, sizes, back, options)
 
 
 def why_not(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout) -> str | None:

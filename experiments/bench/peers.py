@@ -5,6 +5,7 @@ A peer prepares a call for a case once (planning is not what is timed) and says 
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import importlib.util
 from collections.abc import Callable
@@ -91,10 +92,7 @@ def _flex_attention(case: Case, layout: BlockLayout, q: Tensor, k: Tensor, v: Te
     def exact(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return mask(q_idx, kv_idx)
 
-    def whole(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return q_idx >= 0
-
-    predicate = exact if layout.num_partial else whole
+    predicate = exact if layout.num_partial else _whole
     lengths = (case.length, case.length)
     blocks = BlockMask.from_kv_blocks(
         *kinds, BLOCK_SIZE=layout.block, mask_mod=predicate, seq_lengths=lengths
@@ -104,8 +102,13 @@ def _flex_attention(case: Case, layout: BlockLayout, q: Tensor, k: Tensor, v: Te
     return lambda: compiled(*heads_first, block_mask=blocks).transpose(1, 2)
 
 
+def _whole(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+    return q_idx >= 0
+
+
+@functools.cache
 def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    torch._dynamo.reset()  # a graph for each case, not one for all shapes
+    torch._dynamo.config.recompile_limit = 1000  # a graph for each shape, not one for all
     # The whole of it: else what cannot be compiled would run uncompiled, unnoticed.
     return torch.compile(function, dynamic=False, fullgraph=True)
 

@@ -7,16 +7,26 @@ import sys
 
 import pytest
 import torch
-from sparse_flash.kernels.config import DTYPES, all_forward_configs, forward_configs
+from sparse_flash.kernels.config import (
+    DTYPES,
+    all_backward_configs,
+    all_forward_configs,
+    backward_config,
+    forward_configs,
+)
 
 cute = pytest.importorskip("cutlass.cute")
 Int32 = pytest.importorskip("cutlass").Int32
 
 COMPILE = """
 import sys
-from sparse_flash.kernels.compile import compile_forward
-from sparse_flash.kernels.config import all_forward_configs
-compile_forward(all_forward_configs()[int(sys.argv[1])])
+from sparse_flash.kernels.compile import compile_backward, compile_forward
+from sparse_flash.kernels.config import all_backward_configs, all_forward_configs
+kind, index = sys.argv[1], int(sys.argv[2])
+if kind == "forward":
+    compile_forward(all_forward_configs()[index])
+else:
+    compile_backward(all_backward_configs()[index])
 """
 
 
@@ -24,13 +34,11 @@ def name(config):
     return f"{config.dtype}-d{config.head_dim}-{config.tile_m}x{config.tile_n}"
 
 
-CONFIGS = all_forward_configs()
+CONFIGS, BACKWARD = all_forward_configs(), all_backward_configs()
 
 
-@pytest.mark.parametrize("index", range(len(CONFIGS)), ids=lambda i: name(CONFIGS[i]))
-def test_forward_compiles_well(index, tmp_path):
-    """No spills, no stack, products by WGMMA and not one after the other, each exponential once."""
-    config = CONFIGS[index]
+def compile_well(kind, index, kernels, tmp_path):
+    """The SASS. No spills, no stack; products by WGMMA, and not one after the other."""
     env = {
         **os.environ,
         "CUTE_DSL_ARCH": "sm_90a",  # or there is no SASS
@@ -38,24 +46,43 @@ def test_forward_compiles_well(index, tmp_path):
         "CUTE_DSL_DUMP_DIR": str(tmp_path),
         "CUTE_DSL_COMPILER_OPT": "remarks{ptx}",
     }
-    command = [sys.executable, "-c", COMPILE, str(index)]
+    command = [sys.executable, "-c", COMPILE, kind, str(index)]
     run = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     log = run.stdout + run.stderr
     assert run.returncode == 0, log
     spills = re.findall(
         r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log
     )
-    assert len(spills) == 2, log  # the attention kernel and the combination
+    assert len(spills) == kernels, log
     assert set(spills) == {("0", "0", "0")}, log
     assert "Potential Performance Loss" not in log
     assert "setmaxnreg ignored" not in log
     sass = "".join(path.read_text() for path in tmp_path.glob("*.sass"))
+    assert not re.search(r"\b(LDL|STL)\b", sass)
+    return sass
+
+
+@pytest.mark.parametrize("index", range(len(CONFIGS)), ids=lambda i: name(CONFIGS[i]))
+def test_forward_compiles_well(index, tmp_path):
+    config = CONFIGS[index]
+    sass = compile_well("forward", index, 2, tmp_path)  # attention, and the combination
     hgmma = len(re.findall(r"\bHGMMA\.", sass))
     # Three steps (first, inner, boundary) with S, and three places (inner, boundary, last) with O.
     assert hgmma == 3 * (config.head_dim // 16 + config.tile_n // 16)
-    assert not re.search(r"\b(LDL|STL)\b", sass)
     # Each step: a thread's tile_n / 2 of P and two decays; and one more in the combination.
     assert len(re.findall(r"MUFU\.EX2", sass)) == 3 * (config.tile_n // 2 + 2) + 1
+
+
+@pytest.mark.parametrize("index", range(len(BACKWARD)), ids=lambda i: name(BACKWARD[i]))
+def test_backward_compiles_well(index, tmp_path):
+    config = BACKWARD[index]
+    # Attention; statistics before, and conversion and sums after it.
+    sass = compile_well("backward", index, 4, tmp_path)
+    # Two steps (inner, last), and S of the first tile before them.
+    scores, keys, queries = config.head_dim // 16, config.tile_m // 16, config.tile_n // 16
+    hgmma = len(re.findall(r"\bHGMMA\.", sass))
+    assert hgmma == 2 * scores + 2 * (scores + 2 * keys + queries)
+    assert len(re.findall(r"MUFU\.EX2", sass)) == 2 * config.tile_m // 2  # each once
 
 
 def test_configs():
@@ -64,6 +91,8 @@ def test_configs():
             assert all(c.head_dim >= head_dim for c in forward_configs(dtype, head_dim))
             assert forward_configs(dtype, head_dim)
         assert forward_configs(dtype, 264) == ()
+        assert [backward_config(dtype, d).head_dim for d in (8, 64, 72, 128)] == [64, 64, 128, 128]
+        assert backward_config(dtype, 136) is None
     assert len(set(all_forward_configs())) == len(all_forward_configs())
 
 

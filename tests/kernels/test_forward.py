@@ -269,12 +269,12 @@ class TestAsPartOfTorch:
     mask = masks.local(60) | masks.global_tokens(20)
 
     def test_opcheck(self):
-        from sparse_flash.kernels.sm90 import schedule_of
+        from sparse_flash.kernels.plans import schedule_of
 
         from sparse_flash.hopper import sm90_forward
 
         q, k, v = tensors(2, 300, 2, 64)
-        plan = schedule_of(self.mask.layout(300, device="cuda"), q, k)
+        plan = schedule_of("forward", self.mask.layout(300, device="cuda"), q, k)
         arguments = (q, k, v, plan.arrays(), None, plan.num_parts, plan.tile[0], 0.125)
         torch.library.opcheck(sm90_forward, arguments)
 
@@ -338,7 +338,7 @@ class TestAsPartOfTorch:
 
         q, k, v = tensors(1, 100, 1, 64)
         attend(q, k, v, masks.full())
-        sm90._loaded.cache_clear()
+        sm90._forward.cache_clear()
         with (
             pytest.raises(RuntimeError, match="once before the capture"),
             torch.cuda.graph(torch.cuda.CUDAGraph()),
@@ -431,11 +431,13 @@ class TestCosts:
 
     def test_mask_to_schedule_at_64k(self, capsys):
         """65,536 tokens: mask to layout to schedule in at most 50 ms and 200 MB, the first time."""
-        from sparse_flash.kernels.sm90 import best_schedule
+        from sparse_flash.kernels.plans import schedule_of
+
+        q = torch.empty(1, 65536, 8, 64, dtype=torch.bfloat16, device="cuda")
 
         def build(spec):
             layout = masks.parse(spec).layout(65536, device="cuda")
-            return best_schedule(layout, 1, 8, 64, "bfloat16", 4 * 65536 * 64)
+            return schedule_of("forward", layout, q, q)
 
         build("local(100) | butterfly(128)")  # CUDA starts, and loads what torch needs
         for spec in ("local(256) | global_tokens(64) | butterfly(128)", "causal()"):

@@ -8,8 +8,9 @@ import math
 import pytest
 import torch
 from sparse_flash.kernels import sm90
-from sparse_flash.kernels.config import forward_configs
-from sparse_flash.kernels.schedule import schedule
+from sparse_flash.kernels.config import backward_config, forward_configs
+from sparse_flash.kernels.launch import Kernel
+from sparse_flash.kernels.schedule import backward_schedule, schedule
 
 from sparse_flash import masks
 
@@ -20,28 +21,36 @@ COUNTER = torch.zeros(2, dtype=torch.int32)
 def launched(monkeypatch):
     """Arguments of the launches, by name; on a "device" that is the CPU."""
     pytest.importorskip("cutlass")
+    from sparse_flash.kernels.backward_sm90 import BackwardSm90
     from sparse_flash.kernels.forward_sm90 import ForwardSm90
 
-    names = [n for n in inspect.signature(ForwardSm90.__call__).parameters if n != "self"]
     calls = []
 
-    def kernel(*arguments):
-        assert len(arguments) == len(names) - 1  # the stream is torch's current one
-        calls.append(dict(zip(names, arguments, strict=False)))
+    def kernel_of(class_):
+        names = [n for n in inspect.signature(class_.__call__).parameters if n != "self"]
 
-    monkeypatch.setattr(sm90, "forward_kernel", lambda config: kernel)
-    monkeypatch.setattr(sm90._Kernel, "counter", lambda self, index: COUNTER)
+        def kernel(*arguments):
+            assert len(arguments) == len(names) - 1  # the stream is torch's current one
+            calls.append(dict(zip(names, arguments, strict=False)))
+
+        return lambda config: kernel
+
+    monkeypatch.setattr(sm90, "forward_kernel", kernel_of(ForwardSm90))
+    monkeypatch.setattr(sm90, "backward_kernel", kernel_of(BackwardSm90))
+    monkeypatch.setattr(Kernel, "counter", lambda self, index: COUNTER)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # the index of "cpu"
-    sm90._loaded.cache_clear()
+    sm90._forward.cache_clear()
+    sm90._backward.cache_clear()
     yield calls
-    sm90._loaded.cache_clear()
+    sm90._forward.cache_clear()
+    sm90._backward.cache_clear()
 
 
 def launch(q, k, v, mask, kv_lens=None, scale=0.5, ctas=132):
     config = forward_configs("bfloat16", q.shape[3])[0]
     layout = mask.layout(q.shape[1], k.shape[1])
     plan = schedule(layout, q.shape[0], q.shape[2], config.tile, ctas)
-    sm90._loaded("bfloat16", q.shape[3], config.tile_m).num_ctas[None] = ctas
+    sm90._forward("bfloat16", q.shape[3], config.tile_m).num_ctas[None] = ctas
     options = (plan.num_parts, config.tile_m, scale)
     return plan, sm90.launch(q, k, v, plan.arrays(), kv_lens, *options)
 
@@ -63,6 +72,49 @@ def test_arguments_are_those_of_the_kernel(launched):
     assert given["counter"] is COUNTER
     assert given["num_ctas"] == min(132, plan.num_items)
     assert given["scale_log2"] == pytest.approx(0.5 * math.log2(math.e))
+
+
+def launch_backward(q, k, v, mask, dout, dlse=None, kv_lens=None):
+    config = backward_config("bfloat16", q.shape[3])
+    layout, heads = mask.layout(q.shape[1], k.shape[1]), (q.shape[2], k.shape[2])
+    plan = backward_schedule(layout, q.shape[0], heads, config.tile, 132)
+    sm90._backward(config).num_ctas[None] = 132
+    lse = torch.zeros(q.shape[0], q.shape[2], q.shape[1])
+    rest = (q.clone(), lse, plan.arrays(), kv_lens, plan.num_parts, 0.5)
+    return plan, sm90.launch_backward(dout, dlse, q, k, v, *rest)
+
+
+@pytest.mark.parametrize(("dim", "tile_m", "width"), [(40, 128, 64), (96, 64, 128)])
+def test_backward_arguments_are_those_of_the_kernel(launched, dim, tile_m, width):
+    q = torch.randn(2, 20000, 4, dim).bfloat16()
+    k, v = (torch.randn(2, 300, 2, dim).bfloat16() for _ in "kv")
+    plan, (dq, dk, dv) = launch_backward(q, k, v, masks.full(), torch.randn_like(q))
+    (given,) = launched
+    assert plan.num_parts > 0
+    for name, tensor in {"q": q, "k": k, "v": v, "dq": dq, "dk": dk, "dv": dv}.items():
+        assert given[name] is tensor
+    for name in ("work", "tiles", "bits", "combine", "kv_lens", "counts"):
+        assert given[name] is getattr(plan, name)
+    assert given["kv_lens"].tolist() == [300, 300]
+    assert (dq.shape, dk.shape, dv.shape) == (q.shape, k.shape, v.shape)
+    blocks = -(-20000 // tile_m)
+    assert given["stats"].shape == (2, 4, 2, blocks * tile_m)
+    assert given["dq_sum"].shape == (2, 4, 2 * blocks, 64 * 64)
+    assert given["dk_parts"].shape == given["dv_parts"].shape == (plan.num_parts, 128, width)
+    assert given["num_ctas"] == min(132, plan.num_items)
+    assert given["softmax_scale"] == 0.5
+    assert given["scale_log2"] == pytest.approx(0.5 * math.log2(math.e))
+
+
+def test_backward_takes_any_gradient(launched):
+    q = torch.randn(1, 100, 1, 64).bfloat16()
+    dlse = torch.randn(1, 100, 1).transpose(1, 2)
+    launch_backward(q, q, q, masks.causal(), torch.ones(()).bfloat16().expand(q.shape), dlse)
+    launch_backward(q, q, q, masks.causal(), q)
+    assert launched[0]["dout"].is_contiguous()
+    assert torch.equal(launched[0]["dlse"], dlse)
+    assert launched[0]["dlse"].is_contiguous()
+    assert [given["has_dlse"] for given in launched] == [1, 0]
 
 
 def test_lengths_and_scales(launched):

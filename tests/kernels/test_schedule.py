@@ -8,7 +8,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from sparse_flash.kernels.schedule import COSTS, CostModel, cover, schedule
+from sparse_flash.kernels.fragment import fragment_order
+from sparse_flash.kernels.schedule import (
+    COSTS,
+    CostModel,
+    backward_schedule,
+    cover,
+    schedule,
+    stack_heads,
+)
 
 from sparse_flash import masks
 from tests.strategies import settings_
@@ -172,3 +180,43 @@ def test_update_in_place():
     with pytest.raises(ValueError, match=r"tiles of \(192, 128\), this one of \(128, 128\)"):
         small.update_(schedule(masks.local(5).layout(1000), 1, 2, (192, 128), 132))
     assert all(torch.equal(a, b) for a, b in zip(small.arrays(), before, strict=True))
+
+
+def table_of(layout):
+    """Which tile is where in a layout of one pattern: its bit tile, or -2 for none."""
+    table = torch.full((layout.num_block_rows, layout.num_block_cols), -2, dtype=torch.int32)
+    entries = layout.bit_tile_indices.clone()
+    found = (entries >= 0).nonzero().squeeze(1)  # a pattern of its own numbers its bit tiles anew
+    for i in found.tolist():
+        entries[i] = hash(layout.bit_tiles[entries[i].item()].numpy().tobytes()) % 1000003
+    table[layout.tile_rows.long(), layout.col_indices.long()] = entries
+    return table
+
+
+@given(settings_(max_length=500, heads=True), st.sampled_from([1, 2, 4]))
+def test_stacked_heads_are_those_of_each_group(setting, size):
+    layout = setting.mask.layout(setting.q_len, setting.kv_len, setting.block)
+    stacked = stack_heads(layout, size)
+    width = layout.num_block_cols
+    dense = [table_of(layout.pattern(p)) for p in range(layout.num_patterns)]
+    owners = layout.pattern_map.expand(-1, 4)
+    groups = stacked.pattern_map.expand(-1, 4 // size)
+    for b in range(owners.shape[0]):
+        for group in range(4 // size):
+            got = table_of(stacked.pattern(int(groups[b, group])))
+            heads = owners[b, group * size : (group + 1) * size].tolist()
+            assert torch.equal(got, torch.cat([dense[p] for p in heads], 1))
+    assert stacked.num_block_cols == size * width
+
+
+def test_backward_goes_by_keys_and_kv_heads():
+    layout = masks.causal().layout(300, 1000, block=(64, 64))
+    plan = backward_schedule(layout, 2, (4, 2), (128, 64), 132)
+    assert plan.kv_lens.tolist() == [1000, 1000]
+    assert plan.tile == (128, 64)
+    assert sorted(rows_of(plan)) == [
+        (b, h, n) for b in range(2) for h in range(2) for n in range(8)
+    ]
+    expected = masks.retile(layout, (64, 128)).transpose()
+    assert plan.work[:, COUNT].sum() == 2 * 4 * expected.num_tiles  # each q head's
+    assert torch.equal(plan.bits[: plan.num_bit_tiles], fragment_order(expected.bit_tiles))

@@ -6,7 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from sparse_flash.kernels import plans as plans_
 from sparse_flash.kernels import sm90
+from sparse_flash.kernels.plans import schedule_of
 from sparse_flash.kernels.schedule import schedule
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -25,17 +27,29 @@ def calls(monkeypatch):
         logits = torch.einsum("bqhd,bkhd->bhqk", q.float(), k.float()) * scale
         return out, logits.logsumexp(-1)
 
+    def launch_backward(dout, dlse, q, k, v, out, lse, plan, kv_lens, num_parts, scale):
+        seen.append((q.shape, len(plan), "backward"))
+        q_, k_, v_, dout_ = (x.float() for x in (q, k, v, dout))
+        p = (torch.einsum("bqhd,bkhd->bhqk", q_, k_) * scale - lse[..., None]).exp()
+        delta = (out.float() * dout_).sum(-1).transpose(1, 2)
+        delta = delta if dlse is None else delta - dlse
+        ds = p * (torch.einsum("bqhd,bkhd->bhqk", dout_, v_) - delta[..., None]) * scale
+        products = (("bhqk,bkhd->bqhd", ds, k_), ("bhqk,bqhd->bkhd", ds, q_))
+        products = (*products, ("bhqk,bqhd->bkhd", p, dout_))
+        return tuple(torch.einsum(*x).to(q.dtype) for x in products)
+
     implementation = dispatch.Implementation("sm90", hopper.attend, lambda *_: None)
     monkeypatch.setattr(dispatch, "IMPLEMENTATIONS", (implementation,))
     monkeypatch.setattr(sm90, "launch", launch)
+    monkeypatch.setattr(sm90, "launch_backward", launch_backward)
     properties = SimpleNamespace(multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
     return seen
 
 
-def tensors(grad):
+def tensors(grad, dim=32):
     torch.manual_seed(0)
-    return [torch.randn(2, 200, 2, 32).bfloat16().requires_grad_(grad) for _ in "qkv"]
+    return [torch.randn(2, 200, 2, dim).bfloat16().requires_grad_(grad) for _ in "qkv"]
 
 
 @pytest.mark.parametrize("grad", [False, True])
@@ -58,23 +72,30 @@ def test_compile_fullgraph(calls, kind, grad):
             assert (a - b).float().norm() < 0.01 * b.float().norm()
     assert {call[0] for call in calls} == {q.shape}
     before = len(calls)
-    compiled(q, k, v)
+    result = compiled(q, k, v)
     assert len(calls) == before + 1  # the compiled graph launches it
+    if grad:
+        result.backward()
+        assert calls[-1] == (q.shape, 6, "backward")
 
 
-def test_gradients_are_those_of_attention(calls):
-    q, k, v = tensors(True)
-    out, lse = block_sparse_attention(q, k, v, masks.full(), return_lse=True)
+@pytest.mark.parametrize(("dim", "deterministic"), [(32, False), (32, True), (136, False)])
+def test_gradients_are_those_of_attention(calls, dim, deterministic):
+    q, k, v = tensors(True, dim)
+    options = {"return_lse": True, "deterministic": deterministic}
+    out, lse = block_sparse_attention(q, k, v, masks.full(), **options)
     dout, dlse = torch.randn_like(out), torch.randn_like(lse)
     got = torch.autograd.grad((out, lse), (q, k, v), (dout, dlse))
     exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    logits = torch.einsum("bqhd,bkhd->bhqk", *exact[:2]) * 32**-0.5
+    logits = torch.einsum("bqhd,bkhd->bhqk", *exact[:2]) * dim**-0.5
     ref = torch.einsum("bhqk,bkhd->bqhd", logits.softmax(-1), exact[2])
     expected = torch.autograd.grad(
         (ref, logits.logsumexp(-1)), exact, (dout.double(), dlse.double())
     )
     for a, b in zip(got, expected, strict=True):
         assert (a.double() - b).norm() < 0.01 * b.norm()
+    by_kernel = dim <= 128 and not deterministic  # otherwise by the reference
+    assert [call[2] for call in calls].count("backward") == by_kernel
 
 
 def test_only_the_lse_is_used(calls):
@@ -90,13 +111,13 @@ def test_schedules_live_as_long_as_their_layouts(calls):
 
     q, k, _ = tensors(False)
     layout = masks.causal().layout(200)
-    first = sm90.schedule_of(layout, q, k)
-    assert sm90.schedule_of(layout, q, k) is first
-    assert sm90.schedule_of(layout, q[:1], k[:1]) is not first
-    count = len(sm90._schedules.names)
+    first = schedule_of("forward", layout, q, k)
+    assert schedule_of("forward", layout, q, k) is first
+    assert schedule_of("forward", layout, q[:1], k[:1]) is not first
+    count = len(plans_._schedules.names)
     del layout
     gc.collect()
-    assert len(sm90._schedules.names) == count - 2
+    assert len(plans_._schedules.names) == count - 2
 
 
 def test_a_copy_of_a_layout_has_schedules_of_its_own(calls):
@@ -107,13 +128,15 @@ def test_a_copy_of_a_layout_has_schedules_of_its_own(calls):
     layout = masks.causal().layout(200)
     for twin in (copy.copy(layout), copy.deepcopy(layout), pickle.loads(pickle.dumps(layout))):
         assert twin.number != layout.number
-        assert torch.equal(sm90.schedule_of(twin, q, k).work, sm90.schedule_of(layout, q, k).work)
+        assert torch.equal(
+            schedule_of("forward", twin, q, k).work, schedule_of("forward", layout, q, k).work
+        )
 
 
 def test_schedules_follow_an_updated_layout(calls):
     q, k, _ = tensors(False)
     layout = masks.full().layout(200, block=(64, 64))
-    plans = [sm90.schedule_of(layout, q[:n], k[:n]) for n in (1, 2)]
+    plans = [schedule_of("forward", layout, q[:n], k[:n]) for n in (1, 2)]
     arrays = [plan.arrays() for plan in plans]
     new = masks.local(20).layout(200, block=(64, 64))
     layout.update_(new)
@@ -128,7 +151,7 @@ def test_schedules_follow_an_updated_layout(calls):
 def test_an_update_that_finds_no_room_changes_nothing(calls):
     q, k, _ = tensors(False)
     layout = masks.sinks(64).layout(200, block=(64, 64))
-    plans = [sm90.schedule_of(layout, q[:n], k[:n]) for n in (1, 2)]
+    plans = [schedule_of("forward", layout, q[:n], k[:n]) for n in (1, 2)]
     before, kept = layout.col_indices, [x.clone() for plan in plans for x in plan.arrays()]
     with pytest.raises(ValueError, match="no room"):
         layout.update_(masks.full().layout(200, block=(64, 64)))

@@ -1,0 +1,292 @@
+"""A consumer warpgroup of the backward kernel: 64 keys of each of the CTA's items.
+
+With the scores transposed, so that P and dS lie in registers as the products want them
+(FlashAttention-3, Shah et al., 2024), for each tile of queries
+
+    S' = K Q';   P' = exp2(scale S' - lse);   dP' = V dO';   dS' = P' (dP' - delta)
+    dV += P' dO;   dK += dS' Q;   dQ += dS K
+
+where ' is the transpose, and lse and delta belong to the queries, which are the columns. S' of the
+next tile is issued before the results of this one are taken away, and dP' before its P' is
+computed, so that the tensor cores have work while the threads compute.
+"""
+
+import cutlass
+from cutlass import Float32, Int32, const_expr, cute, pipeline
+from cutlass.cute.nvgpu import warp, warpgroup
+from sparse_flash.kernels import online_softmax as online
+from sparse_flash.kernels.backward_producer import (
+    ITEM_FIELDS,
+    READY_BARRIER,
+    STORE_THREADS,
+    TAKEN_BARRIER,
+)
+from sparse_flash.kernels.primitives import multiply
+from sparse_flash.masks.layout import FULL_TILE
+
+CONSUMER = pipeline.PipelineUserType.Consumer
+INNER, LAST = range(2)  # kinds of steps
+BOTH_BARRIER = 1  # a named barrier of the two warpgroups (0 is the whole CTA's)
+
+
+class BackwardConsumer:
+    """State of one warpgroup: dK and dV of its keys, and where to find everything."""
+
+    def __init__(self, config, dtype, products, buffers, pipes, items, bits, parts, scales):
+        self.config, self.dtype, self.items, self.bits = config, dtype, items, bits
+        self.scale, self.scale_log2 = scales
+        self.scores, self.of_keys, self.of_queries = products
+        s_q, s_do, self.s_k, s_v, self.s_ds, self.s_dq, self.s_out, self.s_stats, self.s_tiles = (
+            buffers
+        )
+        self.q_pipe, self.do_pipe, self.k_pipe, self.v_pipe = pipes
+        self.dk_parts, self.dv_parts = parts
+        self.thread = cute.arch.thread_idx()[0] % 128
+        self.group = cute.arch.make_warp_uniform(cute.arch.thread_idx()[0] // 128 - 1)
+        self.view(s_q, s_do, s_v)
+        shape = self.scores.partition_shape_C((64, config.tile_m))
+        self.acc_s = cute.make_rmem_tensor(shape, Float32)
+        shape = self.of_keys.partition_shape_C((64, config.head_dim))
+        self.acc_dk = cute.make_rmem_tensor(shape, Float32)
+        self.acc_dv = cute.make_rmem_tensor(shape, Float32)
+
+    def view(self, s_q, s_do, s_v):
+        """The operands of the five products as parts of shared memory."""
+        config, width = self.config, self.config.head_dim
+        m, n, kv = config.tile_m, config.tile_n, config.kv_stages
+        scores, of_keys = self.scores.get_slice(0), self.of_keys.get_slice(0)
+
+        def rows(tensor):  # (64 keys, head_dim, warpgroup, stage), as first operand
+            layout = cute.make_layout((64, width, 2, kv), stride=(1, n, 64, n * width))
+            return self.scores.make_fragment_A(scores.partition_A(cute.composition(tensor, layout)))
+
+        def columns(tensor):  # (head_dim, queries, stage), as second operand
+            layout = cute.make_ordered_layout((width, m, config.q_stages), order=(1, 0, 2))
+            operand = of_keys.partition_B(cute.composition(tensor, layout))
+            return self.of_keys.make_fragment_B(operand)
+
+        self.f_k, self.f_v = rows(self.s_k), rows(s_v)
+        self.f_q = self.scores.make_fragment_B(scores.partition_B(s_q))
+        self.f_do = self.scores.make_fragment_B(scores.partition_B(s_do))
+        self.f_qt, self.f_dot = columns(s_q), columns(s_do)
+        of_queries, stages, by_columns = (
+            self.of_queries.get_slice(0),
+            config.ds_stages,
+            config.dq_by_columns,
+        )
+        # dS: (64 queries, keys, tile_m / 64, stage).
+        layout = cute.make_layout((64, n, m // 64, stages), stride=(n, 1, 64 * n, n * m))
+        operand = of_queries.partition_A(cute.composition(self.s_ds, layout))
+        place = 0 if by_columns else self.group
+        self.f_ds = self.of_queries.make_fragment_A(operand)[None, None, None, place, None]
+        # K: (64 columns, keys, head_dim / 64, stage).
+        layout = cute.make_layout((64, n, width // 64, kv), stride=(n, 1, n * 64, n * width))
+        operand = of_queries.partition_B(cute.composition(self.s_k, layout))
+        place = self.group if by_columns else 0
+        self.f_kt = self.of_queries.make_fragment_B(operand)[None, None, None, place, None]
+
+    @cute.jit
+    def run(self):
+        """Item after item, until there are no more."""
+        q_state = pipeline.make_pipeline_state(CONSUMER, self.config.q_stages)
+        kv_state = pipeline.make_pipeline_state(CONSUMER, self.config.kv_stages)
+        work_state = pipeline.make_pipeline_state(CONSUMER, self.items.pipe.num_stages)
+        buffer = Int32(0)
+        item = self.items.take(work_state, ITEM_FIELDS)
+        work_state.advance()
+        while item[3] >= 0:
+            count, remaining = item[3], item[6]
+            self.acc_dk.fill(0.0)
+            self.acc_dv.fill(0.0)
+            if count > 0:
+                self.k_pipe.consumer_wait(kv_state)
+                self.zero_beyond(kv_state, remaining)
+                self.q_pipe.consumer_wait(q_state)
+                self.multiply_scores(self.acc_s, self.f_k, self.f_q, kv_state, q_state)
+                self.v_pipe.consumer_wait(kv_state)
+                warpgroup.wait_group(0)
+                for _ in cutlass.range(count - 1, unroll=1):
+                    q_state, buffer = self.step(q_state, kv_state, buffer, remaining, INNER)
+                q_state, buffer = self.step(q_state, kv_state, buffer, remaining, LAST)
+                self.k_pipe.consumer_release(kv_state)
+                kv_state.advance()
+            buffer = self.finish(item, buffer)
+            item = self.items.take(work_state, ITEM_FIELDS)
+            work_state.advance()
+
+    @cute.jit
+    def step(self, q_state, kv_state, buffer, remaining, kind: cutlass.Constexpr):
+        """All five products of a tile, whose S' has been issued before. Returns the next states.
+
+        INNER: S' of the next tile is issued. LAST: there is none.
+        """
+        config, stage = self.config, q_state.index
+        shape = self.scores.partition_shape_C((64, config.tile_m))
+        acc_dp = cute.make_rmem_tensor(shape, Float32)
+        p, ds = (cute.make_rmem_tensor(shape, self.dtype) for _ in range(2))
+        self.do_pipe.consumer_wait(q_state)
+        self.multiply_scores(acc_dp, self.f_v, self.f_do, kv_state, q_state)
+        bit_tile = Int32(0)
+        if self.thread % 32 == 0:  # by the thread that frees the stage for its warp
+            bit_tile = self.s_tiles[stage]
+        bit_tile = cute.arch.shuffle_sync(bit_tile, 0)
+        words = online.mask_words(self.bits, bit_tile, self.group, self.thread)
+        lse = self.statistics(0, stage)
+        for i in cutlass.range_constexpr(cute.size(self.acc_s)):
+            power = self.acc_s[i] * self.scale_log2 - lse[i % 2, i // 4]
+            self.acc_s[i] = online.exp2(power)
+        if bit_tile != FULL_TILE or remaining < config.tile_n:
+            self.keep_rows(words, remaining)
+            online.apply_mask(self.acc_s, words, Int32(-1), 0.0)
+        p.store(self.acc_s.load().to(self.dtype))
+        if const_expr(config.early_dv):
+            self.multiply_keys(self.acc_dv, p, self.f_dot, stage)
+        warpgroup.wait_group(1 if const_expr(config.early_dv) else 0)
+        if const_expr(kind == LAST):
+            self.v_pipe.consumer_release(kv_state)
+        if remaining < config.tile_n:
+            self.zero_rows(acc_dp, remaining)
+        delta = self.statistics(1, stage)
+        for i in cutlass.range_constexpr(cute.size(acc_dp)):
+            acc_dp[i] = self.acc_s[i] * (acc_dp[i] - delta[i % 2, i // 4])
+        ds.store(acc_dp.load().to(self.dtype))
+        self.share(ds, stage)
+        if const_expr(not config.early_dv):
+            self.multiply_keys(self.acc_dv, p, self.f_dot, stage)
+        self.multiply_keys(self.acc_dk, ds, self.f_qt, stage)
+        following = q_state.clone()
+        following.advance()
+        acc_dq = cute.make_rmem_tensor(self.of_queries.partition_shape_C((64, 64)), Float32)
+        cute.arch.barrier(barrier_id=BOTH_BARRIER, number_of_threads=256)
+        of = self.f_ds[None, None, None, stage % config.ds_stages]
+        multiply(self.of_queries, acc_dq, of, self.f_kt, kv_state.index, True)
+        # P' and dS' have been used, and their registers are free.
+        warpgroup.wait_group(1)
+        self.q_pipe.consumer_release(q_state)
+        self.do_pipe.consumer_release(q_state)
+        if const_expr(kind == INNER):
+            self.q_pipe.consumer_wait(following)
+            self.acc_s.fill(0.0)  # so that its old content need not be kept
+            self.multiply_scores(self.acc_s, self.f_k, self.f_q, kv_state, following)
+        warpgroup.wait_group(1 if const_expr(kind == INNER) else 0)
+        buffer = self.put_queries(acc_dq, buffer)
+        # Not later: ptxas would serialise products that are under way from one round to the next.
+        warpgroup.wait_group(0)
+        return following, buffer
+
+    @cute.jit
+    def multiply_scores(self, acc, a, b, kv_state, q_state):
+        """Issue acc = a b for this warpgroup's keys."""
+        mine = a[None, None, None, self.group, kv_state.index]
+        multiply(self.scores, acc, mine, b, q_state.index, True)
+
+    @cute.jit
+    def multiply_keys(self, acc, a, b, stage):
+        """Issue acc += a b; accumulators of scores lie just as a first operand does."""
+        shape = ((2, 2, 2), 1, self.config.tile_m // 16)
+        multiply(self.of_keys, acc, cute.make_tensor(a.iterator, shape), b, stage, False)
+
+    @cute.jit
+    def statistics(self, which: cutlass.Constexpr, stage):
+        """Lse (0) or delta (1) of the thread's columns: (2, tile_m / 8)."""
+        values = cute.make_rmem_tensor((2, self.config.tile_m // 8), Float32)
+        mine = self.s_stats[None, which, stage].iterator + 2 * (self.thread % 4)
+        layout = cute.make_layout((2, self.config.tile_m // 8), stride=(1, 8))
+        cute.autovec_copy(cute.make_tensor(mine.align(8), layout), values)
+        return values
+
+    @cute.jit
+    def row(self, i: cutlass.Constexpr):
+        """The key, in the tile, of the thread's row i (0 or 1)."""
+        return self.group * 64 + self.thread // 32 * 16 + self.thread % 32 // 4 + 8 * i
+
+    @cute.jit
+    def keep_rows(self, words, remaining):
+        """No bits for keys beyond the length."""
+        for i in cutlass.range_constexpr(2):
+            words[i] = words[i] if self.row(i) < remaining else Int32(0)
+
+    @cute.jit
+    def zero_rows(self, acc, remaining):
+        """0 for keys beyond the length, whose values may be NaN."""
+        for i in cutlass.range_constexpr(cute.size(acc)):
+            acc[i] = acc[i] if self.row(i // 2 % 2) < remaining else Float32(0.0)
+
+    @cute.jit
+    def zero_beyond(self, state, remaining):
+        """Clear keys beyond the length, which dQ would multiply with 0: 0 times NaN is NaN.
+
+        Both warpgroups clear them all before they read any, so they need not wait for each other.
+        """
+        width, height, s_k = self.config.head_dim, self.config.tile_n, self.s_k
+        if remaining < height:
+            for i in cutlass.range(self.thread, (height - remaining) * width, 128, unroll=1):
+                s_k[remaining + i // width, i % width, state.index] = self.dtype(0.0)
+            cute.arch.fence_view_async_shared()
+            cute.arch.barrier(barrier_id=BOTH_BARRIER, number_of_threads=256)
+
+    @cute.jit
+    def share(self, ds, stage):
+        """DS' into shared memory, where dQ's product reads it."""
+        n, m, stages = self.config.tile_n, self.config.tile_m, self.config.ds_stages
+        layout = cute.make_layout((64, m, 2, stages), stride=(1, n, 64, n * m))
+        place = cute.composition(self.s_ds, layout)[None, None, self.group, stage % stages]
+        self.to_shared(ds, place, self.scores)
+        cute.arch.fence_view_async_shared()
+
+    @cute.jit
+    def put_queries(self, acc, buffer):
+        """The sums of dQ into shared memory, as threads hold them. Returns the next buffer."""
+        self.wait_for_room(buffer)
+        goal = self.s_dq[None, self.thread, None, self.group, buffer]
+        cute.autovec_copy(cute.make_tensor(acc.iterator, goal.shape), goal)
+        return self.hand_over(buffer)
+
+    @cute.jit
+    def put_keys(self, acc, buffer):
+        """DV or dK into shared memory, as a tile in 16 bits. Returns the next buffer."""
+        self.wait_for_room(buffer)
+        registers = cute.make_rmem_tensor(acc.shape, self.dtype)
+        registers.store(acc.load().to(self.dtype))
+        place = self.s_out[None, None, (2 * buffer + self.group) * self.config.out_slots]
+        self.to_shared(registers, place, self.of_keys)
+        return self.hand_over(buffer)
+
+    @cute.jit
+    def wait_for_room(self, buffer):
+        """Until what was in the buffer has been read."""
+        cute.arch.barrier(
+            barrier_id=TAKEN_BARRIER + 2 * buffer + self.group, number_of_threads=STORE_THREADS
+        )
+
+    @cute.jit
+    def hand_over(self, buffer):
+        """The buffer to the storing warp. Returns the next one."""
+        cute.arch.fence_view_async_shared()
+        cute.arch.barrier_arrive(
+            barrier_id=READY_BARRIER + 2 * buffer + self.group, number_of_threads=STORE_THREADS
+        )
+        return 1 - buffer
+
+    @cute.jit
+    def to_shared(self, registers, place, product):
+        """Accumulators, rounded to 16 bits, into a tile of shared memory."""
+        stmatrix = cute.make_copy_atom(warp.StMatrix8x8x16bOp(num_matrices=4), self.dtype)
+        copy = cute.make_tiled_copy_C(stmatrix, product).get_slice(self.thread)
+        cute.copy(stmatrix, copy.retile(registers), copy.partition_D(place))
+
+    @cute.jit
+    def finish(self, item, buffer):
+        """DV and dK of an item: to the results, or as a part of a split column."""
+        part = item[4]
+        for i in cutlass.range_constexpr(cute.size(self.acc_dk)):
+            self.acc_dk[i] = self.acc_dk[i] * self.scale
+        if part < 0:
+            buffer = self.put_keys(self.acc_dv, buffer)
+            buffer = self.put_keys(self.acc_dk, buffer)
+        else:
+            for acc, parts in ((self.acc_dv, self.dv_parts), (self.acc_dk, self.dk_parts)):
+                for i in cutlass.range_constexpr(cute.size(acc)):
+                    column = i // 4 * 8 + self.thread % 4 * 2 + i % 2
+                    parts[part, self.row(i // 2 % 2), column] = acc[i]
+        return buffer

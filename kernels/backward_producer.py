@@ -1,0 +1,178 @@
+"""The loading and the storing warp of the backward kernel."""
+
+import cutlass
+from cutlass import Int32, cute, pipeline
+from cutlass.cute.nvgpu import cpasync
+from sparse_flash.kernels.config import DQ_CHUNK
+from sparse_flash.kernels.primitives import tma_load
+
+PRODUCER = pipeline.PipelineUserType.Producer
+CONSUMER = pipeline.PipelineUserType.Consumer
+# What consumers know of an item: n_block, kv head, batch, tiles (negative: no more items), part,
+# first tile, and how many keys there are from its first one on.
+ITEM_FIELDS = 7
+# Named barriers of a warpgroup, for each of its buffers, and the storing warp: its results lie
+# ready, or have been read.
+READY_BARRIER, TAKEN_BARRIER = 2, 6
+STORE_THREADS = 128 + 32
+
+
+class BackwardProducer:
+    """The loads: of an item K and V once; of each of its tiles Q, the rows' statistics, and dO.
+
+    The first Q and dO come before K and V, because their room is free sooner: K and V are needed
+    to the end of the item before.
+    """
+
+    def __init__(self, config, loads, buffers, s_tiles, pipes, items, inputs):
+        self.config, self.s_tiles, self.items = config, s_tiles, items
+        self.loads, self.buffers = loads, buffers
+        self.q_pipe, self.do_pipe, self.k_pipe, self.v_pipe = pipes
+        self.kv_lens, self.tiles, self.heads = inputs
+
+    @cute.jit
+    def run(self):
+        """Until the list is empty; then tell the others."""
+        q_state = pipeline.make_pipeline_state(PRODUCER, self.config.q_stages)
+        kv_state = pipeline.make_pipeline_state(PRODUCER, self.config.kv_stages)
+        work_state = pipeline.make_pipeline_state(PRODUCER, self.items.pipe.num_stages)
+        index = cute.arch.block_idx()[0]
+        num_items = self.items.counts[0]
+        while index < num_items:
+            n_block, head, batch = (self.items.work[index, i] for i in range(3))
+            first, count, part = (self.items.work[index, i] for i in range(3, 6))
+            remaining = self.kv_lens[batch] - n_block * self.config.tile_n
+            count = count if remaining > 0 else Int32(0)
+            item = (n_block, head, batch, count, part, first, remaining)
+            self.items.announce(work_state, item)
+            work_state.advance()
+            index = self.items.next_index()
+            if count > 0:
+                self.load_queries(q_state, first, head, batch)
+                q_state.advance()
+                place = (n_block, head, batch)
+                self.v_pipe.producer_acquire(kv_state)
+                barrier = self.v_pipe.producer_get_barrier(kv_state)
+                tma_load(self.loads[3], self.buffers[3], place, kv_state.index, barrier)
+                self.k_pipe.producer_acquire(kv_state)
+                barrier = self.k_pipe.producer_get_barrier(kv_state)
+                tma_load(self.loads[2], self.buffers[2], place, kv_state.index, barrier)
+                kv_state.advance()
+                for j in cutlass.range(1, count, unroll=1):
+                    self.load_queries(q_state, first + j, head, batch)
+                    q_state.advance()
+        none = Int32(0)
+        self.items.announce(work_state, (none, none, none, Int32(-1), none, none, none))
+        self.items.leave()
+
+    @cute.jit
+    def load_queries(self, state, tile, kv_head, batch):
+        """Q, statistics and dO of a tile, and what to mask in it."""
+        m_block, bit_tile = self.tiles[tile, 0], self.tiles[tile, 1]
+        m_block, head = query_place(m_block, kv_head, self.heads)
+        place = (m_block, head, batch)
+        self.q_pipe.sync_object_empty.wait(state.index, state.phase)
+        s_tiles, barrier = self.s_tiles, self.q_pipe.producer_get_barrier(state)
+        if cute.arch.lane_idx() == 0:
+            s_tiles[state.index] = bit_tile
+            # This arrival releases what was just written.
+            size = self.q_pipe.sync_object_full.tx_count
+            cute.arch.mbarrier_arrive_and_expect_tx(barrier, size)
+        tma_load(self.loads[0], self.buffers[0], place, state.index, barrier)
+        tma_load(self.loads[4], self.buffers[4], place, state.index, barrier)
+        self.do_pipe.producer_acquire(state)
+        barrier = self.do_pipe.producer_get_barrier(state)
+        tma_load(self.loads[1], self.buffers[1], place, state.index, barrier)
+
+
+class BackwardStorer:
+    """Takes what the warpgroups put into shared memory to where it belongs: dQ is added, tile by
+    tile, to sums in float32; dV and dK of an item that is no part are stored.
+    """
+
+    def __init__(self, config, dq_sum, stores, buffers, items, inputs):
+        self.config, self.items, self.dq_sum = config, items, dq_sum
+        self.dk_store, self.dv_store = stores
+        self.s_dq, self.s_out = buffers
+        self.tiles, self.heads = inputs
+
+    @cute.jit
+    def run(self):
+        """Item after item, until there are no more."""
+        state = pipeline.make_pipeline_state(CONSUMER, self.items.pipe.num_stages)
+        buffer = Int32(0)
+        self.give_room(buffer)
+        item = self.items.take(state, ITEM_FIELDS)
+        state.advance()
+        while item[3] >= 0:
+            n_block, head, batch, count, part, first, _ = item
+            for j in cutlass.range(count, unroll=1):
+                m_block, q_head = query_place(self.tiles[first + j, 0], head, self.heads)
+                for group in cutlass.range_constexpr(2):
+                    self.wait_for_results(buffer, group)
+                    self.add((batch, q_head, 2 * m_block + group), buffer, group)
+                buffer = self.following(buffer)
+            if part < 0:
+                place = (n_block, head, batch)
+                for store in (self.dv_store, self.dk_store):
+                    for group in cutlass.range_constexpr(2):
+                        self.wait_for_results(buffer, group)
+                        self.store(store, place, buffer, group)
+                    buffer = self.following(buffer)
+            item = self.items.take(state, ITEM_FIELDS)
+            state.advance()
+        cute.arch.cp_async_bulk_wait_group(0)
+
+    @cute.jit
+    def add(self, place, buffer, group: cutlass.Constexpr):
+        """A warpgroup's part of dQ to the sums: one run of memory."""
+        smem = self.s_dq[None, None, None, group, buffer].iterator
+        sums = self.dq_sum.iterator + cute.crd2idx((*place, 0), self.dq_sum.layout)
+        if cute.arch.lane_idx() == 0:
+            cute.arch.inline_ptx(
+                "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 "
+                "[{$r0}], [{$r1}], {$r2};",
+                read_only_args=[sums.toint(), smem.toint(), Int32(4 * DQ_CHUNK)],
+            )
+        cute.arch.cp_async_bulk_commit_group()
+
+    @cute.jit
+    def store(self, store, place, buffer, group: cutlass.Constexpr):
+        """A warpgroup's dV or dK."""
+        (atom, tensor), (block, head, batch) = store, place
+        tile = cute.product_each(cute.select(self.s_out.shape, [0, 1]))
+        goal = cute.local_tile(tensor[None, None, head, batch], tile, (None, None))
+        modes = (cute.group_modes(self.s_out, 0, 2), cute.group_modes(goal, 0, 2))
+        of, to = cpasync.tma_partition(atom, 0, cute.make_layout(1), *modes)
+        slot = (2 * buffer + group) * self.config.out_slots
+        cute.copy(atom, of[None, slot], to[None, 2 * block + group, 0])
+        cute.arch.cp_async_bulk_commit_group()
+
+    @cute.jit
+    def wait_for_results(self, buffer, group: cutlass.Constexpr):
+        """Until the warpgroup has filled the buffer."""
+        cute.arch.barrier(
+            barrier_id=READY_BARRIER + 2 * buffer + group, number_of_threads=STORE_THREADS
+        )
+
+    @cute.jit
+    def following(self, buffer):
+        """The next buffer, once it has been read; each is given just before its turn."""
+        cute.arch.cp_async_bulk_wait_group(2, read=True)
+        self.give_room(1 - buffer)
+        return 1 - buffer
+
+    @cute.jit
+    def give_room(self, buffer):
+        """Tell both warpgroups that they may fill a buffer."""
+        for group in cutlass.range_constexpr(2):
+            cute.arch.barrier_arrive(
+                barrier_id=TAKEN_BARRIER + 2 * buffer + group, number_of_threads=STORE_THREADS
+            )
+
+
+@cute.jit
+def query_place(column, kv_head, heads):
+    """(m_block, q head) of a block column of the layout in which a group's q heads are stacked."""
+    group_size, num_m_blocks = heads
+    return column % num_m_blocks, kv_head * group_size + column // num_m_blocks

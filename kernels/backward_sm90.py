@@ -1,0 +1,242 @@
+"""The backward kernel for Hopper: like the forward's, but by keys, with the transposed layout.
+
+A CTA has one loading warp, one storing warp and two consumer warpgroups. An item is a tile of keys
+and the tiles of queries that see it; dK and dV stay in registers (FlashAttention-2, Dao, 2023). dQ
+is summed up in float32 in memory, by bulk reductions in no particular order.
+"""
+
+import cutlass
+from cutlass import Float32, Int32, cute, pipeline
+from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
+from sparse_flash.kernels.backward_consumer import BackwardConsumer
+from sparse_flash.kernels.backward_producer import BackwardProducer, BackwardStorer
+from sparse_flash.kernels.config import DQ_CHUNK, WORK_FIELDS, BackwardConfig
+from sparse_flash.kernels.elementwise import Convert, Statistics, Sum
+from sparse_flash.kernels.primitives import WorkList, barriers, buffer, product, smem_layout
+
+WORK_STAGES = 2
+THREADS = 128 * 3
+# With those of the other roles they fill the register file.
+PRODUCER_REGISTERS, CONSUMER_REGISTERS = 24, 240
+
+
+class BackwardSm90:
+    """One kernel; `config` is all that it is compiled for."""
+
+    def __init__(self, config: BackwardConfig, dtype: type[cutlass.Numeric]) -> None:
+        self.config, self.dtype = config, dtype
+
+    @cute.jit
+    def __call__(
+        self,
+        q: cute.Tensor,  # (b, s_q, h, d)
+        k: cute.Tensor,  # (b, s_kv, h_kv, d)
+        v: cute.Tensor,  # (b, s_kv, h_kv, d)
+        out: cute.Tensor,  # (b, s_q, h, d)
+        dout: cute.Tensor,  # (b, s_q, h, d)
+        lse: cute.Tensor,  # (b, h, s_q) float32
+        dlse: cute.Tensor,  # (b, h, s_q) float32
+        dq: cute.Tensor,  # (b, s_q, h, d)
+        dk: cute.Tensor,  # (b, s_kv, h_kv, d)
+        dv: cute.Tensor,  # (b, s_kv, h_kv, d)
+        dq_sum: cute.Tensor,  # (b, h, tiles x 2, DQ_CHUNK) float32; see elementwise.Convert
+        stats: cute.Tensor,  # (b, h, 2, s_q rounded up to tile_m) float32
+        kv_lens: cute.Tensor,  # (b,) int32
+        work: cute.Tensor,  # (items, WORK_FIELDS) int32
+        tiles: cute.Tensor,  # (tiles, 2) int32: m_block and bit tile
+        bits: cute.Tensor,  # (bit tiles, tile_n / 64, 128, 2) int32, in fragment order
+        counter: cute.Tensor,  # (2,) int32, zeros; left as zeros
+        dk_parts: cute.Tensor,  # (parts, tile_n, head_dim) float32
+        dv_parts: cute.Tensor,  # (parts, tile_n, head_dim) float32
+        combine: cute.Tensor,  # (columns, WORK_FIELDS) int32
+        counts: cute.Tensor,  # (2,) int32: how many items and columns there are
+        num_ctas: Int32,
+        has_dlse: Int32,
+        softmax_scale: Float32,
+        scale_log2: Float32,
+        stream,
+    ):
+        """Launch all on the stream. See `Schedule` for the work items and the parts."""
+        config = self.config
+        rows = Statistics(config.head_dim)
+        rows(out, dout, lse, dlse, stats, dq_sum, has_dlse, stream)
+        lists = (kv_lens, work, tiles, bits, counter, counts)
+        tensors = (q, dout, k, v, dk, dv)
+        scales = (softmax_scale, scale_log2)
+        rest = (dq_sum, stats, lists, (dk_parts, dv_parts))
+        self.launch(tensors, *rest, num_ctas, scales, stream)
+        Convert(config, self.dtype)(dq_sum, dq, softmax_scale, stream)
+        if cute.size(combine, mode=[0]) > 0:
+            total = Sum(config.tile_n, config.head_dim, self.dtype)
+            total((dk, dv), combine, counts, (dk_parts, dv_parts), stream)
+
+    @cute.jit
+    def launch(self, tensors, dq_sum, stats, lists, parts, num_ctas: Int32, scales, stream):
+        """Launch the attention kernel itself."""
+        config, width = self.config, self.config.head_dim
+        # (s, d, h, b): the modes of a tile first.
+        q, dout, k, v, dk, dv = (
+            cute.make_tensor(x.iterator, cute.select(x.layout, mode=[1, 3, 2, 0])) for x in tensors
+        )
+        stats = cute.make_tensor(stats.iterator, cute.select(stats.layout, mode=[3, 2, 1, 0]))
+        m, n, stages = config.tile_m, config.tile_n, config.q_stages
+        q_layout = smem_layout(self.dtype, m, width, stages)
+        kv_layout = smem_layout(self.dtype, n, width, config.kv_stages)
+        ds_layout = smem_layout(self.dtype, n, m, config.ds_stages)
+        # (4 numbers, thread, more numbers, warpgroup, buffer): 16 bytes a thread at a time.
+        dq_layout = cute.make_ordered_layout((4, 128, DQ_CHUNK // 512, 2, 2), order=(0, 1, 2, 3, 4))
+        slots = 4 * config.out_slots
+        out_layout = smem_layout(self.dtype, 64, config.head_dim, slots)
+        stats_layout = cute.make_layout((m, 2, stages), stride=(1, m, 2 * m))
+        load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
+
+        def tma(op, tensor, layout):
+            tile = cute.select(layout, [0, 1])
+            return cpasync.make_tiled_tma_atom(op, tensor, tile, cute.product_each(tile.shape))
+
+        self.kernel(
+            (
+                tma(load, q, q_layout),
+                tma(load, dout, q_layout),
+                tma(load, k, kv_layout),
+                tma(load, v, kv_layout),
+                tma(load, stats, stats_layout),
+            ),
+            (tma(store, dk, out_layout), tma(store, dv, out_layout)),
+            dq_sum,
+            (q_layout, kv_layout, ds_layout, dq_layout, out_layout, stats_layout),
+            self._products(),
+            lists,
+            parts,
+            (
+                cute.size(q, mode=[2]) // cute.size(k, mode=[2]),
+                cute.ceil_div(cute.size(q, mode=[0]), m),
+            ),
+            scales,
+            self._storage(q_layout, kv_layout, ds_layout, out_layout),
+        ).launch(grid=(num_ctas, 1, 1), block=(THREADS, 1, 1), stream=stream, min_blocks_per_mp=1)
+
+    @cute.kernel
+    def kernel(
+        self,
+        loads,  # (TMA atom, tensor) of q, dout, k, v, stats
+        stores,  # (TMA atom, tensor) of dk, dv
+        dq_sum,
+        layouts,
+        products,
+        lists,
+        parts,
+        heads,  # q heads for each kv head, and tiles of queries
+        scales,
+        storage: cutlass.Constexpr,
+    ):
+        """Set up shared memory and barriers, then part ways."""
+        config = self.config
+        warp_idx = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        if warp_idx == 0:
+            for atom, _ in (*loads, *stores):
+                cpasync.prefetch_descriptor(atom)
+        smem = cutlass.utils.SmemAllocator().allocate(storage)
+        *pipes, work_pipe = self._pipelines(smem)
+        q_layout, kv_layout, ds_layout, dq_layout, out_layout, stats_layout = layouts
+        s_q, s_do, s_k, s_v, s_ds = (
+            room.get_tensor(layout.outer, swizzle=layout.inner)
+            for room, layout in (
+                (smem.q, q_layout),
+                (smem.do, q_layout),
+                (smem.k, kv_layout),
+                (smem.v, kv_layout),
+                (smem.ds, ds_layout),
+            )
+        )
+        # dQ and, at the end of an item, dV and dK take turns in the same room.
+        s_dq = smem.results.get_tensor(dq_layout, dtype=Float32)
+        s_out = smem.results.get_tensor(
+            out_layout.outer, swizzle=out_layout.inner, dtype=self.dtype
+        )
+        s_stats = smem.stats.get_tensor(stats_layout)
+        s_tiles = smem.tiles.get_tensor(cute.make_layout(config.q_stages))
+        work_layout = cute.make_layout((WORK_STAGES, WORK_FIELDS), stride=(WORK_FIELDS, 1))
+        kv_lens, work, tiles, bits, counter, counts = lists
+        items = WorkList(work, counter, counts, smem.work.get_tensor(work_layout), work_pipe)
+        if warp_idx < 4:
+            cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
+            if warp_idx == 0:
+                buffers = (s_q, s_do, s_k, s_v, s_stats)
+                inputs = (kv_lens, tiles, heads)
+                BackwardProducer(config, loads, buffers, s_tiles, pipes, items, inputs).run()
+            elif warp_idx == 1:
+                buffers, inputs = (s_dq, s_out), (tiles, heads)
+                BackwardStorer(config, dq_sum, stores, buffers, items, inputs).run()
+        else:
+            cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
+            buffers = (s_q, s_do, s_k, s_v, s_ds, s_dq, s_out, s_stats, s_tiles)
+            outside = (buffers, pipes, items, bits, parts, scales)
+            BackwardConsumer(config, self.dtype, products, *outside).run()
+
+    def _products(self):
+        """Of scores; of dK and dV, with P' or dS' in registers; and of dQ."""
+        config, columns = self.config, OperandMajorMode.MN
+        scores = product(self.dtype, (64, config.tile_m))
+        registers = {"a_source": warpgroup.OperandSource.RMEM}
+        of_keys = product(self.dtype, (64, config.head_dim), b_mode=columns, **registers)
+        of_queries = product(self.dtype, (64, 64), columns, columns)
+        return scores, of_keys, of_queries
+
+    def _storage(self, q_layout, kv_layout, ds_layout, out_layout):
+        config, dtype = self.config, self.dtype
+
+        @cute.struct
+        class Storage:
+            q_barriers: barriers(config.q_stages)
+            do_barriers: barriers(config.q_stages)
+            k_barriers: barriers(config.kv_stages)
+            v_barriers: barriers(config.kv_stages)
+            work_barriers: barriers(WORK_STAGES)
+            work: cute.struct.MemRange[Int32, WORK_STAGES * WORK_FIELDS]
+            tiles: cute.struct.MemRange[Int32, config.q_stages]
+            stats: cute.struct.Align[
+                cute.struct.MemRange[Float32, 2 * config.tile_m * config.q_stages], 128
+            ]
+            q: buffer(dtype, q_layout)
+            do: buffer(dtype, q_layout)
+            k: buffer(dtype, kv_layout)
+            v: buffer(dtype, kv_layout)
+            results: buffer(dtype, out_layout)
+            ds: buffer(dtype, ds_layout)
+
+        return Storage
+
+    def _pipelines(self, smem):
+        """Rings of barriers: Q with its statistics, dO, K, V (by TMA) and work items."""
+        config = self.config
+        row_bytes = config.head_dim * self.dtype.width // 8
+
+        def group(size=1):
+            return pipeline.CooperativeGroup(pipeline.Agent.Thread, size)
+
+        def tma(storage, stages, size):
+            return pipeline.PipelineTmaAsync.create(
+                barrier_storage=storage.data_ptr(),
+                num_stages=stages,
+                producer_group=group(),
+                consumer_group=group(8),  # one thread of each warp arrives
+                tx_count=size,
+                defer_sync=True,
+            )
+
+        queries, keys = config.tile_m * row_bytes, config.tile_n * row_bytes
+        q = tma(smem.q_barriers, config.q_stages, queries + 8 * config.tile_m)
+        do = tma(smem.do_barriers, config.q_stages, queries)
+        k = tma(smem.k_barriers, config.kv_stages, keys)
+        v = tma(smem.v_barriers, config.kv_stages, keys)
+        work = pipeline.PipelineAsync.create(
+            barrier_storage=smem.work_barriers.data_ptr(),
+            num_stages=WORK_STAGES,
+            producer_group=group(32),
+            consumer_group=group(256 + 32),
+            defer_sync=True,
+        )
+        cute.arch.mbarrier_init_fence()
+        cute.arch.sync_threads()
+        return q, do, k, v, work

@@ -1,0 +1,112 @@
+"""What the Hopper kernels have in common: products, loads, and the list of work."""
+
+import cutlass
+from cutlass import Int32, cute
+from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
+from cutlass.tensor_utils import LayoutEnum
+from cutlass.utils import hopper_helpers
+
+
+@cute.jit
+def multiply(product, acc, a, b, stage, clear: cutlass.Constexpr):
+    """Issue acc = a b, or acc += a b; `warpgroup.wait_group` waits for it."""
+    warpgroup.fence()
+    atom = cute.make_mma_atom(product.op)
+    atom.set(warpgroup.Field.ACCUMULATE, not clear)
+    for k in cutlass.range_constexpr(cute.size(a, mode=[2])):
+        cute.gemm(atom, acc, a[None, None, k], b[None, None, k, stage], acc)
+        atom.set(warpgroup.Field.ACCUMULATE, True)
+    warpgroup.commit_group()
+
+
+@cute.jit
+def tma_load(load, smem, place, stage, barrier):
+    """One TMA load: the tile at place = (block, head, batch) into a stage of shared memory."""
+    atom, tensor = load
+    block, head, batch = place
+    tile = cute.product_each(cute.select(smem.shape, [0, 1]))
+    source = cute.local_tile(tensor[None, None, head, batch], tile, (None, 0))
+    modes = (cute.group_modes(smem, 0, 2), cute.group_modes(source, 0, 2))
+    to, of = cpasync.tma_partition(atom, 0, cute.make_layout(1), *modes)
+    cute.copy(atom, of[None, block], to[None, stage], tma_bar_ptr=barrier)
+
+
+def product(dtype, tile, a_mode=OperandMajorMode.K, b_mode=OperandMajorMode.K, **options):
+    """The product of a warpgroup: (m, n) in float32 from operands that lie in these modes."""
+    return hopper_helpers.make_trivial_tiled_mma(
+        dtype,
+        dtype,
+        a_mode,
+        b_mode,
+        acc_dtype=cutlass.Float32,
+        atom_layout_mnk=(1, 1, 1),
+        tiler_mn=tile,
+        **options,
+    )
+
+
+def smem_layout(dtype, rows, columns, stages):
+    """Row-major tiles, swizzled as the products and TMA want them."""
+    kind = hopper_helpers.get_smem_layout_atom(LayoutEnum.ROW_MAJOR, dtype, columns)
+    atom = warpgroup.make_smem_layout_atom(kind, dtype)
+    return cute.tile_to_shape(atom, (rows, columns, stages), order=(0, 1, 2))
+
+
+def buffer(dtype, layout):
+    """Room for a layout in shared memory, aligned for its swizzle."""
+    return cute.struct.Align[cute.struct.MemRange[dtype, cute.cosize(layout)], 1024]
+
+
+def barriers(stages):
+    """Room for the barriers of a pipeline."""
+    return cute.struct.MemRange[cutlass.Int64, 2 * stages]
+
+
+class WorkList:
+    """Items that CTAs take off a common list, and hand on to their warps through shared memory.
+
+    (What is written inside a dynamic `if` must be a local name: the DSL cannot carry attributes.)
+    """
+
+    def __init__(self, work, counter, counts, s_work, pipe):
+        self.work, self.counter, self.counts = work, counter, counts
+        self.s_work, self.pipe = s_work, pipe
+
+    @cute.jit
+    def next_index(self):
+        """The number of an item that nobody has taken yet; a CTA's first one is its own number."""
+        ticket = Int32(0)
+        if cute.arch.lane_idx() == 0:
+            ticket = cute.arch.atomic_add(
+                self.counter.iterator, Int32(1), sem="relaxed", scope="gpu"
+            )
+        return cute.arch.grid_dim()[0] + cute.arch.shuffle_sync(ticket, 0)
+
+    @cute.jit
+    def announce(self, state, fields):
+        """Hand an item to the other warps."""
+        self.pipe.producer_acquire(state)
+        s_work = self.s_work
+        if cute.arch.lane_idx() == 0:
+            for i in cutlass.range_constexpr(len(fields)):
+                s_work[state.index, i] = fields[i]
+        cute.arch.sync_warp()
+        self.pipe.producer_commit(state)
+
+    @cute.jit
+    def take(self, state, number: cutlass.Constexpr):
+        """The next item's fields."""
+        self.pipe.consumer_wait(state)
+        fields = tuple(self.s_work[state.index, i] for i in range(number))
+        self.pipe.consumer_release(state)
+        return fields
+
+    @cute.jit
+    def leave(self):
+        """The last CTA to take no more work leaves the counters as it found them: zero."""
+        counter = self.counter
+        if cute.arch.lane_idx() == 0:
+            done = cute.arch.atomic_add(counter.iterator + 1, Int32(1), sem="acq_rel", scope="gpu")
+            if done == cute.arch.grid_dim()[0] - 1:
+                counter[0] = Int32(0)
+                counter[1] = Int32(0)
