@@ -113,6 +113,7 @@ def bench(
     suite: Literal["quick", "standard"] = "standard",
     out: Path = Path("runs/bench"),
     rounds: int = 3,
+    which: Literal["both", "forward", "backward"] = "both",
 ) -> None:
     """Measure the speed of attention: ours and the peers that are installed, on the same inputs.
 
@@ -120,8 +121,10 @@ def bench(
         suite: quick is three cases; standard is lengths, patterns, densities and head_dims.
         out: Folder of the report: bench.json, bench.md, bench.png, TensorBoard events.
         rounds: Each implementation is measured so often, in turns.
+        which: The passes to measure.
     """
-    report = benchmark.bench(suite, out, rounds)
+    passes = benchmark.PASSES if which == "both" else (which,)
+    report = benchmark.bench(suite, out, rounds, passes)
     print(f"\n{benchmark.table(report)}\nreport: {out / 'bench.md'} and {out / 'bench.json'}")
     _point_to_tensorboard(out)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from sparse_flash.masks import Mask, parse
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,15 @@ class Case:
     def label(self) -> str:
         """A name that is unique in a suite."""
         return f"{self.name} d{self.head_dim}"
+
+
+# The masks that cut tiles, in the form that FlexAttention compiles into its kernel.
+PREDICATES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "causal()": lambda q_idx, kv_idx: q_idx >= kv_idx,
+    "local(200) | global_tokens(37)": lambda q_idx, kv_idx: (
+        ((q_idx - kv_idx).abs() <= 200) | (q_idx < 37) | (kv_idx < 37)
+    ),
+}
 
 
 def _paper(head_dim: int) -> list[Case]:

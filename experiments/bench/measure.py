@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from sparse_flash.experiments.bench.cases import Case
-from sparse_flash.experiments.bench.peers import PEERS, Call, Peer, UnsupportedError
+from sparse_flash.experiments.bench.peers import PEERS, Call, Peer, Result, UnsupportedError
 from sparse_flash.masks import BlockLayout
 from torch import Tensor
 
@@ -16,13 +16,16 @@ Row = dict[str, Any]
 TOLERANCE = 0.02  # relative L2 distance between outputs in 16 bits
 
 
-def measure(case: Case, peers: tuple[Peer, ...] = PEERS, rounds: int = 3) -> list[Row]:
+def measure(
+    case: Case, which: str = "forward", peers: tuple[Peer, ...] = PEERS, rounds: int = 3
+) -> list[Row]:
     """A row for each peer that can compute the case: time, speed, memory; or why it cannot.
 
+    which: The "forward" pass, or the "backward" pass alone, from dout to dq, dk and dv.
     ms: Time on the GPU, median over rounds of triton.testing.do_bench's medians.
     wall_ms: Time of a call in a row of calls, what the host takes included.
-    tflops: 4 x elements of stored tiles x head_dim / ms.
-    peak_mib: Memory that a call takes, its output included.
+    tflops: 4 x elements of stored tiles x head_dim / ms, or 2.5 times that backward.
+    peak_mib: Memory that a call takes, its results included.
 
     Raises:
         AssertionError: Two implementations disagree.
@@ -30,15 +33,20 @@ def measure(case: Case, peers: tuple[Peer, ...] = PEERS, rounds: int = 3) -> lis
     layout = case.pattern.layout(case.length, block=(case.block, case.block), device="cuda")
     generator = torch.Generator("cuda").manual_seed(0)
     shape = (case.batch, case.length, case.heads, case.head_dim)
-    q, k, v = (
-        torch.randn(shape, generator=generator, device="cuda").to(torch.bfloat16) for _ in range(3)
+    q, k, v, dout = (
+        torch.randn(shape, generator=generator, device="cuda").to(torch.bfloat16) for _ in range(4)
     )
+    if which == "backward":
+        q, k, v = (x.requires_grad_() for x in (q, k, v))
     rows, calls, expected = [], {}, None
     for peer in peers:
-        row: Row = {"case": case.label, "peer": peer.name, "density": layout.density}
+        row: Row = {"pass": which, "case": case.label, "peer": peer.name}
+        row["density"] = layout.density
         rows.append(row)
         try:
             call = peer.prepare(case, layout, q, k, v)
+            if which == "backward":
+                call = _backward(call, (q, k, v), dout)
             out = call()
             torch.cuda.synchronize()
         except UnsupportedError as reason:
@@ -60,18 +68,30 @@ def measure(case: Case, peers: tuple[Peer, ...] = PEERS, rounds: int = 3) -> lis
     for row in rows:
         if row["peer"] in times:
             row["ms"], row["wall_ms"] = times[row["peer"]]
-            row["tflops"] = _flops(case, layout) / row["ms"] / 1e9
+            row["tflops"] = _flops(case, layout, which) / row["ms"] / 1e9
     return rows
 
 
-def _flops(case: Case, layout: BlockLayout) -> float:
+def _backward(call: Call, inputs: tuple[Tensor, ...], dout: Tensor) -> Call:
+    """The backward pass of a call."""
+    out = call()
+    return lambda: torch.autograd.grad(out, inputs, dout, retain_graph=True)
+
+
+def _flops(case: Case, layout: BlockLayout, which: str) -> float:
     elements = layout.num_tiles * case.block**2
-    return 4.0 * elements * case.head_dim * case.heads * case.batch
+    flops = {"forward": 4.0, "backward": 10.0}[which]
+    return flops * elements * case.head_dim * case.heads * case.batch
 
 
-def _check(case: Case, peer: Peer, out: Tensor, expected: Tensor) -> None:
-    distance = (out.float() - expected.float()).norm() / expected.float().norm()
-    assert distance < TOLERANCE, f"{case.label}: {peer.name} is {distance:.3f} away from ours"
+def _check(case: Case, peer: Peer, given: Result, expected: Result) -> None:
+    for a, b in zip(_tensors(given), _tensors(expected), strict=True):
+        distance = (a.float() - b.float()).norm() / b.float().norm()
+        assert distance < TOLERANCE, f"{case.label}: {peer.name} is {distance:.3f} away from ours"
+
+
+def _tensors(result: Result) -> tuple[Tensor, ...]:
+    return (result,) if isinstance(result, Tensor) else result
 
 
 def _peak(call: Call) -> float:

@@ -10,9 +10,10 @@ import importlib.metadata
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from sparse_flash.experiments.bench.cases import Case
+from sparse_flash.experiments.bench.cases import PREDICATES, Case
 from sparse_flash.masks import BlockLayout
 from sparse_flash.masks.layout import FULL_TILE
 from torch import Tensor
@@ -21,7 +22,8 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 from sparse_flash import block_sparse_attention
 
-Call = Callable[[], Tensor]
+Result = Tensor | tuple[Tensor, ...]
+Call = Callable[[], Any]  # a Result
 
 
 class UnsupportedError(ValueError):
@@ -61,10 +63,16 @@ def _flash_attention_4(case: Case, layout: BlockLayout, q: Tensor, k: Tensor, v:
         return lambda: _first(flash_attn_func(q, k, v, causal=causal))
     if layout.num_partial:
         raise UnsupportedError("partial tiles need a predicate compiled into its kernel")
-    full = layout.bit_tile_indices == FULL_TILE
-    lists = (*_rows(layout, ~full), *_rows(layout, full))
-    tensors = BlockSparseTensorsTorch(*lists, block_size=layout.block)
-    return lambda: _first(flash_attn_func(q, k, v, block_sparse_tensors=tensors))
+
+    def tensors(layout: BlockLayout) -> Any:
+        full = layout.bit_tile_indices == FULL_TILE
+        lists = (*_rows(layout, ~full), *_rows(layout, full))
+        return BlockSparseTensorsTorch(*lists, block_size=layout.block)
+
+    sparse = {"block_sparse_tensors": tensors(layout)}
+    if q.requires_grad:
+        sparse["block_sparse_tensors_bwd"] = tensors(layout.transpose())
+    return lambda: _first(flash_attn_func(q, k, v, **sparse))
 
 
 def _first(result: Tensor | tuple[Tensor, ...]) -> Tensor:
@@ -85,14 +93,16 @@ def _rows(layout: BlockLayout, keep: Tensor) -> tuple[Tensor, Tensor]:
 def _flex_attention(case: Case, layout: BlockLayout, q: Tensor, k: Tensor, v: Tensor) -> Call:
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-    mask = case.pattern
     partial = layout.bit_tile_indices != FULL_TILE
     kinds = (*_rows(layout, partial), *_rows(layout, ~partial))
 
-    def exact(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return mask(q_idx, kv_idx)
+    exact = PREDICATES.get(case.mask)
+    if layout.num_partial and exact is None:
+        raise UnsupportedError("no predicate is written for this mask")
 
-    predicate = exact if layout.num_partial else _whole
+    def predicate(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return exact(q_idx, kv_idx) if exact else q_idx >= 0
+
     lengths = (case.length, case.length)
     blocks = BlockMask.from_kv_blocks(
         *kinds, BLOCK_SIZE=layout.block, mask_mod=predicate, seq_lengths=lengths
@@ -102,13 +112,10 @@ def _flex_attention(case: Case, layout: BlockLayout, q: Tensor, k: Tensor, v: Te
     return lambda: compiled(*heads_first, block_mask=blocks).transpose(1, 2)
 
 
-def _whole(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-    return q_idx >= 0
-
-
 @functools.cache
 def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     torch._dynamo.config.recompile_limit = 1000  # a graph for each shape, not one for all
+    torch._functorch.config.donated_buffer = False  # the backward pass is timed again and again
     # The whole of it: else what cannot be compiled would run uncompiled, unnoticed.
     return torch.compile(function, dynamic=False, fullgraph=True)
 
@@ -116,7 +123,8 @@ def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def _cudnn(case: Case, layout: BlockLayout, q: Tensor, k: Tensor, v: Tensor) -> Call:
     from cudnn.flex_attention import create_mask_plan, flex_attn_func
 
-    plan = create_mask_plan(_intervals(case, layout.device), q, k, v, build_backward=False)
+    intervals = _intervals(case, layout.device).repeat(1, 1, case.batch)
+    plan = create_mask_plan(intervals, q, k, v, build_backward=q.requires_grad)
     return lambda: flex_attn_func(q, k, v, mask_plan=plan)
 
 

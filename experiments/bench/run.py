@@ -16,17 +16,26 @@ from sparse_flash.masks.files import atomic_write
 from tqdm import tqdm
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
-def bench(suite: str, out: Path, rounds: int = 3) -> dict[str, Any]:
+PASSES = ("forward", "backward")
+
+
+def bench(
+    suite: str, out: Path, rounds: int = 3, passes: tuple[str, ...] = PASSES
+) -> dict[str, Any]:
     """Measure every case of a suite with every peer that is installed; write the report into `out`.
 
     Raises:
-        ValueError: No such suite, or no Hopper GPU.
+        ValueError: No such suite or pass, or no Hopper GPU.
     """
     if suite not in SUITES:
         raise ValueError(f"unknown suite {suite!r}; there are {', '.join(map(repr, SUITES))}")
+    for which in passes:
+        if which not in PASSES:
+            raise ValueError(f"unknown pass {which!r}; there are {', '.join(map(repr, PASSES))}")
     if not torch.cuda.is_available():
         raise ValueError("the benchmark needs a CUDA GPU: torch sees none here")
     versions = {peer.name: peer.version for peer in PEERS}
@@ -41,8 +50,9 @@ def bench(suite: str, out: Path, rounds: int = 3) -> dict[str, Any]:
         "matrix_peak_tflops": matrix_peak(),
         "rows": [],
     }
-    for case in tqdm(SUITES[suite], desc="cases", unit="case"):
-        rows = measure(case, installed, rounds)
+    work = [(which, case) for which in passes for case in SUITES[suite]]
+    for which, case in tqdm(work, desc="cases", unit="case"):
+        rows = measure(case, which, installed, rounds)
         report["rows"] += rows
         for row in rows:
             _derive(row, report)
@@ -62,55 +72,68 @@ def _derive(row: Row, report: dict[str, Any]) -> None:
     row["of_peak"] = row["tflops"] / report["matrix_peak_tflops"]
     head_dim = row["case"].rpartition(" d")[2]
     for other in report["rows"]:
-        same = (other["peer"], other["case"]) == (row["peer"], f"16K dense d{head_dim}")
-        if same and "tflops" in other:
+        same = all(other[key] == row[key] for key in ("pass", "peer"))
+        if same and other["case"] == f"16K dense d{head_dim}" and "tflops" in other:
             row["of_own_dense"] = row["tflops"] / other["tflops"]
 
 
 def _line(row: Row) -> str:
+    name = f"{row['pass']:8} {row['case']:38} {row['peer']:17}"
     if "ms" not in row:
-        return f"{row['case']:38} {row['peer']:17} left out: {row['left out']}"
+        return f"{name} left out: {row['left out']}"
     return (
-        f"{row['case']:38} {row['peer']:17} {row['ms']:8.3f} ms  {row['tflops']:6.1f} TFLOP/s  "
+        f"{name} {row['ms']:8.3f} ms  {row['tflops']:6.1f} TFLOP/s  "
         f"wall {row['wall_ms']:8.3f} ms  {row['peak_mib']:7.0f} MiB"
     )
 
 
+def passes_of(report: dict[str, Any]) -> list[str]:
+    """The passes that were measured, in their order."""
+    return list(dict.fromkeys(row["pass"] for row in report["rows"]))
+
+
 def table(report: dict[str, Any]) -> str:
     """Markdown: a line for each case, a column for each peer, in TFLOP/s; ours against the best."""
-    names = [name for name, version in report["versions"].items() if version]
     heading = (
-        f"Forward, bfloat16, TFLOP/s of stored elements. {report['machine'].get('gpu', '')}, "
+        f"bfloat16, TFLOP/s of stored elements. {report['machine'].get('gpu', '')}, "
         f"matrix peak {report['matrix_peak_tflops']:.0f} TFLOP/s."
     )
+    lines = [heading, ""]
+    for which in passes_of(report):
+        lines += [f"### {which.capitalize()}", "", *_speeds(report, which), ""]
+    return "\n".join([*lines, *_details(report)]) + "\n"
+
+
+def _speeds(report: dict[str, Any], which: str) -> list[str]:
+    names = [name for name, version in report["versions"].items() if version]
     lines = [
-        heading,
-        "",
         "| case | density | " + " | ".join(names) + " | ours / best peer | wall |",
         "|" + "---|" * (len(names) + 4),
     ]
-    for case in dict.fromkeys(row["case"] for row in report["rows"]):
-        rows = {row["peer"]: row for row in report["rows"] if row["case"] == case}
+    measured = [row for row in report["rows"] if row["pass"] == which]
+    for case in dict.fromkeys(row["case"] for row in measured):
+        rows = {row["peer"]: row for row in measured if row["case"] == case}
         cells = [f"{rows[n]['tflops']:.0f}" if "ms" in rows.get(n, {}) else "" for n in names]
         ratios = [_ratio(rows, key) for key in ("ms", "wall_ms")]
         density = f"{rows['ours']['density']:.2%}"
         lines.append(f"| {case} | {density} | " + " | ".join((*cells, *ratios)) + " |")
-    return "\n".join([*lines, "", *_details(report)]) + "\n"
+    return lines
 
 
 def _details(report: dict[str, Any]) -> list[str]:
     """Markdown: a line for each measurement."""
     lines = [
-        "| case | by | ms | wall ms | of the matrix peak | of own dense | MiB |",
-        "|" + "---|" * 7,
+        "| pass | case | by | ms | wall ms | of the matrix peak | of own dense | MiB |",
+        "|" + "---|" * 8,
     ]
     for row in report["rows"]:
+        names = (row["pass"], row["case"], row["peer"])
         if "ms" not in row:
-            lines.append(f"| {row['case']} | {row['peer']} | left out: {row['left out']} |||||")
+            lines.append("| " + " | ".join(names) + f" | left out: {row['left out']} |||||")
             continue
         shares = [f"{row[key]:.0%}" if key in row else "" for key in ("of_peak", "of_own_dense")]
         times = [f"{row[key]:.3f}" for key in ("ms", "wall_ms")]
-        cells = (row["case"], row["peer"], *times, *shares, f"{row['peak_mib']:.0f}")
+        cells = (*names, *times, *shares, f"{row['peak_mib']:.0f}")
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
@@ -121,23 +144,30 @@ def _ratio(rows: dict[str, Row], key: str) -> str:
 
 
 def plot(report: dict[str, Any]) -> Figure:
-    """Bars of TFLOP/s, a group for each case."""
+    """Bars of TFLOP/s, a group for each case; the passes side by side."""
     from matplotlib.figure import Figure
 
-    cases = list(dict.fromkeys(row["case"] for row in report["rows"]))
+    passes = passes_of(report)
+    most = max(len({r["case"] for r in report["rows"] if r["pass"] == w}) for w in passes)
+    figure = Figure(figsize=(11 * len(passes), 1.5 + 0.45 * most), layout="constrained")
+    for axes, which in zip(figure.subplots(1, len(passes), squeeze=False)[0], passes, strict=True):
+        _bars(axes, report, which)
+    return figure
+
+
+def _bars(axes: Axes, report: dict[str, Any], which: str) -> None:
+    rows = [row for row in report["rows"] if row["pass"] == which]
+    cases = list(dict.fromkeys(row["case"] for row in rows))
     names = [name for name, version in report["versions"].items() if version]
-    figure = Figure(figsize=(11, 1.5 + 0.45 * len(cases)), layout="constrained")
-    axes = figure.subplots()
     for i, name in enumerate(names):
-        speeds = {r["case"]: r.get("tflops", 0) for r in report["rows"] if r["peer"] == name}
+        speeds = {r["case"]: r.get("tflops", 0) for r in rows if r["peer"] == name}
         places = [j + (i - len(names) / 2) * 0.13 for j in range(len(cases))]
         axes.barh(places, [speeds.get(case, 0) for case in cases], height=0.12, label=name)
     axes.axvline(report["matrix_peak_tflops"], color="grey", linestyle=":", label="matrix peak")
     axes.set_yticks(range(len(cases)), cases)
     axes.invert_yaxis()
-    axes.set_xlabel("TFLOP/s of stored elements, forward")
+    axes.set_xlabel(f"TFLOP/s of stored elements, {which}")
     axes.legend(fontsize="small")
-    return figure
 
 
 def _to_tensorboard(report: dict[str, Any], figure: Figure, out: Path) -> None:
@@ -146,7 +176,7 @@ def _to_tensorboard(report: dict[str, Any], figure: Figure, out: Path) -> None:
         logger.figure("bench", figure)
         for row in report["rows"]:
             if "ms" in row:
-                tag = f"{row['case']}/{row['peer']}".replace(" ", "_")
+                tag = f"{row['pass']}/{row['case']}/{row['peer']}".replace(" ", "_")
                 logger.scalars({f"tflops/{tag}": row["tflops"], f"ms/{tag}": row["ms"]}, 0)
 
 

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from sparse_flash.experiments.bench import peers, run
-from sparse_flash.experiments.bench.cases import SUITES, Case
+from sparse_flash.experiments.bench.cases import PREDICATES, SUITES, Case
 
 from sparse_flash import masks
 
@@ -19,6 +19,8 @@ def report():
         {"case": "64K local d64", "peer": "ours", "density": 0.01, "ms": 1.0, "wall_ms": 1.5},
         {"case": "64K local d64", "peer": "SDPA flash", "density": 0.01, "left out": "dense only"},
     ]
+    slower = [{**row, "pass": "backward", "ms": 4.0, "wall_ms": 4.0} for row in rows[:2]]
+    rows = [{**row, "pass": "forward"} for row in rows] + slower
     for row in rows:
         row["peak_mib"] = 10.0
         if "ms" in row:
@@ -39,10 +41,12 @@ def test_report(tmp_path):
     assert made["rows"][2]["of_own_dense"] == 2
     assert made["rows"][0]["of_peak"] == pytest.approx(0.4)
     lines = run.table(made).splitlines()
-    assert lines[4] == "| 16K dense d64 | 100.00% | 300 | 200 | 1.50 | 1.43 |"
-    assert lines[5] == "| 64K local d64 | 1.00% | 600 |  |  |  |"
-    assert "| 64K local d64 | ours | 1.000 | 1.500 | 80% | 200% | 10 |" in lines
-    assert "| 64K local d64 | SDPA flash | left out: dense only |||||" in lines
+    assert "| 16K dense d64 | 100.00% | 300 | 200 | 1.50 | 1.43 |" in lines
+    assert "| 64K local d64 | 1.00% | 600 |  |  |  |" in lines
+    assert "| 16K dense d64 | 100.00% | 150 | 150 | 1.00 | 1.00 |" in lines  # backward
+    assert "| forward | 64K local d64 | ours | 1.000 | 1.500 | 80% | 200% | 10 |" in lines
+    assert "| forward | 64K local d64 | SDPA flash | left out: dense only |||||" in lines
+    assert "| backward | 16K dense d64 | ours | 4.000 | 4.000 | 20% | 100% | 10 |" in lines
     assert "left out: dense only" in run._line(made["rows"][3])
     figure = run.plot(made)
     figure.savefig(tmp_path / "bench.png")
@@ -72,6 +76,14 @@ def test_cases_can_be_built():
     for case in SUITES["standard"]:
         short = case.pattern.layout(2048, block=(case.block, case.block))
         assert 0 < short.num_tiles <= 256
+        assert case.mask in PREDICATES or not short.num_partial
+
+
+@pytest.mark.parametrize("spec", PREDICATES)
+def test_predicates_mean_their_masks(spec):
+    keys = torch.arange(600)
+    expected = masks.parse(spec)(keys[:, None], keys)
+    assert torch.equal(PREDICATES[spec](keys[:, None], keys), expected)
 
 
 def test_lists_of_tiles():
@@ -90,6 +102,8 @@ def test_lists_of_tiles():
 def test_refusals(tmp_path):
     with pytest.raises(ValueError, match="unknown suite 'all'; there are 'quick', 'standard'"):
         run.bench("all", tmp_path)
+    with pytest.raises(ValueError, match="unknown pass 'both'; there are 'forward', 'backward'"):
+        run.bench("quick", tmp_path, passes=("both",))
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="torch sees none"):
             run.bench("quick", tmp_path)
@@ -101,8 +115,9 @@ def test_one_case(tmp_path, monkeypatch):
     monkeypatch.setitem(SUITES, "quick", [small])
     made = run.bench("quick", tmp_path, rounds=1)
     assert json.loads((tmp_path / "bench.json").read_text())["rows"] == made["rows"]
-    rows = {row["peer"]: row for row in made["rows"]}
-    assert rows["ours"]["ms"] > 0
-    assert rows["FlexAttention"]["ms"] > 0
-    assert rows["SDPA flash"]["left out"] == "dense and causal only"
+    for which in run.PASSES:
+        rows = {row["peer"]: row for row in made["rows"] if row["pass"] == which}
+        assert rows["ours"]["ms"] > 0
+        assert rows["FlexAttention"]["ms"] > 0
+        assert rows["SDPA flash"]["left out"] == "dense and causal only"
     assert (tmp_path / "bench.md").exists()
