@@ -69,20 +69,16 @@ class BackwardConsumer:
         self.f_q = self.scores.make_fragment_B(scores.partition_B(s_q))
         self.f_do = self.scores.make_fragment_B(scores.partition_B(s_do))
         self.f_qt, self.f_dot = columns(s_q), columns(s_do)
-        of_queries, stages, by_columns = (
-            self.of_queries.get_slice(0),
-            config.ds_stages,
-            config.dq_by_columns,
-        )
+        of_queries, stages = self.of_queries.get_slice(0), config.ds_stages
         # dS: (64 queries, keys, tile_m / 64, stage).
         layout = cute.make_layout((64, n, m // 64, stages), stride=(n, 1, 64 * n, n * m))
         operand = of_queries.partition_A(cute.composition(self.s_ds, layout))
-        place = 0 if by_columns else self.group
+        place = 0 if config.dq_by_columns else self.group
         self.f_ds = self.of_queries.make_fragment_A(operand)[None, None, None, place, None]
         # K: (64 columns, keys, head_dim / 64, stage).
         layout = cute.make_layout((64, n, width // 64, kv), stride=(n, 1, n * 64, n * width))
         operand = of_queries.partition_B(cute.composition(self.s_k, layout))
-        place = self.group if by_columns else 0
+        place = self.group if config.dq_by_columns else 0
         self.f_kt = self.of_queries.make_fragment_B(operand)[None, None, None, place, None]
 
     @cute.jit
@@ -126,18 +122,7 @@ class BackwardConsumer:
         p, ds = (cute.make_rmem_tensor(shape, self.dtype) for _ in range(2))
         self.do_pipe.consumer_wait(q_state)
         self.multiply_scores(acc_dp, self.f_v, self.f_do, kv_state, q_state)
-        bit_tile = Int32(0)
-        if self.thread % 32 == 0:  # by the thread that frees the stage for its warp
-            bit_tile = self.s_tiles[stage]
-        bit_tile = cute.arch.shuffle_sync(bit_tile, 0)
-        words = online.mask_words(self.bits, bit_tile, self.group, self.thread)
-        lse = self.statistics(0, stage)
-        for i in cutlass.range_constexpr(cute.size(self.acc_s)):
-            power = self.acc_s[i] * self.scale_log2 - lse[i % 2, i // 4]
-            self.acc_s[i] = online.exp2(power)
-        if bit_tile != FULL_TILE or remaining < config.tile_n:
-            self.keep_rows(words, remaining)
-            online.apply_mask(self.acc_s, words, Int32(-1), 0.0)
+        self.probabilities(stage, remaining)
         p.store(self.acc_s.load().to(self.dtype))
         if const_expr(config.early_dv):
             self.multiply_keys(self.acc_dv, p, self.f_dot, stage)
@@ -175,6 +160,23 @@ class BackwardConsumer:
         return following, buffer
 
     @cute.jit
+    def probabilities(self, stage, remaining):
+        """P' from S', in place; 0 where the mask or the keys' length says so."""
+        bit_tile = Int32(0)
+        if self.thread % 32 == 0:  # by the thread that frees the stage for its warp
+            bit_tile = self.s_tiles[stage]
+        bit_tile = cute.arch.shuffle_sync(bit_tile, 0)
+        words = online.mask_words(self.bits, bit_tile, self.group, self.thread)
+        lse = self.statistics(0, stage)
+        for i in cutlass.range_constexpr(cute.size(self.acc_s)):
+            power = self.acc_s[i] * self.scale_log2 - lse[i % 2, i // 4]
+            self.acc_s[i] = online.exp2(power)
+        if bit_tile != FULL_TILE or remaining < self.config.tile_n:
+            for i in cutlass.range_constexpr(2):
+                words[i] = words[i] if self.row(i) < remaining else Int32(0)
+            online.apply_mask(self.acc_s, words, Int32(-1), 0.0)
+
+    @cute.jit
     def multiply_scores(self, acc, a, b, kv_state, q_state):
         """Issue acc = a b for this warpgroup's keys."""
         mine = a[None, None, None, self.group, kv_state.index]
@@ -188,7 +190,7 @@ class BackwardConsumer:
 
     @cute.jit
     def statistics(self, which: cutlass.Constexpr, stage):
-        """Lse (0) or delta (1) of the thread's columns: (2, tile_m / 8)."""
+        """The lse (0) or delta (1) of the thread's columns: (2, tile_m / 8)."""
         values = cute.make_rmem_tensor((2, self.config.tile_m // 8), Float32)
         mine = self.s_stats[None, which, stage].iterator + 2 * (self.thread % 4)
         layout = cute.make_layout((2, self.config.tile_m // 8), stride=(1, 8))
@@ -199,12 +201,6 @@ class BackwardConsumer:
     def row(self, i: cutlass.Constexpr):
         """The key, in the tile, of the thread's row i (0 or 1)."""
         return self.group * 64 + self.thread // 32 * 16 + self.thread % 32 // 4 + 8 * i
-
-    @cute.jit
-    def keep_rows(self, words, remaining):
-        """No bits for keys beyond the length."""
-        for i in cutlass.range_constexpr(2):
-            words[i] = words[i] if self.row(i) < remaining else Int32(0)
 
     @cute.jit
     def zero_rows(self, acc, remaining):
