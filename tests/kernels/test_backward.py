@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
-import sys
-
 import pytest
 import torch
 from hypothesis import given
 
 from sparse_flash import block_sparse_attention, masks
-from tests.kernels.test_forward import DTYPES, tensors, truth, wait
+from tests.kernels.test_forward import DTYPES, sanitize, tensors, truth, wait
 from tests.oracle import dense_attention
 from tests.strategies import problems
 
@@ -300,12 +296,6 @@ torch.cuda.synchronize()
 """
 
 
-@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="no compute-sanitizer")
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_sanitizer(tool):
-    command = ["compute-sanitizer", "--tool", tool, "--kernel-name", "kernel_substring=cutlass"]
-    command += ["--error-exitcode", "7", sys.executable, "-c", SMALL_CASES]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
-    if "Device not supported" in run.stdout:
-        pytest.skip("compute-sanitizer does not run on this machine")
-    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-2000:]
+    sanitize(tool, SMALL_CASES)

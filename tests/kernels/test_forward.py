@@ -487,12 +487,18 @@ torch.cuda.synchronize()
 """
 
 
-@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="no compute-sanitizer")
-@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
-def test_sanitizer(tool):
+def sanitize(tool, program):
+    """Run a program whose kernels compute-sanitizer watches; it must find nothing."""
+    if shutil.which("compute-sanitizer") is None:
+        pytest.skip("no compute-sanitizer")
     command = ["compute-sanitizer", "--tool", tool, "--kernel-name", "kernel_substring=cutlass"]
-    command += ["--error-exitcode", "7", sys.executable, "-c", SMALL_CASES]
+    command += ["--error-exitcode", "7", sys.executable, "-c", program]
     run = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
     if "Device not supported" in run.stdout:
         pytest.skip("compute-sanitizer does not run on this machine")
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-2000:]
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_sanitizer(tool):
+    sanitize(tool, SMALL_CASES)
