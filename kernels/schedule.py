@@ -24,8 +24,10 @@ from torch.nn.functional import pad
 class CostModel:
     """What things cost, in units of the time that a full tile takes.
 
-    `tall_tile` is from speeds on an H200 at head_dim 64 (571 against 461 TFLOP/s); the others are
-    estimates that balance what tests/kernels/test_schedule.py simulates.
+    From speeds on an H200. `tall_tile` is from head_dim 64 (571 against 461 TFLOP/s). Two random
+    densities give `item` (1.0 at head_dim 64, 1.9 at 128), masks with and without partial tiles
+    `partial_tile` (1.2 and 1.05): one value stands between both. The last two are estimates that
+    balance what tests/kernels/test_schedule.py simulates.
     """
 
     partial_tile: float = 1.1
