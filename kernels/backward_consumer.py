@@ -223,7 +223,7 @@ class BackwardConsumer:
 
     @cute.jit
     def share(self, ds, stage):
-        """DS' into shared memory, where dQ's product reads it."""
+        """Put dS' into shared memory, where dQ's product reads it."""
         n, m, stages = self.config.tile_n, self.config.tile_m, self.config.ds_stages
         layout = cute.make_layout((64, m, 2, stages), stride=(1, n, 64, n * m))
         place = cute.composition(self.s_ds, layout)[None, None, self.group, stage % stages]
@@ -232,7 +232,7 @@ class BackwardConsumer:
 
     @cute.jit
     def put_queries(self, acc, buffer):
-        """The sums of dQ into shared memory, as threads hold them. Returns the next buffer."""
+        """Put dQ into shared memory, as threads hold it. Returns the next buffer."""
         self.wait_for_room(buffer)
         goal = self.s_dq[None, self.thread, None, self.group, buffer]
         cute.autovec_copy(cute.make_tensor(acc.iterator, goal.shape), goal)
@@ -240,7 +240,7 @@ class BackwardConsumer:
 
     @cute.jit
     def put_keys(self, acc, buffer):
-        """DV or dK into shared memory, as a tile in 16 bits. Returns the next buffer."""
+        """Put dV or dK into shared memory, in 16 bits. Returns the next buffer."""
         self.wait_for_room(buffer)
         registers = cute.make_rmem_tensor(acc.shape, self.dtype)
         registers.store(acc.load().to(self.dtype))
@@ -273,7 +273,7 @@ class BackwardConsumer:
 
     @cute.jit
     def finish(self, item, buffer):
-        """DV and dK of an item: to the results, or as a part of a split column."""
+        """Write dV and dK of an item: to the results, or as a part of a split column."""
         part = item[4]
         for i in cutlass.range_constexpr(cute.size(self.acc_dk)):
             self.acc_dk[i] = self.acc_dk[i] * self.scale

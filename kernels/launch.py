@@ -33,24 +33,13 @@ class Kernel:
         device: torch.device,
     ) -> None:
         """Launch on the device's current stream."""
-        if device.index == torch.cuda.current_device():
-            self._launch(before, num_parts, after, numbers, device)
-        else:
+        if device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
-                self._launch(before, num_parts, after, numbers, device)
-
-    def _launch(
-        self,
-        before: tuple[Tensor, ...],
-        num_parts: int,
-        after: tuple[Tensor, ...],
-        numbers: tuple[float, ...],
-        device: torch.device,
-    ) -> None:
+                return self.launch(before, num_parts, after, numbers, device)
         counter = self.counter(device.index)
         parts = self.parts(num_parts, device)
-        ctas = min(before[self.work].shape[0], self.num_ctas[device.index])
-        self.function(*before, counter, *parts, *after, ctas, *numbers)
+        ctas = min(before[self.work].shape[0], self.num_ctas[device.index])  # there are items
+        return self.function(*before, counter, *parts, *after, ctas, *numbers)
 
     def parts(self, number: int, device: torch.device) -> list[Tensor]:
         """Room for the parts of split rows or columns."""

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 
 from sparse_flash import block_sparse_attention, masks
-from tests.kernels.test_forward import DTYPES, sanitize, tensors, truth, wait
+from tests.kernels.helpers import DTYPES, sanitize, tensors, truth, wait
 from tests.oracle import dense_attention
 from tests.strategies import problems
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -14,23 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparse_flash import block_sparse_attention, masks
+from tests.kernels.helpers import DTYPES, sanitize, tensors, truth, wait
 from tests.oracle import dense_attention
 from tests.strategies import problems
 
 pytestmark = pytest.mark.gpu
-DTYPES = [torch.bfloat16, torch.float16]
-
-
-def wait(seconds=30):
-    """A watchdog: a launch that does not end would block every later call, so leave at once."""
-    event = torch.cuda.Event()
-    event.record()
-    deadline = time.monotonic() + seconds
-    while not event.query():
-        if time.monotonic() > deadline:
-            print("a launch hangs", file=sys.stderr, flush=True)
-            os._exit(1)
-        time.sleep(1e-4)
 
 
 def attend(q, k, v, mask, **options):
@@ -52,23 +39,6 @@ def check(out, lse, q, k, v, allowed, scale=None):
     cosine = torch.nn.functional.cosine_similarity(out.double().flatten(), ref_out.flatten(), 0)
     assert norms[2] == 0 or cosine > 1 - 1e-4
     torch.testing.assert_close(lse.double(), ref_lse, atol=2e-5, rtol=2e-5)
-
-
-def tensors(b, s, h, d, kv_len=None, kv_heads=None, dtype=torch.bfloat16, seed=0):
-    generator = torch.Generator("cuda").manual_seed(seed)
-
-    def make(*shape):
-        return torch.randn(*shape, generator=generator, device="cuda").to(dtype)
-
-    return make(b, s, h, d), *(make(b, kv_len or s, kv_heads or h, d) for _ in "kv")
-
-
-def truth(mask, q, k, lens=None):
-    q_idx, kv_idx = torch.arange(q.shape[1])[:, None], torch.arange(k.shape[1])
-    allowed = mask(q_idx, kv_idx)
-    allowed = allowed if allowed.ndim == 4 else allowed[None, None]
-    allowed = allowed.expand(q.shape[0], q.shape[2], -1, -1).cuda()
-    return allowed if lens is None else allowed & (kv_idx.cuda() < lens[:, None, None, None])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -485,18 +455,6 @@ for d, mask, sizes in (
     f(q, k, v, mask, kv_lens=torch.tensor([sizes[1] - 30], device="cuda"), impl="sm90")
 torch.cuda.synchronize()
 """
-
-
-def sanitize(tool, program):
-    """Run a program whose kernels compute-sanitizer watches; it must find nothing."""
-    if shutil.which("compute-sanitizer") is None:
-        pytest.skip("no compute-sanitizer")
-    command = ["compute-sanitizer", "--tool", tool, "--kernel-name", "kernel_substring=cutlass"]
-    command += ["--error-exitcode", "7", sys.executable, "-c", program]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
-    if "Device not supported" in run.stdout:
-        pytest.skip("compute-sanitizer does not run on this machine")
-    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-2000:]
 
 
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
