@@ -43,10 +43,14 @@ class BackwardConsumer:
         self.dk_parts, self.dv_parts = parts
         self.thread = cute.arch.thread_idx()[0] % 128
         self.group = cute.arch.make_warp_uniform(cute.arch.thread_idx()[0] // 128 - 1)
+        # Which 64 keys, and which columns of dK and dV, are this warpgroup's.
+        self.keys, self.columns = self.group, 0
+        if const_expr(config.split_columns):
+            self.keys, self.columns = 0, self.group
         self.view(s_q, s_do, s_v)
         shape = self.scores.partition_shape_C((64, config.tile_m))
         self.acc_s = cute.make_rmem_tensor(shape, Float32)
-        shape = self.of_keys.partition_shape_C((64, config.head_dim))
+        shape = self.of_keys.partition_shape_C((64, config.columns))
         self.acc_dk = cute.make_rmem_tensor(shape, Float32)
         self.acc_dv = cute.make_rmem_tensor(shape, Float32)
 
@@ -57,18 +61,26 @@ class BackwardConsumer:
         scores, of_keys = self.scores.get_slice(0), self.of_keys.get_slice(0)
 
         def rows(tensor):  # (64 keys, head_dim, warpgroup, stage), as first operand
-            layout = cute.make_layout((64, width, 2, kv), stride=(1, n, 64, n * width))
+            layout = cute.make_layout((64, width, n // 64, kv), stride=(1, n, 64, n * width))
             return self.scores.make_fragment_A(scores.partition_A(cute.composition(tensor, layout)))
 
-        def columns(tensor):  # (head_dim, queries, stage), as second operand
-            layout = cute.make_ordered_layout((width, m, config.q_stages), order=(1, 0, 2))
+        def columns(tensor):  # (columns, queries, head_dim / columns, stage), as second operand
+            shape = (config.columns, m, width // config.columns, config.q_stages)
+            layout = cute.make_layout(shape, stride=(m, 1, m * config.columns, m * width))
             operand = of_keys.partition_B(cute.composition(tensor, layout))
-            return self.of_keys.make_fragment_B(operand)
+            return self.of_keys.make_fragment_B(operand)[None, None, None, self.columns, None]
 
         self.f_k, self.f_v = rows(self.s_k), rows(s_v)
         self.f_q = self.scores.make_fragment_B(scores.partition_B(s_q))
         self.f_do = self.scores.make_fragment_B(scores.partition_B(s_do))
         self.f_qt, self.f_dot = columns(s_q), columns(s_do)
+        if const_expr(config.dq):
+            self.view_queries()
+
+    def view_queries(self):
+        """The operands of dQ's product."""
+        config, width = self.config, self.config.head_dim
+        m, n, kv = config.tile_m, config.tile_n, config.kv_stages
         of_queries, stages = self.of_queries.get_slice(0), config.ds_stages
         # dS: (64 queries, keys, tile_m / 64, stage).
         layout = cute.make_layout((64, n, m // 64, stages), stride=(n, 1, 64 * n, n * m))
@@ -124,40 +136,57 @@ class BackwardConsumer:
         self.multiply_scores(acc_dp, self.f_v, self.f_do, kv_state, q_state)
         self.probabilities(stage, remaining)
         p.store(self.acc_s.load().to(self.dtype))
-        if const_expr(config.early_dv):
-            self.multiply_keys(self.acc_dv, p, self.f_dot, stage)
-        warpgroup.wait_group(1 if const_expr(config.early_dv) else 0)
+        self.multiply_keys(self.acc_dv, p, self.f_dot, stage)
+        warpgroup.wait_group(1)
         if const_expr(kind == LAST):
             self.v_pipe.consumer_release(kv_state)
         if remaining < config.tile_n:
             self.zero_rows(acc_dp, remaining)
-        delta = self.statistics(1, stage)
-        for i in cutlass.range_constexpr(cute.size(acc_dp)):
-            acc_dp[i] = self.acc_s[i] * (acc_dp[i] - delta[i % 2, i // 4])
-        ds.store(acc_dp.load().to(self.dtype))
-        self.share(ds, stage)
-        if const_expr(not config.early_dv):
-            self.multiply_keys(self.acc_dv, p, self.f_dot, stage)
+        self.derive(acc_dp, p, ds, stage)
+        if const_expr(config.dq):
+            self.share(ds, stage)
         self.multiply_keys(self.acc_dk, ds, self.f_qt, stage)
         following = q_state.clone()
         following.advance()
         acc_dq = cute.make_rmem_tensor(self.of_queries.partition_shape_C((64, 64)), Float32)
-        cute.arch.barrier(barrier_id=BOTH_BARRIER, number_of_threads=256)
-        of = self.f_ds[None, None, None, stage % config.ds_stages]
-        multiply(self.of_queries, acc_dq, of, self.f_kt, kv_state.index, True)
+        if const_expr(config.dq):
+            cute.arch.barrier(barrier_id=BOTH_BARRIER, number_of_threads=256)
+            of = self.f_ds[None, None, None, stage % config.ds_stages]
+            multiply(self.of_queries, acc_dq, of, self.f_kt, kv_state.index, True)
         # P' and dS' have been used, and their registers are free.
-        warpgroup.wait_group(1)
+        warpgroup.wait_group(1 if const_expr(config.dq) else 0)
         self.q_pipe.consumer_release(q_state)
         self.do_pipe.consumer_release(q_state)
         if const_expr(kind == INNER):
             self.q_pipe.consumer_wait(following)
             self.acc_s.fill(0.0)  # so that its old content need not be kept
             self.multiply_scores(self.acc_s, self.f_k, self.f_q, kv_state, following)
-        warpgroup.wait_group(1 if const_expr(kind == INNER) else 0)
-        buffer = self.put_queries(acc_dq, buffer)
+        if const_expr(config.dq):
+            warpgroup.wait_group(1 if const_expr(kind == INNER) else 0)
+            buffer = self.put_queries(acc_dq, buffer)
         # Not later: ptxas would serialise products that are under way from one round to the next.
         warpgroup.wait_group(0)
         return following, buffer
+
+    @cute.jit
+    def derive(self, acc_dp, p, ds, stage):
+        """DS' = P' (dP' - delta), the product in 16 bits, two at a time."""
+        delta = self.statistics(1, stage)
+        for i in cutlass.range_constexpr(cute.size(acc_dp)):
+            ds[i] = (acc_dp[i] - delta[i % 2, i // 4]).to(self.dtype)
+        pairs, factors = (
+            cute.make_tensor(
+                cute.recast_ptr(x.iterator, dtype=Int32), cute.make_layout(cute.size(x) // 2)
+            )
+            for x in (ds, p)
+        )
+        kind = "bf16x2" if const_expr(self.dtype is cutlass.BFloat16) else "f16x2"
+        for i in cutlass.range_constexpr(cute.size(pairs)):
+            pairs[i] = cute.arch.inline_ptx(
+                f"mul.rn.{kind} {{$w0}}, {{$r0}}, {{$r1}};",
+                write_only_types=[Int32],
+                read_only_args=[pairs[i], factors[i]],
+            )
 
     @cute.jit
     def probabilities(self, stage, remaining):
@@ -166,7 +195,7 @@ class BackwardConsumer:
         if self.thread % 32 == 0:  # by the thread that frees the stage for its warp
             bit_tile = self.s_tiles[stage]
         bit_tile = cute.arch.shuffle_sync(bit_tile, 0)
-        words = online.mask_words(self.bits, bit_tile, self.group, self.thread)
+        words = online.mask_words(self.bits, bit_tile, self.keys, self.thread)
         lse = self.statistics(0, stage)
         for i in cutlass.range_constexpr(cute.size(self.acc_s)):
             power = self.acc_s[i] * self.scale_log2 - lse[i % 2, i // 4]
@@ -179,7 +208,7 @@ class BackwardConsumer:
     @cute.jit
     def multiply_scores(self, acc, a, b, kv_state, q_state):
         """Issue acc = a b for this warpgroup's keys."""
-        mine = a[None, None, None, self.group, kv_state.index]
+        mine = a[None, None, None, self.keys, kv_state.index]
         multiply(self.scores, acc, mine, b, q_state.index, True)
 
     @cute.jit
@@ -200,7 +229,7 @@ class BackwardConsumer:
     @cute.jit
     def row(self, i: cutlass.Constexpr):
         """The key, in the tile, of the thread's row i (0 or 1)."""
-        return self.group * 64 + self.thread // 32 * 16 + self.thread % 32 // 4 + 8 * i
+        return self.keys * 64 + self.thread // 32 * 16 + self.thread % 32 // 4 + 8 * i
 
     @cute.jit
     def zero_rows(self, acc, remaining):
@@ -262,7 +291,7 @@ class BackwardConsumer:
         cute.arch.barrier_arrive(
             barrier_id=READY_BARRIER + 2 * buffer + self.group, number_of_threads=STORE_THREADS
         )
-        return 1 - buffer
+        return (buffer + 1) % self.config.buffers
 
     @cute.jit
     def to_shared(self, registers, place, product):
@@ -283,6 +312,7 @@ class BackwardConsumer:
         else:
             for acc, parts in ((self.acc_dv, self.dv_parts), (self.acc_dk, self.dk_parts)):
                 for i in cutlass.range_constexpr(cute.size(acc)):
-                    column = i // 4 * 8 + self.thread % 4 * 2 + i % 2
+                    column = self.columns * self.config.columns + i // 4 * 8
+                    column = column + self.thread % 4 * 2 + i % 2
                     parts[part, self.row(i // 2 % 2), column] = acc[i]
         return buffer

@@ -106,12 +106,13 @@ class BackwardStorer:
         state.advance()
         while item[3] >= 0:
             n_block, head, batch, count, part, first, _ = item
-            for j in cutlass.range(count, unroll=1):
-                m_block, q_head = query_place(self.tiles[first + j, 0], head, self.heads)
-                for group in cutlass.range_constexpr(2):
-                    self.wait_for_results(buffer, group)
-                    self.add((batch, q_head, 2 * m_block + group), buffer, group)
-                buffer = self.following(buffer)
+            if cutlass.const_expr(self.config.dq):
+                for j in cutlass.range(count, unroll=1):
+                    m_block, q_head = query_place(self.tiles[first + j, 0], head, self.heads)
+                    for group in cutlass.range_constexpr(2):
+                        self.wait_for_results(buffer, group)
+                        self.add((batch, q_head, 2 * m_block + group), buffer, group)
+                    buffer = self.following(buffer)
             if part < 0:
                 place = (n_block, head, batch)
                 for store in (self.dv_store, self.dk_store):
@@ -145,7 +146,8 @@ class BackwardStorer:
         modes = (cute.group_modes(self.s_out, 0, 2), cute.group_modes(goal, 0, 2))
         of, to = cpasync.tma_partition(atom, 0, cute.make_layout(1), *modes)
         slot = (2 * buffer + group) * self.config.out_slots
-        cute.copy(atom, of[None, slot], to[None, 2 * block + group, 0])
+        row, column = (block, group) if self.config.split_columns else (2 * block + group, 0)
+        cute.copy(atom, of[None, slot], to[None, row, column])
         cute.arch.cp_async_bulk_commit_group()
 
     @cute.jit
@@ -158,9 +160,11 @@ class BackwardStorer:
     @cute.jit
     def following(self, buffer):
         """The next buffer, once it has been read; each is given just before its turn."""
-        cute.arch.cp_async_bulk_wait_group(2, read=True)
-        self.give_room(1 - buffer)
-        return 1 - buffer
+        buffers = self.config.buffers
+        cute.arch.cp_async_bulk_wait_group(2 * (buffers - 1), read=True)
+        buffer = (buffer + 1) % buffers
+        self.give_room(buffer)
+        return buffer
 
     @cute.jit
     def give_room(self, buffer):

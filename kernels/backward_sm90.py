@@ -58,14 +58,15 @@ class BackwardSm90:
     ):
         """Launch all on the stream. See `Schedule` for the work items and the parts."""
         config = self.config
-        rows = Statistics(config.head_dim)
+        rows = Statistics(config.head_dim, config.dq)
         rows(out, dout, lse, dlse, stats, dq_sum, has_dlse, stream)
         lists = (kv_lens, work, tiles, bits, counter, counts)
         tensors = (q, dout, k, v, dk, dv)
         scales = (softmax_scale, scale_log2)
         rest = (dq_sum, stats, lists, (dk_parts, dv_parts))
         self.launch(tensors, *rest, num_ctas, scales, stream)
-        Convert(config, self.dtype)(dq_sum, dq, softmax_scale, stream)
+        if cutlass.const_expr(config.dq):
+            Convert(config, self.dtype)(dq_sum, dq, softmax_scale, stream)
         if cute.size(combine, mode=[0]) > 0:
             total = Sum(config.tile_n, config.head_dim, self.dtype)
             total((dk, dv), combine, counts, (dk_parts, dv_parts), stream)
@@ -84,9 +85,10 @@ class BackwardSm90:
         kv_layout = smem_layout(self.dtype, n, width, config.kv_stages)
         ds_layout = smem_layout(self.dtype, n, m, config.ds_stages)
         # (4 numbers, thread, more numbers, warpgroup, buffer): 16 bytes a thread at a time.
-        dq_layout = cute.make_ordered_layout((4, 128, DQ_CHUNK // 512, 2, 2), order=(0, 1, 2, 3, 4))
-        slots = 4 * config.out_slots
-        out_layout = smem_layout(self.dtype, 64, config.head_dim, slots)
+        shape = (4, 128, DQ_CHUNK // 512, 2, config.buffers)
+        dq_layout = cute.make_ordered_layout(shape, order=(0, 1, 2, 3, 4))
+        slots = 2 * config.buffers * config.out_slots
+        out_layout = smem_layout(self.dtype, 64, config.columns, slots)
         stats_layout = cute.make_layout((m, 2, stages), stride=(1, m, 2 * m))
         load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
 
@@ -179,12 +181,16 @@ class BackwardSm90:
         config, columns = self.config, OperandMajorMode.MN
         scores = product(self.dtype, (64, config.tile_m))
         registers = {"a_source": warpgroup.OperandSource.RMEM}
-        of_keys = product(self.dtype, (64, config.head_dim), b_mode=columns, **registers)
+        of_keys = product(self.dtype, (64, config.columns), b_mode=columns, **registers)
         of_queries = product(self.dtype, (64, 64), columns, columns)
         return scores, of_keys, of_queries
 
     def _storage(self, q_layout, kv_layout, ds_layout, out_layout):
         config, dtype = self.config, self.dtype
+
+        ds_room = cute.struct.MemRange[Int32, 1]  # not used
+        if cutlass.const_expr(config.dq):
+            ds_room = buffer(dtype, ds_layout)
 
         @cute.struct
         class Storage:
@@ -203,7 +209,7 @@ class BackwardSm90:
             k: buffer(dtype, kv_layout)
             v: buffer(dtype, kv_layout)
             results: buffer(dtype, out_layout)
-            ds: buffer(dtype, ds_layout)
+            ds: ds_room
 
         return Storage
 

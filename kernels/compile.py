@@ -8,7 +8,13 @@ from collections.abc import Callable
 from typing import Any
 
 from sparse_flash.kernels.cache import load_or_compile
-from sparse_flash.kernels.config import DQ_CHUNK, WORK_FIELDS, BackwardConfig, ForwardConfig
+from sparse_flash.kernels.config import (
+    DQ_CHUNK,
+    WORK_FIELDS,
+    BackwardConfig,
+    ForwardConfig,
+    QueriesConfig,
+)
 
 _lock = threading.Lock()
 
@@ -29,9 +35,22 @@ def backward_kernel(config: BackwardConfig) -> Callable[..., None]:
         return _backward_kernel(config)
 
 
+def queries_kernel(config: QueriesConfig) -> Callable[..., None]:
+    """The compiled kernel for dQ by queries, likewise, with the arguments of `QueriesSm90`."""
+    with _lock:
+        return _queries_kernel(config)
+
+
+@functools.cache
+def _queries_kernel(config: QueriesConfig) -> Callable[..., None]:
+    name = f"queries-{config.dtype}-{config.head_dim}-{config.tile_m}x{config.tile_n}"
+    return load_or_compile(name, repr(config), lambda: compile_queries(config))
+
+
 @functools.cache
 def _backward_kernel(config: BackwardConfig) -> Callable[..., None]:
-    name = f"backward-{config.dtype}-{config.head_dim}-{config.tile_n}x{config.tile_m}"
+    kind = "backward" if config.dq else "keys"
+    name = f"{kind}-{config.dtype}-{config.head_dim}-{config.tile_n}x{config.tile_m}"
     return load_or_compile(name, repr(config), lambda: compile_backward(config))
 
 
@@ -129,3 +148,36 @@ def compile_backward(config: BackwardConfig) -> Any:
     )
     options = f"--enable-tvm-ffi --gpu-arch {config.arch}"
     return cute.compile(BackwardSm90(config, dtype), *arguments, options=options)
+
+
+def compile_queries(config: QueriesConfig) -> Any:
+    """Compile, whether or not there is a GPU."""
+    import cutlass
+    from cutlass import Float32, Int32, cute
+    from sparse_flash.kernels.queries_sm90 import QueriesSm90
+
+    dtype = {"bfloat16": cutlass.BFloat16, "float16": cutlass.Float16}[config.dtype]
+    size, strided = cute.sym_int, functools.partial(_strided, dtype)
+    b, q_len, kv_len, h, h_kv, d = (*(size() for _ in range(5)), size(divisibility=8))
+    arguments = (
+        strided(b, q_len, h, d),
+        strided(b, kv_len, h_kv, d),
+        strided(b, kv_len, h_kv, d),
+        strided(b, q_len, h, d),
+        strided(b, q_len, h, d),
+        _compact(Float32, b, h, 2, size(divisibility=64)),
+        _compact(Int32, b),
+        _compact(Int32, size(), WORK_FIELDS),
+        _compact(Int32, size(), 2),
+        _compact(Int32, size(), config.warpgroups, 128, 2),
+        _compact(Int32, 2),
+        _compact(Float32, size(), config.tile_m, config.head_dim),
+        _compact(Int32, size(), WORK_FIELDS),
+        _compact(Int32, 2),
+        Int32(1),
+        Float32(1.0),
+        Float32(1.0),
+        cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True),
+    )
+    options = f"--enable-tvm-ffi --gpu-arch {config.arch}"
+    return cute.compile(QueriesSm90(config, dtype), *arguments, options=options)

@@ -65,13 +65,16 @@ class ForwardConfig:
 class BackwardConfig:
     """One compiled backward kernel: two warpgroups, which share tile_n keys and tile_m queries.
 
-    Each owns 64 keys, and of dQ 64 x 64 at a time: with tile_m 64 half of the columns, with 128
-    half of the rows.
+    With tile_n 128 each owns 64 keys, and of dQ 64 x 64 at a time: with tile_m 64 half of the
+    columns, with 128 half of the rows. With tile_n 64 (for large head_dims) both own all keys,
+    each half of the columns of dK and dV, and both compute the scores.
+    dq: Whether to compute dQ too, by adding up in memory, in no particular order.
     """
 
     dtype: str
     head_dim: int
     tile_m: int
+    dq: bool
     tile_n: int = 128
     q_stages: int = 2  # of Q and dO
     kv_stages: int = 1
@@ -79,9 +82,25 @@ class BackwardConfig:
     arch: str = "sm_90a"
 
     def __post_init__(self) -> None:
-        assert self.tile_n == 128
-        assert (self.tile_m, self.head_dim) in ((64, 128), (128, 64))
+        if self.dq:
+            assert self.tile_n == 128
+            assert (self.tile_m, self.head_dim) in ((64, 128), (128, 64))
         assert self.shared_memory <= SHARED_MEMORY, self.shared_memory
+
+    @property
+    def split_columns(self) -> bool:
+        """Whether the warpgroups share the columns of dK and dV instead of their rows."""
+        return self.tile_n == 64
+
+    @property
+    def columns(self) -> int:
+        """Columns of dK and dV that a warpgroup owns."""
+        return self.head_dim // 2 if self.split_columns else self.head_dim
+
+    @property
+    def buffers(self) -> int:
+        """How many results of each warpgroup may wait to be stored."""
+        return 2 if self.dq else 1
 
     @property
     def tile(self) -> tuple[int, int]:
@@ -94,23 +113,49 @@ class BackwardConfig:
         return self.tile_m == 64
 
     @property
-    def early_dv(self) -> bool:
-        """Whether to multiply P before dS is there: more overlap, for more registers."""
-        return self.tile_m == 64
-
-    @property
     def out_slots(self) -> int:
         """How many 64 x head_dim in 16 bits take as much room as 64 x 64 of dQ in 32."""
-        return 128 // self.head_dim
+        return 128 // self.head_dim if self.dq else 1
 
     @property
     def shared_memory(self) -> int:
         """Bytes of shared memory: tiles, statistics, and less than 1 KiB of barriers and items."""
         rows = 2 * self.q_stages * self.tile_m + 2 * self.kv_stages * self.tile_n
-        scores = self.ds_stages * self.tile_m * self.tile_n
-        results = 4 * 2 * 64 * 64  # two buffers for each of two warpgroups
+        scores = self.ds_stages * self.tile_m * self.tile_n if self.dq else 0
+        results = 2 * self.buffers * self.out_slots * 64 * self.columns
         statistics = 8 * self.tile_m * self.q_stages
         return 2 * (rows * self.head_dim + scores + results) + statistics + 1024
+
+
+@dataclass(frozen=True)
+class QueriesConfig:
+    """One compiled kernel for dQ by queries: two warpgroups, each with 64 rows."""
+
+    dtype: str
+    head_dim: int
+    tile_n: int
+    o_columns: int
+    tile_m: int = 128
+    q_stages: int = 1
+    kv_stages: int = 2
+    arch: str = "sm_90a"
+    warpgroups: int = 2
+    consumer_registers: int = 240
+    producer_registers: int = 24
+
+    def __post_init__(self) -> None:
+        assert self.shared_memory <= SHARED_MEMORY, self.shared_memory
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        """(tile_m, tile_n)."""
+        return self.tile_m, self.tile_n
+
+    @property
+    def shared_memory(self) -> int:
+        """Bytes of shared memory: tiles, and less than 1 KiB of barriers and work items."""
+        rows = 2 * self.q_stages * self.tile_m + 2 * self.kv_stages * self.tile_n
+        return 2 * (rows * self.head_dim + self.tile_m * self.o_columns) + 1024
 
 
 SHARED_MEMORY = 227 * 1024  # what a CTA may have on sm_90
@@ -145,19 +190,41 @@ _FORWARD = {
 }
 
 _BACKWARD = {
-    64: BackwardConfig(_ANY, 64, tile_m=128),
-    128: BackwardConfig(_ANY, 128, tile_m=64),
+    64: BackwardConfig(_ANY, 64, tile_m=128, dq=True),
+    128: BackwardConfig(_ANY, 128, tile_m=64, dq=True),
+}
+_KEYS = {
+    64: BackwardConfig(_ANY, 64, tile_m=64, dq=False),
+    128: BackwardConfig(_ANY, 128, tile_m=64, dq=False),
+    256: BackwardConfig(_ANY, 256, tile_m=64, tile_n=64, dq=False),
 }
 
 
-def backward_config(dtype: str, head_dim: int) -> BackwardConfig | None:
-    """The config that computes this head_dim; None above 128."""
-    for size, config in _BACKWARD.items():
-        if head_dim <= size:
-            return replace(config, dtype=dtype)
-    return None
+def backward_config(dtype: str, head_dim: int, dq: bool = True) -> BackwardConfig:
+    """The config that computes this head_dim, with dQ (to 128) or without (to 256)."""
+    configs = _BACKWARD if dq else _KEYS
+    return replace(configs[min(size for size in configs if head_dim <= size)], dtype=dtype)
 
 
 def all_backward_configs() -> list[BackwardConfig]:
     """Everything that is shipped."""
-    return [replace(config, dtype=dtype) for dtype in DTYPES for config in _BACKWARD.values()]
+    configs = (*_BACKWARD.values(), *_KEYS.values())
+    return [replace(config, dtype=dtype) for dtype in DTYPES for config in configs]
+
+
+_QUERIES = {
+    64: QueriesConfig(_ANY, 64, tile_n=64, o_columns=64),
+    128: QueriesConfig(_ANY, 128, tile_n=64, o_columns=128),
+    256: QueriesConfig(_ANY, 256, tile_n=32, o_columns=64),
+}
+
+
+def queries_config(dtype: str, head_dim: int) -> QueriesConfig:
+    """The config that computes this head_dim, which must not exceed 256."""
+    size = min(size for size in _QUERIES if head_dim <= size)
+    return replace(_QUERIES[size], dtype=dtype)
+
+
+def all_queries_configs() -> list[QueriesConfig]:
+    """Everything that is shipped."""
+    return [replace(config, dtype=dtype) for dtype in DTYPES for config in _QUERIES.values()]

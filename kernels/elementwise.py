@@ -24,8 +24,8 @@ class Statistics:
     Rows beyond the end, and those without keys, get lse = inf: their P is 0.
     """
 
-    def __init__(self, head_dim: int) -> None:
-        self.lanes = head_dim // VECTOR  # threads of a row: a power of two
+    def __init__(self, head_dim: int, clear: bool) -> None:
+        self.lanes, self.clear = head_dim // VECTOR, clear  # threads of a row: a power of two
 
     @cute.jit
     def __call__(self, out, dout, lse, dlse, stats, dq_sum, has_dlse: Int32, stream):
@@ -66,12 +66,13 @@ class Statistics:
             for i in cutlass.range_constexpr(VECTOR):
                 total += a[i].to(Float32) * b[i].to(Float32)
         padded = row < cute.size(stats, mode=[3])
-        if padded:
-            place = thread * VECTOR
-            zeros = cute.make_rmem_tensor(VECTOR, Float32)
-            zeros.fill(0.0)
-            goal = vector(dq_sum, (batch, head, place // DQ_CHUNK, place % DQ_CHUNK), 16)
-            cute.autovec_copy(zeros, goal)
+        if cutlass.const_expr(self.clear):
+            if padded:
+                start = thread * VECTOR
+                zeros = cute.make_rmem_tensor(VECTOR, Float32)
+                zeros.fill(0.0)
+                goal = vector(dq_sum, (batch, head, start // DQ_CHUNK, start % DQ_CHUNK), 16)
+                cute.autovec_copy(zeros, goal)
         for step in cutlass.range_constexpr(self.lanes.bit_length() - 1):
             total += cute.arch.shuffle_sync_bfly(total, offset=1 << step)
         if column == 0 and padded:

@@ -76,7 +76,9 @@ class Consumer:
             work_state.advance()
             finished = cute.make_rmem_tensor((2, 2), Float32)
             finished.store(self.stats.load())
-            self.zero_beyond(kv_state, remaining)
+            if remaining < self.config.tile_n:
+                self.v_pipe.consumer_wait(kv_state)
+            self.zero_beyond(self.s_v, kv_state.index, remaining)
             if following[3] > 0:
                 self.q_pipe.consumer_wait(q_state)
                 kv_state, remaining = self.step(q_state.index, kv_state, BOUNDARY)
@@ -159,21 +161,19 @@ class Consumer:
         cute.arch.barrier(barrier_id=OWN_BARRIER + self.group, number_of_threads=128)
 
     @cute.jit
-    def zero_beyond(self, state, remaining):
-        """Clear the values of an item's last tile beyond the keys' length: 0 times NaN is NaN.
+    def zero_beyond(self, tensor, stage, remaining):
+        """Clear the rows of an item's last tile beyond the keys' length: 0 times NaN is NaN.
 
         Every warpgroup clears them all before it reads any, so they need not wait for each other.
         """
-        width, height, s_v = self.config.head_dim, self.config.tile_n, self.s_v
+        width, height = self.config.head_dim, self.config.tile_n
         if remaining < height:
-            self.v_pipe.consumer_wait(state)
             start = cutlass.max(remaining, Int32(0))
             elements = (height - start) * width
             for i in cutlass.range(cute.ceil_div(elements, 128), unroll=1):
                 element = i * 128 + self.thread
                 if element < elements:
-                    place = (start + element // width, element % width, state.index)
-                    s_v[place] = self.dtype(0.0)
+                    tensor[start + element // width, element % width, stage] = self.dtype(0.0)
             cute.arch.fence_view_async_shared()
             self.gather()
 

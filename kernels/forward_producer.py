@@ -37,13 +37,7 @@ class Producer:
         v_place = (Int32(-1), Int32(0), Int32(0))
         num_items = self.items.counts[0]
         while index < num_items:
-            m_block, head, batch = (self.items.work[index, i] for i in range(3))
-            first, count, part = (self.items.work[index, i] for i in range(3, 6))
-            limit = self.kv_lens[batch]
-            if count == 0:  # a row without tiles: all keys of the tile that it names are masked
-                count, limit = Int32(1), Int32(0)
-            count = tiles_within(self.tiles, first, count, limit, self.config.tile_n)
-            self.items.announce(work_state, (m_block, head, batch, count, part))
+            (m_block, head, batch), (first, count), limit = self.begin(index, work_state)
             work_state.advance()
             index = self.items.next_index()
             self.load_q(q_state, m_block, head, batch)
@@ -66,6 +60,18 @@ class Producer:
         if v_place[0] >= 0:
             self.load_v(v_state, v_place)
         self.items.leave()
+
+    @cute.jit
+    def begin(self, index, work_state):
+        """Announce an item. Returns its place, its tiles (first and number), and its keys."""
+        m_block, head, batch = (self.items.work[index, i] for i in range(3))
+        first, count, part = (self.items.work[index, i] for i in range(3, 6))
+        limit = self.kv_lens[batch]
+        if count == 0:  # a row without tiles: all keys of the tile that it names are masked
+            count, limit = Int32(1), Int32(0)
+        count = tiles_within(self.tiles, first, count, limit, self.config.tile_n)
+        self.items.announce(work_state, (m_block, head, batch, count, part))
+        return (m_block, head, batch), (first, count), limit
 
     @cute.jit
     def load_q(self, state, m_block, head, batch):

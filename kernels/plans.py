@@ -8,7 +8,14 @@ import weakref
 from collections.abc import Callable
 
 import torch
-from sparse_flash.kernels.config import BackwardConfig, backward_config, forward_configs
+from sparse_flash.kernels.config import (
+    BackwardConfig,
+    ForwardConfig,
+    QueriesConfig,
+    backward_config,
+    forward_configs,
+    queries_config,
+)
 from sparse_flash.kernels.schedule import (
     Schedule,
     backward_schedule,
@@ -68,32 +75,38 @@ _schedules = _Schedules()
 
 
 def schedule_of(kind: str, layout: BlockLayout, q: Tensor, k: Tensor) -> Schedule:
-    """The schedule of a layout for the "forward" or the "backward" of these tensors."""
+    """The schedule of a layout for these tensors.
+
+    kind: "forward"; "backward" with dQ; "keys", the backward without it, and dQ by "queries".
+    """
     batch, _, heads, head_dim = q.shape
     dtype = DTYPES[q.dtype]
     name = _schedules.name_of(layout.number, kind, batch, heads, k.shape[2], head_dim, dtype)
     return getattr(_schedules, name)
 
 
+Config = ForwardConfig | BackwardConfig | QueriesConfig
+
+
+def _configs(kind: str, dtype: str, head_dim: int) -> tuple[Config, ...]:
+    if kind == "forward":
+        return forward_configs(dtype, head_dim)
+    if kind == "queries":
+        return (queries_config(dtype, head_dim),)
+    return (backward_config(dtype, head_dim, dq=kind == "backward"),)
+
+
 @functools.cache
 def _bucket(kind: str, dtype: str, head_dim: int) -> int:
     """Head_dims that share their configs."""
-    if kind == "forward":
-        return forward_configs(dtype, head_dim)[0].head_dim
-    return _backward(dtype, head_dim).head_dim
-
-
-def _backward(dtype: str, head_dim: int) -> BackwardConfig:
-    config = backward_config(dtype, head_dim)
-    assert config is not None
-    return config
+    return _configs(kind, dtype, head_dim)[0].head_dim
 
 
 def _tile(kind: str, layout: BlockLayout, dtype: str, head_dim: int) -> tuple[int, int]:
     """Of the config that computes this layout soonest."""
     if kind == "forward":
         return best_config(layout, forward_configs(dtype, head_dim)).tile
-    return _backward(dtype, head_dim).tile
+    return _configs(kind, dtype, head_dim)[0].tile
 
 
 def _build(
@@ -105,7 +118,7 @@ def _build(
     width: int,
 ) -> Schedule:
     ctas = num_sms(layout.device)
-    if kind == "forward":  # each head of K and V, in 16 bits
+    if kind in ("forward", "queries"):  # each head of K and V, in 16 bits
         return schedule(layout, batch, heads[0], tile, ctas, 4 * layout.kv_len * width)
     # Of each head Q and dO, in 16 bits, and the sums of dQ, in float32.
     size = 8 * layout.q_len * width * heads[0] // heads[1]

@@ -6,8 +6,14 @@ import functools
 import math
 
 import torch
-from sparse_flash.kernels.compile import backward_kernel, forward_kernel
-from sparse_flash.kernels.config import DQ_CHUNK, BackwardConfig, backward_config, forward_configs
+from sparse_flash.kernels.compile import backward_kernel, forward_kernel, queries_kernel
+from sparse_flash.kernels.config import (
+    DQ_CHUNK,
+    BackwardConfig,
+    backward_config,
+    forward_configs,
+    queries_config,
+)
 from sparse_flash.kernels.dsl import why_no_dsl
 from sparse_flash.kernels.launch import Kernel
 from sparse_flash.kernels.plans import DTYPES
@@ -94,11 +100,6 @@ def launch(
     return out, lse
 
 
-def has_backward(q: Tensor) -> bool:
-    """Whether the backward kernels take such tensors, which the forward takes."""
-    return backward_config(DTYPES[q.dtype], q.shape[3]) is not None
-
-
 def launch_backward(
     dout: Tensor,
     dlse: Tensor | None,
@@ -108,29 +109,38 @@ def launch_backward(
     out: Tensor,
     lse: Tensor,
     plan: list[Tensor],
+    by_queries: list[Tensor],
     kv_lens: Tensor | None,
-    num_parts: int,
+    num_parts: list[int],
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv) on torch's current stream, by a backward schedule's arrays and `num_parts`."""
-    work, tiles, bits, combine, whole, counts = plan
+    """(dq, dk, dv) on torch's current stream.
+
+    plan: The arrays of a "backward" schedule, and `by_queries` is empty; or those of a "keys"
+        and of a "queries" schedule.
+    num_parts: Of each of them.
+    """
     b, s, h, d = q.shape
-    config = backward_config(DTYPES[q.dtype], d)
-    assert config is not None
-    kernel = _backward(config)
-    device = q.device
+    device, dtype = q.device, DTYPES[q.dtype]
+    config = backward_config(dtype, d, dq=not by_queries)
     dout = dout if _aligned(dout) else dout.contiguous()
     dq = torch.empty((b, s, h, d), dtype=q.dtype, device=device)
     dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=device) for x in (k, v))
     rows = -(-s // config.tile_m) * config.tile_m
-    chunks = 2 * rows // config.tile_m
+    chunks = 2 * rows // config.tile_m if config.dq else 0
     dq_sum = torch.empty((b, h, chunks, DQ_CHUNK), dtype=torch.float32, device=device)
     stats = torch.empty((b, h, 2, rows), dtype=torch.float32, device=device)
+    work, tiles, bits, combine, whole, counts = plan
     lens = whole if kv_lens is None else kv_lens.to(device, torch.int32).clamp(max=k.shape[1])
     given = lse if dlse is None else dlse.contiguous()
     before = (q, k, v, out, dout, lse, given, dq, dk, dv, dq_sum, stats, lens, work, tiles, bits)
-    scales = (int(dlse is not None), softmax_scale, softmax_scale * _LOG2_E)
-    kernel.launch(before, num_parts, (combine, counts), scales, device)
+    scales = (softmax_scale, softmax_scale * _LOG2_E)
+    numbers = (int(dlse is not None), *scales)
+    _backward(config).launch(before, num_parts[0], (combine, counts), numbers, device)
+    if by_queries:
+        work, tiles, bits, combine, _, counts = by_queries
+        inputs = (q, k, v, dout, dq, stats, lens, work, tiles, bits)
+        _queries(dtype, d).launch(inputs, num_parts[1], (combine, counts), scales, device)
     return dq, dk, dv
 
 
@@ -145,3 +155,9 @@ def _forward(dtype: str, head_dim: int, tile_m: int) -> Kernel:
 def _backward(config: BackwardConfig) -> Kernel:
     parts = ((config.tile_n, config.head_dim),) * 2
     return Kernel(backward_kernel(config), parts, work=13)
+
+
+@functools.cache
+def _queries(dtype: str, head_dim: int) -> Kernel:
+    config = queries_config(dtype, head_dim)
+    return Kernel(queries_kernel(config), ((config.tile_m, config.head_dim),), work=7)

@@ -1,8 +1,4 @@
-"""The Hopper implementation as PyTorch knows it: custom ops, and the derivative.
-
-Where the backward kernels cannot compute the derivative (head_dims above 128), or not repeatably
-(`deterministic`), the reference implementation does, from the forward's output and logsumexp.
-"""
+"""The Hopper implementation as PyTorch knows it: custom ops, and the derivative."""
 
 from __future__ import annotations
 
@@ -14,7 +10,6 @@ from torch import Tensor
 from sparse_flash.kernels import sm90
 from sparse_flash.kernels.plans import schedule_of
 from sparse_flash.masks import BlockLayout
-from sparse_flash.reference import reference_backward
 
 
 @torch.library.custom_op("sparse_flash::sm90_forward", mutates_args=())
@@ -48,13 +43,14 @@ def sm90_backward(
     out: Tensor,
     lse: Tensor,
     plan: list[Tensor],
+    by_queries: list[Tensor],
     kv_lens: Tensor | None,
-    num_parts: int,
+    num_parts: list[int],
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv); the backward schedule comes as its arrays and the number of its parts."""
+    """(dq, dk, dv); schedules come as their arrays and the numbers of their parts."""
     return sm90.launch_backward(
-        dout, dlse, q, k, v, out, lse, plan, kv_lens, num_parts, softmax_scale
+        dout, dlse, q, k, v, out, lse, plan, by_queries, kv_lens, num_parts, softmax_scale
     )
 
 
@@ -73,12 +69,11 @@ def _backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class _Attention(torch.autograd.Function):
-    """Differentiable attention. Schedules and layouts come as their arrays, for torch.compile.
+    """Differentiable attention. Schedules come as their arrays, for torch.compile.
 
     sizes: num_parts and tile_m of the forward's schedule.
-    back: Arrays of the backward's schedule, or those of the layout for the reference.
-    options: softmax_scale; num_parts of the backward's schedule, or None and the layout's block,
-        and whether the reference is to be deterministic.
+    back: Arrays of the backward's schedule, or of both its schedules.
+    back_parts: num_parts of each of them.
     """
 
     @staticmethod
@@ -91,10 +86,11 @@ class _Attention(torch.autograd.Function):
         plan: list[Tensor],
         sizes: tuple[int, int],
         back: list[Tensor],
-        options: tuple[Any, ...],
+        back_parts: list[int],
+        softmax_scale: float,
     ) -> tuple[Tensor, Tensor]:
-        ctx.options = options
-        out, lse = _forward(q, k, v, plan, kv_lens, *sizes, options[0])
+        ctx.back_parts, ctx.softmax_scale = back_parts, softmax_scale
+        out, lse = _forward(q, k, v, plan, kv_lens, *sizes, softmax_scale)
         ctx.save_for_backward(q, k, v, out, lse, kv_lens, *back)
         ctx.set_materialize_grads(False)
         return out, lse
@@ -104,18 +100,12 @@ class _Attention(torch.autograd.Function):
         dout, dlse = grads
         q, k, v, out, lse, kv_lens, *back = ctx.saved_tensors
         if dout is None and dlse is None:
-            return (None,) * 8
+            return (None,) * 9
         dout = torch.zeros_like(out) if dout is None else dout
-        given = (dout, dlse, q, k, v, out, lse)
-        scale, num_parts, *rest = ctx.options
-        if num_parts is None:
-            block, deterministic = rest
-            gradients = reference_backward(
-                *given, *back, list(block), kv_lens, scale, deterministic
-            )
-        else:
-            gradients = _backward(*given, back, kv_lens, num_parts, scale)
-        return *gradients, None, None, None, None, None
+        size = len(back) // len(ctx.back_parts)
+        rest = (back[:size], back[size:], kv_lens, ctx.back_parts, ctx.softmax_scale)
+        gradients = _backward(dout, dlse, q, k, v, out, lse, *rest)
+        return *gradients, None, None, None, None, None, None
 
 
 def attend(
@@ -132,13 +122,13 @@ def attend(
     arrays, sizes = plan.arrays(), (plan.num_parts, plan.tile[0])
     if not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
         return _forward(q, k, v, arrays, kv_lens, *sizes, softmax_scale)
-    if deterministic or not sm90.has_backward(q):
-        back = list(layout.arrays().values())
-        options: tuple[Any, ...] = (softmax_scale, None, layout.block, deterministic)
-    else:
-        schedule = schedule_of("backward", layout, q, k)
-        back, options = schedule.arrays(), (softmax_scale, schedule.num_parts)
-    return _Attention.apply(q, k, v, kv_lens, arrays, sizes, back, options)
+    # One kernel for all gradients sums up dQ in no particular order, and has no room for more.
+    together = q.shape[3] <= 128 and not deterministic
+    kinds = ("backward",) if together else ("keys", "queries")
+    plans = [schedule_of(kind, layout, q, k) for kind in kinds]
+    back = [x for plan in plans for x in plan.arrays()]
+    parts = [plan.num_parts for plan in plans]
+    return _Attention.apply(q, k, v, kv_lens, arrays, sizes, back, parts, softmax_scale)
 
 
 def why_not(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout) -> str | None:

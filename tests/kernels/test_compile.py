@@ -11,8 +11,10 @@ from sparse_flash.kernels.config import (
     DTYPES,
     all_backward_configs,
     all_forward_configs,
+    all_queries_configs,
     backward_config,
     forward_configs,
+    queries_config,
 )
 
 cute = pytest.importorskip("cutlass.cute")
@@ -20,21 +22,26 @@ Int32 = pytest.importorskip("cutlass").Int32
 
 COMPILE = """
 import sys
-from sparse_flash.kernels.compile import compile_backward, compile_forward
-from sparse_flash.kernels.config import all_backward_configs, all_forward_configs
+from sparse_flash.kernels.compile import compile_backward, compile_forward, compile_queries
+from sparse_flash.kernels.config import (
+    all_backward_configs, all_forward_configs, all_queries_configs
+)
 kind, index = sys.argv[1], int(sys.argv[2])
 if kind == "forward":
     compile_forward(all_forward_configs()[index])
-else:
+elif kind == "backward":
     compile_backward(all_backward_configs()[index])
+else:
+    compile_queries(all_queries_configs()[index])
 """
 
 
 def name(config):
-    return f"{config.dtype}-d{config.head_dim}-{config.tile_m}x{config.tile_n}"
+    without = "" if getattr(config, "dq", True) else "-without-dq"
+    return f"{config.dtype}-d{config.head_dim}-{config.tile_m}x{config.tile_n}{without}"
 
 
-CONFIGS, BACKWARD = all_forward_configs(), all_backward_configs()
+CONFIGS, BACKWARD, QUERIES = all_forward_configs(), all_backward_configs(), all_queries_configs()
 
 
 def compile_well(kind, index, kernels, tmp_path):
@@ -76,13 +83,24 @@ def test_forward_compiles_well(index, tmp_path):
 @pytest.mark.parametrize("index", range(len(BACKWARD)), ids=lambda i: name(BACKWARD[i]))
 def test_backward_compiles_well(index, tmp_path):
     config = BACKWARD[index]
-    # Attention; statistics before, and conversion and sums after it.
-    sass = compile_well("backward", index, 4, tmp_path)
+    # Attention; statistics before, and conversion of dQ and sums after it.
+    sass = compile_well("backward", index, 4 if config.dq else 3, tmp_path)
     # Two steps (inner, last), and S of the first tile before them.
-    scores, keys, queries = config.head_dim // 16, config.tile_m // 16, config.tile_n // 16
+    scores, keys = config.head_dim // 16, config.tile_m // 16
+    queries = config.tile_n // 16 if config.dq else 0
     hgmma = len(re.findall(r"\bHGMMA\.", sass))
     assert hgmma == 2 * scores + 2 * (scores + 2 * keys + queries)
     assert len(re.findall(r"MUFU\.EX2", sass)) == 2 * config.tile_m // 2  # each once
+
+
+@pytest.mark.parametrize("index", range(len(QUERIES)), ids=lambda i: name(QUERIES[i]))
+def test_queries_compile_well(index, tmp_path):
+    config = QUERIES[index]
+    sass = compile_well("queries", index, 2, tmp_path)  # attention, and sums
+    # Two steps (first, inner) with S and dP, and two places (inner, last) with dQ.
+    hgmma = len(re.findall(r"\bHGMMA\.", sass))
+    assert hgmma == 4 * config.head_dim // 16 + 2 * config.tile_n // 16
+    assert len(re.findall(r"MUFU\.EX2", sass)) == 2 * config.tile_n // 2  # each once
 
 
 def test_configs():
@@ -91,8 +109,10 @@ def test_configs():
             assert all(c.head_dim >= head_dim for c in forward_configs(dtype, head_dim))
             assert forward_configs(dtype, head_dim)
         assert forward_configs(dtype, 264) == ()
-        assert [backward_config(dtype, d).head_dim for d in (8, 64, 72, 128)] == [64, 64, 128, 128]
-        assert backward_config(dtype, 136) is None
+        dims = (8, 64, 72, 128)
+        assert [backward_config(dtype, d).head_dim for d in dims] == [64, 64, 128, 128]
+        for config in (queries_config(dtype, 136), backward_config(dtype, 136, dq=False)):
+            assert config.head_dim == 256
     assert len(set(all_forward_configs())) == len(all_forward_configs())
 
 

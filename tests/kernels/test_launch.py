@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from sparse_flash.kernels import sm90
-from sparse_flash.kernels.config import backward_config, forward_configs
+from sparse_flash.kernels.config import backward_config, forward_configs, queries_config
 from sparse_flash.kernels.launch import Kernel
 from sparse_flash.kernels.schedule import backward_schedule, schedule
 
@@ -23,6 +23,7 @@ def launched(monkeypatch):
     pytest.importorskip("cutlass")
     from sparse_flash.kernels.backward_sm90 import BackwardSm90
     from sparse_flash.kernels.forward_sm90 import ForwardSm90
+    from sparse_flash.kernels.queries_sm90 import QueriesSm90
 
     calls = []
 
@@ -37,13 +38,16 @@ def launched(monkeypatch):
 
     monkeypatch.setattr(sm90, "forward_kernel", kernel_of(ForwardSm90))
     monkeypatch.setattr(sm90, "backward_kernel", kernel_of(BackwardSm90))
+    monkeypatch.setattr(sm90, "queries_kernel", kernel_of(QueriesSm90))
     monkeypatch.setattr(Kernel, "counter", lambda self, index: COUNTER)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # the index of "cpu"
     sm90._forward.cache_clear()
     sm90._backward.cache_clear()
+    sm90._queries.cache_clear()
     yield calls
     sm90._forward.cache_clear()
     sm90._backward.cache_clear()
+    sm90._queries.cache_clear()
 
 
 def launch(q, k, v, mask, kv_lens=None, scale=0.5, ctas=132):
@@ -74,21 +78,27 @@ def test_arguments_are_those_of_the_kernel(launched):
     assert given["scale_log2"] == pytest.approx(0.5 * math.log2(math.e))
 
 
-def launch_backward(q, k, v, mask, dout, dlse=None, kv_lens=None):
-    config = backward_config("bfloat16", q.shape[3])
+def launch_backward(q, k, v, mask, dout, dlse=None, together=True):
+    config = backward_config("bfloat16", q.shape[3], together)
     layout, heads = mask.layout(q.shape[1], k.shape[1]), (q.shape[2], k.shape[2])
-    plan = backward_schedule(layout, q.shape[0], heads, config.tile, 132)
+    plans = [backward_schedule(layout, q.shape[0], heads, config.tile, 132)]
     sm90._backward(config).num_ctas[None] = 132
+    if not together:
+        tile = queries_config("bfloat16", q.shape[3]).tile
+        plans.append(schedule(layout, q.shape[0], heads[0], tile, 132))
+        sm90._queries("bfloat16", q.shape[3]).num_ctas[None] = 132
     lse = torch.zeros(q.shape[0], q.shape[2], q.shape[1])
-    rest = (q.clone(), lse, plan.arrays(), kv_lens, plan.num_parts, 0.5)
-    return plan, sm90.launch_backward(dout, dlse, q, k, v, *rest)
+    arrays = [plan.arrays() for plan in plans]
+    parts = [plan.num_parts for plan in plans]
+    rest = (q.clone(), lse, arrays[0], [] if together else arrays[1], None, parts, 0.5)
+    return plans, sm90.launch_backward(dout, dlse, q, k, v, *rest)
 
 
 @pytest.mark.parametrize(("dim", "tile_m", "width"), [(40, 128, 64), (96, 64, 128)])
 def test_backward_arguments_are_those_of_the_kernel(launched, dim, tile_m, width):
     q = torch.randn(2, 20000, 4, dim).bfloat16()
     k, v = (torch.randn(2, 300, 2, dim).bfloat16() for _ in "kv")
-    plan, (dq, dk, dv) = launch_backward(q, k, v, masks.full(), torch.randn_like(q))
+    (plan,), (dq, dk, dv) = launch_backward(q, k, v, masks.full(), torch.randn_like(q))
     (given,) = launched
     assert plan.num_parts > 0
     for name, tensor in {"q": q, "k": k, "v": v, "dq": dq, "dk": dk, "dv": dv}.items():
@@ -104,6 +114,24 @@ def test_backward_arguments_are_those_of_the_kernel(launched, dim, tile_m, width
     assert given["num_ctas"] == min(132, plan.num_items)
     assert given["softmax_scale"] == 0.5
     assert given["scale_log2"] == pytest.approx(0.5 * math.log2(math.e))
+
+
+@pytest.mark.parametrize("dim", [64, 256])
+def test_queries_follow_the_keys(launched, dim):
+    q = torch.randn(2, 300, 4, dim).bfloat16()
+    k, v = (torch.randn(2, 20000, 2, dim).bfloat16() for _ in "kv")
+    plans, (dq, dk, dv) = launch_backward(q, k, v, masks.full(), q.clone(), together=False)
+    keys, queries = launched
+    for given, plan in zip(launched, plans, strict=True):
+        for name in ("work", "tiles", "bits", "combine", "counts"):
+            assert given[name] is getattr(plan, name)
+    assert keys["dq_sum"].numel() == 0
+    assert keys["dk"] is dk
+    assert keys["dv"] is dv
+    assert queries["dq"] is dq
+    assert queries["stats"] is keys["stats"]
+    assert queries["parts"].shape == (plans[1].num_parts, 128, dim)
+    assert queries["num_ctas"] == min(132, plans[1].num_items)
 
 
 def test_backward_takes_any_gradient(launched):

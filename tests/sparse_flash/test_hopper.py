@@ -27,8 +27,9 @@ def calls(monkeypatch):
         logits = torch.einsum("bqhd,bkhd->bhqk", q.float(), k.float()) * scale
         return out, logits.logsumexp(-1)
 
-    def launch_backward(dout, dlse, q, k, v, out, lse, plan, kv_lens, num_parts, scale):
-        seen.append((q.shape, len(plan), "backward"))
+    def launch_backward(dout, dlse, q, k, v, out, lse, plan, by_queries, lens, num_parts, scale):
+        seen.append((q.shape, len(plan), "by queries" if by_queries else "backward"))
+        assert len(by_queries) == 6 * (len(num_parts) - 1)
         q_, k_, v_, dout_ = (x.float() for x in (q, k, v, dout))
         p = (torch.einsum("bqhd,bkhd->bhqk", q_, k_) * scale - lse[..., None]).exp()
         delta = (out.float() * dout_).sum(-1).transpose(1, 2)
@@ -94,8 +95,8 @@ def test_gradients_are_those_of_attention(calls, dim, deterministic):
     )
     for a, b in zip(got, expected, strict=True):
         assert (a.double() - b).norm() < 0.01 * b.norm()
-    by_kernel = dim <= 128 and not deterministic  # otherwise by the reference
-    assert [call[2] for call in calls].count("backward") == by_kernel
+    together = dim <= 128 and not deterministic
+    assert calls[-1][2] == ("backward" if together else "by queries")
 
 
 def test_only_the_lse_is_used(calls):

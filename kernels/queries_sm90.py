@@ -1,0 +1,247 @@
+"""The kernel for Hopper that computes dQ by queries: by the forward's lists, repeatable to the bit.
+
+Its products are seven with those of the backward kernel without dQ, instead of five together; but
+nothing is summed up in memory.
+"""
+
+from functools import partial
+
+import cutlass
+from cutlass import Float32, Int32, cute, pipeline
+from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
+from sparse_flash.kernels.config import WORK_FIELDS, QueriesConfig
+from sparse_flash.kernels.elementwise import Sum
+from sparse_flash.kernels.forward_producer import PRODUCER, Producer
+from sparse_flash.kernels.primitives import (
+    WorkList,
+    barriers,
+    buffer,
+    product,
+    smem_layout,
+    tma_load,
+)
+from sparse_flash.kernels.queries_consumer import QueriesConsumer
+
+WORK_STAGES = 2
+
+
+class QueriesProducer(Producer):
+    """The loads: for each item Q and dO; for each of its tiles K, then V."""
+
+    @cute.jit
+    def run(self):
+        """Until the list is empty; then tell the consumers."""
+        q_state = pipeline.make_pipeline_state(PRODUCER, self.config.q_stages)
+        kv_state = pipeline.make_pipeline_state(PRODUCER, self.config.kv_stages)
+        work_state = pipeline.make_pipeline_state(PRODUCER, self.items.pipe.num_stages)
+        index = cute.arch.block_idx()[0]
+        num_items = self.items.counts[0]
+        while index < num_items:
+            (m_block, head, batch), (first, count), limit = self.begin(index, work_state)
+            work_state.advance()
+            index = self.items.next_index()
+            self.load_q(q_state, m_block, head, batch)
+            q_state.advance()
+            for j in cutlass.range(count, unroll=1):
+                n_block, bit_tile = self.tiles[first + j, 0], self.tiles[first + j, 1]
+                place = (n_block, head // self.group_size, batch)
+                self.load_k(kv_state, place, bit_tile, limit)
+                self.load_v(kv_state, place)
+                kv_state.advance()
+        none = Int32(0)
+        self.items.announce(work_state, (none, none, none, none, none))
+        self.items.leave()
+
+    @cute.jit
+    def load_q(self, state, m_block, head, batch):
+        """A stage of Q and of dO is a tile of 64 rows for each warpgroup."""
+        groups = self.config.warpgroups
+        self.q_pipe.producer_acquire(state)
+        barrier = self.q_pipe.producer_get_barrier(state)
+        for i in cutlass.range_constexpr(groups):
+            place = (m_block * groups + i, head, batch)
+            stage = state.index * groups + i
+            tma_load(self.loads[0], self.buffers[0], place, stage, barrier)
+            tma_load(self.loads[3], self.buffers[3], place, stage, barrier)
+
+
+class QueriesSm90:
+    """One kernel; `config` is all that it is compiled for."""
+
+    def __init__(self, config: QueriesConfig, dtype: type[cutlass.Numeric]) -> None:
+        self.config, self.dtype = config, dtype
+        self.consumers = 128 * config.warpgroups
+
+    @cute.jit
+    def __call__(
+        self,
+        q: cute.Tensor,  # (b, s_q, h, d)
+        k: cute.Tensor,  # (b, s_kv, h_kv, d)
+        v: cute.Tensor,  # (b, s_kv, h_kv, d)
+        dout: cute.Tensor,  # (b, s_q, h, d)
+        dq: cute.Tensor,  # (b, s_q, h, d)
+        stats: cute.Tensor,  # (b, h, 2, s_q and more) float32: see elementwise.Statistics
+        kv_lens: cute.Tensor,  # (b,) int32
+        work: cute.Tensor,  # (items, WORK_FIELDS) int32
+        tiles: cute.Tensor,  # (tiles, 2) int32: n_block and bit tile
+        bits: cute.Tensor,  # (bit tiles, warpgroups, 128, 2) int32, in fragment order
+        counter: cute.Tensor,  # (2,) int32, zeros; left as zeros
+        parts: cute.Tensor,  # (parts, tile_m, head_dim) float32
+        combine: cute.Tensor,  # (rows, WORK_FIELDS) int32
+        counts: cute.Tensor,  # (2,) int32: how many items and rows there are
+        num_ctas: Int32,
+        softmax_scale: Float32,
+        scale_log2: Float32,
+        stream,
+    ):
+        """Launch on the stream. See `Schedule` for the work items and the parts."""
+        lists = (kv_lens, work, tiles, bits, counter, counts)
+        scales = (softmax_scale, scale_log2)
+        self.launch((q, k, v, dout, dq), lists, (stats, parts), num_ctas, scales, stream)
+        if cute.size(combine, mode=[0]) > 0:
+            total = Sum(self.config.tile_m, self.config.head_dim, self.dtype)
+            total((dq,), combine, counts, (parts,), stream)
+
+    @cute.jit
+    def launch(self, tensors, lists, inputs, num_ctas: Int32, scales, stream):
+        """Launch the attention kernel itself."""
+        config, width = self.config, self.config.head_dim
+        # (s, d, h, b): the modes of a tile first.
+        q, k, v, dout, dq = (
+            cute.make_tensor(x.iterator, cute.select(x.layout, mode=[1, 3, 2, 0])) for x in tensors
+        )
+        q_layout = smem_layout(self.dtype, 64, width, config.warpgroups * config.q_stages)
+        kv_layout = smem_layout(self.dtype, config.tile_n, width, config.kv_stages)
+        o_layout = smem_layout(self.dtype, 64, config.o_columns, config.warpgroups)
+        load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
+
+        def tma(op, tensor, layout):
+            tile = cute.select(layout, [0, 1])
+            return cpasync.make_tiled_tma_atom(op, tensor, tile, cute.product_each(tile.shape))
+
+        self.kernel(
+            (
+                tma(load, q, q_layout),
+                tma(load, k, kv_layout),
+                tma(load, v, kv_layout),
+                tma(load, dout, q_layout),
+            ),
+            tma(store, dq, o_layout),
+            (q_layout, kv_layout, o_layout),
+            self._products(),
+            lists,
+            inputs,
+            cute.size(q, mode=[2]) // cute.size(k, mode=[2]),
+            scales,
+            self._storage(q_layout, kv_layout, o_layout),
+        ).launch(
+            grid=(num_ctas, 1, 1),
+            block=(128 + self.consumers, 1, 1),
+            stream=stream,
+            min_blocks_per_mp=1,
+        )
+
+    @cute.kernel
+    def kernel(
+        self,
+        loads,  # (TMA atom, tensor) of q, k, v, dout
+        store,  # (TMA atom, tensor) of dq
+        layouts,
+        products,
+        lists,
+        inputs,  # stats and parts
+        group_size: Int32,  # q heads for each kv head
+        scales,
+        storage: cutlass.Constexpr,
+    ):
+        """Set up shared memory and barriers, then part ways."""
+        config = self.config
+        warp_idx = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        if warp_idx == 0:
+            for atom, _ in (*loads, store):
+                cpasync.prefetch_descriptor(atom)
+        smem = cutlass.utils.SmemAllocator().allocate(storage)
+        *pipes, work_pipe = self._pipelines(smem)
+        q_layout, kv_layout, o_layout = layouts
+        s_q, s_do, s_k, s_v, s_o = (
+            room.get_tensor(layout.outer, swizzle=layout.inner)
+            for room, layout in (
+                (smem.q, q_layout),
+                (smem.do, q_layout),
+                (smem.k, kv_layout),
+                (smem.v, kv_layout),
+                (smem.o, o_layout),
+            )
+        )
+        work_layout = cute.make_layout((WORK_STAGES, WORK_FIELDS), stride=(WORK_FIELDS, 1))
+        s_tiles = smem.tiles.get_tensor(cute.make_layout((config.kv_stages, 2), stride=(2, 1)))
+        kv_lens, work, tiles, bits, counter, counts = lists
+        items = WorkList(work, counter, counts, smem.work.get_tensor(work_layout), work_pipe)
+        if warp_idx < 4:
+            cute.arch.setmaxregister_decrease(config.producer_registers)
+            if warp_idx == 0:
+                buffers, given = (s_q, s_k, s_v, s_do), (kv_lens, tiles, group_size)
+                QueriesProducer(config, loads, buffers, s_tiles, pipes, items, given).run()
+        else:
+            cute.arch.setmaxregister_increase(config.consumer_registers)
+            buffers = (s_q, s_do, s_k, s_v, s_o, s_tiles)
+            outside = (store, buffers, pipes, items, bits, inputs)
+            QueriesConsumer(config, self.dtype, products, *outside, scales).run()
+
+    def _products(self):
+        """S and dP; dQ += dS K, with dS in registers; and the part of dQ that leaves at a time."""
+        config, of_ds = self.config, {"a_source": warpgroup.OperandSource.RMEM}
+        columns = OperandMajorMode.MN
+        scores = product(self.dtype, (64, config.tile_n))
+        of_queries = product(self.dtype, (64, config.head_dim), b_mode=columns, **of_ds)
+        chunk = product(self.dtype, (64, config.o_columns), b_mode=columns, **of_ds)
+        return scores, of_queries, chunk
+
+    def _storage(self, q_layout, kv_layout, o_layout):
+        config = self.config
+
+        @cute.struct
+        class Storage:
+            q_barriers: barriers(config.q_stages)
+            k_barriers: barriers(config.kv_stages)
+            v_barriers: barriers(config.kv_stages)
+            work_barriers: barriers(WORK_STAGES)
+            work: cute.struct.MemRange[Int32, WORK_STAGES * WORK_FIELDS]
+            tiles: cute.struct.MemRange[Int32, config.kv_stages * 2]
+            q: buffer(self.dtype, q_layout)
+            do: buffer(self.dtype, q_layout)
+            k: buffer(self.dtype, kv_layout)
+            v: buffer(self.dtype, kv_layout)
+            o: buffer(self.dtype, o_layout)
+
+        return Storage
+
+    def _pipelines(self, smem):
+        """Rings of barriers: Q with dO, K, V (filled by TMA) and work items."""
+        config = self.config
+        group = partial(pipeline.CooperativeGroup, pipeline.Agent.Thread)
+        row_bytes = config.head_dim * self.dtype.width // 8
+
+        def tma(storage, stages, rows):
+            return pipeline.PipelineTmaAsync.create(
+                barrier_storage=storage.data_ptr(),
+                num_stages=stages,
+                producer_group=group(),
+                consumer_group=group(self.consumers // 32),  # one thread of each warp arrives
+                tx_count=rows * row_bytes,
+                defer_sync=True,
+            )
+
+        q = tma(smem.q_barriers, config.q_stages, 2 * config.tile_m)
+        k = tma(smem.k_barriers, config.kv_stages, config.tile_n)
+        v = tma(smem.v_barriers, config.kv_stages, config.tile_n)
+        work = pipeline.PipelineAsync.create(
+            barrier_storage=smem.work_barriers.data_ptr(),
+            num_stages=WORK_STAGES,
+            producer_group=group(32),
+            consumer_group=group(self.consumers),
+            defer_sync=True,
+        )
+        cute.arch.mbarrier_init_fence()
+        cute.arch.sync_threads()
+        return q, k, v, work
