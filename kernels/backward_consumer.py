@@ -21,7 +21,7 @@ from sparse_flash.kernels.backward_producer import (
     STORE_THREADS,
     TAKEN_BARRIER,
 )
-from sparse_flash.kernels.primitives import multiply
+from sparse_flash.kernels.primitives import multiply, multiply_pairs
 from sparse_flash.masks.layout import FULL_TILE
 
 CONSUMER = pipeline.PipelineUserType.Consumer
@@ -87,8 +87,9 @@ class BackwardConsumer:
         operand = of_queries.partition_A(cute.composition(self.s_ds, layout))
         place = 0 if config.dq_by_columns else self.group
         self.f_ds = self.of_queries.make_fragment_A(operand)[None, None, None, place, None]
-        # K: (64 columns, keys, head_dim / 64, stage).
-        layout = cute.make_layout((64, n, width // 64, kv), stride=(n, 1, n * 64, n * width))
+        # K: (columns of a chunk, keys, chunks, stage).
+        size = config.dq_columns
+        layout = cute.make_layout((size, n, width // size, kv), stride=(n, 1, n * size, n * width))
         operand = of_queries.partition_B(cute.composition(self.s_k, layout))
         place = self.group if config.dq_by_columns else 0
         self.f_kt = self.of_queries.make_fragment_B(operand)[None, None, None, place, None]
@@ -103,10 +104,10 @@ class BackwardConsumer:
         item = self.items.take(work_state, ITEM_FIELDS)
         work_state.advance()
         while item[3] >= 0:
-            count, remaining = item[3], item[6]
+            count, remaining = item[3], item[7]
             self.acc_dk.fill(0.0)
             self.acc_dv.fill(0.0)
-            if count > 0:
+            if count > 0 and remaining > 0:
                 self.k_pipe.consumer_wait(kv_state)
                 self.zero_beyond(kv_state, remaining)
                 self.q_pipe.consumer_wait(q_state)
@@ -148,7 +149,8 @@ class BackwardConsumer:
         self.multiply_keys(self.acc_dk, ds, self.f_qt, stage)
         following = q_state.clone()
         following.advance()
-        acc_dq = cute.make_rmem_tensor(self.of_queries.partition_shape_C((64, 64)), Float32)
+        shape = self.of_queries.partition_shape_C((64, config.dq_columns))
+        acc_dq = cute.make_rmem_tensor(shape, Float32)
         if const_expr(config.dq):
             cute.arch.barrier(barrier_id=BOTH_BARRIER, number_of_threads=256)
             of = self.f_ds[None, None, None, stage % config.ds_stages]
@@ -174,19 +176,7 @@ class BackwardConsumer:
         delta = self.statistics(1, stage)
         for i in cutlass.range_constexpr(cute.size(acc_dp)):
             ds[i] = (acc_dp[i] - delta[i % 2, i // 4]).to(self.dtype)
-        pairs, factors = (
-            cute.make_tensor(
-                cute.recast_ptr(x.iterator, dtype=Int32), cute.make_layout(cute.size(x) // 2)
-            )
-            for x in (ds, p)
-        )
-        kind = "bf16x2" if const_expr(self.dtype is cutlass.BFloat16) else "f16x2"
-        for i in cutlass.range_constexpr(cute.size(pairs)):
-            pairs[i] = cute.arch.inline_ptx(
-                f"mul.rn.{kind} {{$w0}}, {{$r0}}, {{$r1}};",
-                write_only_types=[Int32],
-                read_only_args=[pairs[i], factors[i]],
-            )
+        multiply_pairs(ds, p)
 
     @cute.jit
     def probabilities(self, stage, remaining):

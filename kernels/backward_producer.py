@@ -3,14 +3,14 @@
 import cutlass
 from cutlass import Int32, cute, pipeline
 from cutlass.cute.nvgpu import cpasync
-from sparse_flash.kernels.config import DQ_CHUNK
 from sparse_flash.kernels.primitives import tma_load
 
 PRODUCER = pipeline.PipelineUserType.Producer
 CONSUMER = pipeline.PipelineUserType.Consumer
-# What consumers know of an item: n_block, kv head, batch, tiles (negative: no more items), part,
-# first tile, and how many keys there are from its first one on.
-ITEM_FIELDS = 7
+# What the other warps know of an item: n_block, kv head, batch, tiles (negative: no more items),
+# part, first tile, first turn, and how many keys there are from its first one on: where there are
+# none, its tiles are left out.
+ITEM_FIELDS = 8
 # Named barriers of a warpgroup, for each of its buffers, and the storing warp: its results lie
 # ready, or have been read.
 READY_BARRIER, TAKEN_BARRIER = 2, 6
@@ -24,8 +24,8 @@ class BackwardProducer:
     to the end of the item before.
     """
 
-    def __init__(self, config, loads, buffers, s_tiles, pipes, items, inputs):
-        self.config, self.s_tiles, self.items = config, s_tiles, items
+    def __init__(self, config, loads, dq_sum, buffers, s_tiles, pipes, items, inputs):
+        self.config, self.s_tiles, self.items, self.dq_sum = config, s_tiles, items, dq_sum
         self.loads, self.buffers = loads, buffers
         self.q_pipe, self.do_pipe, self.k_pipe, self.v_pipe = pipes
         self.kv_lens, self.tiles, self.heads = inputs
@@ -38,16 +38,17 @@ class BackwardProducer:
         work_state = pipeline.make_pipeline_state(PRODUCER, self.items.pipe.num_stages)
         index = cute.arch.block_idx()[0]
         num_items = self.items.counts[0]
+        if cutlass.const_expr(self.config.ordered):
+            index = self.next_index(index - cute.arch.grid_dim()[0])
         while index < num_items:
             n_block, head, batch = (self.items.work[index, i] for i in range(3))
-            first, count, part = (self.items.work[index, i] for i in range(3, 6))
+            first, count, part, turn = (self.items.work[index, i] for i in range(3, 7))
             remaining = self.kv_lens[batch] - n_block * self.config.tile_n
-            count = count if remaining > 0 else Int32(0)
-            item = (n_block, head, batch, count, part, first, remaining)
+            item = (n_block, head, batch, count, part, first, turn, remaining)
             self.items.announce(work_state, item)
             work_state.advance()
-            index = self.items.next_index()
-            if count > 0:
+            index = self.next_index(index)
+            if count > 0 and remaining > 0:
                 self.load_queries(q_state, first, head, batch)
                 q_state.advance()
                 place = (n_block, head, batch)
@@ -62,8 +63,19 @@ class BackwardProducer:
                     self.load_queries(q_state, first + j, head, batch)
                     q_state.advance()
         none = Int32(0)
-        self.items.announce(work_state, (none, none, none, Int32(-1), none, none, none))
+        self.items.announce(work_state, (none, none, none, Int32(-1), none, none, none, none))
         self.items.leave()
+
+    @cute.jit
+    def next_index(self, index):
+        """The next item; where the config is ordered, of those that are this CTA's."""
+        following = index + cute.arch.grid_dim()[0]
+        if cutlass.const_expr(self.config.ordered):
+            if following < self.items.counts[0]:
+                following = self.items.counts[0] if self.items.work[following, 4] < 0 else following
+        else:
+            following = self.items.next_index()
+        return following
 
     @cute.jit
     def load_queries(self, state, tile, kv_head, batch):
@@ -71,6 +83,8 @@ class BackwardProducer:
         m_block, bit_tile = self.tiles[tile, 0], self.tiles[tile, 1]
         m_block, head = query_place(m_block, kv_head, self.heads)
         place = (m_block, head, batch)
+        if cutlass.const_expr(self.config.dq):
+            self.prefetch_sums((batch, head, 2 * m_block))
         self.q_pipe.sync_object_empty.wait(state.index, state.phase)
         s_tiles, barrier = self.s_tiles, self.q_pipe.producer_get_barrier(state)
         if cute.arch.lane_idx() == 0:
@@ -84,14 +98,28 @@ class BackwardProducer:
         barrier = self.do_pipe.producer_get_barrier(state)
         tma_load(self.loads[1], self.buffers[1], place, state.index, barrier)
 
+    @cute.jit
+    def prefetch_sums(self, place):
+        """Both chunks of dQ's sums into the L2 cache: additions to lines elsewhere are slow."""
+        sums = sum_address(self.dq_sum, place)
+        if cute.arch.lane_idx() == 0:
+            cute.arch.inline_ptx(
+                "cp.async.bulk.prefetch.L2.global [{$r0}], {$r1};",
+                read_only_args=[sums, Int32(8 * self.config.dq_chunk)],
+            )
+
 
 class BackwardStorer:
     """Takes what the warpgroups put into shared memory to where it belongs: dQ is added, tile by
     tile, to sums in float32; dV and dK of an item that is no part are stored.
+
+    Where the config is ordered, additions to a tile of sums take turns: the schedule has numbered
+    them, and a count of those that are done stands in memory.
     """
 
-    def __init__(self, config, dq_sum, stores, buffers, items, inputs):
+    def __init__(self, config, dq_sum, order, stores, buffers, items, inputs):
         self.config, self.items, self.dq_sum = config, items, dq_sum
+        self.turns, self.done = order
         self.dk_store, self.dv_store = stores
         self.s_dq, self.s_out = buffers
         self.tiles, self.heads = inputs
@@ -105,14 +133,22 @@ class BackwardStorer:
         item = self.items.take(state, ITEM_FIELDS)
         state.advance()
         while item[3] >= 0:
-            n_block, head, batch, count, part, first, _ = item
+            n_block, head, batch, count, part, first, turn, remaining = item
             if cutlass.const_expr(self.config.dq):
-                for j in cutlass.range(count, unroll=1):
-                    m_block, q_head = query_place(self.tiles[first + j, 0], head, self.heads)
-                    for group in cutlass.range_constexpr(2):
-                        self.wait_for_results(buffer, group)
-                        self.add((batch, q_head, 2 * m_block + group), buffer, group)
-                    buffer = self.following(buffer)
+                if remaining > 0:
+                    for j in cutlass.range(count, unroll=1):
+                        m_block, q_head = query_place(self.tiles[first + j, 0], head, self.heads)
+                        self.wait_for_turn(turn + j, (batch, q_head, m_block))
+                        for group in cutlass.range_constexpr(2):
+                            self.wait_for_results(buffer, group)
+                            self.add((batch, q_head, 2 * m_block + group), buffer, group)
+                        self.pass_turn((batch, q_head, m_block))
+                        buffer = self.following(buffer)
+                elif cutlass.const_expr(self.config.ordered):
+                    for j in cutlass.range(count, unroll=1):
+                        m_block, q_head = query_place(self.tiles[first + j, 0], head, self.heads)
+                        self.wait_for_turn(turn + j, (batch, q_head, m_block))
+                        self.pass_turn((batch, q_head, m_block))
             if part < 0:
                 place = (n_block, head, batch)
                 for store in (self.dv_store, self.dk_store):
@@ -125,15 +161,36 @@ class BackwardStorer:
         cute.arch.cp_async_bulk_wait_group(0)
 
     @cute.jit
+    def wait_for_turn(self, index, place):
+        """Until all additions to a tile of sums that come before this one have been done."""
+        if cutlass.const_expr(self.config.ordered):
+            turn = self.turns[index]
+            done = (self.done.iterator + cute.crd2idx(place, self.done.layout)).toint()
+            count = acquire(done)
+            while count != turn:
+                count = acquire(done)
+            cute.arch.fence_proxy("async.global")
+
+    @cute.jit
+    def pass_turn(self, place):
+        """Let the next one add to a tile of sums."""
+        if cutlass.const_expr(self.config.ordered):
+            cute.arch.cp_async_bulk_wait_group(0)
+            done = self.done.iterator + cute.crd2idx(place, self.done.layout)
+            if cute.arch.lane_idx() == 0:  # which has issued the additions
+                cute.arch.fence_proxy("async.global")
+                cute.arch.atomic_add(done, Int32(1), sem="release", scope="gpu")
+
+    @cute.jit
     def add(self, place, buffer, group: cutlass.Constexpr):
         """A warpgroup's part of dQ to the sums: one run of memory."""
         smem = self.s_dq[None, None, None, group, buffer].iterator
-        sums = self.dq_sum.iterator + cute.crd2idx((*place, 0), self.dq_sum.layout)
+        sums = sum_address(self.dq_sum, place)
         if cute.arch.lane_idx() == 0:
             cute.arch.inline_ptx(
                 "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 "
                 "[{$r0}], [{$r1}], {$r2};",
-                read_only_args=[sums.toint(), smem.toint(), Int32(4 * DQ_CHUNK)],
+                read_only_args=[sums, smem.toint(), Int32(4 * self.config.dq_chunk)],
             )
         cute.arch.cp_async_bulk_commit_group()
 
@@ -173,6 +230,22 @@ class BackwardStorer:
             cute.arch.barrier_arrive(
                 barrier_id=TAKEN_BARRIER + 2 * buffer + group, number_of_threads=STORE_THREADS
             )
+
+
+@cute.jit
+def sum_address(dq_sum, place):
+    """Where a chunk of dQ's sums begins: place = (batch, q head, chunk)."""
+    return (dq_sum.iterator + cute.crd2idx((*place, 0), dq_sum.layout)).toint()
+
+
+@cute.jit
+def acquire(address):
+    """A number that others change, read before all that follows."""
+    return cute.arch.inline_ptx(
+        "ld.acquire.gpu.global.b32 {$w0}, [{$r0}];",
+        write_only_types=[Int32],
+        read_only_args=[address],
+    )
 
 
 @cute.jit

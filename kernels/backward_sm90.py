@@ -10,7 +10,7 @@ from cutlass import Float32, Int32, cute, pipeline
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from sparse_flash.kernels.backward_consumer import BackwardConsumer
 from sparse_flash.kernels.backward_producer import BackwardProducer, BackwardStorer
-from sparse_flash.kernels.config import DQ_CHUNK, WORK_FIELDS, BackwardConfig
+from sparse_flash.kernels.config import WORK_FIELDS, BackwardConfig
 from sparse_flash.kernels.elementwise import Convert, Statistics, Sum
 from sparse_flash.kernels.primitives import WorkList, barriers, buffer, product, smem_layout
 
@@ -39,12 +39,14 @@ class BackwardSm90:
         dq: cute.Tensor,  # (b, s_q, h, d)
         dk: cute.Tensor,  # (b, s_kv, h_kv, d)
         dv: cute.Tensor,  # (b, s_kv, h_kv, d)
-        dq_sum: cute.Tensor,  # (b, h, tiles x 2, DQ_CHUNK) float32; see elementwise.Convert
+        done: cute.Tensor,  # (b, h, tiles) int32: how often was added to a tile of dq_sum
+        dq_sum: cute.Tensor,  # (b, h, tiles x 2, dq_chunk) float32; see elementwise.Convert
         stats: cute.Tensor,  # (b, h, 2, s_q rounded up to tile_m) float32
         kv_lens: cute.Tensor,  # (b,) int32
         work: cute.Tensor,  # (items, WORK_FIELDS) int32
         tiles: cute.Tensor,  # (tiles, 2) int32: m_block and bit tile
         bits: cute.Tensor,  # (bit tiles, tile_n / 64, 128, 2) int32, in fragment order
+        turns: cute.Tensor,  # (turns,) int32: of an addition among all to its tile
         counter: cute.Tensor,  # (2,) int32, zeros; left as zeros
         dk_parts: cute.Tensor,  # (parts, tile_n, head_dim) float32
         dv_parts: cute.Tensor,  # (parts, tile_n, head_dim) float32
@@ -58,12 +60,11 @@ class BackwardSm90:
     ):
         """Launch all on the stream. See `Schedule` for the work items and the parts."""
         config = self.config
-        rows = Statistics(config.head_dim, config.dq)
-        rows(out, dout, lse, dlse, stats, dq_sum, has_dlse, stream)
+        Statistics(config)(out, dout, lse, dlse, stats, (dq_sum, done), has_dlse, stream)
         lists = (kv_lens, work, tiles, bits, counter, counts)
         tensors = (q, dout, k, v, dk, dv)
         scales = (softmax_scale, scale_log2)
-        rest = (dq_sum, stats, lists, (dk_parts, dv_parts))
+        rest = (dq_sum, (turns, done), stats, lists, (dk_parts, dv_parts))
         self.launch(tensors, *rest, num_ctas, scales, stream)
         if cutlass.const_expr(config.dq):
             Convert(config, self.dtype)(dq_sum, dq, softmax_scale, stream)
@@ -72,7 +73,7 @@ class BackwardSm90:
             total((dk, dv), combine, counts, (dk_parts, dv_parts), stream)
 
     @cute.jit
-    def launch(self, tensors, dq_sum, stats, lists, parts, num_ctas: Int32, scales, stream):
+    def launch(self, tensors, dq_sum, order, stats, lists, parts, num_ctas: Int32, scales, stream):
         """Launch the attention kernel itself."""
         config, width = self.config, self.config.head_dim
         # (s, d, h, b): the modes of a tile first.
@@ -85,7 +86,7 @@ class BackwardSm90:
         kv_layout = smem_layout(self.dtype, n, width, config.kv_stages)
         ds_layout = smem_layout(self.dtype, n, m, config.ds_stages)
         # (4 numbers, thread, more numbers, warpgroup, buffer): 16 bytes a thread at a time.
-        shape = (4, 128, DQ_CHUNK // 512, 2, config.buffers)
+        shape = (4, 128, config.dq_chunk // 512, 2, config.buffers)
         dq_layout = cute.make_ordered_layout(shape, order=(0, 1, 2, 3, 4))
         slots = 2 * config.buffers * config.out_slots
         out_layout = smem_layout(self.dtype, 64, config.columns, slots)
@@ -106,6 +107,7 @@ class BackwardSm90:
             ),
             (tma(store, dk, out_layout), tma(store, dv, out_layout)),
             dq_sum,
+            order,
             (q_layout, kv_layout, ds_layout, dq_layout, out_layout, stats_layout),
             self._products(),
             lists,
@@ -116,7 +118,13 @@ class BackwardSm90:
             ),
             scales,
             self._storage(q_layout, kv_layout, ds_layout, out_layout),
-        ).launch(grid=(num_ctas, 1, 1), block=(THREADS, 1, 1), stream=stream, min_blocks_per_mp=1)
+        ).launch(
+            grid=(num_ctas, 1, 1),
+            block=(THREADS, 1, 1),
+            stream=stream,
+            min_blocks_per_mp=1,
+            cooperative=config.ordered,  # CTAs wait for each other, so all must be there
+        )
 
     @cute.kernel
     def kernel(
@@ -124,6 +132,7 @@ class BackwardSm90:
         loads,  # (TMA atom, tensor) of q, dout, k, v, stats
         stores,  # (TMA atom, tensor) of dk, dv
         dq_sum,
+        order,  # turns, and how many are done
         layouts,
         products,
         lists,
@@ -166,10 +175,11 @@ class BackwardSm90:
             if warp_idx == 0:
                 buffers = (s_q, s_do, s_k, s_v, s_stats)
                 inputs = (kv_lens, tiles, heads)
-                BackwardProducer(config, loads, buffers, s_tiles, pipes, items, inputs).run()
+                outside = (buffers, s_tiles, pipes, items, inputs)
+                BackwardProducer(config, loads, dq_sum, *outside).run()
             elif warp_idx == 1:
                 buffers, inputs = (s_dq, s_out), (tiles, heads)
-                BackwardStorer(config, dq_sum, stores, buffers, items, inputs).run()
+                BackwardStorer(config, dq_sum, order, stores, buffers, items, inputs).run()
         else:
             cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
             buffers = (s_q, s_do, s_k, s_v, s_ds, s_dq, s_out, s_stats, s_tiles)
@@ -182,7 +192,7 @@ class BackwardSm90:
         scores = product(self.dtype, (64, config.tile_m))
         registers = {"a_source": warpgroup.OperandSource.RMEM}
         of_keys = product(self.dtype, (64, config.columns), b_mode=columns, **registers)
-        of_queries = product(self.dtype, (64, 64), columns, columns)
+        of_queries = product(self.dtype, (64, config.dq_columns), columns, columns)
         return scores, of_keys, of_queries
 
     def _storage(self, q_layout, kv_layout, ds_layout, out_layout):

@@ -9,7 +9,6 @@ from typing import Any
 
 from sparse_flash.kernels.cache import load_or_compile
 from sparse_flash.kernels.config import (
-    DQ_CHUNK,
     WORK_FIELDS,
     BackwardConfig,
     ForwardConfig,
@@ -49,7 +48,7 @@ def _queries_kernel(config: QueriesConfig) -> Callable[..., None]:
 
 @functools.cache
 def _backward_kernel(config: BackwardConfig) -> Callable[..., None]:
-    kind = "backward" if config.dq else "keys"
+    kind = "keys" if not config.dq else "ordered" if config.ordered else "backward"
     name = f"{kind}-{config.dtype}-{config.head_dim}-{config.tile_n}x{config.tile_m}"
     return load_or_compile(name, repr(config), lambda: compile_backward(config))
 
@@ -129,12 +128,14 @@ def compile_backward(config: BackwardConfig) -> Any:
         _compact(dtype, b, q_len, h, d),
         strided(b, kv_len, h_kv, d),
         strided(b, kv_len, h_kv, d),
-        _compact(Float32, b, h, size(), DQ_CHUNK),
+        _compact(Int32, b, h, size()),
+        _compact(Float32, b, h, size(), config.dq_chunk),
         _compact(Float32, b, h, 2, size(divisibility=64)),
         _compact(Int32, b),
         _compact(Int32, size(), WORK_FIELDS),
         _compact(Int32, size(), 2),
         _compact(Int32, size(), config.tile_n // 64, 128, 2),
+        _compact(Int32, size()),
         _compact(Int32, 2),
         _compact(Float32, parts, config.tile_n, config.head_dim),
         _compact(Float32, parts, config.tile_n, config.head_dim),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-DQ_CHUNK = 64 * 64  # elements of dQ that a warpgroup computes at a time
 WORK_FIELDS = 8  # int32 words of a work item, padded to a sector of memory; see schedule.py
 
 
@@ -65,10 +64,11 @@ class ForwardConfig:
 class BackwardConfig:
     """One compiled backward kernel: two warpgroups, which share tile_n keys and tile_m queries.
 
-    With tile_n 128 each owns 64 keys, and of dQ 64 x 64 at a time: with tile_m 64 half of the
+    With tile_n 128 each owns 64 keys, and of dQ a chunk at a time: with tile_m 64 half of the
     columns, with 128 half of the rows. With tile_n 64 (for large head_dims) both own all keys,
     each half of the columns of dK and dV, and both compute the scores.
-    dq: Whether to compute dQ too, by adding up in memory, in no particular order.
+    dq: Whether to compute dQ too, by adding up in memory.
+    ordered: Whether to add in the schedule's order, so that the result is the same every time.
     """
 
     dtype: str
@@ -79,12 +79,13 @@ class BackwardConfig:
     q_stages: int = 2  # of Q and dO
     kv_stages: int = 1
     ds_stages: int = 2
+    ordered: bool = False
     arch: str = "sm_90a"
 
     def __post_init__(self) -> None:
         if self.dq:
             assert self.tile_n == 128
-            assert (self.tile_m, self.head_dim) in ((64, 128), (128, 64))
+            assert (self.tile_m, self.head_dim) in ((64, 128), (128, 64), (128, 32))
         assert self.shared_memory <= SHARED_MEMORY, self.shared_memory
 
     @property
@@ -113,9 +114,19 @@ class BackwardConfig:
         return self.tile_m == 64
 
     @property
+    def dq_columns(self) -> int:
+        """Columns of dQ that a warpgroup computes at a time, of 64 rows."""
+        return min(64, self.head_dim)
+
+    @property
+    def dq_chunk(self) -> int:
+        """Elements of dQ that a warpgroup computes at a time."""
+        return 64 * self.dq_columns
+
+    @property
     def out_slots(self) -> int:
-        """How many 64 x head_dim in 16 bits take as much room as 64 x 64 of dQ in 32."""
-        return 128 // self.head_dim if self.dq else 1
+        """How many 64 x head_dim in 16 bits take as much room as a chunk of dQ in 32."""
+        return 2 * self.dq_columns // self.head_dim if self.dq else 1
 
     @property
     def shared_memory(self) -> int:
@@ -190,30 +201,36 @@ _FORWARD = {
 }
 
 _BACKWARD = {
+    32: BackwardConfig(_ANY, 32, tile_m=128, dq=True),
     64: BackwardConfig(_ANY, 64, tile_m=128, dq=True),
     128: BackwardConfig(_ANY, 128, tile_m=64, dq=True),
 }
 _KEYS = {
-    64: BackwardConfig(_ANY, 64, tile_m=64, dq=False),
+    64: BackwardConfig(_ANY, 64, tile_m=128, dq=False),
     128: BackwardConfig(_ANY, 128, tile_m=64, dq=False),
     256: BackwardConfig(_ANY, 256, tile_m=64, tile_n=64, dq=False),
 }
 
 
-def backward_config(dtype: str, head_dim: int, dq: bool = True) -> BackwardConfig:
-    """The config that computes this head_dim, with dQ (to 128) or without (to 256)."""
-    configs = _BACKWARD if dq else _KEYS
-    return replace(configs[min(size for size in configs if head_dim <= size)], dtype=dtype)
+def backward_config(kind: str, dtype: str, head_dim: int) -> BackwardConfig:
+    """The config that computes this head_dim.
+
+    kind: "backward" or "ordered", with dQ (head_dims to 128), or "keys", without (to 256).
+    """
+    configs = _KEYS if kind == "keys" else _BACKWARD
+    config = configs[min(size for size in configs if head_dim <= size)]
+    return replace(config, dtype=dtype, ordered=kind == "ordered")
 
 
 def all_backward_configs() -> list[BackwardConfig]:
     """Everything that is shipped."""
-    configs = (*_BACKWARD.values(), *_KEYS.values())
+    ordered = (replace(config, ordered=True) for config in _BACKWARD.values())
+    configs = (*_BACKWARD.values(), *ordered, *_KEYS.values())
     return [replace(config, dtype=dtype) for dtype in DTYPES for config in configs]
 
 
 _QUERIES = {
-    64: QueriesConfig(_ANY, 64, tile_n=64, o_columns=64),
+    64: QueriesConfig(_ANY, 64, tile_n=128, o_columns=64),
     128: QueriesConfig(_ANY, 128, tile_n=64, o_columns=128),
     256: QueriesConfig(_ANY, 256, tile_n=32, o_columns=64),
 }

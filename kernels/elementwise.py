@@ -4,7 +4,6 @@ import math
 
 import cutlass
 from cutlass import Float32, Int32, cute
-from sparse_flash.kernels.config import DQ_CHUNK
 
 THREADS = 256
 VECTOR = 8  # elements that a thread takes: 16 bytes of 16-bit numbers
@@ -24,14 +23,15 @@ class Statistics:
     Rows beyond the end, and those without keys, get lse = inf: their P is 0.
     """
 
-    def __init__(self, head_dim: int, clear: bool) -> None:
-        self.lanes, self.clear = head_dim // VECTOR, clear  # threads of a row: a power of two
+    def __init__(self, config) -> None:
+        self.config = config
+        self.lanes = config.head_dim // VECTOR  # threads of a row: a power of two
 
     @cute.jit
-    def __call__(self, out, dout, lse, dlse, stats, dq_sum, has_dlse: Int32, stream):
+    def __call__(self, out, dout, lse, dlse, stats, sums, has_dlse: Int32, stream):
         """Launch on the stream."""
         rows = cute.size(stats, mode=[3])
-        self.kernel(out, dout, lse, dlse, stats, dq_sum, has_dlse).launch(
+        self.kernel(out, dout, lse, dlse, stats, sums, has_dlse).launch(
             grid=(
                 cute.ceil_div(rows * self.lanes, THREADS),
                 cute.size(out, mode=[2]),
@@ -49,7 +49,7 @@ class Statistics:
         lse: cute.Tensor,
         dlse: cute.Tensor,
         stats: cute.Tensor,
-        dq_sum: cute.Tensor,
+        sums: tuple[cute.Tensor, cute.Tensor],  # dq_sum, and how often was added to its tiles
         has_dlse: Int32,
     ):
         """VECTOR elements for each thread."""
@@ -66,12 +66,12 @@ class Statistics:
             for i in cutlass.range_constexpr(VECTOR):
                 total += a[i].to(Float32) * b[i].to(Float32)
         padded = row < cute.size(stats, mode=[3])
-        if cutlass.const_expr(self.clear):
+        if cutlass.const_expr(self.config.dq):
             if padded:
-                start = thread * VECTOR
+                start, size = thread * VECTOR, self.config.dq_chunk
                 zeros = cute.make_rmem_tensor(VECTOR, Float32)
                 zeros.fill(0.0)
-                goal = vector(dq_sum, (batch, head, start // DQ_CHUNK, start % DQ_CHUNK), 16)
+                goal = vector(sums[0], (batch, head, start // size, start % size), 16)
                 cute.autovec_copy(zeros, goal)
         for step in cutlass.range_constexpr(self.lanes.bit_length() - 1):
             total += cute.arch.shuffle_sync_bfly(total, offset=1 << step)
@@ -84,25 +84,30 @@ class Statistics:
                     total -= dlse[batch, head, row]
             stats[batch, head, 0, row] = log_sum
             stats[batch, head, 1, row] = total
+            if cutlass.const_expr(self.config.ordered):
+                if row % self.config.tile_m == 0:
+                    done = sums[1]
+                    done[batch, head, row // self.config.tile_m] = Int32(0)
 
 
 class Convert:
     """dQ = scale sum, in the dtype of q.
 
-    The sums lie in chunks of 64 x 64, as the threads of a warpgroup held them: four numbers of
+    The sums lie in chunks of 64 rows, as the threads of a warpgroup held them: four numbers of
     each thread, then the next four of each. Number i of thread t is row 16 (t / 32) + (t % 32) / 4
     + 8 (i / 2 % 2), column 8 (i / 4) + 2 (t % 4) + i % 2.
     """
 
     def __init__(self, config, dtype: type[cutlass.Numeric]) -> None:
         self.config, self.dtype = config, dtype
+        self.groups = config.dq_columns // VECTOR
 
     @cute.jit
     def __call__(self, sums, result, scale: Float32, stream):
         """Launch on the stream: a chunk a CTA."""
         self.kernel(sums, result, scale).launch(
             grid=tuple(cute.size(sums, mode=[i]) for i in (2, 1, 0)),
-            block=(THREADS, 1, 1),
+            block=(32 * self.groups, 1, 1),
             stream=stream,
         )
 
@@ -111,7 +116,7 @@ class Convert:
         """Eight columns of two rows for each thread: from four neighbours, 16 numbers."""
         chunk, head, batch = cute.arch.block_idx()
         thread = cute.arch.thread_idx()[0]
-        group, quad = thread % 8, thread // 8  # of eight columns; of four neighbours
+        group, quad = thread % self.groups, thread // self.groups  # of columns; of four neighbours
         start = group * 512 + quad * 16
         lower, upper = (cute.make_rmem_tensor(VECTOR, self.dtype) for _ in range(2))
         values = cute.make_rmem_tensor(VECTOR, Float32)

@@ -77,7 +77,8 @@ _schedules = _Schedules()
 def schedule_of(kind: str, layout: BlockLayout, q: Tensor, k: Tensor) -> Schedule:
     """The schedule of a layout for these tensors.
 
-    kind: "forward"; "backward" with dQ; "keys", the backward without it, and dQ by "queries".
+    kind: "forward"; "backward" with dQ, or "ordered", its repeatable variant; "keys", the backward
+        without dQ, and dQ by "queries".
     """
     batch, _, heads, head_dim = q.shape
     dtype = DTYPES[q.dtype]
@@ -93,7 +94,7 @@ def _configs(kind: str, dtype: str, head_dim: int) -> tuple[Config, ...]:
         return forward_configs(dtype, head_dim)
     if kind == "queries":
         return (queries_config(dtype, head_dim),)
-    return (backward_config(dtype, head_dim, dq=kind == "backward"),)
+    return (backward_config(kind, dtype, head_dim),)
 
 
 @functools.cache
@@ -122,7 +123,7 @@ def _build(
         return schedule(layout, batch, heads[0], tile, ctas, 4 * layout.kv_len * width)
     # Of each head Q and dO, in 16 bits, and the sums of dQ, in float32.
     size = 8 * layout.q_len * width * heads[0] // heads[1]
-    return backward_schedule(layout, batch, heads, tile, ctas, size)
+    return backward_schedule(layout, batch, heads, tile, ctas, size, ordered=kind == "ordered")
 
 
 def _follow(

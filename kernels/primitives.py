@@ -20,6 +20,24 @@ def multiply(product, acc, a, b, stage, clear: cutlass.Constexpr):
 
 
 @cute.jit
+def multiply_pairs(values, factors):
+    """Numbers in registers times others, in 16 bits, two at a time."""
+    kind = "bf16x2" if cutlass.const_expr(values.element_type is cutlass.BFloat16) else "f16x2"
+    pairs, others = (
+        cute.make_tensor(
+            cute.recast_ptr(x.iterator, dtype=Int32), cute.make_layout(cute.size(x) // 2)
+        )
+        for x in (values, factors)
+    )
+    for i in cutlass.range_constexpr(cute.size(pairs)):
+        pairs[i] = cute.arch.inline_ptx(
+            f"mul.rn.{kind} {{$w0}}, {{$r0}}, {{$r1}};",
+            write_only_types=[Int32],
+            read_only_args=[pairs[i], others[i]],
+        )
+
+
+@cute.jit
 def tma_load(load, smem, place, stage, barrier):
     """One TMA load: the tile at place = (block, head, batch) into a stage of shared memory."""
     atom, tensor = load

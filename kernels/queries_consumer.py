@@ -11,7 +11,7 @@ from cutlass import Float32, const_expr, cute, pipeline
 from cutlass.cute.nvgpu import warpgroup
 from sparse_flash.kernels import online_softmax as online
 from sparse_flash.kernels.forward_consumer import CONSUMER, ITEM_FIELDS, Consumer
-from sparse_flash.kernels.primitives import multiply
+from sparse_flash.kernels.primitives import multiply, multiply_pairs
 from sparse_flash.masks.layout import FULL_TILE
 
 FIRST, INNER = range(2)  # kinds of steps
@@ -98,19 +98,22 @@ class QueriesConsumer(Consumer):
         warpgroup.wait_group(1 + pending)
         for i in cutlass.range_constexpr(cute.size(acc_s)):
             acc_s[i] = online.exp2(acc_s[i] * self.scale_log2 - stats[0, i // 2 % 2])
-        warpgroup.wait_group(pending)
-        self.v_pipe.consumer_release(kv_state)
         if bit_tile != FULL_TILE:
             within = online.columns_within(remaining, self.thread)
             online.apply_mask(acc_s, words, within, 0.0)
-            if remaining < config.tile_n:  # values beyond the length may be NaN
-                online.apply_mask(acc_dp, words, within, 0.0)
-        for i in cutlass.range_constexpr(cute.size(acc_s)):
-            acc_s[i] = acc_s[i] * (acc_dp[i] - stats[1, i // 2 % 2])
+        p = cute.make_rmem_tensor(self.ds.shape, self.dtype)
+        p.store(acc_s.load().to(self.dtype).reshape(p.shape))
+        warpgroup.wait_group(pending)
+        self.v_pipe.consumer_release(kv_state)
+        if remaining < config.tile_n:  # values beyond the length may be NaN
+            within = online.columns_within(remaining, self.thread)
+            online.apply_mask(acc_dp, words, within, 0.0)
         if const_expr(kind != FIRST):
             warpgroup.wait_group(0)
             self.k_pipe.consumer_release(before)
-        self.ds.store(acc_s.load().to(self.dtype).reshape(self.ds.shape))
+        for i in cutlass.range_constexpr(cute.size(acc_dp)):
+            self.ds[i] = (acc_dp[i] - stats[1, i // 2 % 2]).to(self.dtype)
+        multiply_pairs(self.ds, p)
         return kv_state, remaining
 
     @cute.jit

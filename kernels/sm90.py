@@ -8,7 +8,6 @@ import math
 import torch
 from sparse_flash.kernels.compile import backward_kernel, forward_kernel, queries_kernel
 from sparse_flash.kernels.config import (
-    DQ_CHUNK,
     BackwardConfig,
     backward_config,
     forward_configs,
@@ -84,7 +83,7 @@ def launch(
 
     out is `(b, s, h, d)` in q's dtype, lse `(b, h, s)` float32.
     """
-    work, tiles, bits, combine, whole, counts = plan
+    work, tiles, bits, combine, whole, counts, _ = plan
     b, s, h, d = q.shape
     if softmax_scale <= 0:  # the kernel takes maxima before it scales
         q = -q if softmax_scale < 0 else torch.zeros_like(q)
@@ -108,6 +107,7 @@ def launch_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
+    kind: str,
     plan: list[Tensor],
     by_queries: list[Tensor],
     kv_lens: Tensor | None,
@@ -116,29 +116,31 @@ def launch_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) on torch's current stream.
 
-    plan: The arrays of a "backward" schedule, and `by_queries` is empty; or those of a "keys"
-        and of a "queries" schedule.
+    kind, plan: Of the schedule, and its arrays.
+    by_queries: Those of a "queries" schedule where `kind` is "keys".
     num_parts: Of each of them.
     """
     b, s, h, d = q.shape
     device, dtype = q.device, DTYPES[q.dtype]
-    config = backward_config(dtype, d, dq=not by_queries)
+    config = backward_config(kind, dtype, d)
     dout = dout if _aligned(dout) else dout.contiguous()
     dq = torch.empty((b, s, h, d), dtype=q.dtype, device=device)
     dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=device) for x in (k, v))
     rows = -(-s // config.tile_m) * config.tile_m
     chunks = 2 * rows // config.tile_m if config.dq else 0
-    dq_sum = torch.empty((b, h, chunks, DQ_CHUNK), dtype=torch.float32, device=device)
+    dq_sum = torch.empty((b, h, chunks, config.dq_chunk), dtype=torch.float32, device=device)
     stats = torch.empty((b, h, 2, rows), dtype=torch.float32, device=device)
-    work, tiles, bits, combine, whole, counts = plan
+    done = torch.empty((b, h, chunks // 2), dtype=torch.int32, device=device)
+    work, tiles, bits, combine, whole, counts, turns = plan
     lens = whole if kv_lens is None else kv_lens.to(device, torch.int32).clamp(max=k.shape[1])
     given = lse if dlse is None else dlse.contiguous()
-    before = (q, k, v, out, dout, lse, given, dq, dk, dv, dq_sum, stats, lens, work, tiles, bits)
+    before = (q, k, v, out, dout, lse, given, dq, dk, dv, done, dq_sum, stats, lens)
+    before = (*before, work, tiles, bits, turns)
     scales = (softmax_scale, softmax_scale * _LOG2_E)
     numbers = (int(dlse is not None), *scales)
     _backward(config).launch(before, num_parts[0], (combine, counts), numbers, device)
     if by_queries:
-        work, tiles, bits, combine, _, counts = by_queries
+        work, tiles, bits, combine, _, counts, _ = by_queries
         inputs = (q, k, v, dout, dq, stats, lens, work, tiles, bits)
         _queries(dtype, d).launch(inputs, num_parts[1], (combine, counts), scales, device)
     return dq, dk, dv
@@ -154,7 +156,7 @@ def _forward(dtype: str, head_dim: int, tile_m: int) -> Kernel:
 @functools.cache
 def _backward(config: BackwardConfig) -> Kernel:
     parts = ((config.tile_n, config.head_dim),) * 2
-    return Kernel(backward_kernel(config), parts, work=13)
+    return Kernel(backward_kernel(config), parts, work=14)
 
 
 @functools.cache

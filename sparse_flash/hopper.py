@@ -42,6 +42,7 @@ def sm90_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
+    kind: str,
     plan: list[Tensor],
     by_queries: list[Tensor],
     kv_lens: Tensor | None,
@@ -50,7 +51,7 @@ def sm90_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv); schedules come as their arrays and the numbers of their parts."""
     return sm90.launch_backward(
-        dout, dlse, q, k, v, out, lse, plan, by_queries, kv_lens, num_parts, softmax_scale
+        dout, dlse, q, k, v, out, lse, kind, plan, by_queries, kv_lens, num_parts, softmax_scale
     )
 
 
@@ -72,7 +73,8 @@ class _Attention(torch.autograd.Function):
     """Differentiable attention. Schedules come as their arrays, for torch.compile.
 
     sizes: num_parts and tile_m of the forward's schedule.
-    back: Arrays of the backward's schedule, or of both its schedules.
+    kinds: Of the backward's schedule, or of both its schedules; see `schedule_of`.
+    back: Their arrays.
     back_parts: num_parts of each of them.
     """
 
@@ -85,11 +87,12 @@ class _Attention(torch.autograd.Function):
         kv_lens: Tensor | None,
         plan: list[Tensor],
         sizes: tuple[int, int],
+        kinds: tuple[str, ...],
         back: list[Tensor],
         back_parts: list[int],
         softmax_scale: float,
     ) -> tuple[Tensor, Tensor]:
-        ctx.back_parts, ctx.softmax_scale = back_parts, softmax_scale
+        ctx.kinds, ctx.back_parts, ctx.softmax_scale = kinds, back_parts, softmax_scale
         out, lse = _forward(q, k, v, plan, kv_lens, *sizes, softmax_scale)
         ctx.save_for_backward(q, k, v, out, lse, kv_lens, *back)
         ctx.set_materialize_grads(False)
@@ -100,12 +103,12 @@ class _Attention(torch.autograd.Function):
         dout, dlse = grads
         q, k, v, out, lse, kv_lens, *back = ctx.saved_tensors
         if dout is None and dlse is None:
-            return (None,) * 9
+            return (None,) * 10
         dout = torch.zeros_like(out) if dout is None else dout
         size = len(back) // len(ctx.back_parts)
-        rest = (back[:size], back[size:], kv_lens, ctx.back_parts, ctx.softmax_scale)
+        rest = (ctx.kinds[0], back[:size], back[size:], kv_lens, ctx.back_parts, ctx.softmax_scale)
         gradients = _backward(dout, dlse, q, k, v, out, lse, *rest)
-        return *gradients, None, None, None, None, None, None
+        return *gradients, *(None,) * 7
 
 
 def attend(
@@ -122,13 +125,13 @@ def attend(
     arrays, sizes = plan.arrays(), (plan.num_parts, plan.tile[0])
     if not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
         return _forward(q, k, v, arrays, kv_lens, *sizes, softmax_scale)
-    # One kernel for all gradients sums up dQ in no particular order, and has no room for more.
-    together = q.shape[3] <= 128 and not deterministic
-    kinds = ("backward",) if together else ("keys", "queries")
+    kinds: tuple[str, ...] = ("ordered",) if deterministic else ("backward",)
+    if q.shape[3] > 128:  # one kernel for all gradients has no room; these two are repeatable
+        kinds = ("keys", "queries")
     plans = [schedule_of(kind, layout, q, k) for kind in kinds]
     back = [x for plan in plans for x in plan.arrays()]
     parts = [plan.num_parts for plan in plans]
-    return _Attention.apply(q, k, v, kv_lens, arrays, sizes, back, parts, softmax_scale)
+    return _Attention.apply(q, k, v, kv_lens, arrays, sizes, kinds, back, parts, softmax_scale)
 
 
 def why_not(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout) -> str | None:

@@ -37,8 +37,9 @@ else:
 
 
 def name(config):
-    without = "" if getattr(config, "dq", True) else "-without-dq"
-    return f"{config.dtype}-d{config.head_dim}-{config.tile_m}x{config.tile_n}{without}"
+    kind = "" if getattr(config, "dq", True) else "-without-dq"
+    kind = "-ordered" if getattr(config, "ordered", False) else kind
+    return f"{config.dtype}-d{config.head_dim}-{config.tile_m}x{config.tile_n}{kind}"
 
 
 CONFIGS, BACKWARD, QUERIES = all_forward_configs(), all_backward_configs(), all_queries_configs()
@@ -109,9 +110,12 @@ def test_configs():
             assert all(c.head_dim >= head_dim for c in forward_configs(dtype, head_dim))
             assert forward_configs(dtype, head_dim)
         assert forward_configs(dtype, 264) == ()
-        dims = (8, 64, 72, 128)
-        assert [backward_config(dtype, d).head_dim for d in dims] == [64, 64, 128, 128]
-        for config in (queries_config(dtype, 136), backward_config(dtype, 136, dq=False)):
+        dims = (8, 40, 64, 72, 128)
+        for kind in ("backward", "ordered"):
+            found = [backward_config(kind, dtype, d) for d in dims]
+            assert [c.head_dim for c in found] == [32, 64, 64, 128, 128]
+            assert all(c.ordered == (kind == "ordered") for c in found)
+        for config in (queries_config(dtype, 136), backward_config("keys", dtype, 136)):
             assert config.head_dim == 256
     assert len(set(all_forward_configs())) == len(all_forward_configs())
 

@@ -27,9 +27,11 @@ def calls(monkeypatch):
         logits = torch.einsum("bqhd,bkhd->bhqk", q.float(), k.float()) * scale
         return out, logits.logsumexp(-1)
 
-    def launch_backward(dout, dlse, q, k, v, out, lse, plan, by_queries, lens, num_parts, scale):
-        seen.append((q.shape, len(plan), "by queries" if by_queries else "backward"))
-        assert len(by_queries) == 6 * (len(num_parts) - 1)
+    def launch_backward(
+        dout, dlse, q, k, v, out, lse, kind, plan, by_queries, lens, num_parts, scale
+    ):
+        seen.append((q.shape, len(plan), kind))
+        assert len(by_queries) == 7 * (len(num_parts) - 1) == 7 * (kind == "keys")
         q_, k_, v_, dout_ = (x.float() for x in (q, k, v, dout))
         p = (torch.einsum("bqhd,bkhd->bhqk", q_, k_) * scale - lse[..., None]).exp()
         delta = (out.float() * dout_).sum(-1).transpose(1, 2)
@@ -77,7 +79,7 @@ def test_compile_fullgraph(calls, kind, grad):
     assert len(calls) == before + 1  # the compiled graph launches it
     if grad:
         result.backward()
-        assert calls[-1] == (q.shape, 6, "backward")
+        assert calls[-1] == (q.shape, 7, "backward")
 
 
 @pytest.mark.parametrize(("dim", "deterministic"), [(32, False), (32, True), (136, False)])
@@ -95,8 +97,7 @@ def test_gradients_are_those_of_attention(calls, dim, deterministic):
     )
     for a, b in zip(got, expected, strict=True):
         assert (a.double() - b).norm() < 0.01 * b.norm()
-    together = dim <= 128 and not deterministic
-    assert calls[-1][2] == ("backward" if together else "by queries")
+    assert calls[-1][2] == ("keys" if dim > 128 else "ordered" if deterministic else "backward")
 
 
 def test_only_the_lse_is_used(calls):
