@@ -7,10 +7,8 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from sparse_flash.experiments.attention import Kind
 from sparse_flash.experiments.data.listops import ListOps
-from sparse_flash.masks import Mask
-
-from sparse_flash import masks
 
 
 @dataclass(frozen=True)
@@ -25,8 +23,8 @@ class ModelConfig:
     """Encoder layers."""
     ffn: int = 128
     """Width of the feed-forward layers."""
-    positions: Literal["learned", "rotary"] = "learned"
-    """How the model knows where a token is."""
+    positions: Literal["learned", "rotary", "rotary2d"] = "learned"
+    """How the model knows where a token is; rotary2d: on the grid of an image."""
     pooling: Literal["mean", "max", "cls"] = "mean"
     """How tokens become one vector."""
     dropout: float = 0.1
@@ -38,9 +36,11 @@ class ModelConfig:
             raise ValueError(
                 f"dim={self.dim} must be a multiple of heads={self.heads}, all sizes positive"
             )
-        if self.positions == "rotary" and self.dim // self.heads % 2:
+        step = {"learned": 1, "rotary": 2, "rotary2d": 4}[self.positions]
+        if self.dim // self.heads % step:
             raise ValueError(
-                f"rotary positions need an even head_dim, got {self.dim // self.heads}"
+                f"{self.positions} positions need a head_dim that is a multiple of {step}, "
+                f"got {self.dim // self.heads}"
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in 0..1, got {self.dropout}")
@@ -70,6 +70,8 @@ class TrainConfig:
     """Steps between checkpoints."""
     compile: bool = False
     """Run the model through torch.compile."""
+    graph: bool = True
+    """On a GPU, run a step as one CUDA graph: small models are bound by the host otherwise."""
 
     def __post_init__(self) -> None:
         """Refuse numbers with which no run is possible."""
@@ -101,19 +103,8 @@ class Common:
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
 
-def mask_of(attention: str) -> Mask | None:
-    """The mask of an attention by name; None for 'sdpa', which has no mask of ours.
-
-    >>> mask_of("dense"), mask_of("local(9)"), mask_of("sdpa")
-    (full(), local((9, 9)), None)
-    """
-    if attention == "sdpa":
-        return None
-    return masks.full() if attention == "dense" else masks.parse(attention)
-
-
 def _check_attention(attention: str, length: int) -> None:
-    mask = mask_of(attention)
+    mask = Kind.of(attention).mask
     made_for = () if mask is None else mask.extents()
     if any(extent not in (None, length) for extent in made_for):
         raise ValueError(
@@ -126,8 +117,9 @@ class RunConfig(Common):
     """Everything that decides a run's numbers."""
 
     attention: str = "dense"
-    """'sdpa' (PyTorch's), 'dense' (ours, all-true mask), or a mask such as
-    'local(256) | global_tokens(16)'."""
+    """'dense' (ours, all-true mask), a mask such as 'local(256) | global_tokens(16)', the same by
+    FlexAttention ('flex: local(256) | global_tokens(16)'), 'sdpa' (PyTorch's), 'standard' (with the
+    matrix in memory), 'linear', 'performer(256)', 'linformer(256)'."""
     seed: int = 0
     """Seed of the weights, dropout and the order of the data."""
 
@@ -149,7 +141,7 @@ class CompareConfig(Common):
     """Several kinds of attention under the same seeds and budget."""
 
     attentions: tuple[str, ...] = ("sdpa", "dense", "local(256) | global_tokens(16)")
-    """Variants: 'sdpa', 'dense', or masks. The first is what the others are compared with."""
+    """Variants, each as `attention` of a run. The first is what the others are compared with."""
     seeds: tuple[int, ...] = (0,)
     """Each variant is trained once a seed."""
 

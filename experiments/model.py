@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 from einops import rearrange
+from sparse_flash.experiments.attention import Kind, core
 from sparse_flash.experiments.clock import AttentionClock
-from sparse_flash.experiments.config import ModelConfig, mask_of
-from sparse_flash.masks import Mask
+from sparse_flash.experiments.config import ModelConfig
+from sparse_flash.experiments.data.dataset import Task
 from torch import Tensor, nn
 
 from sparse_flash import masks
@@ -14,53 +15,51 @@ from sparse_flash.nn import SelfAttention
 
 
 class EncoderAttention(SelfAttention):
-    """Self-attention with rotary positions on request, by SDPA or by a layout, and a clock.
+    """Self-attention of a kind given by name, with rotary positions on request, and a clock.
 
     Args:
-        config: Sizes and positions.
+        config: Sizes.
         length: Tokens per sequence.
-        mask: The mask, or None for torch's scaled_dot_product_attention.
+        attention: See `attention.Kind`.
         block: Granularity of the layout.
+        angles: Of rotary positions (length, head_dim / 2), or None.
     """
 
-    angles: Tensor
+    angles: Tensor | None
 
-    def __init__(self, config: ModelConfig, length: int, mask: Mask | None, block: int) -> None:
-        layout = (masks.full() if mask is None else mask).layout(length, block=(block, block))
+    def __init__(
+        self, config: ModelConfig, length: int, attention: str, block: int, angles: Tensor | None
+    ) -> None:
+        kind = Kind.of(attention)
+        mask = masks.full() if kind.mask is None else kind.mask
+        layout = mask.layout(length, block=(block, block))
         super().__init__(config.dim, config.heads, mask=layout)
-        self.sdpa = mask is None
+        head_dim = config.dim // config.heads
+        ours = kind.name == "ours"
+        self.core = None if ours else core(kind, layout, length, config.heads, head_dim)
         self.clock: AttentionClock | None = None
-        self.rotary = config.positions == "rotary"
-        angles = rotary_angles(length if self.rotary else 0, config.dim // config.heads)
         self.register_buffer("angles", angles, persistent=False)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, kv_lens: Tensor | None) -> Tensor:
         """Rotate, and attend; timed where a clock is set."""
-        if self.rotary:
+        if self.angles is not None:
             q, k = rotate(q, self.angles), rotate(k, self.angles)
+        attend = super().attend if self.core is None else self.core
         if self.clock is None:
-            return self.core(q, k, v, kv_lens)
+            return attend(q, k, v, kv_lens)
         q, k, v = self.clock.enter(q, k, v)
-        return self.clock.leave(self.core(q, k, v, kv_lens))
-
-    def core(self, q: Tensor, k: Tensor, v: Tensor, kv_lens: Tensor | None) -> Tensor:
-        """(b, s, h, d) in and out."""
-        return sdpa(q, k, v, kv_lens) if self.sdpa else super().attend(q, k, v, kv_lens)
+        return self.clock.leave(attend(q, k, v, kv_lens))
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, kv_lens: Tensor | None) -> Tensor:
-    """Dense attention by torch's scaled_dot_product_attention, (b, s, h, d) in and out."""
-    mask = None
-    if kv_lens is not None:
-        mask = (torch.arange(k.shape[1], device=k.device) < kv_lens[:, None])[:, None, None]
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+def rotary_angles(places: Tensor, dim: int, base: float = 10_000.0) -> Tensor:
+    """Angles (s, dim / 2) of rotary positions (Su et al., RoFormer, 2021).
 
-
-def rotary_angles(length: int, dim: int, base: float = 10_000.0) -> Tensor:
-    """(length, dim / 2) angles of rotary positions (Su et al., RoFormer, 2021)."""
-    frequencies = base ** -(torch.arange(0, dim, 2).float() / dim)
-    return torch.arange(length)[:, None] * frequencies
+    places: (s,), or (s, axes) where tokens lie on a grid: each axis gets its share of the channels.
+    """
+    places = places.reshape(len(places), -1).float()
+    share = dim // places.shape[1]
+    frequencies = base ** -(torch.arange(0, share, 2).float() / share)
+    return (places[:, :, None] * frequencies).flatten(1)
 
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
@@ -73,31 +72,40 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
 class Layer(nn.Module):
     """Pre-norm: x + attention(norm(x)), then x + feed-forward(norm(x))."""
 
-    def __init__(self, config: ModelConfig, length: int, mask: Mask | None, block: int) -> None:
+    def __init__(
+        self, config: ModelConfig, length: int, attention: str, block: int, angles: Tensor | None
+    ) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(config.dim), nn.LayerNorm(config.dim)
-        self.attention = EncoderAttention(config, length, mask, block)
+        self.attention = EncoderAttention(config, length, attention, block, angles)
         self.feed_forward = nn.Sequential(
             nn.Linear(config.dim, config.ffn), nn.GELU(), nn.Linear(config.ffn, config.dim)
         )
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+    def forward(self, x: Tensor, lengths: Tensor | None) -> Tensor:
         """(b, s, dim) to the same."""
         x = x + self.dropout(self.attention(self.norm1(x), kv_lens=lengths))
         return x + self.dropout(self.feed_forward(self.norm2(x)))
 
 
 class Encoder(nn.Module):
-    """Tokens (b, s) and lengths (b,) to logits (b, classes).
+    """Tokens (b, s) and lengths (b,) to logits (b, classes); or pairs (b, 2, s), (b, 2) of them.
+
+    Both of a pair go through the same layers; the head sees [x, y, x y, x - y].
 
     Args:
         config: Sizes.
-        vocabulary: Number of tokens; 0 is padding.
+        vocabulary: Number of tokens.
         classes: Number of labels.
         length: s, the padded length.
-        attention: 'sdpa', 'dense' or a mask as text.
+        attention: See `attention.Kind`: 'dense', a mask as text, 'sdpa', ...
         block: Granularity of layouts.
+        places: Where on a grid the tokens lie (s, 2), for positions 'rotary2d'.
+        pairs: Whether examples are pairs.
+
+    Raises:
+        ValueError: The attention is unknown; or 'rotary2d' without places.
 
     >>> model = Encoder(ModelConfig(), vocabulary=16, classes=10, length=50, attention="local(8)")
     >>> model(torch.randint(1, 16, (2, 50)), torch.tensor([50, 20])).shape
@@ -112,38 +120,62 @@ class Encoder(nn.Module):
         length: int,
         attention: str = "dense",
         block: int = 128,
+        places: Tensor | None = None,
+        pairs: bool = False,
     ) -> None:
         super().__init__()
         self.pooling = config.pooling
+        places = _places(config, length, places)
         length += config.pooling == "cls"
-        mask = mask_of(attention)
+        angles = None if places is None else rotary_angles(places, config.dim // config.heads)
         self.tokens = nn.Embedding(vocabulary, config.dim)
         self.cls = nn.Parameter(torch.randn(config.dim) * 0.02) if config.pooling == "cls" else None
         learned = config.positions == "learned"
         self.positions = nn.Parameter(torch.randn(length, config.dim) * 0.02) if learned else None
         self.dropout = nn.Dropout(config.dropout)
-        layers = (Layer(config, length, mask, block) for _ in range(config.layers))
+        layers = (Layer(config, length, attention, block, angles) for _ in range(config.layers))
         self.layers = nn.ModuleList(layers)
         self.norm = nn.LayerNorm(config.dim)
-        self.head = nn.Linear(config.dim, classes)
+        self.head: nn.Module = nn.Linear(config.dim, classes)
+        if pairs:
+            hidden = nn.Linear(4 * config.dim, config.ffn)
+            self.head = nn.Sequential(hidden, nn.ReLU(), nn.Linear(config.ffn, classes))
 
-    def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+    @classmethod
+    def for_task(cls, config: ModelConfig, task: Task, attention: str, block: int) -> Encoder:
+        """The model for a task."""
+        sizes = (task.vocabulary, task.classes, task.length)
+        return cls(config, *sizes, attention, block, task.places(), task.pairs)
+
+    def forward(self, tokens: Tensor, lengths: Tensor | None) -> Tensor:
         """Logits; what lies beyond a sequence's length has no influence on them."""
+        if tokens.dim() == 2:
+            return self.head(self.encode(tokens, lengths))
+        x, y = self.encode(
+            rearrange(tokens, "b two s -> (two b) s"),
+            None if lengths is None else rearrange(lengths, "b two -> (two b)"),
+        ).chunk(2)
+        return self.head(torch.cat([x, y, x * y, x - y], -1))
+
+    def encode(self, tokens: Tensor, lengths: Tensor | None) -> Tensor:
+        """(b, s) to (b, dim). lengths: None where nothing is padding."""
         x = self.tokens(tokens)
         if self.cls is not None:
             x = torch.cat([self.cls.expand(len(x), 1, -1), x], dim=1)
-            lengths = lengths + 1
+            lengths = None if lengths is None else lengths + 1
         if self.positions is not None:
             x = x + self.positions
         x = self.dropout(x)
         for layer in self.layers:
             x = layer(x, lengths)
-        return self.head(self.pool(self.norm(x), lengths))
+        return self.pool(self.norm(x), lengths)
 
-    def pool(self, x: Tensor, lengths: Tensor) -> Tensor:
+    def pool(self, x: Tensor, lengths: Tensor | None) -> Tensor:
         """(b, s, dim) to (b, dim), over the tokens that are no padding."""
         if self.pooling == "cls":
             return x[:, 0]
+        if lengths is None:
+            return x.amax(1) if self.pooling == "max" else x.mean(1)
         real = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
         real = rearrange(real, "b s -> b s 1")
         if self.pooling == "max":
@@ -154,3 +186,14 @@ class Encoder(nn.Module):
         """Time attention with this clock from now on; None: no longer."""
         for layer in self.layers:
             layer.attention.clock = clock  # type: ignore[union-attr]
+
+
+def _places(config: ModelConfig, length: int, places: Tensor | None) -> Tensor | None:
+    """Where tokens are, for rotary positions; the CLS token, if there is one, is at the origin."""
+    if config.positions == "learned":
+        return None
+    if config.positions == "rotary":
+        return torch.arange(length + (config.pooling == "cls"))
+    if places is None:
+        raise ValueError("positions 'rotary2d' are for tokens on a grid: the task must be an image")
+    return torch.cat([places.new_zeros(1, 2), places]) if config.pooling == "cls" else places

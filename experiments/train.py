@@ -16,14 +16,15 @@ from typing import Any
 
 import torch
 from sparse_flash.experiments import checkpoint
+from sparse_flash.experiments.attention import Kind
 from sparse_flash.experiments.clock import AttentionClock
-from sparse_flash.experiments.config import RunConfig, TrainConfig, mask_of
+from sparse_flash.experiments.config import RunConfig, TrainConfig
 from sparse_flash.experiments.data.dataset import Batch, Sampler, Split, Splits
 from sparse_flash.experiments.logger import Logger
 from sparse_flash.experiments.machine import describe, tensor_peak
 from sparse_flash.experiments.model import Encoder
+from sparse_flash.experiments.step import TrainingStep
 from sparse_flash.masks.files import atomic_write
-from torch import Tensor, nn
 from tqdm import tqdm
 
 CHECKPOINT, RESULT = "checkpoint.pt", "result.json"
@@ -128,11 +129,8 @@ class _Run:
         )
         self.sampler = Sampler(self.train_split, config.train.batch_size, config.seed)
         torch.manual_seed(config.seed)
-        self.model = Encoder(
-            config.model, task.vocabulary, task.classes, task.length, config.attention, config.block
-        ).to(device)
-        self.compiled = torch.compile(self.model) if config.train.compile else self.model
-        self.optimizer = _optimizer(self.model, config.train)
+        self.model = Encoder.for_task(config.model, task, config.attention, config.block).to(device)
+        self.train_step = TrainingStep(self.model, config.train, device)
         self.progress = _Progress()
         if resumable is not None:
             self._restore(resumable)
@@ -166,22 +164,15 @@ class _Run:
         config, progress = self.config.train, self.progress
         intervals = (config.log_every, config.eval_every, config.checkpoint_every, config.steps)
         logged = any((progress.step + 1) % interval == 0 for interval in intervals)
-        # Compiled graphs cannot be marked; elsewhere the marks cost nothing that could be seen.
-        clock = AttentionClock(self.device) if logged and not config.compile else None
+        # Graphs cannot be marked; elsewhere the marks cost nothing that could be seen.
+        marked = not config.compile and not self.train_step.graphed
+        clock = AttentionClock(self.device) if logged and marked else None
         self.model.set_clock(clock)
         begin = time.perf_counter()
         start = self._now(wait=logged)  # a logged step does not pay for those still in flight
         batch = self.sampler.batch(progress.step)
         lr = learning_rate(config, progress.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.model.train()
-        loss, correct = self._loss(batch)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
-        self.optimizer.step()
-        self.latest = loss.detach(), norm
+        self.latest = self.train_step(batch, lr)
         seconds = self._now(wait=logged) - start
         progress.step += 1
         progress.seconds += start - begin + seconds
@@ -192,7 +183,7 @@ class _Run:
             self.model.set_clock(None)
             if clock is not None:
                 progress.attention_share = clock.milliseconds() / (1000 * seconds)
-            self._record(batch, loss, correct, norm, lr, seconds, bar)
+            self._record(batch, lr, seconds, bar)
 
     def _now(self, wait: bool) -> float:
         """The time; where asked, once the device has done all that it was given."""
@@ -200,16 +191,9 @@ class _Run:
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
-    def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Mean cross-entropy, and which answers are right."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            logits = self.compiled(batch.tokens, batch.lengths)
-        loss = nn.functional.cross_entropy(logits.float(), batch.labels)
-        return loss, logits.argmax(-1) == batch.labels
-
     def _check(self) -> None:
         """Stop early where going on would only waste time, before a checkpoint could keep it."""
-        loss, norm = (value.item() for value in self.latest)
+        loss, norm = self.latest.loss.item(), self.latest.norm.item()
         if math.isfinite(loss) and math.isfinite(norm):
             return
         raise TrainingError(
@@ -218,22 +202,20 @@ class _Run:
             f"(now {self.config.train.lr}) or a longer --warmup."
         )
 
-    def _record(
-        self, batch: Batch, loss: Tensor, correct: Tensor, norm: Tensor, lr: float, seconds: float,
-        bar: tqdm[Any],
-    ) -> None:  # fmt: skip
+    def _record(self, batch: Batch, lr: float, seconds: float, bar: tqdm[Any]) -> None:
+        loss = self.latest.loss.item()
         values = {
-            "train/loss": loss.item(),
-            "train/accuracy": correct.float().mean().item(),
+            "train/loss": loss,
+            "train/accuracy": self.latest.correct.item() / len(batch.labels),
             "train/lr": lr,
-            "train/gradient_norm": norm.item(),
+            "train/gradient_norm": self.latest.norm.item(),
             "speed/step_ms": 1000 * seconds,
             "speed/tokens_per_second": batch.tokens.numel() / seconds,
         }
         if not math.isnan(self.progress.attention_share):
             values["speed/attention_share"] = self.progress.attention_share
         self.log.scalars(values, self.progress.step)
-        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+        bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
 
     def _evaluate(self, bar: tqdm[Any]) -> None:
         progress = self.progress
@@ -255,9 +237,9 @@ class _Run:
         self.model.eval()
         loss = correct = 0.0
         for batch in split.batches(2 * self.config.train.batch_size):
-            mean, right = self._loss(batch)
-            loss += mean.item() * len(right)
-            correct += right.sum().item()
+            mean, right = self.train_step.loss(batch)
+            loss += mean.item() * len(batch.labels)
+            correct += right.item()
         return loss / len(split), correct / len(split)
 
     def _finish(self) -> dict[str, Any]:
@@ -293,7 +275,7 @@ class _Run:
         if self.progress.step == 0:
             self.progress.peak_mebibytes = self._step_memory()
             self.log.scalars({"speed/peak_memory_MiB": self.progress.peak_mebibytes}, 0)
-        mask = mask_of("dense" if config.attention == "sdpa" else config.attention)
+        mask = Kind.of(config.attention).mask
         if mask is not None:
             layout = mask.layout(config.task.length, block=(config.block, config.block))
             title = f"{config.attention}\n{config.task.length} tokens, density {layout.density:.2%}"
@@ -305,8 +287,8 @@ class _Run:
         batch = self.sampler.batch(0)
 
         def forward_backward() -> None:
-            self._loss(batch)[0].backward()
-            self.optimizer.zero_grad(set_to_none=True)
+            self.train_step.loss(batch)[0].backward()
+            self.train_step.optimizer.zero_grad(set_to_none=True)
 
         self.model.train()
         peak = tensor_peak(forward_backward, self.device)
@@ -318,7 +300,7 @@ class _Run:
             "config": self.config.to_dict(),
             "progress": vars(self.progress),
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self.train_step.optimizer.state_dict(),
             "random": checkpoint.random_state(),
             "history": [list(record) for record in self.log.history],
         }
@@ -336,29 +318,15 @@ class _Run:
 
     def _restore(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.train_step.restore(state["optimizer"])
         self.progress = _Progress(**state["progress"])
         checkpoint.restore_random_state(state["random"])
 
 
 def density(config: RunConfig) -> float:
     """The kept fraction of the attention matrix; 1 for dense attention."""
-    mask = mask_of(config.attention)
+    mask = Kind.of(config.attention).mask
     return 1.0 if mask is None else mask.density(config.task.length)
-
-
-def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW; weight decay on matrices of linear layers alone."""
-    matrices = {m.weight for m in model.modules() if isinstance(m, nn.Linear)}
-    others = [p for p in model.parameters() if p not in matrices]
-    groups = [
-        {
-            "params": [p for p in model.parameters() if p in matrices],
-            "weight_decay": config.weight_decay,
-        },
-        {"params": others, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.lr)
 
 
 def _other_settings(path: Path, found: dict[str, Any], config: RunConfig) -> str:

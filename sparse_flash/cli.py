@@ -11,6 +11,7 @@ import tyro
 
 from sparse_flash.experiments import recipes
 from sparse_flash.experiments.bench import run as benchmark
+from sparse_flash.experiments.bench import steps
 from sparse_flash.experiments.compare import compare, table
 from sparse_flash.experiments.config import CompareConfig, RunConfig
 from sparse_flash.experiments.train import Interrupted, TrainingError, train
@@ -129,6 +130,22 @@ def bench(
     _point_to_tensorboard(out)
 
 
+def bench_steps(
+    cases: tuple[str, ...] = tuple(steps.STEPS),
+    modes: tuple[str, ...] = tuple(steps.MODES),
+    out: Path = Path("runs/bench-steps"),
+) -> None:
+    """Time whole training steps of encoders: ours, FlexAttention, SDPA, the materialised matrix.
+
+    Args:
+        cases: Encoders and lengths.
+        modes: eager, compiled (torch.compile), graph (that as one CUDA graph).
+        out: Folder of the report: steps.json and steps.md.
+    """
+    steps.bench_steps(cases, modes, out)
+    print(f"report: {out / 'steps.md'} and {out / 'steps.json'}")
+
+
 def _point_to_tensorboard(folder: Path) -> None:
     tensorboard = Path(sys.executable).parent / "tensorboard"
     print(f"see it in TensorBoard:\n    {tensorboard} --logdir {folder}")
@@ -147,6 +164,7 @@ def _application() -> tyro.extras.SubcommandApp:
     app.command(train_, name="train", help="Train one model on a task.")
     app.command(compare_, name="compare", help="Compare kinds of attention on a task.")
     app.command(name="bench")(bench)
+    app.command(name="bench-steps")(bench_steps)
     return app
 
 

@@ -76,12 +76,17 @@ def square_patterns(draw, length: int) -> Mask:
         return masks.bigbird(length, block, 3, 1, draw(st.integers(0, count)), seed)
     width = draw(st.sampled_from([w for w in range(1, length + 1) if length % w == 0]))
     height = length // width
+    patch = tuple(
+        draw(st.sampled_from([n for n in range(1, side + 1) if side % n == 0]))
+        for side in (height, width)
+    )
     image = draw(
         st.sampled_from(
             [
                 masks.axial(height, width),
                 masks.neighbourhood(height, width, draw(st.integers(0, 5))),
                 masks.neighbourhood(height, width, (1, draw(st.integers(0, 5)))),
+                masks.patches(height, width, patch, draw(st.integers(0, 2))),
             ]
         )
     )

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from sparse_flash.experiments.attention import tile_lists
 from sparse_flash.experiments.bench.cases import PREDICATES, Case
 from sparse_flash.masks import BlockLayout
 from sparse_flash.masks.layout import FULL_TILE
@@ -66,7 +67,7 @@ def _flash_attention_4(case: Case, layout: BlockLayout, q: Tensor, k: Tensor, v:
 
     def tensors(layout: BlockLayout) -> Any:
         full = layout.bit_tile_indices == FULL_TILE
-        lists = (*_rows(layout, ~full), *_rows(layout, full))
+        lists = (*tile_lists(layout, ~full), *tile_lists(layout, full))
         return BlockSparseTensorsTorch(*lists, block_size=layout.block)
 
     sparse = {"block_sparse_tensors": tensors(layout)}
@@ -79,22 +80,11 @@ def _first(result: Tensor | tuple[Tensor, ...]) -> Tensor:
     return result if isinstance(result, Tensor) else result[0]
 
 
-def _rows(layout: BlockLayout, keep: Tensor) -> tuple[Tensor, Tensor]:
-    """Padded lists of the kept tiles: counts (1, 1, rows), block columns (1, 1, rows, columns)."""
-    rows = layout.tile_rows[keep].long()
-    counts = rows.bincount(minlength=layout.num_block_rows)
-    place = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
-    shape = (layout.num_block_rows, layout.num_block_cols)
-    columns = torch.zeros(shape, dtype=torch.int32, device=rows.device)
-    columns[rows, place] = layout.col_indices[keep]
-    return counts[None, None].int(), columns[None, None]
-
-
 def _flex_attention(case: Case, layout: BlockLayout, q: Tensor, k: Tensor, v: Tensor) -> Call:
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
     partial = layout.bit_tile_indices != FULL_TILE
-    kinds = (*_rows(layout, partial), *_rows(layout, ~partial))
+    kinds = (*tile_lists(layout, partial), *tile_lists(layout, ~partial))
 
     exact = PREDICATES.get(case.mask)
     if layout.num_partial and exact is None:

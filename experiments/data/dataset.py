@@ -16,18 +16,22 @@ class Batch:
     """Examples of one step.
 
     - `tokens` (b, s) int64, 0 is padding
-    - `lengths` (b,) int64, tokens that are no padding
+    - `lengths` (b,) int64, tokens that are no padding; None where no example has padding
     - `labels` (b,) int64
+
+    Of pairs (documents to compare) tokens are (b, 2, s) and lengths (b, 2).
     """
 
     tokens: Tensor
-    lengths: Tensor
+    lengths: Tensor | None
     labels: Tensor
 
 
 @dataclass(frozen=True)
 class Split:
     """A set of examples: `tokens` (n, s) uint8, `lengths` (n,) int64, `labels` (n,) int64.
+
+    lengths is None where no example has padding; of pairs, shapes are (n, 2, s) and (n, 2).
 
     >>> split = Split.from_sequences([(bytes([3, 4]), 1), (bytes([5]), 0)], length=3)
     >>> split.tokens
@@ -38,7 +42,7 @@ class Split:
     """
 
     tokens: Tensor
-    lengths: Tensor
+    lengths: Tensor | None
     labels: Tensor
 
     @classmethod
@@ -56,11 +60,13 @@ class Split:
 
     def to(self, device: torch.device) -> Split:
         """The same examples on another device."""
-        return Split(self.tokens.to(device), self.lengths.to(device), self.labels.to(device))
+        lengths = None if self.lengths is None else self.lengths.to(device)
+        return Split(self.tokens.to(device), lengths, self.labels.to(device))
 
     def take(self, index: Tensor) -> Batch:
         """The examples at these indices."""
-        return Batch(self.tokens[index].long(), self.lengths[index], self.labels[index])
+        lengths = None if self.lengths is None else self.lengths[index]
+        return Batch(self.tokens[index].long(), lengths, self.labels[index])
 
     def batches(self, size: int) -> Iterator[Batch]:
         """All examples once, in order."""
@@ -87,10 +93,14 @@ class Task(Protocol):
 
     vocabulary: int
     classes: int
+    pairs: bool
 
     @property
     def length(self) -> int:
-        """Tokens per example, padding included."""
+        """Tokens per example, or document of a pair, padding included."""
+
+    def places(self) -> Tensor | None:
+        """The (row, column) of each token of an image: (length, 2); None of what is no image."""
 
     def load(self) -> Splits:
         """Read or make the data."""
@@ -105,17 +115,23 @@ class Sampler:
 
     def __init__(self, split: Split, batch_size: int, seed: int) -> None:
         self.split, self.batch_size, self.seed = split, batch_size, seed
-        self._epoch, self._order = -1, torch.empty(0)
+        self._epochs: dict[int, Tensor] = {}
 
     def batch(self, step: int) -> Batch:
         """The batch of this step (from 0)."""
-        n = len(self.split)
-        places = range(step * self.batch_size, (step + 1) * self.batch_size)
-        index = [int(self._permutation(place // n)[place % n]) for place in places]
-        return self.split.take(torch.tensor(index, device=self.split.labels.device))
+        n, pieces = len(self.split), []
+        place, end = step * self.batch_size, (step + 1) * self.batch_size
+        while place < end:
+            count = min(end - place, n - place % n)
+            pieces.append(self._permutation(place // n)[place % n :][:count])
+            place += count
+        return self.split.take(torch.cat(pieces))
 
     def _permutation(self, epoch: int) -> Tensor:
-        if epoch != self._epoch:
+        """Of an epoch, on the device; the one before is kept for batches that begin in it."""
+        if epoch not in self._epochs:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            self._epoch, self._order = epoch, torch.randperm(len(self.split), generator=generator)
-        return self._order
+            order = torch.randperm(len(self.split), generator=generator)
+            self._epochs = {k: v for k, v in self._epochs.items() if k == epoch - 1}
+            self._epochs[epoch] = order.to(self.split.labels.device)
+        return self._epochs[epoch]

@@ -50,6 +50,7 @@ class ListOps:
 
     vocabulary = VOCABULARY
     classes = 10
+    pairs = False
 
     def __post_init__(self) -> None:
         """Refuse what cannot be generated."""
@@ -64,6 +65,9 @@ class ListOps:
     def length(self) -> int:
         """Tokens per example, padding included."""
         return self.max_length - 1
+
+    def places(self) -> None:
+        """No image."""
 
     def load(self) -> Splits:
         """Generate all splits; no sequence appears twice."""

@@ -8,7 +8,7 @@ from sparse_flash.masks.patterns.dilated import dilated
 from sparse_flash.masks.patterns.documents import block_diagonal, documents
 from sparse_flash.masks.patterns.from_data import from_blocks, from_dense, from_scipy
 from sparse_flash.masks.patterns.full import full
-from sparse_flash.masks.patterns.images import axial, neighbourhood
+from sparse_flash.masks.patterns.images import axial, neighbourhood, patches
 from sparse_flash.masks.patterns.local import block_local, local
 from sparse_flash.masks.patterns.longnet import longnet
 from sparse_flash.masks.patterns.mixtures import bigbird, longformer, star, star_attention
@@ -35,6 +35,7 @@ __all__ = [
     "longformer",
     "longnet",
     "neighbourhood",
+    "patches",
     "random_blocks",
     "random_blocks_per_row",
     "sinks",

@@ -35,6 +35,53 @@ class axial(Pattern):
 
 
 @pattern
+class patches(Pattern):
+    """allowed(q, kv) = the patches of q and kv are at most `radius` patches apart, both ways.
+
+    The image of height x width is cut into patches of `size` (rows, columns) pixels. In Morton
+    order, patches of 8 x 16 pixels are blocks of 128 tokens, so that all tiles are full.
+    Source: the windows of neighbourhood, coarsened to blocks.
+    Density, far from the border: (2 radius + 1)^2 rows columns / (height width).
+    Reach: about the larger side, in patches, over radius.
+
+    >>> from sparse_flash import masks
+    >>> windows = masks.patches(256, 256, (8, 16), 1).through(masks.morton(256, 256))
+    >>> layout = windows.layout(65536)
+    >>> layout.num_tiles, layout.num_partial
+    (4324, 0)
+    """
+
+    height: int
+    width: int
+    size: tuple[int, int]
+    radius: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("height", "width"):
+            integer("patches", name, getattr(self, name))
+        integer("patches", "radius", self.radius, 0)
+        size = sizes("patches", "size", self.size)
+        if len(size) != 2 or self.height % size[0] or self.width % size[1]:
+            raise ValueError(
+                f"patches: size must be (rows, columns) that divide {self.height} x {self.width}, "
+                f"got {self.size}"
+            )
+        normalise(self, size=size)
+
+    def allowed(self, q: Index, kv: Index) -> Truth:
+        """Near in both directions, in patches."""
+        rows, columns = self.size
+        down = q // self.width // rows - kv // self.width // rows
+        right = q % self.width // columns - kv % self.width // columns
+        near = (down <= self.radius) & (down >= -self.radius)
+        return near & (right <= self.radius) & (right >= -self.radius)
+
+    def extents(self) -> Extents:
+        """One token a pixel."""
+        return self.height * self.width, self.height * self.width
+
+
+@pattern
 class neighbourhood(Pattern):
     """allowed(q, kv) = |row(q) - row(kv)| <= r_y and |column(q) - column(kv)| <= r_x.
 

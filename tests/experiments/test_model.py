@@ -9,12 +9,12 @@ from sparse_flash.experiments.config import ModelConfig
 from sparse_flash.experiments.model import Encoder, rotary_angles, rotate
 
 
-def make(attention="dense", **changes):
+def make(attention="dense", places=None, pairs=False, **changes):
     torch.manual_seed(0)
     config = ModelConfig(
         **{"dim": 16, "heads": 2, "layers": 2, "ffn": 32, "dropout": 0.0, **changes}
     )
-    return Encoder(config, 16, 10, 40, attention, block=16)
+    return Encoder(config, 16, 10, 40, attention, 16, places, pairs)
 
 
 TOKENS = torch.randint(1, 16, (3, 40), generator=torch.Generator().manual_seed(0))
@@ -26,15 +26,18 @@ LENGTHS = torch.tensor([40, 13, 1])
 def test_dense_variants_agree(pooling, positions):
     variants = [
         make(attention, pooling=pooling, positions=positions)(TOKENS, LENGTHS)
-        for attention in ("sdpa", "dense", "local(100)")
+        for attention in ("sdpa", "standard", "dense", "local(100)")
     ]
-    torch.testing.assert_close(variants[0], variants[1], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(variants[1], variants[2])
+    for other in variants[1:]:
+        torch.testing.assert_close(variants[0], other, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(make("local(2)", pooling=pooling)(TOKENS, LENGTHS), variants[0])
 
 
 @pytest.mark.parametrize("pooling", ["mean", "max", "cls"])
-@pytest.mark.parametrize("attention", ["sdpa", "local(5) | sinks(2)"])
+@pytest.mark.parametrize(
+    "attention",
+    ["sdpa", "standard", "linear", "performer(16)", "linformer(8)", "local(5) | sinks(2)"],
+)
 def test_padding_has_no_influence(pooling, attention):
     model = make(attention, pooling=pooling)
     other = TOKENS.clone()
@@ -45,7 +48,7 @@ def test_padding_has_no_influence(pooling, attention):
 
 def test_rotary_positions_are_relative():
     q, k = torch.randn(2, 1, 30, 1, 8, dtype=torch.float64)
-    angles = rotary_angles(60, 8).double()
+    angles = rotary_angles(torch.arange(60), 8).double()
     scores = [
         torch.einsum("bqhd,bkhd->qk", rotate(q, a), rotate(k, a))
         for a in (angles[:30], angles[17:47])
@@ -67,10 +70,38 @@ def test_the_clock_sees_attention_forward_and_backward():
     assert all(torch.equal(a, p.grad) for a, p in zip(grads, model.parameters(), strict=True))
 
 
+def test_rotary_positions_on_a_grid_are_relative_too():
+    q, k = torch.randn(2, 1, 12, 1, 8, dtype=torch.float64)
+    grid = torch.cartesian_prod(torch.arange(3), torch.arange(4))
+    scores = []
+    for shift in ((0, 0), (5, 9)):
+        angles = rotary_angles(grid + torch.tensor(shift), 8).double()
+        scores.append(torch.einsum("bqhd,bkhd->qk", rotate(q, angles), rotate(k, angles)))
+    torch.testing.assert_close(*scores, rtol=1e-5, atol=1e-6)
+    model = make(positions="rotary2d", places=torch.cartesian_prod(*2 * [torch.arange(40)])[:40])
+    assert model(TOKENS, LENGTHS).shape == (3, 10)
+    with pytest.raises(ValueError, match="must be an image"):
+        make(positions="rotary2d")
+
+
+def test_pairs():
+    model = make(pairs=True)
+    pairs = torch.stack([TOKENS, TOKENS.flip(0)], 1)
+    lengths = torch.stack([LENGTHS, LENGTHS.flip(0)], 1)
+    x, y = model.encode(TOKENS, LENGTHS), model.encode(TOKENS.flip(0), LENGTHS.flip(0))
+    expected = model.head(torch.cat([x, y, x * y, x - y], -1))
+    torch.testing.assert_close(model(pairs, lengths), expected)
+
+
+def test_no_lengths_means_no_padding():
+    model = make("local(5)")
+    torch.testing.assert_close(model(TOKENS, None), model(TOKENS, torch.full((3,), 40)))
+
+
 def test_bad_sizes():
     with pytest.raises(ValueError, match="multiple of heads"):
         ModelConfig(dim=10, heads=4)
-    with pytest.raises(ValueError, match="even head_dim"):
+    with pytest.raises(ValueError, match="multiple of 2"):
         ModelConfig(dim=9, heads=3, positions="rotary")
     with pytest.raises(ValueError, match="unknown pattern"):
         make("lokal(3)")

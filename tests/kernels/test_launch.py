@@ -78,38 +78,42 @@ def test_arguments_are_those_of_the_kernel(launched):
     assert given["scale_log2"] == pytest.approx(0.5 * math.log2(math.e))
 
 
-def launch_backward(q, k, v, mask, dout, dlse=None, together=True):
-    config = backward_config("bfloat16", q.shape[3], together)
+def launch_backward(q, k, v, mask, dout, dlse=None, kind="backward"):
+    config = backward_config(kind, "bfloat16", q.shape[3])
     layout, heads = mask.layout(q.shape[1], k.shape[1]), (q.shape[2], k.shape[2])
-    plans = [backward_schedule(layout, q.shape[0], heads, config.tile, 132)]
+    ordered = kind == "ordered"
+    plans = [backward_schedule(layout, q.shape[0], heads, config.tile, 132, ordered=ordered)]
     sm90._backward(config).num_ctas[None] = 132
-    if not together:
+    if kind == "keys":
         tile = queries_config("bfloat16", q.shape[3]).tile
         plans.append(schedule(layout, q.shape[0], heads[0], tile, 132))
         sm90._queries("bfloat16", q.shape[3]).num_ctas[None] = 132
     lse = torch.zeros(q.shape[0], q.shape[2], q.shape[1])
     arrays = [plan.arrays() for plan in plans]
     parts = [plan.num_parts for plan in plans]
-    rest = (q.clone(), lse, arrays[0], [] if together else arrays[1], None, parts, 0.5)
+    queries = arrays[1] if kind == "keys" else []
+    rest = (q.clone(), lse, kind, arrays[0], queries, None, parts, 0.5)
     return plans, sm90.launch_backward(dout, dlse, q, k, v, *rest)
 
 
-@pytest.mark.parametrize(("dim", "tile_m", "width"), [(40, 128, 64), (96, 64, 128)])
-def test_backward_arguments_are_those_of_the_kernel(launched, dim, tile_m, width):
+@pytest.mark.parametrize("kind", ["backward", "ordered"])
+@pytest.mark.parametrize(("dim", "tile_m", "width"), [(24, 128, 32), (40, 128, 64), (96, 64, 128)])
+def test_backward_arguments_are_those_of_the_kernel(launched, kind, dim, tile_m, width):
     q = torch.randn(2, 20000, 4, dim).bfloat16()
     k, v = (torch.randn(2, 300, 2, dim).bfloat16() for _ in "kv")
-    (plan,), (dq, dk, dv) = launch_backward(q, k, v, masks.full(), torch.randn_like(q))
+    (plan,), (dq, dk, dv) = launch_backward(q, k, v, masks.full(), torch.randn_like(q), kind=kind)
     (given,) = launched
     assert plan.num_parts > 0
     for name, tensor in {"q": q, "k": k, "v": v, "dq": dq, "dk": dk, "dv": dv}.items():
         assert given[name] is tensor
-    for name in ("work", "tiles", "bits", "combine", "kv_lens", "counts"):
+    for name in ("work", "tiles", "bits", "combine", "kv_lens", "counts", "turns"):
         assert given[name] is getattr(plan, name)
     assert given["kv_lens"].tolist() == [300, 300]
     assert (dq.shape, dk.shape, dv.shape) == (q.shape, k.shape, v.shape)
     blocks = -(-20000 // tile_m)
     assert given["stats"].shape == (2, 4, 2, blocks * tile_m)
-    assert given["dq_sum"].shape == (2, 4, 2 * blocks, 64 * 64)
+    assert given["dq_sum"].shape == (2, 4, 2 * blocks, 64 * min(64, width))
+    assert given["done"].shape == (2, 4, blocks)
     assert given["dk_parts"].shape == given["dv_parts"].shape == (plan.num_parts, 128, width)
     assert given["num_ctas"] == min(132, plan.num_items)
     assert given["softmax_scale"] == 0.5
@@ -120,7 +124,7 @@ def test_backward_arguments_are_those_of_the_kernel(launched, dim, tile_m, width
 def test_queries_follow_the_keys(launched, dim):
     q = torch.randn(2, 300, 4, dim).bfloat16()
     k, v = (torch.randn(2, 20000, 2, dim).bfloat16() for _ in "kv")
-    plans, (dq, dk, dv) = launch_backward(q, k, v, masks.full(), q.clone(), together=False)
+    plans, (dq, dk, dv) = launch_backward(q, k, v, masks.full(), q.clone(), kind="keys")
     keys, queries = launched
     for given, plan in zip(launched, plans, strict=True):
         for name in ("work", "tiles", "bits", "combine", "counts"):

@@ -61,6 +61,7 @@ FORMULAS = {
     "block_diagonal(9)": Q // 9 == KV // 9,
     "documents((10, 20, 30))": np.digitize(Q, [10, 30]) == np.digitize(KV, [10, 30]),
     "axial(6, 10)": (Q // 10 == KV // 10) | (Q % 10 == KV % 10),
+    "patches(6, 10, (2, 5), 0)": (Q // 20 == KV // 20) & (Q % 10 // 5 == KV % 10 // 5),
     "neighbourhood(6, 10, (1, 2))": (abs(Q // 10 - KV // 10) <= 1) & (abs(Q % 10 - KV % 10) <= 2),
     "longnet((8, 32), (1, 4), 0)": in_segment(8, 1) | in_segment(32, 4),
     "longnet(16, 4, 2)": in_segment(16, 4, 2),

@@ -1,0 +1,179 @@
+"""`sparse-flash bench-steps`: whole training steps of encoders, by kinds of attention."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from sparse_flash.experiments.attention import Kind
+from sparse_flash.experiments.config import ModelConfig, TrainConfig
+from sparse_flash.experiments.data.dataset import Batch
+from sparse_flash.experiments.machine import describe, tensor_peak
+from sparse_flash.experiments.model import Encoder
+from sparse_flash.experiments.step import WARM_UP, TrainingStep
+from sparse_flash.masks.files import atomic_write
+from tqdm import tqdm
+
+Row = dict[str, Any]
+# How a step runs: kernel by kernel, through torch.compile, or that as one CUDA graph.
+MODES = {
+    "eager": TrainConfig(graph=False),
+    "compiled": TrainConfig(compile=True, graph=False),
+    "graph": TrainConfig(compile=True, graph=True),
+}
+
+
+@dataclass(frozen=True)
+class StepCase:
+    """An encoder, a batch of sequences without padding, and the mask of its sparse variants."""
+
+    name: str
+    model: ModelConfig
+    batch: int
+    length: int
+    mask: str
+    standard: bool = True  # whether the s x s matrices fit in memory
+
+    @property
+    def attentions(self) -> tuple[str, ...]:
+        """The kinds that are compared."""
+        rest = ("sdpa", f"flex: {self.mask}", "dense", self.mask)
+        return ("standard", *rest) if self.standard else rest
+
+
+_SMALL = ModelConfig(dim=64, heads=2, layers=2, ffn=128)
+_PATH = ModelConfig(dim=128, heads=2, layers=4, ffn=512, pooling="max")
+_LOCAL = "block_local(128, 1) | global_tokens(128)"
+
+
+def _windows(side: int) -> str:
+    order = f"morton({side}, {side})"
+    return f"through(patches({side}, {side}, (8, 16), 1), {order}) | butterfly(128)"
+
+
+STEPS = {
+    case.name: case
+    for case in (
+        StepCase(
+            "encoder-16k",
+            ModelConfig(dim=256, heads=4, layers=4, ffn=1024),
+            *(4, 16384, "block_local(128, 1) | sinks(128)", False),
+        ),
+        StepCase("listops", _SMALL, 32, 2048, _LOCAL),
+        StepCase("text", _SMALL, 32, 4096, _LOCAL),
+        StepCase("image", _SMALL, 256, 1024, _LOCAL),
+        StepCase("path-x", _PATH, 8, 16384, _windows(128), False),
+        StepCase("path-256", _PATH, 4, 65536, _windows(256), False),
+    )
+}
+
+
+def bench_steps(
+    cases: tuple[str, ...], modes: tuple[str, ...], out: Path, seconds: float = 2.0
+) -> dict[str, Any]:
+    """Time the steps of each case, attention and mode for about so long; write the report.
+
+    Raises:
+        ValueError: No such case or mode, or no GPU.
+    """
+    for given, known in ((cases, STEPS), (modes, MODES)):
+        unknown = [name for name in given if name not in known]
+        if unknown:
+            raise ValueError(f"unknown {unknown}; there are {', '.join(known)}")
+    if not torch.cuda.is_available():
+        raise ValueError("training steps are timed on a CUDA GPU: torch sees none here")
+    report: dict[str, Any] = {"machine": describe("cuda"), "rows": []}
+    work = [(STEPS[c], m, a) for c in cases for m in modes for a in STEPS[c].attentions]
+    for case, mode, attention in tqdm(work, desc="training steps", unit="variant"):
+        row = {"case": case.name, "mode": mode, "attention": attention}
+        try:
+            row |= measure_step(case, attention, MODES[mode], torch.device("cuda"), seconds)
+        except torch.OutOfMemoryError:
+            row["left out"] = "out of memory"
+        torch._dynamo.reset()
+        torch.cuda.empty_cache()
+        report["rows"].append(row)
+        tqdm.write(_line(row))
+        _write(out / "steps.json", json.dumps(report, indent=1))  # what is measured is kept
+        _write(out / "steps.md", markdown(report))
+    return report
+
+
+def measure_step(
+    case: StepCase, attention: str, config: TrainConfig, device: torch.device, seconds: float
+) -> Row:
+    """Median milliseconds of a step, examples and tokens a second, MiB above the model's."""
+    torch.manual_seed(0)
+    model = Encoder(case.model, 256, 2, case.length, attention).to(device)
+    tokens = torch.randint(256, (case.batch, case.length), device=device)
+    batch = Batch(tokens, None, torch.randint(2, (case.batch,), device=device))
+    step = TrainingStep(model, replace(config, batch_size=case.batch), device)
+    for _ in range(WARM_UP + 2):
+        step(batch, 1e-3)
+    _wait(device)
+    times: list[float] = []
+    while sum(times) < seconds or len(times) < 5:
+        start = time.perf_counter()
+        number = 1 if not times else max(1, int(0.1 / times[0]))  # tens of ms at a time
+        for _ in range(number):
+            outcome = step(batch, 1e-3)
+        _wait(device)
+        times += [(time.perf_counter() - start) / number] * number
+    assert torch.isfinite(outcome.loss), f"{case.name}, {attention}: the loss is {outcome.loss}"
+    median = statistics.median(times)
+    mask = Kind.of(attention).mask
+    return {
+        "step_ms": 1000 * median,
+        "examples_per_second": case.batch / median,
+        "tokens_per_second": case.batch * case.length / median,
+        "peak_mib": tensor_peak(lambda: step(batch, 1e-3), device),
+        "density": 1.0 if mask is None else mask.layout(case.length, device=device).density,
+    }
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The report as a table: a line for each variant, speed-ups against the case's first."""
+    head = ["case", "mode", "attention", "density", "step ms", "examples/s", "tokens/s",
+            "memory MiB", "speed-up"]  # fmt: skip
+    lines = ["# Training steps, by kind of attention", ""]
+    lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    first: dict[tuple[str, str], float] = {}
+    for row in report["rows"]:
+        name = f"| {row['case']} | {row['mode']} | {row['attention'].replace('|', chr(92) + '|')} |"
+        if "left out" in row:
+            lines.append(f"{name} {row['left out']} | | | | | |")
+            continue
+        base = first.setdefault((row["case"], row["mode"]), row["step_ms"])
+        lines.append(
+            f"{name} {row['density']:.1%} | {row['step_ms']:.2f} | "
+            f"{row['examples_per_second']:,.0f} | {row['tokens_per_second']:,.0f} | "
+            f"{row['peak_mib']:,.0f} | {base / row['step_ms']:.2f}x |"
+        )
+    facts = [f"- {name}: {value}" for name, value in report["machine"].items()]
+    note = (
+        "bfloat16 autocast, AdamW; batches of random tokens without padding. Memory: of a step, "
+        "above model and optimiser. Speed-up: against the first of the case in the same mode."
+    )
+    return "\n".join([*lines, "", note, "", "## Machine", "", *facts, ""])
+
+
+def _line(row: Row) -> str:
+    name = f"{row['case']:12} {row['mode']:9} {row['attention'][:60]:60}"
+    if "left out" in row:
+        return f"{name} {row['left out']}"
+    return f"{name} {row['step_ms']:9.2f} ms {row['examples_per_second']:9.1f}/s"
+
+
+def _write(path: Path, text: str) -> None:
+    with atomic_write(path) as file:
+        file.write(text.encode())

@@ -1,0 +1,131 @@
+"""One optimiser step: as PyTorch runs it, or as one CUDA graph.
+
+Small models are bound by the host, which launches hundreds of kernels a step; a graph launches them
+all at once (CUDA Graphs; PyTorch's "whole network capture").
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from sparse_flash.experiments.config import TrainConfig
+from sparse_flash.experiments.data.dataset import Batch
+from torch import Tensor, nn
+
+WARM_UP = 3  # steps before the capture: kernels are compiled, workspaces and states made
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Scalars on the device: mean loss, how many answers were right, norm of the gradient."""
+
+    loss: Tensor
+    correct: Tensor
+    norm: Tensor
+
+
+class TrainingStep:
+    """Forward, backward, clipping and AdamW on a batch; `graph` in the settings chooses the way.
+
+    The first `WARM_UP` steps always run eagerly. A captured step computes what an eager one would;
+    it takes batches of one shape, and its outcome is overwritten by the next.
+    """
+
+    def __init__(self, model: nn.Module, config: TrainConfig, device: torch.device) -> None:
+        self.model, self.config, self.device = model, config, device
+        self.forward = torch.compile(model) if config.compile else model
+        self.graphed = config.graph and device.type == "cuda"
+        self.optimizer = optimizer(model, config, self.graphed)
+        self.steps, self.graph = 0, None
+
+    def __call__(self, batch: Batch, lr: float) -> Outcome:
+        """Train on a batch at this learning rate."""
+        for group in self.optimizer.param_groups:
+            if self.graphed:
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
+        self.steps += 1
+        if not self.graphed:
+            return self.run(batch)
+        if self.steps <= WARM_UP:
+            return self._aside(batch)
+        if self.graph is None:
+            self._capture(batch)
+        assert self.graph is not None
+        _copy(batch, self.static)
+        self.graph.replay()
+        return self.outcome
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """The optimiser's state of a checkpoint; learning rates are given with each step."""
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(state)
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+
+    def run(self, batch: Batch) -> Outcome:
+        """The step itself, eagerly."""
+        self.model.train()
+        loss, correct = self.loss(batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        self.optimizer.step()
+        return Outcome(loss.detach(), correct, norm)
+
+    def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Mean cross-entropy, and how many answers are right."""
+        with torch.autocast(
+            self.device.type,
+            torch.bfloat16,
+            enabled=self.device.type == "cuda",
+            cache_enabled=False,
+        ):
+            logits = self.forward(batch.tokens, batch.lengths)
+        loss = nn.functional.cross_entropy(logits.float(), batch.labels)
+        return loss, (logits.argmax(-1) == batch.labels).sum()
+
+    def _aside(self, batch: Batch) -> Outcome:
+        """On a stream of its own, as a capture asks of what comes before it."""
+        current = torch.cuda.current_stream(self.device)
+        side = torch.cuda.Stream(self.device)
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
+            outcome = self.run(batch)
+        current.wait_stream(side)
+        return outcome
+
+    def _capture(self, batch: Batch) -> None:
+        lengths = None if batch.lengths is None else batch.lengths.clone()
+        self.static = Batch(batch.tokens.clone(), lengths, batch.labels.clone())
+        self.optimizer.zero_grad(set_to_none=True)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.outcome = self.run(self.static)
+
+
+def _copy(batch: Batch, static: Batch) -> None:
+    for name in ("tokens", "lengths", "labels"):
+        source, goal = getattr(batch, name), getattr(static, name)
+        if source is not None:
+            goal.copy_(source, non_blocking=True)
+
+
+def optimizer(model: nn.Module, config: TrainConfig, graphed: bool = False) -> torch.optim.AdamW:
+    """AdamW; weight decay on matrices of linear layers alone."""
+    matrices = {m.weight for m in model.modules() if isinstance(m, nn.Linear)}
+    decayed = [p for p in model.parameters() if p in matrices]
+    others = [p for p in model.parameters() if p not in matrices]
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    device = next(model.parameters()).device
+    if not graphed:
+        return torch.optim.AdamW(groups, lr=config.lr, fused=device.type == "cuda")
+    for group in groups:  # on the device, where a graph reads it
+        group["lr"] = torch.tensor(config.lr, device=device)
+    return torch.optim.AdamW(groups, fused=True, capturable=True)

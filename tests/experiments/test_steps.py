@@ -1,0 +1,87 @@
+"""Training steps: what the benchmark of steps measures, and the step itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from sparse_flash.experiments.bench import steps
+from sparse_flash.experiments.config import ModelConfig, TrainConfig
+from sparse_flash.experiments.data.dataset import Batch
+from sparse_flash.experiments.model import Encoder
+from sparse_flash.experiments.step import TrainingStep
+
+TINY = steps.StepCase(
+    "tiny", ModelConfig(dim=16, heads=2, layers=1, ffn=16), 2, 256, "block_local(64, 1)"
+)
+
+
+@pytest.mark.parametrize("attention", ["standard", "dense", "block_local(64, 1)"])
+def test_a_variant_is_measured(attention):
+    row = steps.measure_step(TINY, attention, TrainConfig(), torch.device("cpu"), 0.01)
+    assert row["step_ms"] > 0
+    assert row["tokens_per_second"] == pytest.approx(256 * row["examples_per_second"])
+    assert row["density"] == (1 if attention in ("standard", "dense") else row["density"])
+    report = {"machine": {"gpu": "none"}, "rows": [{"case": "tiny", "mode": "eager"} | row]}
+    report["rows"][0]["attention"] = attention
+    assert "1.00x" in steps.markdown(report)
+
+
+def test_all_cases_name_masks_of_their_length():
+    for case in steps.STEPS.values():
+        kinds = [steps.Kind.of(attention).mask for attention in case.attentions]
+        layout = kinds[-1].layout(case.length)
+        assert layout.num_partial == 0
+        assert 0.005 < layout.density < 0.6
+
+
+def test_unknown_names():
+    with pytest.raises(ValueError, match=r"unknown \['x'\]; there are encoder-16k"):
+        steps.bench_steps(("x",), ("eager",), None)
+    with pytest.raises(ValueError, match=r"unknown \['slow'\]; there are eager"):
+        steps.bench_steps(("text",), ("slow",), None)
+
+
+def batches(device, number=8):
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(number):
+        tokens = torch.randint(1, 16, (4, 256), generator=generator).to(device)
+        labels = torch.randint(0, 4, (4,), generator=generator).to(device)
+        yield Batch(tokens, torch.tensor([256, 200, 3, 77], device=device), labels)
+
+
+def losses(config, device, dropout=0.0, attention="local(64)"):
+    torch.manual_seed(0)
+    sizes = ModelConfig(dim=32, heads=2, layers=2, ffn=32, dropout=dropout)
+    model = Encoder(sizes, 16, 4, 256, attention, 64).to(device)
+    step = TrainingStep(model, config, device)
+    out = []
+    for i, batch in enumerate(batches(device)):
+        outcome = step(batch, 1e-3 * (i + 1))
+        out.append((outcome.loss.item(), outcome.norm.item(), outcome.correct.item()))
+    return out, step
+
+
+def test_a_step_learns_on_a_cpu_whatever_graph_says():
+    assert (
+        losses(TrainConfig(graph=True), torch.device("cpu"))[0]
+        == (losses(TrainConfig(graph=False), torch.device("cpu"))[0])
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("attention", ["local(64)", "dense", "sdpa"])
+def test_a_captured_step_is_the_eager_one(attention):
+    device = torch.device("cuda")
+    eager, _ = losses(TrainConfig(graph=False), device, attention=attention)
+    graphed, step = losses(TrainConfig(graph=True), device, attention=attention)
+    assert step.graph is not None
+    for a, b in zip(eager, graphed, strict=True):
+        assert a == pytest.approx(b, rel=2e-2)
+
+
+@pytest.mark.gpu
+def test_dropout_differs_from_replay_to_replay():
+    device = torch.device("cuda")
+    out, step = losses(TrainConfig(graph=True), device, dropout=0.5)
+    batch = next(batches(device))
+    assert len({step(batch, 0.0).loss.item() for _ in range(4)}) == 4
