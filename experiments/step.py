@@ -38,7 +38,8 @@ class TrainingStep:
         self.forward = torch.compile(model) if config.compile else model
         self.graphed = config.graph and device.type == "cuda"
         self.optimizer = optimizer(model, config, self.graphed)
-        self.steps, self.graph = 0, None
+        self.steps = 0
+        self.graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, batch: Batch, lr: float) -> Outcome:
         """Train on a batch at this learning rate."""
@@ -102,9 +103,10 @@ class TrainingStep:
         lengths = None if batch.lengths is None else batch.lengths.clone()
         self.static = Batch(batch.tokens.clone(), lengths, batch.labels.clone())
         self.optimizer.zero_grad(set_to_none=True)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
             self.outcome = self.run(self.static)
+        self.graph = graph
 
 
 def _copy(batch: Batch, static: Batch) -> None:

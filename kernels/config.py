@@ -206,6 +206,7 @@ _BACKWARD = {
     128: BackwardConfig(_ANY, 128, tile_m=64, dq=True),
 }
 _KEYS = {
+    32: BackwardConfig(_ANY, 32, tile_m=128, dq=False),
     64: BackwardConfig(_ANY, 64, tile_m=128, dq=False),
     128: BackwardConfig(_ANY, 128, tile_m=64, dq=False),
     256: BackwardConfig(_ANY, 256, tile_m=64, tile_n=64, dq=False),
@@ -230,6 +231,7 @@ def all_backward_configs() -> list[BackwardConfig]:
 
 
 _QUERIES = {
+    32: QueriesConfig(_ANY, 32, tile_n=128, o_columns=32),
     64: QueriesConfig(_ANY, 64, tile_n=128, o_columns=64),
     128: QueriesConfig(_ANY, 128, tile_n=64, o_columns=128),
     256: QueriesConfig(_ANY, 256, tile_n=32, o_columns=64),

@@ -36,6 +36,7 @@ class CostModel:
     item: float = 1.5  # loading Q, the first softmax, writing O
     largest_share: float = 0.5  # of what a CTA gets, that one item may be
     fewest_tiles: int = 8  # of a part: shorter ones cost more than they balance
+    turn: float = 0.6  # from a CTA's turn to the next one's: 1.5 microseconds
 
     def tile(self, tile_m: int) -> float:
         """The cost of a full tile, comparable between tiles of different heights."""
@@ -81,6 +82,7 @@ class Schedule:
     turns: (turns,). Of each tile of each item, in their order, the how manieth it is, in time,
         among those in its block column; one zero where that is not asked for. See `take_turns`.
     num_parts: parts of split rows, each a float32 (tile_m, head_dim) and a logsumexp.
+    waiting: Time that CTAs would wait for their turns, as a share of the whole.
     """
 
     work: Tensor
@@ -93,6 +95,7 @@ class Schedule:
     num_bit_tiles: int
     num_parts: int
     tile: tuple[int, int]
+    waiting: float = 0.0
 
     def arrays(self) -> list[Tensor]:
         """work, tiles, bits, combine, kv_lens, counts, turns."""
@@ -236,7 +239,7 @@ def backward_schedule(
 
 
 def _rotated(layout: BlockLayout) -> BlockLayout:
-    """The same tiles, with each row's from its diagonal on: so that rows seldom meet in a column."""
+    """The same tiles, each row's from its diagonal on, so that rows seldom meet in a column."""
     rows, columns = layout.tile_rows.long(), layout.num_block_cols
     first = rows % layout.num_block_rows * columns // layout.num_block_rows
     order = (rows * columns + (layout.col_indices.long() - first) % columns).argsort()
@@ -289,7 +292,23 @@ def take_turns(
     work[slot] = plan.work
     work[slot, 6] = first_turn.int()
     plan.counts[0] = size
-    return replace(plan, work=work, turns=turns if len(turns) else plan.turns)
+    if not len(turns):
+        return replace(plan, work=work)
+    delays = _delays(ordered, turns[order], (start[item] + nth)[order], costs.turn)
+    longest = torch.zeros_like(start).scatter_reduce(0, item[order], delays, "amax")
+    waiting = (longest.sum() / (counts + costs.item).sum()).item()
+    return replace(plan, work=work, turns=turns, waiting=waiting)
+
+
+def _delays(column: Tensor, turn: Tensor, time: Tensor, lag: float) -> Tensor:
+    """How much later than at its time each addition is done, as each waits for the one before.
+
+    All in order of columns, and of turns in each. f(n) = max(t(n), f(n - 1) + lag) is the running
+    maximum of t(m) + (n - m) lag over m <= n.
+    """
+    ahead = time - turn * lag
+    apart = column * (ahead.max() - ahead.min() + 1)  # so that a column's maximum begins anew
+    return (ahead + apart).cummax(0).values - apart - ahead
 
 
 def _simulate(costs: list[float], num_ctas: int) -> tuple[list[float], list[int]]:

@@ -134,8 +134,8 @@ def launch_backward(
     work, tiles, bits, combine, whole, counts, turns = plan
     lens = whole if kv_lens is None else kv_lens.to(device, torch.int32).clamp(max=k.shape[1])
     given = lse if dlse is None else dlse.contiguous()
-    before = (q, k, v, out, dout, lse, given, dq, dk, dv, done, dq_sum, stats, lens)
-    before = (*before, work, tiles, bits, turns)
+    tensors = (q, k, v, out, dout, lse, given, dq, dk, dv, done, dq_sum, stats, lens)
+    before = (*tensors, work, tiles, bits, turns)
     scales = (softmax_scale, softmax_scale * _LOG2_E)
     numbers = (int(dlse is not None), *scales)
     _backward(config).launch(before, num_parts[0], (combine, counts), numbers, device)

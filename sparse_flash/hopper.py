@@ -125,13 +125,34 @@ def attend(
     arrays, sizes = plan.arrays(), (plan.num_parts, plan.tile[0])
     if not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
         return _forward(q, k, v, arrays, kv_lens, *sizes, softmax_scale)
-    kinds: tuple[str, ...] = ("ordered",) if deterministic else ("backward",)
-    if q.shape[3] > 128:  # one kernel for all gradients has no room; these two are repeatable
-        kinds = ("keys", "queries")
+    kinds = _backward_kinds(layout, q, k, deterministic)
     plans = [schedule_of(kind, layout, q, k) for kind in kinds]
     back = [x for plan in plans for x in plan.arrays()]
     parts = [plan.num_parts for plan in plans]
     return _Attention.apply(q, k, v, kv_lens, arrays, sizes, kinds, back, parts, softmax_scale)
+
+
+def _backward_kinds(
+    layout: BlockLayout, q: Tensor, k: Tensor, deterministic: bool
+) -> tuple[str, ...]:
+    """Which kernels compute the gradients.
+
+    One for all of them adds up dQ in memory, in any order or in turns; or two, whose results are
+    repeatable, compute dK and dV, and dQ: seven products instead of five. Measured on an H200,
+    turns cost 0-18 % where CTAs seldom wait for each other, and much where all add to the same
+    rows; at head_dim 128 they cost 21-36 % but where all tiles are there. Two kernels cost
+    10-25 %, and 40 % where all tiles are there.
+    """
+    two = ("keys", "queries")
+    if q.shape[3] > 128:  # one kernel for all has no room
+        return two
+    if not deterministic:
+        return ("backward",)
+    everything = layout.num_patterns * layout.num_block_rows * layout.num_block_cols
+    if q.shape[3] > 64 and layout.num_tiles < 0.9 * everything:
+        return two
+    plan = schedule_of("ordered", layout, q, k)
+    return ("ordered",) if plan.waiting < 0.1 else two
 
 
 def why_not(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout) -> str | None:

@@ -82,6 +82,6 @@ def test_a_captured_step_is_the_eager_one(attention):
 @pytest.mark.gpu
 def test_dropout_differs_from_replay_to_replay():
     device = torch.device("cuda")
-    out, step = losses(TrainConfig(graph=True), device, dropout=0.5)
+    _, step = losses(TrainConfig(graph=True), device, dropout=0.5)
     batch = next(batches(device))
     assert len({step(batch, 0.0).loss.item() for _ in range(4)}) == 4

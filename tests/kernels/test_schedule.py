@@ -218,6 +218,16 @@ def test_turns_lock_nobody_up(setting, group, ctas, random):
     assert done.sum() == total == unordered.work[:, COUNT].sum()
 
 
+def test_waiting_tells_rows_that_all_add_to_from_others():
+    def waiting(spec):
+        layout = masks.parse(spec).layout(16384)
+        return backward_schedule(layout, 1, (8, 8), (128, 128), 132, ordered=True).waiting
+
+    assert waiting("full()") < 0.001
+    assert waiting("random_blocks(0.1, 128, 0)") < 0.1
+    assert waiting("block_local(128, 1) | global_tokens(128)") > 1
+
+
 def table_of(layout):
     """Which tile is where in a layout of one pattern: its bit tile, or -2 for none."""
     table = torch.full((layout.num_block_rows, layout.num_block_cols), -2, dtype=torch.int32)

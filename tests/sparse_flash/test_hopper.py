@@ -82,7 +82,9 @@ def test_compile_fullgraph(calls, kind, grad):
         assert calls[-1] == (q.shape, 7, "backward")
 
 
-@pytest.mark.parametrize(("dim", "deterministic"), [(32, False), (32, True), (136, False)])
+@pytest.mark.parametrize(
+    ("dim", "deterministic"), [(32, False), (32, True), (128, True), (136, False)]
+)
 def test_gradients_are_those_of_attention(calls, dim, deterministic):
     q, k, v = tensors(True, dim)
     options = {"return_lse": True, "deterministic": deterministic}
@@ -133,6 +135,23 @@ def test_a_copy_of_a_layout_has_schedules_of_its_own(calls):
         assert torch.equal(
             schedule_of("forward", twin, q, k).work, schedule_of("forward", layout, q, k).work
         )
+
+
+@pytest.mark.parametrize(
+    ("dim", "spec", "kind"),
+    [
+        (64, "full()", "ordered"),
+        (128, "full()", "ordered"),
+        (64, "random_blocks(0.3, 128, 0)", "ordered"),
+        (128, "random_blocks(0.3, 128, 0)", "keys"),
+        (64, "block_local(128, 1) | global_tokens(128)", "keys"),
+        (136, "full()", "keys"),
+    ],
+)
+def test_how_gradients_are_made_repeatable(calls, dim, spec, kind):
+    q = torch.zeros(1, 8192, 8, 1).expand(-1, -1, -1, dim).bfloat16()
+    layout = masks.parse(spec).layout(8192)
+    assert hopper._backward_kinds(layout, q, q, deterministic=True)[0] == kind
 
 
 def test_schedules_follow_an_updated_layout(calls):
