@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from sparse_flash.experiments.attention import Kind
+from sparse_flash.experiments.data.images import Image
 from sparse_flash.experiments.data.listops import ListOps
+from sparse_flash.experiments.data.text import Retrieval, Text
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ class TrainConfig:
 class Common:
     """What a single run and a comparison have in common."""
 
-    task: ListOps = field(default_factory=ListOps)
+    task: ListOps | Text | Retrieval | Image = field(default_factory=ListOps)
     """The data."""
     block: int = 128
     """Granularity of layouts, in tokens."""
@@ -100,7 +102,9 @@ class Common:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as it is saved with checkpoints and results."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))
+        settings = dataclasses.asdict(self)
+        settings["task"] = {"name": type(self.task).__name__.lower()} | settings["task"]
+        return json.loads(json.dumps(settings))
 
 
 def _check_attention(attention: str, length: int) -> None:

@@ -11,7 +11,9 @@ from sparse_flash.experiments.config import (
     TrainConfig,
     compared,
 )
+from sparse_flash.experiments.data.images import Image
 from sparse_flash.experiments.data.listops import ListOps
+from sparse_flash.experiments.data.text import Retrieval, Text
 
 
 def listops() -> RunConfig:
@@ -21,6 +23,36 @@ def listops() -> RunConfig:
         attention="local(128) | global_tokens(16) | butterfly(128)",
         model=ModelConfig(dim=64, heads=2, layers=2, ffn=128),
         train=TrainConfig(steps=5_000, batch_size=32, lr=1e-3, warmup=500, eval_every=250),
+    )
+
+
+def text() -> RunConfig:
+    """Long Range Arena's Text: whether film reviews are positive, byte by byte."""
+    return RunConfig(
+        task=Text(),
+        attention="local(128) | global_tokens(16) | butterfly(128)",
+        model=ModelConfig(dim=64, heads=2, layers=2, ffn=128),
+        train=TrainConfig(steps=20_000, batch_size=32, lr=1e-3, warmup=1_000, eval_every=1_000),
+    )
+
+
+def retrieval() -> RunConfig:
+    """Long Range Arena's Retrieval: whether one paper cites the other, byte by byte."""
+    return RunConfig(
+        task=Retrieval(),
+        attention="local(128) | global_tokens(16) | butterfly(128)",
+        model=ModelConfig(dim=64, heads=2, layers=2, ffn=128),
+        train=TrainConfig(steps=30_000, batch_size=32, lr=1e-3, warmup=1_000, eval_every=1_000),
+    )
+
+
+def image() -> RunConfig:
+    """Long Range Arena's Image: CIFAR-10 in grey, pixel by pixel."""
+    return RunConfig(
+        task=Image(),
+        attention="local(128) | global_tokens(16) | butterfly(128)",
+        model=ModelConfig(dim=64, heads=2, layers=2, ffn=128),
+        train=TrainConfig(steps=35_000, batch_size=256, lr=1e-3, warmup=1_000, eval_every=1_000),
     )
 
 
@@ -55,7 +87,13 @@ def compare_listops_short() -> CompareConfig:
     return compared(run, "sdpa", "dense", run.attention)
 
 
-RUNS: dict[str, Callable[[], RunConfig]] = {"listops": listops, "listops-short": listops_short}
+RUNS: dict[str, Callable[[], RunConfig]] = {
+    "listops": listops,
+    "text": text,
+    "retrieval": retrieval,
+    "image": image,
+    "listops-short": listops_short,
+}
 COMPARISONS: dict[str, Callable[[], CompareConfig]] = {
     "listops": compare_listops,
     "listops-short": compare_listops_short,

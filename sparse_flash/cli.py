@@ -17,7 +17,8 @@ from sparse_flash.experiments.config import CompareConfig, RunConfig
 from sparse_flash.experiments.train import Interrupted, TrainingError, train
 from sparse_flash.masks import parse
 
-Flat = tyro.conf.arg(name="")  # --attention, not --config.attention
+# --attention, not --config.attention; and the recipe says which task, not a subcommand.
+Flat = (tyro.conf.arg(name=""), tyro.conf.AvoidSubcommands)
 
 
 def show_mask(
@@ -60,7 +61,7 @@ def _trainer(name: str, recipe: Callable[[], RunConfig]) -> Callable[..., None]:
     """The command that trains by a recipe."""
 
     def run(
-        config: Annotated[RunConfig, Flat] = recipe(),  # noqa: B008 - the recipe is the default
+        config: Annotated[RunConfig, *Flat] = recipe(),  # noqa: B008 - the recipe is the default
         out: Path = Path("runs/train") / name,
         device: str = "auto",
     ) -> None:
@@ -83,7 +84,7 @@ def _comparer(name: str, recipe: Callable[[], CompareConfig]) -> Callable[..., N
     """The command that compares by a recipe."""
 
     def run(
-        config: Annotated[CompareConfig, Flat] = recipe(),  # noqa: B008 - the recipe is the default
+        config: Annotated[CompareConfig, *Flat] = recipe(),  # noqa: B008 - the recipe is the default
         out: Path = Path("runs/compare") / name,
         device: str = "auto",
     ) -> None:

@@ -63,6 +63,15 @@ class Split:
         lengths = None if self.lengths is None else self.lengths.to(device)
         return Split(self.tokens.to(device), lengths, self.labels.to(device))
 
+    def subset(self, index: Tensor) -> Split:
+        """Some of the examples."""
+        lengths = None if self.lengths is None else self.lengths[index]
+        return Split(self.tokens[index], lengths, self.labels[index])
+
+    def take_first(self, number: int) -> Split:
+        """The first of the examples."""
+        return self.subset(torch.arange(min(number, len(self))))
+
     def take(self, index: Tensor) -> Batch:
         """The examples at these indices."""
         lengths = None if self.lengths is None else self.lengths[index]

@@ -15,12 +15,18 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
 from sparse_flash.experiments.data.dataset import Split, Splits
+from sparse_flash.experiments.data.files import DataError, cached, lines
 from tqdm import tqdm
 
 OPERATORS = ("MIN", "MAX", "MED", "SM")
 PAD, CLOSE = 0, 15  # 1..10 are the digits, 11..14 the operators
 VOCABULARY = 16
 _CHUNK = 250  # examples that one seed makes
+_WORTH_KEEPING = 10_000_000  # tokens
+RELEASE = (
+    "ListOps is in lra_release.gz at https://github.com/google-research/long-range-arena, or is "
+    "generated where --task.source is left empty"
+)
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,9 @@ class ListOps:
     """Examples to evaluate on in the end."""
     seed: int = 0
     """Seed of the data, not of the training."""
+    source: str = ""
+    """Folder with basic_{train,val,test}.tsv of the Long Range Arena release, to be read instead of
+    generating; the numbers of examples are then those of the files."""
 
     vocabulary = VOCABULARY
     classes = 10
@@ -70,8 +79,43 @@ class ListOps:
         """No image."""
 
     def load(self) -> Splits:
-        """Generate all splits; no sequence appears twice."""
-        return generate(self)
+        """Generate all splits, without repetitions; or read them.
+
+        Raises:
+            DataError: A file to be read is missing, cut off, or holds something else.
+        """
+        if self.source:
+            paths = [f"{self.source}/basic_{split}.tsv" for split in ("train", "val", "test")]
+            return cached(self, tuple(paths), lambda: Splits(*(read(self, p) for p in paths)))
+        if (self.train + self.val + self.test) * self.max_length < _WORTH_KEEPING:
+            return generate(self)
+        return cached(self, (), lambda: generate(self))
+
+
+def read(task: ListOps, path: str) -> Split:
+    """A file of the Long Range Arena release: source and target, with a tab between them.
+
+    Brackets that group ("( " and " )") are left out; "]" is a token.
+    """
+    names = {str(digit): 1 + digit for digit in range(10)} | {"]": CLOSE}
+    names |= {f"[{name}": 11 + i for i, name in enumerate(OPERATORS)}
+    examples = []
+    for number, line in lines(path, RELEASE):
+        if number == 1 and line == "Source\tTarget":
+            continue
+        source, _, target = line.partition("\t")
+        words = [word for word in source.split() if word not in "()"]
+        if target not in tuple("0123456789") or not words or not names.keys() >= set(words):
+            raise DataError(f"{path}, line {number}: no ListOps: {line[:60]!r}: {RELEASE}")
+        if len(words) > task.length:
+            raise DataError(
+                f"{path}, line {number} has {len(words)} tokens, more than max_length - 1 = "
+                f"{task.length}: set --task.max-length"
+            )
+        examples.append((bytes(names[word] for word in words), int(target)))
+    if not examples:
+        raise DataError(f"{path} is empty: {RELEASE}")
+    return Split.from_sequences(examples, task.length)
 
 
 def tree(rng: random.Random, task: ListOps, tokens: list[int], depth: int = 1) -> int:
@@ -163,7 +207,7 @@ def generate(task: ListOps, workers: int | None = None) -> Splits:
     """All splits of `task`; the same for any number of worker processes."""
     total = task.train + task.val + task.test
     if workers is None:  # short sequences are made faster than processes are started
-        workers = multiprocessing.cpu_count() if total * task.max_length > 10_000_000 else 1
+        workers = multiprocessing.cpu_count() if total * task.max_length > _WORTH_KEEPING else 1
     seen: dict[bytes, int] = {}
     fruitless = 0
     with tqdm(total=total, desc="generating ListOps", unit="ex", leave=False) as bar:

@@ -1,0 +1,166 @@
+"""Images as sequences of pixels: Image (CIFAR-10 in grey), a token a pixel.
+
+Source: Tay et al., Long Range Arena (2020).
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sparse_flash.experiments.data.dataset import Split, Splits
+from sparse_flash.experiments.data.files import DataError, cached, members
+from torch import Tensor
+from tqdm import tqdm
+
+from sparse_flash import masks
+
+CIFAR = (
+    "CIFAR-10 (Krizhevsky, 2009) is at https://www.cs.toronto.edu/~kriz/cifar.html; give "
+    "cifar-10-python.tar.gz, or an archive or a folder of {train,test}/CLASS/*.{png,jpg}, with "
+    "--task.source"
+)
+CLASSES = (
+    "airplane",
+    "automobile",
+    "bird",
+    "cat",
+    "deer",
+    "dog",
+    "frog",
+    "horse",
+    "ship",
+    "truck",
+)
+SIDE = 32
+Order = Literal["raster", "morton", "hilbert"]
+
+
+def token_order(order: str, side: int) -> masks.TokenOrder:
+    """Which pixel of a square image is which token."""
+    orders = {"raster": masks.raster, "morton": masks.morton, "hilbert": masks.hilbert}
+    return orders[order](side, side)
+
+
+def places(order: str, side: int) -> Tensor:
+    """The (row, column) of each token: int64 (side^2, 2)."""
+    pixel = token_order(order, side).permutation
+    return torch.stack([pixel // side, pixel % side], 1)
+
+
+@dataclass(frozen=True)
+class Image:
+    """CIFAR-10 in grey: 45,000 images to train, 5,000 to evaluate, 10,000 to test."""
+
+    source: str = "data/cifar-10-python.tar.gz"
+    """The published archive or its folder, or images in {train,test}/CLASS/."""
+    order: Order = "raster"
+    """The order of the pixels."""
+    val: int = 5_000
+    """Training images to evaluate on instead."""
+
+    vocabulary = 256
+    classes = 10
+    pairs = False
+    length = SIDE * SIDE
+
+    def places(self) -> Tensor:
+        """Where each token is: (1024, 2)."""
+        return places(self.order, SIDE)
+
+    def load(self) -> Splits:
+        """Read all images.
+
+        Raises:
+            DataError: They are not there, or not all of them.
+        """
+        return cached(self, (self.source,), self._read)
+
+    def _read(self) -> Splits:
+        found: dict[str, list[tuple[NDArray[np.uint8], int]]] = {"train": [], "test": []}
+        for split, image, label in tqdm(_images(self.source), desc="reading images", disable=None):
+            found[split].append((image, label))
+        for split, images in found.items():
+            counts = np.bincount([label for _, label in images], minlength=len(CLASSES))
+            if counts.min() < 1 or counts.min() != counts.max():
+                raise DataError(
+                    f"{self.source} has {counts.tolist()} images a class to {split}, and should "
+                    f"have as many of each: {CIFAR}"
+                )
+        train, test = (self._split(images) for images in found.values())
+        if not 0 < self.val < len(train):
+            raise ValueError(f"val must be in 1..{len(train) - 1}, got {self.val}")
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
+        return Splits(train.subset(order[self.val :]), train.subset(order[: self.val]), test)
+
+    def _split(self, images: list[tuple[NDArray[np.uint8], int]]) -> Split:
+        pixels = torch.from_numpy(np.stack([image.reshape(-1) for image, _ in images]))
+        labels = torch.tensor([label for _, label in images])
+        return Split(pixels[:, token_order(self.order, SIDE).permutation], None, labels)
+
+
+def grey(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Luminance of (..., 3) colours, as ITU-R BT.601 weighs them: rounded, (...).
+
+    >>> grey(np.array([[255, 255, 255], [255, 0, 0]], np.uint8)).tolist()
+    [255, 76]
+    """
+    return (image @ np.array([0.299, 0.587, 0.114])).round().astype(np.uint8)
+
+
+def _images(source: str) -> Iterator[tuple[str, NDArray[np.uint8], int]]:
+    """(train or test, grey image, label) of each image of either form."""
+    for name, content in members(source, CIFAR):
+        split, kind, file = ("", "", *name.split("/"))[-3:]
+        if file.startswith(("data_batch_", "test_batch")) and "." not in file:
+            batch = _unpickle(f"{source}: {name}", content)
+            part = "test" if file.startswith("test") else "train"
+            colours = batch[b"data"].reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1)
+            yield from ((part, x, y) for x, y in zip(grey(colours), batch[b"labels"], strict=True))
+        elif split in ("train", "test") and kind in CLASSES:
+            yield split, grey(_decode(f"{source}: {name}", content)), CLASSES.index(kind)
+
+
+def _decode(name: str, content: bytes) -> NDArray[np.uint8]:
+    from PIL import Image as Pillow
+
+    try:
+        with Pillow.open(io.BytesIO(content)) as image:
+            colours = np.asarray(image.convert("RGB"))
+    except (OSError, SyntaxError) as error:
+        raise DataError(f"{name} is no image, or not all of one ({error}): {CIFAR}") from error
+    if colours.shape != (SIDE, SIDE, 3):
+        raise DataError(f"{name} has {colours.shape[1]} x {colours.shape[0]} pixels, not 32 x 32")
+    return colours
+
+
+class _Arrays(pickle.Unpickler):
+    """Reads numpy arrays and plain data, and runs nothing else that a file may name."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Only what arrays are made of."""
+        arrays = (module + ".").startswith("numpy.") and name in (
+            "_reconstruct",
+            "ndarray",
+            "dtype",
+        )
+        if arrays or (module, name) == ("_codecs", "encode"):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+
+def _unpickle(name: str, content: bytes) -> dict[bytes, Any]:
+    try:
+        batch = _Arrays(io.BytesIO(content), encoding="bytes").load()
+        if batch[b"data"].shape == (len(batch[b"labels"]), 3 * SIDE * SIDE):
+            return batch
+        reason = f"its data has the shape {batch[b'data'].shape}"
+    except (pickle.UnpicklingError, EOFError, KeyError, TypeError, AttributeError) as error:
+        reason = str(error)
+    raise DataError(f"{name} is no batch of CIFAR-10 ({reason}): {CIFAR}")

@@ -1,0 +1,152 @@
+"""Bytes of documents: Text (is a film review positive?) and Retrieval (are two papers related?).
+
+Source: Tay et al., Long Range Arena (2020). A token is a byte; 0, which no text contains, is
+padding. What is longer than `max_length` is cut off.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from sparse_flash.experiments.data.dataset import Split, Splits
+from sparse_flash.experiments.data.files import DataError, cached, lines, members
+from tqdm import tqdm
+
+IMDB = (
+    "the Large Movie Review Dataset (Maas et al., 2011) is at "
+    "https://ai.stanford.edu/~amaas/data/sentiment; give the folder aclImdb, or its archive, "
+    "with --task.source"
+)
+AAN = (
+    "Retrieval is in lra_release.gz at https://github.com/google-research/long-range-arena; give "
+    "the folder with new_aan_pairs.{train,eval,test}.tsv with --task.source"
+)
+
+
+def _check_sizes(task: Text | Retrieval) -> None:
+    if task.max_length < 1:
+        raise ValueError(f"max_length must be at least 1, got {task.max_length}")
+
+
+@dataclass(frozen=True)
+class Text:
+    """Film reviews: 25,000 to train, 25,000 to test; those to evaluate on are some of the latter.
+
+    Raises:
+        ValueError: Sizes of nothing.
+    """
+
+    source: str = "data/aclImdb"
+    """Folder aclImdb, or an archive of it: {train,test}/{pos,neg}/*.txt."""
+    max_length: int = 4096
+    """Bytes of a review; the rest is cut off."""
+    val: int = 2_000
+    """Test examples to evaluate on during training; nothing is chosen by them."""
+
+    vocabulary = 256
+    classes = 2
+    pairs = False
+
+    def __post_init__(self) -> None:
+        _check_sizes(self)
+
+    @property
+    def length(self) -> int:
+        """Tokens per example, padding included."""
+        return self.max_length
+
+    def places(self) -> None:
+        """No image."""
+
+    def load(self) -> Splits:
+        """Read all reviews.
+
+        Raises:
+            DataError: They are not there, or not all of them.
+        """
+        return cached(self, (self.source,), self._read)
+
+    def _read(self) -> Splits:
+        examples: dict[str, list[tuple[bytes, int]]] = {"train": [], "test": []}
+        for name, content in tqdm(members(self.source, IMDB), desc="reading reviews", disable=None):
+            split, label, file = ("", "", *name.split("/"))[-3:]
+            if split in examples and label in ("pos", "neg") and file.endswith(".txt"):
+                if not content or 0 in content:
+                    raise DataError(f"{self.source}: {name} is no text: {IMDB}")
+                examples[split].append((content[: self.max_length], int(label == "pos")))
+        for split, found in examples.items():
+            counts = [sum(label == kind for _, label in found) for kind in (0, 1)]
+            if not all(counts) or counts[0] != counts[1]:
+                raise DataError(
+                    f"{self.source} has {counts[0]} negative and {counts[1]} positive reviews to "
+                    f"{split}, and should have as many of both: {IMDB}"
+                )
+        random.Random(0).shuffle(examples["test"])
+        train, test = (Split.from_sequences(x, self.max_length) for x in examples.values())
+        return Splits(train, test.take_first(self.val), test)
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """Pairs of papers, one of which cites the other or not; byte by byte.
+
+    Raises:
+        ValueError: Sizes of nothing.
+    """
+
+    source: str = "data/lra_release/tsv_data"
+    """Folder with new_aan_pairs.train.tsv, .eval.tsv and .test.tsv."""
+    max_length: int = 4000
+    """Bytes of a document; the rest is cut off."""
+
+    vocabulary = 256
+    classes = 2
+    pairs = True
+
+    def __post_init__(self) -> None:
+        _check_sizes(self)
+
+    @property
+    def length(self) -> int:
+        """Tokens per document, padding included."""
+        return self.max_length
+
+    def places(self) -> None:
+        """No image."""
+
+    def load(self) -> Splits:
+        """Read all pairs.
+
+        Raises:
+            DataError: A file is missing, cut off, or has other columns.
+        """
+        paths = [f"{self.source}/new_aan_pairs.{split}.tsv" for split in ("train", "eval", "test")]
+        return cached(self, tuple(paths), lambda: Splits(*map(self._read, paths)))
+
+    def _read(self, path: str) -> Split:
+        documents, labels = [], []
+        for number, line in tqdm(lines(path, AAN), desc=Path(path).name, disable=None):
+            fields = line.split("\t")
+            if len(fields) != 5 or fields[0] not in ("0", "1", "0.0", "1.0"):
+                raise DataError(
+                    f"{path}, line {number}: expected label, two ids and two texts, with tabs "
+                    f"between them, got {line[:60]!r}: {AAN}"
+                )
+            labels.append(int(float(fields[0])))
+            documents += [(_plain(text)[: self.max_length], 0) for text in fields[3:]]
+        if not labels:
+            raise DataError(f"{path} is empty: {AAN}")
+        both = Split.from_sequences(documents, self.max_length)
+        assert both.lengths is not None
+        pairs = (both.tokens.view(-1, 2, self.max_length), both.lengths.view(-1, 2))
+        return Split(*pairs, torch.tensor(labels))
+
+
+def _plain(text: str) -> bytes:
+    """The bytes of a text; some releases write it as Python does, b'like this'."""
+    if len(text) >= 3 and text[0] == "b" and text[1] in "'\"" and text[-1] == text[1]:
+        text = text[2:-1]
+    return text.encode().replace(b"\0", b" ") or b" "
