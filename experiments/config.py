@@ -10,6 +10,7 @@ from typing import Any, Literal
 from sparse_flash.experiments.attention import Kind
 from sparse_flash.experiments.data.images import Image
 from sparse_flash.experiments.data.listops import ListOps
+from sparse_flash.experiments.data.pathfinder import Pathfinder
 from sparse_flash.experiments.data.text import Retrieval, Text
 
 
@@ -91,7 +92,7 @@ class TrainConfig:
 class Common:
     """What a single run and a comparison have in common."""
 
-    task: ListOps | Text | Retrieval | Image = field(default_factory=ListOps)
+    task: ListOps | Text | Retrieval | Image | Pathfinder = field(default_factory=ListOps)
     """The data."""
     block: int = 128
     """Granularity of layouts, in tokens."""

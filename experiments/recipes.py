@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 from sparse_flash.experiments.config import (
     CompareConfig,
@@ -13,6 +14,7 @@ from sparse_flash.experiments.config import (
 )
 from sparse_flash.experiments.data.images import Image
 from sparse_flash.experiments.data.listops import ListOps
+from sparse_flash.experiments.data.pathfinder import Pathfinder
 from sparse_flash.experiments.data.text import Retrieval, Text
 
 
@@ -56,6 +58,55 @@ def image() -> RunConfig:
     )
 
 
+def pathfinder() -> RunConfig:
+    """Long Range Arena's Pathfinder: whether a dashed curve joins two ends; 32 x 32 pixels."""
+    return RunConfig(
+        task=Pathfinder(32),
+        attention="local(128) | global_tokens(16) | butterfly(128)",
+        model=ModelConfig(dim=64, heads=2, layers=2, ffn=128),
+        train=TrainConfig(steps=62_400, batch_size=256, lr=1e-3, warmup=1_000, eval_every=2_000),
+    )
+
+
+def patches_and_butterfly(size: int) -> str:
+    """The mask for images in Morton order: 3 x 3 patches of 8 x 16 pixels, and far ones.
+
+    A block of 128 tokens is such a patch; a butterfly's distances of 2^k blocks are distances of
+    2^(k / 2) patches.
+    """
+    order = f"morton({size}, {size})"
+    return f"through(patches({size}, {size}, (8, 16), 1), {order}) | butterfly(128)"
+
+
+def _path(size: Literal[64, 128, 256], batch: int, steps: int) -> RunConfig:
+    """Every pixel a token, in Morton order, with rotary positions in pixels and max pooling."""
+    return RunConfig(
+        task=Pathfinder(size, order="morton"),
+        attention=patches_and_butterfly(size),
+        model=ModelConfig(
+            dim=128, heads=2, layers=4, ffn=512, positions="rotary2d", pooling="max", dropout=0.0
+        ),
+        train=TrainConfig(
+            steps=steps, batch_size=batch, lr=5e-4, warmup=500, eval_every=1_000, compile=True
+        ),
+    )
+
+
+def path_64() -> RunConfig:
+    """Pathfinder with 64 x 64 pixels, 4,096 tokens."""
+    return _path(64, 64, 60_000)
+
+
+def path_x() -> RunConfig:
+    """Path-X: Pathfinder with 128 x 128 pixels, 16,384 tokens."""
+    return _path(128, 16, 100_000)
+
+
+def path_256() -> RunConfig:
+    """Path-256: Pathfinder with 256 x 256 pixels, 65,536 tokens."""
+    return _path(256, 4, 100_000)
+
+
 def listops_short() -> RunConfig:
     """ListOps of at most 511 tokens, for a CPU: minutes, not hours."""
     return RunConfig(
@@ -92,6 +143,10 @@ RUNS: dict[str, Callable[[], RunConfig]] = {
     "text": text,
     "retrieval": retrieval,
     "image": image,
+    "pathfinder": pathfinder,
+    "path-64": path_64,
+    "path-x": path_x,
+    "path-256": path_256,
     "listops-short": listops_short,
 }
 COMPARISONS: dict[str, Callable[[], CompareConfig]] = {

@@ -19,7 +19,7 @@ from sparse_flash.experiments import checkpoint
 from sparse_flash.experiments.attention import Kind
 from sparse_flash.experiments.clock import AttentionClock
 from sparse_flash.experiments.config import RunConfig, TrainConfig
-from sparse_flash.experiments.data.dataset import Batch, Sampler, Split, Splits
+from sparse_flash.experiments.data.dataset import Batch, Examples, Sampler, Splits
 from sparse_flash.experiments.logger import Logger
 from sparse_flash.experiments.machine import describe, tensor_peak
 from sparse_flash.experiments.model import Encoder
@@ -232,7 +232,7 @@ class _Run:
         )
 
     @torch.no_grad()
-    def _measure(self, split: Split) -> tuple[float, float]:
+    def _measure(self, split: Examples) -> tuple[float, float]:
         """Mean loss and accuracy over a split."""
         self.model.eval()
         loss = correct = 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -27,8 +28,43 @@ class Batch:
     labels: Tensor
 
 
+class Examples(abc.ABC):
+    """A set of examples with `labels` (n,) int64, from which batches are taken."""
+
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @abc.abstractmethod
+    def state(self) -> tuple[Tensor | int | str | None, ...]:
+        """The arguments that make it again."""
+
+    @abc.abstractmethod
+    def to(self, device: torch.device) -> Examples:
+        """The same examples on another device."""
+
+    @abc.abstractmethod
+    def subset(self, index: Tensor) -> Examples:
+        """Some of the examples."""
+
+    @abc.abstractmethod
+    def take(self, index: Tensor) -> Batch:
+        """The examples at these indices."""
+
+    def batches(self, size: int) -> Iterator[Batch]:
+        """All examples once, in order."""
+        for index in torch.arange(len(self), device=self.labels.device).split(size):
+            yield self.take(index)
+
+    @property
+    def most_frequent(self) -> float:
+        """The accuracy of always answering the most frequent label: chance."""
+        return self.labels.bincount().max().item() / len(self)
+
+
 @dataclass(frozen=True)
-class Split:
+class Split(Examples):
     """A set of examples: `tokens` (n, s) uint8, `lengths` (n,) int64, `labels` (n,) int64.
 
     lengths is None where no example has padding; of pairs, shapes are (n, 2, s) and (n, 2).
@@ -55,8 +91,9 @@ class Split:
         labels = torch.tensor([label for _, label in examples])
         return cls(torch.from_numpy(tokens), lengths, labels)
 
-    def __len__(self) -> int:
-        return len(self.labels)
+    def state(self) -> tuple[Tensor | int | str | None, ...]:
+        """The arguments that make it again."""
+        return self.tokens, self.lengths, self.labels
 
     def to(self, device: torch.device) -> Split:
         """The same examples on another device."""
@@ -68,33 +105,19 @@ class Split:
         lengths = None if self.lengths is None else self.lengths[index]
         return Split(self.tokens[index], lengths, self.labels[index])
 
-    def take_first(self, number: int) -> Split:
-        """The first of the examples."""
-        return self.subset(torch.arange(min(number, len(self))))
-
     def take(self, index: Tensor) -> Batch:
         """The examples at these indices."""
-        lengths = None if self.lengths is None else self.lengths[index]
-        return Batch(self.tokens[index].long(), lengths, self.labels[index])
-
-    def batches(self, size: int) -> Iterator[Batch]:
-        """All examples once, in order."""
-        for index in torch.arange(len(self), device=self.labels.device).split(size):
-            yield self.take(index)
-
-    @property
-    def most_frequent(self) -> float:
-        """The accuracy of always answering the most frequent label: chance."""
-        return self.labels.bincount().max().item() / len(self)
+        some = self.subset(index)
+        return Batch(some.tokens.long(), some.lengths, some.labels)
 
 
 @dataclass(frozen=True)
 class Splits:
     """Training, validation and test examples."""
 
-    train: Split
-    val: Split
-    test: Split
+    train: Examples
+    val: Examples
+    test: Examples
 
 
 class Task(Protocol):
@@ -122,7 +145,7 @@ class Sampler:
     is a permutation; a batch may end one epoch and begin the next.
     """
 
-    def __init__(self, split: Split, batch_size: int, seed: int) -> None:
+    def __init__(self, split: Examples, batch_size: int, seed: int) -> None:
         self.split, self.batch_size, self.seed = split, batch_size, seed
         self._epochs: dict[int, Tensor] = {}
 

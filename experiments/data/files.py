@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sparse_flash.experiments.data.dataset import Split, Splits
+from sparse_flash.experiments.data.dataset import Examples, Split, Splits
 from sparse_flash.kernels.cache import cache_dir
 from sparse_flash.masks.files import atomic_write
 
@@ -71,11 +71,16 @@ def lines(source: str, where: str) -> Iterator[tuple[int, str]]:
         raise DataError(f"{path} is no text in UTF-8 ({error}): {where}") from error
 
 
-def cached(task: Any, sources: tuple[str, ...], build: Callable[[], Splits]) -> Splits:
+def cached(
+    task: Any,
+    sources: tuple[str, ...],
+    build: Callable[[], Splits],
+    kind: Callable[..., Examples] = Split,
+) -> Splits:
     """What `build` returns, or what it returned before for this task and these very files.
 
-    task: A dataclass with all settings. Processes that come at the same time build once; a file
-    that was cut off or altered is made anew.
+    task: A dataclass with all settings. kind: What the splits are. Processes that come at the same
+    time build once; a file that was cut off or altered is made anew.
     """
     state = [(source, *_stamp(Path(source))) for source in sources]
     name = type(task).__name__
@@ -84,7 +89,7 @@ def cached(task: Any, sources: tuple[str, ...], build: Callable[[], Splits]) -> 
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        splits = _read(path)
+        splits = _read(path, kind)
         if splits is None:
             splits = build()
             _write(path, splits)
@@ -96,7 +101,7 @@ def _stamp(path: Path) -> tuple[int, int]:
     return (path.stat().st_size, path.stat().st_mtime_ns) if path.exists() else (0, 0)
 
 
-def _read(path: Path) -> Splits | None:
+def _read(path: Path, kind: Callable[..., Examples]) -> Splits | None:
     if not path.exists():
         return None
     data = path.read_bytes()
@@ -105,13 +110,13 @@ def _read(path: Path) -> Splits | None:
         warnings.warn(f"{path} was damaged: it is made anew", stacklevel=4)
         return None
     state = torch.load(io.BytesIO(content), weights_only=True)
-    return Splits(*(Split(*state[name]) for name in ("train", "val", "test")))
+    return Splits(*(kind(*state[name]) for name in ("train", "val", "test")))
 
 
 def _write(path: Path, splits: Splits) -> None:
     content = io.BytesIO()
     parts = {"train": splits.train, "val": splits.val, "test": splits.test}
-    torch.save({k: (s.tokens, s.lengths, s.labels) for k, s in parts.items()}, content)
+    torch.save({name: part.state() for name, part in parts.items()}, content)
     with atomic_write(path) as file:
         file.write(hashlib.sha256(content.getbuffer()).digest())
         file.write(content.getbuffer())

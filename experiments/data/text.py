@@ -86,7 +86,7 @@ class Text:
                 )
         random.Random(0).shuffle(examples["test"])
         train, test = (Split.from_sequences(x, self.max_length) for x in examples.values())
-        return Splits(train, test.take_first(self.val), test)
+        return Splits(train, test.subset(torch.arange(min(self.val, len(test)))), test)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,250 @@
+"""Pathfinder: whether a dashed curve joins the two marked ends. Images of 32 to 256 pixels a side.
+
+Source: Linsley et al. (2018); Tay et al., Long Range Arena (2020), where 32 pixels are Pathfinder
+and 128 Path-X; Dao et al., FlashAttention (2022), for 256. Images are kept as geometry, some
+hundred bytes each, and drawn on the device when they are needed; or read from the release.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from sparse_flash.experiments.data.dataset import Batch, Examples, Split, Splits
+from sparse_flash.experiments.data.files import DataError, cached
+from sparse_flash.experiments.data.images import Order, places, token_order
+from torch import Tensor
+from torch.nn.functional import avg_pool2d
+from tqdm import tqdm
+
+RELEASE = (
+    "Pathfinder is in lra_release.gz at https://github.com/google-research/long-range-arena; give "
+    "a folder such as lra_release/pathfinder32/curv_contour_length_14 with --task.source, or leave "
+    "it empty to generate images"
+)
+_CHUNK = 64  # images that a thread makes at a time
+_DRAWN = 256  # images that are drawn at a time
+
+
+@dataclass(frozen=True)
+class Pathfinder:
+    """Images of `size` x `size` pixels, half of them with markers on one curve.
+
+    Raises:
+        ValueError: Numbers with which no image can be drawn.
+    """
+
+    size: Literal[32, 64, 128, 256] = 32
+    """Pixels a side."""
+    contour: int = 14
+    """Paddles of a long curve: 14 is Long Range Arena's, 9 and 6 are easier."""
+    train: int = 160_000
+    """Training images."""
+    val: int = 20_000
+    """Images to evaluate on during training."""
+    test: int = 20_000
+    """Images to evaluate on in the end."""
+    seed: int = 0
+    """Seed of the images, not of the training."""
+    order: Order = "raster"
+    """The order of the pixels."""
+    source: str = ""
+    """Folder of the Long Range Arena release with imgs and metadata, to be read instead."""
+
+    vocabulary = 256
+    classes = 2
+    pairs = False
+
+    def __post_init__(self) -> None:
+        if self.size not in (32, 64, 128, 256):
+            raise ValueError(f"size must be 32, 64, 128 or 256 pixels, got {self.size}")
+        if not 3 <= self.contour <= 20:
+            raise ValueError(f"contour must be in 3..20, got {self.contour}")
+        if min(self.train, self.val, self.test) < 1:
+            raise ValueError(f"Pathfinder needs at least one image in each split, got {self}")
+
+    @property
+    def length(self) -> int:
+        """Tokens per image: one a pixel."""
+        return self.size**2
+
+    def places(self) -> Tensor:
+        """Where each token is: (size^2, 2)."""
+        return places(self.order, self.size)
+
+    def load(self) -> Splits:
+        """Make the geometry of all images, or read those of the release.
+
+        Raises:
+            DataError: What is to be read is missing, damaged, or of another size.
+        """
+        if self.source:
+            return cached(self, (self.source,), self._read)
+        return cached(self, (), self._generate, Drawings)
+
+    def _generate(self) -> Splits:
+        total = self.train + self.val + self.test
+        with tqdm(total=total, desc=f"{self.size}-pixel Pathfinder", disable=None) as bar:
+            parts = [
+                self._drawings(number, count, bar)
+                for number, count in enumerate((self.train, self.val, self.test))
+            ]
+        return Splits(*parts)
+
+    def _drawings(self, split: int, count: int, bar: tqdm[None]) -> Drawings:
+        """The images of a split; no other split has a seed of theirs."""
+        from sparse_flash.experiments.data import paddles as geometry
+
+        start = (self.seed * 3 + split) << 28  # of the seeds
+
+        def make(chunk: int) -> tuple[np.ndarray, np.ndarray]:
+            seeds = start + np.arange(chunk * _CHUNK, (chunk + 1) * _CHUNK)
+            made = geometry.curves(self.size, self.contour, seeds % 2**32)
+            bar.update(_CHUNK)
+            return made
+
+        chunks = -(-count // _CHUNK)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # numba lets go of the interpreter
+            made = list(pool.map(make, range(chunks)))
+            while True:  # some are left out: see geometry.mark
+                lines, ends = (np.concatenate(x) for x in zip(*made, strict=True))
+                markers, labels = geometry.mark(ends, self.size, start % 2**32)
+                kept = (labels >= 0).nonzero()[0][:count]
+                if len(kept) == count:
+                    break
+                made += pool.map(make, range(len(made), len(made) + -(-chunks // 20)))
+        lines, markers, labels = lines[kept], markers[kept], labels[kept]
+        arrays = (torch.tensor(lines), torch.tensor(markers), torch.tensor(labels))
+        return Drawings(*arrays, self.size, self.order)
+
+    def _read(self) -> Splits:
+        folder, rows = Path(self.source), []
+        for path in sorted((folder / "metadata").glob("*.npy"), key=lambda p: (len(p.name), p)):
+            for line in path.read_text(errors="replace").splitlines():
+                fields = line.split()
+                if len(fields) < 4 or fields[3] not in ("0", "1"):
+                    raise DataError(f"{path}: not a line of metadata: {line[:60]!r}: {RELEASE}")
+                rows.append((folder / fields[0] / fields[1], int(fields[3])))
+        if not rows:
+            raise DataError(f"{folder} has no metadata/*.npy: {RELEASE}")
+        read = (
+            (_png(path, self.size), y)
+            for path, y in tqdm(rows, desc="reading images", disable=None)
+        )
+        images = [(x, y) for x, y in read if x is not None]
+        pixels = torch.from_numpy(np.stack([x.reshape(-1) for x, _ in images]))
+        pixels = pixels[:, token_order(self.order, self.size).permutation]
+        whole = Split(pixels, None, torch.tensor([y for _, y in images]))
+        order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(0))
+        tenth = max(1, len(whole) // 10)  # 80 : 10 : 10, as in Long Range Arena
+        val, test, train = order[:tenth], order[tenth : 2 * tenth], order[2 * tenth :]
+        return Splits(whole.subset(train), whole.subset(val), whole.subset(test))
+
+
+def _png(path: Path, size: int) -> np.ndarray | None:
+    """The grey pixels; None of an empty file: the release has one, 0/sample_172.png."""
+    from PIL import Image
+
+    try:
+        content = path.read_bytes()
+        if not content:
+            return None
+        with Image.open(io.BytesIO(content)) as image:
+            pixels = np.asarray(image.convert("L"))
+    except (OSError, SyntaxError) as error:
+        raise DataError(f"{path} is no image, or not all of one ({error}): {RELEASE}") from error
+    if pixels.shape != (size, size):
+        raise DataError(
+            f"{path} has {pixels.shape[1]} x {pixels.shape[0]} pixels: set --task.size to its size"
+        )
+    return pixels
+
+
+class Drawings(Examples):
+    """Images as geometry: paddles int16 (n, paddles, 4), markers (n, 2, 2), labels (n,).
+
+    `take` draws them on the device where the geometry is.
+    """
+
+    def __init__(
+        self, paddles: Tensor, markers: Tensor, labels: Tensor, size: int, order: str
+    ) -> None:
+        self.paddles, self.markers, self.labels = paddles, markers, labels
+        self.size, self.order = size, order
+        self.permutation = token_order(order, size).permutation.to(labels.device)
+
+    def state(self) -> tuple[Tensor | int | str | None, ...]:
+        """The arguments that make it again."""
+        return self.paddles, self.markers, self.labels, self.size, self.order
+
+    def to(self, device: torch.device) -> Drawings:
+        """The same images on another device."""
+        moved = (self.paddles.to(device), self.markers.to(device), self.labels.to(device))
+        return Drawings(*moved, self.size, self.order)
+
+    def subset(self, index: Tensor) -> Drawings:
+        """Some of the images."""
+        some = (self.paddles[index], self.markers[index], self.labels[index])
+        return Drawings(*some, self.size, self.order)
+
+    def take(self, index: Tensor) -> Batch:
+        """The images at these indices."""
+        tokens = torch.cat(
+            [
+                draw(self.paddles[some], self.markers[some], self.size).flatten(1)
+                for some in index.split(_DRAWN)
+            ]
+        )
+        return Batch(tokens[:, self.permutation].long(), None, self.labels[index])
+
+
+def draw(paddles: Tensor, markers: Tensor, size: int) -> Tensor:
+    """Images uint8 (b, size, size), at twice the size and scaled down; the brightest pixel is 255.
+
+    The margin of an image follows from its paddles, whose reach is length plus margin.
+    """
+    from sparse_flash.experiments.data.paddles import DRAWINGS
+
+    d, side = DRAWINGS[size], 2 * size
+    pivot, offset = paddles[..., :2].float(), paddles[..., 2:].float()
+    reach = offset.norm(dim=-1, keepdim=True).clamp(min=1e-6)
+    head, along = pivot + offset, offset / reach * d.paddle
+    canvas = torch.zeros(len(paddles), side * side, device=paddles.device)
+    lines = _coverage(
+        2 * (head - along) + 0.5, 2 * along, d.thickness, 2 * (d.paddle + d.thickness)
+    )
+    _stamp(canvas, *lines, d.contrast, side)
+    discs = 2 * markers + 0.5
+    spots = _coverage(discs, torch.zeros_like(discs), 2 * d.marker, 2 * d.marker)
+    _stamp(canvas, *spots, 1.0, side)
+    small = avg_pool2d(canvas.view(-1, 1, side, side), 2)[:, 0]
+    return (small / small.amax((1, 2), keepdim=True) * 255).round().to(torch.uint8)
+
+
+def _coverage(start: Tensor, along: Tensor, half: float, radius: float) -> tuple[Tensor, Tensor]:
+    """Pixels around the middle of strokes (b, n, 2), and how much of each they cover, 0..1.
+
+    half: Half the width. radius: Of what may be covered.
+    """
+    steps = torch.arange(-int(radius) - 2, int(radius) + 3, device=start.device)
+    grid = torch.cartesian_prod(steps, steps)
+    pixels = (start + along / 2).round()[:, :, None] + grid
+    t = ((pixels - start[:, :, None]) * along[:, :, None]).sum(-1)
+    t = (t / along.square().sum(-1).clamp(min=1e-6)[..., None]).clamp(0, 1)
+    nearest = start[:, :, None] + t[..., None] * along[:, :, None]
+    distance = (pixels - nearest).norm(dim=-1)
+    return pixels, (half + 0.5 - distance).clamp(0, 1)
+
+
+def _stamp(canvas: Tensor, pixels: Tensor, values: Tensor, contrast: float, side: int) -> None:
+    """Put strokes on canvases (b, side^2); where several meet, the brightest counts."""
+    inside = ((pixels >= 0) & (pixels < side)).all(-1)
+    index = (pixels[..., 0] * side + pixels[..., 1]).long().masked_fill(~inside, 0)
+    values = values.masked_fill(~inside, 0) * contrast
+    canvas.scatter_reduce_(1, index.flatten(1), values.flatten(1), "amax")

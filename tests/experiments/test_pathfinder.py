@@ -1,0 +1,196 @@
+"""Pathfinder: the generator, its pictures, that labels do not leak, and the release's files."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sparse_flash.experiments.data import paddles
+from sparse_flash.experiments.data.files import DataError
+from sparse_flash.experiments.data.pathfinder import Drawings, Pathfinder, draw
+
+from sparse_flash import masks
+
+INK = {32: 0.16, 64: 0.12, 128: 0.058, 256: 0.018}  # the share of pixels, of published images
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPARSE_FLASH_CACHE_DIR", str(tmp_path / "cache"))
+
+
+def task(size=32, **changes):
+    return Pathfinder(size, **{"train": 40, "val": 10, "test": 10, "contour": 9, **changes})
+
+
+@pytest.mark.parametrize("size", [32, 64, 128, 256])
+def test_images_look_like_the_published_ones(size):
+    splits = task(size, train=60, contour=14 if size in (32, 256) else 9).load()
+    images = splits.train.take(torch.arange(60)).tokens.view(60, size, size)
+    ink = (images > 40).float().mean()
+    assert 0.6 * INK[size] < ink < 1.2 * INK[size]  # 9 paddles make less than 14
+    assert images.amax((1, 2)).unique().tolist() == [255]
+    assert images.amin() == 0
+    assert splits.train.take(torch.arange(3)).lengths is None
+
+
+@pytest.mark.parametrize("size", [32, 64, 256])
+def test_paddles_form_chains(size):
+    """Gaps of twice the margin, heads at length plus margin, bends that continuity allows."""
+    d, contour = paddles.DRAWINGS[size], 9
+    found, ends = paddles.curves(size, contour, np.arange(30))
+    assert found.shape[1] == paddles.number_of_paddles(size, contour)
+    (margin,) = d.margins
+    for image, tips in zip(found, ends, strict=True):
+        for curve in range(2):
+            chain = image[curve * contour : (curve + 1) * contour].astype(float)
+            pivot, offset = chain[:, :2], chain[:, 2:]
+            reach = np.linalg.norm(offset, axis=1)
+            assert (abs(reach - (d.paddle + margin)) <= 0.5).all()
+            ahead = pivot[:-1] + offset[:-1] * (d.paddle + 2 * margin) / reach[:-1, None]
+            assert (abs(pivot[1:] - np.ceil(ahead)) < 1e-3).all()
+            angles = np.arctan2(offset[:, 0], offset[:, 1])
+            turns = abs((np.diff(angles) + np.pi) % (2 * np.pi) - np.pi)
+            assert (turns <= np.pi / 2 / d.continuity + 1e-6).all()
+            assert np.allclose(tips[curve, 1], pivot[-1] + offset[-1])
+        heads = image[:, :2] + image[:, 2:]
+        assert heads.min() >= d.padding
+        assert heads.max() <= size - 1 - d.padding
+        first = np.linalg.norm(image[0, :2] - image[contour, :2].astype(float))
+        assert abs(first - d.seed_distance) < 1.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [32, 256])
+def test_labels_cannot_be_read_off_simple_statistics(size):
+    """A guess by bins of a statistic, learned on one half, is right on the other half by chance."""
+    splits = task(size, train=4000, contour=14).load()
+    train = splits.train
+    assert isinstance(train, Drawings)
+    images = torch.cat([b.tokens.view(-1, size * size) for b in train.batches(500)])
+    gap = (train.markers[:, 0] - train.markers[:, 1]).float()
+    statistics = {
+        "distance": gap.norm(dim=1),
+        "from the middle": (train.markers - size / 2).abs().amax((1, 2)),
+        "direction": torch.atan2(gap[:, 0], gap[:, 1]),
+        "ink": (images > 40).float().mean(1),
+        "brightness": images.float().mean(1),
+        "bright pixels": (images > 250).sum(1).float(),
+    }
+    for name, values in statistics.items():
+        edges = values[:2000].quantile(torch.linspace(0, 1, 9)[1:-1])
+        bins = torch.bucketize(values, edges)
+        guesses = torch.stack(
+            [train.labels[:2000][bins[:2000] == i].float().mean() for i in range(8)]
+        )
+        right = (guesses.nan_to_num(0.5) > 0.5).long()[bins[2000:]] == train.labels[2000:]
+        assert right.float().mean() < 0.5 + 3 * 0.5 / 2000**0.5, name  # three standard errors
+    assert abs(train.labels.float().mean() - 0.5) < 0.02
+
+
+def test_distances_are_balanced_label_by_label():
+    generator = np.random.default_rng(0)
+    ends = generator.uniform(20, 44, (3000, 2, 2, 2)).astype(np.float32)
+    ends[:, :, 1] += np.array([[6, 6], [0, 0]])  # ends of one curve differ from those of two
+    markers, labels = paddles.mark(ends, 64, seed=1)
+    kept = labels >= 0
+    assert kept.mean() > 0.9
+    distance = np.linalg.norm(markers[:, 0] - markers[:, 1], axis=1)[kept].astype(int)
+    counts = [np.bincount(distance[labels[kept] == y], minlength=64) for y in (0, 1)]
+    assert abs(counts[0] - counts[1]).max() <= 1
+    i = int(np.flatnonzero(labels == 1)[0])
+    assert any(
+        np.array_equal(markers[i], ends[i, curve]) for curve in range(2)
+    )  # both ends of one curve
+
+
+def test_splits_and_repetition():
+    splits, again = task().load(), task().load()
+    assert (len(splits.train), len(splits.val), len(splits.test)) == (40, 10, 10)
+    every = [
+        image.numpy().tobytes()
+        for s in (splits.train, splits.val, splits.test)
+        for image in s.paddles
+    ]
+    assert len(set(every)) == 60
+    for a, b in zip(splits.train.state(), again.train.state(), strict=True):
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+    other = task(seed=1).load()
+    assert not {image.numpy().tobytes() for image in other.train.paddles} & set(every)
+
+
+def test_a_drawing_by_hand():
+    """One paddle along a row, and its markers."""
+    one = torch.tensor([[[32, 20, 0, 6]]], dtype=torch.int16)  # from 1 to 6 pixels right of there
+    markers = torch.tensor([[[10.0, 10.0], [50.0, 50.0]]])
+    (image,) = draw(one, markers, 64)
+    rows, columns = (image[20:44, 15:40] > 60).nonzero().T
+    assert set((rows + 20).tolist()) <= {31, 32, 33}
+    assert (columns + 15).min() in (20, 21)
+    assert (columns + 15).max() in (26, 27)
+    for y, x in ((10, 10), (50, 50)):
+        assert (image[y - 1 : y + 2, x - 1 : x + 2] == 255).all()
+        area = (image[y - 6 : y + 7, x - 6 : x + 7].float() / 255).sum()
+        assert abs(area - np.pi * 2.5**2) < 3
+    assert draw(one, markers + 1000, 64).sum() > 0  # markers outside are left out
+
+
+def test_pixels_in_another_order():
+    raster, morton = task().load().train, task(order="morton").load().train
+    index = torch.arange(5)
+    order = masks.morton(32, 32).permutation
+    assert torch.equal(raster.take(index).tokens[:, order], morton.take(index).tokens)
+
+
+def release(folder, count=20, size=32):
+    (folder / "metadata").mkdir(parents=True)
+    (folder / "imgs" / "0").mkdir(parents=True)
+    lines = []
+    for i in range(count):
+        pixels = np.full((size, size), i, np.uint8)
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "png")
+        (folder / "imgs" / "0" / f"sample_{i}.png").write_bytes(file.getvalue())
+        lines.append(f"imgs/0 sample_{i}.png {i} {i % 2} 1.8 20 5 1 0 14\n")
+    (folder / "metadata" / "0.npy").write_text("".join(lines))
+    return str(folder)
+
+
+def test_the_release(tmp_path):
+    source = release(tmp_path / "curv_contour_length_14")
+    (tmp_path / "curv_contour_length_14/imgs/0/sample_3.png").write_bytes(b"")  # there is one such
+    splits = Pathfinder(source=source).load()
+    assert [len(s) for s in (splits.train, splits.val, splits.test)] == [17, 1, 1]
+    found = {
+        int(t[0]): int(y)
+        for s in vars(splits).values()
+        for t, y in zip(s.tokens, s.labels, strict=True)
+    }
+    assert found == {i: i % 2 for i in range(20) if i != 3}
+
+
+def test_a_damaged_release(tmp_path):
+    with pytest.raises(DataError, match="has no metadata"):
+        Pathfinder(source=str(tmp_path)).load()
+    source = release(tmp_path / "a")
+    with pytest.raises(DataError, match=r"32 x 32 pixels: set --task.size"):
+        Pathfinder(64, source=source).load()
+    image = tmp_path / "a/imgs/0/sample_5.png"
+    image.write_bytes(image.read_bytes()[:60])
+    with pytest.raises(DataError, match="is no image, or not all of one"):
+        Pathfinder(source=source).load()
+    image.unlink()
+    with pytest.raises(DataError, match="is no image"):
+        Pathfinder(source=source).load()
+    (tmp_path / "a/metadata/0.npy").write_bytes(b"\x93NUMPY")
+    with pytest.raises(DataError, match="not a line of metadata"):
+        Pathfinder(source=source).load()
+
+
+@pytest.mark.parametrize("settings", [{"size": 48}, {"contour": 2}, {"val": 0}])
+def test_impossible_settings(settings):
+    with pytest.raises(ValueError, match="must be|needs at least"):
+        task(**settings)
