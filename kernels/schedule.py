@@ -232,17 +232,22 @@ def backward_schedule(
     """
     stacked = stack_heads(retile(layout.transpose(), tile), heads[0] // heads[1])
     if ordered:
-        stacked = _rotated(stacked)
+        stacked = _apart(stacked)
     plan = schedule(stacked, batch, heads[1], tile, num_ctas, q_bytes, costs)
     plan = replace(plan, kv_lens=torch.full_like(plan.kv_lens, layout.kv_len))
     return take_turns(plan, heads[1], stacked.num_block_cols, num_ctas, costs) if ordered else plan
 
 
-def _rotated(layout: BlockLayout) -> BlockLayout:
-    """The same tiles, each row's from its diagonal on, so that rows seldom meet in a column."""
+def _apart(layout: BlockLayout) -> BlockLayout:
+    """The same tiles, each row's in the order of row XOR column.
+
+    Rows that go through their tiles in step never meet in a column: for each number, XOR with it is
+    one to one. Nor do they where some tiles are missing alike in all rows, as of a butterfly.
+    """
     rows, columns = layout.tile_rows.long(), layout.num_block_cols
-    first = rows % layout.num_block_rows * columns // layout.num_block_rows
-    order = (rows * columns + (layout.col_indices.long() - first) % columns).argsort()
+    own = rows % layout.num_block_rows * columns // layout.num_block_rows
+    size = 1 << columns.bit_length()
+    order = (rows * size + (layout.col_indices.long() ^ own)).argsort()
     return BlockLayout(
         layout.q_len,
         layout.kv_len,
@@ -267,7 +272,7 @@ def take_turns(
     before it, in its column, in its item, and in its CTA's earlier items, have been added.
 
     >>> from sparse_flash import masks
-    >>> layout = masks.full().layout(256)   # two items of four tiles each, from the diagonal on
+    >>> layout = masks.full().layout(256)   # two items of four tiles each
     >>> s = backward_schedule(layout, 1, (1, 1), (128, 64), num_ctas=2, ordered=True)
     >>> s.work[:, 6].tolist(), s.turns.tolist()
     ([0, 4], [0, 0, 1, 1, 0, 0, 1, 1])

@@ -140,8 +140,8 @@ def _backward_kinds(
     One for all of them adds up dQ in memory, in any order or in turns; or two, whose results are
     repeatable, compute dK and dV, and dQ: seven products instead of five. Measured on an H200,
     turns cost 0-18 % where CTAs seldom wait for each other, and much where all add to the same
-    rows; at head_dim 128 they cost 21-36 % but where all tiles are there. Two kernels cost
-    10-25 %, and 40 % where all tiles are there.
+    rows; at head_dim 128 they cost 21-36 % but where all tiles are there. Two kernels cost 10-25 %
+    (30 % at head_dim 32), and 40 % where all tiles are there.
     """
     two = ("keys", "queries")
     if q.shape[3] > 128:  # one kernel for all has no room

@@ -224,6 +224,7 @@ def test_waiting_tells_rows_that_all_add_to_from_others():
         return backward_schedule(layout, 1, (8, 8), (128, 128), 132, ordered=True).waiting
 
     assert waiting("full()") < 0.001
+    assert waiting("butterfly(128)") < 0.001
     assert waiting("random_blocks(0.1, 128, 0)") < 0.1
     assert waiting("block_local(128, 1) | global_tokens(128)") > 1
 
