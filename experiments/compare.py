@@ -32,7 +32,7 @@ def compare(config: CompareConfig, folder: Path, device: str = "auto") -> dict[s
     runs = []
     for seed in config.seeds:  # seed by seed: something to compare as early as possible
         for attention in config.attentions:
-            name = f"{_slug(attention)}-seed{seed}"
+            name = f"{slug(attention)}-seed{seed}"
             result = train(config.run(attention, seed), folder / name, device, data)
             runs.append({"name": name, **result})
     rows = [_row(attention, runs) for attention in config.attentions]
@@ -88,7 +88,18 @@ def table(report: dict[str, Any]) -> str:
         ]
         for row in report["rows"]
     ]
-    escaped = [[cell.replace("|", "\\|") for cell in line] for line in [head, *lines]]
+    return as_table([head, *lines])
+
+
+def as_table(lines: Sequence[Sequence[str]]) -> str:
+    """Cells as a markdown table whose columns are aligned; the first line is its head.
+
+    >>> print(as_table([["a", "b"], ["local(3)", "1"]]))
+    | a        | b |
+    | -------- | - |
+    | local(3) | 1 |
+    """
+    escaped = [[cell.replace("|", "\\|") for cell in line] for line in lines]
     widths = [max(len(cell) for cell in column) for column in zip(*escaped, strict=True)]
     rows = [" | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in escaped]
     rule = " | ".join("-" * width for width in widths)
@@ -106,7 +117,7 @@ def _row(attention: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _slug(attention: str) -> str:
+def slug(attention: str) -> str:
     """A folder name: the letters and digits of the mask, and a digest of all of it."""
     if attention.isalnum():
         return attention

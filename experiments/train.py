@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +48,15 @@ class _Progress:
     best_accuracy: float = 0.0
     attention_share: float = math.nan
     peak_mebibytes: float = 0.0
+    curve: list[list[float]] = field(default_factory=list)  # see `train`
 
 
 def train(
-    config: RunConfig, folder: Path, device: str = "auto", data: Splits | None = None
+    config: RunConfig,
+    folder: Path,
+    device: str = "auto",
+    data: Splits | None = None,
+    budget: float = math.inf,
 ) -> dict[str, Any]:
     """Train as `config` says, logging to `folder`; resume where an earlier call stopped.
 
@@ -60,9 +65,12 @@ def train(
         folder: Of this run alone: checkpoint, TensorBoard events, result.json.
         device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", ...
         data: The task's data, where it is loaded already.
+        budget: Seconds of training after which the run is evaluated as it is; a later call with a
+            larger budget goes on.
 
     Returns:
-        What result.json holds: config, machine, metrics.
+        What result.json holds: config, machine, metrics, and the curve: of each evaluation step,
+        seconds of training, loss, accuracy.
 
     Raises:
         TrainingError: The loss is no number.
@@ -72,8 +80,10 @@ def train(
     """
     done = finished(config, folder)
     if done is not None:
-        return done
-    return _Run(config, folder, pick_device(device), data).run()
+        metrics = done["metrics"]
+        if metrics["steps"] >= config.train.steps or metrics["training_seconds"] >= budget:
+            return done
+    return _Run(config, folder, pick_device(device), data, budget).run()
 
 
 def finished(config: RunConfig, folder: Path) -> dict[str, Any] | None:
@@ -116,9 +126,14 @@ class _Run:
     """The state of one run: model, optimiser, progress, log."""
 
     def __init__(
-        self, config: RunConfig, folder: Path, device: torch.device, data: Splits | None
+        self,
+        config: RunConfig,
+        folder: Path,
+        device: torch.device,
+        data: Splits | None,
+        budget: float,
     ) -> None:
-        self.config, self.folder, self.device = config, folder, device
+        self.config, self.folder, self.device, self.budget = config, folder, device, budget
         task = config.task
         resumable = self._read_checkpoint()
         self.log = Logger(folder, [tuple(r) for r in resumable["history"]] if resumable else ())
@@ -147,12 +162,14 @@ class _Run:
                 unit="step",
                 mininterval=0.1 if sys.stderr.isatty() else 30,  # a log file wants fewer lines
             ) as bar:
-                while self.progress.step < train.steps:
+                last = self.progress.step >= train.steps
+                while not last:
                     self._step(bar)
                     step = self.progress.step
-                    if step % train.eval_every == 0 or step == train.steps:
+                    last = step == train.steps or self.progress.seconds >= self.budget
+                    if step % train.eval_every == 0 or last:
                         self._evaluate(bar)
-                    if step % train.checkpoint_every == 0 or step == train.steps or stop:
+                    if step % train.checkpoint_every == 0 or last or stop:
                         self._check()
                         self._save()
                     if stop:
@@ -221,6 +238,7 @@ class _Run:
         progress = self.progress
         loss, accuracy = self._measure(self.val)
         progress.best_accuracy = max(progress.best_accuracy, accuracy)
+        progress.curve.append([progress.step, progress.seconds, loss, accuracy])
         values = {"eval/loss": loss, "eval/accuracy": accuracy}
         self.log.scalars(values, progress.step)
         by_time = {f"by_training_second/{name}": v for name, v in values.items()}
@@ -251,17 +269,24 @@ class _Run:
             "test_loss": loss,
             "best_eval_accuracy": progress.best_accuracy,
             "chance": self.chance,
+            "steps": progress.step,
             "training_seconds": progress.seconds,
             "step_ms": 1000 * progress.seconds / progress.step,
             "tokens_per_second": progress.tokens / progress.seconds,
             "attention_share": progress.attention_share,
             "peak_memory_MiB": progress.peak_mebibytes,
             "density": density(config),
+            "step_gflops": 1e-9 * step_flops(config),
         }
         shown = {f"final/{name}": v for name, v in metrics.items() if not math.isnan(v)}
         self.log.hyperparameters(config.flat(), shown)
         self.log.flush()
-        result = {"config": config.to_dict(), "machine": describe(self.device), "metrics": metrics}
+        result = {
+            "config": config.to_dict(),
+            "machine": describe(self.device),
+            "metrics": metrics,
+            "curve": progress.curve,
+        }
         with atomic_write(self.folder / RESULT) as file:
             file.write(json.dumps(result, indent=2).encode())
         return result
@@ -327,6 +352,18 @@ def density(config: RunConfig) -> float:
     """The kept fraction of the attention matrix; 1 for dense attention."""
     mask = Kind.of(config.attention).mask
     return 1.0 if mask is None else mask.density(config.task.length)
+
+
+def step_flops(config: RunConfig) -> float:
+    """Floating-point operations of a training step: three times those of the forward pass.
+
+    Of a token 2 for each weight of the layers, and 4 dim for each key that it attends to.
+    """
+    model, tokens = config.model, config.train.batch_size * config.task.length
+    tokens *= 2 if config.task.pairs else 1
+    weights = model.layers * (4 * model.dim**2 + 2 * model.dim * model.ffn)
+    keys = density(config) * config.task.length
+    return 3.0 * tokens * (2 * weights + 4 * model.dim * keys * model.layers)
 
 
 def _other_settings(path: Path, found: dict[str, Any], config: RunConfig) -> str:

@@ -9,11 +9,12 @@ from typing import Annotated, Literal
 
 import tyro
 
-from sparse_flash.experiments import recipes
+from sparse_flash.experiments import lra, recipes
 from sparse_flash.experiments.bench import run as benchmark
 from sparse_flash.experiments.bench import steps
 from sparse_flash.experiments.compare import compare, table
 from sparse_flash.experiments.config import CompareConfig, RunConfig
+from sparse_flash.experiments.lra import LraConfig
 from sparse_flash.experiments.train import Interrupted, TrainingError, train
 from sparse_flash.masks import parse
 
@@ -111,6 +112,26 @@ def _comparer(name: str, recipe: Callable[[], CompareConfig]) -> Callable[..., N
     return run
 
 
+def compare_lra(
+    config: Annotated[LraConfig, *Flat] = LraConfig(),  # noqa: B008 - the defaults are shown
+    out: Path = Path("runs/compare/lra"),
+    device: str = "auto",
+) -> None:
+    """Long Range Arena: tasks x kinds of attention x seeds, as one table with plots.
+
+    The same command resumes a comparison that was interrupted, and goes on with runs whose budget
+    was smaller before.
+
+    Args:
+        config: The grid.
+        out: Folder: a folder a task, in it one a run; the report in lra.md, lra.json, lra.png.
+        device: auto (a GPU if there is one), cpu, cuda, cuda:1, ...
+    """
+    report = lra.lra(config, out, device)
+    print(f"\n{lra.table(report)}\n\nreport: {out / 'lra.md'} and {out / 'lra.json'}")
+    _point_to_tensorboard(out)
+
+
 def bench(
     suite: Literal["quick", "standard"] = "standard",
     out: Path = Path("runs/bench"),
@@ -161,6 +182,7 @@ def _application() -> tyro.extras.SubcommandApp:
         train_.command(name=name, help=run.__doc__)(_trainer(name, run))
     for name, pair in recipes.COMPARISONS.items():
         compare_.command(name=name, help=pair.__doc__)(_comparer(name, pair))
+    compare_.command(name="lra")(compare_lra)
     app.command(mask, name="mask", help="Look at masks.")
     app.command(train_, name="train", help="Train one model on a task.")
     app.command(compare_, name="compare", help="Compare kinds of attention on a task.")

@@ -159,10 +159,11 @@ def markdown(report: dict[str, Any]) -> str:
             continue
         base = slowest.get((row["case"], row["mode"]))
         speedup = "" if base is None else f"{base / row['step_ms']:.2f}x"
+        peak = "" if row["peak_mib"] is None else f"{row['peak_mib']:,.0f}"
         lines.append(
             f"{name} {row['density']:.1%} | {row['step_ms']:.2f} | "
             f"{row['examples_per_second']:,.0f} | {row['tokens_per_second']:,.0f} | "
-            f"{row['peak_mib']:,.0f} | {speedup} |"
+            f"{peak} | {speedup} |"
         )
     facts = [f"- {name}: {value}" for name, value in report["machine"].items()]
     note = (

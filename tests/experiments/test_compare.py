@@ -87,7 +87,7 @@ def test_bad_masks_are_refused_before_anything_is_trained(comparison, tmp_path, 
 
 def test_different_masks_never_share_a_folder():
     names = {
-        module._slug(a) for a in ("local(1)", "local((1, 1))", "~local(1)", "local(1) | full()")
+        module.slug(a) for a in ("local(1)", "local((1, 1))", "~local(1)", "local(1) | full()")
     }
     assert len(names) == 4
 

@@ -1,0 +1,250 @@
+"""`sparse-flash compare lra`: a grid of tasks, kinds of attention and seeds, as one table.
+
+The table is laid out as table 3 of FlashAttention (Dao et al., 2022): an accuracy for each task,
+their average, and the speed-up of a training step against standard attention.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from sparse_flash.experiments import recipes
+from sparse_flash.experiments.attention import Kind
+from sparse_flash.experiments.compare import as_table, slug
+from sparse_flash.experiments.config import RunConfig
+from sparse_flash.experiments.train import train
+from sparse_flash.masks.files import atomic_write
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+TaskName = Literal["listops", "text", "retrieval", "image", "pathfinder"]
+RECIPES: dict[str, Callable[[], RunConfig]] = {
+    "listops": recipes.listops,
+    "text": recipes.text,
+    "retrieval": recipes.retrieval,
+    "image": recipes.image,
+    "pathfinder": recipes.pathfinder,
+}
+BASELINE = "standard"
+
+
+@dataclass(frozen=True)
+class LraConfig:
+    """Which runs, and how long each may take."""
+
+    tasks: tuple[TaskName, ...] = ("listops", "text", "image", "pathfinder")
+    """Retrieval, too, where its data is there."""
+    attentions: tuple[str, ...] = (
+        BASELINE,
+        "sdpa",
+        "dense",
+        "local(128) | global_tokens(16) | butterfly(128)",
+    )
+    """Kinds of attention; see `sparse-flash train listops --help`."""
+    seeds: tuple[int, ...] = (0,)
+    """Each task and attention is trained once a seed."""
+    share: float = 1.0
+    """Part of the papers' steps that is trained; the learning rate's schedule follows."""
+    budget: float = math.inf
+    """Seconds of training for each run; what is not done by then is evaluated as it is."""
+    text: str = "data/aclImdb"
+    """Where the film reviews are: aclImdb, a folder or an archive."""
+    image: str = "data/cifar-10-python.tar.gz"
+    """Where CIFAR-10 is."""
+    retrieval: str = "data/lra_release/tsv_data"
+    """Where new_aan_pairs.*.tsv are."""
+
+    def __post_init__(self) -> None:
+        """There must be something to compare, each once, and attention that exists."""
+        for name in ("tasks", "attentions", "seeds"):
+            values = getattr(self, name)
+            if not values or len(set(values)) != len(values):
+                raise ValueError(f"{name} must be different values, at least one, got {values}")
+        if not 0 < self.share <= 1 or not self.budget > 0:
+            raise ValueError(
+                f"share must be in 0..1 and budget positive, got {self.share} and {self.budget}"
+            )
+        for attention in self.attentions:
+            Kind.of(attention)
+
+    def run(self, base: RunConfig, task: str, attention: str, seed: int) -> RunConfig:
+        """One run: the recipe's, with this attention, seed and number of steps."""
+        source = {"text": self.text, "image": self.image, "retrieval": self.retrieval}.get(task)
+        data = base.task if source is None else replace(base.task, source=source)
+        steps = max(1, round(self.share * base.train.steps))
+        schedule = replace(base.train, steps=steps, warmup=min(base.train.warmup, steps // 5))
+        return replace(base, task=data, train=schedule, attention=attention, seed=seed)
+
+
+def lra(
+    config: LraConfig,
+    out: Path,
+    device: str = "auto",
+    recipes: Mapping[str, Callable[[], RunConfig]] = RECIPES,
+) -> dict[str, Any]:
+    """Train all that is not trained yet, and report after each run; the same call resumes.
+
+    Args:
+        config: The grid.
+        out: A folder for each task and in it for each run; lra.md, lra.json, lra.png beside them.
+        device: As for `train`.
+        recipes: The settings of each task.
+
+    Returns:
+        What lra.json holds: settings, machine, rows of the table, runs.
+    """
+    runs: list[dict[str, Any]] = []
+    report: dict[str, Any] = {}
+    for task in config.tasks:
+        base = recipes[task]()
+        data = config.run(base, task, config.attentions[0], 0).task.load()
+        for seed in config.seeds:
+            for attention in config.attentions:
+                run = config.run(base, task, attention, seed)
+                folder = out / task / f"{slug(attention)}-seed{seed}"
+                result = train(run, folder, device, data, config.budget)
+                paper = base.train.steps
+                share = result["metrics"]["steps"] / paper
+                runs.append(
+                    {"task": task, "attention": attention, "seed": seed, "share": share} | result
+                )
+                report = _report(config, runs)
+                _write(out, report)
+    return report
+
+
+def _report(config: LraConfig, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    settings = dataclasses.asdict(config)
+    settings["budget"] = None if math.isinf(config.budget) else config.budget
+    rows = [_row(attention, runs, config) for attention in config.attentions]
+    return {"settings": settings, "machine": runs[0]["machine"], "rows": rows, "runs": runs}
+
+
+def _row(attention: str, runs: list[dict[str, Any]], config: LraConfig) -> dict[str, Any]:
+    """Of each task, means over the seeds: accuracy, step time, memory; and over the tasks."""
+    tasks: dict[str, dict[str, float]] = {}
+    for task in map(str, config.tasks):
+        mine = [r for r in runs if (r["task"], r["attention"]) == (task, attention)]
+        if not mine:
+            continue
+        metrics = [r["metrics"] for r in mine]
+        accuracies = [m["test_accuracy"] for m in metrics]
+        names = ("step_ms", "peak_memory_MiB", "density", "chance")
+        tasks[task] = {
+            "accuracy": statistics.fmean(accuracies),
+            "spread": statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0,
+            "share": min(r["share"] for r in mine),
+            **{name: statistics.fmean(m[name] for m in metrics) for name in names},
+        }
+    base = [r for r in runs if r["attention"] == config.attentions[0]]
+    for task, values in tasks.items():
+        times = [r["metrics"]["step_ms"] for r in base if r["task"] == task]
+        if times:
+            values["speedup"] = statistics.fmean(times) / values["step_ms"]
+    whole = tasks and len(tasks) == len(config.tasks)
+    return {
+        "attention": attention,
+        "tasks": tasks,
+        "average": statistics.fmean(t["accuracy"] for t in tasks.values()) if whole else None,
+        "speedup": statistics.geometric_mean(t["speedup"] for t in tasks.values())
+        if whole and all("speedup" in t for t in tasks.values())
+        else None,
+    }
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The report as a document: accuracy, speed and memory, a table each."""
+    settings = report["settings"]
+    tasks, base = settings["tasks"], settings["attentions"][0]
+    shares = {
+        task: min(r["tasks"][task]["share"] for r in report["rows"] if task in r["tasks"])
+        for task in tasks
+        if any(task in r["tasks"] for r in report["rows"])
+    }
+    chance = {t: r["tasks"][t]["chance"] for r in report["rows"] for t in r["tasks"]}
+    budget = ", ".join(f"{task} {share:.0%}" for task, share in shares.items())
+    guesses = ", ".join(f"{task} {value:.1%}" for task, value in chance.items())
+    machine = "\n".join(f"- {name}: {value}" for name, value in report["machine"].items())
+    return (
+        "# Long Range Arena: accuracy and speed by kind of attention\n\n"
+        f"{table(report)}\n\n"
+        f"Test accuracy in per cent; speed-up of a training step against {base}, geometric mean "
+        f"over the tasks. Seeds: {settings['seeds']}. Part of the papers' steps that was trained, "
+        f"of the run that got least: {budget}. Always the most frequent answer: {guesses}.\n\n"
+        f"## Speed-up of a training step, by task\n\n{_by_task(report, 'speedup', '.2f')}\n\n"
+        f"## Milliseconds a step\n\n{_by_task(report, 'step_ms', '.2f')}\n\n"
+        f"## Memory of forward and backward above the model, MiB\n\n"
+        f"{_by_task(report, 'peak_memory_MiB', '.0f')}\n\n"
+        f"## Kept part of the attention matrix\n\n{_by_task(report, 'density', '.1%')}\n\n"
+        f"![accuracy against time and operations](lra.png)\n\n## Machine\n\n{machine}\n"
+    )
+
+
+def table(report: dict[str, Any]) -> str:
+    """Accuracies as in FlashAttention's table 3, in markdown that is also readable as it is."""
+    tasks, seeds = report["settings"]["tasks"], report["settings"]["seeds"]
+    lines = [["attention", *tasks, "average", "speed-up"]]
+    for row in report["rows"]:
+        cells = []
+        for task in tasks:
+            values = row["tasks"].get(task)
+            text = "" if values is None else f"{100 * values['accuracy']:.1f}"
+            cells.append(text + (f" ± {100 * values['spread']:.1f}" if text and seeds[1:] else ""))
+        average = "" if row["average"] is None else f"{100 * row['average']:.1f}"
+        speedup = "" if row["speedup"] is None else f"{row['speedup']:.2f}x"
+        lines.append([row["attention"], *cells, average, speedup])
+    return as_table(lines)
+
+
+def _by_task(report: dict[str, Any], name: str, form: str) -> str:
+    tasks = report["settings"]["tasks"]
+    lines = [["attention", *tasks]]
+    for row in report["rows"]:
+        found = (row["tasks"].get(task, {}).get(name) for task in tasks)
+        lines.append([row["attention"], *("" if x is None else format(x, form) for x in found)])
+    return as_table(lines)
+
+
+def plot(report: dict[str, Any]) -> Figure:
+    """Accuracy during training against seconds (above) and against operations (below)."""
+    from matplotlib.figure import Figure
+
+    settings = report["settings"]
+    tasks, attentions = settings["tasks"], settings["attentions"]
+    figure = Figure(figsize=(4 * len(tasks), 7), layout="constrained")
+    axes = figure.subplots(2, len(tasks), squeeze=False, sharey="col")
+    for column, task in enumerate(tasks):
+        for run in report["runs"]:
+            if run["task"] != task or not run["curve"]:
+                continue
+            steps, seconds, _, accuracy = zip(*run["curve"], strict=True)
+            color = f"C{attentions.index(run['attention'])}"
+            first = run["seed"] == settings["seeds"][0]
+            label = run["attention"] if first else None
+            operations = [run["metrics"]["step_gflops"] * step / 1e6 for step in steps]
+            axes[0, column].plot(seconds, accuracy, color=color, label=label)
+            axes[1, column].plot(operations, accuracy, color=color)
+        axes[0, column].set(title=task, xlabel="seconds of training")
+        axes[1, column].set(xlabel="PFLOP of training")
+    for row in range(2):
+        axes[row, 0].set_ylabel("accuracy")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return figure
+
+
+def _write(out: Path, report: dict[str, Any]) -> None:
+    """The report's three forms; each replaces the one before as a whole."""
+    with atomic_write(out / "lra.json") as file:
+        file.write(json.dumps(report, indent=1).encode())
+    with atomic_write(out / "lra.md") as file:
+        file.write(markdown(report).encode())
+    with atomic_write(out / "lra.png") as file:
+        plot(report).savefig(file, format="png", dpi=110)

@@ -1,0 +1,161 @@
+"""All of Long Range Arena on tiny data, end to end: the grid, its report, budgets, resuming."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+from sparse_flash.experiments import lra
+from sparse_flash.experiments.config import ModelConfig, RunConfig, TrainConfig
+from sparse_flash.experiments.data.images import Image
+from sparse_flash.experiments.data.pathfinder import Pathfinder
+from sparse_flash.experiments.data.text import Retrieval, Text
+from sparse_flash.experiments.lra import LraConfig
+from sparse_flash.experiments.train import step_flops, train
+
+from tests.experiments.conftest import TINY
+from tests.experiments.test_published_data import (
+    REVIEWS,
+    archive,
+    image_folder,
+    retrieval,
+)
+
+TASKS = ("listops", "text", "retrieval", "image", "pathfinder")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPARSE_FLASH_CACHE_DIR", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def recipes():
+    tasks = {
+        "listops": TINY,
+        "text": Text(max_length=64, val=4),
+        "retrieval": Retrieval(max_length=32),
+        "image": Image(val=10),
+        "pathfinder": Pathfinder(32, train=32, val=8, test=8, contour=6),
+    }
+    schedule = TrainConfig(
+        steps=10, batch_size=4, lr=1e-3, warmup=5, eval_every=2, log_every=2, checkpoint_every=2
+    )
+    model = ModelConfig(dim=16, heads=2, layers=1, ffn=16)
+
+    def recipe(task):
+        return lambda: RunConfig(tasks[task], 64, model, schedule)
+
+    return {task: recipe(task) for task in TASKS}
+
+
+@pytest.fixture
+def config(tmp_path):
+    return LraConfig(
+        tasks=TASKS,
+        attentions=("standard", "local(16)"),
+        share=0.4,
+        text=archive(tmp_path / "reviews.tar.gz", REVIEWS),
+        image=archive(tmp_path / "images.tar.gz", image_folder()),
+        retrieval=retrieval(tmp_path / "aan"),
+    )
+
+
+def test_every_task_from_end_to_end(tmp_path, config, recipes):
+    out = tmp_path / "lra"
+    report = lra.lra(config, out, "cpu", recipes)
+    assert [row["attention"] for row in report["rows"]] == ["standard", "local(16)"]
+    for row in report["rows"]:
+        assert set(row["tasks"]) == set(TASKS)
+        assert all(0 <= t["accuracy"] <= 1 and t["share"] == 0.4 for t in row["tasks"].values())
+        mean = sum(t["accuracy"] for t in row["tasks"].values()) / 5
+        assert row["average"] == pytest.approx(mean)
+    assert report["rows"][0]["speedup"] == pytest.approx(1)
+    speedups = [t["speedup"] for t in report["rows"][1]["tasks"].values()]
+    assert report["rows"][1]["speedup"] == pytest.approx(math.prod(speedups) ** 0.2)
+    text = (out / "lra.md").read_text()
+    assert "| attention | listops | text | retrieval | image | pathfinder | average" in text
+    assert "listops 40%" in text
+    assert json.loads((out / "lra.json").read_text())["settings"]["budget"] is None
+    assert (out / "lra.png").stat().st_size > 10_000
+    curve = report["runs"][0]["curve"]
+    assert [point[0] for point in curve] == [2, 4]
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("result.json")}
+    again = lra.lra(config, out, "cpu", recipes)
+    assert len(before) == 10
+    assert before == {p: p.stat().st_mtime_ns for p in out.rglob("result.json")}
+    assert again["rows"] == report["rows"]
+
+
+def test_a_grid_that_is_stopped_goes_on(tmp_path, config, recipes, monkeypatch):
+    config = replace(config, tasks=("listops", "pathfinder"))
+    done = []
+
+    def some(run, *arguments):
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(run)
+        return train(run, *arguments)
+
+    monkeypatch.setattr(lra, "train", some)
+    with pytest.raises(KeyboardInterrupt):
+        lra.lra(config, tmp_path, "cpu", recipes)
+    half = json.loads((tmp_path / "lra.json").read_text())
+    assert [run["task"] for run in half["runs"]] == ["listops"] * 2
+    assert half["rows"][0]["average"] is None
+    monkeypatch.setattr(lra, "train", train)
+    report = lra.lra(config, tmp_path, "cpu", recipes)
+    assert len(report["runs"]) == 4
+    assert report["runs"][:2] == half["runs"]
+
+
+def test_a_budget_ends_runs_and_a_larger_one_goes_on(tmp_path, config, recipes):
+    config = replace(config, tasks=("listops",), attentions=("dense",), budget=1e-9)
+    (run,) = lra.lra(config, tmp_path, "cpu", recipes)["runs"]
+    assert run["metrics"]["steps"] == 1
+    assert run["share"] == 0.1
+    assert "listops 10%" in (tmp_path / "lra.md").read_text()
+    (run,) = lra.lra(replace(config, budget=math.inf), tmp_path, "cpu", recipes)["runs"]
+    assert run["metrics"]["steps"] == 4
+    assert [point[0] for point in run["curve"]] == [1, 2, 4]
+    (whole,) = lra.lra(replace(config, budget=math.inf), tmp_path / "other", "cpu", recipes)["runs"]
+    assert whole["metrics"]["test_loss"] == run["metrics"]["test_loss"]
+
+
+def test_operations_of_a_step():
+    run = lra.RECIPES["image"]()
+    dense = step_flops(replace(run, attention="dense"))
+    tokens, layers, dim, ffn, length = 256 * 1024, 2, 64, 128, 1024
+    weights = 4 * dim**2 + 2 * dim * ffn
+    assert dense == 3 * tokens * layers * (2 * weights + 4 * dim * length)
+    assert step_flops(replace(run, attention="block_local(512, 0)")) == pytest.approx(
+        3 * tokens * layers * (2 * weights + 4 * dim * length / 2)
+    )
+    pairs = lra.RECIPES["retrieval"]()
+    assert step_flops(replace(pairs, attention="dense")) == (
+        3 * 2 * 32 * 4000 * layers * (2 * weights + 4 * dim * 4000)
+    )
+
+
+def test_several_seeds_have_a_spread(tmp_path, config, recipes):
+    config = replace(config, tasks=("listops",), attentions=("dense",), seeds=(0, 1))
+    report = lra.lra(config, tmp_path, "cpu", recipes)
+    assert " ± " in lra.table(report)
+    assert report["rows"][0]["tasks"]["listops"]["spread"] >= 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tasks": ()}, "tasks must be different values"),
+        ({"attentions": ("dense", "dense")}, "attentions must be different"),
+        ({"attentions": ("lokal(3)",)}, "unknown pattern"),
+        ({"share": 0.0}, "share must be in 0..1"),
+        ({"budget": -1.0}, "budget positive"),
+    ],
+)
+def test_bad_grids(settings, message):
+    with pytest.raises(ValueError, match=message):
+        LraConfig(**settings)
