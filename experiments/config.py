@@ -127,6 +127,8 @@ class RunConfig(Common):
     matrix in memory), 'linear', 'performer(256)', 'linformer(256)'."""
     seed: int = 0
     """Seed of the weights, dropout and the order of the data."""
+    init: str = ""
+    """Folder of a run to begin with the weights of: of smaller images, say."""
 
     def __post_init__(self) -> None:
         """Refuse a mask that cannot be read, or is made for other lengths, before any work."""

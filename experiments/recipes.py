@@ -107,6 +107,38 @@ def path_256() -> RunConfig:
     return _path(256, 4, 100_000)
 
 
+def _replica(size: Literal[64, 128, 256], init: str) -> RunConfig:
+    """FlashAttention's: Pathfinder's model, a fixed butterfly, learned positions laid side by side.
+
+    200 epochs of 160,000 images, one of them warm-up, from the weights of 200 epochs of Path-64.
+    """
+    epoch = 160_000 // 256
+    return RunConfig(
+        task=Pathfinder(size),
+        attention="butterfly(128)",
+        model=ModelConfig(dim=64, heads=2, layers=2, ffn=128),
+        train=TrainConfig(
+            steps=200 * epoch, batch_size=256, lr=1e-3, warmup=epoch, eval_every=2 * epoch
+        ),
+        init=init,
+    )
+
+
+def path_64_replica() -> RunConfig:
+    """What FlashAttention's Path-X and Path-256 were pretrained on."""
+    return _replica(64, "")
+
+
+def path_x_replica() -> RunConfig:
+    """Path-X as in FlashAttention (Dao et al., 2022), from path-64-replica."""
+    return _replica(128, "runs/train/path-64-replica")
+
+
+def path_256_replica() -> RunConfig:
+    """Path-256 as in FlashAttention (Dao et al., 2022), from path-64-replica."""
+    return _replica(256, "runs/train/path-64-replica")
+
+
 def listops_short() -> RunConfig:
     """ListOps of at most 511 tokens, for a CPU: minutes, not hours."""
     return RunConfig(
@@ -147,6 +179,9 @@ RUNS: dict[str, Callable[[], RunConfig]] = {
     "path-64": path_64,
     "path-x": path_x,
     "path-256": path_256,
+    "path-64-replica": path_64_replica,
+    "path-x-replica": path_x_replica,
+    "path-256-replica": path_256_replica,
     "listops-short": listops_short,
 }
 COMPARISONS: dict[str, Callable[[], CompareConfig]] = {

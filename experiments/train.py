@@ -24,10 +24,11 @@ from sparse_flash.experiments.logger import Logger
 from sparse_flash.experiments.machine import describe, tensor_peak
 from sparse_flash.experiments.model import Encoder
 from sparse_flash.experiments.step import TrainingStep
+from sparse_flash.experiments.warm_start import CHECKPOINT, begin_with
 from sparse_flash.masks.files import atomic_write
 from tqdm import tqdm
 
-CHECKPOINT, RESULT = "checkpoint.pt", "result.json"
+RESULT = "result.json"
 
 
 class TrainingError(RuntimeError):
@@ -145,6 +146,8 @@ class _Run:
         self.sampler = Sampler(self.train_split, config.train.batch_size, config.seed)
         torch.manual_seed(config.seed)
         self.model = Encoder.for_task(config.model, task, config.attention, config.block).to(device)
+        if config.init and resumable is None:
+            begin_with(self.model, config.init, task.places())
         self.train_step = TrainingStep(self.model, config.train, device)
         self.progress = _Progress()
         if resumable is not None:

@@ -14,6 +14,7 @@ from sparse_flash.experiments.bench import run as benchmark
 from sparse_flash.experiments.bench import steps
 from sparse_flash.experiments.compare import compare, table
 from sparse_flash.experiments.config import CompareConfig, RunConfig
+from sparse_flash.experiments.curriculum import Curriculum, follow
 from sparse_flash.experiments.lra import LraConfig
 from sparse_flash.experiments.train import Interrupted, TrainingError, train
 from sparse_flash.masks import parse
@@ -132,6 +133,27 @@ def compare_lra(
     _point_to_tensorboard(out)
 
 
+def curriculum(
+    config: Annotated[Curriculum, *Flat] = Curriculum(),  # noqa: B008 - the defaults are shown
+    out: Path = Path("runs/train/curriculum"),
+    device: str = "auto",
+) -> None:
+    """Pathfinder from easy to hard, to Path-256; the same command resumes.
+
+    Args:
+        config: The stages.
+        out: Folder: a folder a stage.
+        device: auto (a GPU if there is one), cpu, cuda, cuda:1, ...
+    """
+    for run in follow(config, out, device):
+        task, metrics = run["config"]["task"], run["metrics"]
+        print(
+            f"{task['size']} pixels, contour {task['contour']}: {metrics['test_accuracy']:.1%} "
+            f"after {metrics['steps']} steps"
+        )
+    _point_to_tensorboard(out)
+
+
 def bench(
     suite: Literal["quick", "standard"] = "standard",
     out: Path = Path("runs/bench"),
@@ -183,6 +205,7 @@ def _application() -> tyro.extras.SubcommandApp:
     for name, pair in recipes.COMPARISONS.items():
         compare_.command(name=name, help=pair.__doc__)(_comparer(name, pair))
     compare_.command(name="lra")(compare_lra)
+    train_.command(name="curriculum")(curriculum)
     app.command(mask, name="mask", help="Look at masks.")
     app.command(train_, name="train", help="Train one model on a task.")
     app.command(compare_, name="compare", help="Compare kinds of attention on a task.")
