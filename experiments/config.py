@@ -13,6 +13,8 @@ from sparse_flash.experiments.data.listops import ListOps
 from sparse_flash.experiments.data.pathfinder import Pathfinder
 from sparse_flash.experiments.data.text import Retrieval, Text
 
+Task = ListOps | Text | Retrieval | Image | Pathfinder
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -92,7 +94,7 @@ class TrainConfig:
 class Common:
     """What a single run and a comparison have in common."""
 
-    task: ListOps | Text | Retrieval | Image | Pathfinder = field(default_factory=ListOps)
+    task: Task = field(default_factory=ListOps)
     """The data."""
     block: int = 128
     """Granularity of layouts, in tokens."""

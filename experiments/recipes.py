@@ -9,6 +9,7 @@ from sparse_flash.experiments.config import (
     CompareConfig,
     ModelConfig,
     RunConfig,
+    Task,
     TrainConfig,
     compared,
 )
@@ -18,54 +19,41 @@ from sparse_flash.experiments.data.pathfinder import Pathfinder
 from sparse_flash.experiments.data.text import Retrieval, Text
 
 
-def listops() -> RunConfig:
-    """Long Range Arena's ListOps with the small model that most PyTorch papers compare."""
+def _small(task: Task, steps: int, batch: int, warmup: int, eval_every: int) -> RunConfig:
+    """The small model that most PyTorch papers compare on Long Range Arena."""
     return RunConfig(
-        task=ListOps(),
+        task=task,
         attention="local(128) | global_tokens(16) | butterfly(128)",
         model=ModelConfig(dim=64, heads=2, layers=2, ffn=128),
-        train=TrainConfig(steps=5_000, batch_size=32, lr=1e-3, warmup=500, eval_every=250),
+        train=TrainConfig(
+            steps=steps, batch_size=batch, lr=1e-3, warmup=warmup, eval_every=eval_every
+        ),
     )
+
+
+def listops() -> RunConfig:
+    """Long Range Arena's ListOps with the small model that most PyTorch papers compare."""
+    return _small(ListOps(), 5_000, 32, warmup=500, eval_every=250)
 
 
 def text() -> RunConfig:
     """Long Range Arena's Text: whether film reviews are positive, byte by byte."""
-    return RunConfig(
-        task=Text(),
-        attention="local(128) | global_tokens(16) | butterfly(128)",
-        model=ModelConfig(dim=64, heads=2, layers=2, ffn=128),
-        train=TrainConfig(steps=20_000, batch_size=32, lr=1e-3, warmup=1_000, eval_every=1_000),
-    )
+    return _small(Text(), 20_000, 32, warmup=1_000, eval_every=1_000)
 
 
 def retrieval() -> RunConfig:
     """Long Range Arena's Retrieval: whether one paper cites the other, byte by byte."""
-    return RunConfig(
-        task=Retrieval(),
-        attention="local(128) | global_tokens(16) | butterfly(128)",
-        model=ModelConfig(dim=64, heads=2, layers=2, ffn=128),
-        train=TrainConfig(steps=30_000, batch_size=32, lr=1e-3, warmup=1_000, eval_every=1_000),
-    )
+    return _small(Retrieval(), 30_000, 32, warmup=1_000, eval_every=1_000)
 
 
 def image() -> RunConfig:
     """Long Range Arena's Image: CIFAR-10 in grey, pixel by pixel."""
-    return RunConfig(
-        task=Image(),
-        attention="local(128) | global_tokens(16) | butterfly(128)",
-        model=ModelConfig(dim=64, heads=2, layers=2, ffn=128),
-        train=TrainConfig(steps=35_000, batch_size=256, lr=1e-3, warmup=1_000, eval_every=1_000),
-    )
+    return _small(Image(), 35_000, 256, warmup=1_000, eval_every=1_000)
 
 
 def pathfinder() -> RunConfig:
     """Long Range Arena's Pathfinder: whether a dashed curve joins two ends; 32 x 32 pixels."""
-    return RunConfig(
-        task=Pathfinder(32),
-        attention="local(128) | global_tokens(16) | butterfly(128)",
-        model=ModelConfig(dim=64, heads=2, layers=2, ffn=128),
-        train=TrainConfig(steps=62_400, batch_size=256, lr=1e-3, warmup=1_000, eval_every=2_000),
-    )
+    return _small(Pathfinder(32), 62_400, 256, warmup=1_000, eval_every=2_000)
 
 
 def patches_and_butterfly(size: int) -> str:

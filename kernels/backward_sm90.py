@@ -6,15 +6,23 @@ is summed up in float32 in memory, by bulk reductions in no particular order.
 """
 
 import cutlass
-from cutlass import Float32, Int32, cute, pipeline
+from cutlass import Float32, Int32, cute
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from sparse_flash.kernels.backward_consumer import BackwardConsumer
 from sparse_flash.kernels.backward_producer import BackwardProducer, BackwardStorer
 from sparse_flash.kernels.config import WORK_FIELDS, BackwardConfig
 from sparse_flash.kernels.elementwise import Convert, Statistics, Sum
-from sparse_flash.kernels.primitives import WorkList, barriers, buffer, product, smem_layout
+from sparse_flash.kernels.primitives import (
+    WORK_STAGES,
+    WorkList,
+    barriers,
+    buffer,
+    product,
+    smem_layout,
+    tma_ring,
+    work_ring,
+)
 
-WORK_STAGES = 2
 THREADS = 128 * 3
 # With those of the other roles they fill the register file.
 PRODUCER_REGISTERS, CONSUMER_REGISTERS = 24, 240
@@ -225,34 +233,14 @@ class BackwardSm90:
 
     def _pipelines(self, smem):
         """Rings of barriers: Q with its statistics, dO, K, V (by TMA) and work items."""
-        config = self.config
+        config, warps = self.config, 8
         row_bytes = config.head_dim * self.dtype.width // 8
-
-        def group(size=1):
-            return pipeline.CooperativeGroup(pipeline.Agent.Thread, size)
-
-        def tma(storage, stages, size):
-            return pipeline.PipelineTmaAsync.create(
-                barrier_storage=storage.data_ptr(),
-                num_stages=stages,
-                producer_group=group(),
-                consumer_group=group(8),  # one thread of each warp arrives
-                tx_count=size,
-                defer_sync=True,
-            )
-
         queries, keys = config.tile_m * row_bytes, config.tile_n * row_bytes
-        q = tma(smem.q_barriers, config.q_stages, queries + 8 * config.tile_m)
-        do = tma(smem.do_barriers, config.q_stages, queries)
-        k = tma(smem.k_barriers, config.kv_stages, keys)
-        v = tma(smem.v_barriers, config.kv_stages, keys)
-        work = pipeline.PipelineAsync.create(
-            barrier_storage=smem.work_barriers.data_ptr(),
-            num_stages=WORK_STAGES,
-            producer_group=group(32),
-            consumer_group=group(256 + 32),
-            defer_sync=True,
-        )
+        q = tma_ring(smem.q_barriers, config.q_stages, warps, queries + 8 * config.tile_m)
+        do = tma_ring(smem.do_barriers, config.q_stages, warps, queries)
+        k = tma_ring(smem.k_barriers, config.kv_stages, warps, keys)
+        v = tma_ring(smem.v_barriers, config.kv_stages, warps, keys)
+        work = work_ring(smem.work_barriers, 32 * warps + 32)  # and the storing warp
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
         return q, do, k, v, work

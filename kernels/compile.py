@@ -74,6 +74,15 @@ def _compact(dtype: Any, *shape: Any) -> Any:
     return cute.runtime.make_fake_compact_tensor(dtype, shape, stride_order=order, assumed_align=16)
 
 
+def _compile(kernel: Any, arguments: tuple[Any, ...]) -> Any:
+    """With a stream after the arguments: torch's current one at each call."""
+    from cutlass import cute
+
+    stream = cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True)
+    options = f"--enable-tvm-ffi --gpu-arch {kernel.config.arch}"
+    return cute.compile(kernel, *arguments, stream, options=options)
+
+
 def compile_forward(config: ForwardConfig) -> Any:
     """Compile, whether or not there is a GPU."""
     import cutlass
@@ -101,10 +110,8 @@ def compile_forward(config: ForwardConfig) -> Any:
         _compact(Int32, 2),
         Int32(1),
         Float32(1.0),
-        cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True),
     )
-    options = f"--enable-tvm-ffi --gpu-arch {config.arch}"
-    return cute.compile(ForwardSm90(config, dtype), *arguments, options=options)
+    return _compile(ForwardSm90(config, dtype), arguments)
 
 
 def compile_backward(config: BackwardConfig) -> Any:
@@ -145,10 +152,8 @@ def compile_backward(config: BackwardConfig) -> Any:
         Int32(0),
         Float32(1.0),
         Float32(1.0),
-        cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True),
     )
-    options = f"--enable-tvm-ffi --gpu-arch {config.arch}"
-    return cute.compile(BackwardSm90(config, dtype), *arguments, options=options)
+    return _compile(BackwardSm90(config, dtype), arguments)
 
 
 def compile_queries(config: QueriesConfig) -> Any:
@@ -178,7 +183,5 @@ def compile_queries(config: QueriesConfig) -> Any:
         Int32(1),
         Float32(1.0),
         Float32(1.0),
-        cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True),
     )
-    options = f"--enable-tvm-ffi --gpu-arch {config.arch}"
-    return cute.compile(QueriesSm90(config, dtype), *arguments, options=options)
+    return _compile(QueriesSm90(config, dtype), arguments)

@@ -9,18 +9,23 @@ Nothing here knows a mask: a tile is full, or names a bit tile whose bits lie in
 which threads hold S (fragment.py), or reaches beyond the keys' length.
 """
 
-from functools import partial
-
 import cutlass
-from cutlass import Float32, Int32, cute, pipeline
+from cutlass import Float32, Int32, cute
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from sparse_flash.kernels.combine import Combine
 from sparse_flash.kernels.config import WORK_FIELDS, ForwardConfig
 from sparse_flash.kernels.forward_consumer import Consumer
 from sparse_flash.kernels.forward_producer import Producer
-from sparse_flash.kernels.primitives import WorkList, barriers, buffer, product, smem_layout
-
-WORK_STAGES = 2
+from sparse_flash.kernels.primitives import (
+    WORK_STAGES,
+    WorkList,
+    barriers,
+    buffer,
+    product,
+    smem_layout,
+    tma_ring,
+    work_ring,
+)
 
 
 class ForwardSm90:
@@ -168,30 +173,13 @@ class ForwardSm90:
 
     def _pipelines(self, smem):
         """Rings of barriers: Q, K, V (filled by TMA) and work items (filled by the producer)."""
-        config = self.config
-        group = partial(pipeline.CooperativeGroup, pipeline.Agent.Thread)
+        config, warps = self.config, self.consumers // 32
         row_bytes = config.head_dim * self.dtype.width // 8
-
-        def tma(storage, stages, rows):
-            return pipeline.PipelineTmaAsync.create(
-                barrier_storage=storage.data_ptr(),
-                num_stages=stages,
-                producer_group=group(),
-                consumer_group=group(self.consumers // 32),  # one thread of each warp arrives
-                tx_count=rows * row_bytes,
-                defer_sync=True,
-            )
-
-        q = tma(smem.q_barriers, config.q_stages, config.tile_m)
-        k = tma(smem.k_barriers, config.kv_stages, config.tile_n)
-        v = tma(smem.v_barriers, config.kv_stages, config.tile_n)
-        work = pipeline.PipelineAsync.create(
-            barrier_storage=smem.work_barriers.data_ptr(),
-            num_stages=WORK_STAGES,
-            producer_group=group(32),
-            consumer_group=group(self.consumers),
-            defer_sync=True,
-        )
+        keys = config.tile_n * row_bytes
+        q = tma_ring(smem.q_barriers, config.q_stages, warps, config.tile_m * row_bytes)
+        k = tma_ring(smem.k_barriers, config.kv_stages, warps, keys)
+        v = tma_ring(smem.v_barriers, config.kv_stages, warps, keys)
+        work = work_ring(smem.work_barriers, self.consumers)
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
         return q, k, v, work

@@ -1,10 +1,12 @@
 """What the Hopper kernels have in common: products, loads, and the list of work."""
 
 import cutlass
-from cutlass import Int32, cute
+from cutlass import Int32, cute, pipeline
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.tensor_utils import LayoutEnum
 from cutlass.utils import hopper_helpers
+
+WORK_STAGES = 2  # items that are announced ahead
 
 
 @cute.jit
@@ -78,6 +80,29 @@ def buffer(dtype, layout):
 def barriers(stages):
     """Room for the barriers of a pipeline."""
     return cute.struct.MemRange[cutlass.Int64, 2 * stages]
+
+
+def tma_ring(room, stages, consumers, size):
+    """A ring of stages that TMA fills, `size` bytes each; a thread of each consumer warp frees."""
+    return pipeline.PipelineTmaAsync.create(
+        barrier_storage=room.data_ptr(),
+        num_stages=stages,
+        producer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread),
+        consumer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, consumers),
+        tx_count=size,
+        defer_sync=True,
+    )
+
+
+def work_ring(room, consumers):
+    """A ring of WORK_STAGES items that a warp announces to so many threads."""
+    return pipeline.PipelineAsync.create(
+        barrier_storage=room.data_ptr(),
+        num_stages=WORK_STAGES,
+        producer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, 32),
+        consumer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, consumers),
+        defer_sync=True,
+    )
 
 
 class WorkList:

@@ -4,8 +4,6 @@ Its products are seven with those of the backward kernel without dQ, instead of 
 nothing is summed up in memory.
 """
 
-from functools import partial
-
 import cutlass
 from cutlass import Float32, Int32, cute, pipeline
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
@@ -13,16 +11,17 @@ from sparse_flash.kernels.config import WORK_FIELDS, QueriesConfig
 from sparse_flash.kernels.elementwise import Sum
 from sparse_flash.kernels.forward_producer import PRODUCER, Producer
 from sparse_flash.kernels.primitives import (
+    WORK_STAGES,
     WorkList,
     barriers,
     buffer,
     product,
     smem_layout,
     tma_load,
+    tma_ring,
+    work_ring,
 )
 from sparse_flash.kernels.queries_consumer import QueriesConsumer
-
-WORK_STAGES = 2
 
 
 class QueriesProducer(Producer):
@@ -218,30 +217,13 @@ class QueriesSm90:
 
     def _pipelines(self, smem):
         """Rings of barriers: Q with dO, K, V (filled by TMA) and work items."""
-        config = self.config
-        group = partial(pipeline.CooperativeGroup, pipeline.Agent.Thread)
+        config, warps = self.config, self.consumers // 32
         row_bytes = config.head_dim * self.dtype.width // 8
-
-        def tma(storage, stages, rows):
-            return pipeline.PipelineTmaAsync.create(
-                barrier_storage=storage.data_ptr(),
-                num_stages=stages,
-                producer_group=group(),
-                consumer_group=group(self.consumers // 32),  # one thread of each warp arrives
-                tx_count=rows * row_bytes,
-                defer_sync=True,
-            )
-
-        q = tma(smem.q_barriers, config.q_stages, 2 * config.tile_m)
-        k = tma(smem.k_barriers, config.kv_stages, config.tile_n)
-        v = tma(smem.v_barriers, config.kv_stages, config.tile_n)
-        work = pipeline.PipelineAsync.create(
-            barrier_storage=smem.work_barriers.data_ptr(),
-            num_stages=WORK_STAGES,
-            producer_group=group(32),
-            consumer_group=group(self.consumers),
-            defer_sync=True,
-        )
+        keys = config.tile_n * row_bytes
+        q = tma_ring(smem.q_barriers, config.q_stages, warps, 2 * config.tile_m * row_bytes)
+        k = tma_ring(smem.k_barriers, config.kv_stages, warps, keys)
+        v = tma_ring(smem.v_barriers, config.kv_stages, warps, keys)
+        work = work_ring(smem.work_barriers, self.consumers)
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
         return q, k, v, work
