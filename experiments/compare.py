@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import statistics
 from collections.abc import Sequence
@@ -63,8 +64,9 @@ def markdown(report: dict[str, Any]) -> str:
         f"Always giving the most frequent answer: {chance:.1%}. Seeds: {seeds}; "
         f"{train_settings['steps']} steps of {train_settings['batch_size']} sequences. "
         f"Model: {model}. Attention share: part of a training step that attention takes, forward "
-        "and backward. Memory: of forward and backward, above the model. Tokens: "
-        "padding included. Speed-up: of a training step, against the first row.\n\n"
+        "and backward; empty where a step is one CUDA graph. Memory: of forward and backward, "
+        "above the model. Tokens: padding included. Speed-up: of a training step, against the "
+        "first row.\n\n"
         f"## Machine\n\n{machine}\n"
     )
 
@@ -82,7 +84,7 @@ def table(report: dict[str, Any]) -> str:
             f"{row['test_loss']:.3f}",
             f"{row['step_ms']:.1f}",
             f"{row['tokens_per_second']:,.0f}",
-            f"{row['attention_share']:.0%}",
+            "" if math.isnan(row["attention_share"]) else f"{row['attention_share']:.0%}",
             f"{row['peak_memory_MiB']:.0f}",
             f"{row['speedup']:.2f}x",
         ]

@@ -26,13 +26,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TaskName = Literal["listops", "text", "retrieval", "image", "pathfinder"]
-RECIPES: dict[str, Callable[[], RunConfig]] = {
-    "listops": recipes.listops,
-    "text": recipes.text,
-    "retrieval": recipes.retrieval,
-    "image": recipes.image,
-    "pathfinder": recipes.pathfinder,
-}
 BASELINE = "standard"
 
 
@@ -88,7 +81,7 @@ def lra(
     config: LraConfig,
     out: Path,
     device: str = "auto",
-    recipes: Mapping[str, Callable[[], RunConfig]] = RECIPES,
+    by_task: Mapping[str, Callable[[], RunConfig]] = recipes.SMALL,
 ) -> dict[str, Any]:
     """Train all that is not trained yet, and report after each run; the same call resumes.
 
@@ -96,7 +89,7 @@ def lra(
         config: The grid.
         out: A folder for each task and in it for each run; lra.md, lra.json, lra.png beside them.
         device: As for `train`.
-        recipes: The settings of each task.
+        by_task: The settings of each task.
 
     Returns:
         What lra.json holds: settings, machine, rows of the table, runs.
@@ -104,7 +97,7 @@ def lra(
     runs: list[dict[str, Any]] = []
     report: dict[str, Any] = {}
     for task in config.tasks:
-        base = recipes[task]()
+        base = by_task[task]()
         data = config.run(base, task, config.attentions[0], 0).task.load()
         for seed in config.seeds:
             for attention in config.attentions:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal
 
 from sparse_flash.experiments.config import (
@@ -32,7 +33,7 @@ def _small(task: Task, steps: int, batch: int, warmup: int, eval_every: int) -> 
 
 
 def listops() -> RunConfig:
-    """Long Range Arena's ListOps with the small model that most PyTorch papers compare."""
+    """Long Range Arena's ListOps: the value of nested MIN, MAX, MED and SM over digits."""
     return _small(ListOps(), 5_000, 32, warmup=500, eval_every=250)
 
 
@@ -158,12 +159,30 @@ def compare_listops_short() -> CompareConfig:
     return compared(run, "sdpa", "dense", run.attention)
 
 
-RUNS: dict[str, Callable[[], RunConfig]] = {
+def strong(recipe: Callable[[], RunConfig]) -> Callable[[], RunConfig]:
+    """The recipe with a larger encoder and rotary positions, of images on their grid."""
+
+    def run() -> RunConfig:
+        small = recipe()
+        larger = ModelConfig(dim=128, heads=4, layers=6, ffn=512, positions="rotary")
+        if small.task.places() is not None:
+            larger = replace(larger, positions="rotary2d")
+        return replace(small, model=larger)
+
+    run.__doc__ = f"{recipe.__doc__} With a stronger encoder: 6 layers, d 128, rotary positions."
+    return run
+
+
+SMALL: dict[str, Callable[[], RunConfig]] = {
     "listops": listops,
     "text": text,
     "retrieval": retrieval,
     "image": image,
     "pathfinder": pathfinder,
+}
+RUNS: dict[str, Callable[[], RunConfig]] = {
+    **SMALL,
+    **{f"{name}-strong": strong(recipe) for name, recipe in SMALL.items()},
     "path-64": path_64,
     "path-x": path_x,
     "path-256": path_256,

@@ -59,6 +59,14 @@ def test_report(comparison):
     assert report["machine"]["torch"] in text
 
 
+def test_a_share_that_is_not_known_is_left_empty(comparison):
+    _, _, report = comparison
+    rows = [row | {"attention_share": float("nan")} for row in report["rows"]]
+    text = module.table(report | {"rows": rows})
+    assert "nan" not in text
+    assert text.count("|") == module.table(report).count("|")
+
+
 def test_finished_runs_are_not_trained_again(comparison, monkeypatch):
     config, folder, report = comparison
     trained = []

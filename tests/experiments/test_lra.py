@@ -8,11 +8,13 @@ from dataclasses import replace
 
 import pytest
 from sparse_flash.experiments import lra
+from sparse_flash.experiments.attention import Kind
 from sparse_flash.experiments.config import ModelConfig, RunConfig, TrainConfig
 from sparse_flash.experiments.data.images import Image
 from sparse_flash.experiments.data.pathfinder import Pathfinder
 from sparse_flash.experiments.data.text import Retrieval, Text
 from sparse_flash.experiments.lra import LraConfig
+from sparse_flash.experiments.recipes import RUNS, SMALL
 from sparse_flash.experiments.train import step_flops, train
 
 from tests.experiments.conftest import TINY
@@ -125,7 +127,7 @@ def test_a_budget_ends_runs_and_a_larger_one_goes_on(tmp_path, config, recipes):
 
 
 def test_operations_of_a_step():
-    run = lra.RECIPES["image"]()
+    run = SMALL["image"]()
     dense = step_flops(replace(run, attention="dense"))
     tokens, layers, dim, ffn, length = 256 * 1024, 2, 64, 128, 1024
     weights = 4 * dim**2 + 2 * dim * ffn
@@ -133,7 +135,7 @@ def test_operations_of_a_step():
     assert step_flops(replace(run, attention="block_local(512, 0)")) == pytest.approx(
         3 * tokens * layers * (2 * weights + 4 * dim * length / 2)
     )
-    pairs = lra.RECIPES["retrieval"]()
+    pairs = SMALL["retrieval"]()
     assert step_flops(replace(pairs, attention="dense")) == (
         3 * 2 * 32 * 4000 * layers * (2 * weights + 4 * dim * 4000)
     )
@@ -144,6 +146,16 @@ def test_several_seeds_have_a_spread(tmp_path, config, recipes):
     report = lra.lra(config, tmp_path, "cpu", recipes)
     assert " ± " in lra.table(report)
     assert report["rows"][0]["tasks"]["listops"]["spread"] >= 0
+
+
+@pytest.mark.parametrize("name", list(RUNS))
+def test_every_recipe_fits_its_task(name):
+    """Masks are made for the length, positions for the task; and the strong ones are larger."""
+    run = RUNS[name]()
+    assert Kind.of(run.attention).mask.layout(run.task.length).num_tiles > 0
+    if name.endswith("-strong"):
+        assert run.model.positions == ("rotary" if run.task.places() is None else "rotary2d")
+        assert run.task == RUNS[name.removesuffix("-strong")]().task
 
 
 @pytest.mark.parametrize(
