@@ -26,13 +26,28 @@ AAN = (
 )
 
 
-def _check_sizes(task: Text | Retrieval) -> None:
-    if task.max_length < 1:
-        raise ValueError(f"max_length must be at least 1, got {task.max_length}")
+class _Bytes:
+    """What tasks on the bytes of documents have in common."""
+
+    max_length: int
+    vocabulary = 256
+    classes = 2
+
+    def __post_init__(self) -> None:
+        if self.max_length < 1:
+            raise ValueError(f"max_length must be at least 1, got {self.max_length}")
+
+    @property
+    def length(self) -> int:
+        """Tokens per document, padding included."""
+        return self.max_length
+
+    def places(self) -> None:
+        """No image."""
 
 
 @dataclass(frozen=True)
-class Text:
+class Text(_Bytes):
     """Film reviews: 25,000 to train, 25,000 to test; those to evaluate on are some of the latter.
 
     Raises:
@@ -46,20 +61,7 @@ class Text:
     val: int = 2_000
     """Test examples to evaluate on during training; nothing is chosen by them."""
 
-    vocabulary = 256
-    classes = 2
     pairs = False
-
-    def __post_init__(self) -> None:
-        _check_sizes(self)
-
-    @property
-    def length(self) -> int:
-        """Tokens per example, padding included."""
-        return self.max_length
-
-    def places(self) -> None:
-        """No image."""
 
     def load(self) -> Splits:
         """Read all reviews.
@@ -90,7 +92,7 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Retrieval:
+class Retrieval(_Bytes):
     """Pairs of papers, one of which cites the other or not; byte by byte.
 
     Raises:
@@ -102,20 +104,7 @@ class Retrieval:
     max_length: int = 4000
     """Bytes of a document; the rest is cut off."""
 
-    vocabulary = 256
-    classes = 2
     pairs = True
-
-    def __post_init__(self) -> None:
-        _check_sizes(self)
-
-    @property
-    def length(self) -> int:
-        """Tokens per document, padding included."""
-        return self.max_length
-
-    def places(self) -> None:
-        """No image."""
 
     def load(self) -> Splits:
         """Read all pairs.

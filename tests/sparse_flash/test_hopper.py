@@ -55,13 +55,15 @@ def tensors(grad, dim=32):
     return [torch.randn(2, 200, 2, dim).bfloat16().requires_grad_(grad) for _ in "qkv"]
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("kind", ["mask", "layout"])
-def test_compile_fullgraph(calls, kind, grad):
+def test_compile_fullgraph(calls, kind, grad, deterministic):
     mask = masks.full() if kind == "mask" else masks.full().layout(200)
 
     def step(q, k, v):
-        out, lse = block_sparse_attention(q * 2, k, v, mask, return_lse=True)
+        options = {"return_lse": True, "deterministic": deterministic}
+        out, lse = block_sparse_attention(q * 2, k, v, mask, **options)
         return out.float().sin().sum() + lse.sum()
 
     torch._dynamo.reset()
@@ -79,7 +81,7 @@ def test_compile_fullgraph(calls, kind, grad):
     assert len(calls) == before + 1  # the compiled graph launches it
     if grad:
         result.backward()
-        assert calls[-1] == (q.shape, 7, "backward")
+        assert calls[-1] == (q.shape, 7, "ordered" if deterministic else "backward")
 
 
 @pytest.mark.parametrize(
