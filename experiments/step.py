@@ -15,6 +15,7 @@ from sparse_flash.experiments.data.dataset import Batch
 from torch import Tensor, nn
 
 WARM_UP = 3  # steps before the capture: kernels are compiled, workspaces and states made
+START_UP = WARM_UP + 2  # steps after which all is compiled and captured, and a step takes its time
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,9 @@ class TrainingStep:
             enabled=self.device.type == "cuda",
             cache_enabled=False,
         ):
-            logits = self.forward(batch.tokens, batch.lengths)
+            # Evaluation has other batches, and torch.compile would begin anew for each size.
+            forward = self.forward if self.model.training else self.model
+            logits = forward(batch.tokens, batch.lengths)
         loss = nn.functional.cross_entropy(logits.float(), batch.labels)
         return loss, (logits.argmax(-1) == batch.labels).sum()
 

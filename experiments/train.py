@@ -23,7 +23,7 @@ from sparse_flash.experiments.data.dataset import Batch, Examples, Sampler, Spli
 from sparse_flash.experiments.logger import Logger
 from sparse_flash.experiments.machine import describe, tensor_peak
 from sparse_flash.experiments.model import Encoder
-from sparse_flash.experiments.step import TrainingStep
+from sparse_flash.experiments.step import START_UP, TrainingStep
 from sparse_flash.experiments.warm_start import CHECKPOINT, begin_with
 from sparse_flash.masks.files import atomic_write
 from tqdm import tqdm
@@ -45,11 +45,19 @@ class _Progress:
 
     step: int = 0
     seconds: float = 0.0  # of training steps alone, without evaluation
+    settled_steps: int = 0  # those after which nothing is compiled or captured any more
+    settled_seconds: float = 0.0
     tokens: int = 0
     best_accuracy: float = 0.0
     attention_share: float = math.nan
     peak_mebibytes: float = 0.0
     curve: list[list[float]] = field(default_factory=list)  # see `train`
+
+    def step_seconds(self) -> float:
+        """Of a step on average; without those that compile and capture, where there are others."""
+        if self.settled_steps:
+            return self.settled_seconds / self.settled_steps
+        return self.seconds / self.step
 
 
 def train(
@@ -184,18 +192,23 @@ class _Run:
         config, progress = self.config.train, self.progress
         intervals = (config.log_every, config.eval_every, config.checkpoint_every, config.steps)
         logged = any((progress.step + 1) % interval == 0 for interval in intervals)
+        settled = self.train_step.steps >= START_UP
         # Graphs cannot be marked; elsewhere the marks cost nothing that could be seen.
         marked = not config.compile and not self.train_step.graphed
         clock = AttentionClock(self.device) if logged and marked else None
         self.model.set_clock(clock)
         begin = time.perf_counter()
-        start = self._now(wait=logged)  # a logged step does not pay for those still in flight
+        wait = logged or not settled  # such a step does not pay for those still in flight
+        start = self._now(wait)
         batch = self.sampler.batch(progress.step)
         lr = learning_rate(config, progress.step)
         self.latest = self.train_step(batch, lr)
-        seconds = self._now(wait=logged) - start
+        seconds = self._now(wait) - start
         progress.step += 1
         progress.seconds += start - begin + seconds
+        if settled:
+            progress.settled_steps += 1
+            progress.settled_seconds += start - begin + seconds
         progress.tokens += batch.tokens.numel()
         bar.update()
         if logged:
@@ -274,7 +287,7 @@ class _Run:
             "chance": self.chance,
             "steps": progress.step,
             "training_seconds": progress.seconds,
-            "step_ms": 1000 * progress.seconds / progress.step,
+            "step_ms": 1000 * progress.step_seconds(),
             "tokens_per_second": progress.tokens / progress.seconds,
             "attention_share": progress.attention_share,
             "peak_memory_MiB": progress.peak_mebibytes,

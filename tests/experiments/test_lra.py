@@ -58,6 +58,7 @@ def config(tmp_path):
     return LraConfig(
         tasks=TASKS,
         attentions=("standard", "local(16)"),
+        timed=(),
         share=0.4,
         text=archive(tmp_path / "reviews.tar.gz", REVIEWS),
         image=archive(tmp_path / "images.tar.gz", image_folder()),
@@ -126,6 +127,24 @@ def test_a_budget_ends_runs_and_a_larger_one_goes_on(tmp_path, config, recipes):
     assert whole["metrics"]["test_loss"] == run["metrics"]["test_loss"]
 
 
+def test_slow_attention_is_only_timed(tmp_path, config, recipes, monkeypatch):
+    monkeypatch.setattr(lra, "TIMED_STEPS", 3)
+    config = replace(
+        config, tasks=("listops",), timed=("standard",), attentions=("dense",), seeds=(0, 1)
+    )
+    report = lra.lra(config, tmp_path, "cpu", recipes)
+    steps = [(run["attention"], run["metrics"]["steps"]) for run in report["runs"]]
+    assert steps == [("standard", 3), ("dense", 4), ("dense", 4)]
+    timed, dense = report["rows"]
+    assert "accuracy" not in timed["tasks"]["listops"]
+    assert timed["speedup"] == pytest.approx(1)
+    times = [row["tasks"]["listops"]["step_ms"] for row in report["rows"]]
+    assert dense["speedup"] == pytest.approx(times[0] / times[1])
+    text = (tmp_path / "lra.md").read_text()
+    assert "listops 40%" in text
+    assert "against standard" in text
+
+
 def test_operations_of_a_step():
     run = SMALL["image"]()
     dense = step_flops(replace(run, attention="dense"))
@@ -164,6 +183,7 @@ def test_every_recipe_fits_its_task(name):
         ({"tasks": ()}, "tasks must be different values"),
         ({"attentions": ("dense", "dense")}, "attentions must be different"),
         ({"attentions": ("lokal(3)",)}, "unknown pattern"),
+        ({"attentions": ("standard",)}, "timed and attentions must be different"),
         ({"share": 0.0}, "share must be in 0..1"),
         ({"budget": -1.0}, "budget positive"),
     ],
