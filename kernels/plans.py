@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import operator
 import weakref
 from collections.abc import Callable
 
@@ -80,9 +81,11 @@ def schedule_of(kind: str, layout: BlockLayout, q: Tensor, k: Tensor) -> Schedul
     kind: "forward"; "backward" with dQ, or "ordered", its repeatable variant; "keys", the backward
         without dQ, and dQ by "queries".
     """
-    batch, _, heads, head_dim = q.shape
     dtype = DTYPES[q.dtype]
-    name = _schedules.name_of(layout.number, kind, batch, heads, k.shape[2], head_dim, dtype)
+    # operator.index: a size that varies is a symbol to torch.compile, and a schedule is for one.
+    batch, heads, head_dim = (operator.index(q.shape[i]) for i in (0, 2, 3))
+    kv_heads = operator.index(k.shape[2])
+    name = _schedules.name_of(layout.number, kind, batch, heads, kv_heads, head_dim, dtype)
     return getattr(_schedules, name)
 
 
@@ -117,20 +120,23 @@ def _build(
     batch: int,
     heads: tuple[int, int],
     width: int,
+    tail: bool = True,
 ) -> Schedule:
     ctas = num_sms(layout.device)
     if kind in ("forward", "queries"):  # each head of K and V, in 16 bits
-        return schedule(layout, batch, heads[0], tile, ctas, 4 * layout.kv_len * width)
+        return schedule(layout, batch, heads[0], tile, ctas, 4 * layout.kv_len * width, tail=tail)
     # Of each head Q and dO, in 16 bits, and the sums of dQ, in float32.
     size = 8 * layout.q_len * width * heads[0] // heads[1]
-    return backward_schedule(layout, batch, heads, tile, ctas, size, ordered=kind == "ordered")
+    return backward_schedule(
+        layout, batch, heads, tile, ctas, size, ordered=kind == "ordered", tail=tail
+    )
 
 
 def _follow(
-    plan: Schedule, build: Callable[[BlockLayout], Schedule], layout: BlockLayout
+    plan: Schedule, build: Callable[..., Schedule], layout: BlockLayout
 ) -> Callable[[], None]:
     """What makes this schedule that of another layout, in place."""
-    new = build(layout)
+    new = build(layout, tail=False)  # for whose parts there may be no room
     plan.check_room(new)
     return functools.partial(plan.update_, new)
 

@@ -36,6 +36,8 @@ class CostModel:
     item: float = 1.5  # loading Q, the first softmax, writing O
     largest_share: float = 0.5  # of what a CTA gets, that one item may be
     fewest_tiles: int = 8  # of a part: shorter ones cost more than they balance
+    part: float = 1.0  # writing a part and reading it again
+    combine: float = 2.0  # launching the kernel that adds up parts
     turn: float = 0.6  # from a CTA's turn to the next one's: 1.5 microseconds
 
     def tile(self, tile_m: int) -> float:
@@ -57,6 +59,21 @@ class CostModel:
         limit = share * self.largest_share
         wanted = (costs / limit.clamp(min=1e-6)).ceil().long()
         return torch.minimum(wanted, tiles // self.fewest_tiles).clamp(min=1)
+
+
+    def last_parts(self, rest: int, tiles: int, row: float, num_ctas: int) -> int:
+        """In how many parts to compute each of the last `rest` rows, all of so many tiles and such
+        a cost, that would not give each CTA one.
+
+        They are to fill one round of the CTAs, or two (so there are never more parts than that).
+        """
+        best, least = 1, row
+        for rounds in (1, 2):
+            parts = min(rounds * num_ctas // rest, tiles // 2)
+            if parts > 1:
+                cost = rounds * ((row - self.item) / parts + self.item + self.part) + self.combine
+                best, least = (parts, cost) if cost < least else (best, least)
+        return best
 
 
 COSTS = CostModel()
@@ -156,11 +173,13 @@ def schedule(
     num_ctas: int,
     kv_bytes: int = 0,
     costs: CostModel = COSTS,
+    tail: bool = True,
 ) -> Schedule:
     """The schedule of a layout of any granularity for a kernel of this tile.
 
     kv_bytes: Size of one head's keys and values: heads are taken in groups whose keys and values
         fit the L2 cache together.
+    tail: Whether to split the last rows, where all take as long, so that no CTA waits for them.
 
     >>> from sparse_flash import masks
     >>> layout = masks.global_tokens(128).layout(65536)  # one row of 512 tiles, 511 rows of 1
@@ -175,6 +194,8 @@ def schedule(
     cost = costs.rows(layout)[owners].flatten()
     share = cost.sum() / num_ctas
     parts = costs.parts(tiles, cost, share)
+    if tail:
+        _split_last(parts, tiles, cost, num_ctas, costs)
     row = torch.repeat_interleave(torch.arange(len(parts), device=parts.device), parts)
     of = parts[row]
     nth = torch.arange(len(row), device=row.device) - (parts.cumsum(0) - parts)[row]
@@ -215,6 +236,7 @@ def backward_schedule(
     q_bytes: int = 0,
     ordered: bool = False,
     costs: CostModel = BACKWARD_COSTS,
+    tail: bool = True,
 ) -> Schedule:
     """The schedule of the transposed layout, by kv heads, for tiles of (keys, queries).
 
@@ -223,6 +245,7 @@ def backward_schedule(
         queries exchanged.
     q_bytes: Size of what is read and written of the queries of a kv head.
     ordered: Whether to number the turns.
+    tail: As in `schedule`.
 
     >>> from sparse_flash import masks
     >>> layout = masks.local(100).layout(384)   # columns of 2, 3 and 2 tiles of 128
@@ -233,7 +256,7 @@ def backward_schedule(
     stacked = stack_heads(retile(layout.transpose(), tile), heads[0] // heads[1])
     if ordered:
         stacked = _apart(stacked)
-    plan = schedule(stacked, batch, heads[1], tile, num_ctas, q_bytes, costs)
+    plan = schedule(stacked, batch, heads[1], tile, num_ctas, q_bytes, costs, tail)
     plan = replace(plan, kv_lens=torch.full_like(plan.kv_lens, layout.kv_len))
     return take_turns(plan, heads[1], stacked.num_block_cols, num_ctas, costs) if ordered else plan
 
@@ -401,6 +424,22 @@ def cover(layout: BlockLayout, tile: tuple[int, int]) -> int:
             inside = (m <= bottom // tile_m) & (n <= right // tile_n)
             touched.append(((pattern * height + m) * width + n)[inside])
     return len(torch.cat(touched).unique())
+
+
+def _split_last(
+    parts: Tensor, tiles: Tensor, cost: Tensor, num_ctas: int, costs: CostModel
+) -> None:
+    """Split, in place, what would keep a few CTAs busy for a last round of its own.
+
+    2048 rows of 128 tiles take 132 CTAs 16 rounds, of which the last has work for half of them.
+    Where rows differ, the shortest come last, and there is nothing to gain.
+    """
+    rest = len(parts) % num_ctas
+    if not rest or len(parts) < num_ctas:
+        return
+    dearest, cheapest, most = torch.stack([cost.max(), cost.min(), parts.max()]).tolist()
+    if most == 1 and dearest <= 1.02 * cheapest:
+        parts[-rest:] = costs.last_parts(rest, int(tiles.min()), dearest, num_ctas)
 
 
 def _with_room(bits: Tensor) -> Tensor:

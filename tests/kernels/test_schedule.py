@@ -106,6 +106,34 @@ def test_work_is_balanced(spec, length, heads):
     assert longest < 1.07 * mean + 4
 
 
+@pytest.mark.parametrize(
+    ("spec", "length", "batch", "heads", "tile", "bound"),
+    [
+        ("full()", 16384, 1, 16, (128, 128), 1.03),  # 15.5 rounds of the CTAs, not 16
+        ("full()", 16384, 1, 16, (192, 128), 1.03),
+        ("full()", 2048, 32, 2, (192, 128), 1.06),  # 5.3
+        ("butterfly(128)", 65536, 1, 8, (128, 128), 1.02),  # 31.03
+    ],
+)
+def test_the_last_round_is_shared(spec, length, batch, heads, tile, bound):
+    layout = masks.parse(spec).layout(length)
+    plan = schedule(layout, batch, heads, tile, 132)
+    longest, mean = makespan(plan, 132)
+    assert longest < bound * mean
+    assert 0 < plan.num_parts <= 2 * 132
+    whole = schedule(layout, batch, heads, tile, 132, tail=False)
+    assert whole.num_parts == 0
+    assert longest < 0.99 * makespan(whole, 132)[0]
+
+
+def test_a_last_round_that_would_not_gain_is_left_alone():
+    assert COSTS.last_parts(rest=131, tiles=128, row=129.5, num_ctas=132) == 1  # halves would take two rounds
+    assert COSTS.last_parts(rest=131, tiles=8, row=9.5, num_ctas=132) == 1
+    assert COSTS.last_parts(rest=4, tiles=1, row=2.5, num_ctas=132) == 1
+    even = schedule(masks.full().layout(128 * 132), 1, 4, (128, 128), 132)
+    assert even.num_parts == 0
+
+
 def test_without_splitting_one_row_would_keep_all_waiting():
     layout = masks.parse("local(128) | global_tokens(128)").layout(65536)
     whole = CostModel(fewest_tiles=1 << 20)
