@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 from collections import OrderedDict
 from typing import Any, Literal, overload
 
@@ -194,7 +195,9 @@ _layouts = _Layouts()
 
 
 def _layout_of(mask: Mask, q_len: int, kv_len: int, device: str) -> BlockLayout:
-    return getattr(_layouts, _layouts.name_of(mask.number, q_len, kv_len, device))
+    # operator.index: a length that varies is a symbol to torch.compile, and a layout is for one.
+    lengths = operator.index(q_len), operator.index(kv_len)
+    return getattr(_layouts, _layouts.name_of(mask.number, *lengths, device))
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -84,6 +84,22 @@ def test_compile_fullgraph(calls, kind, grad, deterministic):
         assert calls[-1] == (q.shape, 7, "ordered" if deterministic else "backward")
 
 
+def test_compile_follows_other_sizes(calls):
+    """Batches and lengths that differ become symbols; a layout and a schedule are for numbers."""
+
+    mask = masks.full()
+
+    def attend(q, k, v):
+        return block_sparse_attention(q, k, v, mask)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    for shape in ((2, 200, 2, 32), (3, 200, 2, 32), (5, 300, 2, 32), (7, 80, 4, 32)):
+        q, k, v = (torch.randn(shape).bfloat16() for _ in "qkv")
+        torch.testing.assert_close(compiled(q, k, v), attend(q, k, v))
+        assert calls[-2][0] == calls[-1][0] == shape
+
+
 @pytest.mark.parametrize(
     ("dim", "deterministic"), [(32, False), (32, True), (128, True), (136, False)]
 )
