@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from sparse_flash import hopper, reference
@@ -36,13 +38,21 @@ IMPLEMENTATIONS = (
 def choose(impl: str, q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout) -> Implementation:
     """The implementation of that name, or with "auto" the best that can run these inputs.
 
-    An implementation asked for by name never falls back to another.
+    An implementation asked for by name never falls back to another; "auto" warns where a GPU is
+    there and the kernels cannot be used.
 
     Raises:
         ValueError: No such implementation, or it cannot run these inputs (with the reason).
     """
     if impl == "auto":
-        return next(i for i in IMPLEMENTATIONS if i.why_not(q, k, v, layout) is None)
+        reasons = []
+        for implementation in IMPLEMENTATIONS:
+            reason = implementation.why_not(q, k, v, layout)
+            if reason is None:
+                if reasons and q.is_cuda:
+                    _warn(f"impl='auto' takes {implementation.name!r}, which is slow: {reasons[0]}")
+                return implementation
+            reasons.append(reason)
     for implementation in IMPLEMENTATIONS:
         if implementation.name == impl:
             reason = implementation.why_not(q, k, v, layout)
@@ -51,3 +61,9 @@ def choose(impl: str, q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout) -> I
             return implementation
     known = ", ".join(repr(i.name) for i in IMPLEMENTATIONS)
     raise ValueError(f"unknown impl={impl!r}; there are 'auto', {known}")
+
+
+@torch.compiler.assume_constant_result
+def _warn(message: str) -> None:
+    """Say so, while torch.compile traces too."""
+    warnings.warn(message, stacklevel=3)

@@ -323,9 +323,12 @@ def test_devices():
 
 
 @pytest.mark.gpu
-def test_training_on_a_gpu(tiny_config, tiny_data, tmp_path):
+@pytest.mark.parametrize("graph", [False, True])
+def test_training_on_a_gpu(tiny_config, tiny_data, tmp_path, graph):
     for attention in ("sdpa", "dense", tiny_config.attention):
-        config = replace(tiny_config, attention=attention)
+        settings = replace(tiny_config.train, graph=graph)
+        config = replace(tiny_config, attention=attention, train=settings)
         result = train(config, tmp_path / attention[:4], "cuda", tiny_data)
-        assert 0 < result["metrics"]["attention_share"] < 1
+        share = result["metrics"]["attention_share"]
+        assert math.isnan(share) if graph else 0 < share < 1
         assert result["metrics"]["test_loss"] < 3

@@ -197,3 +197,13 @@ def test_an_update_that_finds_no_room_changes_nothing(calls):
     assert layout.col_indices is before
     now = [x for plan in plans for x in plan.arrays()]
     assert all(torch.equal(a, b) for a, b in zip(now, kept, strict=True))
+
+
+def test_auto_says_why_it_is_slow_on_a_gpu(recwarn):
+    float32 = SimpleNamespace(dtype=torch.float32, is_cuda=True)
+    with pytest.warns(UserWarning, match=r"'reference', which is slow: it computes bfloat16"):
+        assert dispatch.choose("auto", float32, float32, float32, None).name == "reference"
+    recwarn.clear()
+    on_cpu = torch.randn(1, 8, 1, 16)
+    assert dispatch.choose("auto", on_cpu, on_cpu, on_cpu, None).name == "reference"
+    assert not recwarn
