@@ -26,6 +26,7 @@ from sparse_flash.experiments.model import Encoder
 from sparse_flash.experiments.step import START_UP, TrainingStep
 from sparse_flash.experiments.warm_start import CHECKPOINT, begin_with
 from sparse_flash.masks.files import atomic_write
+from torch import Tensor
 from tqdm import tqdm
 
 RESULT = "result.json"
@@ -79,7 +80,8 @@ def train(
 
     Returns:
         What result.json holds: config, machine, metrics, and the curve: of each evaluation step,
-        seconds of training, loss, accuracy.
+        seconds of training, loss, accuracy. What is tested are the weights that did best on the
+        examples to evaluate on.
 
     Raises:
         TrainingError: The loss is no number.
@@ -158,6 +160,7 @@ class _Run:
             begin_with(self.model, config.init, task.places())
         self.train_step = TrainingStep(self.model, config.train, device)
         self.progress = _Progress()
+        self.best: dict[str, Tensor] | None = None  # the weights that did best in evaluation
         if resumable is not None:
             self._restore(resumable)
 
@@ -253,7 +256,9 @@ class _Run:
     def _evaluate(self, bar: tqdm[Any]) -> None:
         progress = self.progress
         loss, accuracy = self._measure(self.val)
-        progress.best_accuracy = max(progress.best_accuracy, accuracy)
+        if accuracy >= progress.best_accuracy:
+            progress.best_accuracy = accuracy
+            self.best = {name: x.clone() for name, x in self.model.state_dict().items()}
         progress.curve.append([progress.step, progress.seconds, loss, accuracy])
         values = {"eval/loss": loss, "eval/accuracy": accuracy}
         self.log.scalars(values, progress.step)
@@ -277,7 +282,9 @@ class _Run:
         return loss / len(split), correct / len(split)
 
     def _finish(self) -> dict[str, Any]:
-        """Evaluate on the test split; write result.json last, as the sign that all is done."""
+        """Test the best weights; write result.json last, as the sign that all is done."""
+        if self.best is not None:
+            self.model.load_state_dict(self.best)
         loss, accuracy = self._measure(self.test)
         progress, config = self.progress, self.config
         metrics = {
@@ -341,6 +348,7 @@ class _Run:
             "config": self.config.to_dict(),
             "progress": vars(self.progress),
             "model": self.model.state_dict(),
+            "best": self.best,
             "optimizer": self.train_step.optimizer.state_dict(),
             "random": checkpoint.random_state(),
             "history": [list(record) for record in self.log.history],
@@ -359,6 +367,7 @@ class _Run:
 
     def _restore(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
+        self.best = state["best"]
         self.train_step.restore(state["optimizer"])
         self.progress = _Progress(**state["progress"])
         checkpoint.restore_random_state(state["random"])

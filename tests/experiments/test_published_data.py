@@ -59,9 +59,10 @@ def test_text(tmp_path, form):
     else:
         source = archive(tmp_path / "reviews.tar", REVIEWS, form)
     splits = Text(source, max_length=40, val=3).load()
-    assert (len(splits.train), len(splits.val), len(splits.test)) == (8, 3, 8)
-    assert splits.train.labels.tolist().count(1) == 4
-    for split, name in ((splits.train, "train"), (splits.test, "test")):
+    assert (len(splits.train), len(splits.val), len(splits.test)) == (5, 3, 8)
+    known = torch.cat([splits.train.tokens, splits.val.tokens])
+    assert len(known.unique(dim=0)) == 8  # of which none is in both
+    for split, name in ((splits.train, "train"), (splits.val, "train"), (splits.test, "test")):
         for tokens, length, label in zip(split.tokens, split.lengths, split.labels, strict=True):
             content = bytes(tokens[:length].tolist())
             assert content.startswith(b"a pos film, " if label else b"a neg film, ")
@@ -88,7 +89,9 @@ def test_damaged_reviews(tmp_path):
     binary = REVIEWS | {"aclImdb/test/pos/3_7.txt": b"a\0b"}
     with pytest.raises(DataError, match="is no text"):
         Text(archive(tmp_path / "binary.tar.gz", binary)).load()
-    Text(whole).load()
+    with pytest.raises(ValueError, match=r"val must be in 1\.\.7, got 8"):
+        Text(whole, val=8).load()
+    Text(whole, val=3).load()
 
 
 PAIRS = [("1.0", "first text", "second text"), ("0.0", "b'third'", "x" * 50)]
@@ -269,7 +272,7 @@ def test_a_build_that_is_interrupted_leaves_nothing(tmp_path):
 
 
 def _load(source, log):
-    text = Text(source, max_length=40)
+    text = Text(source, max_length=40, val=3)
     read = Text._read
 
     def counted(self):
