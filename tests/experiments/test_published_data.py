@@ -281,7 +281,7 @@ def _load(source, log):
         return read(self)
 
     Text._read = counted
-    assert len(text.load().train) == 8
+    assert len(text.load().train) == 5
 
 
 def test_processes_that_come_together_build_once(tmp_path):
