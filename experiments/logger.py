@@ -104,3 +104,35 @@ class Logger:
         except OSError:
             if error is None:
                 raise
+
+
+class NoLogger(Logger):
+    """Records nothing: of the workers that train one model, the first one does."""
+
+    def __init__(self) -> None:
+        self.history = []
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Nothing."""
+
+    def figure(self, name: str, figure: Figure) -> None:
+        """Nothing."""
+
+    def text(self, name: str, text: str) -> None:
+        """Nothing."""
+
+    def hyperparameters(
+        self, settings: Mapping[str, int | float | str | bool], metrics: Mapping[str, float]
+    ) -> None:
+        """Nothing."""
+
+    def flush(self) -> None:
+        """Nothing."""
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Nothing."""

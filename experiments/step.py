@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from sparse_flash.experiments.config import TrainConfig
 from sparse_flash.experiments.data.dataset import Batch
+from sparse_flash.experiments.parallel import Workers
 from torch import Tensor, nn
 
 WARM_UP = 3  # steps before the capture: kernels are compiled, workspaces and states made
@@ -30,12 +31,21 @@ class Outcome:
 class TrainingStep:
     """Forward, backward, clipping and AdamW on a batch; `graph` in the settings chooses the way.
 
+    Workers have a part of the batch each, and share gradients, loss and right answers.
+
     The first `WARM_UP` steps always run eagerly. A captured step computes what an eager one would;
     it takes batches of one shape, and its outcome is overwritten by the next.
     """
 
-    def __init__(self, model: nn.Module, config: TrainConfig, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        config: TrainConfig,
+        device: torch.device,
+        workers: Workers | None = None,
+    ) -> None:
         self.model, self.config, self.device = model, config, device
+        self.workers = Workers() if workers is None else workers
         self.forward = torch.compile(model) if config.compile else model
         self.graphed = config.graph and device.type == "cuda"
         self.optimizer = optimizer(model, config, self.graphed)
@@ -74,9 +84,12 @@ class TrainingStep:
         loss, correct = self.loss(batch)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        loss, right = loss.detach(), correct.float()
+        gradients = (p.grad for p in self.model.parameters() if p.grad is not None)
+        self.workers.mean_([*gradients, loss, right])
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
         self.optimizer.step()
-        return Outcome(loss.detach(), correct, norm)
+        return Outcome(loss, self.workers.size * right, norm)
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Mean cross-entropy, and how many answers are right."""

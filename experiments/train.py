@@ -20,9 +20,10 @@ from sparse_flash.experiments.attention import Kind
 from sparse_flash.experiments.clock import AttentionClock
 from sparse_flash.experiments.config import RunConfig, TrainConfig
 from sparse_flash.experiments.data.dataset import Batch, Examples, Sampler, Splits
-from sparse_flash.experiments.logger import Logger
+from sparse_flash.experiments.logger import Logger, NoLogger
 from sparse_flash.experiments.machine import describe, tensor_peak
 from sparse_flash.experiments.model import Encoder
+from sparse_flash.experiments.parallel import Workers
 from sparse_flash.experiments.step import START_UP, TrainingStep
 from sparse_flash.experiments.warm_start import CHECKPOINT, begin_with
 from sparse_flash.masks.files import atomic_write
@@ -69,6 +70,8 @@ def train(
     budget: float = math.inf,
 ) -> dict[str, Any]:
     """Train as `config` says, logging to `folder`; resume where an earlier call stopped.
+
+    Under torchrun, all workers train this one model; see `parallel`.
 
     Args:
         config: All that decides the numbers.
@@ -144,21 +147,27 @@ class _Run:
         data: Splits | None,
         budget: float,
     ) -> None:
-        self.config, self.folder, self.device, self.budget = config, folder, device, budget
+        self.workers = Workers.join(device)
+        self.device = device = self.workers.device
+        self.config, self.folder, self.budget = config, folder, budget
         task = config.task
         resumable = self._read_checkpoint()
-        self.log = Logger(folder, [tuple(r) for r in resumable["history"]] if resumable else ())
+        history = [tuple(r) for r in resumable["history"]] if resumable else ()
+        self.log = Logger(folder, history) if self.workers.first else NoLogger()
         data = data or task.load()
         self.chance = data.test.most_frequent
         self.train_split, self.val, self.test = (
             s.to(device) for s in (data.train, data.val, data.test)
         )
-        self.sampler = Sampler(self.train_split, config.train.batch_size, config.seed)
+        share = (self.workers.rank, self.workers.size)
+        self.sampler = Sampler(self.train_split, config.train.batch_size, config.seed, share)
         torch.manual_seed(config.seed)
         self.model = Encoder.for_task(config.model, task, config.attention, config.block).to(device)
         if config.init and resumable is None:
             begin_with(self.model, config.init, task.places())
-        self.train_step = TrainingStep(self.model, config.train, device)
+        if not self.workers.first:
+            torch.manual_seed(config.seed + 1_000_003 * self.workers.rank)  # other dropout
+        self.train_step = TrainingStep(self.model, config.train, device, self.workers)
         self.progress = _Progress()
         self.best: dict[str, Tensor] | None = None  # the weights that did best in evaluation
         if resumable is not None:
@@ -175,20 +184,28 @@ class _Run:
                 desc=self.folder.name,
                 unit="step",
                 mininterval=0.1 if sys.stderr.isatty() else 30,  # a log file wants fewer lines
+                disable=not self.workers.first,
             ) as bar:
                 last = self.progress.step >= train.steps
                 while not last:
                     self._step(bar)
                     step = self.progress.step
-                    last = step == train.steps or self.progress.seconds >= self.budget
+                    late, stopped = self._agreed(self.progress.seconds >= self.budget, bool(stop))
+                    last = step == train.steps or late
                     if step % train.eval_every == 0 or last:
                         self._evaluate(bar)
-                    if step % train.checkpoint_every == 0 or last or stop:
+                    if step % train.checkpoint_every == 0 or last or stopped:
                         self._check()
                         self._save()
-                    if stop:
+                    if stopped:
                         raise Interrupted(f"stopped at step {step}; run the same command to resume")
             return self._finish()
+
+    def _agreed(self, *mine: bool) -> list[bool]:
+        """What any of the workers says; they speak when they log, and wait for the GPU anyway."""
+        if self.workers.size > 1 and self.progress.step % self.config.train.log_every:
+            return [False] * len(mine)
+        return [total > 0 for total in self.workers.sums(*map(float, mine))]
 
     def _step(self, bar: tqdm[Any]) -> None:
         """One optimiser step, logged now and then."""
@@ -212,7 +229,7 @@ class _Run:
         if settled:
             progress.settled_steps += 1
             progress.settled_seconds += start - begin + seconds
-        progress.tokens += batch.tokens.numel()
+        progress.tokens += self.workers.size * batch.tokens.numel()
         bar.update()
         if logged:
             self._check()
@@ -242,11 +259,11 @@ class _Run:
         loss = self.latest.loss.item()
         values = {
             "train/loss": loss,
-            "train/accuracy": self.latest.correct.item() / len(batch.labels),
+            "train/accuracy": self.latest.correct.item() / self.config.train.batch_size,
             "train/lr": lr,
             "train/gradient_norm": self.latest.norm.item(),
             "speed/step_ms": 1000 * seconds,
-            "speed/tokens_per_second": batch.tokens.numel() / seconds,
+            "speed/tokens_per_second": self.workers.size * batch.tokens.numel() / seconds,
         }
         if not math.isnan(self.progress.attention_share):
             values["speed/attention_share"] = self.progress.attention_share
@@ -272,13 +289,15 @@ class _Run:
 
     @torch.no_grad()
     def _measure(self, split: Examples) -> tuple[float, float]:
-        """Mean loss and accuracy over a split."""
+        """Mean loss and accuracy over a split, whose batches the workers share out."""
         self.model.eval()
         loss = correct = 0.0
-        for batch in split.batches(2 * self.config.train.batch_size):
-            mean, right = self.train_step.loss(batch)
-            loss += mean.item() * len(batch.labels)
-            correct += right.item()
+        for number, batch in enumerate(split.batches(2 * self.config.train.batch_size)):
+            if number % self.workers.size == self.workers.rank:
+                mean, right = self.train_step.loss(batch)
+                loss += mean.item() * len(batch.labels)
+                correct += right.item()
+        loss, correct = self.workers.sums(loss, correct)
         return loss / len(split), correct / len(split)
 
     def _finish(self) -> dict[str, Any]:
@@ -310,9 +329,10 @@ class _Run:
             "metrics": metrics,
             "curve": progress.curve,
         }
-        with atomic_write(self.folder / RESULT) as file:
-            file.write(json.dumps(result, indent=2).encode())
-        return result
+        if self.workers.first:
+            with atomic_write(self.folder / RESULT) as file:
+                file.write(json.dumps(result, indent=2).encode())
+        return self.workers.gather(result)[0]
 
     def _describe(self) -> None:
         """What TensorBoard should show of the run before its first step."""
@@ -344,13 +364,16 @@ class _Run:
         return peak
 
     def _save(self) -> None:
+        states = self.workers.gather(checkpoint.random_state())
+        if not self.workers.first:
+            return
         state = {
             "config": self.config.to_dict(),
             "progress": vars(self.progress),
             "model": self.model.state_dict(),
             "best": self.best,
             "optimizer": self.train_step.optimizer.state_dict(),
-            "random": checkpoint.random_state(),
+            "random": states,
             "history": [list(record) for record in self.log.history],
         }
         checkpoint.save(self.folder / CHECKPOINT, state)
@@ -370,7 +393,9 @@ class _Run:
         self.best = state["best"]
         self.train_step.restore(state["optimizer"])
         self.progress = _Progress(**state["progress"])
-        checkpoint.restore_random_state(state["random"])
+        states = state["random"]
+        if len(states) == self.workers.size:  # else the workers' number has changed
+            checkpoint.restore_random_state(states[self.workers.rank])
 
 
 def density(config: RunConfig) -> float:

@@ -143,10 +143,21 @@ class Sampler:
 
     So a run that is resumed sees the same batches as one that was never interrupted. Each epoch
     is a permutation; a batch may end one epoch and begin the next.
+
+    share: Of (workers) processes that share each batch, the how manieth this one is.
+
+    Raises:
+        ValueError: The batch cannot be shared out evenly.
     """
 
-    def __init__(self, split: Examples, batch_size: int, seed: int) -> None:
-        self.split, self.batch_size, self.seed = split, batch_size, seed
+    def __init__(
+        self, split: Examples, batch_size: int, seed: int, share: tuple[int, int] = (0, 1)
+    ) -> None:
+        if batch_size % share[1]:
+            raise ValueError(
+                f"batch_size={batch_size} must be a multiple of the {share[1]} workers' number"
+            )
+        self.split, self.batch_size, self.seed, self.share = split, batch_size, seed, share
         self._epochs: dict[int, Tensor] = {}
 
     def batch(self, step: int) -> Batch:
@@ -157,7 +168,8 @@ class Sampler:
             count = min(end - place, n - place % n)
             pieces.append(self._permutation(place // n)[place % n :][:count])
             place += count
-        return self.split.take(torch.cat(pieces))
+        rank, workers = self.share
+        return self.split.take(torch.cat(pieces)[rank::workers])
 
     def _permutation(self, epoch: int) -> Tensor:
         """Of an epoch, on the device; the one before is kept for batches that begin in it."""

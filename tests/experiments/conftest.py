@@ -16,6 +16,10 @@ def tiny_data():
 
 @pytest.fixture
 def tiny_config():
+    return tiny()
+
+
+def tiny():
     return RunConfig(
         task=TINY,
         attention="local(6) | global_tokens(2)",

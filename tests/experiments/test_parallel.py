@@ -1,0 +1,79 @@
+"""Several processes that train one model: as if it were one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from sparse_flash.experiments.data.dataset import Sampler, Split
+from sparse_flash.experiments.parallel import Workers
+from sparse_flash.experiments.train import train
+
+SCRIPT = """
+import json, sys
+from dataclasses import replace
+from pathlib import Path
+from tests.experiments.conftest import tiny
+from sparse_flash.experiments.train import train
+
+if __name__ == "__main__":
+    config = tiny()
+    config = replace(config, model=replace(config.model, dropout=0.0))
+    result = train(config, Path(sys.argv[1]), "cpu", budget=float(sys.argv[2]))
+    print("RESULT", json.dumps(result["metrics"]))
+"""
+
+
+def torchrun(tmp_path, workers, *arguments):
+    """The metrics that each worker returns."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={workers}")
+    run = subprocess.run(
+        [sys.executable, *launcher, str(script), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env=os.environ | {"PYTHONPATH": ".", "OMP_NUM_THREADS": "1"},
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    found = [line.partition("RESULT ")[2] for line in run.stdout.splitlines() if "RESULT" in line]
+    assert len(found) == workers
+    return [json.loads(text) for text in found]
+
+
+def test_two_workers_compute_what_one_does(tmp_path, tiny_config, tiny_data):
+    """Interrupted, too; and only one of them writes."""
+    config = replace(tiny_config, model=replace(tiny_config.model, dropout=0.0))
+    alone = train(config, tmp_path / "alone", "cpu", tiny_data)["metrics"]
+    first = torchrun(tmp_path, 2, tmp_path / "both", 1e-9)
+    assert [metrics["steps"] for metrics in first] == [4, 4]  # they agree when they log
+    both = torchrun(tmp_path, 2, tmp_path / "both", "inf")
+    assert both[0] == both[1]
+    for name in ("test_loss", "test_accuracy", "best_eval_accuracy"):
+        assert both[0][name] == pytest.approx(alone[name], rel=1e-4)
+    assert both[0]["steps"] == config.train.steps
+    assert json.loads((tmp_path / "both" / "result.json").read_text())["metrics"] == both[0]
+    assert len(list((tmp_path / "both").glob("events*"))) == 1
+
+
+def test_workers_share_a_batch():
+    split = Split(torch.arange(40, dtype=torch.uint8)[:, None], None, torch.arange(40))
+    whole = Sampler(split, 8, seed=3).batch(2).labels
+    parts = [Sampler(split, 8, 3, (rank, 4)).batch(2).labels for rank in range(4)]
+    assert torch.equal(torch.stack(parts, 1).flatten(), whole)
+    with pytest.raises(ValueError, match=r"batch_size=8 must be a multiple of the 3 workers"):
+        Sampler(split, 8, 3, (0, 3))
+
+
+def test_each_worker_takes_its_own_gpu(monkeypatch):
+    assert Workers.join(torch.device("cpu")).size == 1
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="each worker takes a GPU of its own"):
+        Workers.join(torch.device("cuda:1"))
