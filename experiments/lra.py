@@ -172,7 +172,7 @@ def _row(attention: str, runs: list[dict[str, Any]], config: LraConfig) -> dict[
 def markdown(report: dict[str, Any]) -> str:
     """The report as a document: accuracy, speed and memory, a table each."""
     settings = report["settings"]
-    tasks, base = settings["tasks"], report["rows"][0]["attention"]
+    base = report["rows"][0]["attention"]
     shares: dict[str, float] = {}
     for row in report["rows"]:
         for task, values in row["tasks"].items():

@@ -27,11 +27,11 @@ def _small(
     warmup: int,
     eval_every: int,
     lr: float = 1e-3,
-    compile: bool = True,
+    compiled: bool = True,
 ) -> RunConfig:
     """The small model that most PyTorch papers compare on Long Range Arena.
 
-    compile: It takes a quarter of a minute and saves a millisecond or more a step.
+    compiled: It takes a quarter of a minute and saves a millisecond or more a step.
     """
     return RunConfig(
         task=task,
@@ -44,14 +44,14 @@ def _small(
             warmup=warmup,
             eval_every=eval_every,
             checkpoint_every=eval_every,
-            compile=compile,
+            compile=compiled,
         ),
     )
 
 
 def listops() -> RunConfig:
     """Long Range Arena's ListOps: the value of nested MIN, MAX, MED and SM over digits."""
-    return _small(ListOps(), 5_000, 32, warmup=500, eval_every=250, compile=False)
+    return _small(ListOps(), 5_000, 32, warmup=500, eval_every=250, compiled=False)
 
 
 def text() -> RunConfig:

@@ -45,7 +45,7 @@ def choose(impl: str, q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout) -> I
         ValueError: No such implementation, or it cannot run these inputs (with the reason).
     """
     if impl == "auto":
-        reasons = []
+        reasons: list[str] = []
         for implementation in IMPLEMENTATIONS:
             reason = implementation.why_not(q, k, v, layout)
             if reason is None:

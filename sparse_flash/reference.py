@@ -65,6 +65,12 @@ class _Problem:
     def __init__(
         self, q: Tensor, k: Tensor, v: Tensor, tiles: _Tiles, kv_lens: Tensor | None, scale: float
     ) -> None:
+        if q.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "the reference implementation looks at its layout on the host, and cannot become "
+                "part of a CUDA graph: bring the call to the kernels (impl='sm90' says what they "
+                "need), or run it without a graph (training: --train.no-graph)"
+            )
         self.tiles, self.scale = tiles, scale
         self.batch, self.q_len, self.heads, _ = q.shape
         self.kv_len, self.kv_heads = k.shape[1:3]

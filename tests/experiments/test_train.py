@@ -326,6 +326,7 @@ def test_devices():
 @pytest.mark.gpu
 @pytest.mark.parametrize("graph", [False, True])
 def test_training_on_a_gpu(tiny_config, tiny_data, tmp_path, graph):
+    tiny_config = replace(tiny_config, model=replace(tiny_config.model, dim=32))  # for the kernels
     for attention in ("sdpa", "dense", tiny_config.attention):
         settings = replace(tiny_config.train, graph=graph)
         config = replace(tiny_config, attention=attention, train=settings)
@@ -333,3 +334,10 @@ def test_training_on_a_gpu(tiny_config, tiny_data, tmp_path, graph):
         share = result["metrics"]["attention_share"]
         assert math.isnan(share) if graph else 0 < share < 1
         assert result["metrics"]["test_loss"] < 3
+
+
+@pytest.mark.gpu
+def test_what_cannot_be_captured_says_so(tiny_config, tiny_data, tmp_path):
+    narrow = replace(tiny_config.model, dim=16, heads=2)  # head_dim 8: only the reference takes it
+    with pytest.raises(RuntimeError, match="cannot become part of a CUDA graph"):
+        train(replace(tiny_config, model=narrow), tmp_path / "run", "cuda", tiny_data)
