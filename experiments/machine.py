@@ -104,6 +104,15 @@ def tensor_peak(function: Callable[[], object], device: torch.device | str = "cp
     return peak / MIB
 
 
+def matrix_peak(device: torch.device | str = "cuda") -> float:
+    """TFLOP/s of an 8192^3 bfloat16 matrix product on a GPU, random numbers."""
+    from triton.testing import do_bench
+
+    with torch.cuda.device(device):
+        a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in "ab")
+        return 2 * 8192**3 / do_bench(lambda: a @ b, warmup=50, rep=300, return_mode="median") / 1e9
+
+
 @contextlib.contextmanager
 def _silent_stderr() -> Iterator[None]:
     """Drop what native code writes to the standard error of the process."""

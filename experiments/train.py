@@ -21,7 +21,7 @@ from sparse_flash.experiments.clock import AttentionClock
 from sparse_flash.experiments.config import RunConfig, TrainConfig
 from sparse_flash.experiments.data.dataset import Batch, Examples, Sampler, Splits
 from sparse_flash.experiments.logger import Logger, NoLogger
-from sparse_flash.experiments.machine import describe, tensor_peak
+from sparse_flash.experiments.machine import describe, matrix_peak, tensor_peak
 from sparse_flash.experiments.model import Encoder
 from sparse_flash.experiments.parallel import Workers
 from sparse_flash.experiments.step import START_UP, TrainingStep
@@ -319,7 +319,10 @@ class _Run:
             "peak_memory_MiB": progress.peak_mebibytes,
             "density": density(config),
             "step_gflops": 1e-9 * step_flops(config),
+            "examples_per_second": config.train.batch_size / progress.step_seconds(),
         }
+        if self.device.type == "cuda":
+            metrics["of_matrix_peak"] = self._of_matrix_peak()
         shown = {f"final/{name}": v for name, v in metrics.items() if not math.isnan(v)}
         self.log.hyperparameters(config.flat(), shown)
         self.log.flush()
@@ -333,6 +336,11 @@ class _Run:
             with atomic_write(self.folder / RESULT) as file:
                 file.write(json.dumps(result, indent=2).encode())
         return self.workers.gather(result)[0]
+
+    def _of_matrix_peak(self) -> float:
+        """How near a step is to what its operations would take at the speed of a matrix product."""
+        speed = step_flops(self.config) / self.progress.step_seconds() / self.workers.size
+        return 1e-12 * speed / matrix_peak(self.device)
 
     def _describe(self) -> None:
         """What TensorBoard should show of the run before its first step."""

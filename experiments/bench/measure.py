@@ -125,11 +125,3 @@ def _wall(call: Call, expected_ms: float) -> float:
         call()
     torch.cuda.synchronize()
     return (time.perf_counter() - start) / number * 1e3
-
-
-def matrix_peak() -> float:
-    """TFLOP/s of an 8192^3 bfloat16 matrix product on this machine, random numbers."""
-    from triton.testing import do_bench
-
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in "ab")
-    return 2 * 8192**3 / do_bench(lambda: a @ b, warmup=50, rep=300, return_mode="median") / 1e9

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from sparse_flash.experiments.bench.cases import SUITES
-from sparse_flash.experiments.bench.measure import Row, matrix_peak, measure
+from sparse_flash.experiments.bench.measure import Row, measure
 from sparse_flash.experiments.bench.peers import PEERS
 from sparse_flash.experiments.logger import Logger
-from sparse_flash.experiments.machine import describe
+from sparse_flash.experiments.machine import describe, matrix_peak
 from sparse_flash.masks.files import atomic_write
 from tqdm import tqdm
 
