@@ -21,7 +21,7 @@ from sparse_flash.kernels.backward_producer import (
     STORE_THREADS,
     TAKEN_BARRIER,
 )
-from sparse_flash.kernels.primitives import multiply, multiply_pairs
+from sparse_flash.kernels.primitives import hold, multiply, multiply_held, multiply_pairs
 from sparse_flash.masks.layout import FULL_TILE
 
 CONSUMER = pipeline.PipelineUserType.Consumer
@@ -35,7 +35,7 @@ class BackwardConsumer:
     def __init__(self, config, dtype, products, buffers, pipes, items, bits, parts, scales):
         self.config, self.dtype, self.items, self.bits = config, dtype, items, bits
         self.scale, self.scale_log2 = scales
-        self.scores, self.of_keys, self.of_queries = products
+        self.scores, self.held, self.of_keys, self.of_queries = products
         s_q, s_do, self.s_k, s_v, self.s_ds, self.s_dq, self.s_out, self.s_stats, self.s_tiles = (
             buffers
         )
@@ -53,6 +53,8 @@ class BackwardConsumer:
         shape = self.of_keys.partition_shape_C((64, config.columns))
         self.acc_dk = cute.make_rmem_tensor(shape, Float32)
         self.acc_dv = cute.make_rmem_tensor(shape, Float32)
+        shape = self.held.partition_shape_A((64, max(16, config.held)))
+        self.r_k = self.held.make_fragment_A(shape)
 
     def view(self, s_q, s_do, s_v):
         """The operands of the five products as parts of shared memory."""
@@ -60,9 +62,9 @@ class BackwardConsumer:
         m, n, kv = config.tile_m, config.tile_n, config.kv_stages
         scores, of_keys = self.scores.get_slice(0), self.of_keys.get_slice(0)
 
-        def rows(tensor):  # (64 keys, head_dim, warpgroup, stage), as first operand
-            layout = cute.make_layout((64, width, n // 64, kv), stride=(1, n, 64, n * width))
-            return self.scores.make_fragment_A(scores.partition_A(cute.composition(tensor, layout)))
+        # (64 keys, head_dim, warpgroup, stage).
+        layout = cute.make_layout((64, width, n // 64, kv), stride=(1, n, 64, n * width))
+        self.k_rows, v_rows = cute.composition(self.s_k, layout), cute.composition(s_v, layout)
 
         def columns(tensor):  # (columns, queries, head_dim / columns, stage), as second operand
             shape = (config.columns, m, width // config.columns, config.q_stages)
@@ -70,7 +72,9 @@ class BackwardConsumer:
             operand = of_keys.partition_B(cute.composition(tensor, layout))
             return self.of_keys.make_fragment_B(operand)[None, None, None, self.columns, None]
 
-        self.f_k, self.f_v = rows(self.s_k), rows(s_v)
+        self.f_k, self.f_v = (
+            self.scores.make_fragment_A(scores.partition_A(rows)) for rows in (self.k_rows, v_rows)
+        )
         self.f_q = self.scores.make_fragment_B(scores.partition_B(s_q))
         self.f_do = self.scores.make_fragment_B(scores.partition_B(s_do))
         self.f_qt, self.f_dot = columns(s_q), columns(s_do)
@@ -111,7 +115,10 @@ class BackwardConsumer:
                 self.k_pipe.consumer_wait(kv_state)
                 self.zero_beyond(kv_state, remaining)
                 self.q_pipe.consumer_wait(q_state)
-                self.multiply_scores(self.acc_s, self.f_k, self.f_q, kv_state, q_state)
+                if const_expr(self.config.held):
+                    mine = self.k_rows[None, None, self.keys, kv_state.index]
+                    hold(self.held, mine, self.r_k, self.thread)
+                self.multiply_keys_queries(kv_state, q_state)
                 self.v_pipe.consumer_wait(kv_state)
                 warpgroup.wait_group(0)
                 for _ in cutlass.range(count - 1, unroll=1):
@@ -134,7 +141,8 @@ class BackwardConsumer:
         acc_dp = cute.make_rmem_tensor(shape, Float32)
         p, ds = (cute.make_rmem_tensor(shape, self.dtype) for _ in range(2))
         self.do_pipe.consumer_wait(q_state)
-        self.multiply_scores(acc_dp, self.f_v, self.f_do, kv_state, q_state)
+        values = self.f_v[None, None, None, self.keys, kv_state.index]
+        multiply(self.scores, acc_dp, values, self.f_do, q_state.index, True)
         self.probabilities(stage, remaining)
         p.store(self.acc_s.load().to(self.dtype))
         self.multiply_keys(self.acc_dv, p, self.f_dot, stage)
@@ -162,7 +170,7 @@ class BackwardConsumer:
         if const_expr(kind == INNER):
             self.q_pipe.consumer_wait(following)
             self.acc_s.fill(0.0)  # so that its old content need not be kept
-            self.multiply_scores(self.acc_s, self.f_k, self.f_q, kv_state, following)
+            self.multiply_keys_queries(kv_state, following)
         if const_expr(config.dq):
             warpgroup.wait_group(1 if const_expr(kind == INNER) else 0)
             buffer = self.put_queries(acc_dq, buffer)
@@ -196,10 +204,14 @@ class BackwardConsumer:
             online.apply_mask(self.acc_s, words, Int32(-1), 0.0)
 
     @cute.jit
-    def multiply_scores(self, acc, a, b, kv_state, q_state):
-        """Issue acc = a b for this warpgroup's keys."""
-        mine = a[None, None, None, self.keys, kv_state.index]
-        multiply(self.scores, acc, mine, b, q_state.index, True)
+    def multiply_keys_queries(self, kv_state, q_state):
+        """Issue S' = K Q' for this warpgroup's keys."""
+        mine, stage = self.f_k[None, None, None, self.keys, kv_state.index], q_state.index
+        if const_expr(self.config.held):
+            products = (self.held, self.scores)
+            multiply_held(products, self.acc_s, self.r_k, mine, self.f_q, stage)
+        else:
+            multiply(self.scores, self.acc_s, mine, self.f_q, stage, True)
 
     @cute.jit
     def multiply_keys(self, acc, a, b, stage):

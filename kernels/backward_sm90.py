@@ -195,13 +195,16 @@ class BackwardSm90:
             BackwardConsumer(config, self.dtype, products, *outside).run()
 
     def _products(self):
-        """Of scores; of dK and dV, with P' or dS' in registers; and of dQ."""
+        """Of scores, with K in shared memory or in registers; of dK and dV, with P' or dS' in
+        registers; and of dQ.
+        """
         config, columns = self.config, OperandMajorMode.MN
         scores = product(self.dtype, (64, config.tile_m))
         registers = {"a_source": warpgroup.OperandSource.RMEM}
         of_keys = product(self.dtype, (64, config.columns), b_mode=columns, **registers)
         of_queries = product(self.dtype, (64, config.dq_columns), columns, columns)
-        return scores, of_keys, of_queries
+        held = product(self.dtype, (64, config.tile_m), **registers)
+        return scores, held, of_keys, of_queries
 
     def _storage(self, q_layout, kv_layout, ds_layout, out_layout):
         config, dtype = self.config, self.dtype

@@ -23,6 +23,7 @@ class ForwardConfig:
     q_stages: int = 2
     kv_stages: int = 2
     o_columns: int = 0  # 0: all
+    hold_q: bool = False  # in registers, as long as an item lasts, where there is room
     arch: str = "sm_90a"
 
     def __post_init__(self) -> None:
@@ -67,6 +68,8 @@ class BackwardConfig:
     With tile_n 128 each owns 64 keys, and of dQ a chunk at a time: with tile_m 64 half of the
     columns, with 128 half of the rows. With tile_n 64 (for large head_dims) both own all keys,
     each half of the columns of dK and dV, and both compute the scores.
+    held: How many columns of K stay in registers as long as an item lasts: as many as there is
+        room for, since shared memory is what these kernels wait for.
     dq: Whether to compute dQ too, by adding up in memory.
     ordered: Whether to add in the schedule's order, so that the result is the same every time.
     """
@@ -79,6 +82,7 @@ class BackwardConfig:
     q_stages: int = 2  # of Q and dO
     kv_stages: int = 1
     ds_stages: int = 2
+    held: int = 0
     ordered: bool = False
     arch: str = "sm_90a"
 
@@ -192,23 +196,26 @@ def all_forward_configs() -> list[ForwardConfig]:
 DTYPES = ("bfloat16", "float16")
 _ANY = "bfloat16"  # stands for either
 _FORWARD = {
-    32: (ForwardConfig(_ANY, 32, tile_m=128), ForwardConfig(_ANY, 32, tile_m=192)),
+    32: (
+        ForwardConfig(_ANY, 32, tile_m=128, hold_q=True),
+        ForwardConfig(_ANY, 32, tile_m=192, hold_q=True),
+    ),
     64: (ForwardConfig(_ANY, 64, tile_m=128), ForwardConfig(_ANY, 64, tile_m=192)),
     96: (ForwardConfig(_ANY, 96, tile_m=128),),
-    128: (ForwardConfig(_ANY, 128, tile_m=128),),
+    128: (ForwardConfig(_ANY, 128, tile_m=128, hold_q=True),),
     192: (ForwardConfig(_ANY, 192, 128, tile_n=64, q_stages=1, kv_stages=3, o_columns=64),),
     256: (ForwardConfig(_ANY, 256, 128, tile_n=64, q_stages=1, kv_stages=2, o_columns=64),),
 }
 
 _BACKWARD = {
-    32: BackwardConfig(_ANY, 32, tile_m=128, dq=True),
-    64: BackwardConfig(_ANY, 64, tile_m=128, dq=True),
-    128: BackwardConfig(_ANY, 128, tile_m=64, dq=True),
+    32: BackwardConfig(_ANY, 32, tile_m=128, dq=True, held=32),
+    64: BackwardConfig(_ANY, 64, tile_m=128, dq=True, held=48),
+    128: BackwardConfig(_ANY, 128, tile_m=64, dq=True, held=48),
 }
 _KEYS = {
-    32: BackwardConfig(_ANY, 32, tile_m=128, dq=False),
-    64: BackwardConfig(_ANY, 64, tile_m=128, dq=False),
-    128: BackwardConfig(_ANY, 128, tile_m=64, dq=False),
+    32: BackwardConfig(_ANY, 32, tile_m=128, dq=False, held=32),
+    64: BackwardConfig(_ANY, 64, tile_m=128, dq=False, held=48),
+    128: BackwardConfig(_ANY, 128, tile_m=64, dq=False, held=64),
     256: BackwardConfig(_ANY, 256, tile_m=64, tile_n=64, dq=False),
 }
 

@@ -13,7 +13,7 @@ import cutlass
 from cutlass import Float32, Int32, const_expr, cute, pipeline
 from cutlass.cute.nvgpu import cpasync, warp, warpgroup
 from sparse_flash.kernels import online_softmax as online
-from sparse_flash.kernels.primitives import multiply
+from sparse_flash.kernels.primitives import hold, multiply
 from sparse_flash.masks.layout import FULL_TILE
 
 CONSUMER = pipeline.PipelineUserType.Consumer
@@ -33,8 +33,8 @@ class Consumer:
         self.config, self.dtype, self.bits, self.scale_log2 = config, dtype, bits, scale_log2
         self.items = items
         self.slack = SLACK / scale_log2
-        self.qk, self.pv, self.chunk = products
-        s_q, s_k, self.s_v, self.s_o, self.s_tiles = buffers
+        self.qk, self.held, self.pv, self.chunk = products
+        self.s_q, s_k, self.s_v, self.s_o, self.s_tiles = buffers
         self.q_pipe, self.k_pipe, self.v_pipe = pipes
         self.store = store
         self.lse, self.out_parts, self.lse_parts = results
@@ -43,9 +43,12 @@ class Consumer:
         # V as the second operand of O += P V: (head_dim, keys).
         shape = (config.head_dim, config.tile_n, config.kv_stages)
         s_vt = cute.composition(self.s_v, cute.make_ordered_layout(shape, order=(1, 0, 2)))
-        self.f_q = self.qk.make_fragment_A(self.qk.get_slice(0).partition_A(s_q))
+        self.f_q = self.qk.make_fragment_A(self.qk.get_slice(0).partition_A(self.s_q))
         self.f_k = self.qk.make_fragment_B(self.qk.get_slice(0).partition_B(s_k))
         self.f_v = self.pv.make_fragment_B(self.pv.get_slice(0).partition_B(s_vt))
+        self.r_q = self.held.make_fragment_A(
+            self.held.partition_shape_A((64, config.head_dim if config.hold_q else 16))
+        )
         self.p = cute.make_rmem_tensor(((2, 2, 2), 1, config.tile_n // 16), dtype)
         self.acc_o = cute.make_rmem_tensor(
             self.pv.partition_shape_C((64, config.head_dim)), Float32
@@ -105,11 +108,17 @@ class Consumer:
         v_state = kv_state.clone()
         if const_expr(kind != FIRST):
             kv_state.advance()
+        slot = q_stage * config.warpgroups + self.group
+        if const_expr(config.hold_q and kind != INNER):
+            hold(self.held, self.s_q[None, None, slot], self.r_q, self.thread)
         self.k_pipe.consumer_wait(kv_state)
         if const_expr(kind != FIRST):
             self.take_turn()
-        mine = self.f_q[None, None, None, q_stage * config.warpgroups + self.group]
-        multiply(self.qk, acc_s, mine, self.f_k, kv_state.index, True)
+        if const_expr(config.hold_q):
+            multiply(self.held, acc_s, self.r_q, self.f_k, kv_state.index, True)
+        else:
+            mine = self.f_q[None, None, None, slot]
+            multiply(self.qk, acc_s, mine, self.f_k, kv_state.index, True)
         if const_expr(kind != FIRST):
             self.v_pipe.consumer_wait(v_state)
             multiply(self.pv, self.acc_o, self.p, self.f_v, v_state.index, False)

@@ -145,13 +145,16 @@ class ForwardSm90:
             Consumer(config, self.dtype, products, *outside, scale_log2).run()
 
     def _products(self):
-        """S = Q K^T; O += P V, with P in registers; and the part of O that leaves at a time."""
+        """S = Q K^T, with Q in shared memory or held in registers; O += P V, with P in registers;
+        and the part of O that leaves at a time.
+        """
         config, of_p = self.config, {"a_source": warpgroup.OperandSource.RMEM}
         columns = OperandMajorMode.MN
         qk = product(self.dtype, (64, config.tile_n))
         pv = product(self.dtype, (64, config.head_dim), b_mode=columns, **of_p)
         chunk = product(self.dtype, (64, config.o_columns), b_mode=columns, **of_p)
-        return qk, pv, chunk
+        held = product(self.dtype, (64, config.tile_n), **of_p)
+        return qk, held, pv, chunk
 
     def _storage(self, q_layout, kv_layout, o_layout):
         config = self.config

@@ -2,7 +2,7 @@
 
 import cutlass
 from cutlass import Int32, cute, pipeline
-from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
+from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
 from cutlass.tensor_utils import LayoutEnum
 from cutlass.utils import hopper_helpers
 
@@ -13,12 +13,44 @@ WORK_STAGES = 2  # items that are announced ahead
 def multiply(product, acc, a, b, stage, clear: cutlass.Constexpr):
     """Issue acc = a b, or acc += a b; `warpgroup.wait_group` waits for it."""
     warpgroup.fence()
+    _issue(product, acc, a, b, stage, clear, (0, cute.size(a, mode=[2])))
+    warpgroup.commit_group()
+
+
+@cute.jit
+def multiply_held(products, acc, held, a, b, stage):
+    """Issue acc = a b, with the first columns of a held in registers (see `hold`).
+
+    products: For a in registers, and for a in shared memory.
+    """
+    steps = cute.size(held, mode=[2])
+    warpgroup.fence()
+    _issue(products[0], acc, held, b, stage, True, (0, steps))
+    _issue(products[1], acc, a, b, stage, False, (steps, cute.size(a, mode=[2])))
+    warpgroup.commit_group()
+
+
+@cute.jit
+def _issue(product, acc, a, b, stage, clear: cutlass.Constexpr, steps: cutlass.Constexpr):
+    """The products of some of the steps, 16 columns of a each."""
     atom = cute.make_mma_atom(product.op)
     atom.set(warpgroup.Field.ACCUMULATE, not clear)
-    for k in cutlass.range_constexpr(cute.size(a, mode=[2])):
+    for k in cutlass.range_constexpr(*steps):
         cute.gemm(atom, acc, a[None, None, k], b[None, None, k, stage], acc)
         atom.set(warpgroup.Field.ACCUMULATE, True)
-    warpgroup.commit_group()
+
+
+@cute.jit
+def hold(product, tensor, registers, thread):
+    """The first columns of a tile in shared memory (64, columns) into registers, as operand a.
+
+    A product that is done many times over reads shared memory less, which others need too.
+    """
+    columns = 16 * cute.size(registers, mode=[2])
+    ldmatrix = cute.make_copy_atom(warp.LdMatrix8x8x16bOp(num_matrices=4), tensor.element_type)
+    copy = cute.make_tiled_copy_A(ldmatrix, product).get_slice(thread)
+    source = copy.partition_S(cute.local_tile(tensor, (64, columns), (0, 0)))
+    cute.copy(ldmatrix, source, copy.retile(registers))
 
 
 @cute.jit

@@ -60,7 +60,6 @@ class CostModel:
         wanted = (costs / limit.clamp(min=1e-6)).ceil().long()
         return torch.minimum(wanted, tiles // self.fewest_tiles).clamp(min=1)
 
-
     def last_parts(self, rest: int, tiles: int, row: float, num_ctas: int) -> int:
         """In how many parts to compute each of the last `rest` rows, all of so many tiles and such
         a cost, that would not give each CTA one.
