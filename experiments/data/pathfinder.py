@@ -30,6 +30,7 @@ RELEASE = (
 )
 _CHUNK = 64  # images that a thread makes at a time
 _DRAWN = 256  # images that are drawn at a time
+_KEPT = 1 << 30  # bytes of pixels that a GPU keeps: of more than that it draws each batch anew
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,8 @@ def _png(path: Path, size: int) -> np.ndarray | None:
 class Drawings(Examples):
     """Images as geometry: paddles int16 (n, paddles, 4), markers (n, 2, 2), labels (n,).
 
-    `take` draws them on the device where the geometry is.
+    `take` draws them on the device where the geometry is. A GPU that has room for all of them
+    draws them once: of small images that takes as long as a good part of a training step.
     """
 
     def __init__(
@@ -183,10 +185,18 @@ class Drawings(Examples):
         """The arguments that make it again."""
         return self.paddles, self.markers, self.labels, self.size, self.order
 
-    def to(self, device: torch.device) -> Drawings:
+    def to(self, device: torch.device) -> Examples:
         """The same images on another device."""
         moved = (self.paddles.to(device), self.markers.to(device), self.labels.to(device))
-        return Drawings(*moved, self.size, self.order)
+        drawings = Drawings(*moved, self.size, self.order)
+        small = len(self) * self.size**2 <= _KEPT
+        return drawings.drawn() if small and device.type == "cuda" else drawings
+
+    def drawn(self) -> Split:
+        """All images as pixels."""
+        index = torch.arange(len(self), device=self.labels.device)
+        pixels = [self._pixels(some) for some in index.split(_DRAWN)]
+        return Split(torch.cat(pixels), None, self.labels)
 
     def subset(self, index: Tensor) -> Drawings:
         """Some of the images."""
@@ -195,13 +205,13 @@ class Drawings(Examples):
 
     def take(self, index: Tensor) -> Batch:
         """The images at these indices."""
-        tokens = torch.cat(
-            [
-                draw(self.paddles[some], self.markers[some], self.size).flatten(1)
-                for some in index.split(_DRAWN)
-            ]
-        )
-        return Batch(tokens[:, self.permutation].long(), None, self.labels[index])
+        tokens = torch.cat([self._pixels(some) for some in index.split(_DRAWN)])
+        return Batch(tokens.long(), None, self.labels[index])
+
+    def _pixels(self, index: Tensor) -> Tensor:
+        """Images in the order of their tokens: uint8 (b, s)."""
+        images = draw(self.paddles[index], self.markers[index], self.size)
+        return images.flatten(1)[:, self.permutation]
 
 
 def draw(paddles: Tensor, markers: Tensor, size: int) -> Tensor:

@@ -143,6 +143,9 @@ def test_pixels_in_another_order():
     index = torch.arange(5)
     order = masks.morton(32, 32).permutation
     assert torch.equal(raster.take(index).tokens[:, order], morton.take(index).tokens)
+    drawn = morton.drawn().take(index)
+    assert torch.equal(drawn.tokens, morton.take(index).tokens)
+    assert torch.equal(drawn.labels, morton.take(index).labels)
 
 
 def release(folder, count=20, size=32):
