@@ -51,6 +51,7 @@ class _Progress:
     settled_seconds: float = 0.0
     tokens: int = 0
     best_accuracy: float = 0.0
+    best_loss: float = math.inf
     attention_share: float = math.nan
     peak_mebibytes: float = 0.0
     curve: list[list[float]] = field(default_factory=list)  # see `train`
@@ -83,8 +84,8 @@ def train(
 
     Returns:
         What result.json holds: config, machine, metrics, and the curve: of each evaluation step,
-        seconds of training, loss, accuracy. What is tested are the weights that did best on the
-        examples to evaluate on.
+        seconds of training, loss, accuracy. What is tested are the weights whose loss was least
+        on the examples to evaluate on.
 
     Raises:
         TrainingError: The loss is no number.
@@ -273,8 +274,13 @@ class _Run:
     def _evaluate(self, bar: tqdm[Any]) -> None:
         progress = self.progress
         loss, accuracy = self._measure(self.val)
-        if accuracy >= progress.best_accuracy:
-            progress.best_accuracy = accuracy
+        progress.best_accuracy = max(progress.best_accuracy, accuracy)
+        config = self.config.train
+        regular = progress.step % config.eval_every == 0 or progress.step == config.steps
+        # By the loss, which is less a matter of chance than the accuracy; and not where a budget
+        # ended, so that a run that went on later is as one that did not stop.
+        if regular and loss < progress.best_loss:
+            progress.best_loss = loss
             self.best = {name: x.clone() for name, x in self.model.state_dict().items()}
         progress.curve.append([progress.step, progress.seconds, loss, accuracy])
         values = {"eval/loss": loss, "eval/accuracy": accuracy}
