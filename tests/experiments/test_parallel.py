@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from sparse_flash.experiments.parallel import Workers
 from sparse_flash.experiments.train import train
 
 SCRIPT = """
-import json, sys
+import json, os, sys
 from dataclasses import replace
 from pathlib import Path
 from tests.experiments.conftest import tiny
@@ -25,17 +26,17 @@ if __name__ == "__main__":
     config = tiny()
     config = replace(config, model=replace(config.model, dropout=0.0))
     result = train(config, Path(sys.argv[1]), "cpu", budget=float(sys.argv[2]))
-    print("RESULT", json.dumps(result["metrics"]))
+    Path(f"{sys.argv[1]}-worker{os.environ['RANK']}").write_text(json.dumps(result["metrics"]))
 """
 
 
-def torchrun(tmp_path, workers, *arguments):
+def torchrun(tmp_path, workers, out, budget):
     """The metrics that each worker returns."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={workers}")
     run = subprocess.run(
-        [sys.executable, *launcher, str(script), *map(str, arguments)],
+        [sys.executable, *launcher, str(script), str(out), str(budget)],
         capture_output=True,
         text=True,
         timeout=300,
@@ -43,9 +44,7 @@ def torchrun(tmp_path, workers, *arguments):
         env=os.environ | {"PYTHONPATH": ".", "OMP_NUM_THREADS": "1"},
     )
     assert run.returncode == 0, run.stderr[-3000:]
-    found = [line.partition("RESULT ")[2] for line in run.stdout.splitlines() if "RESULT" in line]
-    assert len(found) == workers
-    return [json.loads(text) for text in found]
+    return [json.loads(Path(f"{out}-worker{i}").read_text()) for i in range(workers)]
 
 
 def test_two_workers_compute_what_one_does(tmp_path, tiny_config, tiny_data):
