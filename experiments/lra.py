@@ -68,7 +68,10 @@ class LraConfig:
                 f"share must be in 0..1 and budget positive, got {self.share} and {self.budget}"
             )
         if len(set(self.kinds)) != len(self.kinds):
-            raise ValueError(f"timed and attentions must be different kinds, got {self.kinds}")
+            raise ValueError(
+                f"timed and attentions must be different kinds, got {self.kinds}: name each once, "
+                "as one to time or as one to train"
+            )
         for attention in self.kinds:
             Kind.of(attention)
 
