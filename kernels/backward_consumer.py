@@ -53,8 +53,9 @@ class BackwardConsumer:
         shape = self.of_keys.partition_shape_C((64, config.columns))
         self.acc_dk = cute.make_rmem_tensor(shape, Float32)
         self.acc_dv = cute.make_rmem_tensor(shape, Float32)
-        shape = self.held.partition_shape_A((64, max(16, config.held)))
-        self.r_k = self.held.make_fragment_A(shape)
+        if config.held:
+            shape = self.held.partition_shape_A((64, config.held))
+            self.r_k = self.held.make_fragment_A(shape)
 
     def view(self, s_q, s_do, s_v):
         """The operands of the five products as parts of shared memory."""

@@ -46,9 +46,9 @@ class Consumer:
         self.f_q = self.qk.make_fragment_A(self.qk.get_slice(0).partition_A(self.s_q))
         self.f_k = self.qk.make_fragment_B(self.qk.get_slice(0).partition_B(s_k))
         self.f_v = self.pv.make_fragment_B(self.pv.get_slice(0).partition_B(s_vt))
-        self.r_q = self.held.make_fragment_A(
-            self.held.partition_shape_A((64, config.head_dim if config.hold_q else 16))
-        )
+        if config.hold_q:
+            shape = self.held.partition_shape_A((64, config.head_dim))
+            self.r_q = self.held.make_fragment_A(shape)
         self.p = cute.make_rmem_tensor(((2, 2, 2), 1, config.tile_n // 16), dtype)
         self.acc_o = cute.make_rmem_tensor(
             self.pv.partition_shape_C((64, config.head_dim)), Float32

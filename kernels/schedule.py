@@ -436,9 +436,10 @@ def _split_last(
     rest = len(parts) % num_ctas
     if not rest or len(parts) < num_ctas:
         return
-    dearest, cheapest, most = torch.stack([cost.max(), cost.min(), parts.max()]).tolist()
+    facts = torch.stack([cost.max(), cost.min(), parts.max(), tiles.min()])  # for one wait
+    dearest, cheapest, most, fewest = facts.tolist()
     if most == 1 and dearest <= 1.02 * cheapest:
-        parts[-rest:] = costs.last_parts(rest, int(tiles.min()), dearest, num_ctas)
+        parts[-rest:] = costs.last_parts(rest, int(fewest), dearest, num_ctas)
 
 
 def _with_room(bits: Tensor) -> Tensor:
