@@ -170,8 +170,8 @@ def _png(path: Path, size: int) -> np.ndarray | None:
 class Drawings(Examples):
     """Images as geometry: paddles int16 (n, paddles, 4), markers (n, 2, 2), labels (n,).
 
-    `take` draws them on the device where the geometry is. A GPU that has room for all of them
-    draws them once: of small images that takes as long as a good part of a training step.
+    `take` draws them on the device where the geometry is; on a GPU, all are drawn once if that is
+    no more than a GiB.
     """
 
     def __init__(
