@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from sparse_flash.masks.files import atomic_write
 
-_MAGIC = b"sparse_flash checkpoint 1\n"
+_MAGIC = b"sparse_flash checkpoint 2\n"
 
 
 class CheckpointError(ValueError):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_flash.experiments.config import CompareConfig
+from sparse_flash.experiments.machine import as_list
 from sparse_flash.experiments.train import train
 from sparse_flash.masks.files import atomic_write
 
@@ -56,7 +57,6 @@ def markdown(report: dict[str, Any]) -> str:
     """The report as a document: the machine, the table, what the columns mean."""
     settings, chance = report["settings"], report["rows"][0]["chance"]
     train_settings, seeds = settings["train"], settings["seeds"]
-    machine = "\n".join(f"- {name}: {value}" for name, value in report["machine"].items())
     model = ", ".join(f"{name} {value}" for name, value in settings["model"].items())
     return (
         "# Dense against block-sparse attention\n\n"
@@ -67,7 +67,7 @@ def markdown(report: dict[str, Any]) -> str:
         "and backward; empty where a step is one CUDA graph. Memory: of forward and backward, "
         "above the model. Tokens: padding included. Speed-up: of a training step, against the "
         "first row.\n\n"
-        f"## Machine\n\n{machine}\n"
+        f"## Machine\n\n{as_list(report['machine'])}\n"
     )
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
@@ -22,21 +22,35 @@ class LogError(OSError):
 Record = tuple[str, float, int, float]  # tag, value, step, wall time in seconds since 1970
 
 
+class _Nowhere:
+    """A writer whose methods do nothing."""
+
+    def __getattr__(self, name: str) -> Callable[..., _Nowhere]:
+        return lambda *_, **__: self
+
+
 class Logger:
     """Writes events of one run into its folder.
 
     Args:
         folder: The run's folder; made if missing. Events of an earlier process are replaced by
-            what `history` holds: what was logged after the last checkpoint is logged anew.
+            what `history` holds: what was logged after the last checkpoint is logged anew. None:
+            nothing is written, by workers that leave it to the first one.
         history: The scalars of the run so far.
 
     Raises:
         LogError: The folder cannot be made or written.
     """
 
-    def __init__(self, folder: Path, history: Sequence[Record] = ()) -> None:
+    def __init__(self, folder: Path | None, history: Sequence[Record] = ()) -> None:
         self.folder = folder
         self.history: list[Record] = []
+        self.writer: Any = _Nowhere() if folder is None else self._writer(folder)
+        for tag, value, step, wall_time in history:
+            self._scalar((tag, value, step, wall_time))
+
+    def _writer(self, folder: Path) -> SummaryWriter:
+        """A writer into the folder, without the events of an earlier process."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
             probe = folder / ".writable"
@@ -49,9 +63,7 @@ class Logger:
                 f"cannot write to the log folder {folder} ({error.strerror}): "
                 "choose another with --out"
             ) from error
-        self.writer = SummaryWriter(str(folder))
-        for tag, value, step, wall_time in history:
-            self._scalar((tag, value, step, wall_time))
+        return SummaryWriter(str(folder))
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Record numbers at a step."""
@@ -104,35 +116,3 @@ class Logger:
         except OSError:
             if error is None:
                 raise
-
-
-class NoLogger(Logger):
-    """Records nothing: of the workers that train one model, the first one does."""
-
-    def __init__(self) -> None:
-        self.history = []
-
-    def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """Nothing."""
-
-    def figure(self, name: str, figure: Figure) -> None:
-        """Nothing."""
-
-    def text(self, name: str, text: str) -> None:
-        """Nothing."""
-
-    def hyperparameters(
-        self, settings: Mapping[str, int | float | str | bool], metrics: Mapping[str, float]
-    ) -> None:
-        """Nothing."""
-
-    def flush(self) -> None:
-        """Nothing."""
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Nothing."""

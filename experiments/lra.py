@@ -19,6 +19,7 @@ from sparse_flash.experiments import recipes
 from sparse_flash.experiments.attention import Kind
 from sparse_flash.experiments.compare import as_table, slug
 from sparse_flash.experiments.config import RunConfig
+from sparse_flash.experiments.machine import as_list
 from sparse_flash.experiments.train import train
 from sparse_flash.masks.files import atomic_write
 
@@ -184,7 +185,6 @@ def markdown(report: dict[str, Any]) -> str:
     chance = {t: r["tasks"][t]["chance"] for r in report["rows"] for t in r["tasks"]}
     budget = ", ".join(f"{task} {share:.0%}" for task, share in shares.items())
     guesses = ", ".join(f"{task} {value:.1%}" for task, value in chance.items())
-    machine = "\n".join(f"- {name}: {value}" for name, value in report["machine"].items())
     return (
         "# Long Range Arena: accuracy and speed by kind of attention\n\n"
         f"{table(report)}\n\n"
@@ -196,7 +196,8 @@ def markdown(report: dict[str, Any]) -> str:
         f"## Memory of forward and backward above the model, MiB\n\n"
         f"{_by_task(report, 'peak_memory_MiB', '.0f')}\n\n"
         f"## Kept part of the attention matrix\n\n{_by_task(report, 'density', '.1%')}\n\n"
-        f"![accuracy against time and operations](lra.png)\n\n## Machine\n\n{machine}\n"
+        "![accuracy against time and operations](lra.png)\n\n"
+        f"## Machine\n\n{as_list(report['machine'])}\n"
     )
 
 

@@ -7,7 +7,7 @@ import gc
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Self
 
@@ -43,6 +43,16 @@ def _cpu_name() -> str:
         return platform.processor() or platform.machine()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
+
+
+def as_list(facts: Mapping[str, object]) -> str:
+    """What `describe` says, as a list in markdown.
+
+    >>> print(as_list({"cores": 2, "torch": "2.13.0"}))
+    - cores: 2
+    - torch: 2.13.0
+    """
+    return "\n".join(f"- {name}: {value}" for name, value in facts.items())
 
 
 class PeakMemory:

@@ -20,7 +20,7 @@ from sparse_flash.experiments.attention import Kind
 from sparse_flash.experiments.clock import AttentionClock
 from sparse_flash.experiments.config import RunConfig, TrainConfig
 from sparse_flash.experiments.data.dataset import Batch, Examples, Sampler, Splits
-from sparse_flash.experiments.logger import Logger, NoLogger
+from sparse_flash.experiments.logger import Logger
 from sparse_flash.experiments.machine import describe, matrix_peak, tensor_peak
 from sparse_flash.experiments.model import Encoder
 from sparse_flash.experiments.parallel import Workers
@@ -154,7 +154,7 @@ class _Run:
         task = config.task
         resumable = self._read_checkpoint()
         history = [tuple(r) for r in resumable["history"]] if resumable else ()
-        self.log = Logger(folder, history) if self.workers.first else NoLogger()
+        self.log = Logger(folder if self.workers.first else None, history)
         data = data or task.load()
         self.chance = data.test.most_frequent
         self.train_split, self.val, self.test = (

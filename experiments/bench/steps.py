@@ -13,7 +13,7 @@ import torch
 from sparse_flash.experiments.attention import Kind
 from sparse_flash.experiments.config import ModelConfig, TrainConfig
 from sparse_flash.experiments.data.dataset import Batch
-from sparse_flash.experiments.machine import describe, tensor_peak
+from sparse_flash.experiments.machine import as_list, describe, tensor_peak
 from sparse_flash.experiments.model import Encoder
 from sparse_flash.experiments.step import WARM_UP, TrainingStep
 from sparse_flash.masks.files import atomic_write
@@ -165,13 +165,12 @@ def markdown(report: dict[str, Any]) -> str:
             f"{row['examples_per_second']:,.0f} | {row['tokens_per_second']:,.0f} | "
             f"{peak} | {speedup} |"
         )
-    facts = [f"- {name}: {value}" for name, value in report["machine"].items()]
     note = (
         "bfloat16 autocast, AdamW; batches of random tokens without padding. Memory: of a step, "
         "above model and optimiser. Speed-up: against standard attention, or SDPA where its matrix "
         "does not fit, in the same mode."
     )
-    return "\n".join([*lines, "", note, "", "## Machine", "", *facts, ""])
+    return "\n".join([*lines, "", note, "", "## Machine", "", as_list(report["machine"]), ""])
 
 
 def _line(row: Row) -> str:
