@@ -45,6 +45,15 @@ class ForwardConfig:
         return self.tile_m // 64
 
     @property
+    def exponentials_first(self) -> bool:
+        """Whether to keep the wait for O += P V behind the exponentials, which it could overlap.
+
+        ptxas moves it ahead of them. On an H200 three warpgroups then lose 2 to 10 %, while two
+        gain up to 2 %.
+        """
+        return self.warpgroups == 3
+
+    @property
     def consumer_registers(self) -> int:
         """Registers a consumer thread may use: with the producer's they fill the register file."""
         return {2: 232, 3: 160}[self.warpgroups]

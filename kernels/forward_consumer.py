@@ -131,7 +131,10 @@ class Consumer:
             online.apply_mask(acc_s, words, online.columns_within(remaining, self.thread))
         if const_expr(kind != INNER):
             online.reset(self.stats)
-        grown, decay = online.softmax(acc_s, self.stats, self.scale_log2, self.slack)
+        grown, decay = online.take_maximum(acc_s, self.stats, self.scale_log2, self.slack)
+        # Always true, but ptxas cannot know: within a basic block it moves the wait for O ahead.
+        if const_expr(not config.exponentials_first) or bit_tile >= FULL_TILE:
+            online.exponentiate(acc_s, self.stats, self.scale_log2)
         if const_expr(kind != FIRST):
             warpgroup.wait_group(0)
             self.v_pipe.consumer_release(v_state)

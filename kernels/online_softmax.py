@@ -60,13 +60,12 @@ def reset(stats):
 
 
 @cute.jit
-def softmax(acc_s, stats, scale_log2, slack):
-    """S becomes exp2(scale (S - maximum)). Returns whether, and by how much, to rescale O.
+def take_maximum(acc_s, stats, scale_log2, slack):
+    """Take S into account in the maxima. Returns whether, and by how much, to rescale O.
 
-    Online softmax: Milakov & Gimelshein, 2018. The sums stay those of the thread's own columns
-    until `normalisers`. A maximum that grows by less than `slack`, 8 / scale_log2, is not taken
-    over (as in FlashAttention-4): P stays below 2^8, which costs no precision, and there is nothing
-    to exchange or to rescale.
+    Online softmax: Milakov & Gimelshein, 2018. A maximum that grows by less than `slack`,
+    8 / scale_log2, is not taken over (as in FlashAttention-4): P stays below 2^8, which costs no
+    precision, and there is nothing to exchange or to rescale.
     """
     decay = cute.make_rmem_tensor(2, Float32)
     decay.fill(1.0)
@@ -84,6 +83,15 @@ def softmax(acc_s, stats, scale_log2, slack):
             )
             stats[row, 0] = top
             stats[row, 1] = stats[row, 1] * decay[row]
+    return grown, decay
+
+
+@cute.jit
+def exponentiate(acc_s, stats, scale_log2):
+    """S becomes exp2(scale (S - maximum)), and is added to the sums.
+
+    These stay those of the thread's own columns until `normalisers`.
+    """
     for row in cutlass.range_constexpr(2):
         # A row without keys so far has no maximum.
         shift = Float32(0.0) if stats[row, 0] == -Float32.inf else stats[row, 0]
@@ -91,7 +99,6 @@ def softmax(acc_s, stats, scale_log2, slack):
         for i in _row(acc_s, row):
             acc_s[i] = exp2(acc_s[i] * scale_log2 - scaled)
         stats[row, 1] = stats[row, 1] + _reduce([acc_s[i] for i in _row(acc_s, row)], _add)
-    return grown, decay
 
 
 def exp2(x):
