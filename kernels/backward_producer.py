@@ -83,8 +83,6 @@ class BackwardProducer:
         m_block, bit_tile = self.tiles[tile, 0], self.tiles[tile, 1]
         m_block, head = query_place(m_block, kv_head, self.heads)
         place = (m_block, head, batch)
-        if cutlass.const_expr(self.config.dq):
-            self.prefetch_sums((batch, head, 2 * m_block))
         self.q_pipe.sync_object_empty.wait(state.index, state.phase)
         s_tiles, barrier = self.s_tiles, self.q_pipe.producer_get_barrier(state)
         if cute.arch.lane_idx() == 0:
@@ -97,16 +95,6 @@ class BackwardProducer:
         self.do_pipe.producer_acquire(state)
         barrier = self.do_pipe.producer_get_barrier(state)
         tma_load(self.loads[1], self.buffers[1], place, state.index, barrier)
-
-    @cute.jit
-    def prefetch_sums(self, place):
-        """Both chunks of dQ's sums into the L2 cache: additions to lines elsewhere are slow."""
-        sums = sum_address(self.dq_sum, place)
-        if cute.arch.lane_idx() == 0:
-            cute.arch.inline_ptx(
-                "cp.async.bulk.prefetch.L2.global [{$r0}], {$r1};",
-                read_only_args=[sums, Int32(8 * self.config.dq_chunk)],
-            )
 
 
 class BackwardStorer:
