@@ -79,7 +79,8 @@ def test_every_task_from_end_to_end(tmp_path, config, recipes):
     speedups = [t["speedup"] for t in report["rows"][1]["tasks"].values()]
     assert report["rows"][1]["speedup"] == pytest.approx(math.prod(speedups) ** 0.2)
     text = (out / "lra.md").read_text()
-    assert "| attention | listops | text | retrieval | image | pathfinder | average" in text
+    head = "| attention | listops | text | retrieval | image | pathfinder | average"
+    assert head in " ".join(text.split())  # whatever the columns' widths
     assert "listops 40%" in text
     assert json.loads((out / "lra.json").read_text())["settings"]["budget"] is None
     assert (out / "lra.png").stat().st_size > 10_000
