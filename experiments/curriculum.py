@@ -57,9 +57,8 @@ class Curriculum:
         if not attention:
             attention = recipes.patches_and_butterfly(size)
         held_out = min(2_000, self.images)
-        task = Pathfinder(
-            size, self.contours[stage], self.images, held_out, held_out, seed, order="morton"
-        )
+        contour = self.contours[stage]
+        task = Pathfinder(size, contour, (), self.images, held_out, held_out, seed, order="morton")
         steps = self.steps[stage]
         schedule = replace(base.train, steps=steps, warmup=min(base.train.warmup, steps // 5))
         return replace(base, task=task, attention=attention, train=schedule, seed=seed, init=init)

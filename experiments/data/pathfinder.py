@@ -20,7 +20,7 @@ from sparse_flash.experiments.data.dataset import Batch, Examples, Split, Splits
 from sparse_flash.experiments.data.files import DataError, cached
 from sparse_flash.experiments.data.images import Order, places, token_order
 from torch import Tensor
-from torch.nn.functional import avg_pool2d
+from torch.nn.functional import avg_pool2d, pad
 from tqdm import tqdm
 
 RELEASE = (
@@ -30,6 +30,7 @@ RELEASE = (
 )
 _CHUNK = 64  # images that a thread makes at a time
 _DRAWN = 256  # images that are drawn at a time
+_OUTSIDE = -1_000  # of all images
 _KEPT = 1 << 30  # bytes of pixels that a GPU keeps: of more than that it draws each batch anew
 
 
@@ -45,6 +46,9 @@ class Pathfinder:
     """Pixels a side."""
     contour: int = 14
     """Paddles of a long curve: 14 is Long Range Arena's, 9 and 6 are easier."""
+    easier: tuple[int, ...] = ()
+    """Contours of more images to train on, as many of each: what is learned of short curves holds
+    for longer ones."""
     train: int = 160_000
     """Training images."""
     val: int = 20_000
@@ -65,8 +69,11 @@ class Pathfinder:
     def __post_init__(self) -> None:
         if self.size not in (32, 64, 128, 256):
             raise ValueError(f"size must be 32, 64, 128 or 256 pixels, got {self.size}")
-        if not 3 <= self.contour <= 20:
-            raise ValueError(f"contour must be in 3..20, got {self.contour}")
+        for contour in (self.contour, *self.easier):
+            if not 3 <= contour <= 20:
+                raise ValueError(f"contour and easier must be in 3..20, got {contour}")
+        if self.source and self.easier:
+            raise ValueError("easier images can be generated, but not be read: leave source empty")
         if min(self.train, self.val, self.test) < 1:
             raise ValueError(f"Pathfinder needs at least one image in each split, got {self}")
 
@@ -90,15 +97,14 @@ class Pathfinder:
         return cached(self, (), self._generate, Drawings)
 
     def _generate(self) -> Splits:
-        total = self.train + self.val + self.test
+        counts = (self.train, self.val, self.test)
+        total = sum(counts) + self.train * len(self.easier)
         with tqdm(total=total, desc=f"{self.size}-pixel Pathfinder", disable=None) as bar:
-            parts = [
-                self._drawings(number, count, bar)
-                for number, count in enumerate((self.train, self.val, self.test))
-            ]
-        return Splits(*parts)
+            parts = [self._drawings(i, count, self.contour, bar) for i, count in enumerate(counts)]
+            easier = [self._drawings(0, self.train, contour, bar) for contour in self.easier]
+        return Splits(_joined([parts[0], *easier]), *parts[1:])
 
-    def _drawings(self, split: int, count: int, bar: tqdm[None]) -> Drawings:
+    def _drawings(self, split: int, count: int, contour: int, bar: tqdm[None]) -> Drawings:
         """The images of a split; no other split has a seed of theirs."""
         from sparse_flash.experiments.data import paddles as geometry
 
@@ -106,7 +112,7 @@ class Pathfinder:
 
         def make(chunk: int) -> tuple[np.ndarray, np.ndarray]:
             seeds = start + np.arange(chunk * _CHUNK, (chunk + 1) * _CHUNK)
-            made = geometry.curves(self.size, self.contour, seeds % 2**32)
+            made = geometry.curves(self.size, contour, seeds % 2**32)
             bar.update(_CHUNK)
             return made
 
@@ -212,6 +218,14 @@ class Drawings(Examples):
         """Images in the order of their tokens: uint8 (b, s)."""
         images = draw(self.paddles[index], self.markers[index], self.size)
         return images.flatten(1)[:, self.permutation]
+
+
+def _joined(parts: list[Drawings]) -> Drawings:
+    """All images of the parts; those of fewer paddles get some that lie far outside."""
+    most = max(part.paddles.shape[1] for part in parts)
+    paddles = [pad(p.paddles, (0, 0, 0, most - p.paddles.shape[1]), value=_OUTSIDE) for p in parts]
+    markers, labels = (torch.cat([getattr(p, n) for p in parts]) for n in ("markers", "labels"))
+    return Drawings(torch.cat(paddles), markers, labels, parts[0].size, parts[0].order)
 
 
 def draw(paddles: Tensor, markers: Tensor, size: int) -> Tensor:

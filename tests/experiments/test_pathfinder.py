@@ -107,6 +107,25 @@ def test_distances_are_balanced_label_by_label():
     )  # both ends of one curve
 
 
+def test_easier_images_are_trained_on_and_nothing_else():
+    mixed, alone = (task(32, easier=easier).load() for easier in ((6, 5), ()))
+    assert [len(s) for s in (mixed.train, mixed.val, mixed.test)] == [120, 10, 10]
+    everything = torch.arange(40)
+    for name in ("train", "val", "test"):
+        a, b = (getattr(splits, name) for splits in (mixed, alone))
+        index = everything[: len(b)]
+        assert torch.equal(a.take(index).tokens, b.take(index).tokens)
+    for part, contour in enumerate((6, 5), 1):
+        expected = task(32, contour=contour).load().train.take(everything)
+        found = mixed.train.take(everything + 40 * part)
+        assert torch.equal(found.tokens, expected.tokens)
+        assert torch.equal(found.labels, expected.labels)
+    with pytest.raises(ValueError, match="easier must be in 3..20, got 2"):
+        task(32, easier=(2,))
+    with pytest.raises(ValueError, match="leave source empty"):
+        task(32, easier=(6,), source="somewhere")
+
+
 def test_splits_and_repetition():
     splits, again = task().load(), task().load()
     assert (len(splits.train), len(splits.val), len(splits.test)) == (40, 10, 10)
