@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sparse_flash.kernels.fragment import fragment_order
 from sparse_flash.kernels.schedule import (
+    BACKWARD_COSTS,
     COSTS,
     CostModel,
     backward_schedule,
@@ -161,6 +162,17 @@ def test_longest_come_first_in_each_group_of_heads():
     for group in (0, 1):
         counts = work[work[:, HEAD] // 2 == group][:, COUNT]
         assert torch.equal(counts, counts.sort(descending=True).values)
+
+
+@pytest.mark.parametrize(
+    "spec", ["random_blocks(0.25, 128, 0)", "random_blocks(0.05, 128, 0)", "causal()"]
+)
+def test_few_heads_are_at_work_at_a_time(spec):
+    layout = masks.parse(spec).layout(16384)
+    plan = backward_schedule(layout, 1, (16, 16), (128, 64), 132, 16 << 20)  # a head at a time
+    assert {len(some.unique()) for some in plan.work[:, HEAD].split(132)} <= {1, 2, 3}
+    longest, mean = makespan(plan, 132, BACKWARD_COSTS)
+    assert longest < 1.04 * mean
 
 
 def test_empty_rows_and_empty_layouts():
