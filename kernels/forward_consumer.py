@@ -13,6 +13,7 @@ import cutlass
 from cutlass import Float32, Int32, const_expr, cute, pipeline
 from cutlass.cute.nvgpu import cpasync, warp, warpgroup
 from sparse_flash.kernels import online_softmax as online
+from sparse_flash.kernels.forward_producer import FULL_BEYOND
 from sparse_flash.kernels.primitives import hold, multiply
 from sparse_flash.masks.layout import FULL_TILE
 
@@ -133,7 +134,7 @@ class Consumer:
             online.reset(self.stats)
         grown, decay = online.take_maximum(acc_s, self.stats, self.scale_log2, self.slack)
         # Always true, but ptxas cannot know: within a basic block it moves the wait for O ahead.
-        if const_expr(not config.exponentials_first) or bit_tile >= FULL_TILE:
+        if const_expr(not config.exponentials_first) or bit_tile >= FULL_BEYOND:
             online.exponentiate(acc_s, self.stats, self.scale_log2)
         if const_expr(kind != FIRST):
             warpgroup.wait_group(0)
