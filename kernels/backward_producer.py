@@ -24,8 +24,8 @@ class BackwardProducer:
     to the end of the item before.
     """
 
-    def __init__(self, config, loads, dq_sum, buffers, s_tiles, pipes, items, inputs):
-        self.config, self.s_tiles, self.items, self.dq_sum = config, s_tiles, items, dq_sum
+    def __init__(self, config, loads, buffers, s_tiles, pipes, items, inputs):
+        self.config, self.s_tiles, self.items = config, s_tiles, items
         self.loads, self.buffers = loads, buffers
         self.q_pipe, self.do_pipe, self.k_pipe, self.v_pipe = pipes
         self.kv_lens, self.tiles, self.heads = inputs

@@ -184,7 +184,7 @@ class BackwardSm90:
                 buffers = (s_q, s_do, s_k, s_v, s_stats)
                 inputs = (kv_lens, tiles, heads)
                 outside = (buffers, s_tiles, pipes, items, inputs)
-                BackwardProducer(config, loads, dq_sum, *outside).run()
+                BackwardProducer(config, loads, *outside).run()
             elif warp_idx == 1:
                 buffers, inputs = (s_dq, s_out), (tiles, heads)
                 BackwardStorer(config, dq_sum, order, stores, buffers, items, inputs).run()
