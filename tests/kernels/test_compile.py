@@ -45,7 +45,7 @@ def name(config):
 CONFIGS, BACKWARD, QUERIES = all_forward_configs(), all_backward_configs(), all_queries_configs()
 
 
-def compile_well(kind, index, kernels, tmp_path):
+def compile_well(kind, index, kernels, tmp_path, warpgroups=2):
     """The SASS. No spills, no stack; products by WGMMA, and not one after the other."""
     env = {
         **os.environ,
@@ -67,13 +67,18 @@ def compile_well(kind, index, kernels, tmp_path):
     assert "setmaxnreg ignored" not in log
     sass = "".join(path.read_text() for path in tmp_path.glob("*.sass"))
     assert not re.search(r"\b(LDL|STL)\b", sass)
+    low, high = sorted(int(n, 16) for n in re.findall(r"USETMAXREG.* 0x([0-9a-f]+)", sass))
+    threads = 128 * (1 + warpgroups)
+    # A launch gives each thread as many; who asks for more than the others leave waits forever.
+    assert low + warpgroups * high <= (1 + warpgroups) * (65536 // threads // 8 * 8)
     return sass
 
 
 @pytest.mark.parametrize("index", range(len(CONFIGS)), ids=lambda i: name(CONFIGS[i]))
 def test_forward_compiles_well(index, tmp_path):
     config = CONFIGS[index]
-    sass = compile_well("forward", index, 2, tmp_path)  # attention, and the combination
+    # Attention, and the combination.
+    sass = compile_well("forward", index, 2, tmp_path, config.warpgroups)
     hgmma = len(re.findall(r"\bHGMMA\.", sass))
     # Three steps (first, inner, boundary) with S, and three places (inner, boundary, last) with O.
     assert hgmma == 3 * (config.head_dim // 16 + config.tile_n // 16)
