@@ -28,15 +28,19 @@ def _small(
     eval_every: int,
     lr: float = 1e-3,
     compiled: bool = True,
+    positions: Literal["learned", "rotary2d"] = "learned",
+    dropout: float = 0.1,
 ) -> RunConfig:
     """The small model that most PyTorch papers compare on Long Range Arena.
 
     compiled: It takes a quarter of a minute and saves a millisecond or more a step.
+    positions: Theirs are learned; of images, rotary ones in pixels generalise much better (47
+        instead of 42 % on Image).
     """
     return RunConfig(
         task=task,
         attention="local(128) | global_tokens(16) | butterfly(128)",
-        model=ModelConfig(dim=64, heads=2, layers=2, ffn=128),
+        model=ModelConfig(dim=64, heads=2, layers=2, ffn=128, positions=positions, dropout=dropout),
         train=TrainConfig(
             steps=steps,
             batch_size=batch,
@@ -56,7 +60,7 @@ def listops() -> RunConfig:
 
 def text() -> RunConfig:
     """Long Range Arena's Text: whether film reviews are positive, byte by byte."""
-    return _small(Text(), 20_000, 32, warmup=1_000, eval_every=1_000, lr=1e-4)
+    return _small(Text(), 20_000, 32, warmup=1_000, eval_every=250, lr=1e-4)
 
 
 def retrieval() -> RunConfig:
@@ -66,12 +70,23 @@ def retrieval() -> RunConfig:
 
 def image() -> RunConfig:
     """Long Range Arena's Image: CIFAR-10 in grey, pixel by pixel."""
-    return _small(Image(), 35_000, 256, warmup=1_000, eval_every=1_000)
+    return _small(Image(), 35_000, 256, warmup=1_000, eval_every=1_000, positions="rotary2d")
 
 
 def pathfinder() -> RunConfig:
-    """Long Range Arena's Pathfinder: whether a dashed curve joins two ends; 32 x 32 pixels."""
-    return _small(Pathfinder(32), 62_400, 256, warmup=1_000, eval_every=2_000)
+    """Long Range Arena's Pathfinder: whether a dashed curve joins two ends; 32 x 32 pixels.
+
+    Two of three images to train on have shorter curves: with none of these it stays near chance.
+    """
+    return _small(
+        Pathfinder(32, easier=(6, 9)),
+        62_400,
+        256,
+        warmup=1_000,
+        eval_every=2_000,
+        positions="rotary2d",
+        dropout=0.0,
+    )
 
 
 def patches_and_butterfly(size: int) -> str:

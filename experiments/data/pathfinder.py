@@ -69,9 +69,10 @@ class Pathfinder:
     def __post_init__(self) -> None:
         if self.size not in (32, 64, 128, 256):
             raise ValueError(f"size must be 32, 64, 128 or 256 pixels, got {self.size}")
-        for contour in (self.contour, *self.easier):
-            if not 3 <= contour <= 20:
-                raise ValueError(f"contour and easier must be in 3..20, got {contour}")
+        if not 3 <= self.contour <= 20:
+            raise ValueError(f"contour must be in 3..20, got {self.contour}")
+        if any(not 3 <= contour <= 20 for contour in self.easier):
+            raise ValueError(f"easier must be contours in 3..20, got {self.easier}")
         if self.source and self.easier:
             raise ValueError("easier images can be generated, but not be read: leave source empty")
         if min(self.train, self.val, self.test) < 1:
