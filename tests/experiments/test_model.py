@@ -6,7 +6,7 @@ import pytest
 import torch
 from sparse_flash.experiments.clock import AttentionClock
 from sparse_flash.experiments.config import ModelConfig
-from sparse_flash.experiments.model import Encoder, rotary_angles, rotate
+from sparse_flash.experiments.model import Encoder, TokenEmbedding, rotary_angles, rotate
 
 
 def make(attention="dense", places=None, pairs=False, **changes):
@@ -44,6 +44,19 @@ def test_padding_has_no_influence(pooling, attention):
     other[1, 13:] = 0
     other[2, 1:] = 7
     torch.testing.assert_close(model(TOKENS, LENGTHS), model(other, LENGTHS))
+
+
+def test_embeddings_and_their_gradients_are_those_of_one_table():
+    table = TokenEmbedding(11, 6).double()
+    tokens = torch.randint(0, 11, (3, 200)) * (torch.rand(3, 200) < 0.5)  # most are 0
+    weights = torch.randn(3, 200, 6, dtype=torch.float64)
+    (table(tokens) * weights).sum().backward()
+    other = table.weight.detach().clone().requires_grad_()
+    expected = torch.nn.functional.embedding(tokens, other)
+    (expected * weights).sum().backward()
+    assert torch.equal(table(tokens), expected)
+    torch.testing.assert_close(table.weight.grad, other.grad)
+    assert 0.01 < TokenEmbedding(256, 64).weight.std() < 0.03
 
 
 def test_rotary_positions_are_relative():
