@@ -76,10 +76,11 @@ def image() -> RunConfig:
 def pathfinder() -> RunConfig:
     """Long Range Arena's Pathfinder: whether a dashed curve joins two ends; 32 x 32 pixels.
 
-    Two of three images to train on have shorter curves: with none of these it stays near chance.
+    Three of four images to train on have shorter curves: with none of these, 12,000 steps brought
+    no more than what the places of the markers tell (57 %).
     """
     return _small(
-        Pathfinder(32, easier=(6, 9)),
+        Pathfinder(32, easier=(4, 6, 9)),
         62_400,
         256,
         warmup=1_000,
