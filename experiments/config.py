@@ -141,13 +141,8 @@ class RunConfig(Common):
         items: dict[str, Any] = {}
         for key, value in self.to_dict().items():
             nested = value if isinstance(value, dict) else {"": value}
-            items.update(
-                {
-                    f"{key}.{name}".rstrip("."): str(v) if isinstance(v, list) else v
-                    for name, v in nested.items()
-                }
-            )
-        return items
+            items.update({f"{key}.{name}".rstrip("."): v for name, v in nested.items()})
+        return {name: str(v) if isinstance(v, list) else v for name, v in items.items()}
 
 
 @dataclass(frozen=True)
