@@ -78,8 +78,8 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
 class TokenEmbedding(nn.Embedding):
     """An embedding whose gradient is added up in copies of the table, place by place.
 
-    Most pixels of an image are black, and additions to one row of the table wait for each other: on
-    an H200, 1.1 ms of the 4.8 ms that a step of small Pathfinder took.
+    Most pixels of an image are black, and on a GPU additions to one row of the table wait for each
+    other.
     """
 
     copies = 64

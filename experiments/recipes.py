@@ -34,8 +34,7 @@ def _small(
     """The small model that most PyTorch papers compare on Long Range Arena.
 
     compiled: It takes a quarter of a minute and saves a millisecond or more a step.
-    positions: Theirs are learned; of images, rotary ones in pixels generalise much better (47
-        instead of 42 % on Image).
+    positions: Theirs are learned; of images, rotary ones in pixels generalise better.
     """
     return RunConfig(
         task=task,

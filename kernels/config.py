@@ -206,7 +206,7 @@ DTYPES = ("bfloat16", "float16")
 _ANY = "bfloat16"  # stands for either
 _FORWARD = {
     32: (
-        ForwardConfig(_ANY, 32, tile_m=128),  # for short rows, where holding Q cost up to 20 %
+        ForwardConfig(_ANY, 32, tile_m=128),  # short rows: Q is not held for long
         ForwardConfig(_ANY, 32, tile_m=192, hold_q=True),
     ),
     64: (ForwardConfig(_ANY, 64, tile_m=128), ForwardConfig(_ANY, 64, tile_m=192)),

@@ -73,9 +73,9 @@ def mark(
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Which ends to mark: one curve's first, and its own last one or the other curve's.
 
-    Where the ends of one curve lie is not where those of two do: of labels drawn at random, 57 %
-    (of 32 x 32 pixels) could be guessed from the places of the markers, and at 256 pixels 61 % from
-    their distance. Here, of each pair of places and each distance, there are as many of both.
+    Where the ends of one curve lie is not where those of two do: labels drawn at random could be
+    guessed, better than by chance, from the places of the markers and from their distance. Here, of
+    each pair of places and each distance, there are about as many of both labels.
 
     Returns:
         markers float32 (n, 2, 2); labels int64 (n,): 1 where one curve joins the markers, -1 where
