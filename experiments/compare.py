@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
-import math
 import re
 import statistics
 from collections.abc import Sequence
@@ -30,12 +30,12 @@ def compare(config: CompareConfig, folder: Path, device: str = "auto") -> dict[s
     Returns:
         What comparison.json holds: machine, settings, one row a variant, all runs.
     """
-    data = config.task.load()
+    load = functools.cache(config.task.load)
     runs = []
     for seed in config.seeds:  # seed by seed: something to compare as early as possible
         for attention in config.attentions:
             name = f"{slug(attention)}-seed{seed}"
-            result = train(config.run(attention, seed), folder / name, device, data)
+            result = train(config.run(attention, seed), folder / name, device, load)
             runs.append({"name": name, **result})
     rows = [_row(attention, runs) for attention in config.attentions]
     for row in rows:
@@ -84,7 +84,7 @@ def table(report: dict[str, Any]) -> str:
             f"{row['test_loss']:.3f}",
             f"{row['step_ms']:.1f}",
             f"{row['tokens_per_second']:,.0f}",
-            "" if math.isnan(row["attention_share"]) else f"{row['attention_share']:.0%}",
+            f"{row['attention_share']:.0%}" if "attention_share" in row else "",
             f"{row['peak_memory_MiB']:.0f}",
             f"{row['speedup']:.2f}x",
         ]

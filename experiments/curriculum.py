@@ -57,8 +57,15 @@ class Curriculum:
         if not attention:
             attention = recipes.patches_and_butterfly(size)
         held_out = min(2_000, self.images)
-        contour = self.contours[stage]
-        task = Pathfinder(size, contour, (), self.images, held_out, held_out, seed, order="morton")
+        task = Pathfinder(
+            size,
+            self.contours[stage],
+            train=self.images,
+            val=held_out,
+            test=held_out,
+            seed=seed,
+            order="morton",
+        )
         steps = self.steps[stage]
         schedule = replace(base.train, steps=steps, warmup=min(base.train.warmup, steps // 5))
         return replace(base, task=task, attention=attention, train=schedule, seed=seed, init=init)

@@ -7,6 +7,7 @@ their average, and the speed-up of a training step against standard attention.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import statistics
@@ -118,11 +119,11 @@ def lra(
     report: dict[str, Any] = {}
     for task in config.tasks:
         base = by_task[task]()
-        data = config.run(base, task, config.attentions[0], 0).task.load()
+        load = functools.cache(config.run(base, task, config.attentions[0], 0).task.load)
         for seed, attention in config.grid():
             run = config.run(base, task, attention, seed)
             folder = out / task / f"{slug(attention)}-seed{seed}"
-            result = train(run, folder, device, data, config.budget)
+            result = train(run, folder, device, load, config.budget)
             share = result["metrics"]["steps"] / base.train.steps
             facts = {"task": task, "attention": attention, "seed": seed, "share": share}
             runs.append(facts | result)

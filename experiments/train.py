@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from sparse_flash.experiments import checkpoint
 from sparse_flash.experiments.attention import Kind
 from sparse_flash.experiments.clock import AttentionClock
 from sparse_flash.experiments.config import RunConfig, TrainConfig
-from sparse_flash.experiments.data.dataset import Batch, Examples, Sampler, Splits
+from sparse_flash.experiments.data.dataset import Batch, Examples, Sampler, Splits, Stages
 from sparse_flash.experiments.logger import Logger
 from sparse_flash.experiments.machine import describe, matrix_peak, tensor_peak
 from sparse_flash.experiments.model import Encoder
@@ -67,7 +67,7 @@ def train(
     config: RunConfig,
     folder: Path,
     device: str = "auto",
-    data: Splits | None = None,
+    data: Splits | Callable[[], Splits] | None = None,
     budget: float = math.inf,
 ) -> dict[str, Any]:
     """Train as `config` says, logging to `folder`; resume where an earlier call stopped.
@@ -78,7 +78,7 @@ def train(
         config: All that decides the numbers.
         folder: Of this run alone: checkpoint, TensorBoard events, result.json.
         device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", ...
-        data: The task's data, where it is loaded already.
+        data: The task's data, where it is loaded already, or what loads it, where it is needed.
         budget: Seconds of training after which the run is evaluated as it is; a later call with a
             larger budget goes on.
 
@@ -98,7 +98,8 @@ def train(
         metrics = done["metrics"]
         if metrics["steps"] >= config.train.steps or metrics["training_seconds"] >= budget:
             return done
-    return _Run(config, folder, pick_device(device), data, budget).run()
+    load = data if callable(data) else (lambda: data or config.task.load())
+    return _Run(config, folder, pick_device(device), load, budget).run()
 
 
 def finished(config: RunConfig, folder: Path) -> dict[str, Any] | None:
@@ -145,7 +146,7 @@ class _Run:
         config: RunConfig,
         folder: Path,
         device: torch.device,
-        data: Splits | None,
+        load: Callable[[], Splits],
         budget: float,
     ) -> None:
         self.workers = Workers.join(device)
@@ -155,13 +156,10 @@ class _Run:
         resumable = self._read_checkpoint()
         history = [tuple(r) for r in resumable["history"]] if resumable else ()
         self.log = Logger(folder if self.workers.first else None, history)
-        data = data or task.load()
+        data = load()
         self.chance = data.test.most_frequent
-        self.train_split, self.val, self.test = (
-            s.to(device) for s in (data.train, data.val, data.test)
-        )
-        share = (self.workers.rank, self.workers.size)
-        self.sampler = Sampler(self.train_split, config.train.batch_size, config.seed, share)
+        self.val, self.test = data.val.to(device), data.test.to(device)
+        self.sampler = self._sampler(data)
         torch.manual_seed(config.seed)
         self.model = Encoder.for_task(config.model, task, config.attention, config.block).to(device)
         if config.init and resumable is None:
@@ -173,6 +171,18 @@ class _Run:
         self.best: dict[str, Tensor] | None = None  # the weights that did best in evaluation
         if resumable is not None:
             self._restore(resumable)
+
+    def _sampler(self, data: Splits) -> Sampler | Stages:
+        """What gives each step its batch."""
+        config, share = self.config, (self.workers.rank, self.workers.size)
+
+        def of(examples: Examples) -> Sampler:
+            examples = examples.to(self.device)
+            return Sampler(examples, config.train.batch_size, config.seed, share)
+
+        if data.first is None:
+            return of(data.train)
+        return Stages(of(data.first), round(data.first_share * config.train.steps), of(data.train))
 
     def run(self) -> dict[str, Any]:
         """Train to the end, evaluate, and write the result."""
@@ -321,15 +331,16 @@ class _Run:
             "training_seconds": progress.seconds,
             "step_ms": 1000 * progress.step_seconds(),
             "tokens_per_second": progress.tokens / progress.seconds,
-            "attention_share": progress.attention_share,
             "peak_memory_MiB": progress.peak_mebibytes,
             "density": density(config),
             "step_gflops": 1e-9 * step_flops(config),
             "examples_per_second": config.train.batch_size / progress.step_seconds(),
         }
+        if not math.isnan(progress.attention_share):
+            metrics["attention_share"] = progress.attention_share
         if self.device.type == "cuda":
             metrics["of_matrix_peak"] = self._of_matrix_peak()
-        shown = {f"final/{name}": v for name, v in metrics.items() if not math.isnan(v)}
+        shown = {f"final/{name}": v for name, v in metrics.items()}
         self.log.hyperparameters(config.flat(), shown)
         self.log.flush()
         result = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Protocol
 
 import numpy as np
@@ -113,11 +113,17 @@ class Split(Examples):
 
 @dataclass(frozen=True)
 class Splits:
-    """Training, validation and test examples."""
+    """Training, validation and test examples; and those that training begins with, if others.
+
+    first: Drawn from instead of `train` in the first `first_share` of all steps.
+    """
 
     train: Examples
     val: Examples
     test: Examples
+    _: KW_ONLY
+    first: Examples | None = None
+    first_share: float = 0.0
 
 
 class Task(Protocol):
@@ -179,3 +185,16 @@ class Sampler:
             self._epochs = {k: v for k, v in self._epochs.items() if k == epoch - 1}
             self._epochs[epoch] = order.to(self.split.labels.device)
         return self._epochs[epoch]
+
+
+class Stages:
+    """The batches of one sampler for some steps, and then those of another from its first on."""
+
+    def __init__(self, first: Sampler, steps: int, then: Sampler) -> None:
+        self.first, self.steps, self.then = first, steps, then
+
+    def batch(self, step: int) -> Batch:
+        """The batch of this step (from 0)."""
+        if step < self.steps:
+            return self.first.batch(step)
+        return self.then.batch(step - self.steps)

@@ -110,13 +110,14 @@ def _read(path: Path, kind: Callable[..., Examples]) -> Splits | None:
         warnings.warn(f"{path} was damaged: it is made anew", stacklevel=4)
         return None
     state = torch.load(io.BytesIO(content), weights_only=True)
-    return Splits(*(kind(*state[name]) for name in ("train", "val", "test")))
+    parts = {name: kind(*arguments) for name, arguments in state.items()}
+    return Splits(parts["train"], parts["val"], parts["test"], first=parts.get("first"))
 
 
 def _write(path: Path, splits: Splits) -> None:
     content = io.BytesIO()
-    parts = {"train": splits.train, "val": splits.val, "test": splits.test}
-    torch.save({name: part.state() for name, part in parts.items()}, content)
+    parts = {"train": splits.train, "val": splits.val, "test": splits.test, "first": splits.first}
+    torch.save({name: part.state() for name, part in parts.items() if part is not None}, content)
     with atomic_write(path) as file:
         file.write(hashlib.sha256(content.getbuffer()).digest())
         file.write(content.getbuffer())

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -47,8 +47,10 @@ class Pathfinder:
     contour: int = 14
     """Paddles of a long curve: 14 is Long Range Arena's, 9 and 6 are easier."""
     easier: tuple[int, ...] = ()
-    """Contours of more images to train on, as many of each: what is learned of short curves holds
-    for longer ones."""
+    """Contours of the images to begin training with, `train` of each: what is learned of short
+    curves holds for longer ones."""
+    easier_share: float = 0.25
+    """Part of the training steps that are done with them, where there are any."""
     train: int = 160_000
     """Training images."""
     val: int = 20_000
@@ -75,6 +77,8 @@ class Pathfinder:
             raise ValueError(f"easier must be contours in 3..20, got {self.easier}")
         if self.source and self.easier:
             raise ValueError("easier images can be generated, but not be read: leave source empty")
+        if not 0 < self.easier_share < 1:
+            raise ValueError(f"easier_share must be in 0..1, got {self.easier_share}")
         if min(self.train, self.val, self.test) < 1:
             raise ValueError(f"Pathfinder needs at least one image in each split, got {self}")
 
@@ -95,7 +99,8 @@ class Pathfinder:
         """
         if self.source:
             return cached(self, (self.source,), self._read)
-        return cached(self, (), self._generate, Drawings)
+        splits = cached(self, (), self._generate, Drawings)
+        return replace(splits, first_share=self.easier_share) if self.easier else splits
 
     def _generate(self) -> Splits:
         counts = (self.train, self.val, self.test)
@@ -103,7 +108,7 @@ class Pathfinder:
         with tqdm(total=total, desc=f"{self.size}-pixel Pathfinder", disable=None) as bar:
             parts = [self._drawings(i, count, self.contour, bar) for i, count in enumerate(counts)]
             easier = [self._drawings(0, self.train, contour, bar) for contour in self.easier]
-        return Splits(_joined([parts[0], *easier]), *parts[1:])
+        return Splits(*parts, first=_joined(easier) if easier else None)
 
     def _drawings(self, split: int, count: int, contour: int, bar: tqdm[None]) -> Drawings:
         """The images of a split; no other split has a seed of theirs."""

@@ -61,9 +61,10 @@ def test_report(comparison):
 
 def test_a_share_that_is_not_known_is_left_empty(comparison):
     _, _, report = comparison
-    rows = [row | {"attention_share": float("nan")} for row in report["rows"]]
+    rows = [dict(row) for row in report["rows"]]
+    del rows[0]["attention_share"]
     text = module.table(report | {"rows": rows})
-    assert "nan" not in text
+    assert text.count("%") == module.table(report).count("%") - 1
     assert text.count("|") == module.table(report).count("|")
 
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from sparse_flash.experiments.data import listops
-from sparse_flash.experiments.data.dataset import Sampler, Split
+from sparse_flash.experiments.data.dataset import Sampler, Split, Stages
 from sparse_flash.experiments.data.listops import CLOSE, ListOps
 
 from tests.experiments.conftest import TINY
@@ -104,3 +104,11 @@ def test_batches_depend_on_seed_and_step_alone():
     assert not torch.equal(seen[:10], seen[10:])
     other = Sampler(split, 4, seed=4)
     assert any(not torch.equal(other.batch(s).labels, in_order[s]) for s in range(3))
+
+
+def test_stages_follow_each_other():
+    easy, hard = (Split(torch.arange(n)[:, None], None, torch.arange(n)) for n in (6, 10))
+    first, then = Sampler(easy, 4, seed=3), Sampler(hard, 4, seed=3)
+    batches = [Stages(first, 3, then).batch(step).labels for step in (2, 3, 7)]
+    expected = [first.batch(2), then.batch(0), then.batch(4)]
+    assert all(torch.equal(a, b.labels) for a, b in zip(batches, expected, strict=True))

@@ -11,6 +11,7 @@ from sparse_flash.experiments import lra
 from sparse_flash.experiments.attention import Kind
 from sparse_flash.experiments.config import ModelConfig, RunConfig, TrainConfig
 from sparse_flash.experiments.data.images import Image
+from sparse_flash.experiments.data.listops import ListOps
 from sparse_flash.experiments.data.pathfinder import Pathfinder
 from sparse_flash.experiments.data.text import Retrieval, Text
 from sparse_flash.experiments.lra import LraConfig
@@ -113,6 +114,9 @@ def test_a_grid_that_is_stopped_goes_on(tmp_path, config, recipes, monkeypatch):
     report = lra.lra(config, tmp_path, "cpu", recipes)
     assert len(report["runs"]) == 4
     assert report["runs"][:2] == half["runs"]
+    for task in (ListOps, Pathfinder):
+        monkeypatch.setattr(task, "load", lambda self: pytest.fail("loaded"))
+    assert lra.lra(config, tmp_path, "cpu", recipes) == report  # what is done needs no data
 
 
 def test_a_budget_ends_runs_and_a_larger_one_goes_on(tmp_path, config, recipes):

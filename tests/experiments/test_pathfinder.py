@@ -128,19 +128,27 @@ def test_labels_cannot_be_read_off_the_places_of_the_markers():
     assert guessed(np.stack([ends[curves, first, 0], ends[curves, last, 1]], 1), labels) > 0.527
 
 
-def test_easier_images_are_trained_on_and_nothing_else():
+def test_training_begins_with_easier_images():
     mixed, alone = (task(32, easier=easier).load() for easier in ((6, 5), ()))
-    assert [len(s) for s in (mixed.train, mixed.val, mixed.test)] == [120, 10, 10]
     everything = torch.arange(40)
     for name in ("train", "val", "test"):
         a, b = (getattr(splits, name) for splits in (mixed, alone))
+        assert len(a) == len(b)
         index = everything[: len(b)]
         assert torch.equal(a.take(index).tokens, b.take(index).tokens)
-    for part, contour in enumerate((6, 5), 1):
+    assert alone.first is None
+    assert mixed.first is not None
+    assert (len(mixed.first), mixed.first_share) == (80, 0.25)
+    again = task(32, easier=(6, 5)).load().first  # this time from the cache
+    assert again is not None
+    for part, contour in enumerate((6, 5)):
         expected = task(32, contour=contour).load().train.take(everything)
-        found = mixed.train.take(everything + 40 * part)
-        assert torch.equal(found.tokens, expected.tokens)
-        assert torch.equal(found.labels, expected.labels)
+        for first in (mixed.first, again):
+            found = first.take(everything + 40 * part)
+            assert torch.equal(found.tokens, expected.tokens)
+            assert torch.equal(found.labels, expected.labels)
+    with pytest.raises(ValueError, match=r"easier_share must be in 0..1, got 1.5"):
+        task(32, easier=(6,), easier_share=1.5)
     with pytest.raises(ValueError, match=r"easier must be contours in 3..20, got \(2,\)"):
         task(32, easier=(2,))
     with pytest.raises(ValueError, match="leave source empty"):
@@ -209,7 +217,7 @@ def test_the_release(tmp_path):
     assert [len(s) for s in (splits.train, splits.val, splits.test)] == [17, 1, 1]
     found = {
         int(t[0]): int(y)
-        for s in vars(splits).values()
+        for s in (splits.train, splits.val, splits.test)
         for t, y in zip(s.tokens, s.labels, strict=True)
     }
     assert found == {i: i % 2 for i in range(20) if i != 3}
