@@ -99,7 +99,8 @@ class Pathfinder:
         """
         if self.source:
             return cached(self, (self.source,), self._read)
-        splits = cached(self, (), self._generate, Drawings)
+        same = replace(self, easier_share=Pathfinder.easier_share)  # images do not depend on it
+        splits = cached(same, (), self._generate, Drawings)
         return replace(splits, first_share=self.easier_share) if self.easier else splits
 
     def _generate(self) -> Splits:
