@@ -35,7 +35,7 @@ class CostModel:
     tall_tile: float = 1.2  # a full tile of 192 x 128, in units of one of 128 x 128
     item: float = 1.5  # loading Q, the first softmax, writing O
     largest_share: float = 0.5  # of what a CTA gets, that one item may be
-    long_item: float = 2.5  # in units of what its group of heads gives a CTA; it comes first
+    long_item: float = 2.5  # in units of the mean item; see _longest_first
     fewest_tiles: int = 8  # of a part: shorter ones cost more than they balance
     part: float = 1.0  # writing a part and reading it again
     combine: float = 2.0  # launching the kernel that adds up parts
@@ -213,7 +213,7 @@ def schedule(
     counts = torch.tensor([len(work), len(combined)], dtype=torch.int32, device=layout.device)
     return Schedule(
         counts=counts,
-        work=work[_longest_first(item_cost, group, costs.long_item * share)],
+        work=work[_longest_first(item_cost, group, share, costs.long_item)],
         tiles=pad(
             torch.stack([layout.col_indices, layout.bit_tile_indices], 1).int(), (0, 0, 0, 1)
         ),
@@ -459,15 +459,17 @@ def _records(row: Tensor, sizes: tuple[int, int], *fields: Tensor) -> Tensor:
     return record
 
 
-def _longest_first(cost: Tensor, group: Tensor, longest: Tensor) -> Tensor:
+def _longest_first(cost: Tensor, group: Tensor, share: Tensor, long_item: float) -> Tensor:
     """The order of the items: group by group, in each the longest first.
 
-    Items that take longer than their group's part of `longest` come before all groups: started with
-    the last group, they would be the last to end. They should be few, for they mix the groups, and
-    what these read no longer fits the L2 cache.
+    Long items that would be the last to end if they began with their group come before all groups.
+    They must be few, for they mix the groups, and what these read no longer fits the L2 cache: so
+    items must be much longer than most.
     """
     groups = group.max() + 1 if len(group) else 1
-    group = torch.where(cost > longest / groups, -1, group)
+    rest = share * (groups - group) / groups  # of a CTA's work when a group begins
+    late = (cost > rest) & (cost > long_item * cost.mean())
+    group = torch.where(late, -1, group)
     by_cost = cost.argsort(descending=True, stable=True)
     return by_cost[group[by_cost].argsort(stable=True)]
 
