@@ -31,8 +31,8 @@ def _small(
 ) -> RunConfig:
     """The small model that most PyTorch papers compare on Long Range Arena.
 
-    model: Where it is another than theirs. Their positions are learned; of images, rotary ones in
-        pixels generalise better.
+    model: Where it is another than theirs, whose positions are learned, and whose pooling is the
+        mean.
     """
     return RunConfig(
         task=task,
@@ -73,8 +73,8 @@ def image() -> RunConfig:
 def pathfinder() -> RunConfig:
     """Long Range Arena's Pathfinder: whether a dashed curve joins two ends; 32 x 32 pixels.
 
-    Training begins with shorter curves, and pooling takes the maximum: with the mean, 12,000 steps
-    taught nothing of curves, not even of short ones.
+    Training begins with shorter curves, and pooling takes the maximum: with long curves alone, or
+    with the mean, attention may stay at chance.
     """
     return _small(
         Pathfinder(32, easier=(4, 6, 9)),

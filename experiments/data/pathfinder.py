@@ -76,7 +76,10 @@ class Pathfinder:
         if any(not 3 <= contour <= 20 for contour in self.easier):
             raise ValueError(f"easier must be contours in 3..20, got {self.easier}")
         if self.source and self.easier:
-            raise ValueError("easier images can be generated, but not be read: leave source empty")
+            raise ValueError(
+                f"easier images can be generated, but not be read: with source {self.source!r} set "
+                "easier to nothing (--task.easier without contours), or leave source empty"
+            )
         if not 0 < self.easier_share < 1:
             raise ValueError(f"easier_share must be in 0..1, got {self.easier_share}")
         if min(self.train, self.val, self.test) < 1:
