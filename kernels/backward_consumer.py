@@ -7,8 +7,8 @@ With the scores transposed, so that P and dS lie in registers as the products wa
     dV += P' dO;   dK += dS' Q;   dQ += dS K
 
 where ' is the transpose, and lse and delta belong to the queries, which are the columns. S' of the
-next tile is issued before the results of this one are taken away, and dP' before its P' is
-computed, so that the tensor cores have work while the threads compute.
+next tile is issued before the results of this one are taken away, dP' before its P' is computed,
+and dV and dK in parts, so that the tensor cores have work while the threads compute.
 """
 
 import cutlass
@@ -21,7 +21,13 @@ from sparse_flash.kernels.backward_producer import (
     STORE_THREADS,
     TAKEN_BARRIER,
 )
-from sparse_flash.kernels.primitives import hold, multiply, multiply_held, multiply_pairs
+from sparse_flash.kernels.primitives import (
+    hold,
+    multiply,
+    multiply_held,
+    multiply_pairs,
+    multiply_part,
+)
 from sparse_flash.masks.layout import FULL_TILE
 
 CONSUMER = pipeline.PipelineUserType.Consumer
@@ -53,9 +59,12 @@ class BackwardConsumer:
         shape = self.of_keys.partition_shape_C((64, config.columns))
         self.acc_dk = cute.make_rmem_tensor(shape, Float32)
         self.acc_dv = cute.make_rmem_tensor(shape, Float32)
-        if config.held:
+        if const_expr(config.held):
             shape = self.held.partition_shape_A((64, config.held))
             self.r_k = self.held.make_fragment_A(shape)
+        if const_expr(config.held_v):
+            shape = self.held.partition_shape_A((64, config.held_v))
+            self.r_v = self.held.make_fragment_A(shape)
 
     def view(self, s_q, s_do, s_v):
         """The operands of the five products as parts of shared memory."""
@@ -65,7 +74,8 @@ class BackwardConsumer:
 
         # (64 keys, head_dim, warpgroup, stage).
         layout = cute.make_layout((64, width, n // 64, kv), stride=(1, n, 64, n * width))
-        self.k_rows, v_rows = cute.composition(self.s_k, layout), cute.composition(s_v, layout)
+        self.k_rows = cute.composition(self.s_k, layout)
+        self.v_rows = cute.composition(s_v, layout)
 
         def columns(tensor):  # (columns, queries, head_dim / columns, stage), as second operand
             shape = (config.columns, m, width // config.columns, config.q_stages)
@@ -74,7 +84,8 @@ class BackwardConsumer:
             return self.of_keys.make_fragment_B(operand)[None, None, None, self.columns, None]
 
         self.f_k, self.f_v = (
-            self.scores.make_fragment_A(scores.partition_A(rows)) for rows in (self.k_rows, v_rows)
+            self.scores.make_fragment_A(scores.partition_A(rows))
+            for rows in (self.k_rows, self.v_rows)
         )
         self.f_q = self.scores.make_fragment_B(scores.partition_B(s_q))
         self.f_do = self.scores.make_fragment_B(scores.partition_B(s_do))
@@ -121,6 +132,9 @@ class BackwardConsumer:
                     hold(self.held, mine, self.r_k, self.thread)
                 self.multiply_keys_queries(kv_state, q_state)
                 self.v_pipe.consumer_wait(kv_state)
+                if const_expr(self.config.held_v):
+                    mine = self.v_rows[None, None, self.keys, kv_state.index]
+                    hold(self.held, mine, self.r_v, self.thread)
                 warpgroup.wait_group(0)
                 for _ in cutlass.range(count - 1, unroll=1):
                     q_state, buffer = self.step(q_state, kv_state, buffer, remaining, INNER)
@@ -141,21 +155,26 @@ class BackwardConsumer:
         shape = self.scores.partition_shape_C((64, config.tile_m))
         acc_dp = cute.make_rmem_tensor(shape, Float32)
         p, ds = (cute.make_rmem_tensor(shape, self.dtype) for _ in range(2))
+        few = const_expr(config.tile_m == 64)  # statistics: there are registers for them early
+        lse = self.statistics(0, stage) if few else None
         self.do_pipe.consumer_wait(q_state)
-        values = self.f_v[None, None, None, self.keys, kv_state.index]
-        multiply(self.scores, acc_dp, values, self.f_do, q_state.index, True)
-        self.probabilities(stage, remaining)
-        p.store(self.acc_s.load().to(self.dtype))
-        self.multiply_keys(self.acc_dv, p, self.f_dot, stage)
-        warpgroup.wait_group(1)
+        self.multiply_values_gradients(acc_dp, kv_state, q_state)
+        lse = lse if few else self.statistics(0, stage)
+        bit_tile, words = self.mask(stage)
+        for part in cutlass.range_constexpr(config.parts):
+            self.probabilities(p, lse, bit_tile, words, remaining, part)
+            self.multiply_keys(self.acc_dv, p, self.f_dot, stage, part)
+        delta = self.statistics(1, stage)
+        warpgroup.wait_group(config.parts)
         if const_expr(kind == LAST):
             self.v_pipe.consumer_release(kv_state)
         if remaining < config.tile_n:
             self.zero_rows(acc_dp, remaining)
-        self.derive(acc_dp, p, ds, stage)
-        if const_expr(config.dq):
-            self.share(ds, stage)
-        self.multiply_keys(self.acc_dk, ds, self.f_qt, stage)
+        for part in cutlass.range_constexpr(config.parts):
+            self.derive(ds, acc_dp, p, delta, part)
+            if const_expr(config.dq and part == config.parts - 1):
+                self.share(ds, stage)
+            self.multiply_keys(self.acc_dk, ds, self.f_qt, stage, part)
         following = q_state.clone()
         following.advance()
         shape = self.of_queries.partition_shape_C((64, config.dq_columns))
@@ -180,29 +199,41 @@ class BackwardConsumer:
         return following, buffer
 
     @cute.jit
-    def derive(self, acc_dp, p, ds, stage):
-        """DS' = P' (dP' - delta), the product in 16 bits, two at a time."""
-        delta = self.statistics(1, stage)
-        for i in cutlass.range_constexpr(cute.size(acc_dp)):
+    def derive(self, ds, acc_dp, p, delta, part: cutlass.Constexpr):
+        """A part of dS' = P' (dP' - delta), the product in 16 bits, two at a time."""
+        size = cute.size(acc_dp) // self.config.parts
+        for i in cutlass.range_constexpr(part * size, (part + 1) * size):
             ds[i] = (acc_dp[i] - delta[i % 2, i // 4]).to(self.dtype)
-        multiply_pairs(ds, p)
+        mine, factors = (
+            cute.make_tensor(x.iterator + part * size, cute.make_layout(size)) for x in (ds, p)
+        )
+        multiply_pairs(mine, factors)
 
     @cute.jit
-    def probabilities(self, stage, remaining):
-        """P' from S', in place; 0 where the mask or the keys' length says so."""
+    def mask(self, stage):
+        """The tile's bit tile, and the mask's bits for the thread's two rows."""
         bit_tile = Int32(0)
         if self.thread % 32 == 0:  # by the thread that frees the stage for its warp
             bit_tile = self.s_tiles[stage]
         bit_tile = cute.arch.shuffle_sync(bit_tile, 0)
         words = online.mask_words(self.bits, bit_tile, self.keys, self.thread)
-        lse = self.statistics(0, stage)
-        for i in cutlass.range_constexpr(cute.size(self.acc_s)):
-            power = self.acc_s[i] * self.scale_log2 - lse[i % 2, i // 4]
-            self.acc_s[i] = online.exp2(power)
+        return bit_tile, words
+
+    @cute.jit
+    def probabilities(self, p, lse, bit_tile, words, remaining, part: cutlass.Constexpr):
+        """A part of P' from S'; 0 where the mask or the keys' length says so."""
+        size = cute.size(self.acc_s) // self.config.parts
+        acc = cute.make_tensor(self.acc_s.iterator + part * size, cute.make_layout(size))
+        for i in cutlass.range_constexpr(size):
+            power = acc[i] * self.scale_log2 - lse[i % 2, (part * size + i) // 4]
+            acc[i] = online.exp2(power)
         if bit_tile != FULL_TILE or remaining < self.config.tile_n:
+            mine = cute.make_rmem_tensor(2, Int32)
             for i in cutlass.range_constexpr(2):
-                words[i] = words[i] if self.row(i) < remaining else Int32(0)
-            online.apply_mask(self.acc_s, words, Int32(-1), 0.0)
+                mine[i] = words[i] >> (part * size // 2) if self.row(i) < remaining else Int32(0)
+            online.apply_mask(acc, mine, Int32(-1), 0.0)
+        for i in cutlass.range_constexpr(size):
+            p[part * size + i] = acc[i].to(self.dtype)
 
     @cute.jit
     def multiply_keys_queries(self, kv_state, q_state):
@@ -215,10 +246,20 @@ class BackwardConsumer:
             multiply(self.scores, self.acc_s, mine, self.f_q, stage, True)
 
     @cute.jit
-    def multiply_keys(self, acc, a, b, stage):
-        """Issue acc += a b; accumulators of scores lie just as a first operand does."""
-        shape = ((2, 2, 2), 1, self.config.tile_m // 16)
-        multiply(self.of_keys, acc, cute.make_tensor(a.iterator, shape), b, stage, False)
+    def multiply_values_gradients(self, acc, kv_state, q_state):
+        """Issue dP' = V dO' for this warpgroup's keys."""
+        mine, stage = self.f_v[None, None, None, self.keys, kv_state.index], q_state.index
+        if const_expr(self.config.held_v):
+            products = (self.held, self.scores)
+            multiply_held(products, acc, self.r_v, mine, self.f_do, stage)
+        else:
+            multiply(self.scores, acc, mine, self.f_do, stage, True)
+
+    @cute.jit
+    def multiply_keys(self, acc, a, b, stage, part: cutlass.Constexpr):
+        """Issue a part of acc += a b; accumulators of scores lie just as a first operand does."""
+        a = cute.make_tensor(a.iterator, ((2, 2, 2), 1, self.config.tile_m // 16))
+        multiply_part(self.of_keys, acc, a, b, stage, part, self.config.parts)
 
     @cute.jit
     def statistics(self, which: cutlass.Constexpr, stage):

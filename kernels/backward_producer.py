@@ -15,6 +15,8 @@ ITEM_FIELDS = 8
 # ready, or have been read.
 READY_BARRIER, TAKEN_BARRIER = 2, 6
 STORE_THREADS = 128 + 32
+# Of a tile of dQ's sums: nobody has come to it; somebody is storing the first addend; it is there.
+FREE, BEGUN, READY = range(3)
 
 
 class BackwardProducer:
@@ -101,8 +103,10 @@ class BackwardStorer:
     """Takes what the warpgroups put into shared memory to where it belongs: dQ is added, tile by
     tile, to sums in float32; dV and dK of an item that is no part are stored.
 
-    Where the config is ordered, additions to a tile of sums take turns: the schedule has numbered
-    them, and a count of those that are done stands in memory.
+    Who comes first to a tile of sums stores instead of adding, so that nobody needs to clear it;
+    whether that is under way or done stands in memory. Those who come meanwhile wait for it: it
+    waits for nobody. Where the config is ordered, sums are cleared and additions to a tile take
+    turns: the schedule has numbered them, and a count of those that are done stands in memory.
     """
 
     def __init__(self, config, dq_sum, order, stores, buffers, items, inputs):
@@ -126,17 +130,21 @@ class BackwardStorer:
                 if remaining > 0:
                     for j in cutlass.range(count, unroll=1):
                         m_block, q_head = query_place(self.tiles[first + j, 0], head, self.heads)
-                        self.wait_for_turn(turn + j, (batch, q_head, m_block))
+                        place = (batch, q_head, m_block)
+                        found = self.come(turn + j, place)
                         for group in cutlass.range_constexpr(2):
                             self.wait_for_results(buffer, group)
-                            self.add((batch, q_head, 2 * m_block + group), buffer, group)
-                        self.pass_turn((batch, q_head, m_block))
+                            chunk = (batch, q_head, 2 * m_block + group)
+                            self.add(chunk, buffer, group, found)
+                        if cutlass.const_expr(self.config.ordered) or found == FREE:
+                            self.count(place)
                         buffer = self.following(buffer)
                 elif cutlass.const_expr(self.config.ordered):
                     for j in cutlass.range(count, unroll=1):
                         m_block, q_head = query_place(self.tiles[first + j, 0], head, self.heads)
-                        self.wait_for_turn(turn + j, (batch, q_head, m_block))
-                        self.pass_turn((batch, q_head, m_block))
+                        place = (batch, q_head, m_block)
+                        self.come(turn + j, place)
+                        self.count(place)
             if part < 0:
                 place = (n_block, head, batch)
                 for store in (self.dv_store, self.dk_store):
@@ -149,37 +157,54 @@ class BackwardStorer:
         cute.arch.cp_async_bulk_wait_group(0)
 
     @cute.jit
-    def wait_for_turn(self, index, place):
-        """Until all additions to a tile of sums that come before this one have been done."""
+    def come(self, turn, place):
+        """Wait until this CTA may add to a tile of sums. Returns FREE if it is to be the first.
+
+        While the results are still being computed, which takes longer. Where the config is ordered
+        it is the number of additions that come before: FREE is the first here too.
+        """
+        found = Int32(0)
+        done = self.done.iterator + cute.crd2idx(place, self.done.layout)
         if cutlass.const_expr(self.config.ordered):
-            turn = self.turns[index]
-            done = (self.done.iterator + cute.crd2idx(place, self.done.layout)).toint()
-            count = acquire(done)
-            while count != turn:
-                count = acquire(done)
+            found = self.turns[turn]
+            wait_until(done.toint(), found)
+        else:
+            if cute.arch.lane_idx() == 0:
+                # Relaxed: what follows adds in the L2 cache and reads nothing that may be stale.
+                found = cute.arch.atomic_max(done, Int32(BEGUN), sem="relaxed", scope="gpu")
+            found = cute.arch.shuffle_sync(found, 0)
+            if found == BEGUN:
+                wait_until(done.toint(), Int32(READY))
+        cute.arch.fence_proxy("async.global")
+        return found
+
+    @cute.jit
+    def count(self, place):
+        """Once what was added is there, say so."""
+        cute.arch.cp_async_bulk_wait_group(0)
+        done = self.done.iterator + cute.crd2idx(place, self.done.layout)
+        if cute.arch.lane_idx() == 0:  # which has issued the additions
             cute.arch.fence_proxy("async.global")
+            cute.arch.atomic_add(done, Int32(1), sem="release", scope="gpu")
 
     @cute.jit
-    def pass_turn(self, place):
-        """Let the next one add to a tile of sums."""
-        if cutlass.const_expr(self.config.ordered):
-            cute.arch.cp_async_bulk_wait_group(0)
-            done = self.done.iterator + cute.crd2idx(place, self.done.layout)
-            if cute.arch.lane_idx() == 0:  # which has issued the additions
-                cute.arch.fence_proxy("async.global")
-                cute.arch.atomic_add(done, Int32(1), sem="release", scope="gpu")
-
-    @cute.jit
-    def add(self, place, buffer, group: cutlass.Constexpr):
+    def add(self, place, buffer, group: cutlass.Constexpr, found):
         """A warpgroup's part of dQ to the sums: one run of memory."""
         smem = self.s_dq[None, None, None, group, buffer].iterator
         sums = sum_address(self.dq_sum, place)
         if cute.arch.lane_idx() == 0:
-            cute.arch.inline_ptx(
-                "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 "
-                "[{$r0}], [{$r1}], {$r2};",
-                read_only_args=[sums, smem.toint(), Int32(4 * self.config.dq_chunk)],
-            )
+            arguments = [sums, smem.toint(), Int32(4 * self.config.dq_chunk)]
+            if found != FREE:
+                cute.arch.inline_ptx(
+                    "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 "
+                    "[{$r0}], [{$r1}], {$r2};",
+                    read_only_args=arguments,
+                )
+            else:
+                cute.arch.inline_ptx(
+                    "cp.async.bulk.global.shared::cta.bulk_group [{$r0}], [{$r1}], {$r2};",
+                    read_only_args=arguments,
+                )
         cute.arch.cp_async_bulk_commit_group()
 
     @cute.jit
@@ -224,6 +249,14 @@ class BackwardStorer:
 def sum_address(dq_sum, place):
     """Where a chunk of dQ's sums begins: place = (batch, q head, chunk)."""
     return (dq_sum.iterator + cute.crd2idx((*place, 0), dq_sum.layout)).toint()
+
+
+@cute.jit
+def wait_until(address, goal):
+    """Until a number that others change is this one; it is read before all that follows."""
+    count = acquire(address)
+    while count != goal:
+        count = acquire(address)
 
 
 @cute.jit

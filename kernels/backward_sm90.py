@@ -47,7 +47,7 @@ class BackwardSm90:
         dq: cute.Tensor,  # (b, s_q, h, d)
         dk: cute.Tensor,  # (b, s_kv, h_kv, d)
         dv: cute.Tensor,  # (b, s_kv, h_kv, d)
-        done: cute.Tensor,  # (b, h, tiles) int32: how often was added to a tile of dq_sum
+        done: cute.Tensor,  # (b, h, tiles) int32: what a tile of dq_sum is; see BackwardStorer
         dq_sum: cute.Tensor,  # (b, h, tiles x 2, dq_chunk) float32; see elementwise.Convert
         stats: cute.Tensor,  # (b, h, 2, s_q rounded up to tile_m) float32
         kv_lens: cute.Tensor,  # (b,) int32
@@ -75,7 +75,7 @@ class BackwardSm90:
         rest = (dq_sum, (turns, done), stats, lists, (dk_parts, dv_parts))
         self.launch(tensors, *rest, num_ctas, scales, stream)
         if cutlass.const_expr(config.dq):
-            Convert(config, self.dtype)(dq_sum, dq, softmax_scale, stream)
+            Convert(config, self.dtype)(dq_sum, done, dq, softmax_scale, stream)
         if cute.size(combine, mode=[0]) > 0:
             total = Sum(config.tile_n, config.head_dim, self.dtype)
             total((dk, dv), combine, counts, (dk_parts, dv_parts), stream)

@@ -77,8 +77,11 @@ class BackwardConfig:
     With tile_n 128 each owns 64 keys, and of dQ a chunk at a time: with tile_m 64 half of the
     columns, with 128 half of the rows. With tile_n 64 (for large head_dims) both own all keys,
     each half of the columns of dK and dV, and both compute the scores.
-    held: How many columns of K stay in registers as long as an item lasts: as many as there is
-        room for, since shared memory is what these kernels wait for.
+    held, held_v: How many columns of K and V stay in registers as long as an item lasts: as many
+        as there is room for, since shared memory is what these kernels wait for.
+    parts: Into how many parts of the queries P' and dS' are cut: with a part of them, the tensor
+        cores begin with dV and dK while the threads compute the next. At small head_dims these
+        products are too short to be cut.
     dq: Whether to compute dQ too, by adding up in memory.
     ordered: Whether to add in the schedule's order, so that the result is the same every time.
     """
@@ -92,6 +95,8 @@ class BackwardConfig:
     kv_stages: int = 1
     ds_stages: int = 2
     held: int = 0
+    held_v: int = 0
+    parts: int = 2
     ordered: bool = False
     arch: str = "sm_90a"
 
@@ -210,19 +215,19 @@ _FORWARD = {
         ForwardConfig(_ANY, 32, tile_m=192, hold_q=True),
     ),
     64: (ForwardConfig(_ANY, 64, tile_m=128), ForwardConfig(_ANY, 64, tile_m=192)),
-    96: (ForwardConfig(_ANY, 96, tile_m=128),),
+    96: (ForwardConfig(_ANY, 96, tile_m=128), ForwardConfig(_ANY, 96, tile_m=192, tile_n=96)),
     128: (ForwardConfig(_ANY, 128, tile_m=128, hold_q=True),),
     192: (ForwardConfig(_ANY, 192, 128, tile_n=64, q_stages=1, kv_stages=3, o_columns=64),),
     256: (ForwardConfig(_ANY, 256, 128, tile_n=64, q_stages=1, kv_stages=2, o_columns=64),),
 }
 
 _BACKWARD = {
-    32: BackwardConfig(_ANY, 32, tile_m=128, dq=True, held=32),
-    64: BackwardConfig(_ANY, 64, tile_m=128, dq=True, held=48),
-    128: BackwardConfig(_ANY, 128, tile_m=64, dq=True, held=48),
+    32: BackwardConfig(_ANY, 32, tile_m=128, dq=True, held=32, parts=1),
+    64: BackwardConfig(_ANY, 64, tile_m=128, dq=True, held=64),
+    128: BackwardConfig(_ANY, 128, tile_m=64, dq=True, held=64, held_v=16),
 }
 _KEYS = {
-    32: BackwardConfig(_ANY, 32, tile_m=128, dq=False, held=32),
+    32: BackwardConfig(_ANY, 32, tile_m=128, dq=False, held=32, parts=1),
     64: BackwardConfig(_ANY, 64, tile_m=128, dq=False, held=48),
     128: BackwardConfig(_ANY, 128, tile_m=64, dq=False, held=64),
     256: BackwardConfig(_ANY, 256, tile_m=64, tile_n=64, dq=False),

@@ -18,9 +18,10 @@ def vector(tensor, place, alignment: cutlass.Constexpr):
 
 
 class Statistics:
-    """Of each query lse in powers of 2, and delta = sum(out * dout) - dlse; dQ's sums cleared.
+    """Of each query lse in powers of 2, and delta = sum(out * dout) - dlse.
 
-    Rows beyond the end, and those without keys, get lse = inf: their P is 0.
+    Rows beyond the end, and those without keys, get lse = inf: their P is 0. What stands in memory
+    of the tiles of dQ's sums is cleared; and the sums, where they will be added to in turns.
     """
 
     def __init__(self, config) -> None:
@@ -49,7 +50,7 @@ class Statistics:
         lse: cute.Tensor,
         dlse: cute.Tensor,
         stats: cute.Tensor,
-        sums: tuple[cute.Tensor, cute.Tensor],  # dq_sum, and how often was added to its tiles
+        sums: tuple[cute.Tensor, cute.Tensor],  # dq_sum, and what its tiles are
         has_dlse: Int32,
     ):
         """VECTOR elements for each thread."""
@@ -66,7 +67,7 @@ class Statistics:
             for i in cutlass.range_constexpr(VECTOR):
                 total += a[i].to(Float32) * b[i].to(Float32)
         padded = row < cute.size(stats, mode=[3])
-        if cutlass.const_expr(self.config.dq):
+        if cutlass.const_expr(self.config.ordered):
             if padded:
                 start, size = thread * VECTOR, self.config.dq_chunk
                 zeros = cute.make_rmem_tensor(VECTOR, Float32)
@@ -84,7 +85,7 @@ class Statistics:
                     total -= dlse[batch, head, row]
             stats[batch, head, 0, row] = log_sum
             stats[batch, head, 1, row] = total
-            if cutlass.const_expr(self.config.ordered):
+            if cutlass.const_expr(self.config.dq):
                 if row % self.config.tile_m == 0:
                     done = sums[1]
                     done[batch, head, row // self.config.tile_m] = Int32(0)
@@ -95,7 +96,8 @@ class Convert:
 
     The sums lie in chunks of 64 rows, as the threads of a warpgroup held them: four numbers of
     each thread, then the next four of each. Number i of thread t is row 16 (t / 32) + (t % 32) / 4
-    + 8 (i / 2 % 2), column 8 (i / 4) + 2 (t % 4) + i % 2.
+    + 8 (i / 2 % 2), column 8 (i / 4) + 2 (t % 4) + i % 2. A tile that nobody came to is 0. The last
+    heads come first: some of their sums are still in the L2 cache.
     """
 
     def __init__(self, config, dtype: type[cutlass.Numeric]) -> None:
@@ -103,18 +105,21 @@ class Convert:
         self.groups = config.dq_columns // VECTOR
 
     @cute.jit
-    def __call__(self, sums, result, scale: Float32, stream):
+    def __call__(self, sums, done, result, scale: Float32, stream):
         """Launch on the stream: a chunk a CTA."""
-        self.kernel(sums, result, scale).launch(
+        self.kernel(sums, done, result, scale).launch(
             grid=tuple(cute.size(sums, mode=[i]) for i in (2, 1, 0)),
             block=(32 * self.groups, 1, 1),
             stream=stream,
         )
 
     @cute.kernel
-    def kernel(self, sums: cute.Tensor, result: cute.Tensor, scale: Float32):
+    def kernel(self, sums: cute.Tensor, done: cute.Tensor, result: cute.Tensor, scale: Float32):
         """Eight columns of two rows for each thread: from four neighbours, 16 numbers."""
         chunk, head, batch = cute.arch.block_idx()
+        head = cute.size(sums, mode=[1]) - 1 - head
+        batch = cute.size(sums, mode=[0]) - 1 - batch
+        there = done[batch, head, chunk // 2] != 0
         thread = cute.arch.thread_idx()[0]
         group, quad = thread % self.groups, thread // self.groups  # of columns; of four neighbours
         start = group * 512 + quad * 16
@@ -124,8 +129,11 @@ class Convert:
             place = (batch, head, chunk, start + half * VECTOR)
             cute.autovec_copy(vector(sums, place, 16), values)
             for i in cutlass.range_constexpr(4):
-                lower[4 * half + i] = (values[4 * (i // 2) + i % 2] * scale).to(self.dtype)
-                upper[4 * half + i] = (values[4 * (i // 2) + i % 2 + 2] * scale).to(self.dtype)
+                index = 4 * (i // 2) + i % 2
+                a = values[index] if there else Float32(0.0)
+                b = values[index + 2] if there else Float32(0.0)
+                lower[4 * half + i] = (a * scale).to(self.dtype)
+                upper[4 * half + i] = (b * scale).to(self.dtype)
         row, column = chunk * 64, group * 8
         if cutlass.const_expr(self.config.dq_by_columns):
             row, column = chunk // 2 * 64, chunk % 2 * 64 + group * 8

@@ -18,6 +18,15 @@ def multiply(product, acc, a, b, stage, clear: cutlass.Constexpr):
 
 
 @cute.jit
+def multiply_part(product, acc, a, b, stage, part: cutlass.Constexpr, parts: cutlass.Constexpr):
+    """Issue acc += a b for one of equal parts of a's columns."""
+    steps = cute.size(a, mode=[2]) // parts
+    warpgroup.fence()
+    _issue(product, acc, a, b, stage, False, (part * steps, (part + 1) * steps))
+    warpgroup.commit_group()
+
+
+@cute.jit
 def multiply_held(products, acc, held, a, b, stage):
     """Issue acc = a b, with the first columns of a held in registers (see `hold`).
 

@@ -41,9 +41,9 @@ class CostModel:
     combine: float = 2.0  # launching the kernel that adds up parts
     turn: float = 0.6  # from a CTA's turn to the next one's: 1.5 microseconds
 
-    def tile(self, tile_m: int) -> float:
-        """The cost of a full tile, comparable between tiles of different heights."""
-        return self.tall_tile if tile_m == 192 else 1.0
+    def tile(self, tile_m: int, tile_n: int) -> float:
+        """The cost of a full tile, comparable between tiles of different sizes."""
+        return (self.tall_tile if tile_m == 192 else 1.0) * tile_n / 128
 
     def rows(self, layout: BlockLayout) -> Tensor:
         """The cost of each block row `(patterns, block rows)`, float32."""
@@ -399,7 +399,7 @@ def best_config(
     Tiles are counted over the stored blocks, as if all these were full: exact where neither
     granularity cuts the blocks of the other, and else close enough.
     """
-    return min(configs, key=lambda c: cover(layout, c.tile) * costs.tile(c.tile_m))
+    return min(configs, key=lambda c: cover(layout, c.tile) * costs.tile(*c.tile))
 
 
 def cover(layout: BlockLayout, tile: tuple[int, int]) -> int:
