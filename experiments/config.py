@@ -30,6 +30,8 @@ class ModelConfig:
     """Width of the feed-forward layers."""
     positions: Literal["learned", "rotary", "rotary2d"] = "learned"
     """How the model knows where a token is; rotary2d: on the grid of an image."""
+    reach: tuple[float, ...] = ()
+    """How far heads look at the start, in tokens or pixels, in turn; of rotary positions."""
     pooling: Literal["mean", "max", "cls"] = "mean"
     """How tokens become one vector."""
     dropout: float = 0.1
@@ -46,6 +48,11 @@ class ModelConfig:
             raise ValueError(
                 f"{self.positions} positions need a head_dim that is a multiple of {step}, "
                 f"got {self.dim // self.heads}"
+            )
+        if self.reach and (self.positions == "learned" or min(self.reach) <= 0):
+            raise ValueError(
+                f"reach={self.reach} must be positive, and wants rotary positions; they are "
+                f"{self.positions}"
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in 0..1, got {self.dropout}")

@@ -65,6 +65,7 @@ class Curriculum:
             test=held_out,
             seed=seed,
             order="morton",
+            mirrored=True,
         )
         steps = self.steps[stage]
         schedule = replace(base.train, steps=steps, warmup=min(base.train.warmup, steps // 5))

@@ -43,6 +43,29 @@ class EncoderAttention(SelfAttention):
         self.core = None if ours else core(kind, layout, length, config.heads, head_dim)
         self.clock: AttentionClock | None = None
         self.register_buffer("angles", angles, persistent=False)
+        if angles is not None and config.reach:
+            self.begin_near(config)
+
+    @torch.no_grad()
+    def begin_near(self, config: ModelConfig) -> None:
+        """Let heads look at what is near at the start, as far as `reach` says.
+
+        Attention that begins as convolutions do learns from fewer images (d'Ascoli et al., ConViT,
+        2021). Here by a bias that all channels of q and k share: rotated, its products are
+
+            score(distance) = 2 bias^2 / sqrt(d) sum_i cos(frequency_i distance)
+
+        and it is such that they are 1 less at the reach, along an axis, than at distance 0.
+        """
+        head_dim = config.dim // config.heads
+        axes = 2 if config.positions == "rotary2d" else 1
+        frequencies = rotary_frequencies(head_dim, axes)
+        for head in range(config.heads):
+            reach = config.reach[head % len(config.reach)]
+            fall = (1 - torch.cos(frequencies * reach)).sum()
+            channels = slice(head * head_dim, (head + 1) * head_dim)
+            for linear in (self.to_q, self.to_kv):  # keys come before values
+                linear.bias[channels] = (head_dim**0.5 / (2 * fall)).sqrt()
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, kv_lens: Tensor | None) -> Tensor:
         """Rotate, and attend; timed where a clock is set."""
@@ -61,11 +84,14 @@ def rotary_angles(places: Tensor, dim: int) -> Tensor:
     places: (s,), or (s, axes) where tokens lie on a grid: each axis gets its share of the channels,
         with waves of 6 to at most 628 pixels (Heo et al., 2024).
     """
-    base = 10_000.0 if places.dim() == 1 else 100.0
     places = places.reshape(len(places), -1).float()
-    share = dim // places.shape[1]
-    frequencies = base ** -(torch.arange(0, share, 2).float() / share)
-    return (places[:, :, None] * frequencies).flatten(1)
+    return (places[:, :, None] * rotary_frequencies(dim, places.shape[1])).flatten(1)
+
+
+def rotary_frequencies(dim: int, axes: int) -> Tensor:
+    """Of each axis: (dim / axes / 2,), in radians a token, or a pixel."""
+    base, share = 10_000.0 if axes == 1 else 100.0, dim // axes
+    return base ** -(torch.arange(0, share, 2).float() / share)
 
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:

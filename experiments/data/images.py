@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sparse_flash.experiments.data.dataset import Split, Splits
+from sparse_flash.experiments.data.dataset import Batch, Examples, Split, Splits
 from sparse_flash.experiments.data.files import DataError, cached, members
 from torch import Tensor
 from tqdm import tqdm
@@ -52,6 +52,50 @@ def places(order: str, side: int) -> Tensor:
     """The (row, column) of each token: int64 (side^2, 2)."""
     pixel = token_order(order, side).permutation
     return torch.stack([pixel // side, pixel % side], 1)
+
+
+class Mirrored(Examples):
+    """Images of pixels as tokens, each in the eight ways in which a square can be laid: turned by
+    quarters, and in the mirror. Example i of 8 n is image i % n, laid in way i // n.
+
+    Args:
+        images: Examples without padding.
+        order: Of their pixels.
+        side: Pixels.
+    """
+
+    def __init__(self, images: Examples, order: Order, side: int) -> None:
+        self.images, self.order, self.side = images, order, side
+        self.labels = images.labels.repeat(8)
+        self.ways = _ways(order, side).to(self.labels.device)
+
+    def state(self) -> tuple[Tensor | int | str | None, ...]:
+        """There is none: it is cheap to make again, and only the images are kept."""
+        raise TypeError("keep the images, and make Mirrored of them again")
+
+    def to(self, device: torch.device) -> Mirrored:
+        """The same examples on another device."""
+        return Mirrored(self.images.to(device), self.order, self.side)
+
+    def subset(self, index: Tensor) -> Split:
+        """Some of the examples, as pixels."""
+        batch = self.take(index)
+        return Split(batch.tokens.to(torch.uint8), None, batch.labels)
+
+    def take(self, index: Tensor) -> Batch:
+        """The examples at these indices."""
+        way, index = index // len(self.images), index % len(self.images)
+        batch = self.images.take(index)
+        return Batch(batch.tokens.gather(1, self.ways[way]), None, batch.labels)
+
+
+def _ways(order: Order, side: int) -> Tensor:
+    """Which token's pixel comes to stand in each token's place, of the eight ways: (8, side^2)."""
+    there = token_order(order, side)
+    pixels = torch.arange(side * side).view(side, side)
+    turned = [pixels.rot90(quarters) for quarters in range(4)]
+    laid = torch.stack([way for x in turned for way in (x, x.T)]).flatten(1)
+    return there.inverse[laid[:, there.permutation]]
 
 
 @dataclass(frozen=True)

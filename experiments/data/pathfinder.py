@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from sparse_flash.experiments.data.dataset import Batch, Examples, Split, Splits
 from sparse_flash.experiments.data.files import DataError, cached
-from sparse_flash.experiments.data.images import Order, places, token_order
+from sparse_flash.experiments.data.images import Mirrored, Order, places, token_order
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, pad
 from tqdm import tqdm
@@ -61,6 +61,8 @@ class Pathfinder:
     """Seed of the images, not of the training."""
     order: Order = "raster"
     """The order of the pixels."""
+    mirrored: bool = False
+    """Train with eight examples of each image: turned by quarters, and in the mirror."""
     source: str = ""
     """Folder of the Long Range Arena release with imgs and metadata, to be read instead."""
 
@@ -100,11 +102,22 @@ class Pathfinder:
         Raises:
             DataError: What is to be read is missing, damaged, or of another size.
         """
+        # Neither of these changes the images themselves.
+        same = replace(self, easier_share=Pathfinder.easier_share, mirrored=Pathfinder.mirrored)
         if self.source:
-            return cached(self, (self.source,), self._read)
-        same = replace(self, easier_share=Pathfinder.easier_share)  # images do not depend on it
-        splits = cached(same, (), self._generate, Drawings)
-        return replace(splits, first_share=self.easier_share) if self.easier else splits
+            splits = cached(same, (self.source,), self._read)
+        else:
+            splits = cached(same, (), self._generate, Drawings)
+        first, share = splits.first, self.easier_share if self.easier else 0.0
+        return replace(
+            splits,
+            train=self._laid(splits.train),
+            first=first and self._laid(first),
+            first_share=share,
+        )
+
+    def _laid(self, images: Examples) -> Examples:
+        return Mirrored(images, self.order, self.size) if self.mirrored else images
 
     def _generate(self) -> Splits:
         counts = (self.train, self.val, self.test)

@@ -97,6 +97,30 @@ def test_rotary_positions_on_a_grid_are_relative_too():
         make(positions="rotary2d")
 
 
+@pytest.mark.parametrize("positions", ["rotary", "rotary2d"])
+def test_heads_look_as_far_as_reach_says(positions):
+    grid = torch.cartesian_prod(torch.arange(5), torch.arange(8))
+    model = make(positions=positions, places=grid, reach=(1.0, 3.0), dim=32)
+    for layer in model.layers:
+        attention = layer.attention
+        q, k = attention.to_q.bias.view(1, 1, 2, 16), attention.to_kv.bias[:32].view(1, 1, 2, 16)
+        q, k = (rotate(x.expand(1, 40, 2, 16), attention.angles) for x in (q, k))
+        scores = torch.einsum("bqhd,bkhd->hqk", q, k) / 16**0.5
+        for head, reach in enumerate((1, 3)):  # along a row, and along a column
+            expected = scores[head, 0, 0] - 1
+            torch.testing.assert_close(scores[head, 0, reach], expected)
+            if positions == "rotary2d":
+                torch.testing.assert_close(scores[head, 0, 8 * reach], expected)
+            assert scores[head, 20].argmax() == 20
+    assert model(TOKENS, LENGTHS).shape == (3, 10)
+    values = make(positions=positions, places=grid, dim=32).layers[0].attention.to_kv.bias[32:]
+    torch.testing.assert_close(model.layers[0].attention.to_kv.bias[32:], values)
+    with pytest.raises(ValueError, match="wants rotary positions"):
+        make(reach=(1.0,))
+    with pytest.raises(ValueError, match="must be positive"):
+        make(positions=positions, places=grid, reach=(0.0,))
+
+
 def test_pairs():
     model = make(pairs=True)
     pairs = torch.stack([TOKENS, TOKENS.flip(0)], 1)

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from sparse_flash.experiments.data import paddles
 from sparse_flash.experiments.data.files import DataError
+from sparse_flash.experiments.data.images import token_order
 from sparse_flash.experiments.data.pathfinder import Drawings, Pathfinder, draw
 
 from sparse_flash import masks
@@ -153,6 +154,28 @@ def test_training_begins_with_easier_images():
         task(32, easier=(2,))
     with pytest.raises(ValueError, match="leave source empty"):
         task(32, easier=(6,), source="somewhere")
+
+
+@pytest.mark.parametrize("order", ["raster", "morton"])
+def test_images_turned_and_in_the_mirror(order):
+    plain = task(32, order=order, easier=(5,)).load()
+    splits = task(32, order=order, easier=(5,), mirrored=True).load()
+    everything = torch.arange(40)
+    for some in ("val", "test"):
+        a, b = (getattr(x, some) for x in (plain, splits))
+        assert torch.equal(a.take(everything[:10]).tokens, b.take(everything[:10]).tokens)
+    pixel = token_order(order, 32).inverse
+    for some in ("train", "first"):
+        a, b = (getattr(x, some) for x in (plain, splits))
+        assert len(b) == 8 * len(a) == len(b.to(torch.device("cpu")))
+        images = a.take(everything).tokens[:, pixel].view(-1, 32, 32)
+        laid = [b.take(everything + 40 * way) for way in range(8)]
+        found = {way.tokens[:, pixel].view(-1, 32, 32).numpy().tobytes() for way in laid}
+        expected = [x.rot90(quarters, (1, 2)) for quarters in range(4) for x in (images, images.mT)]
+        assert found == {x.contiguous().numpy().tobytes() for x in expected}
+        assert all(torch.equal(way.labels, a.take(everything).labels) for way in laid)
+        some_of_them = b.subset(torch.tensor([3, 203]))
+        assert torch.equal(some_of_them.tokens.long(), b.take(torch.tensor([3, 203])).tokens)
 
 
 def test_splits_and_repetition():
