@@ -10,17 +10,23 @@ from cutlass import Float32, Int32, cute
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from sparse_flash.kernels.backward_consumer import BackwardConsumer
 from sparse_flash.kernels.backward_producer import BackwardProducer, BackwardStorer
-from sparse_flash.kernels.config import WORK_FIELDS, BackwardConfig
+from sparse_flash.kernels.config import BackwardConfig
 from sparse_flash.kernels.elementwise import Convert, Statistics, Sum
 from sparse_flash.kernels.primitives import (
+    LOAD,
+    STORE,
     WORK_STAGES,
     WorkList,
     barriers,
     buffer,
+    by_tiles,
     product,
     smem_layout,
+    tensor_in,
+    tma,
     tma_ring,
     work_ring,
+    work_room,
 )
 
 THREADS = 128 * 3
@@ -84,10 +90,7 @@ class BackwardSm90:
     def launch(self, tensors, dq_sum, order, stats, lists, parts, num_ctas: Int32, scales, stream):
         """Launch the attention kernel itself."""
         config, width = self.config, self.config.head_dim
-        # (s, d, h, b): the modes of a tile first.
-        q, dout, k, v, dk, dv = (
-            cute.make_tensor(x.iterator, cute.select(x.layout, mode=[1, 3, 2, 0])) for x in tensors
-        )
+        q, dout, k, v, dk, dv = by_tiles(tensors)
         stats = cute.make_tensor(stats.iterator, cute.select(stats.layout, mode=[3, 2, 1, 0]))
         m, n, stages = config.tile_m, config.tile_n, config.q_stages
         q_layout = smem_layout(self.dtype, m, width, stages)
@@ -99,12 +102,7 @@ class BackwardSm90:
         slots = 2 * config.buffers * config.out_slots
         out_layout = smem_layout(self.dtype, 64, config.columns, slots)
         stats_layout = cute.make_layout((m, 2, stages), stride=(1, m, 2 * m))
-        load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
-
-        def tma(op, tensor, layout):
-            tile = cute.select(layout, [0, 1])
-            return cpasync.make_tiled_tma_atom(op, tensor, tile, cute.product_each(tile.shape))
-
+        load, store = LOAD(), STORE()
         self.kernel(
             (
                 tma(load, q, q_layout),
@@ -159,7 +157,7 @@ class BackwardSm90:
         *pipes, work_pipe = self._pipelines(smem)
         q_layout, kv_layout, ds_layout, dq_layout, out_layout, stats_layout = layouts
         s_q, s_do, s_k, s_v, s_ds = (
-            room.get_tensor(layout.outer, swizzle=layout.inner)
+            tensor_in(room, layout)
             for room, layout in (
                 (smem.q, q_layout),
                 (smem.do, q_layout),
@@ -170,14 +168,11 @@ class BackwardSm90:
         )
         # dQ and, at the end of an item, dV and dK take turns in the same room.
         s_dq = smem.results.get_tensor(dq_layout, dtype=Float32)
-        s_out = smem.results.get_tensor(
-            out_layout.outer, swizzle=out_layout.inner, dtype=self.dtype
-        )
+        s_out = tensor_in(smem.results, out_layout, dtype=self.dtype)
         s_stats = smem.stats.get_tensor(stats_layout)
         s_tiles = smem.tiles.get_tensor(cute.make_layout(config.q_stages))
-        work_layout = cute.make_layout((WORK_STAGES, WORK_FIELDS), stride=(WORK_FIELDS, 1))
         kv_lens, work, tiles, bits, counter, counts = lists
-        items = WorkList(work, counter, counts, smem.work.get_tensor(work_layout), work_pipe)
+        items = WorkList(work, counter, counts, smem.work, work_pipe)
         if warp_idx < 4:
             cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
             if warp_idx == 0:
@@ -220,7 +215,7 @@ class BackwardSm90:
             k_barriers: barriers(config.kv_stages)
             v_barriers: barriers(config.kv_stages)
             work_barriers: barriers(WORK_STAGES)
-            work: cute.struct.MemRange[Int32, WORK_STAGES * WORK_FIELDS]
+            work: work_room()
             tiles: cute.struct.MemRange[Int32, config.q_stages]
             stats: cute.struct.Align[
                 cute.struct.MemRange[Float32, 2 * config.tile_m * config.q_stages], 128

@@ -15,6 +15,7 @@ from sparse_flash.kernels.config import (
     QueriesConfig,
 )
 
+Config = ForwardConfig | BackwardConfig | QueriesConfig
 _lock = threading.Lock()
 
 
@@ -24,54 +25,158 @@ def forward_kernel(config: ForwardConfig) -> Callable[..., None]:
     It takes the arguments of `ForwardSm90.__call__` but the stream, as torch tensors and numbers,
     and runs on torch's current stream.
     """
-    with _lock:
-        return _forward_kernel(config)
+    return _locked("forward", config, compile_forward)
 
 
 def backward_kernel(config: BackwardConfig) -> Callable[..., None]:
     """The compiled backward kernel, likewise, with the arguments of `BackwardSm90.__call__`."""
-    with _lock:
-        return _backward_kernel(config)
+    kind = "keys" if not config.dq else "ordered" if config.ordered else "backward"
+    return _locked(kind, config, compile_backward)
 
 
 def queries_kernel(config: QueriesConfig) -> Callable[..., None]:
     """The compiled kernel for dQ by queries, likewise, with the arguments of `QueriesSm90`."""
-    with _lock:
-        return _queries_kernel(config)
+    return _locked("queries", config, compile_queries)
+
+
+def _locked(kind: str, config: Config, compiled: Callable[[Any], Any]) -> Callable[..., None]:
+    with _lock:  # threads that come together compile once
+        return _kernel(kind, config, compiled)
 
 
 @functools.cache
-def _queries_kernel(config: QueriesConfig) -> Callable[..., None]:
-    name = f"queries-{config.dtype}-{config.head_dim}-{config.tile_m}x{config.tile_n}"
-    return load_or_compile(name, repr(config), lambda: compile_queries(config))
+def _kernel(kind: str, config: Config, compiled: Callable[[Any], Any]) -> Callable[..., None]:
+    height, width = config.tile
+    name = f"{kind}-{config.dtype}-{config.head_dim}-{height}x{width}"
+    return load_or_compile(name, repr(config), lambda: compiled(config))
 
 
-@functools.cache
-def _backward_kernel(config: BackwardConfig) -> Callable[..., None]:
-    kind = "keys" if not config.dq else "ordered" if config.ordered else "backward"
-    name = f"{kind}-{config.dtype}-{config.head_dim}-{config.tile_n}x{config.tile_m}"
-    return load_or_compile(name, repr(config), lambda: compile_backward(config))
+class _Arguments:
+    """What a kernel is called with: tensors that have no memory, whose sizes are symbols."""
+
+    def __init__(self, config: Config) -> None:
+        import cutlass
+        from cutlass import cute
+
+        self.dtype = {"bfloat16": cutlass.BFloat16, "float16": cutlass.Float16}[config.dtype]
+        self.size = cute.sym_int
+        self.b, self.q_len, self.kv_len, self.h, self.h_kv = (self.size() for _ in range(5))
+        self.d, self.num_parts = self.size(divisibility=8), self.size()
+
+    def queries(self) -> Any:
+        """As q: (b, s_q, h, d)."""
+        return self.strided(self.b, self.q_len, self.h, self.d)
+
+    def keys(self) -> Any:
+        """As k: (b, s_kv, h_kv, d)."""
+        return self.strided(self.b, self.kv_len, self.h_kv, self.d)
+
+    def statistics(self) -> Any:
+        """(b, h, 2, s_q rounded up)."""
+        return self.floats(self.b, self.h, 2, self.size(divisibility=64))
+
+    def lists(self, groups: int) -> tuple[Any, ...]:
+        """kv_lens, work items, tiles, and bits for this many warpgroups."""
+        items = self.ints(self.size(), WORK_FIELDS)
+        tiles = self.ints(self.size(), 2)
+        return self.ints(self.b), items, tiles, self.ints(self.size(), groups, 128, 2)
+
+    def parts(self, *shape: int) -> Any:
+        """Room for parts of split rows or columns."""
+        return self.floats(self.num_parts, *shape)
+
+    def sums(self) -> tuple[Any, ...]:
+        """Which parts belong together, and how many items and sums there are."""
+        return self.ints(self.size(), WORK_FIELDS), self.ints(2)
+
+    def strided(self, *shape: Any) -> Any:
+        """Of any strides that TMA can take: the last 1, the others multiples of 16 bytes."""
+        from cutlass import cute
+
+        stride: Any = (*(cute.sym_int64(divisibility=8) for _ in range(3)), 1)
+        return cute.runtime.make_fake_tensor(self.dtype, shape, stride=stride, assumed_align=16)
+
+    def floats(self, *shape: Any) -> Any:
+        """In float32, contiguous."""
+        from cutlass import Float32
+
+        return self.compact(Float32, *shape)
+
+    def ints(self, *shape: Any) -> Any:
+        """In int32, contiguous."""
+        from cutlass import Int32
+
+        return self.compact(Int32, *shape)
+
+    def compact(self, dtype: Any, *shape: Any) -> Any:
+        """Contiguous."""
+        from cutlass import cute
+
+        order = tuple(reversed(range(len(shape))))
+        return cute.runtime.make_fake_compact_tensor(
+            dtype, shape, stride_order=order, assumed_align=16
+        )
 
 
-@functools.cache
-def _forward_kernel(config: ForwardConfig) -> Callable[..., None]:
-    name = f"forward-{config.dtype}-{config.head_dim}-{config.tile_m}x{config.tile_n}"
-    return load_or_compile(name, repr(config), lambda: compile_forward(config))
+def compile_forward(config: ForwardConfig) -> Any:
+    """Compile, whether or not there is a GPU."""
+    from cutlass import Float32, Int32
+    from sparse_flash.kernels.forward_sm90 import ForwardSm90
+
+    of = _Arguments(config)
+    arguments = (
+        *(of.queries(), of.keys(), of.keys(), of.queries()),  # q, k, v, out
+        of.floats(of.b, of.h, of.q_len),  # lse
+        *of.lists(config.warpgroups),
+        of.ints(2),  # counter
+        of.parts(config.tile_m, config.head_dim),
+        of.parts(config.tile_m),
+        *of.sums(),
+        *(Int32(1), Float32(1.0)),
+    )
+    return _compile(ForwardSm90(config, of.dtype), arguments)
 
 
-def _strided(dtype: Any, *shape: Any) -> Any:
-    """A tensor of any strides that TMA can take: the last 1, the others multiples of 16 bytes."""
-    from cutlass import cute
+def compile_backward(config: BackwardConfig) -> Any:
+    """Compile, whether or not there is a GPU."""
+    from cutlass import Float32, Int32
+    from sparse_flash.kernels.backward_sm90 import BackwardSm90
 
-    stride: Any = (*(cute.sym_int64(divisibility=8) for _ in range(3)), 1)
-    return cute.runtime.make_fake_tensor(dtype, shape, stride=stride, assumed_align=16)
+    of = _Arguments(config)
+    arguments = (
+        *(of.queries(), of.keys(), of.keys(), of.queries(), of.queries()),  # q, k, v, out, dout
+        *(of.floats(of.b, of.h, of.q_len) for _ in range(2)),  # lse, dlse
+        of.compact(of.dtype, of.b, of.q_len, of.h, of.d),  # dq
+        *(of.keys(), of.keys()),  # dk, dv
+        of.ints(of.b, of.h, of.size()),  # done
+        of.floats(of.b, of.h, of.size(), config.dq_chunk),  # dq_sum
+        of.statistics(),
+        *of.lists(config.tile_n // 64),
+        of.ints(of.size()),  # turns
+        of.ints(2),  # counter
+        *(of.parts(config.tile_n, config.head_dim) for _ in range(2)),
+        *of.sums(),
+        *(Int32(1), Int32(0), Float32(1.0), Float32(1.0)),
+    )
+    return _compile(BackwardSm90(config, of.dtype), arguments)
 
 
-def _compact(dtype: Any, *shape: Any) -> Any:
-    from cutlass import cute
+def compile_queries(config: QueriesConfig) -> Any:
+    """Compile, whether or not there is a GPU."""
+    from cutlass import Float32, Int32
+    from sparse_flash.kernels.queries_sm90 import QueriesSm90
 
-    order = tuple(reversed(range(len(shape))))
-    return cute.runtime.make_fake_compact_tensor(dtype, shape, stride_order=order, assumed_align=16)
+    of = _Arguments(config)
+    arguments = (
+        *(of.queries(), of.keys(), of.keys(), of.queries(), of.queries()),  # q, k, v, dout, dq
+        of.statistics(),
+        *of.lists(config.warpgroups),
+        of.ints(2),  # counter
+        of.parts(config.tile_m, config.head_dim),
+        *of.sums(),
+        *(Int32(1), Float32(1.0), Float32(1.0)),
+    )
+    return _compile(QueriesSm90(config, of.dtype), arguments)
 
 
 def _compile(kernel: Any, arguments: tuple[Any, ...]) -> Any:
@@ -81,107 +186,3 @@ def _compile(kernel: Any, arguments: tuple[Any, ...]) -> Any:
     stream = cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True)
     options = f"--enable-tvm-ffi --gpu-arch {kernel.config.arch}"
     return cute.compile(kernel, *arguments, stream, options=options)
-
-
-def compile_forward(config: ForwardConfig) -> Any:
-    """Compile, whether or not there is a GPU."""
-    import cutlass
-    from cutlass import Float32, Int32, cute
-    from sparse_flash.kernels.forward_sm90 import ForwardSm90
-
-    dtype = {"bfloat16": cutlass.BFloat16, "float16": cutlass.Float16}[config.dtype]
-    size, strided = cute.sym_int, functools.partial(_strided, dtype)
-    b, q_len, kv_len, h, h_kv, d = (*(size() for _ in range(5)), size(divisibility=8))
-    parts = size()
-    arguments = (
-        strided(b, q_len, h, d),
-        strided(b, kv_len, h_kv, d),
-        strided(b, kv_len, h_kv, d),
-        strided(b, q_len, h, d),
-        _compact(Float32, b, h, q_len),
-        _compact(Int32, b),
-        _compact(Int32, size(), WORK_FIELDS),
-        _compact(Int32, size(), 2),
-        _compact(Int32, size(), config.warpgroups, 128, 2),
-        _compact(Int32, 2),
-        _compact(Float32, parts, config.tile_m, config.head_dim),
-        _compact(Float32, parts, config.tile_m),
-        _compact(Int32, size(), WORK_FIELDS),
-        _compact(Int32, 2),
-        Int32(1),
-        Float32(1.0),
-    )
-    return _compile(ForwardSm90(config, dtype), arguments)
-
-
-def compile_backward(config: BackwardConfig) -> Any:
-    """Compile, whether or not there is a GPU."""
-    import cutlass
-    from cutlass import Float32, Int32, cute
-    from sparse_flash.kernels.backward_sm90 import BackwardSm90
-
-    dtype = {"bfloat16": cutlass.BFloat16, "float16": cutlass.Float16}[config.dtype]
-    size, strided = cute.sym_int, functools.partial(_strided, dtype)
-    b, q_len, kv_len, h, h_kv, d = (*(size() for _ in range(5)), size(divisibility=8))
-    parts = size()
-    arguments = (
-        strided(b, q_len, h, d),
-        strided(b, kv_len, h_kv, d),
-        strided(b, kv_len, h_kv, d),
-        strided(b, q_len, h, d),
-        strided(b, q_len, h, d),
-        _compact(Float32, b, h, q_len),
-        _compact(Float32, b, h, q_len),
-        _compact(dtype, b, q_len, h, d),
-        strided(b, kv_len, h_kv, d),
-        strided(b, kv_len, h_kv, d),
-        _compact(Int32, b, h, size()),
-        _compact(Float32, b, h, size(), config.dq_chunk),
-        _compact(Float32, b, h, 2, size(divisibility=64)),
-        _compact(Int32, b),
-        _compact(Int32, size(), WORK_FIELDS),
-        _compact(Int32, size(), 2),
-        _compact(Int32, size(), config.tile_n // 64, 128, 2),
-        _compact(Int32, size()),
-        _compact(Int32, 2),
-        _compact(Float32, parts, config.tile_n, config.head_dim),
-        _compact(Float32, parts, config.tile_n, config.head_dim),
-        _compact(Int32, size(), WORK_FIELDS),
-        _compact(Int32, 2),
-        Int32(1),
-        Int32(0),
-        Float32(1.0),
-        Float32(1.0),
-    )
-    return _compile(BackwardSm90(config, dtype), arguments)
-
-
-def compile_queries(config: QueriesConfig) -> Any:
-    """Compile, whether or not there is a GPU."""
-    import cutlass
-    from cutlass import Float32, Int32, cute
-    from sparse_flash.kernels.queries_sm90 import QueriesSm90
-
-    dtype = {"bfloat16": cutlass.BFloat16, "float16": cutlass.Float16}[config.dtype]
-    size, strided = cute.sym_int, functools.partial(_strided, dtype)
-    b, q_len, kv_len, h, h_kv, d = (*(size() for _ in range(5)), size(divisibility=8))
-    arguments = (
-        strided(b, q_len, h, d),
-        strided(b, kv_len, h_kv, d),
-        strided(b, kv_len, h_kv, d),
-        strided(b, q_len, h, d),
-        strided(b, q_len, h, d),
-        _compact(Float32, b, h, 2, size(divisibility=64)),
-        _compact(Int32, b),
-        _compact(Int32, size(), WORK_FIELDS),
-        _compact(Int32, size(), 2),
-        _compact(Int32, size(), config.warpgroups, 128, 2),
-        _compact(Int32, 2),
-        _compact(Float32, size(), config.tile_m, config.head_dim),
-        _compact(Int32, size(), WORK_FIELDS),
-        _compact(Int32, 2),
-        Int32(1),
-        Float32(1.0),
-        Float32(1.0),
-    )
-    return _compile(QueriesSm90(config, dtype), arguments)

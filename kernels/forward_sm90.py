@@ -13,18 +13,24 @@ import cutlass
 from cutlass import Float32, Int32, cute
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from sparse_flash.kernels.combine import Combine
-from sparse_flash.kernels.config import WORK_FIELDS, ForwardConfig
+from sparse_flash.kernels.config import ForwardConfig
 from sparse_flash.kernels.forward_consumer import Consumer
 from sparse_flash.kernels.forward_producer import Producer
 from sparse_flash.kernels.primitives import (
+    LOAD,
+    STORE,
     WORK_STAGES,
     WorkList,
     barriers,
     buffer,
+    by_tiles,
     product,
     smem_layout,
+    tensor_in,
+    tma,
     tma_ring,
     work_ring,
+    work_room,
 )
 
 
@@ -68,19 +74,11 @@ class ForwardSm90:
     def launch(self, tensors, lists, results, num_ctas: Int32, scale_log2: Float32, stream):
         """Launch the attention kernel itself."""
         config, width = self.config, self.config.head_dim
-        # (s, d, h, b): the modes of a tile first.
-        q, k, v, out = (
-            cute.make_tensor(x.iterator, cute.select(x.layout, mode=[1, 3, 2, 0])) for x in tensors
-        )
+        q, k, v, out = by_tiles(tensors)
         q_layout = smem_layout(self.dtype, 64, width, config.warpgroups * config.q_stages)
         kv_layout = smem_layout(self.dtype, config.tile_n, width, config.kv_stages)
         o_layout = smem_layout(self.dtype, 64, config.o_columns, config.warpgroups)
-        load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
-
-        def tma(op, tensor, layout):
-            tile = cute.select(layout, [0, 1])
-            return cpasync.make_tiled_tma_atom(op, tensor, tile, cute.product_each(tile.shape))
-
+        load, store = LOAD(), STORE()
         self.kernel(
             (tma(load, q, q_layout), tma(load, k, kv_layout), tma(load, v, kv_layout)),
             tma(store, out, o_layout),
@@ -121,19 +119,17 @@ class ForwardSm90:
         *pipes, work_pipe = self._pipelines(smem)
         q_layout, kv_layout, o_layout = layouts
         s_q, s_k, s_v, s_o = (
-            part.get_tensor(layout.outer, swizzle=layout.inner)
-            for part, layout in (
+            tensor_in(room, layout)
+            for room, layout in (
                 (smem.q, q_layout),
                 (smem.k, kv_layout),
                 (smem.v, kv_layout),
                 (smem.o, o_layout),
             )
         )
-        work_layout = cute.make_layout((WORK_STAGES, WORK_FIELDS), stride=(WORK_FIELDS, 1))
-        s_work = smem.work.get_tensor(work_layout)
         s_tiles = smem.tiles.get_tensor(cute.make_layout((config.kv_stages, 2), stride=(2, 1)))
         kv_lens, work, tiles, bits, counter, counts = lists
-        items = WorkList(work, counter, counts, s_work, work_pipe)
+        items = WorkList(work, counter, counts, smem.work, work_pipe)
         if warp_idx < 4:
             cute.arch.setmaxregister_decrease(config.producer_registers)
             if warp_idx == 0:
@@ -165,7 +161,7 @@ class ForwardSm90:
             k_barriers: barriers(config.kv_stages)
             v_barriers: barriers(config.kv_stages)
             work_barriers: barriers(WORK_STAGES)
-            work: cute.struct.MemRange[Int32, WORK_STAGES * WORK_FIELDS]
+            work: work_room()
             tiles: cute.struct.MemRange[Int32, config.kv_stages * 2]
             q: buffer(self.dtype, q_layout)
             k: buffer(self.dtype, kv_layout)

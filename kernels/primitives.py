@@ -5,8 +5,10 @@ from cutlass import Int32, cute, pipeline
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
 from cutlass.tensor_utils import LayoutEnum
 from cutlass.utils import hopper_helpers
+from sparse_flash.kernels.config import WORK_FIELDS
 
 WORK_STAGES = 2  # items that are announced ahead
+LOAD, STORE = cpasync.CopyBulkTensorTileG2SOp, cpasync.CopyBulkTensorTileS2GOp  # by TMA
 
 
 @cute.jit
@@ -106,6 +108,17 @@ def product(dtype, tile, a_mode=OperandMajorMode.K, b_mode=OperandMajorMode.K, *
     )
 
 
+def by_tiles(tensors):
+    """(b, s, h, d) as (s, d, h, b): the modes of a tile first."""
+    return [cute.make_tensor(x.iterator, cute.select(x.layout, mode=[1, 3, 2, 0])) for x in tensors]
+
+
+def tma(op, tensor, layout):
+    """(TMA atom, tensor) that moves tiles of a tensor; a stage of the layout holds one."""
+    tile = cute.select(layout, [0, 1])
+    return cpasync.make_tiled_tma_atom(op, tensor, tile, cute.product_each(tile.shape))
+
+
 def smem_layout(dtype, rows, columns, stages):
     """Row-major tiles, swizzled as the products and TMA want them."""
     kind = hopper_helpers.get_smem_layout_atom(LayoutEnum.ROW_MAJOR, dtype, columns)
@@ -116,6 +129,11 @@ def smem_layout(dtype, rows, columns, stages):
 def buffer(dtype, layout):
     """Room for a layout in shared memory, aligned for its swizzle."""
     return cute.struct.Align[cute.struct.MemRange[dtype, cute.cosize(layout)], 1024]
+
+
+def tensor_in(room, layout, **options):
+    """The tensor of a layout in its room in shared memory."""
+    return room.get_tensor(layout.outer, swizzle=layout.inner, **options)
 
 
 def barriers(stages):
@@ -135,6 +153,11 @@ def tma_ring(room, stages, consumers, size):
     )
 
 
+def work_room():
+    """Room for the items of a `work_ring`."""
+    return cute.struct.MemRange[Int32, WORK_STAGES * WORK_FIELDS]
+
+
 def work_ring(room, consumers):
     """A ring of WORK_STAGES items that a warp announces to so many threads."""
     return pipeline.PipelineAsync.create(
@@ -152,9 +175,10 @@ class WorkList:
     (What is written inside a dynamic `if` must be a local name: the DSL cannot carry attributes.)
     """
 
-    def __init__(self, work, counter, counts, s_work, pipe):
-        self.work, self.counter, self.counts = work, counter, counts
-        self.s_work, self.pipe = s_work, pipe
+    def __init__(self, work, counter, counts, room, pipe):
+        self.work, self.counter, self.counts, self.pipe = work, counter, counts, pipe
+        layout = cute.make_layout((WORK_STAGES, WORK_FIELDS), stride=(WORK_FIELDS, 1))
+        self.s_work = room.get_tensor(layout)
 
     @cute.jit
     def next_index(self):
