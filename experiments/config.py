@@ -143,6 +143,14 @@ class RunConfig(Common):
         """Refuse a mask that cannot be read, or is made for other lengths, before any work."""
         _check_attention(self.attention, self.task.length + (self.model.pooling == "cls"))
 
+    def completed(self, saved: dict[str, Any]) -> dict[str, Any]:
+        """Settings that an older version saved, with the defaults of those that it did not know."""
+        defaults = RunConfig(task=type(self.task)()).to_dict()
+        return {
+            name: defaults.get(name, {}) | value if isinstance(value, dict) else value
+            for name, value in (defaults | saved).items()
+        }
+
     def flat(self) -> dict[str, int | float | str | bool]:
         """One level, with dotted names, for TensorBoard's table of hyperparameters."""
         items: dict[str, Any] = {}

@@ -113,8 +113,7 @@ def finished(config: RunConfig, folder: Path) -> dict[str, Any] | None:
         raise checkpoint.CheckpointError(
             f"{path} is no readable result ({error}): delete it, and the run is evaluated again"
         ) from error
-    if result["config"] != config.to_dict():
-        raise checkpoint.CheckpointError(_other_settings(path, result["config"], config))
+    _check_settings(path, result["config"], config)
     return result
 
 
@@ -409,8 +408,7 @@ class _Run:
         if not path.exists():
             return None
         state = checkpoint.load(path)
-        if state["config"] != self.config.to_dict():
-            raise checkpoint.CheckpointError(_other_settings(path, state["config"], self.config))
+        _check_settings(path, state["config"], self.config)
         return state
 
     def _restore(self, state: dict[str, Any]) -> None:
@@ -441,13 +439,14 @@ def step_flops(config: RunConfig) -> float:
     return 3.0 * tokens * (2 * weights + 4 * model.dim * keys * model.layers)
 
 
-def _other_settings(path: Path, found: dict[str, Any], config: RunConfig) -> str:
-    mine = config.to_dict()
+def _check_settings(path: Path, saved: dict[str, Any], config: RunConfig) -> None:
+    found, mine = config.completed(saved), config.to_dict()
     names = sorted(k for k in mine.keys() | found.keys() if mine.get(k) != found.get(k))
-    return (
-        f"{path} belongs to a run with other settings (different: {', '.join(names)}): "
-        "choose another folder with --out, or delete it"
-    )
+    if names:
+        raise checkpoint.CheckpointError(
+            f"{path} belongs to a run with other settings (different: {', '.join(names)}): "
+            "choose another folder with --out, or delete it"
+        )
 
 
 @contextlib.contextmanager

@@ -258,6 +258,31 @@ def test_damaged_result(tiny_config, tiny_data, tmp_path):
     assert again["metrics"]["test_loss"] == result["metrics"]["test_loss"]
 
 
+def test_settings_that_an_older_version_did_not_know(tiny_config, tiny_data, tmp_path):
+    result = train(tiny_config, tmp_path, "cpu", tiny_data)
+    path = tmp_path / "result.json"
+
+    def without(group, name):
+        """The settings of a result and of a checkpoint, from before there was such a one."""
+        older = json.loads(json.dumps(result))
+        del older["config"][group][name]
+        path.write_text(json.dumps(older))
+        state = checkpoint.load(tmp_path / CHECKPOINT)
+        checkpoint.save(tmp_path / CHECKPOINT, state | {"config": older["config"]})
+
+    without("model", "reach")  # is the default
+    assert train(tiny_config, tmp_path, "cpu")["metrics"] == result["metrics"]
+    path.unlink()
+    again = train(tiny_config, tmp_path, "cpu", tiny_data)
+    assert again["metrics"]["test_loss"] == result["metrics"]["test_loss"]
+    without("train", "steps")  # is not
+    with pytest.raises(CheckpointError, match=r"result.json .* \(different: train\)"):
+        train(tiny_config, tmp_path, "cpu", tiny_data)
+    path.unlink()
+    with pytest.raises(CheckpointError, match=r"checkpoint.pt .* \(different: train\)"):
+        train(tiny_config, tmp_path, "cpu", tiny_data)
+
+
 def test_checkpoints_do_not_run_code(tmp_path):
     import hashlib
     import io
