@@ -26,13 +26,13 @@ class EncoderAttention(SelfAttention):
         length: Tokens per sequence.
         attention: See `attention.Kind`.
         block: Granularity of the layout.
-        angles: Of rotary positions (length, head_dim / 2), or None.
+        waves: Of rotary positions (2, length, head_dim / 2), or None.
     """
 
-    angles: Tensor | None
+    waves: Tensor | None
 
     def __init__(
-        self, config: ModelConfig, length: int, attention: str, block: int, angles: Tensor | None
+        self, config: ModelConfig, length: int, attention: str, block: int, waves: Tensor | None
     ) -> None:
         kind = Kind.of(attention)
         mask = masks.full() if kind.mask is None else kind.mask
@@ -42,8 +42,8 @@ class EncoderAttention(SelfAttention):
         ours = kind.name == "ours"
         self.core = None if ours else core(kind, layout, length, config.heads, head_dim)
         self.clock: AttentionClock | None = None
-        self.register_buffer("angles", angles, persistent=False)
-        if angles is not None and config.reach:
+        self.register_buffer("waves", waves, persistent=False)
+        if waves is not None and config.reach:
             self.begin_near(config)
 
     @torch.no_grad()
@@ -69,8 +69,8 @@ class EncoderAttention(SelfAttention):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, kv_lens: Tensor | None) -> Tensor:
         """Rotate, and attend; timed where a clock is set."""
-        if self.angles is not None:
-            q, k = rotate(q, self.angles), rotate(k, self.angles)
+        if self.waves is not None:
+            q, k = rotate(q, self.waves), rotate(k, self.waves)
         attend = super().attend if self.core is None else self.core
         if self.clock is None:
             return attend(q, k, v, kv_lens)
@@ -78,14 +78,15 @@ class EncoderAttention(SelfAttention):
         return self.clock.leave(attend(q, k, v, kv_lens))
 
 
-def rotary_angles(places: Tensor, dim: int) -> Tensor:
-    """Angles (s, dim / 2) of rotary positions (Su et al., RoFormer, 2021).
+def rotary_waves(places: Tensor, dim: int) -> Tensor:
+    """Cosines and sines (2, s, dim / 2) of rotary positions (Su et al., RoFormer, 2021).
 
     places: (s,), or (s, axes) where tokens lie on a grid: each axis gets its share of the channels,
         with waves of 6 to at most 628 pixels (Heo et al., 2024).
     """
     places = places.reshape(len(places), -1).float()
-    return (places[:, :, None] * rotary_frequencies(dim, places.shape[1])).flatten(1)
+    angles = (places[:, :, None] * rotary_frequencies(dim, places.shape[1])).flatten(1)
+    return torch.stack([angles.cos(), angles.sin()])
 
 
 def rotary_frequencies(dim: int, axes: int) -> Tensor:
@@ -94,9 +95,9 @@ def rotary_frequencies(dim: int, axes: int) -> Tensor:
     return base ** -(torch.arange(0, share, 2).float() / share)
 
 
-def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """Rotate pairs (i, i + d/2) of the channels of `(b, s, h, d)` by angles `(s, d / 2)`."""
-    cos, sin = angles.cos()[:, None].to(x.dtype), angles.sin()[:, None].to(x.dtype)
+def rotate(x: Tensor, waves: Tensor) -> Tensor:
+    """Rotate pairs (i, i + d/2) of the channels of `(b, s, h, d)`; see `rotary_waves`."""
+    cos, sin = waves[:, :, None].to(x.dtype)
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
@@ -125,11 +126,11 @@ class Layer(nn.Module):
     """Pre-norm: x + attention(norm(x)), then x + feed-forward(norm(x))."""
 
     def __init__(
-        self, config: ModelConfig, length: int, attention: str, block: int, angles: Tensor | None
+        self, config: ModelConfig, length: int, attention: str, block: int, waves: Tensor | None
     ) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(config.dim), nn.LayerNorm(config.dim)
-        self.attention = EncoderAttention(config, length, attention, block, angles)
+        self.attention = EncoderAttention(config, length, attention, block, waves)
         self.feed_forward = nn.Sequential(
             nn.Linear(config.dim, config.ffn), nn.GELU(), nn.Linear(config.ffn, config.dim)
         )
@@ -179,13 +180,13 @@ class Encoder(nn.Module):
         self.pooling = config.pooling
         places = _places(config, length, places)
         length += config.pooling == "cls"
-        angles = None if places is None else rotary_angles(places, config.dim // config.heads)
+        waves = None if places is None else rotary_waves(places, config.dim // config.heads)
         self.tokens = TokenEmbedding(vocabulary, config.dim)
         self.cls = _embeddings(config.dim) if config.pooling == "cls" else None
         learned = config.positions == "learned"
         self.positions = _embeddings(length, config.dim) if learned else None
         self.dropout = nn.Dropout(config.dropout)
-        layers = (Layer(config, length, attention, block, angles) for _ in range(config.layers))
+        layers = (Layer(config, length, attention, block, waves) for _ in range(config.layers))
         self.layers = nn.ModuleList(layers)
         self.norm = nn.LayerNorm(config.dim)
         self.head: nn.Module = nn.Linear(config.dim, classes)

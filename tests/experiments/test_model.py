@@ -6,7 +6,7 @@ import pytest
 import torch
 from sparse_flash.experiments.clock import AttentionClock
 from sparse_flash.experiments.config import ModelConfig
-from sparse_flash.experiments.model import Encoder, TokenEmbedding, rotary_angles, rotate
+from sparse_flash.experiments.model import Encoder, TokenEmbedding, rotary_waves, rotate
 
 
 def make(attention="dense", places=None, pairs=False, **changes):
@@ -61,10 +61,10 @@ def test_embeddings_and_their_gradients_are_those_of_one_table():
 
 def test_rotary_positions_are_relative():
     q, k = torch.randn(2, 1, 30, 1, 8, dtype=torch.float64)
-    angles = rotary_angles(torch.arange(60), 8).double()
+    waves = rotary_waves(torch.arange(60), 8).double()
     scores = [
         torch.einsum("bqhd,bkhd->qk", rotate(q, a), rotate(k, a))
-        for a in (angles[:30], angles[17:47])
+        for a in (waves[:, :30], waves[:, 17:47])
     ]
     torch.testing.assert_close(*scores, rtol=1e-5, atol=1e-6)
 
@@ -88,8 +88,8 @@ def test_rotary_positions_on_a_grid_are_relative_too():
     grid = torch.cartesian_prod(torch.arange(3), torch.arange(4))
     scores = []
     for shift in ((0, 0), (5, 9)):
-        angles = rotary_angles(grid + torch.tensor(shift), 8).double()
-        scores.append(torch.einsum("bqhd,bkhd->qk", rotate(q, angles), rotate(k, angles)))
+        waves = rotary_waves(grid + torch.tensor(shift), 8).double()
+        scores.append(torch.einsum("bqhd,bkhd->qk", rotate(q, waves), rotate(k, waves)))
     torch.testing.assert_close(*scores, rtol=1e-5, atol=1e-6)
     model = make(positions="rotary2d", places=torch.cartesian_prod(*2 * [torch.arange(40)])[:40])
     assert model(TOKENS, LENGTHS).shape == (3, 10)
@@ -104,7 +104,7 @@ def test_heads_look_as_far_as_reach_says(positions):
     for layer in model.layers:
         attention = layer.attention
         q, k = attention.to_q.bias.view(1, 1, 2, 16), attention.to_kv.bias[:32].view(1, 1, 2, 16)
-        q, k = (rotate(x.expand(1, 40, 2, 16), attention.angles) for x in (q, k))
+        q, k = (rotate(x.expand(1, 40, 2, 16), attention.waves) for x in (q, k))
         scores = torch.einsum("bqhd,bkhd->hqk", q, k) / 16**0.5
         for head, reach in enumerate((1, 3)):  # along a row, and along a column
             expected = scores[head, 0, 0] - 1
