@@ -49,10 +49,11 @@ class ModelConfig:
                 f"{self.positions} positions need a head_dim that is a multiple of {step}, "
                 f"got {self.dim // self.heads}"
             )
-        if self.reach and (self.positions == "learned" or min(self.reach) <= 0):
+        fits = len(self.reach) <= self.heads and min(self.reach, default=1) > 0
+        if not fits or (self.reach and self.positions == "learned"):
             raise ValueError(
-                f"reach={self.reach} must be positive, and wants rotary positions; they are "
-                f"{self.positions}"
+                f"reach={self.reach} must be positive, at most one for each of {self.heads} heads, "
+                f"and wants rotary positions; they are {self.positions}"
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in 0..1, got {self.dropout}")

@@ -108,13 +108,11 @@ class Pathfinder:
             splits = cached(same, (self.source,), self._read)
         else:
             splits = cached(same, (), self._generate, Drawings)
-        first, share = splits.first, self.easier_share if self.easier else 0.0
-        return replace(
-            splits,
-            train=self._laid(splits.train),
-            first=first and self._laid(first),
-            first_share=share,
-        )
+        train = self._laid(splits.train)
+        if splits.first is None:
+            return replace(splits, train=train)
+        first = self._laid(splits.first)
+        return replace(splits, train=train, first=first, first_share=self.easier_share)
 
     def _laid(self, images: Examples) -> Examples:
         return Mirrored(images, self.order, self.size) if self.mirrored else images

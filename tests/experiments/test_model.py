@@ -119,6 +119,8 @@ def test_heads_look_as_far_as_reach_says(positions):
         make(reach=(1.0,))
     with pytest.raises(ValueError, match="must be positive"):
         make(positions=positions, places=grid, reach=(0.0,))
+    with pytest.raises(ValueError, match="at most one for each of 2 heads"):
+        make(positions=positions, places=grid, reach=(1.0, 2.0, 3.0))
 
 
 def test_pairs():

@@ -174,6 +174,8 @@ def test_images_turned_and_in_the_mirror(order):
         expected = [x.rot90(quarters, (1, 2)) for quarters in range(4) for x in (images, images.mT)]
         assert found == {x.contiguous().numpy().tobytes() for x in expected}
         assert all(torch.equal(way.labels, a.take(everything).labels) for way in laid)
+        with pytest.raises(TypeError, match="keep the images"):
+            b.state()
         some_of_them = b.subset(torch.tensor([3, 203]))
         assert torch.equal(some_of_them.tokens.long(), b.take(torch.tensor([3, 203])).tokens)
 
@@ -244,6 +246,8 @@ def test_the_release(tmp_path):
         for t, y in zip(s.tokens, s.labels, strict=True)
     }
     assert found == {i: i % 2 for i in range(20) if i != 3}
+    laid = Pathfinder(source=source, mirrored=True).load()
+    assert [len(s) for s in (laid.train, laid.val, laid.test)] == [8 * 17, 1, 1]
 
 
 def test_a_damaged_release(tmp_path):
