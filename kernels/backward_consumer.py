@@ -9,6 +9,10 @@ With the scores transposed, so that P and dS lie in registers as the products wa
 where ' is the transpose, and lse and delta belong to the queries, which are the columns. S' of the
 next tile is issued before the results of this one are taken away, dP' before its P' is computed,
 and dV and dK in parts, so that the tensor cores have work while the threads compute.
+
+dQ wants dS' of both warpgroups. It is computed a tile later, when the other's has long been there,
+so that they need not keep step; and the second begins an item of several tiles half a tile after
+the first, so that one computes exponentials while the products of the other run.
 """
 
 import cutlass
@@ -31,14 +35,16 @@ from sparse_flash.kernels.primitives import (
 from sparse_flash.masks.layout import FULL_TILE
 
 CONSUMER = pipeline.PipelineUserType.Consumer
-INNER, LAST = range(2)  # kinds of steps
-BOTH_BARRIER = 1  # a named barrier of the two warpgroups (0 is the whole CTA's)
+# Named barriers of the two warpgroups (0 is the whole CTA's).
+BOTH_BARRIER, STAGGER_BARRIER = 1, 10
 
 
 class BackwardConsumer:
     """State of one warpgroup: dK and dV of its keys, and where to find everything."""
 
-    def __init__(self, config, dtype, products, buffers, pipes, items, bits, parts, scales):
+    def __init__(
+        self, config, dtype, products, buffers, pipes, ds_shared, items, bits, parts, scales
+    ):
         self.config, self.dtype, self.items, self.bits = config, dtype, items, bits
         self.scale, self.scale_log2 = scales
         self.scores, self.held, self.of_keys, self.of_queries = products
@@ -46,6 +52,7 @@ class BackwardConsumer:
             buffers
         )
         self.q_pipe, self.do_pipe, self.k_pipe, self.v_pipe = pipes
+        self.ds_shared = ds_shared  # a barrier of all consumer warps, passed once a tile
         self.dk_parts, self.dv_parts = parts
         self.thread = cute.arch.thread_idx()[0] % 128
         self.group = cute.arch.make_warp_uniform(cute.arch.thread_idx()[0] // 128 - 1)
@@ -136,9 +143,12 @@ class BackwardConsumer:
                     mine = self.v_rows[None, None, self.keys, kv_state.index]
                     hold(self.held, mine, self.r_v, self.thread)
                 warpgroup.wait_group(0)
-                for _ in cutlass.range(count - 1, unroll=1):
-                    q_state, buffer = self.step(q_state, kv_state, buffer, remaining, INNER)
-                q_state, buffer = self.step(q_state, kv_state, buffer, remaining, LAST)
+                if const_expr(self.config.dq):
+                    q_state, buffer = self.tiles(count, q_state, kv_state, buffer, remaining)
+                else:
+                    for _ in cutlass.range(count - 1, unroll=1):
+                        q_state, buffer = self.step(q_state, kv_state, buffer, remaining)
+                    q_state, buffer = self.step(q_state, kv_state, buffer, remaining, last=True)
                 self.k_pipe.consumer_release(kv_state)
                 kv_state.advance()
             buffer = self.finish(item, buffer)
@@ -146,15 +156,94 @@ class BackwardConsumer:
             work_state.advance()
 
     @cute.jit
-    def step(self, q_state, kv_state, buffer, remaining, kind: cutlass.Constexpr):
-        """All five products of a tile, whose S' has been issued before. Returns the next states.
+    def tiles(self, count, q_state, kv_state, buffer, remaining):
+        """All tiles of an item, with dQ. Returns the next states."""
+        states = (q_state, kv_state, buffer, remaining)
+        if count == 1:
+            q_state, buffer = self.step(*states, first=True, last=True)
+        else:
+            q_state, buffer = self.step(*states, first=True)
+            for _ in cutlass.range(count - 2, unroll=1):
+                q_state, buffer = self.step(q_state, kv_state, buffer, remaining)
+            q_state, buffer = self.step(q_state, kv_state, buffer, remaining, last=True)
+        shape = self.of_queries.partition_shape_C((64, self.config.dq_columns))
+        acc_dq = cute.make_rmem_tensor(shape, Float32)
+        tile = q_state.count - 1
+        self.wait_for_shared(tile)
+        self.multiply_queries(acc_dq, kv_state, tile)
+        warpgroup.wait_group(0)
+        return q_state, self.put_queries(acc_dq, buffer)
 
-        INNER: S' of the next tile is issued. LAST: there is none.
+    @cute.jit
+    def step(
+        self,
+        q_state,
+        kv_state,
+        buffer,
+        remaining,
+        first: cutlass.Constexpr = False,
+        last: cutlass.Constexpr = False,
+    ):
+        """A tile, whose S' has been issued before. Returns the next states.
+
+        If it is not the item's first, dQ of the one before is computed too; if it is not the last,
+        S' of the next is issued.
         """
         config, stage = self.config, q_state.index
+        before = config.dq and not first
+        staggered = config.dq and first and not last
+        p, acc_dp = self.values(q_state, kv_state, remaining, staggered)
+        ds = cute.make_rmem_tensor(p.shape, self.dtype)
+        delta = self.statistics(1, stage)
+        warpgroup.wait_group(config.parts)
+        if const_expr(last):
+            self.v_pipe.consumer_release(kv_state)
+        if remaining < config.tile_n:
+            self.zero_rows(acc_dp, remaining)
+        for part in cutlass.range_constexpr(config.parts):
+            self.derive(ds, acc_dp, p, delta, part)
+            if const_expr(config.dq and part == config.parts - 1):
+                if const_expr(before):
+                    self.wait_for_shared(q_state.count - 1)
+                self.share(ds, stage)
+            self.multiply_keys(self.acc_dk, ds, self.f_qt, stage, part)
+        following = q_state.clone()
+        following.advance()
+        shape = self.of_queries.partition_shape_C((64, config.dq_columns))
+        acc_dq = cute.make_rmem_tensor(shape, Float32)
+        if const_expr(before):
+            self.multiply_queries(acc_dq, kv_state, q_state.count - 1)
+        # P' and dS' have been used, and their registers are free.
+        warpgroup.wait_group(1 if const_expr(before) else 0)
+        self.q_pipe.consumer_release(q_state)
+        self.do_pipe.consumer_release(q_state)
+        if const_expr(not last):
+            self.q_pipe.consumer_wait(following)
+            self.acc_s.fill(0.0)  # so that its old content need not be kept
+            self.multiply_keys_queries(kv_state, following)
+        if const_expr(before):
+            warpgroup.wait_group(0 if const_expr(last) else 1)
+        if const_expr(config.dq):
+            self.say_shared()
+        if const_expr(before):
+            buffer = self.put_queries(acc_dq, buffer)
+        # Not later: ptxas would serialise products that are under way from one round to the next.
+        warpgroup.wait_group(0)
+        return following, buffer
+
+    @cute.jit
+    def values(self, q_state, kv_state, remaining, staggered: cutlass.Constexpr):
+        """P' of a tile; dP' and dV are under way. Returns P' and dP'.
+
+        staggered: The second warpgroup waits until the first has got so far.
+        """
+        config, stage = self.config, q_state.index
+        if const_expr(staggered):
+            if self.group == 1:
+                cute.arch.barrier(barrier_id=STAGGER_BARRIER, number_of_threads=256)
         shape = self.scores.partition_shape_C((64, config.tile_m))
         acc_dp = cute.make_rmem_tensor(shape, Float32)
-        p, ds = (cute.make_rmem_tensor(shape, self.dtype) for _ in range(2))
+        p = cute.make_rmem_tensor(shape, self.dtype)
         few = const_expr(config.tile_m == 64)  # statistics: there are registers for them early
         lse = self.statistics(0, stage) if few else None
         self.do_pipe.consumer_wait(q_state)
@@ -164,39 +253,10 @@ class BackwardConsumer:
         for part in cutlass.range_constexpr(config.parts):
             self.probabilities(p, lse, bit_tile, words, remaining, part)
             self.multiply_keys(self.acc_dv, p, self.f_dot, stage, part)
-        delta = self.statistics(1, stage)
-        warpgroup.wait_group(config.parts)
-        if const_expr(kind == LAST):
-            self.v_pipe.consumer_release(kv_state)
-        if remaining < config.tile_n:
-            self.zero_rows(acc_dp, remaining)
-        for part in cutlass.range_constexpr(config.parts):
-            self.derive(ds, acc_dp, p, delta, part)
-            if const_expr(config.dq and part == config.parts - 1):
-                self.share(ds, stage)
-            self.multiply_keys(self.acc_dk, ds, self.f_qt, stage, part)
-        following = q_state.clone()
-        following.advance()
-        shape = self.of_queries.partition_shape_C((64, config.dq_columns))
-        acc_dq = cute.make_rmem_tensor(shape, Float32)
-        if const_expr(config.dq):
-            cute.arch.barrier(barrier_id=BOTH_BARRIER, number_of_threads=256)
-            of = self.f_ds[None, None, None, stage % config.ds_stages]
-            multiply(self.of_queries, acc_dq, of, self.f_kt, kv_state.index, True)
-        # P' and dS' have been used, and their registers are free.
-        warpgroup.wait_group(1 if const_expr(config.dq) else 0)
-        self.q_pipe.consumer_release(q_state)
-        self.do_pipe.consumer_release(q_state)
-        if const_expr(kind == INNER):
-            self.q_pipe.consumer_wait(following)
-            self.acc_s.fill(0.0)  # so that its old content need not be kept
-            self.multiply_keys_queries(kv_state, following)
-        if const_expr(config.dq):
-            warpgroup.wait_group(1 if const_expr(kind == INNER) else 0)
-            buffer = self.put_queries(acc_dq, buffer)
-        # Not later: ptxas would serialise products that are under way from one round to the next.
-        warpgroup.wait_group(0)
-        return following, buffer
+        if const_expr(staggered):
+            if self.group == 0:
+                cute.arch.barrier_arrive(barrier_id=STAGGER_BARRIER, number_of_threads=256)
+        return p, acc_dp
 
     @cute.jit
     def derive(self, ds, acc_dp, p, delta, part: cutlass.Constexpr):
@@ -262,6 +322,12 @@ class BackwardConsumer:
         multiply_part(self.of_keys, acc, a, b, stage, part, self.config.parts)
 
     @cute.jit
+    def multiply_queries(self, acc, kv_state, tile):
+        """Issue dQ = dS K of a tile, this warpgroup's chunk."""
+        of = self.f_ds[None, None, None, tile % self.config.ds_stages]
+        multiply(self.of_queries, acc, of, self.f_kt, kv_state.index, True)
+
+    @cute.jit
     def statistics(self, which: cutlass.Constexpr, stage):
         """The lse (0) or delta (1) of the thread's columns: (2, tile_m / 8)."""
         values = cute.make_rmem_tensor((2, self.config.tile_m // 8), Float32)
@@ -296,12 +362,28 @@ class BackwardConsumer:
 
     @cute.jit
     def share(self, ds, stage):
-        """Put dS' into shared memory, where dQ's product reads it."""
+        """Put dS' into shared memory, where dQ's product reads it; `say_shared` says so.
+
+        Of two stages, the other one is that of the tile before, of which dQ is still to be
+        computed; this one is free once both warpgroups have shared the tile before.
+        """
         n, m, stages = self.config.tile_n, self.config.tile_m, self.config.ds_stages
         layout = cute.make_layout((64, m, 2, stages), stride=(1, n, 64, n * m))
         place = cute.composition(self.s_ds, layout)[None, None, self.group, stage % stages]
         self.to_shared(ds, place, self.scores)
         cute.arch.fence_view_async_shared()
+
+    @cute.jit
+    def say_shared(self):
+        """Say that this warpgroup has shared dS' of a tile, and computed dQ of the one before."""
+        cute.arch.sync_warp()
+        if self.thread % 32 == 0:
+            cute.arch.mbarrier_arrive(self.ds_shared)
+
+    @cute.jit
+    def wait_for_shared(self, tile):
+        """Until both warpgroups have said so of a tile; all tiles of a CTA are numbered."""
+        cute.arch.mbarrier_wait(self.ds_shared, tile % 2)
 
     @cute.jit
     def put_queries(self, acc, buffer):

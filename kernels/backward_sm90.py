@@ -29,7 +29,8 @@ from sparse_flash.kernels.primitives import (
     work_room,
 )
 
-THREADS = 128 * 3
+CONSUMER_WARPS = 8
+THREADS = 128 + 32 * CONSUMER_WARPS
 # With those of the other roles they fill the register file.
 PRODUCER_REGISTERS, CONSUMER_REGISTERS = 24, 240
 
@@ -154,6 +155,10 @@ class BackwardSm90:
             for atom, _ in (*loads, *stores):
                 cpasync.prefetch_descriptor(atom)
         smem = cutlass.utils.SmemAllocator().allocate(storage)
+        ds_shared = smem.ds_shared.data_ptr()
+        if warp_idx == 0:
+            with cute.arch.elect_one():
+                cute.arch.mbarrier_init(ds_shared, CONSUMER_WARPS)
         *pipes, work_pipe = self._pipelines(smem)
         q_layout, kv_layout, ds_layout, dq_layout, out_layout, stats_layout = layouts
         s_q, s_do, s_k, s_v, s_ds = (
@@ -186,7 +191,7 @@ class BackwardSm90:
         else:
             cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
             buffers = (s_q, s_do, s_k, s_v, s_ds, s_dq, s_out, s_stats, s_tiles)
-            outside = (buffers, pipes, items, bits, parts, scales)
+            outside = (buffers, pipes, ds_shared, items, bits, parts, scales)
             BackwardConsumer(config, self.dtype, products, *outside).run()
 
     def _products(self):
@@ -215,6 +220,7 @@ class BackwardSm90:
             k_barriers: barriers(config.kv_stages)
             v_barriers: barriers(config.kv_stages)
             work_barriers: barriers(WORK_STAGES)
+            ds_shared: cute.struct.MemRange[cutlass.Int64, 1]
             work: work_room()
             tiles: cute.struct.MemRange[Int32, config.q_stages]
             stats: cute.struct.Align[
@@ -231,7 +237,7 @@ class BackwardSm90:
 
     def _pipelines(self, smem):
         """Rings of barriers: Q with its statistics, dO, K, V (by TMA) and work items."""
-        config, warps = self.config, 8
+        config, warps = self.config, CONSUMER_WARPS
         row_bytes = config.head_dim * self.dtype.width // 8
         queries, keys = config.tile_m * row_bytes, config.tile_n * row_bytes
         q = tma_ring(smem.q_barriers, config.q_stages, warps, queries + 8 * config.tile_m)

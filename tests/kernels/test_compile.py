@@ -91,12 +91,14 @@ def test_backward_compiles_well(index, tmp_path):
     config = BACKWARD[index]
     # Attention; statistics before, and conversion of dQ and sums after it.
     sass = compile_well("backward", index, 4 if config.dq else 3, tmp_path)
-    # Two steps (inner, last), and S of the first tile before them.
-    scores, keys = config.head_dim // 16, config.tile_m // 16
-    queries = config.tile_n // 16 if config.dq else 0
-    hgmma = len(re.findall(r"\bHGMMA\.", sass))
-    assert hgmma == 2 * scores + 2 * (scores + 2 * keys + queries)
-    assert len(re.findall(r"MUFU\.EX2", sass)) == 2 * config.tile_m // 2  # each once
+    scores, keys, queries = config.head_dim // 16, config.tile_m // 16, config.tile_n // 16
+    # S before the first tile, and in all steps but those of a last tile; in each step dP, dV, dK.
+    steps, before_last = (4, 2) if config.dq else (2, 1)  # first, inner, last, only; inner, last
+    hgmma = (1 + before_last) * scores + steps * (scores + 2 * keys)
+    if config.dq:  # inner, last, and after the last
+        hgmma += 3 * queries
+    assert len(re.findall(r"\bHGMMA\.", sass)) == hgmma
+    assert len(re.findall(r"MUFU\.EX2", sass)) == steps * config.tile_m // 2  # each once
 
 
 @pytest.mark.parametrize("index", range(len(QUERIES)), ids=lambda i: name(QUERIES[i]))
