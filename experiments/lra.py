@@ -21,7 +21,7 @@ from sparse_flash.experiments.attention import Kind
 from sparse_flash.experiments.compare import as_table, slug
 from sparse_flash.experiments.config import RunConfig
 from sparse_flash.experiments.machine import as_list
-from sparse_flash.experiments.train import train
+from sparse_flash.experiments.train import finished, train
 from sparse_flash.masks.files import atomic_write
 
 if TYPE_CHECKING:
@@ -52,6 +52,8 @@ class LraConfig:
     """Part of the papers' steps that is trained; the learning rate's schedule follows."""
     budget: float = math.inf
     """Seconds of training for each run; what is not done by then is evaluated as it is."""
+    train: bool = True
+    """Otherwise what was trained before, here or elsewhere, is reported."""
     text: str = "data/aclImdb"
     """Where the film reviews are: aclImdb, a folder or an archive."""
     image: str = "data/cifar-10-python.tar.gz"
@@ -114,6 +116,9 @@ def lra(
 
     Returns:
         What lra.json holds: settings, machine, rows of the table, runs.
+
+    Raises:
+        ValueError: Nothing is to be trained, and nothing was.
     """
     runs: list[dict[str, Any]] = []
     report: dict[str, Any] = {}
@@ -123,12 +128,19 @@ def lra(
         for seed, attention in config.grid():
             run = config.run(base, task, attention, seed)
             folder = out / task / f"{slug(attention)}-seed{seed}"
-            result = train(run, folder, device, load, config.budget)
+            if config.train:
+                result = train(run, folder, device, load, config.budget)
+            else:
+                result = finished(run, folder)
+            if result is None:
+                continue
             share = result["metrics"]["steps"] / base.train.steps
             facts = {"task": task, "attention": attention, "seed": seed, "share": share}
             runs.append(facts | result)
             report = _report(config, runs)
             _write(out, report)
+    if not report:
+        raise ValueError(f"no run of this grid was finished in {out}: leave out --no-train")
     return report
 
 
@@ -250,7 +262,10 @@ def plot(report: dict[str, Any]) -> Figure:
         axes[1, column].set(xlabel="PFLOP of training")
     for row in range(2):
         axes[row, 0].set_ylabel("accuracy")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    labels = {}  # a task may lack some
+    for ax in axes[0]:
+        labels |= {label: line for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    figure.legend(labels.values(), labels, loc="outside lower center", ncols=2)
     return figure
 
 
