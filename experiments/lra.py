@@ -128,10 +128,11 @@ def lra(
         for seed, attention in config.grid():
             run = config.run(base, task, attention, seed)
             folder = out / task / f"{slug(attention)}-seed{seed}"
-            if config.train:
-                result = train(run, folder, device, load, config.budget)
-            else:
-                result = finished(run, folder)
+            result = (
+                train(run, folder, device, load, config.budget)
+                if config.train
+                else finished(run, folder)
+            )
             if result is None:
                 continue
             share = result["metrics"]["steps"] / base.train.steps
@@ -262,10 +263,9 @@ def plot(report: dict[str, Any]) -> Figure:
         axes[1, column].set(xlabel="PFLOP of training")
     for row in range(2):
         axes[row, 0].set_ylabel("accuracy")
-    labels = {}  # a task may lack some
-    for ax in axes[0]:
-        labels |= {label: line for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    figure.legend(labels.values(), labels, loc="outside lower center", ncols=2)
+    found = [ax.get_legend_handles_labels() for ax in axes[0]]
+    lines = {name: line for pairs in found for line, name in zip(*pairs, strict=True)}
+    figure.legend(list(lines.values()), list(lines), loc="outside lower center", ncols=2)
     return figure
 
 
