@@ -57,15 +57,16 @@ class Curriculum:
         if not attention:
             attention = recipes.patches_and_butterfly(size)
         held_out = min(2_000, self.images)
-        task = Pathfinder(
-            size,
-            self.contours[stage],
+        assert isinstance(base.task, Pathfinder)
+        task = replace(
+            base.task,
+            size=size,
+            contour=self.contours[stage],
+            easier=(),
             train=self.images,
             val=held_out,
             test=held_out,
             seed=seed,
-            order="morton",
-            mirrored=True,
         )
         steps = self.steps[stage]
         schedule = replace(base.train, steps=steps, warmup=min(base.train.warmup, steps // 5))
