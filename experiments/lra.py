@@ -52,8 +52,6 @@ class LraConfig:
     """Part of the papers' steps that is trained; the learning rate's schedule follows."""
     budget: float = math.inf
     """Seconds of training for each run; what is not done by then is evaluated as it is."""
-    train: bool = True
-    """Otherwise what was trained before, here or elsewhere, is reported."""
     text: str = "data/aclImdb"
     """Where the film reviews are: aclImdb, a folder or an archive."""
     image: str = "data/cifar-10-python.tar.gz"
@@ -105,6 +103,7 @@ def lra(
     out: Path,
     device: str = "auto",
     by_task: Mapping[str, Callable[[], RunConfig]] = recipes.SMALL,
+    only_report: bool = False,
 ) -> dict[str, Any]:
     """Train all that is not trained yet, and report after each run; the same call resumes.
 
@@ -113,12 +112,13 @@ def lra(
         out: A folder for each task and in it for each run; lra.md, lra.json, lra.png beside them.
         device: As for `train`.
         by_task: The settings of each task.
+        only_report: Train nothing: report what is finished.
 
     Returns:
         What lra.json holds: settings, machine, rows of the table, runs.
 
     Raises:
-        ValueError: Nothing is to be trained, and nothing was.
+        ValueError: Nothing is finished that could be reported.
     """
     runs: list[dict[str, Any]] = []
     report: dict[str, Any] = {}
@@ -129,9 +129,9 @@ def lra(
             run = config.run(base, task, attention, seed)
             folder = out / task / f"{slug(attention)}-seed{seed}"
             result = (
-                train(run, folder, device, load, config.budget)
-                if config.train
-                else finished(run, folder)
+                finished(run, folder)
+                if only_report
+                else train(run, folder, device, load, config.budget)
             )
             if result is None:
                 continue
@@ -141,7 +141,7 @@ def lra(
             report = _report(config, runs)
             _write(out, report)
     if not report:
-        raise ValueError(f"no run of this grid was finished in {out}: leave out --no-train")
+        raise ValueError(f"no run of this grid was finished in {out}: leave out --only-report")
     return report
 
 

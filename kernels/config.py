@@ -103,6 +103,7 @@ class BackwardConfig:
     def __post_init__(self) -> None:
         if self.dq:
             assert self.tile_n == 128
+            assert self.ds_stages == self.q_stages == 2  # see BackwardConsumer.share
             assert (self.tile_m, self.head_dim) in ((64, 128), (128, 64), (128, 32))
         assert self.shared_memory <= SHARED_MEMORY, self.shared_memory
 

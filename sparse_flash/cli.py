@@ -117,6 +117,7 @@ def compare_lra(
     config: Annotated[LraConfig, *Flat] = LraConfig(),  # noqa: B008 - the defaults are shown
     out: Path = Path("runs/compare/lra"),
     device: str = "auto",
+    only_report: bool = False,
 ) -> None:
     """Long Range Arena: tasks x kinds of attention x seeds, as one table with plots.
 
@@ -127,8 +128,9 @@ def compare_lra(
         config: The grid.
         out: Folder: a folder a task, in it one a run; the report in lra.md, lra.json, lra.png.
         device: auto (a GPU if there is one), cpu, cuda, cuda:1, ...
+        only_report: Train nothing: report what is finished, here or copied from elsewhere.
     """
-    report = lra.lra(config, out, device)
+    report = lra.lra(config, out, device, only_report=only_report)
     print(f"\n{lra.table(report)}\n\nreport: {out / 'lra.md'} and {out / 'lra.json'}")
     _point_to_tensorboard(out)
 

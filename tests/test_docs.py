@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
+from sparse_flash.experiments.data.dataset import Split
+from sparse_flash.experiments.data.listops import ListOps, generate
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -25,3 +27,21 @@ def test_the_lra_table_is_a_recorded_result():
     table = [line for line in page if line.startswith("|")]
     assert len(table) >= 5
     assert table == recorded[2 : 2 + len(table)]
+
+
+@pytest.mark.slow
+def test_what_listops_outermost_operator_tells():
+    data = generate(ListOps())
+    roots, labels = data.train.tokens[:, 0], data.train.labels
+    guess = {root: labels[roots == root].mode().values for root in roots.unique().tolist()}
+
+    def right(split: Split) -> float:
+        parts = (split.labels[split.tokens[:, 0] == root] == y for root, y in guess.items())
+        return sum(part.sum().item() for part in parts) / len(split)
+
+    page = " ".join((ROOT / "docs" / "lra.md").read_text().split())
+    train, val, test = (
+        f"{right(x):.1%}".replace("%", " %") for x in (data.train, data.val, data.test)
+    )
+    assert f"{train} of the training examples, {val} of those" in page
+    assert f"{test} of the test examples" in page
