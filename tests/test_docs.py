@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -45,3 +46,21 @@ def test_what_listops_outermost_operator_tells():
     )
     assert f"{train} of the training examples, {val} of those" in page
     assert f"{test} of the test examples" in page
+
+
+def test_the_pathfinder_table_is_of_recorded_runs():
+    recorded = ROOT / "experiments" / "results" / "path-h200"
+    page = (ROOT / "docs" / "pathfinder.md").read_text().splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page if line[:1] == "|"]
+    shown = {row[0]: row[1:] for row in rows[2:]}
+    assert set(shown) == {path.parent.name for path in recorded.glob("*/result.json")}
+    for name, row in shown.items():
+        result = json.loads((recorded / name / "result.json").read_text())
+        metrics = result["metrics"]
+        assert row == [
+            f"{result['config']['task']['size'] ** 2}",
+            f"{metrics['steps']}",
+            f"{metrics['training_seconds']:.0f}",
+            f"{metrics['examples_per_second']:.0f}",
+            f"{100 * metrics['test_accuracy']:.1f}",
+        ]
