@@ -91,6 +91,13 @@ class Split(Examples):
         labels = torch.tensor([label for _, label in examples])
         return cls(torch.from_numpy(tokens), lengths, labels)
 
+    @classmethod
+    def joined(cls, parts: Sequence[Split]) -> Split:
+        """All examples of splits of the same length with lengths."""
+        lengths = torch.cat([x.lengths for x in parts if x.lengths is not None])
+        tokens, labels = (torch.cat([getattr(x, n) for x in parts]) for n in ("tokens", "labels"))
+        return cls(tokens, lengths, labels)
+
     def state(self) -> tuple[Tensor | int | str | None, ...]:
         """The arguments that make it again."""
         return self.tokens, self.lengths, self.labels

@@ -12,10 +12,11 @@ import multiprocessing
 import random
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sparse_flash.experiments.data.dataset import Split, Splits
 from sparse_flash.experiments.data.files import DataError, cached, lines
+from torch.nn.functional import pad
 from tqdm import tqdm
 
 OPERATORS = ("MIN", "MAX", "MED", "SM")
@@ -51,6 +52,11 @@ class ListOps:
     """Examples to evaluate on during training."""
     test: int = 2_000
     """Examples to evaluate on in the end."""
+    easier: tuple[int, ...] = ()
+    """Lengths of examples to begin training with, `train` of each, all of them below that length:
+    what operators do is learned from short lists, and then holds in long ones."""
+    easier_share: float = 0.5
+    """Part of the training steps that are done with them, where there are any."""
     seed: int = 0
     """Seed of the data, not of the training."""
     source: str = ""
@@ -69,6 +75,12 @@ class ListOps:
             raise ValueError(f"ListOps needs max_depth and max_args of at least 2, got {self}")
         if min(self.train, self.val, self.test) < 1:
             raise ValueError(f"ListOps needs at least one example in each split, got {self}")
+        if any(not 5 <= length <= self.max_length for length in self.easier):
+            raise ValueError(
+                f"easier must be lengths in 5..max_length = {self.max_length}, got {self.easier}"
+            )
+        if not 0 < self.easier_share < 1:
+            raise ValueError(f"easier_share must be in 0..1, got {self.easier_share}")
 
     @property
     def length(self) -> int:
@@ -79,17 +91,29 @@ class ListOps:
         """No image."""
 
     def load(self) -> Splits:
-        """Generate all splits, without repetitions; or read them.
+        """Generate all splits, without repetitions; or read them. Easier examples are generated.
 
         Raises:
             DataError: A file to be read is missing, cut off, or holds something else.
         """
+        if self.easier:
+            plain = replace(self, easier=(), easier_share=ListOps.easier_share)
+            first = Split.joined([self._shorter(length) for length in self.easier])
+            return replace(plain.load(), first=first, first_share=self.easier_share)
         if self.source:
             paths = [f"{self.source}/basic_{split}.tsv" for split in ("train", "val", "test")]
             return cached(self, tuple(paths), lambda: Splits(*(read(self, p) for p in paths)))
         if (self.train + self.val + self.test) * self.max_length < _WORTH_KEEPING:
             return generate(self)
         return cached(self, (), lambda: generate(self))
+
+    def _shorter(self, length: int) -> Split:
+        """Examples below this length, padded as all others are."""
+        task = replace(self, min_length=1, max_length=length, val=1, test=1, easier=(), source="")
+        train = task.load().train
+        assert isinstance(train, Split)
+        tokens = pad(train.tokens, (0, self.length - task.length))
+        return replace(train, tokens=tokens)
 
 
 def read(task: ListOps, path: str) -> Split:

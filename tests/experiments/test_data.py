@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import statistics
+from dataclasses import replace
 
 import pytest
 import torch
@@ -83,11 +84,32 @@ def test_generation_is_repeatable_for_any_number_of_workers(tiny_data):
     assert torch.equal(again.test.labels, tiny_data.test.labels)
 
 
+def test_training_begins_with_shorter_lists():
+    task = replace(TINY, easier=(8, 16), easier_share=0.25)
+    splits, plain = task.load(), TINY.load()
+    assert torch.equal(splits.train.tokens, plain.train.tokens)
+    assert torch.equal(splits.test.labels, plain.test.labels)
+    assert (plain.first, splits.first_share) == (None, 0.25)
+    first = splits.first
+    assert len(first) == 2 * 300
+    assert first.tokens.shape[1] == task.length
+    for i, (row, length, label) in enumerate(
+        zip(first.tokens.tolist(), first.lengths.tolist(), first.labels, strict=True)
+    ):
+        assert 1 < length < (8 if i < 300 else 16)
+        assert not any(row[length:])
+        assert listops.evaluate(row[:length]) == label
+
+
 def test_impossible_settings():
     with pytest.raises(ValueError, match="min_length"):
         ListOps(min_length=100, max_length=100)
     with pytest.raises(ValueError, match="at least one example"):
         ListOps(val=0)
+    with pytest.raises(ValueError, match="lengths in 5..max_length = 2000, got"):
+        ListOps(easier=(40, 2001))
+    with pytest.raises(ValueError, match="easier_share must be in"):
+        ListOps(easier=(40,), easier_share=1.0)
     with pytest.raises(ValueError, match="different sequences of"):
         ListOps(min_length=1, max_length=5, max_depth=2, max_args=2, train=10**6).load()
 
