@@ -93,10 +93,9 @@ class Split(Examples):
 
     @classmethod
     def joined(cls, parts: Sequence[Split]) -> Split:
-        """All examples of splits of the same length with lengths."""
-        lengths = torch.cat([x.lengths for x in parts if x.lengths is not None])
-        tokens, labels = (torch.cat([getattr(x, n) for x in parts]) for n in ("tokens", "labels"))
-        return cls(tokens, lengths, labels)
+        """All examples of splits that are padded to the same length."""
+        fields = zip(*(part.state() for part in parts), strict=True)
+        return cls(*(torch.cat(field) for field in fields))
 
     def state(self) -> tuple[Tensor | int | str | None, ...]:
         """The arguments that make it again."""

@@ -85,14 +85,16 @@ def test_generation_is_repeatable_for_any_number_of_workers(tiny_data):
 
 
 def test_training_begins_with_shorter_lists():
-    task = replace(TINY, easier=(8, 16), easier_share=0.25)
-    splits, plain = task.load(), TINY.load()
+    plain = replace(TINY, min_length=15)
+    task = replace(plain, easier=(8, 16), easier_share=0.25)
+    splits, plain = task.load(), plain.load()
     assert torch.equal(splits.train.tokens, plain.train.tokens)
     assert torch.equal(splits.test.labels, plain.test.labels)
     assert (plain.first, splits.first_share) == (None, 0.25)
     first = splits.first
     assert len(first) == 2 * 300
     assert first.tokens.shape[1] == task.length
+    assert splits.test.lengths.min() > first.lengths.max()  # what is tested is new
     for i, (row, length, label) in enumerate(
         zip(first.tokens.tolist(), first.lengths.tolist(), first.labels, strict=True)
     ):
@@ -106,8 +108,8 @@ def test_impossible_settings():
         ListOps(min_length=100, max_length=100)
     with pytest.raises(ValueError, match="at least one example"):
         ListOps(val=0)
-    with pytest.raises(ValueError, match="lengths in 5..max_length = 2000, got"):
-        ListOps(easier=(40, 2001))
+    with pytest.raises(ValueError, match="min_length . 1 = 501, got"):
+        ListOps(easier=(40, 502))
     with pytest.raises(ValueError, match="easier_share must be in"):
         ListOps(easier=(40,), easier_share=1.0)
     with pytest.raises(ValueError, match="different sequences of"):
