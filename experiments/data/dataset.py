@@ -63,6 +63,12 @@ class Examples(abc.ABC):
         return self.labels.bincount().max().item() / len(self)
 
 
+def check_share(easier_share: float) -> None:
+    """Raise ValueError unless a part of the training steps, but not all, is for easier examples."""
+    if not 0 < easier_share < 1:
+        raise ValueError(f"easier_share must be in 0..1, got {easier_share}")
+
+
 @dataclass(frozen=True)
 class Split(Examples):
     """A set of examples: `tokens` (n, s) uint8, `lengths` (n,) int64, `labels` (n,) int64.
@@ -93,7 +99,7 @@ class Split(Examples):
 
     @classmethod
     def joined(cls, parts: Sequence[Split]) -> Split:
-        """All examples of splits that are padded to the same length."""
+        """All examples of splits that are padded to the same length and say how long theirs are."""
         fields = zip(*(part.state() for part in parts), strict=True)
         return cls(*(torch.cat(field) for field in fields))
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 
-from sparse_flash.experiments.data.dataset import Split, Splits
+from sparse_flash.experiments.data.dataset import Split, Splits, check_share
 from sparse_flash.experiments.data.files import DataError, cached, lines
 from torch.nn.functional import pad
 from tqdm import tqdm
@@ -81,8 +81,7 @@ class ListOps:
             raise ValueError(
                 f"easier must be lengths in 5..min_length + 1 = {longest}, got {self.easier}"
             )
-        if not 0 < self.easier_share < 1:
-            raise ValueError(f"easier_share must be in 0..1, got {self.easier_share}")
+        check_share(self.easier_share)
 
     @property
     def length(self) -> int:

@@ -16,7 +16,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from sparse_flash.experiments.data.dataset import Batch, Examples, Split, Splits
+from sparse_flash.experiments.data.dataset import Batch, Examples, Split, Splits, check_share
 from sparse_flash.experiments.data.files import DataError, cached
 from sparse_flash.experiments.data.images import Mirrored, Order, places, token_order
 from torch import Tensor
@@ -82,8 +82,7 @@ class Pathfinder:
                 f"easier images can be generated, but not be read: with source {self.source!r} set "
                 "easier to nothing (--task.easier without contours), or leave source empty"
             )
-        if not 0 < self.easier_share < 1:
-            raise ValueError(f"easier_share must be in 0..1, got {self.easier_share}")
+        check_share(self.easier_share)
         if min(self.train, self.val, self.test) < 1:
             raise ValueError(f"Pathfinder needs at least one image in each split, got {self}")
 
