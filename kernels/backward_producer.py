@@ -3,6 +3,7 @@
 import cutlass
 from cutlass import Int32, cute, pipeline
 from cutlass.cute.nvgpu import cpasync
+from sparse_flash.kernels.config import CONVERT
 from sparse_flash.kernels.primitives import tma_load
 
 PRODUCER = pipeline.PipelineUserType.Producer
@@ -17,6 +18,9 @@ READY_BARRIER, TAKEN_BARRIER = 2, 6
 STORE_THREADS = 128 + 32
 # Of a tile of dQ's sums: nobody has come to it; somebody is storing the first addend; it is there.
 FREE, BEGUN, READY = range(3)
+# After how many tiles of the next item all that an item has added is surely there.
+SOME_TILES = 3
+WHOLE = -1  # instead of a part
 
 
 class BackwardProducer:
@@ -42,6 +46,8 @@ class BackwardProducer:
         num_items = self.items.counts[0]
         if cutlass.const_expr(self.config.ordered):
             index = self.next_index(index - cute.arch.grid_dim()[0])
+        if cutlass.const_expr(self.config.converts):
+            index = self.next_index(index)
         while index < num_items:
             n_block, head, batch = (self.items.work[index, i] for i in range(3))
             first, count, part, turn = (self.items.work[index, i] for i in range(3, 7))
@@ -70,13 +76,19 @@ class BackwardProducer:
 
     @cute.jit
     def next_index(self, index):
-        """The next item; where the config is ordered, of those that are this CTA's."""
+        """The next item; where the config is ordered, of those that are this CTA's.
+
+        Where there are conversions, which wait for items before them, no item belongs to a CTA that
+        may not be there yet: the first one too is whatever comes next.
+        """
         following = index + cute.arch.grid_dim()[0]
         if cutlass.const_expr(self.config.ordered):
             if following < self.items.counts[0]:
                 following = self.items.counts[0] if self.items.work[following, 4] < 0 else following
         else:
             following = self.items.next_index()
+            if cutlass.const_expr(self.config.converts):
+                following -= cute.arch.grid_dim()[0]
         return following
 
     @cute.jit
@@ -111,7 +123,7 @@ class BackwardStorer:
 
     def __init__(self, config, dq_sum, order, stores, buffers, items, inputs):
         self.config, self.items, self.dq_sum = config, items, dq_sum
-        self.turns, self.done = order
+        self.turns, self.done, self.finished = order
         self.dk_store, self.dv_store = stores
         self.s_dq, self.s_out = buffers
         self.tiles, self.heads = inputs
@@ -121,31 +133,22 @@ class BackwardStorer:
         """Item after item, until there are no more."""
         state = pipeline.make_pipeline_state(CONSUMER, self.items.pipe.num_stages)
         buffer = Int32(0)
+        before = Int32(-1)  # the (batch, kv head) of the item before, if it is still to be counted
         self.give_room(buffer)
         item = self.items.take(state, ITEM_FIELDS)
         state.advance()
         while item[3] >= 0:
-            n_block, head, batch, count, part, first, turn, remaining = item
+            n_block, head, batch, _, part, _, _, remaining = item
             if cutlass.const_expr(self.config.dq):
                 if remaining > 0:
-                    for j in cutlass.range(count, unroll=1):
-                        m_block, q_head = query_place(self.tiles[first + j, 0], head, self.heads)
-                        place = (batch, q_head, m_block)
-                        found = self.come(turn + j, place)
-                        for group in cutlass.range_constexpr(2):
-                            self.wait_for_results(buffer, group)
-                            chunk = (batch, q_head, 2 * m_block + group)
-                            self.add(chunk, buffer, group, found)
-                        if cutlass.const_expr(self.config.ordered) or found == FREE:
-                            self.count(place)
-                        buffer = self.following(buffer)
+                    buffer, before = self.add_tiles(item, buffer, before)
                 elif cutlass.const_expr(self.config.ordered):
-                    for j in cutlass.range(count, unroll=1):
-                        m_block, q_head = query_place(self.tiles[first + j, 0], head, self.heads)
-                        place = (batch, q_head, m_block)
-                        self.come(turn + j, place)
-                        self.count(place)
-            if part < 0:
+                    self.pass_turns(item)
+            if cutlass.const_expr(self.config.converts):
+                before = self.count_item(before, 0)
+                if part != CONVERT:
+                    before = batch * self.finished.shape[1] + head
+            if part == WHOLE:
                 place = (n_block, head, batch)
                 for store in (self.dv_store, self.dk_store):
                     for group in cutlass.range_constexpr(2):
@@ -154,7 +157,37 @@ class BackwardStorer:
                     buffer = self.following(buffer)
             item = self.items.take(state, ITEM_FIELDS)
             state.advance()
+        if cutlass.const_expr(self.config.converts):
+            self.count_item(before, 0)
         cute.arch.cp_async_bulk_wait_group(0)
+
+    @cute.jit
+    def add_tiles(self, item, buffer, before):
+        """An item's dQ to the sums. Returns the next buffer, and what is still to be counted."""
+        _, head, batch, count, _, first, turn, _ = item
+        for j in cutlass.range(count, unroll=1):
+            m_block, q_head = query_place(self.tiles[first + j, 0], head, self.heads)
+            place = (batch, q_head, m_block)
+            found = self.come(turn + j, place)
+            for group in cutlass.range_constexpr(2):
+                self.wait_for_results(buffer, group)
+                self.add((batch, q_head, 2 * m_block + group), buffer, group, found)
+            if cutlass.const_expr(self.config.ordered) or found == FREE:
+                self.count(place)
+            if cutlass.const_expr(self.config.converts):
+                if j == SOME_TILES - 1:
+                    before = self.count_item(before, 2 * SOME_TILES)
+            buffer = self.following(buffer)
+        return buffer, before
+
+    @cute.jit
+    def pass_turns(self, item):
+        """Let others have the turns of an item that is left out."""
+        _, head, batch, count, _, first, turn, _ = item
+        for j in cutlass.range(count, unroll=1):
+            m_block, q_head = query_place(self.tiles[first + j, 0], head, self.heads)
+            self.come(turn + j, (batch, q_head, m_block))
+            self.count((batch, q_head, m_block))
 
     @cute.jit
     def come(self, turn, place):
@@ -186,6 +219,22 @@ class BackwardStorer:
         if cute.arch.lane_idx() == 0:  # which has issued the additions
             cute.arch.fence_proxy("async.global")
             cute.arch.atomic_add(done, Int32(1), sem="release", scope="gpu")
+
+    @cute.jit
+    def count_item(self, pair, later: cutlass.Constexpr):
+        """Once what an item added is there, count it among those of its batch and kv head.
+
+        Not right after its last addition, whose end this warp would have to wait for: `later`
+        additions have been issued since. Returns -1, which stands for no item.
+        """
+        if pair >= 0:
+            cute.arch.cp_async_bulk_wait_group(later)
+            if cute.arch.lane_idx() == 0:
+                cute.arch.fence_proxy("async.global")
+                cute.arch.atomic_add(
+                    self.finished.iterator + pair, Int32(1), sem="release", scope="gpu"
+                )
+        return Int32(-1)
 
     @cute.jit
     def add(self, place, buffer, group: cutlass.Constexpr, found):

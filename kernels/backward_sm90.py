@@ -9,6 +9,7 @@ import cutlass
 from cutlass import Float32, Int32, cute
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from sparse_flash.kernels.backward_consumer import BackwardConsumer
+from sparse_flash.kernels.backward_converter import BackwardConverter
 from sparse_flash.kernels.backward_producer import BackwardProducer, BackwardStorer
 from sparse_flash.kernels.config import BackwardConfig
 from sparse_flash.kernels.elementwise import Convert, Statistics, Sum
@@ -55,6 +56,7 @@ class BackwardSm90:
         dk: cute.Tensor,  # (b, s_kv, h_kv, d)
         dv: cute.Tensor,  # (b, s_kv, h_kv, d)
         done: cute.Tensor,  # (b, h, tiles) int32: what a tile of dq_sum is; see BackwardStorer
+        finished: cute.Tensor,  # (b, h_kv) int32: items of attention of a head that are done
         dq_sum: cute.Tensor,  # (b, h, tiles x 2, dq_chunk) float32; see elementwise.Convert
         stats: cute.Tensor,  # (b, h, 2, s_q rounded up to tile_m) float32
         kv_lens: cute.Tensor,  # (b,) int32
@@ -62,6 +64,7 @@ class BackwardSm90:
         tiles: cute.Tensor,  # (tiles, 2) int32: m_block and bit tile
         bits: cute.Tensor,  # (bit tiles, tile_n / 64, 128, 2) int32, in fragment order
         turns: cute.Tensor,  # (turns,) int32: of an addition among all to its tile
+        per_head: cute.Tensor,  # (b h_kv,) int32: all items of attention of each head
         counter: cute.Tensor,  # (2,) int32, zeros; left as zeros
         dk_parts: cute.Tensor,  # (parts, tile_n, head_dim) float32
         dv_parts: cute.Tensor,  # (parts, tile_n, head_dim) float32
@@ -75,20 +78,23 @@ class BackwardSm90:
     ):
         """Launch all on the stream. See `Schedule` for the work items and the parts."""
         config = self.config
-        Statistics(config)(out, dout, lse, dlse, stats, (dq_sum, done), has_dlse, stream)
+        Statistics(config)(out, dout, lse, dlse, stats, (dq_sum, done, finished), has_dlse, stream)
         lists = (kv_lens, work, tiles, bits, counter, counts)
         tensors = (q, dout, k, v, dk, dv)
         scales = (softmax_scale, scale_log2)
-        rest = (dq_sum, (turns, done), stats, lists, (dk_parts, dv_parts))
+        order = (turns, done, finished)
+        rest = (dq_sum, order, (dq, per_head), stats, lists, (dk_parts, dv_parts))
         self.launch(tensors, *rest, num_ctas, scales, stream)
-        if cutlass.const_expr(config.dq):
+        if cutlass.const_expr(config.ordered):
             Convert(config, self.dtype)(dq_sum, done, dq, softmax_scale, stream)
         if cute.size(combine, mode=[0]) > 0:
             total = Sum(config.tile_n, config.head_dim, self.dtype)
             total((dk, dv), combine, counts, (dk_parts, dv_parts), stream)
 
     @cute.jit
-    def launch(self, tensors, dq_sum, order, stats, lists, parts, num_ctas: Int32, scales, stream):
+    def launch(
+        self, tensors, dq_sum, order, convert, stats, lists, parts, num_ctas: Int32, scales, stream
+    ):
         """Launch the attention kernel itself."""
         config, width = self.config, self.config.head_dim
         q, dout, k, v, dk, dv = by_tiles(tensors)
@@ -115,6 +121,7 @@ class BackwardSm90:
             (tma(store, dk, out_layout), tma(store, dv, out_layout)),
             dq_sum,
             order,
+            convert,
             (q_layout, kv_layout, ds_layout, dq_layout, out_layout, stats_layout),
             self._products(),
             lists,
@@ -139,7 +146,8 @@ class BackwardSm90:
         loads,  # (TMA atom, tensor) of q, dout, k, v, stats
         stores,  # (TMA atom, tensor) of dk, dv
         dq_sum,
-        order,  # turns, and how many are done
+        order,  # turns, what is done of tiles, and of heads
+        convert,  # dq, and the items of each head
         layouts,
         products,
         lists,
@@ -191,7 +199,8 @@ class BackwardSm90:
         else:
             cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
             buffers = (s_q, s_do, s_k, s_v, s_ds, s_dq, s_out, s_stats, s_tiles)
-            outside = (buffers, pipes, ds_shared, items, bits, parts, scales)
+            converter = BackwardConverter(config, dq_sum, order, convert, heads[0], scales[0])
+            outside = (buffers, pipes, ds_shared, items, converter, bits, parts, scales)
             BackwardConsumer(config, self.dtype, products, *outside).run()
 
     def _products(self):

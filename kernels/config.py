@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 WORK_FIELDS = 8  # int32 words of a work item, padded to a sector of memory; see schedule.py
+CONVERT = -2  # instead of a part: the item converts sums of dQ; see conversions.py
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,11 @@ class BackwardConfig:
     def buffers(self) -> int:
         """How many results of each warpgroup may wait to be stored."""
         return 2 if self.dq else 1
+
+    @property
+    def converts(self) -> bool:
+        """Whether there are work items that turn sums into dQ."""
+        return self.dq and not self.ordered
 
     @property
     def tile(self) -> tuple[int, int]:

@@ -21,7 +21,8 @@ class Statistics:
     """Of each query lse in powers of 2, and delta = sum(out * dout) - dlse.
 
     Rows beyond the end, and those without keys, get lse = inf: their P is 0. What stands in memory
-    of the tiles of dQ's sums is cleared; and the sums, where they will be added to in turns.
+    of the tiles of dQ's sums, and of heads, is cleared; and the sums, where they will be added to
+    in turns.
     """
 
     def __init__(self, config) -> None:
@@ -50,7 +51,7 @@ class Statistics:
         lse: cute.Tensor,
         dlse: cute.Tensor,
         stats: cute.Tensor,
-        sums: tuple[cute.Tensor, cute.Tensor],  # dq_sum, and what its tiles are
+        sums: tuple[cute.Tensor, ...],  # dq_sum, what its tiles are, and finished items by head
         has_dlse: Int32,
     ):
         """VECTOR elements for each thread."""
@@ -87,17 +88,15 @@ class Statistics:
             stats[batch, head, 1, row] = total
             if cutlass.const_expr(self.config.dq):
                 if row % self.config.tile_m == 0:
-                    done = sums[1]
+                    _, done, finished = sums
                     done[batch, head, row // self.config.tile_m] = Int32(0)
+                    if row == 0 and head < cute.size(finished, mode=[1]):
+                        finished[batch, head] = Int32(0)
 
 
 class Convert:
-    """dQ = scale sum, in the dtype of q.
-
-    The sums lie in chunks of 64 rows, as the threads of a warpgroup held them: four numbers of
-    each thread, then the next four of each. Number i of thread t is row 16 (t / 32) + (t % 32) / 4
-    + 8 (i / 2 % 2), column 8 (i / 4) + 2 (t % 4) + i % 2. A tile that nobody came to is 0. The last
-    heads come first: some of their sums are still in the L2 cache.
+    """dQ = scale sum, in the dtype of q, of all tiles. The last heads come first: some of their
+    sums are still in the L2 cache.
     """
 
     def __init__(self, config, dtype: type[cutlass.Numeric]) -> None:
@@ -115,34 +114,55 @@ class Convert:
 
     @cute.kernel
     def kernel(self, sums: cute.Tensor, done: cute.Tensor, result: cute.Tensor, scale: Float32):
-        """Eight columns of two rows for each thread: from four neighbours, 16 numbers."""
+        """Eight columns of two rows for each thread."""
         chunk, head, batch = cute.arch.block_idx()
         head = cute.size(sums, mode=[1]) - 1 - head
         batch = cute.size(sums, mode=[0]) - 1 - batch
-        there = done[batch, head, chunk // 2] != 0
-        thread = cute.arch.thread_idx()[0]
-        group, quad = thread % self.groups, thread // self.groups  # of columns; of four neighbours
-        start = group * 512 + quad * 16
-        lower, upper = (cute.make_rmem_tensor(VECTOR, self.dtype) for _ in range(2))
-        values = cute.make_rmem_tensor(VECTOR, Float32)
-        for half in cutlass.range_constexpr(2):
-            place = (batch, head, chunk, start + half * VECTOR)
-            cute.autovec_copy(vector(sums, place, 16), values)
-            for i in cutlass.range_constexpr(4):
-                index = 4 * (i // 2) + i % 2
-                a = values[index] if there else Float32(0.0)
-                b = values[index + 2] if there else Float32(0.0)
-                lower[4 * half + i] = (a * scale).to(self.dtype)
-                upper[4 * half + i] = (b * scale).to(self.dtype)
-        row, column = chunk * 64, group * 8
-        if cutlass.const_expr(self.config.dq_by_columns):
-            row, column = chunk // 2 * 64, chunk % 2 * 64 + group * 8
-        row += quad // 8 * 16 + quad % 8
-        if column < cute.size(result, mode=[3]):
-            if row < cute.size(result, mode=[1]):
-                cute.autovec_copy(lower, vector(result, (batch, row, head, column), 16))
-            if row + 8 < cute.size(result, mode=[1]):
-                cute.autovec_copy(upper, vector(result, (batch, row + 8, head, column), 16))
+        there, place = done[batch, head, chunk // 2] != 0, (batch, head, chunk)
+        values = read_sums(self.config, sums, place, cute.arch.thread_idx()[0])
+        write_queries(self.config, result, place, cute.arch.thread_idx()[0], values, scale, there)
+
+
+@cute.jit
+def read_sums(config, sums, place, thread):
+    """The 16 numbers of a chunk at place = (batch, head, chunk) that are this thread's, of 32 for
+    each eight columns.
+
+    The sums lie in chunks of 64 rows, as the threads of a warpgroup held them: four numbers of
+    each thread, then the next four of each. Number i of thread t is row 16 (t / 32) + (t % 32) / 4
+    + 8 (i / 2 % 2), column 8 (i / 4) + 2 (t % 4) + i % 2. Here, a thread takes four neighbours.
+    """
+    groups = config.dq_columns // VECTOR
+    values = cute.make_rmem_tensor((VECTOR, 2), Float32)
+    for half in cutlass.range_constexpr(2):
+        start = thread % groups * 512 + thread // groups * 16 + half * VECTOR
+        cute.autovec_copy(vector(sums, (*place, start), 16), values[None, half])
+    return values
+
+
+@cute.jit
+def write_queries(config, result, place, thread, values, scale, there):
+    """What `read_sums` gave, scaled, to eight columns of two rows of dQ; 0 if nobody came there."""
+    batch, head, chunk = place
+    lower, upper = (cute.make_rmem_tensor(VECTOR, result.element_type) for _ in range(2))
+    for half in cutlass.range_constexpr(2):
+        for i in cutlass.range_constexpr(4):
+            index = 4 * (i // 2) + i % 2
+            a = values[index, half] if there else Float32(0.0)
+            b = values[index + 2, half] if there else Float32(0.0)
+            lower[4 * half + i] = (a * scale).to(result.element_type)
+            upper[4 * half + i] = (b * scale).to(result.element_type)
+    groups = config.dq_columns // VECTOR
+    group, quad = thread % groups, thread // groups  # of columns; of four neighbours
+    row, column = chunk * 64, group * 8
+    if cutlass.const_expr(config.dq_by_columns):
+        row, column = chunk // 2 * 64, chunk % 2 * config.dq_columns + group * 8
+    row += quad // 8 * 16 + quad % 8
+    if column < cute.size(result, mode=[3]):
+        if row < cute.size(result, mode=[1]):
+            cute.autovec_copy(lower, vector(result, (batch, row, head, column), 16))
+        if row + 8 < cute.size(result, mode=[1]):
+            cute.autovec_copy(upper, vector(result, (batch, row + 8, head, column), 16))
 
 
 class Sum:

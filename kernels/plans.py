@@ -17,6 +17,7 @@ from sparse_flash.kernels.config import (
     forward_configs,
     queries_config,
 )
+from sparse_flash.kernels.conversions import with_conversions
 from sparse_flash.kernels.schedule import (
     Schedule,
     backward_schedule,
@@ -127,9 +128,12 @@ def _build(
         return schedule(layout, batch, heads[0], tile, ctas, 4 * layout.kv_len * width, tail=tail)
     # Of each head Q and dO, in 16 bits, and the sums of dQ, in float32.
     size = 8 * layout.q_len * width * heads[0] // heads[1]
-    return backward_schedule(
+    plan = backward_schedule(
         layout, batch, heads, tile, ctas, size, ordered=kind == "ordered", tail=tail
     )
+    if kind == "backward":
+        plan = with_conversions(plan, heads, layout.q_len, width, ctas, size)
+    return plan
 
 
 def _follow(

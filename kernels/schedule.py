@@ -98,6 +98,8 @@ class Schedule:
         a CUDA graph's replays see what `update_` has changed.
     turns: (turns,). Of each tile of each item, in their order, the how manieth it is, in time,
         among those in its block column; one zero where that is not asked for. See `take_turns`.
+    per_head: (batch x kv heads,). Of a schedule with conversions, how many items of attention each
+        has; else one zero.
     num_parts: parts of split rows, each a float32 (tile_m, head_dim) and a logsumexp.
     waiting: Time that CTAs would wait for their turns, as a share of the whole.
     """
@@ -109,15 +111,16 @@ class Schedule:
     kv_lens: Tensor
     counts: Tensor
     turns: Tensor
+    per_head: Tensor
     num_bit_tiles: int
     num_parts: int
     tile: tuple[int, int]
     waiting: float = 0.0
 
     def arrays(self) -> list[Tensor]:
-        """work, tiles, bits, combine, kv_lens, counts, turns."""
+        """work, tiles, bits, combine, kv_lens, counts, turns, per_head."""
         lists = [self.work, self.tiles, self.bits, self.combine]
-        return [*lists, self.kv_lens, self.counts, self.turns]
+        return [*lists, self.kv_lens, self.counts, self.turns, self.per_head]
 
     def update_(self, other: Schedule) -> None:
         """Take over another schedule in place, so that captured CUDA graphs follow it.
@@ -146,7 +149,7 @@ class Schedule:
             raise ValueError(
                 f"no room for {other.num_parts} parts of split rows: there were {self.num_parts}"
             )
-        names = ("work", "tiles", "bits", "combine", "kv_lens", "counts", "turns")
+        names = ("work", "tiles", "bits", "combine", "kv_lens", "counts", "turns", "per_head")
         for name, room, new in zip(names, self.arrays(), other._used(), strict=True):
             if len(new) > len(room):
                 raise ValueError(
@@ -205,7 +208,7 @@ def schedule(
     first = starts[:, :-1][owners].flatten()[row] + begin
     first = torch.where(end > begin, first, layout.num_tiles)
     item_cost = cost[row] * (end - begin).clamp(min=1) / tiles[row].clamp(min=1)
-    group = _head_groups(batch * heads, kv_bytes, parts.device)[row // layout.num_block_rows]
+    group = head_groups(batch * heads, kv_bytes, parts.device)[row // layout.num_block_rows]
     work = _records(row, (heads, layout.num_block_rows), first, end - begin, part)
     in_parts = torch.where(parts > 1, parts, 0)
     combined = (parts > 1).nonzero().squeeze(1)
@@ -222,6 +225,7 @@ def schedule(
         combine=_records(combined, (heads, layout.num_block_rows), first_part, parts[combined]),
         kv_lens=torch.full((batch,), layout.kv_len, dtype=torch.int32, device=layout.device),
         turns=torch.zeros(1, dtype=torch.int32, device=layout.device),
+        per_head=torch.zeros(1, dtype=torch.int32, device=layout.device),
         num_parts=int(in_parts.sum()),
         tile=tile,
     )
@@ -474,7 +478,7 @@ def _longest_first(cost: Tensor, group: Tensor, share: Tensor, long_item: float)
     return by_cost[group[by_cost].argsort(stable=True)]
 
 
-def _head_groups(pairs: int, kv_bytes: int, device: torch.device) -> Tensor:
+def head_groups(pairs: int, kv_bytes: int, device: torch.device) -> Tensor:
     """The group of each (batch, head) pair: int64 (pairs,)."""
     size = max(1, L2_BYTES // max(1, kv_bytes))
     groups = -(-pairs // size)

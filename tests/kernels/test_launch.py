@@ -106,7 +106,7 @@ def test_backward_arguments_are_those_of_the_kernel(launched, kind, dim, tile_m,
     assert plan.num_parts > 0
     for name, tensor in {"q": q, "k": k, "v": v, "dq": dq, "dk": dk, "dv": dv}.items():
         assert given[name] is tensor
-    for name in ("work", "tiles", "bits", "combine", "kv_lens", "counts", "turns"):
+    for name in ("work", "tiles", "bits", "combine", "kv_lens", "counts", "turns", "per_head"):
         assert given[name] is getattr(plan, name)
     assert given["kv_lens"].tolist() == [300, 300]
     assert (dq.shape, dk.shape, dv.shape) == (q.shape, k.shape, v.shape)
