@@ -75,8 +75,9 @@ def _items(
     index = torch.arange(batch * heads, device=device).repeat_interleave(len(first))
     first = first.repeat(batch * heads)
     items = torch.zeros(len(first), WORK_FIELDS, dtype=torch.int32, device=device)
-    fields = (first, index % heads, index // heads, 0, 0, CONVERT, (tiles - first).clamp(max=size))
-    for i, field in enumerate(fields):
+    items[:, 5] = CONVERT
+    places = {0: first, 1: index % heads, 2: index // heads, 6: (tiles - first).clamp(max=size)}
+    for i, field in places.items():
         items[:, i] = field
     return items
 

@@ -31,7 +31,7 @@ def calls(monkeypatch):
         dout, dlse, q, k, v, out, lse, kind, plan, by_queries, lens, num_parts, scale
     ):
         seen.append((q.shape, len(plan), kind))
-        assert len(by_queries) == 8 * (len(num_parts) - 1) == 7 * (kind == "keys")
+        assert len(by_queries) == 8 * (len(num_parts) - 1) == 8 * (kind == "keys")
         q_, k_, v_, dout_ = (x.float() for x in (q, k, v, dout))
         p = (torch.einsum("bqhd,bkhd->bhqk", q_, k_) * scale - lse[..., None]).exp()
         delta = (out.float() * dout_).sum(-1).transpose(1, 2)
