@@ -27,6 +27,8 @@ from sparse_flash.kernels.backward_producer import (
 )
 from sparse_flash.kernels.config import CONVERT
 from sparse_flash.kernels.primitives import (
+    bits_of,
+    from_bits,
     hold,
     multiply,
     multiply_held,
@@ -79,6 +81,8 @@ class BackwardConsumer:
         shape = self.of_keys.partition_shape_C((64, config.columns))
         self.acc_dk = cute.make_rmem_tensor(shape, Float32)
         self.acc_dv = cute.make_rmem_tensor(shape, Float32)
+        # Of the tile before: the exponents of both rows of dQ that are the thread's.
+        self.exponents = cute.make_rmem_tensor(1, Int32)
         if const_expr(config.held):
             shape = self.held.partition_shape_A((64, config.held))
             self.r_k = self.held.make_fragment_A(shape)
@@ -164,7 +168,7 @@ class BackwardConsumer:
                     q_state, buffer = self.step(q_state, kv_state, buffer, remaining, last=True)
                 self.k_pipe.consumer_release(kv_state)
                 kv_state.advance()
-            if const_expr(self.config.converts):
+            if const_expr(self.config.dq):
                 if item[4] == CONVERT:
                     self.converter.run(item)
                 else:
@@ -214,6 +218,7 @@ class BackwardConsumer:
         p, acc_dp = self.values(q_state, kv_state, remaining, staggered)
         ds = cute.make_rmem_tensor(p.shape, self.dtype)
         delta = self.statistics(1, stage)
+        exponents = self.exponents_of(stage) if const_expr(config.fixed) else Int32(0)
         warpgroup.wait_group(config.parts)
         if const_expr(last):
             self.v_pipe.consumer_release(kv_state)
@@ -246,6 +251,8 @@ class BackwardConsumer:
             self.say_shared()
         if const_expr(before):
             buffer = self.put_queries(acc_dq, buffer)
+        if const_expr(config.fixed):
+            self.exponents[0] = exponents
         # Not later: ptxas would serialise products that are under way from one round to the next.
         warpgroup.wait_group(0)
         return following, buffer
@@ -407,10 +414,33 @@ class BackwardConsumer:
     @cute.jit
     def put_queries(self, acc, buffer):
         """Put dQ into shared memory, as threads hold it. Returns the next buffer."""
+        if const_expr(self.config.fixed):
+            self.to_fixed_point(acc)
         self.wait_for_room(buffer)
         goal = self.s_dq[None, self.thread, None, self.group, buffer]
         cute.autovec_copy(cute.make_tensor(acc.iterator, goal.shape), goal)
         return self.hand_over(buffer)
+
+    @cute.jit
+    def exponents_of(self, stage):
+        """Of the thread's two rows of dQ, 8 apart: the eight bits that stand in delta."""
+        row = self.thread // 32 * 16 + self.thread % 32 // 4
+        if const_expr(not self.config.dq_by_columns):
+            row += 64 * self.group
+        upper, lower = (bits_of(self.s_stats[row + 8 * i, 1, stage]) & 255 for i in range(2))
+        return upper | lower << 8
+
+    @cute.jit
+    def to_fixed_point(self, acc):
+        """Numbers become integers, whose bits take their place; see elementwise.Statistics."""
+        exponents = self.exponents[0]
+        factors = [from_bits((exponents >> 8 * i & 255) << 23) for i in range(2)]
+        for i in cutlass.range_constexpr(cute.size(acc)):
+            acc[i] = cute.arch.inline_ptx(
+                "{ .reg .b32 i; cvt.rni.s32.f32 i, {$r0}; mov.b32 {$w0}, i; }",
+                write_only_types=[Float32],
+                read_only_args=[acc[i] * factors[i // 2 % 2]],
+            )
 
     @cute.jit
     def put_keys(self, acc, buffer):

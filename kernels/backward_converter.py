@@ -13,8 +13,8 @@ class BackwardConverter:
 
     def __init__(self, config, dq_sum, order, convert, group_size, scale):
         self.config, self.dq_sum, self.scale = config, dq_sum, scale
-        _, self.done, self.finished = order
-        self.result, self.per_head = convert
+        self.done, self.finished = order
+        self.result, self.per_head, self.stats = convert
         self.group_size = group_size
         # A chunk is for 32 threads for each eight columns; at a time there are so many chunks.
         self.of_chunk = 32 * config.dq_columns // VECTOR
@@ -42,7 +42,7 @@ class BackwardConverter:
             for i in cutlass.range_constexpr(AT_ONCE):
                 if mine + i * self.chunks < end:
                     inputs = (values[i], self.scale, states[i] != 0)
-                    write_queries(self.config, self.result, places[i], thread, *inputs)
+                    write_queries(self.config, self.result, self.stats, places[i], thread, *inputs)
             mine += AT_ONCE * self.chunks
 
     @cute.jit

@@ -9,8 +9,8 @@ from sparse_flash.kernels.primitives import tma_load
 PRODUCER = pipeline.PipelineUserType.Producer
 CONSUMER = pipeline.PipelineUserType.Consumer
 # What the other warps know of an item: n_block, kv head, batch, tiles (negative: no more items),
-# part, first tile, first turn, and how many keys there are from its first one on: where there are
-# none, its tiles are left out.
+# part, first tile, tiles to convert, and how many keys there are from its first one on: where
+# there are none, its tiles are left out.
 ITEM_FIELDS = 8
 # Named barriers of a warpgroup, for each of its buffers, and the storing warp: its results lie
 # ready, or have been read.
@@ -42,20 +42,18 @@ class BackwardProducer:
         q_state = pipeline.make_pipeline_state(PRODUCER, self.config.q_stages)
         kv_state = pipeline.make_pipeline_state(PRODUCER, self.config.kv_stages)
         work_state = pipeline.make_pipeline_state(PRODUCER, self.items.pipe.num_stages)
-        index = cute.arch.block_idx()[0]
         num_items = self.items.counts[0]
-        if cutlass.const_expr(self.config.ordered):
-            index = self.next_index(index - cute.arch.grid_dim()[0])
-        if cutlass.const_expr(self.config.converts):
-            index = self.next_index(index)
+        # Conversions wait for items before them: so none belongs to a CTA that may not be there
+        # yet, the first ones neither.
+        index = self.items.next_index() - cute.arch.grid_dim()[0]
         while index < num_items:
             n_block, head, batch = (self.items.work[index, i] for i in range(3))
-            first, count, part, turn = (self.items.work[index, i] for i in range(3, 7))
+            first, count, part, converted = (self.items.work[index, i] for i in range(3, 7))
             remaining = self.kv_lens[batch] - n_block * self.config.tile_n
-            item = (n_block, head, batch, count, part, first, turn, remaining)
+            item = (n_block, head, batch, count, part, first, converted, remaining)
             self.items.announce(work_state, item)
             work_state.advance()
-            index = self.next_index(index)
+            index = self.items.next_index() - cute.arch.grid_dim()[0]
             if count > 0 and remaining > 0:
                 self.load_queries(q_state, first, head, batch)
                 q_state.advance()
@@ -73,23 +71,6 @@ class BackwardProducer:
         none = Int32(0)
         self.items.announce(work_state, (none, none, none, Int32(-1), none, none, none, none))
         self.items.leave()
-
-    @cute.jit
-    def next_index(self, index):
-        """The next item; where the config is ordered, of those that are this CTA's.
-
-        Where there are conversions, which wait for items before them, no item belongs to a CTA that
-        may not be there yet: the first one too is whatever comes next.
-        """
-        following = index + cute.arch.grid_dim()[0]
-        if cutlass.const_expr(self.config.ordered):
-            if following < self.items.counts[0]:
-                following = self.items.counts[0] if self.items.work[following, 4] < 0 else following
-        else:
-            following = self.items.next_index()
-            if cutlass.const_expr(self.config.converts):
-                following -= cute.arch.grid_dim()[0]
-        return following
 
     @cute.jit
     def load_queries(self, state, tile, kv_head, batch):
@@ -117,13 +98,12 @@ class BackwardStorer:
 
     Who comes first to a tile of sums stores instead of adding, so that nobody needs to clear it;
     whether that is under way or done stands in memory. Those who come meanwhile wait for it: it
-    waits for nobody. Where the config is ordered, sums are cleared and additions to a tile take
-    turns: the schedule has numbered them, and a count of those that are done stands in memory.
+    waits for nobody.
     """
 
     def __init__(self, config, dq_sum, order, stores, buffers, items, inputs):
         self.config, self.items, self.dq_sum = config, items, dq_sum
-        self.turns, self.done, self.finished = order
+        self.done, self.finished = order
         self.dk_store, self.dv_store = stores
         self.s_dq, self.s_out = buffers
         self.tiles, self.heads = inputs
@@ -142,9 +122,6 @@ class BackwardStorer:
             if cutlass.const_expr(self.config.dq):
                 if remaining > 0:
                     buffer, before = self.add_tiles(item, buffer, before)
-                elif cutlass.const_expr(self.config.ordered):
-                    self.pass_turns(item)
-            if cutlass.const_expr(self.config.converts):
                 before = self.count_item(before, 0)
                 if part != CONVERT:
                     before = batch * self.finished.shape[1] + head
@@ -157,57 +134,42 @@ class BackwardStorer:
                     buffer = self.following(buffer)
             item = self.items.take(state, ITEM_FIELDS)
             state.advance()
-        if cutlass.const_expr(self.config.converts):
+        if cutlass.const_expr(self.config.dq):
             self.count_item(before, 0)
         cute.arch.cp_async_bulk_wait_group(0)
 
     @cute.jit
     def add_tiles(self, item, buffer, before):
         """An item's dQ to the sums. Returns the next buffer, and what is still to be counted."""
-        _, head, batch, count, _, first, turn, _ = item
+        _, head, batch, count, _, first, _, _ = item
         for j in cutlass.range(count, unroll=1):
             m_block, q_head = query_place(self.tiles[first + j, 0], head, self.heads)
             place = (batch, q_head, m_block)
-            found = self.come(turn + j, place)
+            found = self.come(place)
             for group in cutlass.range_constexpr(2):
                 self.wait_for_results(buffer, group)
                 self.add((batch, q_head, 2 * m_block + group), buffer, group, found)
-            if cutlass.const_expr(self.config.ordered) or found == FREE:
+            if found == FREE:
                 self.count(place)
-            if cutlass.const_expr(self.config.converts):
-                if j == SOME_TILES - 1:
-                    before = self.count_item(before, 2 * SOME_TILES)
+            if j == SOME_TILES - 1:
+                before = self.count_item(before, 2 * SOME_TILES)
             buffer = self.following(buffer)
         return buffer, before
 
     @cute.jit
-    def pass_turns(self, item):
-        """Let others have the turns of an item that is left out."""
-        _, head, batch, count, _, first, turn, _ = item
-        for j in cutlass.range(count, unroll=1):
-            m_block, q_head = query_place(self.tiles[first + j, 0], head, self.heads)
-            self.come(turn + j, (batch, q_head, m_block))
-            self.count((batch, q_head, m_block))
-
-    @cute.jit
-    def come(self, turn, place):
+    def come(self, place):
         """Wait until this CTA may add to a tile of sums. Returns FREE if it is to be the first.
 
-        While the results are still being computed, which takes longer. Where the config is ordered
-        it is the number of additions that come before: FREE is the first here too.
+        While the results are still being computed, which takes longer.
         """
         found = Int32(0)
         done = self.done.iterator + cute.crd2idx(place, self.done.layout)
-        if cutlass.const_expr(self.config.ordered):
-            found = self.turns[turn]
-            wait_until(done.toint(), found)
-        else:
-            if cute.arch.lane_idx() == 0:
-                # Relaxed: what follows adds in the L2 cache and reads nothing that may be stale.
-                found = cute.arch.atomic_max(done, Int32(BEGUN), sem="relaxed", scope="gpu")
-            found = cute.arch.shuffle_sync(found, 0)
-            if found == BEGUN:
-                wait_until(done.toint(), Int32(READY))
+        if cute.arch.lane_idx() == 0:
+            # Relaxed: what follows adds in the L2 cache and reads nothing that may be stale.
+            found = cute.arch.atomic_max(done, Int32(BEGUN), sem="relaxed", scope="gpu")
+        found = cute.arch.shuffle_sync(found, 0)
+        if found == BEGUN:
+            wait_until(done.toint(), Int32(READY))
         cute.arch.fence_proxy("async.global")
         return found
 
@@ -244,8 +206,9 @@ class BackwardStorer:
         if cute.arch.lane_idx() == 0:
             arguments = [sums, smem.toint(), Int32(4 * self.config.dq_chunk)]
             if found != FREE:
+                kind = "s32" if cutlass.const_expr(self.config.fixed) else "f32"
                 cute.arch.inline_ptx(
-                    "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 "
+                    f"cp.reduce.async.bulk.global.shared::cta.bulk_group.add.{kind} "
                     "[{$r0}], [{$r1}], {$r2};",
                     read_only_args=arguments,
                 )

@@ -12,7 +12,7 @@ from sparse_flash.kernels.backward_consumer import BackwardConsumer
 from sparse_flash.kernels.backward_converter import BackwardConverter
 from sparse_flash.kernels.backward_producer import BackwardProducer, BackwardStorer
 from sparse_flash.kernels.config import BackwardConfig
-from sparse_flash.kernels.elementwise import Convert, Statistics, Sum
+from sparse_flash.kernels.elementwise import Bounds, Statistics, Sum
 from sparse_flash.kernels.primitives import (
     LOAD,
     STORE,
@@ -57,13 +57,13 @@ class BackwardSm90:
         dv: cute.Tensor,  # (b, s_kv, h_kv, d)
         done: cute.Tensor,  # (b, h, tiles) int32: what a tile of dq_sum is; see BackwardStorer
         finished: cute.Tensor,  # (b, h_kv) int32: items of attention of a head that are done
+        bounds: cute.Tensor,  # (2, b, h_kv) int32, zeros, or (0, b, h_kv); see elementwise.Bounds
         dq_sum: cute.Tensor,  # (b, h, tiles x 2, dq_chunk) float32; see elementwise.Convert
         stats: cute.Tensor,  # (b, h, 2, s_q rounded up to tile_m) float32
         kv_lens: cute.Tensor,  # (b,) int32
         work: cute.Tensor,  # (items, WORK_FIELDS) int32
         tiles: cute.Tensor,  # (tiles, 2) int32: m_block and bit tile
         bits: cute.Tensor,  # (bit tiles, tile_n / 64, 128, 2) int32, in fragment order
-        turns: cute.Tensor,  # (turns,) int32: of an addition among all to its tile
         per_head: cute.Tensor,  # (b h_kv,) int32: all items of attention of each head
         counter: cute.Tensor,  # (2,) int32, zeros; left as zeros
         dk_parts: cute.Tensor,  # (parts, tile_n, head_dim) float32
@@ -78,15 +78,15 @@ class BackwardSm90:
     ):
         """Launch all on the stream. See `Schedule` for the work items and the parts."""
         config = self.config
-        Statistics(config)(out, dout, lse, dlse, stats, (dq_sum, done, finished), has_dlse, stream)
+        if cutlass.const_expr(config.fixed):
+            Bounds(config)(k, v, bounds, kv_lens, work, counts, stream)
+        order = (done, finished)
+        Statistics(config)(out, dout, lse, dlse, stats, order, bounds, has_dlse, stream)
         lists = (kv_lens, work, tiles, bits, counter, counts)
         tensors = (q, dout, k, v, dk, dv)
         scales = (softmax_scale, scale_log2)
-        order = (turns, done, finished)
-        rest = (dq_sum, order, (dq, per_head), stats, lists, (dk_parts, dv_parts))
+        rest = (dq_sum, order, (dq, per_head, stats), stats, lists, (dk_parts, dv_parts))
         self.launch(tensors, *rest, num_ctas, scales, stream)
-        if cutlass.const_expr(config.ordered):
-            Convert(config, self.dtype)(dq_sum, done, dq, softmax_scale, stream)
         if cute.size(combine, mode=[0]) > 0:
             total = Sum(config.tile_n, config.head_dim, self.dtype)
             total((dk, dv), combine, counts, (dk_parts, dv_parts), stream)
@@ -137,7 +137,6 @@ class BackwardSm90:
             block=(THREADS, 1, 1),
             stream=stream,
             min_blocks_per_mp=1,
-            cooperative=config.ordered,  # CTAs wait for each other, so all must be there
         )
 
     @cute.kernel
@@ -146,8 +145,8 @@ class BackwardSm90:
         loads,  # (TMA atom, tensor) of q, dout, k, v, stats
         stores,  # (TMA atom, tensor) of dk, dv
         dq_sum,
-        order,  # turns, what is done of tiles, and of heads
-        convert,  # dq, and the items of each head
+        order,  # what is done of tiles, and of heads
+        convert,  # dq, the items of each head, and the rows' statistics
         layouts,
         products,
         lists,

@@ -30,7 +30,7 @@ def forward_kernel(config: ForwardConfig) -> Callable[..., None]:
 
 def backward_kernel(config: BackwardConfig) -> Callable[..., None]:
     """The compiled backward kernel, likewise, with the arguments of `BackwardSm90.__call__`."""
-    kind = "keys" if not config.dq else "ordered" if config.ordered else "backward"
+    kind = "keys" if not config.dq else "fixed" if config.fixed else "backward"
     return _locked(kind, config, compile_backward)
 
 
@@ -150,10 +150,10 @@ def compile_backward(config: BackwardConfig) -> Any:
         *(of.keys(), of.keys()),  # dk, dv
         of.ints(of.b, of.h, of.size()),  # done
         of.ints(of.b, of.h_kv),  # finished
+        of.ints(of.size(), of.b, of.h_kv),  # bounds
         of.floats(of.b, of.h, of.size(), config.dq_chunk),  # dq_sum
         of.statistics(),
         *of.lists(config.tile_n // 64),
-        of.ints(of.size()),  # turns
         of.ints(of.size()),  # per_head
         of.ints(2),  # counter
         *(of.parts(config.tile_n, config.head_dim) for _ in range(2)),

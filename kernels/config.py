@@ -84,7 +84,8 @@ class BackwardConfig:
         cores begin with dV and dK while the threads compute the next. At small head_dims these
         products are too short to be cut.
     dq: Whether to compute dQ too, by adding up in memory.
-    ordered: Whether to add in the schedule's order, so that the result is the same every time.
+    fixed: Whether to add in fixed point, so that the result is the same every time: what integers
+        add up to does not depend on their order. See elementwise.Statistics.
     """
 
     dtype: str
@@ -98,7 +99,7 @@ class BackwardConfig:
     held: int = 0
     held_v: int = 0
     parts: int = 2
-    ordered: bool = False
+    fixed: bool = False
     arch: str = "sm_90a"
 
     def __post_init__(self) -> None:
@@ -122,11 +123,6 @@ class BackwardConfig:
     def buffers(self) -> int:
         """How many results of each warpgroup may wait to be stored."""
         return 2 if self.dq else 1
-
-    @property
-    def converts(self) -> bool:
-        """Whether there are work items that turn sums into dQ."""
-        return self.dq and not self.ordered
 
     @property
     def tile(self) -> tuple[int, int]:
@@ -244,17 +240,17 @@ _KEYS = {
 def backward_config(kind: str, dtype: str, head_dim: int) -> BackwardConfig:
     """The config that computes this head_dim.
 
-    kind: "backward" or "ordered", with dQ (head_dims to 128), or "keys", without (to 256).
+    kind: "backward" or "fixed", with dQ (head_dims to 128), or "keys", without (to 256).
     """
     configs = _KEYS if kind == "keys" else _BACKWARD
     config = configs[min(size for size in configs if head_dim <= size)]
-    return replace(config, dtype=dtype, ordered=kind == "ordered")
+    return replace(config, dtype=dtype, fixed=kind == "fixed")
 
 
 def all_backward_configs() -> list[BackwardConfig]:
     """Everything that is shipped."""
-    ordered = (replace(config, ordered=True) for config in _BACKWARD.values())
-    configs = (*_BACKWARD.values(), *ordered, *_KEYS.values())
+    fixed = (replace(config, fixed=True) for config in _BACKWARD.values())
+    configs = (*_BACKWARD.values(), *fixed, *_KEYS.values())
     return [replace(config, dtype=dtype) for dtype in DTYPES for config in configs]
 
 

@@ -4,6 +4,7 @@ import math
 
 import cutlass
 from cutlass import Float32, Int32, cute
+from sparse_flash.kernels.primitives import bits_of, from_bits
 
 THREADS = 256
 VECTOR = 8  # elements that a thread takes: 16 bytes of 16-bit numbers
@@ -21,8 +22,16 @@ class Statistics:
     """Of each query lse in powers of 2, and delta = sum(out * dout) - dlse.
 
     Rows beyond the end, and those without keys, get lse = inf: their P is 0. What stands in memory
-    of the tiles of dQ's sums, and of heads, is cleared; and the sums, where they will be added to
-    in turns.
+    of the tiles of dQ's sums, and of heads, is cleared.
+
+    Where dQ is added in fixed point, the last eight bits of delta say what for: the row's sums are
+    multiplied by 2^(those - 127), so that they stay below 2^30 whatever the order. P sums up to 1,
+    so that without the softmax scale
+
+        |dQ| <= sum P |dP - delta| |K| <= (2 |dO| max |V| + |dlse|) max |K|
+
+    (the norms of dO and of a value, the largest number in K: see `Bounds`). Of delta 15 bits are
+    left, more than of the product that it is subtracted for. 255 stands for a row with NaN.
     """
 
     def __init__(self, config) -> None:
@@ -30,10 +39,10 @@ class Statistics:
         self.lanes = config.head_dim // VECTOR  # threads of a row: a power of two
 
     @cute.jit
-    def __call__(self, out, dout, lse, dlse, stats, sums, has_dlse: Int32, stream):
+    def __call__(self, out, dout, lse, dlse, stats, sums, bounds, has_dlse: Int32, stream):
         """Launch on the stream."""
         rows = cute.size(stats, mode=[3])
-        self.kernel(out, dout, lse, dlse, stats, sums, has_dlse).launch(
+        self.kernel(out, dout, lse, dlse, stats, sums, bounds, has_dlse).launch(
             grid=(
                 cute.ceil_div(rows * self.lanes, THREADS),
                 cute.size(out, mode=[2]),
@@ -51,7 +60,8 @@ class Statistics:
         lse: cute.Tensor,
         dlse: cute.Tensor,
         stats: cute.Tensor,
-        sums: tuple[cute.Tensor, ...],  # dq_sum, what its tiles are, and finished items by head
+        sums: tuple[cute.Tensor, ...],  # what its tiles are, and finished items by head
+        bounds: cute.Tensor,
         has_dlse: Int32,
     ):
         """VECTOR elements for each thread."""
@@ -59,7 +69,7 @@ class Statistics:
         thread = chunk * THREADS + cute.arch.thread_idx()[0]
         row, column = thread // self.lanes, thread % self.lanes * VECTOR
         inside = row < cute.size(out, mode=[1])
-        total = Float32(0.0)
+        total, square = Float32(0.0), Float32(0.0)
         if inside and column < cute.size(out, mode=[3]):
             place = (batch, row, head, column)
             a, b = (cute.make_rmem_tensor(VECTOR, x.element_type) for x in (out, dout))
@@ -67,66 +77,123 @@ class Statistics:
             cute.autovec_copy(vector(dout, place, 16), b)
             for i in cutlass.range_constexpr(VECTOR):
                 total += a[i].to(Float32) * b[i].to(Float32)
+                if cutlass.const_expr(self.config.fixed):
+                    square += b[i].to(Float32) * b[i].to(Float32)
         padded = row < cute.size(stats, mode=[3])
-        if cutlass.const_expr(self.config.ordered):
-            if padded:
-                start, size = thread * VECTOR, self.config.dq_chunk
-                zeros = cute.make_rmem_tensor(VECTOR, Float32)
-                zeros.fill(0.0)
-                goal = vector(sums[0], (batch, head, start // size, start % size), 16)
-                cute.autovec_copy(zeros, goal)
         for step in cutlass.range_constexpr(self.lanes.bit_length() - 1):
             total += cute.arch.shuffle_sync_bfly(total, offset=1 << step)
+            if cutlass.const_expr(self.config.fixed):
+                square += cute.arch.shuffle_sync_bfly(square, offset=1 << step)
         if column == 0 and padded:
-            log_sum = Float32.inf
+            log_sum, given = Float32.inf, Float32(0.0)
             if inside:
                 value = lse[batch, head, row]
                 log_sum = Float32.inf if value == -Float32.inf else value * LOG2_E
                 if has_dlse != 0:
-                    total -= dlse[batch, head, row]
+                    given = dlse[batch, head, row]
+                    total -= given
+            if cutlass.const_expr(self.config.fixed):
+                kv_head = head // (cute.size(out, mode=[2]) // cute.size(bounds, mode=[2]))
+                norm, largest = (from_bits(bounds[i, batch, kv_head]) for i in range(2))
+                bound = (2 * cute.math.sqrt(square) * norm + cutlass.max(given, -given)) * largest
+                exponent = fixed_point(bound) if log_sum + total == log_sum + total else Int32(255)
+                total = from_bits(bits_of(total) & -256 | exponent)
             stats[batch, head, 0, row] = log_sum
             stats[batch, head, 1, row] = total
             if cutlass.const_expr(self.config.dq):
                 if row % self.config.tile_m == 0:
-                    _, done, finished = sums
+                    done, finished = sums
                     done[batch, head, row // self.config.tile_m] = Int32(0)
                     if row == 0 and head < cute.size(finished, mode=[1]):
                         finished[batch, head] = Int32(0)
 
 
-class Convert:
-    """dQ = scale sum, in the dtype of q, of all tiles. The last heads come first: some of their
-    sums are still in the L2 cache.
+@cute.jit
+def fixed_point(bound):
+    """The exponent of the largest power of two times which a bound is below 2^30, plus 127."""
+    exponent = bits_of(bound) >> 23 & 255  # bound < 2^(exponent - 126)
+    fitting = cutlass.min(cutlass.max(283 - exponent, 1), 252)
+    return fitting if exponent < 255 else Int32(255)
+
+
+class Bounds:
+    """Of each kv head the largest norm of a value, and the largest number in a key, as the bits of
+    float32. Of the keys that some tile has, that is, and of what is finite: others may be anything.
     """
 
-    def __init__(self, config, dtype: type[cutlass.Numeric]) -> None:
-        self.config, self.dtype = config, dtype
-        self.groups = config.dq_columns // VECTOR
+    def __init__(self, config) -> None:
+        self.config = config
+        self.lanes = config.head_dim // VECTOR  # threads of a row
+        self.rows = THREADS // self.lanes  # at once
 
     @cute.jit
-    def __call__(self, sums, done, result, scale: Float32, stream):
-        """Launch on the stream: a chunk a CTA."""
-        self.kernel(sums, done, result, scale).launch(
-            grid=tuple(cute.size(sums, mode=[i]) for i in (2, 1, 0)),
-            block=(32 * self.groups, 1, 1),
-            stream=stream,
+    def __call__(self, k, v, bounds, kv_lens, work, counts, stream):
+        """Launch on the stream, for each work item its tile of keys; bounds are zeros."""
+        self.kernel(k, v, bounds, kv_lens, work, counts).launch(
+            grid=(cute.size(work, mode=[0]), 1, 1), block=(THREADS, 1, 1), stream=stream
         )
 
     @cute.kernel
-    def kernel(self, sums: cute.Tensor, done: cute.Tensor, result: cute.Tensor, scale: Float32):
-        """Eight columns of two rows for each thread."""
-        chunk, head, batch = cute.arch.block_idx()
-        head = cute.size(sums, mode=[1]) - 1 - head
-        batch = cute.size(sums, mode=[0]) - 1 - batch
-        there, place = done[batch, head, chunk // 2] != 0, (batch, head, chunk)
-        values = read_sums(self.config, sums, place, cute.arch.thread_idx()[0])
-        write_queries(self.config, result, place, cute.arch.thread_idx()[0], values, scale, there)
+    def kernel(
+        self,
+        k: cute.Tensor,
+        v: cute.Tensor,
+        bounds: cute.Tensor,
+        kv_lens: cute.Tensor,
+        work: cute.Tensor,
+        counts: cute.Tensor,
+    ):
+        """VECTOR elements of some rows for each thread."""
+        item = cute.arch.block_idx()[0]
+        if item < counts[0]:
+            block, head, batch = (work[item, i] for i in range(3))
+            if work[item, 4] > 0:
+                first = block * self.config.tile_n
+                place = (first, cutlass.min(kv_lens[batch], first + self.config.tile_n))
+                self.of_tile(k, v, bounds, (batch, head), place)
+
+    @cute.jit
+    def of_tile(self, k, v, bounds, place, rows):
+        """What is largest in rows `rows[0]` to `rows[1]` of k and v, into the bounds."""
+        (batch, head), (row, end) = place, rows
+        thread = cute.arch.thread_idx()[0]
+        row, column = row + thread // self.lanes, thread % self.lanes * VECTOR
+        largest, norm = Float32(0.0), Float32(0.0)
+        for _ in cutlass.range_constexpr(self.config.tile_n // self.rows):
+            square = Float32(0.0)
+            if row < end and column < cute.size(k, mode=[3]):
+                a, b = (cute.make_rmem_tensor(VECTOR, x.element_type) for x in (k, v))
+                cute.autovec_copy(vector(k, (batch, row, head, column), 16), a)
+                cute.autovec_copy(vector(v, (batch, row, head, column), 16), b)
+                for i in cutlass.range_constexpr(VECTOR):
+                    largest = cutlass.max(largest, finite(a[i].to(Float32), a[i].to(Float32)))
+                    square += finite(b[i].to(Float32), b[i].to(Float32) * b[i].to(Float32))
+            for i in cutlass.range_constexpr(self.lanes.bit_length() - 1):
+                square += cute.arch.shuffle_sync_bfly(square, offset=1 << i)
+            norm = cutlass.max(norm, square)
+            row += self.rows
+        for i in cutlass.range_constexpr(5):
+            largest = cutlass.max(largest, cute.arch.shuffle_sync_bfly(largest, offset=1 << i))
+            norm = cutlass.max(norm, cute.arch.shuffle_sync_bfly(norm, offset=1 << i))
+        if thread % 32 == 0:
+            found = (cute.math.sqrt(norm), largest)
+            for i in cutlass.range_constexpr(2):
+                goal = bounds.iterator + cute.crd2idx((i, batch, head), bounds.layout)
+                # Numbers that are not negative are in the order of their bits.
+                cute.arch.atomic_max(goal, bits_of(found[i]), sem="relaxed", scope="gpu")
+
+
+@cute.jit
+def finite(number, value):
+    """The absolute of a value that goes with a number; 0 where the number is not finite."""
+    size = cutlass.max(value, -value)
+    return size if cutlass.max(number, -number) < Float32.inf else Float32(0.0)
 
 
 @cute.jit
 def read_sums(config, sums, place, thread):
     """The 16 numbers of a chunk at place = (batch, head, chunk) that are this thread's, of 32 for
-    each eight columns.
+    each eight columns: float32, or what of integers in their place; see `write_queries`.
 
     The sums lie in chunks of 64 rows, as the threads of a warpgroup held them: four numbers of
     each thread, then the next four of each. Number i of thread t is row 16 (t / 32) + (t % 32) / 4
@@ -141,28 +208,35 @@ def read_sums(config, sums, place, thread):
 
 
 @cute.jit
-def write_queries(config, result, place, thread, values, scale, there):
+def write_queries(config, result, stats, place, thread, values, scale, there):
     """What `read_sums` gave, scaled, to eight columns of two rows of dQ; 0 if nobody came there."""
     batch, head, chunk = place
-    lower, upper = (cute.make_rmem_tensor(VECTOR, result.element_type) for _ in range(2))
-    for half in cutlass.range_constexpr(2):
-        for i in cutlass.range_constexpr(4):
-            index = 4 * (i // 2) + i % 2
-            a = values[index, half] if there else Float32(0.0)
-            b = values[index + 2, half] if there else Float32(0.0)
-            lower[4 * half + i] = (a * scale).to(result.element_type)
-            upper[4 * half + i] = (b * scale).to(result.element_type)
     groups = config.dq_columns // VECTOR
     group, quad = thread % groups, thread // groups  # of columns; of four neighbours
     row, column = chunk * 64, group * 8
     if cutlass.const_expr(config.dq_by_columns):
         row, column = chunk // 2 * 64, chunk % 2 * config.dq_columns + group * 8
     row += quad // 8 * 16 + quad % 8
-    if column < cute.size(result, mode=[3]):
-        if row < cute.size(result, mode=[1]):
-            cute.autovec_copy(lower, vector(result, (batch, row, head, column), 16))
-        if row + 8 < cute.size(result, mode=[1]):
-            cute.autovec_copy(upper, vector(result, (batch, row + 8, head, column), 16))
+    for half in cutlass.range_constexpr(2):
+        numbers = cute.make_rmem_tensor(VECTOR, result.element_type)
+        factor = scale
+        if cutlass.const_expr(config.fixed):
+            factor *= unit(stats, (batch, head, 1, row + 8 * half))
+        for i in cutlass.range_constexpr(VECTOR):
+            value = values[4 * (i % 4 // 2) + i % 2 + 2 * half, i // 4]
+            if cutlass.const_expr(config.fixed):
+                value = bits_of(value).to(Float32)
+            numbers[i] = (value * factor if there else Float32(0.0)).to(result.element_type)
+        if column < cute.size(result, mode=[3]) and row + 8 * half < cute.size(result, mode=[1]):
+            goal = vector(result, (batch, row + 8 * half, head, column), 16)
+            cute.autovec_copy(numbers, goal)
+
+
+@cute.jit
+def unit(stats, place):
+    """What 1 stands for in a row's sums in fixed point."""
+    exponent = bits_of(stats[place]) & 255
+    return from_bits(254 - exponent << 23) if exponent < 255 else Float32.nan
 
 
 class Sum:

@@ -79,7 +79,7 @@ _schedules = _Schedules()
 def schedule_of(kind: str, layout: BlockLayout, q: Tensor, k: Tensor) -> Schedule:
     """The schedule of a layout for these tensors.
 
-    kind: "forward"; "backward" with dQ, or "ordered", its repeatable variant; "keys", the backward
+    kind: "forward"; "backward" with dQ, or "fixed", its repeatable variant; "keys", the backward
         without dQ, and dQ by "queries".
     """
     dtype = DTYPES[q.dtype]
@@ -128,12 +128,10 @@ def _build(
         return schedule(layout, batch, heads[0], tile, ctas, 4 * layout.kv_len * width, tail=tail)
     # Of each head Q and dO, in 16 bits, and the sums of dQ, in float32.
     size = 8 * layout.q_len * width * heads[0] // heads[1]
-    plan = backward_schedule(
-        layout, batch, heads, tile, ctas, size, ordered=kind == "ordered", tail=tail
-    )
-    if kind == "backward":
-        plan = with_conversions(plan, heads, layout.q_len, width, ctas, size)
-    return plan
+    plan = backward_schedule(layout, batch, heads, tile, ctas, size, tail=tail)
+    if kind == "keys":
+        return plan
+    return with_conversions(plan, heads, layout.q_len, width, ctas, size)
 
 
 def _follow(

@@ -1,7 +1,7 @@
 """What the Hopper kernels have in common: products, loads, and the list of work."""
 
 import cutlass
-from cutlass import Int32, cute, pipeline
+from cutlass import Float32, Int32, cute, pipeline
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
 from cutlass.tensor_utils import LayoutEnum
 from cutlass.utils import hopper_helpers
@@ -80,6 +80,22 @@ def multiply_pairs(values, factors):
             write_only_types=[Int32],
             read_only_args=[pairs[i], others[i]],
         )
+
+
+@cute.jit
+def bits_of(number):
+    """The bits of a Float32 as an Int32."""
+    return cute.arch.inline_ptx(
+        "mov.b32 {$w0}, {$r0};", write_only_types=[Int32], read_only_args=[number]
+    )
+
+
+@cute.jit
+def from_bits(bits):
+    """The Float32 of these bits: of exponent << 23 it is 2^(exponent - 127)."""
+    return cute.arch.inline_ptx(
+        "mov.b32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[bits]
+    )
 
 
 @cute.jit

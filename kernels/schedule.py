@@ -9,7 +9,6 @@ split into parts, whose results are combined through their logsumexp (Flash-Deco
 
 from __future__ import annotations
 
-import heapq
 from dataclasses import dataclass, replace
 
 import torch
@@ -39,7 +38,6 @@ class CostModel:
     fewest_tiles: int = 8  # of a part: shorter ones cost more than they balance
     part: float = 1.0  # writing a part and reading it again
     combine: float = 2.0  # launching the kernel that adds up parts
-    turn: float = 0.6  # from a CTA's turn to the next one's: 1.5 microseconds
 
     def tile(self, tile_m: int, tile_n: int) -> float:
         """The cost of a full tile, comparable between tiles of different sizes."""
@@ -85,9 +83,8 @@ L2_BYTES = 24 << 20  # what keys and values may count on: of the 50 MB, each hal
 class Schedule:
     """Arrays that the forward kernel reads, all int32. See `schedule`.
 
-    work: (items, 8). m_block, head, batch, first tile, number of tiles, part (-1: not split),
-        first turn, and a zero. With turns, CTA c takes items c, c + CTAs, and so on, until the
-        number of tiles is negative; without, each takes the next one when it is free.
+    work: (items, 8). m_block, head, batch, first tile, number of tiles, part (-1: not split), and
+        two zeros. See conversions.py for items that are no attention.
     tiles: (tiles + 1, 2). n_block, and the bit tile or -1 for a full one; columns ascend in a row.
         The last one is what items without tiles name as their first.
     bits: (bit tiles and some room, tile_m / 64, 128, 2), in fragment order; `num_bit_tiles` of
@@ -96,12 +93,9 @@ class Schedule:
     kv_lens: (batch,), the whole length each; for calls that give none.
     counts: (2,). How many items of `work` and rows of `combine` there are: read on the GPU, so that
         a CUDA graph's replays see what `update_` has changed.
-    turns: (turns,). Of each tile of each item, in their order, the how manieth it is, in time,
-        among those in its block column; one zero where that is not asked for. See `take_turns`.
     per_head: (batch x kv heads,). Of a schedule with conversions, how many items of attention each
         has; else one zero.
     num_parts: parts of split rows, each a float32 (tile_m, head_dim) and a logsumexp.
-    waiting: Time that CTAs would wait for their turns, as a share of the whole.
     """
 
     work: Tensor
@@ -110,17 +104,15 @@ class Schedule:
     combine: Tensor
     kv_lens: Tensor
     counts: Tensor
-    turns: Tensor
     per_head: Tensor
     num_bit_tiles: int
     num_parts: int
     tile: tuple[int, int]
-    waiting: float = 0.0
 
     def arrays(self) -> list[Tensor]:
-        """work, tiles, bits, combine, kv_lens, counts, turns, per_head."""
+        """work, tiles, bits, combine, kv_lens, counts, per_head."""
         lists = [self.work, self.tiles, self.bits, self.combine]
-        return [*lists, self.kv_lens, self.counts, self.turns, self.per_head]
+        return [*lists, self.kv_lens, self.counts, self.per_head]
 
     def update_(self, other: Schedule) -> None:
         """Take over another schedule in place, so that captured CUDA graphs follow it.
@@ -149,7 +141,7 @@ class Schedule:
             raise ValueError(
                 f"no room for {other.num_parts} parts of split rows: there were {self.num_parts}"
             )
-        names = ("work", "tiles", "bits", "combine", "kv_lens", "counts", "turns", "per_head")
+        names = ("work", "tiles", "bits", "combine", "kv_lens", "counts", "per_head")
         for name, room, new in zip(names, self.arrays(), other._used(), strict=True):
             if len(new) > len(room):
                 raise ValueError(
@@ -224,7 +216,6 @@ def schedule(
         num_bit_tiles=layout.num_bit_tiles,
         combine=_records(combined, (heads, layout.num_block_rows), first_part, parts[combined]),
         kv_lens=torch.full((batch,), layout.kv_len, dtype=torch.int32, device=layout.device),
-        turns=torch.zeros(1, dtype=torch.int32, device=layout.device),
         per_head=torch.zeros(1, dtype=torch.int32, device=layout.device),
         num_parts=int(in_parts.sum()),
         tile=tile,
@@ -238,7 +229,6 @@ def backward_schedule(
     tile: tuple[int, int],
     num_ctas: int,
     q_bytes: int = 0,
-    ordered: bool = False,
     costs: CostModel = BACKWARD_COSTS,
     tail: bool = True,
 ) -> Schedule:
@@ -248,7 +238,6 @@ def backward_schedule(
         other, with block columns counted on. Otherwise all is as in `schedule`, with keys and
         queries exchanged.
     q_bytes: Size of what is read and written of the queries of a kv head.
-    ordered: Whether to number the turns.
     tail: As in `schedule`.
 
     >>> from sparse_flash import masks
@@ -258,103 +247,8 @@ def backward_schedule(
     ([6, 6, 4, 4, 4, 4], [0, 1, 3, 4])
     """
     stacked = stack_heads(retile(layout.transpose(), tile), heads[0] // heads[1])
-    if ordered:
-        stacked = _apart(stacked)
     plan = schedule(stacked, batch, heads[1], tile, num_ctas, q_bytes, costs, tail)
-    plan = replace(plan, kv_lens=torch.full_like(plan.kv_lens, layout.kv_len))
-    return take_turns(plan, heads[1], stacked.num_block_cols, num_ctas, costs) if ordered else plan
-
-
-def _apart(layout: BlockLayout) -> BlockLayout:
-    """The same tiles, each row's in the order of row XOR column.
-
-    Rows that go through their tiles in step never meet in a column: for each number, XOR with it is
-    one to one. Nor do they where some tiles are missing alike in all rows, as of a butterfly.
-    """
-    rows, columns = layout.tile_rows.long(), layout.num_block_cols
-    own = rows % layout.num_block_rows * columns // layout.num_block_rows
-    size = 1 << columns.bit_length()
-    order = (rows * size + (layout.col_indices.long() ^ own)).argsort()
-    return BlockLayout(
-        layout.q_len,
-        layout.kv_len,
-        layout.block,
-        crow_indices=layout.crow_indices,
-        col_indices=layout.col_indices[order],
-        bit_tile_indices=layout.bit_tile_indices[order],
-        bit_tiles=layout.bit_tiles,
-        pattern_map=layout.pattern_map,
-        validate=False,
-    )
-
-
-def take_turns(
-    plan: Schedule, heads: int, columns: int, num_ctas: int, costs: CostModel
-) -> Schedule:
-    """The schedule with its turns: in which order tiles of a block column are to be added up.
-
-    That order is the one in which this many CTAs come to them if every tile takes the same time,
-    so that they seldom have to wait. It cannot lock them up, however long tiles take, if all CTAs
-    are there: of the tiles not yet added take the one that came first in that simulation; all
-    before it, in its column, in its item, and in its CTA's earlier items, have been added.
-
-    >>> from sparse_flash import masks
-    >>> layout = masks.full().layout(256)   # two items of four tiles each
-    >>> s = backward_schedule(layout, 1, (1, 1), (128, 64), num_ctas=2, ordered=True)
-    >>> s.work[:, 6].tolist(), s.turns.tolist()
-    ([0, 4], [0, 0, 1, 1, 0, 0, 1, 1])
-    """
-    counts = plan.work[:, 4].long()
-    starts, slots = _simulate((counts + costs.item).tolist(), num_ctas)
-    start, slot = (torch.tensor(x, device=counts.device) for x in (starts, slots))
-    first_turn = counts.cumsum(0) - counts
-    item = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
-    nth = torch.arange(len(item), device=item.device) - first_turn[item]
-    _, head, batch, first = plan.work[item, :4].long().unbind(1)
-    column = (batch * heads + head) * columns + plan.tiles[first + nth, 0]
-    by_time = (start[item] + nth).argsort(stable=True)
-    order = by_time[column[by_time].argsort(stable=True)]
-    ordered = column[order]
-    begin = torch.searchsorted(ordered, ordered)  # the first of the same column
-    turns = torch.empty_like(item, dtype=torch.int32)
-    turns[order] = (torch.arange(len(order), device=order.device) - begin).int()
-    size = -(-(max(slots) + 1) // num_ctas) * num_ctas
-    work = plan.work.new_zeros(size, WORK_FIELDS)
-    work[:, 4] = -1
-    work[slot] = plan.work
-    work[slot, 6] = first_turn.int()
-    plan.counts[0] = size
-    if not len(turns):
-        return replace(plan, work=work)
-    delays = _delays(ordered, turns[order], (start[item] + nth)[order], costs.turn)
-    longest = torch.zeros_like(start).scatter_reduce(0, item[order], delays, "amax")
-    waiting = (longest.sum() / (counts + costs.item).sum()).item()
-    return replace(plan, work=work, turns=turns, waiting=waiting)
-
-
-def _delays(column: Tensor, turn: Tensor, time: Tensor, lag: float) -> Tensor:
-    """How much later than at its time each addition is done, as each waits for the one before.
-
-    All in order of columns, and of turns in each. f(n) = max(t(n), f(n - 1) + lag) is the running
-    maximum of t(m) + (n - m) lag over m <= n.
-    """
-    ahead = time - turn * lag
-    apart = column * (ahead.max() - ahead.min() + 1)  # so that a column's maximum begins anew
-    return (ahead + apart).cummax(0).values - apart - ahead
-
-
-def _simulate(costs: list[float], num_ctas: int) -> tuple[list[float], list[int]]:
-    """When each item begins if each CTA takes the next one as soon as it is free.
-
-    Also its place in the list if the CTAs' items take turns there.
-    """
-    free, starts, slots = [(0.0, cta) for cta in range(num_ctas)], [], []
-    for cost in costs:
-        start, slot = free[0]
-        starts.append(start)
-        slots.append(slot)
-        heapq.heapreplace(free, (start + cost, slot + num_ctas))
-    return starts, slots
+    return replace(plan, kv_lens=torch.full_like(plan.kv_lens, layout.kv_len))
 
 
 def stack_heads(layout: BlockLayout, size: int) -> BlockLayout:

@@ -132,11 +132,29 @@ def launch_backward(
     stats = torch.empty((b, h, 2, rows), dtype=torch.float32, device=device)
     done = torch.empty((b, h, chunks // 2), dtype=torch.int32, device=device)
     finished = torch.empty((b, k.shape[2]), dtype=torch.int32, device=device)
-    work, tiles, bits, combine, whole, counts, turns, per_head = plan
+    bounds = torch.zeros((2 * config.fixed, b, k.shape[2]), dtype=torch.int32, device=device)
+    work, tiles, bits, combine, whole, counts, per_head = plan
     lens = whole if kv_lens is None else kv_lens.to(device, torch.int32).clamp(max=k.shape[1])
     given = lse if dlse is None else dlse.contiguous()
-    tensors = (q, k, v, out, dout, lse, given, dq, dk, dv, done, finished, dq_sum, stats, lens)
-    before = (*tensors, work, tiles, bits, turns, per_head)
+    tensors = (
+        q,
+        k,
+        v,
+        out,
+        dout,
+        lse,
+        given,
+        dq,
+        dk,
+        dv,
+        done,
+        finished,
+        bounds,
+        dq_sum,
+        stats,
+        lens,
+    )
+    before = (*tensors, work, tiles, bits, per_head)
     scales = (softmax_scale, softmax_scale * _LOG2_E)
     numbers = (int(dlse is not None), *scales)
     _backward(config).launch(before, num_parts[0], (combine, counts), numbers, device)
@@ -157,7 +175,7 @@ def _forward(dtype: str, head_dim: int, tile_m: int) -> Kernel:
 @functools.cache
 def _backward(config: BackwardConfig) -> Kernel:
     parts = ((config.tile_n, config.head_dim),) * 2
-    return Kernel(backward_kernel(config), parts, work=15)
+    return Kernel(backward_kernel(config), parts, work=16)
 
 
 @functools.cache

@@ -125,34 +125,23 @@ def attend(
     arrays, sizes = plan.arrays(), (plan.num_parts, plan.tile[0])
     if not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
         return _forward(q, k, v, arrays, kv_lens, *sizes, softmax_scale)
-    kinds = _backward_kinds(layout, q, k, deterministic)
+    kinds = _backward_kinds(q.shape[3], deterministic)
     plans = [schedule_of(kind, layout, q, k) for kind in kinds]
     back = [x for plan in plans for x in plan.arrays()]
     parts = [plan.num_parts for plan in plans]
     return _Attention.apply(q, k, v, kv_lens, arrays, sizes, kinds, back, parts, softmax_scale)
 
 
-def _backward_kinds(
-    layout: BlockLayout, q: Tensor, k: Tensor, deterministic: bool
-) -> tuple[str, ...]:
+def _backward_kinds(head_dim: int, deterministic: bool) -> tuple[str, ...]:
     """Which kernels compute the gradients.
 
-    One for all of them adds up dQ in memory, in any order or in turns; or two, whose results are
-    repeatable, compute dK and dV, and dQ: seven products instead of five. Measured on an H200,
-    turns cost 0-18 % where CTAs seldom wait for each other, and much where all add to the same
-    rows; at head_dim 128 they cost 21-36 % but where all tiles are there. Two kernels cost 10-25 %
-    (30 % at head_dim 32), and 40 % where all tiles are there.
+    One for all of them adds up dQ in memory, in any order: in float32, or, where the result is to
+    be the same every time, in fixed point. Where that has no room, two kernels, whose results are
+    repeatable anyway, compute dK and dV, and dQ: seven products instead of five.
     """
-    two = ("keys", "queries")
-    if q.shape[3] > 128:  # one kernel for all has no room
-        return two
-    if not deterministic:
-        return ("backward",)
-    everything = layout.num_patterns * layout.num_block_rows * layout.num_block_cols
-    if q.shape[3] > 64 and layout.num_tiles < 0.9 * everything:
-        return two
-    plan = schedule_of("ordered", layout, q, k)
-    return ("ordered",) if plan.waiting < 0.1 else two
+    if head_dim > 128:
+        return ("keys", "queries")
+    return ("fixed",) if deterministic else ("backward",)
 
 
 def why_not(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout) -> str | None:

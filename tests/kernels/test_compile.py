@@ -38,7 +38,7 @@ else:
 
 def name(config):
     kind = "" if getattr(config, "dq", True) else "-without-dq"
-    kind = "-ordered" if getattr(config, "ordered", False) else kind
+    kind = "-fixed" if getattr(config, "fixed", False) else kind
     return f"{config.dtype}-d{config.head_dim}-{config.tile_m}x{config.tile_n}{kind}"
 
 
@@ -118,10 +118,10 @@ def test_configs():
             assert forward_configs(dtype, head_dim)
         assert forward_configs(dtype, 264) == ()
         dims = (8, 40, 64, 72, 128)
-        for kind in ("backward", "ordered"):
+        for kind in ("backward", "fixed"):
             found = [backward_config(kind, dtype, d) for d in dims]
             assert [c.head_dim for c in found] == [32, 64, 64, 128, 128]
-            assert all(c.ordered == (kind == "ordered") for c in found)
+            assert all(c.fixed == (kind == "fixed") for c in found)
         for config in (queries_config(dtype, 136), backward_config("keys", dtype, 136)):
             assert config.head_dim == 256
     assert len(set(all_forward_configs())) == len(all_forward_configs())

@@ -81,8 +81,7 @@ def test_arguments_are_those_of_the_kernel(launched):
 def launch_backward(q, k, v, mask, dout, dlse=None, kind="backward"):
     config = backward_config(kind, "bfloat16", q.shape[3])
     layout, heads = mask.layout(q.shape[1], k.shape[1]), (q.shape[2], k.shape[2])
-    ordered = kind == "ordered"
-    plans = [backward_schedule(layout, q.shape[0], heads, config.tile, 132, ordered=ordered)]
+    plans = [backward_schedule(layout, q.shape[0], heads, config.tile, 132)]
     sm90._backward(config).num_ctas[None] = 132
     if kind == "keys":
         tile = queries_config("bfloat16", q.shape[3]).tile
@@ -96,7 +95,7 @@ def launch_backward(q, k, v, mask, dout, dlse=None, kind="backward"):
     return plans, sm90.launch_backward(dout, dlse, q, k, v, *rest)
 
 
-@pytest.mark.parametrize("kind", ["backward", "ordered"])
+@pytest.mark.parametrize("kind", ["backward", "fixed"])
 @pytest.mark.parametrize(("dim", "tile_m", "width"), [(24, 128, 32), (40, 128, 64), (96, 64, 128)])
 def test_backward_arguments_are_those_of_the_kernel(launched, kind, dim, tile_m, width):
     q = torch.randn(2, 20000, 4, dim).bfloat16()
@@ -106,7 +105,7 @@ def test_backward_arguments_are_those_of_the_kernel(launched, kind, dim, tile_m,
     assert plan.num_parts > 0
     for name, tensor in {"q": q, "k": k, "v": v, "dq": dq, "dk": dk, "dv": dv}.items():
         assert given[name] is tensor
-    for name in ("work", "tiles", "bits", "combine", "kv_lens", "counts", "turns", "per_head"):
+    for name in ("work", "tiles", "bits", "combine", "kv_lens", "counts", "per_head"):
         assert given[name] is getattr(plan, name)
     assert given["kv_lens"].tolist() == [300, 300]
     assert (dq.shape, dk.shape, dv.shape) == (q.shape, k.shape, v.shape)
@@ -114,6 +113,9 @@ def test_backward_arguments_are_those_of_the_kernel(launched, kind, dim, tile_m,
     assert given["stats"].shape == (2, 4, 2, blocks * tile_m)
     assert given["dq_sum"].shape == (2, 4, 2 * blocks, 64 * min(64, width))
     assert given["done"].shape == (2, 4, blocks)
+    assert given["finished"].shape == (2, 2)
+    assert given["bounds"].shape == (2 if kind == "fixed" else 0, 2, 2)
+    assert not given["bounds"].any()
     assert given["dk_parts"].shape == given["dv_parts"].shape == (plan.num_parts, 128, width)
     assert given["num_ctas"] == min(132, plan.num_items)
     assert given["softmax_scale"] == 0.5

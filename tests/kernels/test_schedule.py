@@ -231,53 +231,6 @@ def test_update_in_place():
     assert all(torch.equal(a, b) for a, b in zip(small.arrays(), before, strict=True))
 
 
-@given(
-    settings_(max_length=700, heads=True),
-    st.sampled_from([1, 2]),
-    st.sampled_from([1, 3, 8]),
-    st.randoms(use_true_random=False),
-)
-def test_turns_lock_nobody_up(setting, group, ctas, random):
-    """CTAs add tiles at whatever speed; each tile's number says how many came before it."""
-    layout = setting.mask.layout(setting.q_len, setting.kv_len, setting.block)
-    heads = (4, 4 // group)
-    costs = CostModel(fewest_tiles=1)
-    plan = backward_schedule(layout, 2, heads, (128, 64), ctas, 0, ordered=True, costs=costs)
-    width = stack_heads(masks.retile(layout.transpose(), (128, 64)), group).num_block_cols
-    done = torch.zeros(2, heads[1], width, dtype=torch.int64)
-    lists = [plan.work[cta::ctas].tolist() for cta in range(ctas)]
-    assert len(plan.work) == plan.counts[0] == ctas * len(lists[0])
-    steps = [
-        [(*item[:3], item[FIRST] + j, item[6] + j) for item in items for j in range(item[COUNT])]
-        for items in lists
-    ]
-    total = sum(map(len, steps))
-    while any(steps):
-        random.shuffle(steps)
-        for step in steps:
-            if step:
-                _, head, b, tile, turn = step[0]
-                if done[b, head, plan.tiles[tile, 0]] == plan.turns[turn]:
-                    done[b, head, plan.tiles[tile, 0]] += 1
-                    step.pop(0)
-                    break
-        else:
-            raise AssertionError("locked up")
-    unordered = backward_schedule(layout, 2, heads, (128, 64), ctas, 0, costs=costs)
-    assert done.sum() == total == unordered.work[:, COUNT].sum()
-
-
-def test_waiting_tells_rows_that_all_add_to_from_others():
-    def waiting(spec):
-        layout = masks.parse(spec).layout(16384)
-        return backward_schedule(layout, 1, (8, 8), (128, 128), 132, ordered=True).waiting
-
-    assert waiting("full()") < 0.001
-    assert waiting("butterfly(128)") < 0.001
-    assert waiting("random_blocks(0.1, 128, 0)") < 0.1
-    assert waiting("block_local(128, 1) | global_tokens(128)") > 1
-
-
 def table_of(layout):
     """Which tile is where in a layout of one pattern: its bit tile, or -2 for none."""
     table = torch.full((layout.num_block_rows, layout.num_block_cols), -2, dtype=torch.int32)
