@@ -26,8 +26,8 @@ from sparse_flash.kernels.backward_producer import (
     TAKEN_BARRIER,
 )
 from sparse_flash.kernels.config import CONVERT
+from sparse_flash.kernels.elementwise import exponent_in
 from sparse_flash.kernels.primitives import (
-    bits_of,
     from_bits,
     hold,
     multiply,
@@ -423,11 +423,14 @@ class BackwardConsumer:
 
     @cute.jit
     def exponents_of(self, stage):
-        """Of the thread's two rows of dQ, 8 apart: the eight bits that stand in delta."""
+        """The exponents of the thread's two rows of dQ, 8 apart."""
         row = self.thread // 32 * 16 + self.thread % 32 // 4
         if const_expr(not self.config.dq_by_columns):
             row += 64 * self.group
-        upper, lower = (bits_of(self.s_stats[row + 8 * i, 1, stage]) & 255 for i in range(2))
+        upper, lower = (
+            exponent_in(*(self.s_stats[row + 8 * i, which, stage] for which in range(2)))
+            for i in range(2)
+        )
         return upper | lower << 8
 
     @cute.jit

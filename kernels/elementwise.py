@@ -24,14 +24,14 @@ class Statistics:
     Rows beyond the end, and those without keys, get lse = inf: their P is 0. What stands in memory
     of the tiles of dQ's sums, and of heads, is cleared.
 
-    Where dQ is added in fixed point, the last eight bits of delta say what for: the row's sums are
-    multiplied by 2^(those - 127), so that they stay below 2^30 whatever the order. P sums up to 1,
-    so that without the softmax scale
+    Where dQ is added in fixed point, the last four bits of delta and of lse say what for: the row's
+    sums are multiplied by 2^(those - 127), so that they stay below 2^30 whatever the order. P sums
+    up to 1, so that without the softmax scale
 
         |dQ| <= sum P |dP - delta| |K| <= (2 |dO| max |V| + |dlse|) max |K|
 
-    (the norms of dO and of a value, the largest number in K: see `Bounds`). Of delta 15 bits are
-    left, more than of the product that it is subtracted for. 255 stands for a row with NaN.
+    (the norms of dO and of a value, the largest number in K: see `Bounds`). 255 stands for a row
+    with NaN.
     """
 
     def __init__(self, config) -> None:
@@ -93,11 +93,10 @@ class Statistics:
                     given = dlse[batch, head, row]
                     total -= given
             if cutlass.const_expr(self.config.fixed):
-                kv_head = head // (cute.size(out, mode=[2]) // cute.size(bounds, mode=[2]))
-                norm, largest = (from_bits(bounds[i, batch, kv_head]) for i in range(2))
-                bound = (2 * cute.math.sqrt(square) * norm + cutlass.max(given, -given)) * largest
-                exponent = fixed_point(bound) if log_sum + total == log_sum + total else Int32(255)
-                total = from_bits(bits_of(total) & -256 | exponent)
+                heads = cute.size(out, mode=[2]), cute.size(bounds, mode=[2])
+                kv_head = head // (heads[0] // heads[1])
+                found = tuple(from_bits(bounds[i, batch, kv_head]) for i in range(2))
+                log_sum, total = with_exponent(log_sum, total, found, square, given)
             stats[batch, head, 0, row] = log_sum
             stats[batch, head, 1, row] = total
             if cutlass.const_expr(self.config.dq):
@@ -106,6 +105,22 @@ class Statistics:
                     done[batch, head, row // self.config.tile_m] = Int32(0)
                     if row == 0 and head < cute.size(finished, mode=[1]):
                         finished[batch, head] = Int32(0)
+
+
+@cute.jit
+def with_exponent(log_sum, delta, bounds, square, dlse):
+    """A row's statistics, with what its sums are multiplied by in their last bits.
+
+    bounds: Of its head. square: Of the norm of dO.
+    """
+    norm, largest = bounds
+    bound = (2 * cute.math.sqrt(square) * norm + cutlass.max(dlse, -dlse)) * largest
+    total = log_sum + delta
+    exponent = fixed_point(bound) if total == total else Int32(255)  # noqa: PLR0124 NaN
+    delta = from_bits(bits_of(delta) & -16 | exponent >> 4)
+    if log_sum != Float32.inf:  # or it would be NaN; where it is, P is 0
+        log_sum = from_bits(bits_of(log_sum) & -16 | exponent & 15)
+    return log_sum, delta
 
 
 @cute.jit
@@ -221,7 +236,7 @@ def write_queries(config, result, stats, place, thread, values, scale, there):
         numbers = cute.make_rmem_tensor(VECTOR, result.element_type)
         factor = scale
         if cutlass.const_expr(config.fixed):
-            factor *= unit(stats, (batch, head, 1, row + 8 * half))
+            factor *= unit(stats, (batch, head, row + 8 * half))
         for i in cutlass.range_constexpr(VECTOR):
             value = values[4 * (i % 4 // 2) + i % 2 + 2 * half, i // 4]
             if cutlass.const_expr(config.fixed):
@@ -233,9 +248,16 @@ def write_queries(config, result, stats, place, thread, values, scale, there):
 
 
 @cute.jit
+def exponent_in(log_sum, delta):
+    """What stands in the last bits of a row's statistics."""
+    return (bits_of(delta) & 15) << 4 | bits_of(log_sum) & 15
+
+
+@cute.jit
 def unit(stats, place):
     """What 1 stands for in a row's sums in fixed point."""
-    exponent = bits_of(stats[place]) & 255
+    batch, head, row = place
+    exponent = exponent_in(*(stats[batch, head, i, row] for i in range(2)))
     return from_bits(254 - exponent << 23) if exponent < 255 else Float32.nan
 
 
