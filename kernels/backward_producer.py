@@ -98,7 +98,8 @@ class BackwardStorer:
 
     Who comes first to a tile of sums stores instead of adding, so that nobody needs to clear it;
     whether that is under way or done stands in memory. Those who come meanwhile wait for it: it
-    waits for nobody.
+    waits for nobody. So the first tile after a conversion is not come to before its results are
+    there: until then the warpgroups may be waiting for those very CTAs to end their items.
     """
 
     def __init__(self, config, dq_sum, order, stores, buffers, items, inputs):
@@ -114,6 +115,7 @@ class BackwardStorer:
         state = pipeline.make_pipeline_state(CONSUMER, self.items.pipe.num_stages)
         buffer = Int32(0)
         before = Int32(-1)  # the (batch, kv head) of the item before, if it is still to be counted
+        converted = Int32(0)  # whether that item was a conversion
         self.give_room(buffer)
         item = self.items.take(state, ITEM_FIELDS)
         state.advance()
@@ -121,9 +123,11 @@ class BackwardStorer:
             n_block, head, batch, _, part, _, _, remaining = item
             if cutlass.const_expr(self.config.dq):
                 if remaining > 0:
-                    buffer, before = self.add_tiles(item, buffer, before)
+                    buffer, before = self.add_tiles(item, buffer, before, converted)
                 before = self.count_item(before, 0)
+                converted = Int32(1)
                 if part != CONVERT:
+                    converted = Int32(0)
                     before = batch * self.finished.shape[1] + head
             if part == WHOLE:
                 place = (n_block, head, batch)
@@ -139,15 +143,21 @@ class BackwardStorer:
         cute.arch.cp_async_bulk_wait_group(0)
 
     @cute.jit
-    def add_tiles(self, item, buffer, before):
+    def add_tiles(self, item, buffer, before, converted):
         """An item's dQ to the sums. Returns the next buffer, and what is still to be counted."""
         _, head, batch, count, _, first, _, _ = item
         for j in cutlass.range(count, unroll=1):
             m_block, q_head = query_place(self.tiles[first + j, 0], head, self.heads)
             place = (batch, q_head, m_block)
-            found = self.come(place)
+            late = j == 0 and converted != 0
+            found = Int32(FREE)
+            if not late:
+                found = self.come(place)
             for group in cutlass.range_constexpr(2):
                 self.wait_for_results(buffer, group)
+                if cutlass.const_expr(group == 0):
+                    if late:
+                        found = self.come(place)
                 self.add((batch, q_head, 2 * m_block + group), buffer, group, found)
             if found == FREE:
                 self.count(place)
