@@ -25,7 +25,6 @@ from sparse_flash.kernels.backward_producer import (
     STORE_THREADS,
     TAKEN_BARRIER,
 )
-from sparse_flash.kernels.config import CONVERT
 from sparse_flash.kernels.elementwise import exponent_in
 from sparse_flash.kernels.primitives import (
     from_bits,
@@ -46,21 +45,9 @@ class BackwardConsumer:
     """State of one warpgroup: dK and dV of its keys, and where to find everything."""
 
     def __init__(
-        self,
-        config,
-        dtype,
-        products,
-        buffers,
-        pipes,
-        ds_shared,
-        items,
-        converter,
-        bits,
-        parts,
-        scales,
+        self, config, dtype, products, buffers, pipes, ds_shared, items, bits, parts, scales
     ):
         self.config, self.dtype, self.items, self.bits = config, dtype, items, bits
-        self.converter = converter
         self.scale, self.scale_log2 = scales
         self.scores, self.held, self.of_keys, self.of_queries = products
         s_q, s_do, self.s_k, s_v, self.s_ds, self.s_dq, self.s_out, self.s_stats, self.s_tiles = (
@@ -144,7 +131,7 @@ class BackwardConsumer:
         item = self.items.take(work_state, ITEM_FIELDS)
         work_state.advance()
         while item[3] >= 0:
-            count, remaining = item[3], item[7]
+            count, remaining = item[3], item[6]
             self.acc_dk.fill(0.0)
             self.acc_dv.fill(0.0)
             if count > 0 and remaining > 0:
@@ -168,13 +155,7 @@ class BackwardConsumer:
                     q_state, buffer = self.step(q_state, kv_state, buffer, remaining, last=True)
                 self.k_pipe.consumer_release(kv_state)
                 kv_state.advance()
-            if const_expr(self.config.dq):
-                if item[4] == CONVERT:
-                    self.converter.run(item)
-                else:
-                    buffer = self.finish(item, buffer)
-            else:
-                buffer = self.finish(item, buffer)
+            buffer = self.finish(item, buffer)
             item = self.items.take(work_state, ITEM_FIELDS)
             work_state.advance()
 

@@ -1,67 +1,199 @@
-"""What the consumer warpgroups do between items of attention: sums of dQ become dQ."""
+"""Sums of dQ become dQ: by two warps beside those that compute, and by all once these are done.
+
+The sums of a head are float32 and as large as all of its other tensors together. Right after its
+last item they are still in the L2 cache, and the tensor cores need not wait for this; a pass over
+all sums at the end finds most of them in memory.
+"""
 
 import cutlass
-from cutlass import Int32, cute
-from sparse_flash.kernels.backward_producer import acquire
-from sparse_flash.kernels.elementwise import VECTOR, read_sums, write_queries
+from cutlass import Float32, Int32, const_expr, cute
+from sparse_flash.kernels.backward_producer import FREE, acquire, sum_address
+from sparse_flash.kernels.elementwise import exponent_in
+from sparse_flash.kernels.primitives import bits_of, from_bits
 
-AT_ONCE = 4  # chunks that a thread has loads of under way: one alone would wait for the L2 cache
+ROWS = 16  # of a slice of a chunk: those of a warp's numbers; see BackwardConsumer.put_queries
+SLICES = 2  # that a warp takes at a time
+PATIENCE = 500  # nanoseconds between two looks at whether a head is done
 
 
 class BackwardConverter:
-    """All threads of both warpgroups convert a number of tiles of one head; see conversions.py."""
+    """One warp: heads in their order, of each what nobody else has taken.
 
-    def __init__(self, config, dq_sum, order, convert, group_size, scale):
+    `progress[0]` is how many items of attention of each kv head are done, `progress[1]` how many
+    parts of its sums have been taken; after the last, the first head of which some are left. A
+    warp that waits for a head has taken nothing of it: nobody waits for this warp.
+    """
+
+    def __init__(self, config, dq_sum, order, convert, heads, scale):
         self.config, self.dq_sum, self.scale = config, dq_sum, scale
-        self.done, self.finished = order
+        self.done, self.progress = order
         self.result, self.per_head, self.stats = convert
-        self.group_size = group_size
-        # A chunk is for 32 threads for each eight columns; at a time there are so many chunks.
-        self.of_chunk = 32 * config.dq_columns // VECTOR
-        self.chunks = 256 // self.of_chunk
+        self.group_size, _, self.kv_heads = heads
+        self.slices = 64 // ROWS // SLICES  # parts of a chunk of sums
 
     @cute.jit
-    def run(self, item):
-        """The tiles of an item, once all items of attention that add to them are done."""
-        tile, head, batch, tiles = item[0], item[1], item[2], item[6]
-        self.wait(batch, head // self.group_size)
-        # Through PTX: else what follows from it stays in registers through items of attention.
-        thread = cute.arch.inline_ptx(
-            "add.s32 {$w0}, {$r0}, -128;",
-            write_only_types=[Int32],
-            read_only_args=[cute.arch.thread_idx()[0]],
-        )
-        mine, end = 2 * tile + thread // self.of_chunk, 2 * (tile + tiles)
-        thread = thread % self.of_chunk
-        while mine < end:
-            # Beyond the end the last one is read again: loads under no condition need no wait.
-            chunks = [cutlass.min(mine + i * self.chunks, end - 1) for i in range(AT_ONCE)]
-            places = [(batch, head, chunk) for chunk in chunks]
-            states = [self.state((batch, head, chunk // 2)) for chunk in chunks]
-            values = [read_sums(self.config, self.dq_sum, place, thread) for place in places]
-            for i in cutlass.range_constexpr(AT_ONCE):
-                if mine + i * self.chunks < end:
-                    inputs = (values[i], self.scale, states[i] != 0)
-                    write_queries(self.config, self.result, self.stats, places[i], thread, *inputs)
-            mine += AT_ONCE * self.chunks
+    def run(self, beside: cutlass.Constexpr):
+        """Until there is nothing left.
+
+        beside: Whether others compute meanwhile: then there are few registers, and time.
+        """
+        pairs = cute.size(self.progress, mode=[1]) - 1
+        parts = self.group_size * cute.size(self.dq_sum, mode=[2]) * self.slices
+        pair = self.first_left()
+        while pair < pairs:
+            self.wait(pair, beside)
+            part = self.take(pair, parts)
+            while part < parts:
+                self.convert(pair, part, 1 if beside else 2)
+                part = self.take(pair, parts)
+            pair = cutlass.max(pair + 1, self.first_left())
 
     @cute.jit
-    def wait(self, batch, kv_head):
-        """Until all items of attention of a kv head are done."""
-        place = self.finished.iterator + cute.crd2idx((batch, kv_head), self.finished.layout)
-        goal = self.per_head[batch * cute.size(self.finished, mode=[1]) + kv_head]
+    def first_left(self):
+        """The first head of which something may be left."""
+        pairs = cute.size(self.progress, mode=[1]) - 1
+        return relaxed(self.progress, (1, pairs))
+
+    @cute.jit
+    def wait(self, pair, beside: cutlass.Constexpr):
+        """Until all items of attention of a head are done."""
+        goal = self.per_head[pair]
         if cute.arch.lane_idx() == 0:
-            count = acquire(place.toint())
+            place = (self.progress.iterator + cute.crd2idx((0, pair), self.progress.layout)).toint()
+            count = acquire(place)
             while count != goal:
-                count = acquire(place.toint())
+                if const_expr(beside):
+                    cute.arch.inline_ptx(f"nanosleep.u32 {PATIENCE};")
+                count = acquire(place)
         cute.arch.sync_warp()
 
     @cute.jit
-    def state(self, place):
-        """What a tile of sums is, from memory: another tile's state may have been read before."""
-        address = self.done.iterator + cute.crd2idx(place, self.done.layout)
-        return cute.arch.inline_ptx(
-            "ld.relaxed.gpu.global.b32 {$w0}, [{$r0}];",
+    def take(self, pair, parts):
+        """A part of a head that nobody has taken; who is the first to find none says so."""
+        part = Int32(0)
+        if cute.arch.lane_idx() == 0:
+            taken = self.progress.iterator + cute.crd2idx((1, pair), self.progress.layout)
+            part = cute.arch.atomic_add(taken, Int32(1), sem="relaxed", scope="gpu")
+            if part == parts:
+                last = (1, cute.size(self.progress, mode=[1]) - 1)
+                left = self.progress.iterator + cute.crd2idx(last, self.progress.layout)
+                cute.arch.atomic_max(left, pair + 1, sem="relaxed", scope="gpu")
+        return cute.arch.shuffle_sync(part, 0)
+
+    @cute.jit
+    def convert(self, pair, part, at_once: cutlass.Constexpr):
+        """SLICES slices of a chunk."""
+        batch, kv_head = pair // self.kv_heads, pair % self.kv_heads
+        chunks = cute.size(self.dq_sum, mode=[2])
+        chunk, part = part // self.slices, part % self.slices
+        head, chunk = kv_head * self.group_size + chunk // chunks, chunk % chunks
+        # A tile that nobody came to is 0, whatever stands in its sums.
+        there = Int32(0) if relaxed(self.done, (batch, head, chunk // 2)) == FREE else Int32(-1)
+        for i in cutlass.range(SLICES, unroll=1):
+            self.convert_slice((batch, head, chunk), part * SLICES + i, there, at_once)
+
+    @cute.jit
+    def convert_slice(self, place, nth, there, at_once: cutlass.Constexpr):
+        """ROWS rows of a chunk, `at_once` times 16 columns at a time.
+
+        The sums lie as the threads of a warpgroup held them: four numbers of each thread, then the
+        next four of each. The first four of lane t of the slice's warp are two neighbours in row
+        t / 4, columns 2 (t % 4) and one on, and two in the row 8 below; the next four those 8
+        columns on.
+        """
+        config, (batch, head, chunk) = self.config, place
+        # Through PTX: else what follows from it stays in registers through items of attention.
+        lane = cute.arch.inline_ptx(
+            "and.b32 {$w0}, {$r0}, 31;",
             write_only_types=[Int32],
-            read_only_args=[address.toint()],
+            read_only_args=[cute.arch.thread_idx()[0]],
         )
+        row, column = chunk * 64, Int32(0)
+        if const_expr(config.dq_by_columns):
+            row, column = chunk // 2 * 64, chunk % 2 * config.dq_columns
+        row, column = row + nth * ROWS + lane // 4, column + lane % 2 * 8 + lane % 4 // 2 * 4
+        scales = [self.scale_of((batch, head, row + 8 * i)) for i in range(2)]
+        start = sum_address(self.dq_sum, place) + 16 * (nth * 32 + lane)
+        goal = self.result.iterator + cute.crd2idx((batch, row, head, column), self.result.layout)
+        goal = goal.toint()
+        left = [cute.size(self.result, mode=[i]) - at for i, at in ((1, row), (3, column))]
+        for _ in cutlass.range(config.dq_columns // 16 // at_once, unroll=1):
+            numbers = [read_four(start + 2048 * i) for i in range(2 * at_once)]
+            for i in cutlass.range_constexpr(at_once):
+                columns = (numbers[2 * i], numbers[2 * i + 1])
+                to = (goal + 32 * i, left[0], left[1] - 16 * i)
+                self.put(columns, scales, there, to, lane)
+            start += 4096 * at_once
+            goal += 32 * at_once
+            left[1] -= 16 * at_once
+
+    @cute.jit
+    def scale_of(self, place):
+        """What a row's sums are to be multiplied by."""
+        scale = self.scale
+        if const_expr(self.config.fixed):
+            batch, head, row = place
+            exponent = exponent_in(*(self.stats[batch, head, i, row] for i in range(2)))
+            unit = from_bits(254 - exponent << 23) if exponent < 255 else Float32.nan
+            scale *= unit
+        return scale
+
+    @cute.jit
+    def put(self, columns, scales, there, place, lane):
+        """Two times four numbers of this lane to dQ, as far as it has such rows and columns.
+
+        place: Where the upper row's begin, and how many rows and columns there are from there on.
+        """
+        goal, rows_left, columns_left = place
+        for lower in cutlass.range_constexpr(2):
+            pairs = [self.pair_of(x[2 * lower : 2 * lower + 2], scales[lower]) for x in columns]
+            numbers = exchange(*(x & there for x in pairs), lane)
+            if rows_left > 8 * lower and columns_left > 0:
+                size = self.result.element_type.width // 8
+                address = goal + 8 * lower * size * self.result.layout.stride[1]
+                cute.arch.inline_ptx(
+                    "st.global.v2.b32 [{$r0}], {{$r1}, {$r2}};", read_only_args=[address, *numbers]
+                )
+
+    @cute.jit
+    def pair_of(self, numbers, scale):
+        """Two numbers of dQ in one register."""
+        pair = cute.make_rmem_tensor(2, self.result.element_type)
+        for i in cutlass.range_constexpr(2):
+            number = numbers[i]
+            if const_expr(self.config.fixed):
+                number = bits_of(number).to(Float32)
+            pair[i] = (number * scale).to(pair.element_type)
+        return cute.recast_tensor(pair, Int32)[0]
+
+
+@cute.jit
+def exchange(first, second, lane):
+    """Two neighbours of each of two groups of 8 columns become four of one, with the lane next to
+    this one: the first group is for the even one.
+    """
+    odd = lane % 2 == 1
+    mine, given = (second, first) if odd else (first, second)
+    other = cute.arch.shuffle_sync_bfly(given, offset=1)
+    return (other, mine) if odd else (mine, other)
+
+
+@cute.jit
+def read_four(address):
+    """Four neighbours."""
+    return cute.arch.inline_ptx(
+        "ld.global.v4.f32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}];",
+        write_only_types=[Float32] * 4,
+        read_only_args=[address],
+    )
+
+
+@cute.jit
+def relaxed(tensor, place):
+    """A number that others change."""
+    address = tensor.iterator + cute.crd2idx(place, tensor.layout)
+    return cute.arch.inline_ptx(
+        "ld.relaxed.gpu.global.b32 {$w0}, [{$r0}];",
+        write_only_types=[Int32],
+        read_only_args=[address.toint()],
+    )

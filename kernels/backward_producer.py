@@ -3,15 +3,14 @@
 import cutlass
 from cutlass import Int32, cute, pipeline
 from cutlass.cute.nvgpu import cpasync
-from sparse_flash.kernels.config import CONVERT
 from sparse_flash.kernels.primitives import tma_load
 
 PRODUCER = pipeline.PipelineUserType.Producer
 CONSUMER = pipeline.PipelineUserType.Consumer
 # What the other warps know of an item: n_block, kv head, batch, tiles (negative: no more items),
-# part, first tile, tiles to convert, and how many keys there are from its first one on: where
-# there are none, its tiles are left out.
-ITEM_FIELDS = 8
+# part, first tile, and how many keys there are from its first one on: where there are none, its
+# tiles are left out.
+ITEM_FIELDS = 7
 # Named barriers of a warpgroup, for each of its buffers, and the storing warp: its results lie
 # ready, or have been read.
 READY_BARRIER, TAKEN_BARRIER = 2, 6
@@ -43,14 +42,14 @@ class BackwardProducer:
         kv_state = pipeline.make_pipeline_state(PRODUCER, self.config.kv_stages)
         work_state = pipeline.make_pipeline_state(PRODUCER, self.items.pipe.num_stages)
         num_items = self.items.counts[0]
-        # Conversions wait for items before them: so none belongs to a CTA that may not be there
+        # Conversions of dQ's sums wait for items: so none belongs to a CTA that may not be there
         # yet, the first ones neither.
         index = self.items.next_index() - cute.arch.grid_dim()[0]
         while index < num_items:
             n_block, head, batch = (self.items.work[index, i] for i in range(3))
-            first, count, part, converted = (self.items.work[index, i] for i in range(3, 7))
+            first, count, part = (self.items.work[index, i] for i in range(3, 6))
             remaining = self.kv_lens[batch] - n_block * self.config.tile_n
-            item = (n_block, head, batch, count, part, first, converted, remaining)
+            item = (n_block, head, batch, count, part, first, remaining)
             self.items.announce(work_state, item)
             work_state.advance()
             index = self.items.next_index() - cute.arch.grid_dim()[0]
@@ -69,7 +68,7 @@ class BackwardProducer:
                     self.load_queries(q_state, first + j, head, batch)
                     q_state.advance()
         none = Int32(0)
-        self.items.announce(work_state, (none, none, none, Int32(-1), none, none, none, none))
+        self.items.announce(work_state, (none, none, none, Int32(-1), none, none, none))
         self.items.leave()
 
     @cute.jit
@@ -98,13 +97,12 @@ class BackwardStorer:
 
     Who comes first to a tile of sums stores instead of adding, so that nobody needs to clear it;
     whether that is under way or done stands in memory. Those who come meanwhile wait for it: it
-    waits for nobody. So the first tile after a conversion is not come to before its results are
-    there: until then the warpgroups may be waiting for those very CTAs to end their items.
+    waits for nobody.
     """
 
     def __init__(self, config, dq_sum, order, stores, buffers, items, inputs):
         self.config, self.items, self.dq_sum = config, items, dq_sum
-        self.done, self.finished = order
+        self.done, self.progress = order
         self.dk_store, self.dv_store = stores
         self.s_dq, self.s_out = buffers
         self.tiles, self.heads = inputs
@@ -115,20 +113,16 @@ class BackwardStorer:
         state = pipeline.make_pipeline_state(CONSUMER, self.items.pipe.num_stages)
         buffer = Int32(0)
         before = Int32(-1)  # the (batch, kv head) of the item before, if it is still to be counted
-        converted = Int32(0)  # whether that item was a conversion
         self.give_room(buffer)
         item = self.items.take(state, ITEM_FIELDS)
         state.advance()
         while item[3] >= 0:
-            n_block, head, batch, _, part, _, _, remaining = item
+            n_block, head, batch, _, part, _, remaining = item
             if cutlass.const_expr(self.config.dq):
                 if remaining > 0:
-                    buffer, before = self.add_tiles(item, buffer, before, converted)
+                    buffer, before = self.add_tiles(item, buffer, before)
                 before = self.count_item(before, 0)
-                converted = Int32(1)
-                if part != CONVERT:
-                    converted = Int32(0)
-                    before = batch * self.finished.shape[1] + head
+                before = batch * self.heads[2] + head
             if part == WHOLE:
                 place = (n_block, head, batch)
                 for store in (self.dv_store, self.dk_store):
@@ -143,21 +137,15 @@ class BackwardStorer:
         cute.arch.cp_async_bulk_wait_group(0)
 
     @cute.jit
-    def add_tiles(self, item, buffer, before, converted):
+    def add_tiles(self, item, buffer, before):
         """An item's dQ to the sums. Returns the next buffer, and what is still to be counted."""
-        _, head, batch, count, _, first, _, _ = item
+        _, head, batch, count, _, first, _ = item
         for j in cutlass.range(count, unroll=1):
             m_block, q_head = query_place(self.tiles[first + j, 0], head, self.heads)
             place = (batch, q_head, m_block)
-            late = j == 0 and converted != 0
-            found = Int32(FREE)
-            if not late:
-                found = self.come(place)
+            found = self.come(place)
             for group in cutlass.range_constexpr(2):
                 self.wait_for_results(buffer, group)
-                if cutlass.const_expr(group == 0):
-                    if late:
-                        found = self.come(place)
                 self.add((batch, q_head, 2 * m_block + group), buffer, group, found)
             if found == FREE:
                 self.count(place)
@@ -204,7 +192,7 @@ class BackwardStorer:
             if cute.arch.lane_idx() == 0:
                 cute.arch.fence_proxy("async.global")
                 cute.arch.atomic_add(
-                    self.finished.iterator + pair, Int32(1), sem="release", scope="gpu"
+                    self.progress.iterator + pair, Int32(1), sem="release", scope="gpu"
                 )
         return Int32(-1)
 
@@ -294,5 +282,5 @@ def acquire(address):
 @cute.jit
 def query_place(column, kv_head, heads):
     """(m_block, q head) of a block column of the layout in which a group's q heads are stacked."""
-    group_size, num_m_blocks = heads
+    group_size, num_m_blocks, _ = heads
     return column % num_m_blocks, kv_head * group_size + column // num_m_blocks

@@ -1,8 +1,9 @@
 """The backward kernel for Hopper: like the forward's, but by keys, with the transposed layout.
 
-A CTA has one loading warp, one storing warp and two consumer warpgroups. An item is a tile of keys
-and the tiles of queries that see it; dK and dV stay in registers (FlashAttention-2, Dao, 2023). dQ
-is summed up in float32 in memory, by bulk reductions in no particular order.
+A CTA has one loading warp, one storing warp, two that convert sums of dQ, and two consumer
+warpgroups. An item is a tile of keys and the tiles of queries that see it; dK and dV stay in
+registers (FlashAttention-2, Dao, 2023). dQ is summed up in 32 bits in memory, by bulk reductions in
+no particular order.
 """
 
 import cutlass
@@ -56,9 +57,9 @@ class BackwardSm90:
         dk: cute.Tensor,  # (b, s_kv, h_kv, d)
         dv: cute.Tensor,  # (b, s_kv, h_kv, d)
         done: cute.Tensor,  # (b, h, tiles) int32: what a tile of dq_sum is; see BackwardStorer
-        finished: cute.Tensor,  # (b, h_kv) int32: items of attention of a head that are done
+        progress: cute.Tensor,  # (2, b h_kv + 1) int32: of each head; see BackwardConverter
         bounds: cute.Tensor,  # (2, b, h_kv) int32, zeros, or (0, b, h_kv); see elementwise.Bounds
-        dq_sum: cute.Tensor,  # (b, h, tiles x 2, dq_chunk) float32; see elementwise.Convert
+        dq_sum: cute.Tensor,  # (b, h, tiles x 2, dq_chunk) float32; see BackwardConverter
         stats: cute.Tensor,  # (b, h, 2, s_q rounded up to tile_m) float32
         kv_lens: cute.Tensor,  # (b,) int32
         work: cute.Tensor,  # (items, WORK_FIELDS) int32
@@ -80,7 +81,7 @@ class BackwardSm90:
         config = self.config
         if cutlass.const_expr(config.fixed):
             Bounds(config)(k, v, bounds, kv_lens, work, counts, stream)
-        order = (done, finished)
+        order = (done, progress)
         Statistics(config)(out, dout, lse, dlse, stats, order, bounds, has_dlse, stream)
         lists = (kv_lens, work, tiles, bits, counter, counts)
         tensors = (q, dout, k, v, dk, dv)
@@ -129,6 +130,7 @@ class BackwardSm90:
             (
                 cute.size(q, mode=[2]) // cute.size(k, mode=[2]),
                 cute.ceil_div(cute.size(q, mode=[0]), m),
+                cute.size(k, mode=[2]),
             ),
             scales,
             self._storage(q_layout, kv_layout, ds_layout, out_layout),
@@ -145,13 +147,13 @@ class BackwardSm90:
         loads,  # (TMA atom, tensor) of q, dout, k, v, stats
         stores,  # (TMA atom, tensor) of dk, dv
         dq_sum,
-        order,  # what is done of tiles, and of heads
+        order,  # what is done of tiles, and of each head
         convert,  # dq, the items of each head, and the rows' statistics
         layouts,
         products,
         lists,
         parts,
-        heads,  # q heads for each kv head, and tiles of queries
+        heads,  # q heads for each kv head, tiles of queries, and kv heads
         scales,
         storage: cutlass.Constexpr,
     ):
@@ -185,6 +187,7 @@ class BackwardSm90:
         s_tiles = smem.tiles.get_tensor(cute.make_layout(config.q_stages))
         kv_lens, work, tiles, bits, counter, counts = lists
         items = WorkList(work, counter, counts, smem.work, work_pipe)
+        conversion = (config, dq_sum, order, convert, heads, scales[0])
         if warp_idx < 4:
             cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
             if warp_idx == 0:
@@ -195,12 +198,15 @@ class BackwardSm90:
             elif warp_idx == 1:
                 buffers, inputs = (s_dq, s_out), (tiles, heads)
                 BackwardStorer(config, dq_sum, order, stores, buffers, items, inputs).run()
+            elif cutlass.const_expr(config.dq):
+                BackwardConverter(*conversion).run(beside=True)
         else:
             cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
             buffers = (s_q, s_do, s_k, s_v, s_ds, s_dq, s_out, s_stats, s_tiles)
-            converter = BackwardConverter(config, dq_sum, order, convert, heads[0], scales[0])
-            outside = (buffers, pipes, ds_shared, items, converter, bits, parts, scales)
+            outside = (buffers, pipes, ds_shared, items, bits, parts, scales)
             BackwardConsumer(config, self.dtype, products, *outside).run()
+            if cutlass.const_expr(config.dq):
+                BackwardConverter(*conversion).run(beside=False)
 
     def _products(self):
         """Of scores, with K in shared memory or in registers; of dK and dV, with P' or dS' in

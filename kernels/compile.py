@@ -149,7 +149,7 @@ def compile_backward(config: BackwardConfig) -> Any:
         of.compact(of.dtype, of.b, of.q_len, of.h, of.d),  # dq
         *(of.keys(), of.keys()),  # dk, dv
         of.ints(of.b, of.h, of.size()),  # done
-        of.ints(of.b, of.h_kv),  # finished
+        of.ints(2, of.size()),  # progress
         of.ints(of.size(), of.b, of.h_kv),  # bounds
         of.floats(of.b, of.h, of.size(), config.dq_chunk),  # dq_sum
         of.statistics(),

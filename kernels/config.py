@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 WORK_FIELDS = 8  # int32 words of a work item, padded to a sector of memory; see schedule.py
-CONVERT = -2  # instead of a part: the item converts sums of dQ; see conversions.py
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ class Statistics:
         lse: cute.Tensor,
         dlse: cute.Tensor,
         stats: cute.Tensor,
-        sums: tuple[cute.Tensor, ...],  # what its tiles are, and finished items by head
+        sums: tuple[cute.Tensor, ...],  # what its tiles are, and heads' progress
         bounds: cute.Tensor,
         has_dlse: Int32,
     ):
@@ -101,10 +101,21 @@ class Statistics:
             stats[batch, head, 1, row] = total
             if cutlass.const_expr(self.config.dq):
                 if row % self.config.tile_m == 0:
-                    done, finished = sums
-                    done[batch, head, row // self.config.tile_m] = Int32(0)
-                    if row == 0 and head < cute.size(finished, mode=[1]):
-                        finished[batch, head] = Int32(0)
+                    self.clear(sums, (batch, head, row // self.config.tile_m))
+
+    @cute.jit
+    def clear(self, sums, place):
+        """What stands of a tile of sums is cleared, and of one head with each head's first tile."""
+        (done, progress), (batch, head, tile) = sums, place
+        done[place] = Int32(0)
+        pair = batch * cute.size(done, mode=[1]) + head  # of q heads, which k has no more of
+        pairs = cute.size(progress, mode=[1]) - 1
+        if tile == 0:
+            if pair < pairs:
+                progress[0, pair] = Int32(0)
+                progress[1, pair] = Int32(0)
+            if pair == 0:
+                progress[1, pairs] = Int32(0)
 
 
 @cute.jit
@@ -206,59 +217,9 @@ def finite(number, value):
 
 
 @cute.jit
-def read_sums(config, sums, place, thread):
-    """The 16 numbers of a chunk at place = (batch, head, chunk) that are this thread's, of 32 for
-    each eight columns: float32, or what of integers in their place; see `write_queries`.
-
-    The sums lie in chunks of 64 rows, as the threads of a warpgroup held them: four numbers of
-    each thread, then the next four of each. Number i of thread t is row 16 (t / 32) + (t % 32) / 4
-    + 8 (i / 2 % 2), column 8 (i / 4) + 2 (t % 4) + i % 2. Here, a thread takes four neighbours.
-    """
-    groups = config.dq_columns // VECTOR
-    values = cute.make_rmem_tensor((VECTOR, 2), Float32)
-    for half in cutlass.range_constexpr(2):
-        start = thread % groups * 512 + thread // groups * 16 + half * VECTOR
-        cute.autovec_copy(vector(sums, (*place, start), 16), values[None, half])
-    return values
-
-
-@cute.jit
-def write_queries(config, result, stats, place, thread, values, scale, there):
-    """What `read_sums` gave, scaled, to eight columns of two rows of dQ; 0 if nobody came there."""
-    batch, head, chunk = place
-    groups = config.dq_columns // VECTOR
-    group, quad = thread % groups, thread // groups  # of columns; of four neighbours
-    row, column = chunk * 64, group * 8
-    if cutlass.const_expr(config.dq_by_columns):
-        row, column = chunk // 2 * 64, chunk % 2 * config.dq_columns + group * 8
-    row += quad // 8 * 16 + quad % 8
-    for half in cutlass.range_constexpr(2):
-        numbers = cute.make_rmem_tensor(VECTOR, result.element_type)
-        factor = scale
-        if cutlass.const_expr(config.fixed):
-            factor *= unit(stats, (batch, head, row + 8 * half))
-        for i in cutlass.range_constexpr(VECTOR):
-            value = values[4 * (i % 4 // 2) + i % 2 + 2 * half, i // 4]
-            if cutlass.const_expr(config.fixed):
-                value = bits_of(value).to(Float32)
-            numbers[i] = (value * factor if there else Float32(0.0)).to(result.element_type)
-        if column < cute.size(result, mode=[3]) and row + 8 * half < cute.size(result, mode=[1]):
-            goal = vector(result, (batch, row + 8 * half, head, column), 16)
-            cute.autovec_copy(numbers, goal)
-
-
-@cute.jit
 def exponent_in(log_sum, delta):
     """What stands in the last bits of a row's statistics."""
     return (bits_of(delta) & 15) << 4 | bits_of(log_sum) & 15
-
-
-@cute.jit
-def unit(stats, place):
-    """What 1 stands for in a row's sums in fixed point."""
-    batch, head, row = place
-    exponent = exponent_in(*(stats[batch, head, i, row] for i in range(2)))
-    return from_bits(254 - exponent << 23) if exponent < 255 else Float32.nan
 
 
 class Sum:

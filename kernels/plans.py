@@ -17,7 +17,6 @@ from sparse_flash.kernels.config import (
     forward_configs,
     queries_config,
 )
-from sparse_flash.kernels.conversions import with_conversions
 from sparse_flash.kernels.schedule import (
     Schedule,
     backward_schedule,
@@ -128,10 +127,7 @@ def _build(
         return schedule(layout, batch, heads[0], tile, ctas, 4 * layout.kv_len * width, tail=tail)
     # Of each head Q and dO, in 16 bits, and the sums of dQ, in float32.
     size = 8 * layout.q_len * width * heads[0] // heads[1]
-    plan = backward_schedule(layout, batch, heads, tile, ctas, size, tail=tail)
-    if kind == "keys":
-        return plan
-    return with_conversions(plan, heads, layout.q_len, width, ctas, size)
+    return backward_schedule(layout, batch, heads, tile, ctas, size, tail=tail)
 
 
 def _follow(

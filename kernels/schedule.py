@@ -84,7 +84,7 @@ class Schedule:
     """Arrays that the forward kernel reads, all int32. See `schedule`.
 
     work: (items, 8). m_block, head, batch, first tile, number of tiles, part (-1: not split), and
-        two zeros. See conversions.py for items that are no attention.
+        two zeros.
     tiles: (tiles + 1, 2). n_block, and the bit tile or -1 for a full one; columns ascend in a row.
         The last one is what items without tiles name as their first.
     bits: (bit tiles and some room, tile_m / 64, 128, 2), in fragment order; `num_bit_tiles` of
@@ -93,8 +93,7 @@ class Schedule:
     kv_lens: (batch,), the whole length each; for calls that give none.
     counts: (2,). How many items of `work` and rows of `combine` there are: read on the GPU, so that
         a CUDA graph's replays see what `update_` has changed.
-    per_head: (batch x kv heads,). Of a schedule with conversions, how many items of attention each
-        has; else one zero.
+    per_head: (batch x heads,). How many items each head has.
     num_parts: parts of split rows, each a float32 (tile_m, head_dim) and a logsumexp.
     """
 
@@ -200,7 +199,7 @@ def schedule(
     first = starts[:, :-1][owners].flatten()[row] + begin
     first = torch.where(end > begin, first, layout.num_tiles)
     item_cost = cost[row] * (end - begin).clamp(min=1) / tiles[row].clamp(min=1)
-    group = head_groups(batch * heads, kv_bytes, parts.device)[row // layout.num_block_rows]
+    group = _head_groups(batch * heads, kv_bytes, parts.device)[row // layout.num_block_rows]
     work = _records(row, (heads, layout.num_block_rows), first, end - begin, part)
     in_parts = torch.where(parts > 1, parts, 0)
     combined = (parts > 1).nonzero().squeeze(1)
@@ -216,7 +215,7 @@ def schedule(
         num_bit_tiles=layout.num_bit_tiles,
         combine=_records(combined, (heads, layout.num_block_rows), first_part, parts[combined]),
         kv_lens=torch.full((batch,), layout.kv_len, dtype=torch.int32, device=layout.device),
-        per_head=torch.zeros(1, dtype=torch.int32, device=layout.device),
+        per_head=torch.bincount(row // layout.num_block_rows, minlength=batch * heads).int(),
         num_parts=int(in_parts.sum()),
         tile=tile,
     )
@@ -372,7 +371,7 @@ def _longest_first(cost: Tensor, group: Tensor, share: Tensor, long_item: float)
     return by_cost[group[by_cost].argsort(stable=True)]
 
 
-def head_groups(pairs: int, kv_bytes: int, device: torch.device) -> Tensor:
+def _head_groups(pairs: int, kv_bytes: int, device: torch.device) -> Tensor:
     """The group of each (batch, head) pair: int64 (pairs,)."""
     size = max(1, L2_BYTES // max(1, kv_bytes))
     groups = -(-pairs // size)

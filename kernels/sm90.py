@@ -131,7 +131,7 @@ def launch_backward(
     dq_sum = torch.empty((b, h, chunks, config.dq_chunk), dtype=torch.float32, device=device)
     stats = torch.empty((b, h, 2, rows), dtype=torch.float32, device=device)
     done = torch.empty((b, h, chunks // 2), dtype=torch.int32, device=device)
-    finished = torch.empty((b, k.shape[2]), dtype=torch.int32, device=device)
+    progress = torch.empty((2, b * k.shape[2] + 1), dtype=torch.int32, device=device)
     bounds = torch.zeros((2 * config.fixed, b, k.shape[2]), dtype=torch.int32, device=device)
     work, tiles, bits, combine, whole, counts, per_head = plan
     lens = whole if kv_lens is None else kv_lens.to(device, torch.int32).clamp(max=k.shape[1])
@@ -148,7 +148,7 @@ def launch_backward(
         dk,
         dv,
         done,
-        finished,
+        progress,
         bounds,
         dq_sum,
         stats,

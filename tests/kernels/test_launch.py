@@ -113,7 +113,7 @@ def test_backward_arguments_are_those_of_the_kernel(launched, kind, dim, tile_m,
     assert given["stats"].shape == (2, 4, 2, blocks * tile_m)
     assert given["dq_sum"].shape == (2, 4, 2 * blocks, 64 * min(64, width))
     assert given["done"].shape == (2, 4, blocks)
-    assert given["finished"].shape == (2, 2)
+    assert given["progress"].shape == (2, 2 * 2 + 1)
     assert given["bounds"].shape == (2 if kind == "fixed" else 0, 2, 2)
     assert not given["bounds"].any()
     assert given["dk_parts"].shape == given["dv_parts"].shape == (plan.num_parts, 128, width)
