@@ -8,6 +8,7 @@ from sparse_flash.kernels.primitives import bits_of, from_bits
 
 THREADS = 256
 VECTOR = 8  # elements that a thread takes: 16 bytes of 16-bit numbers
+AT_ONCE = 4  # rows of which a thread takes some: so many loads are under way
 LOG2_E = math.log2(math.e)
 
 
@@ -16,6 +17,19 @@ def vector(tensor, place, alignment: cutlass.Constexpr):
     """VECTOR neighbours of a row of a tensor, from an index in four modes on."""
     start = (tensor.iterator + cute.crd2idx(place, tensor.layout)).align(alignment)
     return cute.make_tensor(start, cute.make_layout(VECTOR))
+
+
+@cute.jit
+def load(tensor, place):
+    """VECTOR elements of a row, place = (batch, row, head, column); beyond the last row or column
+    the last ones: loads under no condition need not wait for each other.
+    """
+    batch, row, head, column = place
+    row = cutlass.min(row, cute.size(tensor, mode=[1]) - 1)
+    column = cutlass.min(column, cute.size(tensor, mode=[3]) - VECTOR)
+    values = cute.make_rmem_tensor(VECTOR, tensor.element_type)
+    cute.autovec_copy(vector(tensor, (batch, row, head, column), 16), values)
+    return values
 
 
 class Statistics:
@@ -37,14 +51,14 @@ class Statistics:
     def __init__(self, config) -> None:
         self.config = config
         self.lanes = config.head_dim // VECTOR  # threads of a row: a power of two
+        self.rows = THREADS // self.lanes
 
     @cute.jit
     def __call__(self, out, dout, lse, dlse, stats, sums, bounds, has_dlse: Int32, stream):
         """Launch on the stream."""
-        rows = cute.size(stats, mode=[3])
         self.kernel(out, dout, lse, dlse, stats, sums, bounds, has_dlse).launch(
             grid=(
-                cute.ceil_div(rows * self.lanes, THREADS),
+                cute.ceil_div(cute.size(stats, mode=[3]), AT_ONCE * self.rows),
                 cute.size(out, mode=[2]),
                 cute.size(out, mode=[0]),
             ),
@@ -64,44 +78,49 @@ class Statistics:
         bounds: cute.Tensor,
         has_dlse: Int32,
     ):
-        """VECTOR elements for each thread."""
+        """VECTOR elements of AT_ONCE rows for each thread."""
         chunk, head, batch = cute.arch.block_idx()
-        thread = chunk * THREADS + cute.arch.thread_idx()[0]
-        row, column = thread // self.lanes, thread % self.lanes * VECTOR
-        inside = row < cute.size(out, mode=[1])
+        thread = cute.arch.thread_idx()[0]
+        row, column = chunk * AT_ONCE * self.rows + thread // self.lanes, thread % self.lanes
+        rows = [row + i * self.rows for i in range(AT_ONCE)]
+        places = [(batch, row, head, column * VECTOR) for row in rows]
+        loaded = [(load(out, place), load(dout, place)) for place in places]
+        for i in cutlass.range_constexpr(AT_ONCE):
+            total, square = self.sums_of_row(*loaded[i], column * VECTOR < cute.size(out, mode=[3]))
+            if column == 0 and rows[i] < cute.size(stats, mode=[3]):
+                place = (batch, head, rows[i])
+                inside = rows[i] < cute.size(out, mode=[1])
+                log_sum, given = Float32.inf, Float32(0.0)
+                if inside:
+                    value = lse[place]
+                    log_sum = Float32.inf if value == -Float32.inf else value * LOG2_E
+                    if has_dlse != 0:
+                        given = dlse[place]
+                        total -= given
+                if cutlass.const_expr(self.config.fixed):
+                    kv_head = head // (cute.size(out, mode=[2]) // cute.size(bounds, mode=[2]))
+                    found = tuple(from_bits(bounds[n, batch, kv_head]) for n in range(2))
+                    log_sum, total = with_exponent(log_sum, total, found, square, given)
+                stats[batch, head, 0, rows[i]] = log_sum
+                stats[batch, head, 1, rows[i]] = total
+                if cutlass.const_expr(self.config.dq):
+                    if rows[i] % self.config.tile_m == 0:
+                        self.clear(sums, (batch, head, rows[i] // self.config.tile_m))
+
+    @cute.jit
+    def sums_of_row(self, a, b, inside):
+        """The sum of out * dout, and that of dout squared, of a row, to all its threads."""
         total, square = Float32(0.0), Float32(0.0)
-        if inside and column < cute.size(out, mode=[3]):
-            place = (batch, row, head, column)
-            a, b = (cute.make_rmem_tensor(VECTOR, x.element_type) for x in (out, dout))
-            cute.autovec_copy(vector(out, place, 16), a)
-            cute.autovec_copy(vector(dout, place, 16), b)
+        if inside:
             for i in cutlass.range_constexpr(VECTOR):
                 total += a[i].to(Float32) * b[i].to(Float32)
                 if cutlass.const_expr(self.config.fixed):
                     square += b[i].to(Float32) * b[i].to(Float32)
-        padded = row < cute.size(stats, mode=[3])
         for step in cutlass.range_constexpr(self.lanes.bit_length() - 1):
             total += cute.arch.shuffle_sync_bfly(total, offset=1 << step)
             if cutlass.const_expr(self.config.fixed):
                 square += cute.arch.shuffle_sync_bfly(square, offset=1 << step)
-        if column == 0 and padded:
-            log_sum, given = Float32.inf, Float32(0.0)
-            if inside:
-                value = lse[batch, head, row]
-                log_sum = Float32.inf if value == -Float32.inf else value * LOG2_E
-                if has_dlse != 0:
-                    given = dlse[batch, head, row]
-                    total -= given
-            if cutlass.const_expr(self.config.fixed):
-                heads = cute.size(out, mode=[2]), cute.size(bounds, mode=[2])
-                kv_head = head // (heads[0] // heads[1])
-                found = tuple(from_bits(bounds[i, batch, kv_head]) for i in range(2))
-                log_sum, total = with_exponent(log_sum, total, found, square, given)
-            stats[batch, head, 0, row] = log_sum
-            stats[batch, head, 1, row] = total
-            if cutlass.const_expr(self.config.dq):
-                if row % self.config.tile_m == 0:
-                    self.clear(sums, (batch, head, row // self.config.tile_m))
+        return total, square
 
     @cute.jit
     def clear(self, sums, place):
@@ -173,31 +192,30 @@ class Bounds:
         item = cute.arch.block_idx()[0]
         if item < counts[0]:
             block, head, batch = (work[item, i] for i in range(3))
-            if work[item, 4] > 0:
-                first = block * self.config.tile_n
-                place = (first, cutlass.min(kv_lens[batch], first + self.config.tile_n))
-                self.of_tile(k, v, bounds, (batch, head), place)
+            first = block * self.config.tile_n
+            end = cutlass.min(kv_lens[batch], first + self.config.tile_n)
+            if work[item, 4] > 0 and first < end:
+                self.of_tile(k, v, bounds, (batch, head), (first, end))
 
     @cute.jit
     def of_tile(self, k, v, bounds, place, rows):
         """What is largest in rows `rows[0]` to `rows[1]` of k and v, into the bounds."""
-        (batch, head), (row, end) = place, rows
+        (batch, head), (first, end) = place, rows
         thread = cute.arch.thread_idx()[0]
-        row, column = row + thread // self.lanes, thread % self.lanes * VECTOR
+        row, column = first + thread // self.lanes, thread % self.lanes * VECTOR
+        rows = [row + i * self.rows for i in range(self.config.tile_n // self.rows)]
+        places = [(batch, cutlass.min(row, end - 1), head, column) for row in rows]
+        loaded = [(load(k, place), load(v, place)) for place in places]
         largest, norm = Float32(0.0), Float32(0.0)
-        for _ in cutlass.range_constexpr(self.config.tile_n // self.rows):
-            square = Float32(0.0)
-            if row < end and column < cute.size(k, mode=[3]):
-                a, b = (cute.make_rmem_tensor(VECTOR, x.element_type) for x in (k, v))
-                cute.autovec_copy(vector(k, (batch, row, head, column), 16), a)
-                cute.autovec_copy(vector(v, (batch, row, head, column), 16), b)
-                for i in cutlass.range_constexpr(VECTOR):
-                    largest = cutlass.max(largest, finite(a[i].to(Float32), a[i].to(Float32)))
-                    square += finite(b[i].to(Float32), b[i].to(Float32) * b[i].to(Float32))
+        for n in cutlass.range_constexpr(len(loaded)):
+            square, (a, b) = Float32(0.0), loaded[n]
+            for i in cutlass.range_constexpr(VECTOR):
+                largest = cutlass.max(largest, finite(a[i].to(Float32), a[i].to(Float32)))
+                square += finite(b[i].to(Float32), b[i].to(Float32) * b[i].to(Float32))
+            square = square if column < cute.size(k, mode=[3]) else Float32(0.0)
             for i in cutlass.range_constexpr(self.lanes.bit_length() - 1):
                 square += cute.arch.shuffle_sync_bfly(square, offset=1 << i)
             norm = cutlass.max(norm, square)
-            row += self.rows
         for i in cutlass.range_constexpr(5):
             largest = cutlass.max(largest, cute.arch.shuffle_sync_bfly(largest, offset=1 << i))
             norm = cutlass.max(norm, cute.arch.shuffle_sync_bfly(norm, offset=1 << i))
