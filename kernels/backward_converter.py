@@ -13,7 +13,8 @@ from sparse_flash.kernels.primitives import bits_of, from_bits
 
 ROWS = 16  # of a slice of a chunk: those of a warp's numbers; see BackwardConsumer.put_queries
 SLICES = 2  # that a warp takes at a time
-PATIENCE = 500  # nanoseconds between two looks at whether a head is done
+# Nanoseconds between two looks at whether a head is done, while others compute and when none do.
+PATIENCE = 500, 50
 
 
 class BackwardConverter:
@@ -39,12 +40,13 @@ class BackwardConverter:
         """
         pairs = cute.size(self.progress, mode=[1]) - 1
         parts = self.group_size * cute.size(self.dq_sum, mode=[2]) * self.slices
+        at_once = 1 if beside else self.config.dq_columns // 16
         pair = self.first_left()
         while pair < pairs:
             self.wait(pair, beside)
             part = self.take(pair, parts)
             while part < parts:
-                self.convert(pair, part, 1 if beside else 2)
+                self.convert(pair, part, at_once)
                 part = self.take(pair, parts)
             pair = cutlass.max(pair + 1, self.first_left())
 
@@ -52,7 +54,7 @@ class BackwardConverter:
     def first_left(self):
         """The first head of which something may be left."""
         pairs = cute.size(self.progress, mode=[1]) - 1
-        return relaxed(self.progress, (1, pairs))
+        return cute.arch.shuffle_sync(relaxed(self.progress, (1, pairs)), 0)
 
     @cute.jit
     def wait(self, pair, beside: cutlass.Constexpr):
@@ -62,8 +64,7 @@ class BackwardConverter:
             place = (self.progress.iterator + cute.crd2idx((0, pair), self.progress.layout)).toint()
             count = acquire(place)
             while count != goal:
-                if const_expr(beside):
-                    cute.arch.inline_ptx(f"nanosleep.u32 {PATIENCE};")
+                cute.arch.inline_ptx(f"nanosleep.u32 {PATIENCE[0 if beside else 1]};")
                 count = acquire(place)
         cute.arch.sync_warp()
 
