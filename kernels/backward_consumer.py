@@ -108,18 +108,23 @@ class BackwardConsumer:
         """The operands of dQ's product."""
         config, width = self.config, self.config.head_dim
         m, n, kv = config.tile_m, config.tile_n, config.kv_stages
-        of_queries, stages = self.of_queries.get_slice(0), config.ds_stages
-        # dS: (64 queries, keys, tile_m / 64, stage).
-        layout = cute.make_layout((64, n, m // 64, stages), stride=(n, 1, 64 * n, n * m))
-        operand = of_queries.partition_A(cute.composition(self.s_ds, layout))
-        place = 0 if config.dq_by_columns else self.group
-        self.f_ds = self.of_queries.make_fragment_A(operand)[None, None, None, place, None]
+        of_queries, stages, size = self.of_queries.get_slice(0), config.ds_stages, config.dq_columns
         # K: (columns of a chunk, keys, chunks, stage).
-        size = config.dq_columns
         layout = cute.make_layout((size, n, width // size, kv), stride=(n, 1, n * size, n * width))
-        operand = of_queries.partition_B(cute.composition(self.s_k, layout))
-        place = self.group if config.dq_by_columns else 0
-        self.f_kt = self.of_queries.make_fragment_B(operand)[None, None, None, place, None]
+        keys = cute.composition(self.s_k, layout)
+        if const_expr(config.dq_transposed):
+            operand = self.of_queries.make_fragment_A(of_queries.partition_A(keys))
+            self.f_kt = operand[None, None, None, self.group, None]
+            self.f_ds = self.of_queries.make_fragment_B(of_queries.partition_B(self.s_ds))
+        else:
+            place = self.group if config.dq_by_columns else 0
+            operand = self.of_queries.make_fragment_B(of_queries.partition_B(keys))
+            self.f_kt = operand[None, None, None, place, None]
+            # dS: (64 queries, keys, tile_m / 64, stage).
+            layout = cute.make_layout((64, n, m // 64, stages), stride=(n, 1, 64 * n, n * m))
+            operand = of_queries.partition_A(cute.composition(self.s_ds, layout))
+            place = 0 if config.dq_by_columns else self.group
+            self.f_ds = self.of_queries.make_fragment_A(operand)[None, None, None, place, None]
 
     @cute.jit
     def run(self):
@@ -170,7 +175,7 @@ class BackwardConsumer:
             for _ in cutlass.range(count - 2, unroll=1):
                 q_state, buffer = self.step(q_state, kv_state, buffer, remaining)
             q_state, buffer = self.step(q_state, kv_state, buffer, remaining, last=True)
-        shape = self.of_queries.partition_shape_C((64, self.config.dq_columns))
+        shape = self.of_queries.partition_shape_C(self.config.dq_tile)
         acc_dq = cute.make_rmem_tensor(shape, Float32)
         tile = q_state.count - 1
         self.wait_for_shared(tile)
@@ -214,7 +219,7 @@ class BackwardConsumer:
             self.multiply_keys(self.acc_dk, ds, self.f_qt, stage, part)
         following = q_state.clone()
         following.advance()
-        shape = self.of_queries.partition_shape_C((64, config.dq_columns))
+        shape = self.of_queries.partition_shape_C(config.dq_tile)
         acc_dq = cute.make_rmem_tensor(shape, Float32)
         if const_expr(before):
             self.multiply_queries(acc_dq, kv_state, q_state.count - 1)
@@ -331,8 +336,13 @@ class BackwardConsumer:
     @cute.jit
     def multiply_queries(self, acc, kv_state, tile):
         """Issue dQ = dS K of a tile, this warpgroup's chunk."""
-        of = self.f_ds[None, None, None, tile % self.config.ds_stages]
-        multiply(self.of_queries, acc, of, self.f_kt, kv_state.index, True)
+        stage = tile % self.config.ds_stages
+        if const_expr(self.config.dq_transposed):
+            keys = self.f_kt[None, None, None, kv_state.index]
+            multiply(self.of_queries, acc, keys, self.f_ds, stage, True)
+        else:
+            of = self.f_ds[None, None, None, stage]
+            multiply(self.of_queries, acc, of, self.f_kt, kv_state.index, True)
 
     @cute.jit
     def statistics(self, which: cutlass.Constexpr, stage):
@@ -375,9 +385,10 @@ class BackwardConsumer:
         computed; this one is free once both warpgroups have shared the tile before.
         """
         n, m, stages = self.config.tile_n, self.config.tile_m, self.config.ds_stages
-        layout = cute.make_layout((64, m, 2, stages), stride=(1, n, 64, n * m))
+        strides = (m, 1, 64 * m) if const_expr(self.config.dq_transposed) else (1, n, 64)
+        layout = cute.make_layout((64, m, 2, stages), stride=(*strides, n * m))
         place = cute.composition(self.s_ds, layout)[None, None, self.group, stage % stages]
-        self.to_shared(ds, place, self.scores)
+        self.to_shared(ds, place, self.scores, transposed=self.config.dq_transposed)
         cute.arch.fence_view_async_shared()
 
     @cute.jit
@@ -453,9 +464,13 @@ class BackwardConsumer:
         return (buffer + 1) % self.config.buffers
 
     @cute.jit
-    def to_shared(self, registers, place, product):
-        """Accumulators, rounded to 16 bits, into a tile of shared memory."""
-        stmatrix = cute.make_copy_atom(warp.StMatrix8x8x16bOp(num_matrices=4), self.dtype)
+    def to_shared(self, registers, place, product, transposed: cutlass.Constexpr = False):
+        """Accumulators, rounded to 16 bits, into a tile of shared memory.
+
+        transposed: Its columns, not its rows, lie as runs of memory.
+        """
+        operation = warp.StMatrix8x8x16bOp(transpose=transposed, num_matrices=4)
+        stmatrix = cute.make_copy_atom(operation, self.dtype)
         copy = cute.make_tiled_copy_C(stmatrix, product).get_slice(self.thread)
         cute.copy(stmatrix, copy.retile(registers), copy.partition_D(place))
 

@@ -11,7 +11,7 @@ from sparse_flash.kernels.backward_producer import FREE, acquire, sum_address
 from sparse_flash.kernels.elementwise import exponent_in
 from sparse_flash.kernels.primitives import bits_of, from_bits
 
-ROWS = 16  # of a slice of a chunk: those of a warp's numbers; see BackwardConsumer.put_queries
+ROWS = 16  # of the accumulators: a slice of a chunk, a warp's; see BackwardConsumer.put_queries
 SLICES = 2  # that a warp takes at a time
 # Nanoseconds between two looks at whether a head is done, while others compute and when none do.
 PATIENCE = 500, 50
@@ -40,7 +40,7 @@ class BackwardConverter:
         """
         pairs = cute.size(self.progress, mode=[1]) - 1
         parts = self.group_size * cute.size(self.dq_sum, mode=[2]) * self.slices
-        at_once = 1 if beside else self.config.dq_columns // 16
+        at_once = 1 if beside else self.config.dq_tile[1] // 16
         pair = self.first_left()
         while pair < pairs:
             self.wait(pair, beside)
@@ -95,7 +95,7 @@ class BackwardConverter:
 
     @cute.jit
     def convert_slice(self, place, nth, there, at_once: cutlass.Constexpr):
-        """ROWS rows of a chunk, `at_once` times 16 columns at a time.
+        """ROWS rows of a chunk, or of its transpose, `at_once` times 16 columns at a time.
 
         The sums lie as the threads of a warpgroup held them: four numbers of each thread, then the
         next four of each. The first four of lane t of the slice's warp are two neighbours in row
@@ -111,22 +111,39 @@ class BackwardConverter:
         )
         row, column = chunk * 64, Int32(0)
         if const_expr(config.dq_by_columns):
-            row, column = chunk // 2 * 64, chunk % 2 * config.dq_columns
-        row, column = row + nth * ROWS + lane // 4, column + lane % 2 * 8 + lane % 4 // 2 * 4
+            row, column = chunk // 2 * config.tile_m, chunk % 2 * config.dq_columns
+        row, column = row + lane // 4, column + lane % 2 * 8 + lane % 4 // 2 * 4
+        if const_expr(config.dq_transposed):
+            column += nth * ROWS
+        else:
+            row += nth * ROWS
         scales = [self.scale_of((batch, head, row + 8 * i)) for i in range(2)]
         start = sum_address(self.dq_sum, place) + 16 * (nth * 32 + lane)
         goal = self.result.iterator + cute.crd2idx((batch, row, head, column), self.result.layout)
         goal = goal.toint()
         left = [cute.size(self.result, mode=[i]) - at for i, at in ((1, row), (3, column))]
-        for _ in cutlass.range(config.dq_columns // 16 // at_once, unroll=1):
+        below = self.result.element_type.width * self.result.layout.stride[1]  # 8 rows, in bytes
+        for _ in cutlass.range(config.dq_tile[1] // 16 // at_once, unroll=1):
             numbers = [read_four(start + 2048 * i) for i in range(2 * at_once)]
-            for i in cutlass.range_constexpr(at_once):
-                columns = (numbers[2 * i], numbers[2 * i + 1])
-                to = (goal + 32 * i, left[0], left[1] - 16 * i)
-                self.put(columns, scales, there, to, lane)
+            for i in cutlass.range_constexpr(2 * at_once):
+                # Two groups of two rows or columns of 8: where they go, and what is in them.
+                if const_expr(config.dq_transposed):
+                    quads = (numbers[i][:2], numbers[i][2:])
+                    rows, columns = 8 * i, 0
+                else:
+                    quads = [x[i % 2 * 2 : i % 2 * 2 + 2] for x in numbers[i // 2 * 2 :][:2]]
+                    rows, columns = i % 2 * 8, i // 2 * 16
+                pairs = [self.pair_of(x, scales[i % 2]) & there for x in quads]
+                pairs = exchange(*pairs, lane)
+                if left[0] > rows and left[1] > columns:
+                    store(goal + rows // 8 * below + 2 * columns, pairs)
             start += 4096 * at_once
-            goal += 32 * at_once
-            left[1] -= 16 * at_once
+            if const_expr(config.dq_transposed):
+                goal += 2 * below * at_once
+                left[0] -= 16 * at_once
+            else:
+                goal += 32 * at_once
+                left[1] -= 16 * at_once
 
     @cute.jit
     def scale_of(self, place):
@@ -140,32 +157,34 @@ class BackwardConverter:
         return scale
 
     @cute.jit
-    def put(self, columns, scales, there, place, lane):
-        """Two times four numbers of this lane to dQ, as far as it has such rows and columns.
-
-        place: Where the upper row's begin, and how many rows and columns there are from there on.
-        """
-        goal, rows_left, columns_left = place
-        for lower in cutlass.range_constexpr(2):
-            pairs = [self.pair_of(x[2 * lower : 2 * lower + 2], scales[lower]) for x in columns]
-            numbers = exchange(*(x & there for x in pairs), lane)
-            if rows_left > 8 * lower and columns_left > 0:
-                size = self.result.element_type.width // 8
-                address = goal + 8 * lower * size * self.result.layout.stride[1]
-                cute.arch.inline_ptx(
-                    "st.global.v2.b32 [{$r0}], {{$r1}, {$r2}};", read_only_args=[address, *numbers]
-                )
-
-    @cute.jit
     def pair_of(self, numbers, scale):
-        """Two numbers of dQ in one register."""
+        """Two neighbours of dQ in one register."""
         pair = cute.make_rmem_tensor(2, self.result.element_type)
         for i in cutlass.range_constexpr(2):
             number = numbers[i]
             if const_expr(self.config.fixed):
                 number = bits_of(number).to(Float32)
             pair[i] = (number * scale).to(pair.element_type)
-        return cute.recast_tensor(pair, Int32)[0]
+        bits = cute.recast_tensor(pair, Int32)[0]
+        return transpose(bits) if const_expr(self.config.dq_transposed) else bits
+
+
+@cute.jit
+def transpose(pair):
+    """Neighbours in a row of an 8 x 8 matrix, lane t's in row t / 4, become the transpose's."""
+    return cute.arch.inline_ptx(
+        "movmatrix.sync.aligned.m8n8.trans.b16 {$w0}, {$r0};",
+        write_only_types=[Int32],
+        read_only_args=[pair],
+    )
+
+
+@cute.jit
+def store(address, numbers):
+    """Two registers side by side."""
+    cute.arch.inline_ptx(
+        "st.global.v2.b32 [{$r0}], {{$r1}, {$r2}};", read_only_args=[address, *numbers]
+    )
 
 
 @cute.jit

@@ -103,7 +103,8 @@ class BackwardSm90:
         m, n, stages = config.tile_m, config.tile_n, config.q_stages
         q_layout = smem_layout(self.dtype, m, width, stages)
         kv_layout = smem_layout(self.dtype, n, width, config.kv_stages)
-        ds_layout = smem_layout(self.dtype, n, m, config.ds_stages)
+        rows, columns = (m, n) if config.dq_transposed else (n, m)
+        ds_layout = smem_layout(self.dtype, rows, columns, config.ds_stages)
         # (4 numbers, thread, more numbers, warpgroup, buffer): 16 bytes a thread at a time.
         shape = (4, 128, config.dq_chunk // 512, 2, config.buffers)
         dq_layout = cute.make_ordered_layout(shape, order=(0, 1, 2, 3, 4))
@@ -133,7 +134,7 @@ class BackwardSm90:
                 cute.size(k, mode=[2]),
             ),
             scales,
-            self._storage(q_layout, kv_layout, ds_layout, out_layout),
+            self._storage(q_layout, kv_layout, ds_layout),
         ).launch(
             grid=(num_ctas, 1, 1),
             block=(THREADS, 1, 1),
@@ -216,11 +217,14 @@ class BackwardSm90:
         scores = product(self.dtype, (64, config.tile_m))
         registers = {"a_source": warpgroup.OperandSource.RMEM}
         of_keys = product(self.dtype, (64, config.columns), b_mode=columns, **registers)
-        of_queries = product(self.dtype, (64, config.dq_columns), columns, columns)
+        if config.dq_transposed:  # dQ' = K' dS', with the queries of dS' as rows
+            of_queries = product(self.dtype, config.dq_tile, columns)
+        else:
+            of_queries = product(self.dtype, config.dq_tile, columns, columns)
         held = product(self.dtype, (64, config.tile_m), **registers)
         return scores, held, of_keys, of_queries
 
-    def _storage(self, q_layout, kv_layout, ds_layout, out_layout):
+    def _storage(self, q_layout, kv_layout, ds_layout):
         config, dtype = self.config, self.dtype
 
         ds_room = cute.struct.MemRange[Int32, 1]  # not used
@@ -244,7 +248,7 @@ class BackwardSm90:
             do: buffer(dtype, q_layout)
             k: buffer(dtype, kv_layout)
             v: buffer(dtype, kv_layout)
-            results: buffer(dtype, out_layout)
+            results: cute.struct.Align[cute.struct.MemRange[dtype, config.results], 1024]
             ds: ds_room
 
         return Storage

@@ -11,11 +11,11 @@ from sparse_flash.kernels.cache import load_or_compile
 from sparse_flash.kernels.config import (
     WORK_FIELDS,
     BackwardConfig,
+    Config,
     ForwardConfig,
     QueriesConfig,
 )
 
-Config = ForwardConfig | BackwardConfig | QueriesConfig
 _lock = threading.Lock()
 
 
@@ -31,6 +31,7 @@ def forward_kernel(config: ForwardConfig) -> Callable[..., None]:
 def backward_kernel(config: BackwardConfig) -> Callable[..., None]:
     """The compiled backward kernel, likewise, with the arguments of `BackwardSm90.__call__`."""
     kind = "keys" if not config.dq else "fixed" if config.fixed else "backward"
+    kind = "wide" if config.dq_transposed else kind
     return _locked(kind, config, compile_backward)
 
 

@@ -74,7 +74,7 @@ class ForwardConfig:
 class BackwardConfig:
     """One compiled backward kernel: two warpgroups, which share tile_n keys and tile_m queries.
 
-    With tile_n 128 each owns 64 keys, and of dQ a chunk at a time: with tile_m 64 half of the
+    With tile_n 128 each owns 64 keys, and of dQ a chunk at a time: with tile_m 64 or 80 half of the
     columns, with 128 half of the rows. With tile_n 64 (for large head_dims) both own all keys,
     each half of the columns of dK and dV, and both compute the scores.
     held, held_v: How many columns of K and V stay in registers as long as an item lasts: as many
@@ -105,7 +105,8 @@ class BackwardConfig:
         if self.dq:
             assert self.tile_n == 128
             assert self.ds_stages == self.q_stages == 2  # see BackwardConsumer.share
-            assert (self.tile_m, self.head_dim) in ((64, 128), (128, 64), (128, 32))
+            assert not (self.fixed and self.dq_transposed)  # a row's exponent goes with its thread
+            assert (self.tile_m, self.head_dim) in ((64, 128), (80, 128), (128, 64), (128, 32))
         assert self.shared_memory <= SHARED_MEMORY, self.shared_memory
 
     @property
@@ -121,7 +122,7 @@ class BackwardConfig:
     @property
     def buffers(self) -> int:
         """How many results of each warpgroup may wait to be stored."""
-        return 2 if self.dq else 1
+        return 2 if self.dq and not self.dq_transposed else 1
 
     @property
     def tile(self) -> tuple[int, int]:
@@ -131,31 +132,46 @@ class BackwardConfig:
     @property
     def dq_by_columns(self) -> bool:
         """Whether the warpgroups share the columns of dQ instead of its rows."""
-        return self.tile_m == 64
+        return self.tile_m < 128
+
+    @property
+    def dq_transposed(self) -> bool:
+        """Whether the accumulators of dQ are those of its transpose: their rows come by 64."""
+        return self.tile_m == 80
 
     @property
     def dq_columns(self) -> int:
-        """Columns of dQ that a warpgroup computes at a time, of 64 rows."""
+        """Columns of dQ that a warpgroup computes at a time."""
         return min(64, self.head_dim)
+
+    @property
+    def dq_tile(self) -> tuple[int, int]:
+        """What a warpgroup computes of dQ, or of its transpose, at a time."""
+        return 64, self.tile_m if self.dq_transposed else self.dq_columns
 
     @property
     def dq_chunk(self) -> int:
         """Elements of dQ that a warpgroup computes at a time."""
-        return 64 * self.dq_columns
+        return self.dq_tile[0] * self.dq_tile[1]
 
     @property
     def out_slots(self) -> int:
-        """How many 64 x head_dim in 16 bits take as much room as a chunk of dQ in 32."""
-        return 2 * self.dq_columns // self.head_dim if self.dq else 1
+        """How many 64 x head_dim in 16 bits find room in that of a chunk of dQ in 32."""
+        return 2 * self.dq_chunk // (64 * self.head_dim) if self.dq else 1
+
+    @property
+    def results(self) -> int:
+        """How many numbers of 16 bits there is room for in the results that wait."""
+        chunk = 2 * self.dq_chunk if self.dq else 0
+        return 2 * self.buffers * max(chunk, self.out_slots * 64 * self.columns)
 
     @property
     def shared_memory(self) -> int:
         """Bytes of shared memory: tiles, statistics, and less than 1 KiB of barriers and items."""
         rows = 2 * self.q_stages * self.tile_m + 2 * self.kv_stages * self.tile_n
         scores = self.ds_stages * self.tile_m * self.tile_n if self.dq else 0
-        results = 2 * self.buffers * self.out_slots * 64 * self.columns
         statistics = 8 * self.tile_m * self.q_stages
-        return 2 * (rows * self.head_dim + scores + results) + statistics + 1024
+        return 2 * (rows * self.head_dim + scores + self.results) + statistics + 1024
 
 
 @dataclass(frozen=True)
@@ -209,6 +225,7 @@ def all_forward_configs() -> list[ForwardConfig]:
     return [c for dtype in DTYPES for size in _FORWARD for c in forward_configs(dtype, size)]
 
 
+Config = ForwardConfig | BackwardConfig | QueriesConfig
 DTYPES = ("bfloat16", "float16")
 _ANY = "bfloat16"  # stands for either
 _FORWARD = {
@@ -228,6 +245,8 @@ _BACKWARD = {
     64: BackwardConfig(_ANY, 64, tile_m=128, dq=True, held=64),
     128: BackwardConfig(_ANY, 128, tile_m=64, dq=True, held=64, held_v=16),
 }
+# In place of those above, where blocks of such a width do not cover much more than is needed.
+_WIDE = {128: BackwardConfig(_ANY, 128, tile_m=80, dq=True, parts=1)}
 _KEYS = {
     32: BackwardConfig(_ANY, 32, tile_m=128, dq=False, held=32, parts=1),
     64: BackwardConfig(_ANY, 64, tile_m=128, dq=False, held=48),
@@ -239,17 +258,30 @@ _KEYS = {
 def backward_config(kind: str, dtype: str, head_dim: int) -> BackwardConfig:
     """The config that computes this head_dim.
 
-    kind: "backward" or "fixed", with dQ (head_dims to 128), or "keys", without (to 256).
+    kind: "backward" or "fixed", with dQ (head_dims to 128), "wide" (above 64, to 128), or "keys",
+        without dQ (to 256).
     """
-    configs = _KEYS if kind == "keys" else _BACKWARD
+    configs = {"keys": _KEYS, "wide": _WIDE}.get(kind, _BACKWARD)
     config = configs[min(size for size in configs if head_dim <= size)]
     return replace(config, dtype=dtype, fixed=kind == "fixed")
+
+
+def backward_configs(kind: str, dtype: str, head_dim: int) -> tuple[BackwardConfig, ...]:
+    """The configs that compute this head_dim in such a way, with tiles of several sizes."""
+    kinds = ("backward", "wide") if kind == "backward" and head_dim > 64 else (kind,)
+    return tuple(backward_config(kind, dtype, head_dim) for kind in kinds)
+
+
+def kernel_of(kind: str, tile: tuple[int, int]) -> str:
+    """The kind of the config whose tiles a backward schedule has: "wide" stands for "backward"."""
+    wide = kind == "backward" and tile in [config.tile for config in _WIDE.values()]
+    return "wide" if wide else kind
 
 
 def all_backward_configs() -> list[BackwardConfig]:
     """Everything that is shipped."""
     fixed = (replace(config, fixed=True) for config in _BACKWARD.values())
-    configs = (*_BACKWARD.values(), *fixed, *_KEYS.values())
+    configs = (*_BACKWARD.values(), *fixed, *_WIDE.values(), *_KEYS.values())
     return [replace(config, dtype=dtype) for dtype in DTYPES for config in configs]
 
 

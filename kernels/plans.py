@@ -10,14 +10,13 @@ from collections.abc import Callable
 
 import torch
 from sparse_flash.kernels.config import (
-    BackwardConfig,
-    ForwardConfig,
-    QueriesConfig,
-    backward_config,
+    Config,
+    backward_configs,
     forward_configs,
     queries_config,
 )
 from sparse_flash.kernels.schedule import (
+    BACKWARD_COSTS,
     Schedule,
     backward_schedule,
     best_config,
@@ -78,8 +77,8 @@ _schedules = _Schedules()
 def schedule_of(kind: str, layout: BlockLayout, q: Tensor, k: Tensor) -> Schedule:
     """The schedule of a layout for these tensors.
 
-    kind: "forward"; "backward" with dQ, or "fixed", its repeatable variant; "keys", the backward
-        without dQ, and dQ by "queries".
+    kind: "forward"; "backward" with dQ (whose kernel is `kernel_of` kind and tile), or "fixed", its
+        repeatable variant; "keys", the backward without dQ, and dQ by "queries".
     """
     dtype = DTYPES[q.dtype]
     # operator.index: a size that varies is a symbol to torch.compile, and a schedule is for one.
@@ -89,15 +88,12 @@ def schedule_of(kind: str, layout: BlockLayout, q: Tensor, k: Tensor) -> Schedul
     return getattr(_schedules, name)
 
 
-Config = ForwardConfig | BackwardConfig | QueriesConfig
-
-
 def _configs(kind: str, dtype: str, head_dim: int) -> tuple[Config, ...]:
     if kind == "forward":
         return forward_configs(dtype, head_dim)
     if kind == "queries":
         return (queries_config(dtype, head_dim),)
-    return (backward_config(kind, dtype, head_dim),)
+    return backward_configs(kind, dtype, head_dim)
 
 
 @functools.cache
@@ -108,9 +104,12 @@ def _bucket(kind: str, dtype: str, head_dim: int) -> int:
 
 def _tile(kind: str, layout: BlockLayout, dtype: str, head_dim: int) -> tuple[int, int]:
     """Of the config that computes this layout soonest."""
+    configs = _configs(kind, dtype, head_dim)
+    if len(configs) == 1:
+        return configs[0].tile
     if kind == "forward":
-        return best_config(layout, forward_configs(dtype, head_dim)).tile
-    return _configs(kind, dtype, head_dim)[0].tile
+        return best_config(layout, configs).tile
+    return best_config(layout.transpose(), configs, BACKWARD_COSTS).tile
 
 
 def _build(

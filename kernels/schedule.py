@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from sparse_flash.kernels.config import WORK_FIELDS, ForwardConfig
+from sparse_flash.kernels.config import WORK_FIELDS, Config
 from sparse_flash.kernels.fragment import fragment_order
 from sparse_flash.masks.layout import FULL_TILE, BlockLayout
 from sparse_flash.masks.retile import retile
@@ -32,6 +32,7 @@ class CostModel:
 
     partial_tile: float = 1.1
     tall_tile: float = 1.2  # a full tile of 192 x 128, in units of one of 128 x 128
+    wide_tile: float = 1.17  # of the backward, 80 queries wide, in units of one of 64
     item: float = 1.5  # loading Q, the first softmax, writing O
     largest_share: float = 0.5  # of what a CTA gets, that one item may be
     long_item: float = 2.5  # in units of the mean item; see _longest_first
@@ -41,6 +42,8 @@ class CostModel:
 
     def tile(self, tile_m: int, tile_n: int) -> float:
         """The cost of a full tile, comparable between tiles of different sizes."""
+        if tile_n == 80:
+            return self.wide_tile * 64 / 128
         return (self.tall_tile if tile_m == 192 else 1.0) * tile_n / 128
 
     def rows(self, layout: BlockLayout) -> Tensor:
@@ -289,8 +292,8 @@ def stack_heads(layout: BlockLayout, size: int) -> BlockLayout:
 
 
 def best_config(
-    layout: BlockLayout, configs: tuple[ForwardConfig, ...], costs: CostModel = COSTS
-) -> ForwardConfig:
+    layout: BlockLayout, configs: tuple[Config, ...], costs: CostModel = COSTS
+) -> Config:
     """The config whose tiles cover the layout at the least cost.
 
     Tiles are counted over the stored blocks, as if all these were full: exact where neither

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sparse_flash.kernels import sm90
+from sparse_flash.kernels.config import kernel_of
 from sparse_flash.kernels.plans import schedule_of
 from sparse_flash.masks import BlockLayout
 
@@ -127,6 +128,7 @@ def attend(
         return _forward(q, k, v, arrays, kv_lens, *sizes, softmax_scale)
     kinds = _backward_kinds(q.shape[3], deterministic)
     plans = [schedule_of(kind, layout, q, k) for kind in kinds]
+    kinds = tuple(kernel_of(kind, plan.tile) for kind, plan in zip(kinds, plans, strict=True))
     back = [x for plan in plans for x in plan.arrays()]
     parts = [plan.num_parts for plan in plans]
     return _Attention.apply(q, k, v, kv_lens, arrays, sizes, kinds, back, parts, softmax_scale)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from hypothesis import given
+from sparse_flash.kernels.plans import schedule_of
 
 from sparse_flash import block_sparse_attention, masks
 from tests.kernels.helpers import DTYPES, sanitize, tensors, truth, wait
@@ -96,6 +97,18 @@ def test_ragged_ends(length):
     run(*tensors(2, length, 2, 64), mask)
     run(*tensors(1, 200, 2, 128, length), masks.full(), dlse=False)
     run(*tensors(1, length, 2, 128, 200), masks.full())
+
+
+@pytest.mark.parametrize("dim", [72, 96, 128])
+@pytest.mark.parametrize("length", [65, 80, 155, 400, 1040])
+def test_wide_tiles(dim, length):
+    """Tiles of 80 queries, where they cover less than those of 64 by more than they cost."""
+    q, k, v = tensors(2, length, 4, dim, 400, 2)
+    lens = torch.tensor([400, 333], device="cuda")
+    for mask in (masks.full(), masks.causal(400 - length)):
+        layout = mask.layout(length, 400, device="cuda")
+        assert schedule_of("backward", layout, q, k).tile == (128, 80)
+        run(q, k, v, mask, lens)
 
 
 @pytest.mark.parametrize("dim", [64, 128, 256])

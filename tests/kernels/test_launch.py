@@ -95,8 +95,17 @@ def launch_backward(q, k, v, mask, dout, dlse=None, kind="backward"):
     return plans, sm90.launch_backward(dout, dlse, q, k, v, *rest)
 
 
-@pytest.mark.parametrize("kind", ["backward", "fixed"])
-@pytest.mark.parametrize(("dim", "tile_m", "width"), [(24, 128, 32), (40, 128, 64), (96, 64, 128)])
+@pytest.mark.parametrize(
+    ("kind", "dim", "tile_m", "width"),
+    [
+        *(
+            (kind, *sizes)
+            for kind in ("backward", "fixed")
+            for sizes in ((24, 128, 32), (40, 128, 64), (96, 64, 128))
+        ),
+        ("wide", 96, 80, 128),
+    ],
+)
 def test_backward_arguments_are_those_of_the_kernel(launched, kind, dim, tile_m, width):
     q = torch.randn(2, 20000, 4, dim).bfloat16()
     k, v = (torch.randn(2, 300, 2, dim).bfloat16() for _ in "kv")
@@ -111,7 +120,8 @@ def test_backward_arguments_are_those_of_the_kernel(launched, kind, dim, tile_m,
     assert (dq.shape, dk.shape, dv.shape) == (q.shape, k.shape, v.shape)
     blocks = -(-20000 // tile_m)
     assert given["stats"].shape == (2, 4, 2, blocks * tile_m)
-    assert given["dq_sum"].shape == (2, 4, 2 * blocks, 64 * min(64, width))
+    chunk = 64 * (80 if kind == "wide" else min(64, width))
+    assert given["dq_sum"].shape == (2, 4, 2 * blocks, chunk)
     assert given["done"].shape == (2, 4, blocks)
     assert given["progress"].shape == (2, 2 * 2 + 1)
     assert given["bounds"].shape == (2 if kind == "fixed" else 0, 2, 2)

@@ -164,6 +164,20 @@ def test_how_gradients_are_made(dim):
     )
 
 
+@pytest.mark.parametrize(
+    ("spec", "tile"), [("full()", 80), ("causal()", 80), ("random_blocks(0.5, 128, 0)", 64)]
+)
+def test_wide_tiles_where_they_cover_little_more(calls, spec, tile):
+    layout = masks.parse(spec).layout(4096)
+    of = {dim: torch.zeros(1, 4096, 2, 1).bfloat16().expand(-1, -1, -1, dim) for dim in (64, 128)}
+    assert schedule_of("backward", layout, of[128], of[128]).tile == (128, tile)
+    assert schedule_of("fixed", layout, of[128], of[128]).tile == (128, 64)
+    assert schedule_of("backward", layout, of[64], of[64]).tile == (128, 128)
+    q = of[128][:, :400].clone().requires_grad_()
+    block_sparse_attention(q, q, q, masks.full(), impl="auto").sum().backward()
+    assert calls[-1][2] == "wide"
+
+
 def test_schedules_follow_an_updated_layout(calls):
     q, k, _ = tensors(False)
     layout = masks.full().layout(200, block=(64, 64))
