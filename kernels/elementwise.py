@@ -86,10 +86,11 @@ class Statistics:
         places = [(batch, row, head, column * VECTOR) for row in rows]
         loaded = [(load(out, place), load(dout, place)) for place in places]
         for i in cutlass.range_constexpr(AT_ONCE):
-            total, square = self.sums_of_row(*loaded[i], column * VECTOR < cute.size(out, mode=[3]))
+            inside = rows[i] < cute.size(out, mode=[1])
+            there = inside and column * VECTOR < cute.size(out, mode=[3])
+            total, square = self.sums_of_row(*loaded[i], there)
             if column == 0 and rows[i] < cute.size(stats, mode=[3]):
                 place = (batch, head, rows[i])
-                inside = rows[i] < cute.size(out, mode=[1])
                 log_sum, given = Float32.inf, Float32(0.0)
                 if inside:
                     value = lse[place]
@@ -108,10 +109,10 @@ class Statistics:
                         self.clear(sums, (batch, head, rows[i] // self.config.tile_m))
 
     @cute.jit
-    def sums_of_row(self, a, b, inside):
+    def sums_of_row(self, a, b, there):
         """The sum of out * dout, and that of dout squared, of a row, to all its threads."""
         total, square = Float32(0.0), Float32(0.0)
-        if inside:
+        if there:
             for i in cutlass.range_constexpr(VECTOR):
                 total += a[i].to(Float32) * b[i].to(Float32)
                 if cutlass.const_expr(self.config.fixed):
