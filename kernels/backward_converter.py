@@ -18,19 +18,22 @@ PATIENCE = 500, 50
 
 
 class BackwardConverter:
-    """One warp: heads in their order, of each what nobody else has taken.
+    """One warp: groups of heads (those of the schedule) in their order, of each what nobody else
+    has taken.
 
-    `progress[0]` is how many items of attention of each kv head are done, `progress[1]` how many
-    parts of its sums have been taken; after the last, the first head of which some are left. A
-    warp that waits for a head has taken nothing of it: nobody waits for this warp.
+    `progress[0]` is how many items of attention of each group are done, `progress[1]` how many
+    parts of its sums have been taken; after the last, the first group of which some are left. A
+    warp that waits for a group has taken nothing of it: nobody waits for this warp.
     """
 
     def __init__(self, config, dq_sum, order, convert, heads, scale):
         self.config, self.dq_sum, self.scale = config, dq_sum, scale
         self.done, self.progress = order
-        self.result, self.per_head, self.stats = convert
+        self.result, self.per_group, self.stats = convert
         self.group_size, _, self.kv_heads = heads
+        self.groups = cute.size(self.progress, mode=[1]) - 1
         self.slices = 64 // ROWS // SLICES  # parts of a chunk of sums
+        self.parts = self.group_size * cute.size(dq_sum, mode=[2]) * self.slices  # of a kv head
 
     @cute.jit
     def run(self, beside: cutlass.Constexpr):
@@ -38,52 +41,57 @@ class BackwardConverter:
 
         beside: Whether others compute meanwhile: then there are few registers, and time.
         """
-        pairs = cute.size(self.progress, mode=[1]) - 1
-        parts = self.group_size * cute.size(self.dq_sum, mode=[2]) * self.slices
         at_once = 1 if beside else self.config.dq_tile[1] // 16
-        pair = self.first_left()
-        while pair < pairs:
-            self.wait(pair, beside)
-            part = self.take(pair, parts)
+        group = self.first_left()
+        while group < self.groups:
+            self.wait(group, beside)
+            begin = self.begin(group)
+            parts = (self.begin(group + 1) - begin) * self.parts
+            part = self.take(group, parts)
             while part < parts:
-                self.convert(pair, part, at_once)
-                part = self.take(pair, parts)
-            pair = cutlass.max(pair + 1, self.first_left())
+                self.convert(begin + part // self.parts, part % self.parts, at_once)
+                part = self.take(group, parts)
+            group = cutlass.max(group + 1, self.first_left())
 
     @cute.jit
     def first_left(self):
-        """The first head of which something may be left."""
-        pairs = cute.size(self.progress, mode=[1]) - 1
-        return cute.arch.shuffle_sync(relaxed(self.progress, (1, pairs)), 0)
+        """The first group of which something may be left."""
+        return cute.arch.shuffle_sync(relaxed(self.progress, (1, self.groups)), 0)
 
     @cute.jit
-    def wait(self, pair, beside: cutlass.Constexpr):
-        """Until all items of attention of a head are done."""
-        goal = self.per_head[pair]
+    def begin(self, group):
+        """The first (batch, kv head) of a group; see `Schedule`."""
+        pairs = cute.size(self.dq_sum, mode=[0]) * self.kv_heads
+        return (group * pairs + self.groups - 1) // self.groups
+
+    @cute.jit
+    def wait(self, group, beside: cutlass.Constexpr):
+        """Until all items of attention of a group are done."""
+        goal = self.per_group[group]
         if cute.arch.lane_idx() == 0:
-            place = (self.progress.iterator + cute.crd2idx((0, pair), self.progress.layout)).toint()
-            count = acquire(place)
+            place = self.progress.iterator + cute.crd2idx((0, group), self.progress.layout)
+            count = acquire(place.toint())
             while count != goal:
                 cute.arch.inline_ptx(f"nanosleep.u32 {PATIENCE[0 if beside else 1]};")
-                count = acquire(place)
+                count = acquire(place.toint())
         cute.arch.sync_warp()
 
     @cute.jit
-    def take(self, pair, parts):
-        """A part of a head that nobody has taken; who is the first to find none says so."""
+    def take(self, group, parts):
+        """A part of a group that nobody has taken; who is the first to find none says so."""
         part = Int32(0)
         if cute.arch.lane_idx() == 0:
-            taken = self.progress.iterator + cute.crd2idx((1, pair), self.progress.layout)
+            taken = self.progress.iterator + cute.crd2idx((1, group), self.progress.layout)
             part = cute.arch.atomic_add(taken, Int32(1), sem="relaxed", scope="gpu")
             if part == parts:
-                last = (1, cute.size(self.progress, mode=[1]) - 1)
-                left = self.progress.iterator + cute.crd2idx(last, self.progress.layout)
-                cute.arch.atomic_max(left, pair + 1, sem="relaxed", scope="gpu")
+                place = cute.crd2idx((1, self.groups), self.progress.layout)
+                left = self.progress.iterator + place
+                cute.arch.atomic_max(left, group + 1, sem="relaxed", scope="gpu")
         return cute.arch.shuffle_sync(part, 0)
 
     @cute.jit
     def convert(self, pair, part, at_once: cutlass.Constexpr):
-        """SLICES slices of a chunk."""
+        """SLICES slices of a chunk of a (batch, kv head)."""
         batch, kv_head = pair // self.kv_heads, pair % self.kv_heads
         chunks = cute.size(self.dq_sum, mode=[2])
         chunk, part = part // self.slices, part % self.slices

@@ -112,7 +112,9 @@ class BackwardStorer:
         """Item after item, until there are no more."""
         state = pipeline.make_pipeline_state(CONSUMER, self.items.pipe.num_stages)
         buffer = Int32(0)
-        before = Int32(-1)  # the (batch, kv head) of the item before, if it is still to be counted
+        before = Int32(-1)  # the group of heads of the item before, if it is still to be counted
+        groups = cute.size(self.progress, mode=[1]) - 1
+        pairs = cute.size(self.dq_sum, mode=[0]) * self.heads[2]
         self.give_room(buffer)
         item = self.items.take(state, ITEM_FIELDS)
         state.advance()
@@ -122,7 +124,7 @@ class BackwardStorer:
                 if remaining > 0:
                     buffer, before = self.add_tiles(item, buffer, before)
                 before = self.count_item(before, 0)
-                before = batch * self.heads[2] + head
+                before = (batch * self.heads[2] + head) * groups // pairs
             if part == WHOLE:
                 place = (n_block, head, batch)
                 for store in (self.dv_store, self.dk_store):
@@ -181,18 +183,18 @@ class BackwardStorer:
             cute.arch.atomic_add(done, Int32(1), sem="release", scope="gpu")
 
     @cute.jit
-    def count_item(self, pair, later: cutlass.Constexpr):
-        """Once what an item added is there, count it among those of its batch and kv head.
+    def count_item(self, group, later: cutlass.Constexpr):
+        """Once what an item added is there, count it among those of its group of heads.
 
         Not right after its last addition, whose end this warp would have to wait for: `later`
         additions have been issued since. Returns -1, which stands for no item.
         """
-        if pair >= 0:
+        if group >= 0:
             cute.arch.cp_async_bulk_wait_group(later)
             if cute.arch.lane_idx() == 0:
                 cute.arch.fence_proxy("async.global")
                 cute.arch.atomic_add(
-                    self.progress.iterator + pair, Int32(1), sem="release", scope="gpu"
+                    self.progress.iterator + group, Int32(1), sem="release", scope="gpu"
                 )
         return Int32(-1)
 

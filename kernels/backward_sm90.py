@@ -57,7 +57,7 @@ class BackwardSm90:
         dk: cute.Tensor,  # (b, s_kv, h_kv, d)
         dv: cute.Tensor,  # (b, s_kv, h_kv, d)
         done: cute.Tensor,  # (b, h, tiles) int32: what a tile of dq_sum is; see BackwardStorer
-        progress: cute.Tensor,  # (2, b h_kv + 1) int32: of each head; see BackwardConverter
+        progress: cute.Tensor,  # (2, groups + 1) int32; see BackwardConverter
         bounds: cute.Tensor,  # (2, b, h_kv) int32, zeros, or (0, b, h_kv); see elementwise.Bounds
         dq_sum: cute.Tensor,  # (b, h, tiles x 2, dq_chunk) float32; see BackwardConverter
         stats: cute.Tensor,  # (b, h, 2, s_q rounded up to tile_m) float32
@@ -65,7 +65,7 @@ class BackwardSm90:
         work: cute.Tensor,  # (items, WORK_FIELDS) int32
         tiles: cute.Tensor,  # (tiles, 2) int32: m_block and bit tile
         bits: cute.Tensor,  # (bit tiles, tile_n / 64, 128, 2) int32, in fragment order
-        per_head: cute.Tensor,  # (b h_kv,) int32: all items of attention of each head
+        per_group: cute.Tensor,  # (groups,) int32: all items of each group of heads
         counter: cute.Tensor,  # (2,) int32, zeros; left as zeros
         dk_parts: cute.Tensor,  # (parts, tile_n, head_dim) float32
         dv_parts: cute.Tensor,  # (parts, tile_n, head_dim) float32
@@ -86,7 +86,7 @@ class BackwardSm90:
         lists = (kv_lens, work, tiles, bits, counter, counts)
         tensors = (q, dout, k, v, dk, dv)
         scales = (softmax_scale, scale_log2)
-        rest = (dq_sum, order, (dq, per_head, stats), stats, lists, (dk_parts, dv_parts))
+        rest = (dq_sum, order, (dq, per_group, stats), stats, lists, (dk_parts, dv_parts))
         self.launch(tensors, *rest, num_ctas, scales, stream)
         if cute.size(combine, mode=[0]) > 0:
             total = Sum(config.tile_n, config.head_dim, self.dtype)
@@ -148,8 +148,8 @@ class BackwardSm90:
         loads,  # (TMA atom, tensor) of q, dout, k, v, stats
         stores,  # (TMA atom, tensor) of dk, dv
         dq_sum,
-        order,  # what is done of tiles, and of each head
-        convert,  # dq, the items of each head, and the rows' statistics
+        order,  # what is done of tiles, and of groups of heads
+        convert,  # dq, the items of each group of heads, and the rows' statistics
         layouts,
         products,
         lists,

@@ -155,7 +155,7 @@ def compile_backward(config: BackwardConfig) -> Any:
         of.floats(of.b, of.h, of.size(), config.dq_chunk),  # dq_sum
         of.statistics(),
         *of.lists(config.tile_n // 64),
-        of.ints(of.size()),  # per_head
+        of.ints(of.size()),  # per_group
         of.ints(2),  # counter
         *(of.parts(config.tile_n, config.head_dim) for _ in range(2)),
         *of.sums(),

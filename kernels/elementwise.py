@@ -36,7 +36,7 @@ class Statistics:
     """Of each query lse in powers of 2, and delta = sum(out * dout) - dlse.
 
     Rows beyond the end, and those without keys, get lse = inf: their P is 0. What stands in memory
-    of the tiles of dQ's sums, and of heads, is cleared.
+    of the tiles of dQ's sums, and of groups of heads, is cleared.
 
     Where dQ is added in fixed point, the last four bits of delta and of lse say what for: the row's
     sums are multiplied by 2^(those - 127), so that they stay below 2^30 whatever the order. P sums
@@ -74,7 +74,7 @@ class Statistics:
         lse: cute.Tensor,
         dlse: cute.Tensor,
         stats: cute.Tensor,
-        sums: tuple[cute.Tensor, ...],  # what its tiles are, and heads' progress
+        sums: tuple[cute.Tensor, ...],  # what its tiles are, and progress
         bounds: cute.Tensor,
         has_dlse: Int32,
     ):
@@ -125,17 +125,17 @@ class Statistics:
 
     @cute.jit
     def clear(self, sums, place):
-        """What stands of a tile of sums is cleared, and of one head with each head's first tile."""
+        """What stands of a tile is cleared; with heads' first ones, that of groups of heads."""
         (done, progress), (batch, head, tile) = sums, place
         done[place] = Int32(0)
-        pair = batch * cute.size(done, mode=[1]) + head  # of q heads, which k has no more of
-        pairs = cute.size(progress, mode=[1]) - 1
+        index = batch * cute.size(done, mode=[1]) + head  # there are no more groups than heads
+        groups = cute.size(progress, mode=[1]) - 1
         if tile == 0:
-            if pair < pairs:
-                progress[0, pair] = Int32(0)
-                progress[1, pair] = Int32(0)
-            if pair == 0:
-                progress[1, pairs] = Int32(0)
+            if index < groups:
+                progress[0, index] = Int32(0)
+                progress[1, index] = Int32(0)
+            if index == 0:
+                progress[1, groups] = Int32(0)
 
 
 @cute.jit

@@ -131,9 +131,9 @@ def launch_backward(
     dq_sum = torch.empty((b, h, chunks, config.dq_chunk), dtype=torch.float32, device=device)
     stats = torch.empty((b, h, 2, rows), dtype=torch.float32, device=device)
     done = torch.empty((b, h, chunks // 2), dtype=torch.int32, device=device)
-    progress = torch.empty((2, b * k.shape[2] + 1), dtype=torch.int32, device=device)
+    progress = torch.empty((2, len(plan[-1]) + 1), dtype=torch.int32, device=device)
     bounds = torch.zeros((2 * config.fixed, b, k.shape[2]), dtype=torch.int32, device=device)
-    work, tiles, bits, combine, whole, counts, per_head = plan
+    work, tiles, bits, combine, whole, counts, per_group = plan
     lens = whole if kv_lens is None else kv_lens.to(device, torch.int32).clamp(max=k.shape[1])
     given = lse if dlse is None else dlse.contiguous()
     tensors = (
@@ -154,7 +154,7 @@ def launch_backward(
         stats,
         lens,
     )
-    before = (*tensors, work, tiles, bits, per_head)
+    before = (*tensors, work, tiles, bits, per_group)
     scales = (softmax_scale, softmax_scale * _LOG2_E)
     numbers = (int(dlse is not None), *scales)
     _backward(config).launch(before, num_parts[0], (combine, counts), numbers, device)
