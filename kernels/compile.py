@@ -72,9 +72,9 @@ class _Arguments:
         """As k: (b, s_kv, h_kv, d)."""
         return self.strided(self.b, self.kv_len, self.h_kv, self.d)
 
-    def statistics(self) -> Any:
-        """(b, h, 2, s_q rounded up)."""
-        return self.floats(self.b, self.h, 2, self.size(divisibility=64))
+    def statistics(self, tile_m: int) -> Any:
+        """(b, h, 2, s_q rounded up to tiles of so many queries)."""
+        return self.floats(self.b, self.h, 2, self.size(divisibility=tile_m))
 
     def lists(self, groups: int) -> tuple[Any, ...]:
         """kv_lens, work items, tiles, and bits for this many warpgroups."""
@@ -153,7 +153,7 @@ def compile_backward(config: BackwardConfig) -> Any:
         of.ints(2, of.size()),  # progress
         of.ints(of.size(), of.b, of.h_kv),  # bounds
         of.floats(of.b, of.h, of.size(), config.dq_chunk),  # dq_sum
-        of.statistics(),
+        of.statistics(config.tile_m),
         *of.lists(config.tile_n // 64),
         of.ints(of.size()),  # per_group
         of.ints(2),  # counter
@@ -172,7 +172,7 @@ def compile_queries(config: QueriesConfig) -> Any:
     of = _Arguments(config)
     arguments = (
         *(of.queries(), of.keys(), of.keys(), of.queries(), of.queries()),  # q, k, v, dout, dq
-        of.statistics(),
+        of.statistics(64),  # tiles of the kernel over keys: 64 or 128
         *of.lists(config.warpgroups),
         of.ints(2),  # counter
         of.parts(config.tile_m, config.head_dim),
