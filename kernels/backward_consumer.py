@@ -80,13 +80,14 @@ class BackwardConsumer:
     def view(self, s_q, s_do, s_v):
         """The operands of the five products as parts of shared memory."""
         config, width = self.config, self.config.head_dim
-        m, n, kv = config.tile_m, config.tile_n, config.kv_stages
+        m, n = config.tile_m, config.tile_n
         scores, of_keys = self.scores.get_slice(0), self.of_keys.get_slice(0)
 
-        # (64 keys, head_dim, warpgroup, stage).
-        layout = cute.make_layout((64, width, n // 64, kv), stride=(1, n, 64, n * width))
-        self.k_rows = cute.composition(self.s_k, layout)
-        self.v_rows = cute.composition(s_v, layout)
+        def rows(tensor, stages):  # (64 keys, head_dim, warpgroup, stage)
+            shape, stride = (64, width, n // 64, stages), (1, n, 64, n * width)
+            return cute.composition(tensor, cute.make_layout(shape, stride=stride))
+
+        self.k_rows, self.v_rows = rows(self.s_k, config.k_stages), rows(s_v, config.v_stages)
 
         def columns(tensor):  # (columns, queries, head_dim / columns, stage), as second operand
             shape = (config.columns, m, width // config.columns, config.q_stages)
@@ -107,10 +108,11 @@ class BackwardConsumer:
     def view_queries(self):
         """The operands of dQ's product."""
         config, width = self.config, self.config.head_dim
-        m, n, kv = config.tile_m, config.tile_n, config.kv_stages
+        m, n = config.tile_m, config.tile_n
         of_queries, stages, size = self.of_queries.get_slice(0), config.ds_stages, config.dq_columns
         # K: (columns of a chunk, keys, chunks, stage).
-        layout = cute.make_layout((size, n, width // size, kv), stride=(n, 1, n * size, n * width))
+        shape = (size, n, width // size, config.k_stages)
+        layout = cute.make_layout(shape, stride=(n, 1, n * size, n * width))
         keys = cute.composition(self.s_k, layout)
         if const_expr(config.dq_transposed):
             operand = self.of_queries.make_fragment_A(of_queries.partition_A(keys))
@@ -130,7 +132,8 @@ class BackwardConsumer:
     def run(self):
         """Item after item, until there are no more."""
         q_state = pipeline.make_pipeline_state(CONSUMER, self.config.q_stages)
-        kv_state = pipeline.make_pipeline_state(CONSUMER, self.config.kv_stages)
+        k_state = pipeline.make_pipeline_state(CONSUMER, self.config.k_stages)
+        v_state = pipeline.make_pipeline_state(CONSUMER, self.config.v_stages)
         work_state = pipeline.make_pipeline_state(CONSUMER, self.items.pipe.num_stages)
         buffer = Int32(0)
         item = self.items.take(work_state, ITEM_FIELDS)
@@ -140,54 +143,67 @@ class BackwardConsumer:
             self.acc_dk.fill(0.0)
             self.acc_dv.fill(0.0)
             if count > 0 and remaining > 0:
-                self.k_pipe.consumer_wait(kv_state)
-                self.zero_beyond(kv_state, remaining)
-                self.q_pipe.consumer_wait(q_state)
-                if const_expr(self.config.held):
-                    mine = self.k_rows[None, None, self.keys, kv_state.index]
-                    hold(self.held, mine, self.r_k, self.thread)
-                self.multiply_keys_queries(kv_state, q_state)
-                self.v_pipe.consumer_wait(kv_state)
-                if const_expr(self.config.held_v):
-                    mine = self.v_rows[None, None, self.keys, kv_state.index]
-                    hold(self.held, mine, self.r_v, self.thread)
-                warpgroup.wait_group(0)
-                if const_expr(self.config.dq):
-                    q_state, buffer = self.tiles(count, q_state, kv_state, buffer, remaining)
-                else:
-                    for _ in cutlass.range(count - 1, unroll=1):
-                        q_state, buffer = self.step(q_state, kv_state, buffer, remaining)
-                    q_state, buffer = self.step(q_state, kv_state, buffer, remaining, last=True)
-                self.k_pipe.consumer_release(kv_state)
-                kv_state.advance()
+                self.begin(q_state, k_state, v_state, remaining)
+                states = (k_state, v_state)
+                q_state, buffer = self.tiles(count, q_state, states, buffer, remaining)
+                v_state.advance()
             buffer = self.finish(item, buffer)
+            if count > 0 and remaining > 0:
+                if const_expr(self.config.dq):
+                    buffer = self.last_queries(q_state.count - 1, k_state, buffer)
+                self.k_pipe.consumer_release(k_state)
+                k_state.advance()
             item = self.items.take(work_state, ITEM_FIELDS)
             work_state.advance()
 
     @cute.jit
-    def tiles(self, count, q_state, kv_state, buffer, remaining):
-        """All tiles of an item, with dQ. Returns the next states."""
-        states = (q_state, kv_state, buffer, remaining)
-        if count == 1:
+    def begin(self, q_state, k_state, v_state, remaining):
+        """S' of an item's first tile, and what is held of K and V."""
+        self.k_pipe.consumer_wait(k_state)
+        self.zero_beyond(k_state, remaining)
+        self.q_pipe.consumer_wait(q_state)
+        if const_expr(self.config.held):
+            mine = self.k_rows[None, None, self.keys, k_state.index]
+            hold(self.held, mine, self.r_k, self.thread)
+        self.multiply_keys_queries(k_state, q_state)
+        self.v_pipe.consumer_wait(v_state)
+        if const_expr(self.config.held_v):
+            mine = self.v_rows[None, None, self.keys, v_state.index]
+            hold(self.held, mine, self.r_v, self.thread)
+        warpgroup.wait_group(0)
+
+    @cute.jit
+    def tiles(self, count, q_state, kv_states, buffer, remaining):
+        """All tiles of an item, and dQ of all but the last. Returns the next states."""
+        states = (q_state, kv_states, buffer, remaining)
+        if const_expr(not self.config.dq):
+            for _ in cutlass.range(count - 1, unroll=1):
+                q_state, buffer = self.step(q_state, kv_states, buffer, remaining)
+            q_state, buffer = self.step(q_state, kv_states, buffer, remaining, last=True)
+        elif count == 1:
             q_state, buffer = self.step(*states, first=True, last=True)
         else:
             q_state, buffer = self.step(*states, first=True)
             for _ in cutlass.range(count - 2, unroll=1):
-                q_state, buffer = self.step(q_state, kv_state, buffer, remaining)
-            q_state, buffer = self.step(q_state, kv_state, buffer, remaining, last=True)
+                q_state, buffer = self.step(q_state, kv_states, buffer, remaining)
+            q_state, buffer = self.step(q_state, kv_states, buffer, remaining, last=True)
+        return q_state, buffer
+
+    @cute.jit
+    def last_queries(self, tile, k_state, buffer):
+        """The dQ of an item's last tile. Returns the next buffer."""
         shape = self.of_queries.partition_shape_C(self.config.dq_tile)
         acc_dq = cute.make_rmem_tensor(shape, Float32)
-        tile = q_state.count - 1
         self.wait_for_shared(tile)
-        self.multiply_queries(acc_dq, kv_state, tile)
+        self.multiply_queries(acc_dq, k_state, tile)
         warpgroup.wait_group(0)
-        return q_state, self.put_queries(acc_dq, buffer)
+        return self.put_queries(acc_dq, buffer)
 
     @cute.jit
     def step(
         self,
         q_state,
-        kv_state,
+        kv_states,
         buffer,
         remaining,
         first: cutlass.Constexpr = False,
@@ -198,16 +214,16 @@ class BackwardConsumer:
         If it is not the item's first, dQ of the one before is computed too; if it is not the last,
         S' of the next is issued.
         """
-        config, stage = self.config, q_state.index
+        config, stage, (k_state, v_state) = self.config, q_state.index, kv_states
         before = config.dq and not first
         staggered = config.dq and first and not last
-        p, acc_dp = self.values(q_state, kv_state, remaining, staggered)
+        p, acc_dp = self.values(q_state, v_state, remaining, staggered)
         ds = cute.make_rmem_tensor(p.shape, self.dtype)
         delta = self.statistics(1, stage)
         exponents = self.exponents_of(stage) if const_expr(config.fixed) else Int32(0)
         warpgroup.wait_group(config.parts)
         if const_expr(last):
-            self.v_pipe.consumer_release(kv_state)
+            self.v_pipe.consumer_release(v_state)
         if remaining < config.tile_n:
             self.zero_rows(acc_dp, remaining)
         for part in cutlass.range_constexpr(config.parts):
@@ -222,7 +238,7 @@ class BackwardConsumer:
         shape = self.of_queries.partition_shape_C(config.dq_tile)
         acc_dq = cute.make_rmem_tensor(shape, Float32)
         if const_expr(before):
-            self.multiply_queries(acc_dq, kv_state, q_state.count - 1)
+            self.multiply_queries(acc_dq, k_state, q_state.count - 1)
         # P' and dS' have been used, and their registers are free.
         warpgroup.wait_group(1 if const_expr(before) else 0)
         self.q_pipe.consumer_release(q_state)
@@ -230,7 +246,7 @@ class BackwardConsumer:
         if const_expr(not last):
             self.q_pipe.consumer_wait(following)
             self.acc_s.fill(0.0)  # so that its old content need not be kept
-            self.multiply_keys_queries(kv_state, following)
+            self.multiply_keys_queries(k_state, following)
         if const_expr(before):
             warpgroup.wait_group(0 if const_expr(last) else 1)
         if const_expr(config.dq):
@@ -244,7 +260,7 @@ class BackwardConsumer:
         return following, buffer
 
     @cute.jit
-    def values(self, q_state, kv_state, remaining, staggered: cutlass.Constexpr):
+    def values(self, q_state, v_state, remaining, staggered: cutlass.Constexpr):
         """P' of a tile; dP' and dV are under way. Returns P' and dP'.
 
         staggered: The second warpgroup waits until the first has got so far.
@@ -259,7 +275,7 @@ class BackwardConsumer:
         few = const_expr(config.tile_m == 64)  # statistics: there are registers for them early
         lse = self.statistics(0, stage) if few else None
         self.do_pipe.consumer_wait(q_state)
-        self.multiply_values_gradients(acc_dp, kv_state, q_state)
+        self.multiply_values_gradients(acc_dp, v_state, q_state)
         lse = lse if few else self.statistics(0, stage)
         bit_tile, words = self.mask(stage)
         for part in cutlass.range_constexpr(config.parts):
@@ -308,9 +324,9 @@ class BackwardConsumer:
             p[part * size + i] = acc[i].to(self.dtype)
 
     @cute.jit
-    def multiply_keys_queries(self, kv_state, q_state):
+    def multiply_keys_queries(self, k_state, q_state):
         """Issue S' = K Q' for this warpgroup's keys."""
-        mine, stage = self.f_k[None, None, None, self.keys, kv_state.index], q_state.index
+        mine, stage = self.f_k[None, None, None, self.keys, k_state.index], q_state.index
         if const_expr(self.config.held):
             products = (self.held, self.scores)
             multiply_held(products, self.acc_s, self.r_k, mine, self.f_q, stage)
@@ -318,9 +334,9 @@ class BackwardConsumer:
             multiply(self.scores, self.acc_s, mine, self.f_q, stage, True)
 
     @cute.jit
-    def multiply_values_gradients(self, acc, kv_state, q_state):
+    def multiply_values_gradients(self, acc, v_state, q_state):
         """Issue dP' = V dO' for this warpgroup's keys."""
-        mine, stage = self.f_v[None, None, None, self.keys, kv_state.index], q_state.index
+        mine, stage = self.f_v[None, None, None, self.keys, v_state.index], q_state.index
         if const_expr(self.config.held_v):
             products = (self.held, self.scores)
             multiply_held(products, acc, self.r_v, mine, self.f_do, stage)
@@ -334,15 +350,15 @@ class BackwardConsumer:
         multiply_part(self.of_keys, acc, a, b, stage, part, self.config.parts)
 
     @cute.jit
-    def multiply_queries(self, acc, kv_state, tile):
+    def multiply_queries(self, acc, k_state, tile):
         """Issue dQ = dS K of a tile, this warpgroup's chunk."""
         stage = tile % self.config.ds_stages
         if const_expr(self.config.dq_transposed):
-            keys = self.f_kt[None, None, None, kv_state.index]
+            keys = self.f_kt[None, None, None, k_state.index]
             multiply(self.of_queries, acc, keys, self.f_ds, stage, True)
         else:
             of = self.f_ds[None, None, None, stage]
-            multiply(self.of_queries, acc, of, self.f_kt, kv_state.index, True)
+            multiply(self.of_queries, acc, of, self.f_kt, k_state.index, True)
 
     @cute.jit
     def statistics(self, which: cutlass.Constexpr, stage):

@@ -1,18 +1,17 @@
 """The backward kernel for Hopper: like the forward's, but by keys, with the transposed layout.
 
-A CTA has one loading warp, one storing warp, two that convert sums of dQ, and two consumer
-warpgroups. An item is a tile of keys and the tiles of queries that see it; dK and dV stay in
-registers (FlashAttention-2, Dao, 2023). dQ is summed up in 32 bits in memory, by bulk reductions in
-no particular order.
+A CTA has one loading warp, two consumer warpgroups, and a storing warp for each of them. An item is
+a tile of keys and the tiles of queries that see it; dK and dV stay in registers (FlashAttention-2,
+Dao, 2023). dQ is summed up in 32 bits in memory, by bulk reductions in no particular order.
 """
 
 import cutlass
 from cutlass import Float32, Int32, cute
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from sparse_flash.kernels.backward_consumer import BackwardConsumer
-from sparse_flash.kernels.backward_converter import BackwardConverter
 from sparse_flash.kernels.backward_producer import BackwardProducer, BackwardStorer
 from sparse_flash.kernels.config import BackwardConfig
+from sparse_flash.kernels.convert import Convert
 from sparse_flash.kernels.elementwise import Bounds, Statistics, Sum
 from sparse_flash.kernels.primitives import (
     LOAD,
@@ -56,16 +55,14 @@ class BackwardSm90:
         dq: cute.Tensor,  # (b, s_q, h, d)
         dk: cute.Tensor,  # (b, s_kv, h_kv, d)
         dv: cute.Tensor,  # (b, s_kv, h_kv, d)
-        done: cute.Tensor,  # (b, h, tiles) int32: what a tile of dq_sum is; see BackwardStorer
-        progress: cute.Tensor,  # (2, groups + 1) int32; see BackwardConverter
+        done: cute.Tensor,  # (b, h, tiles x 2) int32: what stands in dq_sum; see BackwardStorer
         bounds: cute.Tensor,  # (2, b, h_kv) int32, zeros, or (0, b, h_kv); see elementwise.Bounds
-        dq_sum: cute.Tensor,  # (b, h, tiles x 2, dq_chunk) float32; see BackwardConverter
+        dq_sum: cute.Tensor,  # (b, h, tiles x 2, dq_chunk) float32 or int32; see Convert
         stats: cute.Tensor,  # (b, h, 2, s_q rounded up to tile_m) float32
         kv_lens: cute.Tensor,  # (b,) int32
         work: cute.Tensor,  # (items, WORK_FIELDS) int32
         tiles: cute.Tensor,  # (tiles, 2) int32: m_block and bit tile
         bits: cute.Tensor,  # (bit tiles, tile_n / 64, 128, 2) int32, in fragment order
-        per_group: cute.Tensor,  # (groups,) int32: all items of each group of heads
         counter: cute.Tensor,  # (2,) int32, zeros; left as zeros
         dk_parts: cute.Tensor,  # (parts, tile_n, head_dim) float32
         dv_parts: cute.Tensor,  # (parts, tile_n, head_dim) float32
@@ -81,28 +78,28 @@ class BackwardSm90:
         config = self.config
         if cutlass.const_expr(config.fixed):
             Bounds(config)(k, v, bounds, kv_lens, work, counts, stream)
-        order = (done, progress)
-        Statistics(config)(out, dout, lse, dlse, stats, order, bounds, has_dlse, stream)
+        Statistics(config)(out, dout, lse, dlse, stats, done, bounds, has_dlse, stream)
         lists = (kv_lens, work, tiles, bits, counter, counts)
         tensors = (q, dout, k, v, dk, dv)
         scales = (softmax_scale, scale_log2)
-        rest = (dq_sum, order, (dq, per_group, stats), stats, lists, (dk_parts, dv_parts))
+        rest = (dq_sum, done, stats, lists, (dk_parts, dv_parts))
         self.launch(tensors, *rest, num_ctas, scales, stream)
+        if cutlass.const_expr(config.dq):
+            Convert(config)(dq_sum, done, stats, dq, softmax_scale, stream)
         if cute.size(combine, mode=[0]) > 0:
             total = Sum(config.tile_n, config.head_dim, self.dtype)
             total((dk, dv), combine, counts, (dk_parts, dv_parts), stream)
 
     @cute.jit
-    def launch(
-        self, tensors, dq_sum, order, convert, stats, lists, parts, num_ctas: Int32, scales, stream
-    ):
+    def launch(self, tensors, dq_sum, done, stats, lists, parts, num_ctas: Int32, scales, stream):
         """Launch the attention kernel itself."""
         config, width = self.config, self.config.head_dim
         q, dout, k, v, dk, dv = by_tiles(tensors)
         stats = cute.make_tensor(stats.iterator, cute.select(stats.layout, mode=[3, 2, 1, 0]))
         m, n, stages = config.tile_m, config.tile_n, config.q_stages
         q_layout = smem_layout(self.dtype, m, width, stages)
-        kv_layout = smem_layout(self.dtype, n, width, config.kv_stages)
+        k_layout = smem_layout(self.dtype, n, width, config.k_stages)
+        v_layout = smem_layout(self.dtype, n, width, config.v_stages)
         rows, columns = (m, n) if config.dq_transposed else (n, m)
         ds_layout = smem_layout(self.dtype, rows, columns, config.ds_stages)
         # (4 numbers, thread, more numbers, warpgroup, buffer): 16 bytes a thread at a time.
@@ -116,25 +113,23 @@ class BackwardSm90:
             (
                 tma(load, q, q_layout),
                 tma(load, dout, q_layout),
-                tma(load, k, kv_layout),
-                tma(load, v, kv_layout),
+                tma(load, k, k_layout),
+                tma(load, v, v_layout),
                 tma(load, stats, stats_layout),
             ),
             (tma(store, dk, out_layout), tma(store, dv, out_layout)),
             dq_sum,
-            order,
-            convert,
-            (q_layout, kv_layout, ds_layout, dq_layout, out_layout, stats_layout),
+            done,
+            (q_layout, k_layout, v_layout, ds_layout, dq_layout, out_layout, stats_layout),
             self._products(),
             lists,
             parts,
             (
                 cute.size(q, mode=[2]) // cute.size(k, mode=[2]),
                 cute.ceil_div(cute.size(q, mode=[0]), m),
-                cute.size(k, mode=[2]),
             ),
             scales,
-            self._storage(q_layout, kv_layout, ds_layout),
+            self._storage(q_layout, k_layout, v_layout, ds_layout),
         ).launch(
             grid=(num_ctas, 1, 1),
             block=(THREADS, 1, 1),
@@ -148,13 +143,12 @@ class BackwardSm90:
         loads,  # (TMA atom, tensor) of q, dout, k, v, stats
         stores,  # (TMA atom, tensor) of dk, dv
         dq_sum,
-        order,  # what is done of tiles, and of groups of heads
-        convert,  # dq, the items of each group of heads, and the rows' statistics
+        done,
         layouts,
         products,
         lists,
         parts,
-        heads,  # q heads for each kv head, tiles of queries, and kv heads
+        heads,  # q heads for each kv head, and tiles of queries
         scales,
         storage: cutlass.Constexpr,
     ):
@@ -170,14 +164,14 @@ class BackwardSm90:
             with cute.arch.elect_one():
                 cute.arch.mbarrier_init(ds_shared, CONSUMER_WARPS)
         *pipes, work_pipe = self._pipelines(smem)
-        q_layout, kv_layout, ds_layout, dq_layout, out_layout, stats_layout = layouts
+        q_layout, k_layout, v_layout, ds_layout, dq_layout, out_layout, stats_layout = layouts
         s_q, s_do, s_k, s_v, s_ds = (
             tensor_in(room, layout)
             for room, layout in (
                 (smem.q, q_layout),
                 (smem.do, q_layout),
-                (smem.k, kv_layout),
-                (smem.v, kv_layout),
+                (smem.k, k_layout),
+                (smem.v, v_layout),
                 (smem.ds, ds_layout),
             )
         )
@@ -188,7 +182,6 @@ class BackwardSm90:
         s_tiles = smem.tiles.get_tensor(cute.make_layout(config.q_stages))
         kv_lens, work, tiles, bits, counter, counts = lists
         items = WorkList(work, counter, counts, smem.work, work_pipe)
-        conversion = (config, dq_sum, order, convert, heads, scales[0])
         if warp_idx < 4:
             cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
             if warp_idx == 0:
@@ -196,18 +189,14 @@ class BackwardSm90:
                 inputs = (kv_lens, tiles, heads)
                 outside = (buffers, s_tiles, pipes, items, inputs)
                 BackwardProducer(config, loads, *outside).run()
-            elif warp_idx == 1:
-                buffers, inputs = (s_dq, s_out), (tiles, heads)
-                BackwardStorer(config, dq_sum, order, stores, buffers, items, inputs).run()
-            elif cutlass.const_expr(config.dq):
-                BackwardConverter(*conversion).run(beside=True)
+            elif warp_idx <= 2:
+                buffers, inputs, group = (s_dq, s_out), (tiles, heads), warp_idx - 1
+                BackwardStorer(config, dq_sum, done, stores, buffers, items, inputs, group).run()
         else:
             cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
             buffers = (s_q, s_do, s_k, s_v, s_ds, s_dq, s_out, s_stats, s_tiles)
             outside = (buffers, pipes, ds_shared, items, bits, parts, scales)
             BackwardConsumer(config, self.dtype, products, *outside).run()
-            if cutlass.const_expr(config.dq):
-                BackwardConverter(*conversion).run(beside=False)
 
     def _products(self):
         """Of scores, with K in shared memory or in registers; of dK and dV, with P' or dS' in
@@ -224,7 +213,7 @@ class BackwardSm90:
         held = product(self.dtype, (64, config.tile_m), **registers)
         return scores, held, of_keys, of_queries
 
-    def _storage(self, q_layout, kv_layout, ds_layout):
+    def _storage(self, q_layout, k_layout, v_layout, ds_layout):
         config, dtype = self.config, self.dtype
 
         ds_room = cute.struct.MemRange[Int32, 1]  # not used
@@ -235,8 +224,8 @@ class BackwardSm90:
         class Storage:
             q_barriers: barriers(config.q_stages)
             do_barriers: barriers(config.q_stages)
-            k_barriers: barriers(config.kv_stages)
-            v_barriers: barriers(config.kv_stages)
+            k_barriers: barriers(config.k_stages)
+            v_barriers: barriers(config.v_stages)
             work_barriers: barriers(WORK_STAGES)
             ds_shared: cute.struct.MemRange[cutlass.Int64, 1]
             work: work_room()
@@ -246,8 +235,8 @@ class BackwardSm90:
             ]
             q: buffer(dtype, q_layout)
             do: buffer(dtype, q_layout)
-            k: buffer(dtype, kv_layout)
-            v: buffer(dtype, kv_layout)
+            k: buffer(dtype, k_layout)
+            v: buffer(dtype, v_layout)
             results: cute.struct.Align[cute.struct.MemRange[dtype, config.results], 1024]
             ds: ds_room
 
@@ -260,9 +249,9 @@ class BackwardSm90:
         queries, keys = config.tile_m * row_bytes, config.tile_n * row_bytes
         q = tma_ring(smem.q_barriers, config.q_stages, warps, queries + 8 * config.tile_m)
         do = tma_ring(smem.do_barriers, config.q_stages, warps, queries)
-        k = tma_ring(smem.k_barriers, config.kv_stages, warps, keys)
-        v = tma_ring(smem.v_barriers, config.kv_stages, warps, keys)
-        work = work_ring(smem.work_barriers, 32 * warps + 32)  # and the storing warp
+        k = tma_ring(smem.k_barriers, config.k_stages, warps, keys)
+        v = tma_ring(smem.v_barriers, config.v_stages, warps, keys)
+        work = work_ring(smem.work_barriers, 32 * (warps + 2))  # and the storing warps
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
         return q, do, k, v, work

@@ -150,12 +150,10 @@ def compile_backward(config: BackwardConfig) -> Any:
         of.compact(of.dtype, of.b, of.q_len, of.h, of.d),  # dq
         *(of.keys(), of.keys()),  # dk, dv
         of.ints(of.b, of.h, of.size()),  # done
-        of.ints(2, of.size()),  # progress
         of.ints(of.size(), of.b, of.h_kv),  # bounds
         of.floats(of.b, of.h, of.size(), config.dq_chunk),  # dq_sum
         of.statistics(config.tile_m),
         *of.lists(config.tile_n // 64),
-        of.ints(of.size()),  # per_group
         of.ints(2),  # counter
         *(of.parts(config.tile_n, config.head_dim) for _ in range(2)),
         *of.sums(),

@@ -77,6 +77,9 @@ class BackwardConfig:
     With tile_n 128 each owns 64 keys, and of dQ a chunk at a time: with tile_m 64 or 80 half of the
     columns, with 128 half of the rows. With tile_n 64 (for large head_dims) both own all keys,
     each half of the columns of dK and dV, and both compute the scores.
+    k_stages: K is needed to the end of an item, and the next one's can be loaded meanwhile if there
+        are two. V is needed less long.
+    buffers: How many results of each warpgroup may wait to be stored.
     held, held_v: How many columns of K and V stay in registers as long as an item lasts: as many
         as there is room for, since shared memory is what these kernels wait for.
     parts: Into how many parts of the queries P' and dS' are cut: with a part of them, the tensor
@@ -93,8 +96,10 @@ class BackwardConfig:
     dq: bool
     tile_n: int = 128
     q_stages: int = 2  # of Q and dO
-    kv_stages: int = 1
+    k_stages: int = 1
+    v_stages: int = 1
     ds_stages: int = 2
+    buffers: int = 1
     held: int = 0
     held_v: int = 0
     parts: int = 2
@@ -118,11 +123,6 @@ class BackwardConfig:
     def columns(self) -> int:
         """Columns of dK and dV that a warpgroup owns."""
         return self.head_dim // 2 if self.split_columns else self.head_dim
-
-    @property
-    def buffers(self) -> int:
-        """How many results of each warpgroup may wait to be stored."""
-        return 2 if self.dq and not self.dq_transposed else 1
 
     @property
     def tile(self) -> tuple[int, int]:
@@ -168,7 +168,7 @@ class BackwardConfig:
     @property
     def shared_memory(self) -> int:
         """Bytes of shared memory: tiles, statistics, and less than 1 KiB of barriers and items."""
-        rows = 2 * self.q_stages * self.tile_m + 2 * self.kv_stages * self.tile_n
+        rows = 2 * self.q_stages * self.tile_m + (self.k_stages + self.v_stages) * self.tile_n
         scores = self.ds_stages * self.tile_m * self.tile_n if self.dq else 0
         statistics = 8 * self.tile_m * self.q_stages
         return 2 * (rows * self.head_dim + scores + self.results) + statistics + 1024
@@ -241,9 +241,9 @@ _FORWARD = {
 }
 
 _BACKWARD = {
-    32: BackwardConfig(_ANY, 32, tile_m=128, dq=True, held=32, parts=1),
-    64: BackwardConfig(_ANY, 64, tile_m=128, dq=True, held=64),
-    128: BackwardConfig(_ANY, 128, tile_m=64, dq=True, held=64, held_v=16),
+    32: BackwardConfig(_ANY, 32, 128, True, k_stages=2, v_stages=2, buffers=2, held=32, parts=1),
+    64: BackwardConfig(_ANY, 64, 128, True, k_stages=2, v_stages=2, held=64),
+    128: BackwardConfig(_ANY, 128, 64, True, k_stages=2, held=64, held_v=16),
 }
 # In place of those above, where blocks of such a width do not cover much more than is needed.
 _WIDE = {128: BackwardConfig(_ANY, 128, tile_m=80, dq=True, parts=1)}

@@ -36,7 +36,7 @@ class Statistics:
     """Of each query lse in powers of 2, and delta = sum(out * dout) - dlse.
 
     Rows beyond the end, and those without keys, get lse = inf: their P is 0. What stands in memory
-    of the tiles of dQ's sums, and of groups of heads, is cleared.
+    of the chunks of dQ's sums is cleared.
 
     Where dQ is added in fixed point, the last four bits of delta and of lse say what for: the row's
     sums are multiplied by 2^(those - 127), so that they stay below 2^30 whatever the order. P sums
@@ -54,9 +54,9 @@ class Statistics:
         self.rows = THREADS // self.lanes
 
     @cute.jit
-    def __call__(self, out, dout, lse, dlse, stats, sums, bounds, has_dlse: Int32, stream):
+    def __call__(self, out, dout, lse, dlse, stats, done, bounds, has_dlse: Int32, stream):
         """Launch on the stream."""
-        self.kernel(out, dout, lse, dlse, stats, sums, bounds, has_dlse).launch(
+        self.kernel(out, dout, lse, dlse, stats, done, bounds, has_dlse).launch(
             grid=(
                 cute.ceil_div(cute.size(stats, mode=[3]), AT_ONCE * self.rows),
                 cute.size(out, mode=[2]),
@@ -74,7 +74,7 @@ class Statistics:
         lse: cute.Tensor,
         dlse: cute.Tensor,
         stats: cute.Tensor,
-        sums: tuple[cute.Tensor, ...],  # what its tiles are, and progress
+        done: cute.Tensor,
         bounds: cute.Tensor,
         has_dlse: Int32,
     ):
@@ -106,7 +106,9 @@ class Statistics:
                 stats[batch, head, 1, rows[i]] = total
                 if cutlass.const_expr(self.config.dq):
                     if rows[i] % self.config.tile_m == 0:
-                        self.clear(sums, (batch, head, rows[i] // self.config.tile_m))
+                        for n in cutlass.range_constexpr(2):
+                            tile = rows[i] // self.config.tile_m
+                            done[batch, head, 2 * tile + n] = Int32(0)
 
     @cute.jit
     def sums_of_row(self, a, b, there):
@@ -122,20 +124,6 @@ class Statistics:
             if cutlass.const_expr(self.config.fixed):
                 square += cute.arch.shuffle_sync_bfly(square, offset=1 << step)
         return total, square
-
-    @cute.jit
-    def clear(self, sums, place):
-        """What stands of a tile is cleared; with heads' first ones, that of groups of heads."""
-        (done, progress), (batch, head, tile) = sums, place
-        done[place] = Int32(0)
-        index = batch * cute.size(done, mode=[1]) + head  # there are no more groups than heads
-        groups = cute.size(progress, mode=[1]) - 1
-        if tile == 0:
-            if index < groups:
-                progress[0, index] = Int32(0)
-                progress[1, index] = Int32(0)
-            if index == 0:
-                progress[1, groups] = Int32(0)
 
 
 @cute.jit

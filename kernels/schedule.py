@@ -96,8 +96,6 @@ class Schedule:
     kv_lens: (batch,), the whole length each; for calls that give none.
     counts: (2,). How many items of `work` and rows of `combine` there are: read on the GPU, so that
         a CUDA graph's replays see what `update_` has changed.
-    per_group: (groups,). How many items each group of heads has that are at work together, where
-        pair n of `pairs` (batch, head) is of group n groups / pairs, rounded down.
     num_parts: parts of split rows, each a float32 (tile_m, head_dim) and a logsumexp.
     """
 
@@ -107,15 +105,13 @@ class Schedule:
     combine: Tensor
     kv_lens: Tensor
     counts: Tensor
-    per_group: Tensor
     num_bit_tiles: int
     num_parts: int
     tile: tuple[int, int]
 
     def arrays(self) -> list[Tensor]:
-        """work, tiles, bits, combine, kv_lens, counts, per_group."""
-        lists = [self.work, self.tiles, self.bits, self.combine]
-        return [*lists, self.kv_lens, self.counts, self.per_group]
+        """work, tiles, bits, combine, kv_lens, counts."""
+        return [self.work, self.tiles, self.bits, self.combine, self.kv_lens, self.counts]
 
     def update_(self, other: Schedule) -> None:
         """Take over another schedule in place, so that captured CUDA graphs follow it.
@@ -144,7 +140,7 @@ class Schedule:
             raise ValueError(
                 f"no room for {other.num_parts} parts of split rows: there were {self.num_parts}"
             )
-        names = ("work", "tiles", "bits", "combine", "kv_lens", "counts", "per_group")
+        names = ("work", "tiles", "bits", "combine", "kv_lens", "counts")
         for name, room, new in zip(names, self.arrays(), other._used(), strict=True):
             if len(new) > len(room):
                 raise ValueError(
@@ -203,8 +199,7 @@ def schedule(
     first = starts[:, :-1][owners].flatten()[row] + begin
     first = torch.where(end > begin, first, layout.num_tiles)
     item_cost = cost[row] * (end - begin).clamp(min=1) / tiles[row].clamp(min=1)
-    groups = _head_groups(batch * heads, kv_bytes, parts.device)
-    group = groups[row // layout.num_block_rows]
+    group = _head_groups(batch * heads, kv_bytes, parts.device)[row // layout.num_block_rows]
     work = _records(row, (heads, layout.num_block_rows), first, end - begin, part)
     in_parts = torch.where(parts > 1, parts, 0)
     combined = (parts > 1).nonzero().squeeze(1)
@@ -220,7 +215,6 @@ def schedule(
         num_bit_tiles=layout.num_bit_tiles,
         combine=_records(combined, (heads, layout.num_block_rows), first_part, parts[combined]),
         kv_lens=torch.full((batch,), layout.kv_len, dtype=torch.int32, device=layout.device),
-        per_group=torch.bincount(group, minlength=int(groups[-1]) + 1).int(),
         num_parts=int(in_parts.sum()),
         tile=tile,
     )

@@ -83,7 +83,7 @@ def launch(
 
     out is `(b, s, h, d)` in q's dtype, lse `(b, h, s)` float32.
     """
-    work, tiles, bits, combine, whole, counts, *_ = plan
+    work, tiles, bits, combine, whole, counts = plan
     b, s, h, d = q.shape
     if softmax_scale <= 0:  # the kernel takes maxima before it scales
         q = -q if softmax_scale < 0 else torch.zeros_like(q)
@@ -130,10 +130,9 @@ def launch_backward(
     chunks = 2 * rows // config.tile_m if config.dq else 0
     dq_sum = torch.empty((b, h, chunks, config.dq_chunk), dtype=torch.float32, device=device)
     stats = torch.empty((b, h, 2, rows), dtype=torch.float32, device=device)
-    done = torch.empty((b, h, chunks // 2), dtype=torch.int32, device=device)
-    progress = torch.empty((2, len(plan[-1]) + 1), dtype=torch.int32, device=device)
+    done = torch.empty((b, h, chunks), dtype=torch.int32, device=device)
     bounds = torch.zeros((2 * config.fixed, b, k.shape[2]), dtype=torch.int32, device=device)
-    work, tiles, bits, combine, whole, counts, per_group = plan
+    work, tiles, bits, combine, whole, counts = plan
     lens = whole if kv_lens is None else kv_lens.to(device, torch.int32).clamp(max=k.shape[1])
     given = lse if dlse is None else dlse.contiguous()
     tensors = (
@@ -148,18 +147,17 @@ def launch_backward(
         dk,
         dv,
         done,
-        progress,
         bounds,
         dq_sum,
         stats,
         lens,
     )
-    before = (*tensors, work, tiles, bits, per_group)
+    before = (*tensors, work, tiles, bits)
     scales = (softmax_scale, softmax_scale * _LOG2_E)
     numbers = (int(dlse is not None), *scales)
     _backward(config).launch(before, num_parts[0], (combine, counts), numbers, device)
     if by_queries:
-        work, tiles, bits, combine, _, counts, *_ = by_queries
+        work, tiles, bits, combine, _, counts = by_queries
         inputs = (q, k, v, dout, dq, stats, lens, work, tiles, bits)
         _queries(dtype, d).launch(inputs, num_parts[1], (combine, counts), scales, device)
     return dq, dk, dv
@@ -175,7 +173,7 @@ def _forward(dtype: str, head_dim: int, tile_m: int) -> Kernel:
 @functools.cache
 def _backward(config: BackwardConfig) -> Kernel:
     parts = ((config.tile_n, config.head_dim),) * 2
-    return Kernel(backward_kernel(config), parts, work=16)
+    return Kernel(backward_kernel(config), parts, work=15)
 
 
 @functools.cache

@@ -89,8 +89,8 @@ def test_forward_compiles_well(index, tmp_path):
 @pytest.mark.parametrize("index", range(len(BACKWARD)), ids=lambda i: name(BACKWARD[i]))
 def test_backward_compiles_well(index, tmp_path):
     config = BACKWARD[index]
-    # Attention; statistics, and in fixed point bounds, before, and sums after it.
-    sass = compile_well("backward", index, 4 if config.fixed else 3, tmp_path)
+    # Attention; statistics, and in fixed point bounds, before, conversion of dQ and sums after it.
+    sass = compile_well("backward", index, 3 + config.dq + config.fixed, tmp_path)
     scores, keys, queries = config.head_dim // 16, config.tile_m // 16, config.tile_n // 16
     # S before the first tile, and in all steps but those of a last tile; in each step dP, dV, dK.
     steps, before_last = (4, 2) if config.dq else (2, 1)  # first, inner, last, only; inner, last

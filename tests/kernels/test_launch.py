@@ -114,7 +114,7 @@ def test_backward_arguments_are_those_of_the_kernel(launched, kind, dim, tile_m,
     assert plan.num_parts > 0
     for name, tensor in {"q": q, "k": k, "v": v, "dq": dq, "dk": dk, "dv": dv}.items():
         assert given[name] is tensor
-    for name in ("work", "tiles", "bits", "combine", "kv_lens", "counts", "per_group"):
+    for name in ("work", "tiles", "bits", "combine", "kv_lens", "counts"):
         assert given[name] is getattr(plan, name)
     assert given["kv_lens"].tolist() == [300, 300]
     assert (dq.shape, dk.shape, dv.shape) == (q.shape, k.shape, v.shape)
@@ -122,8 +122,7 @@ def test_backward_arguments_are_those_of_the_kernel(launched, kind, dim, tile_m,
     assert given["stats"].shape == (2, 4, 2, blocks * tile_m)
     chunk = 64 * (80 if kind == "wide" else min(64, width))
     assert given["dq_sum"].shape == (2, 4, 2 * blocks, chunk)
-    assert given["done"].shape == (2, 4, blocks)
-    assert given["progress"].shape == (2, 1 + 1)
+    assert given["done"].shape == (2, 4, 2 * blocks)
     assert given["bounds"].shape == (2 if kind == "fixed" else 0, 2, 2)
     assert not given["bounds"].any()
     assert given["dk_parts"].shape == given["dv_parts"].shape == (plan.num_parts, 128, width)

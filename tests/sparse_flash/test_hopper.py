@@ -31,7 +31,7 @@ def calls(monkeypatch):
         dout, dlse, q, k, v, out, lse, kind, plan, by_queries, lens, num_parts, scale
     ):
         seen.append((q.shape, len(plan), kind))
-        assert len(by_queries) == 7 * (len(num_parts) - 1) == 7 * (kind == "keys")
+        assert len(by_queries) == 6 * (len(num_parts) - 1) == 6 * (kind == "keys")
         q_, k_, v_, dout_ = (x.float() for x in (q, k, v, dout))
         p = (torch.einsum("bqhd,bkhd->bhqk", q_, k_) * scale - lse[..., None]).exp()
         delta = (out.float() * dout_).sum(-1).transpose(1, 2)
@@ -81,7 +81,7 @@ def test_compile_fullgraph(calls, kind, grad, deterministic):
     assert len(calls) == before + 1  # the compiled graph launches it
     if grad:
         result.backward()
-        assert calls[-1] == (q.shape, 7, "fixed" if deterministic else "backward")
+        assert calls[-1] == (q.shape, 6, "fixed" if deterministic else "backward")
 
 
 def test_compile_follows_other_sizes(calls):

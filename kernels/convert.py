@@ -1,0 +1,143 @@
+"""Sums of dQ become dQ."""
+
+import cutlass
+from cutlass import Float32, Int32, const_expr, cute
+from sparse_flash.kernels.backward_producer import FREE, sum_address
+from sparse_flash.kernels.elementwise import exponent_in
+from sparse_flash.kernels.primitives import bits_of, from_bits
+
+ROWS = 16  # of the accumulators: a slice of a chunk, a warp's; see BackwardConsumer.put_queries
+SLICES = 64 // ROWS
+THREADS = 2 * SLICES * 32  # for a tile of queries, which has two chunks
+
+
+class Convert:
+    """Of each chunk of sums the part of dQ, in 16 bits; a chunk that nobody came to is 0.
+
+    What was added last comes first: it may still be in the L2 cache.
+    """
+
+    def __init__(self, config) -> None:
+        self.config = config
+
+    @cute.jit
+    def __call__(self, dq_sum, done, stats, dq, scale: Float32, stream):
+        """Launch on the stream, a CTA for each tile of queries."""
+        batch, heads, chunks = (cute.size(dq_sum, mode=[i]) for i in range(3))
+        self.kernel(dq_sum, done, stats, dq, scale).launch(
+            grid=(chunks // 2, heads, batch), block=(THREADS, 1, 1), stream=stream
+        )
+
+    @cute.kernel
+    def kernel(
+        self,
+        dq_sum: cute.Tensor,  # (b, h, chunks, dq_chunk)
+        done: cute.Tensor,  # (b, h, chunks): see BackwardStorer
+        stats: cute.Tensor,
+        dq: cute.Tensor,
+        scale: Float32,
+    ):
+        """A slice for each warp."""
+        tile, head, batch = cute.arch.block_idx()
+        _, heads, batches = cute.arch.grid_dim()
+        head, batch = heads - 1 - head, batches - 1 - batch
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        place = (batch, head, 2 * tile + warp // SLICES)
+        self.convert_slice(dq_sum, done, stats, dq, scale, place, warp % SLICES)
+
+    @cute.jit
+    def convert_slice(self, dq_sum, done, stats, dq, scale, place, nth):
+        """ROWS rows of a chunk, or of its transpose.
+
+        The sums lie as the threads of a warpgroup held them: four numbers of each thread, then the
+        next four of each. The first four of lane t of the slice's warp are two neighbours in row
+        t / 4, columns 2 (t % 4) and one on, and two in the row 8 below; the next four those 8
+        columns on.
+        """
+        config, (batch, head, chunk) = self.config, place
+        lane = cute.arch.lane_idx()
+        row, column = chunk * 64, Int32(0)
+        if const_expr(config.dq_by_columns):
+            row, column = chunk // 2 * config.tile_m, chunk % 2 * config.dq_columns
+        row, column = row + lane // 4, column + lane % 2 * 8 + lane % 4 // 2 * 4
+        if const_expr(config.dq_transposed):
+            column += nth * ROWS
+        else:
+            row += nth * ROWS
+        start = sum_address(dq_sum, place) + 16 * (nth * 32 + lane)
+        numbers = [read_four(start + 2048 * i) for i in range(config.dq_tile[1] // 8)]
+        there = Int32(0) if done[place] == FREE else Int32(-1)
+        scales = [self.scale_of(stats, scale, (batch, head, row + 8 * i)) for i in range(2)]
+        for i in cutlass.range_constexpr(len(numbers)):
+            # Two groups of two rows or columns of 8: where they go, and what is in them.
+            if const_expr(config.dq_transposed):
+                quads = (numbers[i][:2], numbers[i][2:])
+                place = (batch, row + 8 * i, head, column)
+            else:
+                quads = [x[i % 2 * 2 : i % 2 * 2 + 2] for x in numbers[i // 2 * 2 :][:2]]
+                place = (batch, row + i % 2 * 8, head, column + i // 2 * 16)
+            pairs = [self.pair_of(x, scales[i % 2], dq.element_type) & there for x in quads]
+            pairs = exchange(*pairs, lane)
+            if place[1] < cute.size(dq, mode=[1]) and place[3] < cute.size(dq, mode=[3]):
+                store((dq.iterator + cute.crd2idx(place, dq.layout)).toint(), pairs)
+
+    @cute.jit
+    def scale_of(self, stats, scale, place):
+        """What a row's sums are to be multiplied by."""
+        if const_expr(self.config.fixed):
+            batch, head, row = place
+            exponent = exponent_in(*(stats[batch, head, i, row] for i in range(2)))
+            unit = from_bits(254 - exponent << 23) if exponent < 255 else Float32.nan
+            scale *= unit
+        return scale
+
+    @cute.jit
+    def pair_of(self, numbers, scale, dtype: cutlass.Constexpr):
+        """Two neighbours of dQ in one register."""
+        pair = cute.make_rmem_tensor(2, dtype)
+        for i in cutlass.range_constexpr(2):
+            number = numbers[i]
+            if const_expr(self.config.fixed):
+                number = bits_of(number).to(Float32)
+            pair[i] = (number * scale).to(dtype)
+        bits = cute.recast_tensor(pair, Int32)[0]
+        return transpose(bits) if const_expr(self.config.dq_transposed) else bits
+
+
+@cute.jit
+def transpose(pair):
+    """Neighbours in a row of an 8 x 8 matrix, lane t's in row t / 4, become the transpose's."""
+    return cute.arch.inline_ptx(
+        "movmatrix.sync.aligned.m8n8.trans.b16 {$w0}, {$r0};",
+        write_only_types=[Int32],
+        read_only_args=[pair],
+    )
+
+
+@cute.jit
+def store(address, numbers):
+    """Two registers side by side."""
+    cute.arch.inline_ptx(
+        "st.global.v2.b32 [{$r0}], {{$r1}, {$r2}};", read_only_args=[address, *numbers]
+    )
+
+
+@cute.jit
+def exchange(first, second, lane):
+    """Two neighbours of each of two groups of 8 columns become four of one, with the lane next to
+    this one: the first group is for the even one.
+    """
+    odd = lane % 2 == 1
+    mine, given = (second, first) if odd else (first, second)
+    other = cute.arch.shuffle_sync_bfly(given, offset=1)
+    return (other, mine) if odd else (mine, other)
+
+
+@cute.jit
+def read_four(address):
+    """Four neighbours."""
+    return cute.arch.inline_ptx(
+        "ld.global.v4.f32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}];",
+        write_only_types=[Float32] * 4,
+        read_only_args=[address],
+    )
