@@ -33,6 +33,8 @@ from sparse_flash.kernels.primitives import (
     multiply_held,
     multiply_pairs,
     multiply_part,
+    pair_of,
+    store_pairs,
 )
 from sparse_flash.masks.layout import FULL_TILE
 
@@ -45,17 +47,15 @@ class BackwardConsumer:
     """State of one warpgroup: dK and dV of its keys, and where to find everything."""
 
     def __init__(
-        self, config, dtype, products, buffers, pipes, ds_shared, items, bits, parts, scales
+        self, config, dtype, products, buffers, pipes, ds_shared, items, bits, results, scales
     ):
         self.config, self.dtype, self.items, self.bits = config, dtype, items, bits
         self.scale, self.scale_log2 = scales
         self.scores, self.held, self.of_keys, self.of_queries = products
-        s_q, s_do, self.s_k, s_v, self.s_ds, self.s_dq, self.s_out, self.s_stats, self.s_tiles = (
-            buffers
-        )
+        s_q, s_do, self.s_k, s_v, self.s_ds, self.s_dq, self.s_stats, self.s_tiles = buffers
         self.q_pipe, self.do_pipe, self.k_pipe, self.v_pipe = pipes
         self.ds_shared = ds_shared  # a barrier of all consumer warps, passed once a tile
-        self.dk_parts, self.dv_parts = parts
+        self.results, self.parts = results  # dK and dV
         self.thread = cute.arch.thread_idx()[0] % 128
         self.group = cute.arch.make_warp_uniform(cute.arch.thread_idx()[0] // 128 - 1)
         # Which 64 keys, and which columns of dK and dV, are this warpgroup's.
@@ -144,10 +144,10 @@ class BackwardConsumer:
             self.acc_dv.fill(0.0)
             if count > 0 and remaining > 0:
                 self.begin(q_state, k_state, v_state, remaining)
-                states = (k_state, v_state)
-                q_state, buffer = self.tiles(count, q_state, states, buffer, remaining)
+                kv_states = (k_state, v_state)
+                q_state, buffer = self.tiles(count, q_state, kv_states, buffer, remaining)
                 v_state.advance()
-            buffer = self.finish(item, buffer)
+            self.finish(item)
             if count > 0 and remaining > 0:
                 if const_expr(self.config.dq):
                     buffer = self.last_queries(q_state.count - 1, k_state, buffer)
@@ -239,8 +239,7 @@ class BackwardConsumer:
         acc_dq = cute.make_rmem_tensor(shape, Float32)
         if const_expr(before):
             self.multiply_queries(acc_dq, k_state, q_state.count - 1)
-        # P' and dS' have been used, and their registers are free.
-        warpgroup.wait_group(1 if const_expr(before) else 0)
+        warpgroup.wait_group(1 if const_expr(before) else 0)  # P' and dS' have been used
         self.q_pipe.consumer_release(q_state)
         self.do_pipe.consumer_release(q_state)
         if const_expr(not last):
@@ -404,7 +403,10 @@ class BackwardConsumer:
         strides = (m, 1, 64 * m) if const_expr(self.config.dq_transposed) else (1, n, 64)
         layout = cute.make_layout((64, m, 2, stages), stride=(*strides, n * m))
         place = cute.composition(self.s_ds, layout)[None, None, self.group, stage % stages]
-        self.to_shared(ds, place, self.scores, transposed=self.config.dq_transposed)
+        operation = warp.StMatrix8x8x16bOp(transpose=self.config.dq_transposed, num_matrices=4)
+        stmatrix = cute.make_copy_atom(operation, self.dtype)
+        copy = cute.make_tiled_copy_C(stmatrix, self.scores).get_slice(self.thread)
+        cute.copy(stmatrix, copy.retile(ds), copy.partition_D(place))
         cute.arch.fence_view_async_shared()
 
     @cute.jit
@@ -454,16 +456,6 @@ class BackwardConsumer:
             )
 
     @cute.jit
-    def put_keys(self, acc, buffer):
-        """Put dV or dK into shared memory, in 16 bits. Returns the next buffer."""
-        self.wait_for_room(buffer)
-        registers = cute.make_rmem_tensor(acc.shape, self.dtype)
-        registers.store(acc.load().to(self.dtype))
-        place = self.s_out[None, None, (2 * buffer + self.group) * self.config.out_slots]
-        self.to_shared(registers, place, self.of_keys)
-        return self.hand_over(buffer)
-
-    @cute.jit
     def wait_for_room(self, buffer):
         """Until what was in the buffer has been read."""
         cute.arch.barrier(
@@ -480,29 +472,29 @@ class BackwardConsumer:
         return (buffer + 1) % self.config.buffers
 
     @cute.jit
-    def to_shared(self, registers, place, product, transposed: cutlass.Constexpr = False):
-        """Accumulators, rounded to 16 bits, into a tile of shared memory.
-
-        transposed: Its columns, not its rows, lie as runs of memory.
-        """
-        operation = warp.StMatrix8x8x16bOp(transpose=transposed, num_matrices=4)
-        stmatrix = cute.make_copy_atom(operation, self.dtype)
-        copy = cute.make_tiled_copy_C(stmatrix, product).get_slice(self.thread)
-        cute.copy(stmatrix, copy.retile(registers), copy.partition_D(place))
-
-    @cute.jit
-    def finish(self, item, buffer):
-        """Write dV and dK of an item: to the results, or as a part of a split column."""
-        part = item[4]
+    def finish(self, item):
+        """Write dK and dV of an item: to the results, or as a part of a split column."""
+        n_block, head, batch, _, part, *_ = item
         for i in cutlass.range_constexpr(cute.size(self.acc_dk)):
             self.acc_dk[i] = self.acc_dk[i] * self.scale
+        accumulators = (self.acc_dk, self.acc_dv)
         if part < 0:
-            buffer = self.put_keys(self.acc_dv, buffer)
-            buffer = self.put_keys(self.acc_dk, buffer)
+            for acc, result in zip(accumulators, self.results, strict=True):
+                self.store_keys(acc, result, (n_block, head, batch))
         else:
-            for acc, parts in ((self.acc_dv, self.dv_parts), (self.acc_dk, self.dk_parts)):
+            for acc, parts in zip(accumulators, self.parts, strict=True):
                 for i in cutlass.range_constexpr(cute.size(acc)):
-                    column = self.columns * self.config.columns + i // 4 * 8
-                    column = column + self.thread % 4 * 2 + i % 2
-                    parts[part, self.row(i // 2 % 2), column] = acc[i]
-        return buffer
+                    column = self.columns * self.config.columns + self.thread % 4 * 2
+                    parts[part, self.row(i // 2 % 2), column + i // 4 * 8 + i % 2] = acc[i]
+
+    @cute.jit
+    def store_keys(self, acc, result, place):
+        """Store dK or dV from registers: for room in shared memory it would have to wait."""
+        n_block, head, batch = place
+        for i in cutlass.range_constexpr(2):
+            key = n_block * self.config.tile_n + self.row(i)
+            for j in cutlass.range_constexpr(self.config.columns // 16):
+                column = self.columns * self.config.columns + 16 * j
+                starts = (8 * j + 2 * i, 8 * j + 2 * i + 4)
+                pairs = (pair_of(acc[n], acc[n + 1], self.dtype) for n in starts)
+                store_pairs(result, (batch, key, head, column), *pairs)

@@ -2,7 +2,6 @@
 
 import cutlass
 from cutlass import Int32, cute, pipeline
-from cutlass.cute.nvgpu import cpasync
 from sparse_flash.kernels.primitives import tma_load
 
 PRODUCER = pipeline.PipelineUserType.Producer
@@ -17,7 +16,6 @@ READY_BARRIER, TAKEN_BARRIER = 2, 6
 STORE_THREADS = 128 + 32
 # Of a chunk of dQ's sums: nobody has come to it; somebody is storing the first addend; it is there.
 FREE, BEGUN, READY = range(3)
-WHOLE = -1  # instead of a part
 
 
 class BackwardProducer:
@@ -96,19 +94,17 @@ class BackwardProducer:
 
 
 class BackwardStorer:
-    """Takes what a warpgroup puts into shared memory to where it belongs: dQ is added, tile by
-    tile, to sums in 32 bits; dV and dK of an item that is no part are stored.
+    """Adds what a warpgroup puts into shared memory, its part of dQ of tile after tile, to sums in
+    32 bits in memory.
 
     Who comes first to a chunk of sums stores instead of adding, so that nobody needs to clear it;
     whether that is under way or done stands in memory. Those who come meanwhile wait for it: it
     has its results, and waits for nobody.
     """
 
-    def __init__(self, config, dq_sum, done, stores, buffers, items, inputs, group):
+    def __init__(self, config, dq_sum, done, s_dq, items, inputs, group):
         self.config, self.items, self.group = config, items, group
-        self.dq_sum, self.done = dq_sum, done
-        self.dk_store, self.dv_store = stores
-        self.s_dq, self.s_out = buffers
+        self.dq_sum, self.done, self.s_dq = dq_sum, done, s_dq
         self.tiles, self.heads = inputs
 
     @cute.jit
@@ -120,19 +116,10 @@ class BackwardStorer:
         item = self.items.take(state, ITEM_FIELDS)
         state.advance()
         while item[3] >= 0:
-            n_block, head, batch, count, part, first, remaining = item
-            additions = Int32(0)
-            if cutlass.const_expr(self.config.dq):
-                additions = count if remaining > 0 else additions
-            for j in cutlass.range(additions - 1, unroll=1):
-                buffer = self.add_tile(first + j, head, batch, buffer)
-            if part == WHOLE:
-                for store in (self.dv_store, self.dk_store):
-                    self.wait_for_results(buffer)
-                    self.store(store, (n_block, head, batch), buffer)
-                    buffer = self.following(buffer)
-            if additions > 0:  # of the last tile dQ comes after all that the others wait for
-                buffer = self.add_tile(first + additions - 1, head, batch, buffer)
+            _, head, batch, count, _, first, remaining = item
+            if remaining > 0:
+                for tile in cutlass.range(first, first + count, unroll=1):
+                    buffer = self.add_tile(tile, head, batch, buffer)
             item = self.items.take(state, ITEM_FIELDS)
             state.advance()
         cute.arch.cp_async_bulk_wait_group(0)
@@ -194,21 +181,6 @@ class BackwardStorer:
                     "cp.async.bulk.global.shared::cta.bulk_group [{$r0}], [{$r1}], {$r2};",
                     read_only_args=arguments,
                 )
-        cute.arch.cp_async_bulk_commit_group()
-
-    @cute.jit
-    def store(self, store, place, buffer):
-        """The warpgroup's dV or dK."""
-        (atom, tensor), (block, head, batch) = store, place
-        tile = cute.product_each(cute.select(self.s_out.shape, [0, 1]))
-        goal = cute.local_tile(tensor[None, None, head, batch], tile, (None, None))
-        modes = (cute.group_modes(self.s_out, 0, 2), cute.group_modes(goal, 0, 2))
-        of, to = cpasync.tma_partition(atom, 0, cute.make_layout(1), *modes)
-        slot = (2 * buffer + self.group) * self.config.out_slots
-        row, column = 2 * block + self.group, Int32(0)
-        if cutlass.const_expr(self.config.split_columns):
-            row, column = block, self.group
-        cute.copy(atom, of[None, slot], to[None, row, column])
         cute.arch.cp_async_bulk_commit_group()
 
     @cute.jit

@@ -15,7 +15,6 @@ from sparse_flash.kernels.convert import Convert
 from sparse_flash.kernels.elementwise import Bounds, Statistics, Sum
 from sparse_flash.kernels.primitives import (
     LOAD,
-    STORE,
     WORK_STAGES,
     WorkList,
     barriers,
@@ -80,10 +79,9 @@ class BackwardSm90:
             Bounds(config)(k, v, bounds, kv_lens, work, counts, stream)
         Statistics(config)(out, dout, lse, dlse, stats, done, bounds, has_dlse, stream)
         lists = (kv_lens, work, tiles, bits, counter, counts)
-        tensors = (q, dout, k, v, dk, dv)
+        results = ((dk, dv), (dq_sum, done), (dk_parts, dv_parts))
         scales = (softmax_scale, scale_log2)
-        rest = (dq_sum, done, stats, lists, (dk_parts, dv_parts))
-        self.launch(tensors, *rest, num_ctas, scales, stream)
+        self.launch((q, dout, k, v), stats, results, lists, num_ctas, scales, stream)
         if cutlass.const_expr(config.dq):
             Convert(config)(dq_sum, done, stats, dq, softmax_scale, stream)
         if cute.size(combine, mode=[0]) > 0:
@@ -91,10 +89,10 @@ class BackwardSm90:
             total((dk, dv), combine, counts, (dk_parts, dv_parts), stream)
 
     @cute.jit
-    def launch(self, tensors, dq_sum, done, stats, lists, parts, num_ctas: Int32, scales, stream):
+    def launch(self, tensors, stats, results, lists, num_ctas: Int32, scales, stream):
         """Launch the attention kernel itself."""
         config, width = self.config, self.config.head_dim
-        q, dout, k, v, dk, dv = by_tiles(tensors)
+        q, dout, k, v = by_tiles(tensors)
         stats = cute.make_tensor(stats.iterator, cute.select(stats.layout, mode=[3, 2, 1, 0]))
         m, n, stages = config.tile_m, config.tile_n, config.q_stages
         q_layout = smem_layout(self.dtype, m, width, stages)
@@ -105,31 +103,21 @@ class BackwardSm90:
         # (4 numbers, thread, more numbers, warpgroup, buffer): 16 bytes a thread at a time.
         shape = (4, 128, config.dq_chunk // 512, 2, config.buffers)
         dq_layout = cute.make_ordered_layout(shape, order=(0, 1, 2, 3, 4))
-        slots = 2 * config.buffers * config.out_slots
-        out_layout = smem_layout(self.dtype, 64, config.columns, slots)
         stats_layout = cute.make_layout((m, 2, stages), stride=(1, m, 2 * m))
-        load, store = LOAD(), STORE()
+        loaded = ((q, q_layout), (dout, q_layout), (k, k_layout), (v, v_layout))
+        loaded = (*loaded, (stats, stats_layout))
         self.kernel(
-            (
-                tma(load, q, q_layout),
-                tma(load, dout, q_layout),
-                tma(load, k, k_layout),
-                tma(load, v, v_layout),
-                tma(load, stats, stats_layout),
-            ),
-            (tma(store, dk, out_layout), tma(store, dv, out_layout)),
-            dq_sum,
-            done,
-            (q_layout, k_layout, v_layout, ds_layout, dq_layout, out_layout, stats_layout),
+            tuple(tma(LOAD(), *tensor_and_layout) for tensor_and_layout in loaded),
+            results,
+            (q_layout, k_layout, v_layout, ds_layout, dq_layout, stats_layout),
             self._products(),
             lists,
-            parts,
             (
                 cute.size(q, mode=[2]) // cute.size(k, mode=[2]),
                 cute.ceil_div(cute.size(q, mode=[0]), m),
             ),
             scales,
-            self._storage(q_layout, k_layout, v_layout, ds_layout),
+            self._storage(q_layout, k_layout, v_layout, ds_layout, dq_layout),
         ).launch(
             grid=(num_ctas, 1, 1),
             block=(THREADS, 1, 1),
@@ -141,13 +129,10 @@ class BackwardSm90:
     def kernel(
         self,
         loads,  # (TMA atom, tensor) of q, dout, k, v, stats
-        stores,  # (TMA atom, tensor) of dk, dv
-        dq_sum,
-        done,
+        results,  # dk and dv; sums of dq, and what stands there; parts of dk and dv
         layouts,
         products,
         lists,
-        parts,
         heads,  # q heads for each kv head, and tiles of queries
         scales,
         storage: cutlass.Constexpr,
@@ -156,7 +141,7 @@ class BackwardSm90:
         config = self.config
         warp_idx = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp_idx == 0:
-            for atom, _ in (*loads, *stores):
+            for atom, _ in loads:
                 cpasync.prefetch_descriptor(atom)
         smem = cutlass.utils.SmemAllocator().allocate(storage)
         ds_shared = smem.ds_shared.data_ptr()
@@ -164,7 +149,7 @@ class BackwardSm90:
             with cute.arch.elect_one():
                 cute.arch.mbarrier_init(ds_shared, CONSUMER_WARPS)
         *pipes, work_pipe = self._pipelines(smem)
-        q_layout, k_layout, v_layout, ds_layout, dq_layout, out_layout, stats_layout = layouts
+        q_layout, k_layout, v_layout, ds_layout, dq_layout, stats_layout = layouts
         s_q, s_do, s_k, s_v, s_ds = (
             tensor_in(room, layout)
             for room, layout in (
@@ -175,9 +160,7 @@ class BackwardSm90:
                 (smem.ds, ds_layout),
             )
         )
-        # dQ and, at the end of an item, dV and dK take turns in the same room.
-        s_dq = smem.results.get_tensor(dq_layout, dtype=Float32)
-        s_out = tensor_in(smem.results, out_layout, dtype=self.dtype)
+        s_dq = smem.dq.get_tensor(dq_layout)
         s_stats = smem.stats.get_tensor(stats_layout)
         s_tiles = smem.tiles.get_tensor(cute.make_layout(config.q_stages))
         kv_lens, work, tiles, bits, counter, counts = lists
@@ -189,13 +172,14 @@ class BackwardSm90:
                 inputs = (kv_lens, tiles, heads)
                 outside = (buffers, s_tiles, pipes, items, inputs)
                 BackwardProducer(config, loads, *outside).run()
-            elif warp_idx <= 2:
-                buffers, inputs, group = (s_dq, s_out), (tiles, heads), warp_idx - 1
-                BackwardStorer(config, dq_sum, done, stores, buffers, items, inputs, group).run()
+            elif cutlass.const_expr(config.dq):
+                if warp_idx <= 2:
+                    inputs, group = (tiles, heads), warp_idx - 1
+                    BackwardStorer(config, *results[1], s_dq, items, inputs, group).run()
         else:
             cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
-            buffers = (s_q, s_do, s_k, s_v, s_ds, s_dq, s_out, s_stats, s_tiles)
-            outside = (buffers, pipes, ds_shared, items, bits, parts, scales)
+            buffers = (s_q, s_do, s_k, s_v, s_ds, s_dq, s_stats, s_tiles)
+            outside = (buffers, pipes, ds_shared, items, bits, results[::2], scales)
             BackwardConsumer(config, self.dtype, products, *outside).run()
 
     def _products(self):
@@ -213,12 +197,12 @@ class BackwardSm90:
         held = product(self.dtype, (64, config.tile_m), **registers)
         return scores, held, of_keys, of_queries
 
-    def _storage(self, q_layout, k_layout, v_layout, ds_layout):
+    def _storage(self, q_layout, k_layout, v_layout, ds_layout, dq_layout):
         config, dtype = self.config, self.dtype
 
-        ds_room = cute.struct.MemRange[Int32, 1]  # not used
+        ds_room = dq_room = cute.struct.MemRange[Float32, 1]  # not used
         if cutlass.const_expr(config.dq):
-            ds_room = buffer(dtype, ds_layout)
+            ds_room, dq_room = buffer(dtype, ds_layout), buffer(Float32, dq_layout)
 
         @cute.struct
         class Storage:
@@ -237,7 +221,7 @@ class BackwardSm90:
             do: buffer(dtype, q_layout)
             k: buffer(dtype, k_layout)
             v: buffer(dtype, v_layout)
-            results: cute.struct.Align[cute.struct.MemRange[dtype, config.results], 1024]
+            dq: dq_room
             ds: ds_room
 
         return Storage
@@ -251,7 +235,8 @@ class BackwardSm90:
         do = tma_ring(smem.do_barriers, config.q_stages, warps, queries)
         k = tma_ring(smem.k_barriers, config.k_stages, warps, keys)
         v = tma_ring(smem.v_barriers, config.v_stages, warps, keys)
-        work = work_ring(smem.work_barriers, 32 * (warps + 2))  # and the storing warps
+        storing = 2 if config.dq else 0
+        work = work_ring(smem.work_barriers, 32 * (warps + storing))
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
         return q, do, k, v, work

@@ -79,7 +79,7 @@ class BackwardConfig:
     each half of the columns of dK and dV, and both compute the scores.
     k_stages: K is needed to the end of an item, and the next one's can be loaded meanwhile if there
         are two. V is needed less long.
-    buffers: How many results of each warpgroup may wait to be stored.
+    buffers: How many tiles of dQ of each warpgroup may wait to be added.
     held, held_v: How many columns of K and V stay in registers as long as an item lasts: as many
         as there is room for, since shared memory is what these kernels wait for.
     parts: Into how many parts of the queries P' and dS' are cut: with a part of them, the tensor
@@ -155,23 +155,13 @@ class BackwardConfig:
         return self.dq_tile[0] * self.dq_tile[1]
 
     @property
-    def out_slots(self) -> int:
-        """How many 64 x head_dim in 16 bits find room in that of a chunk of dQ in 32."""
-        return 2 * self.dq_chunk // (64 * self.head_dim) if self.dq else 1
-
-    @property
-    def results(self) -> int:
-        """How many numbers of 16 bits there is room for in the results that wait."""
-        chunk = 2 * self.dq_chunk if self.dq else 0
-        return 2 * self.buffers * max(chunk, self.out_slots * 64 * self.columns)
-
-    @property
     def shared_memory(self) -> int:
         """Bytes of shared memory: tiles, statistics, and less than 1 KiB of barriers and items."""
         rows = 2 * self.q_stages * self.tile_m + (self.k_stages + self.v_stages) * self.tile_n
         scores = self.ds_stages * self.tile_m * self.tile_n if self.dq else 0
+        results = 4 * self.buffers * self.dq_chunk if self.dq else 0
         statistics = 8 * self.tile_m * self.q_stages
-        return 2 * (rows * self.head_dim + scores + self.results) + statistics + 1024
+        return 2 * (rows * self.head_dim + scores + results) + statistics + 1024
 
 
 @dataclass(frozen=True)

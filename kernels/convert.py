@@ -4,7 +4,7 @@ import cutlass
 from cutlass import Float32, Int32, const_expr, cute
 from sparse_flash.kernels.backward_producer import FREE, sum_address
 from sparse_flash.kernels.elementwise import exponent_in
-from sparse_flash.kernels.primitives import bits_of, from_bits
+from sparse_flash.kernels.primitives import bits_of, from_bits, pair_of, store_pairs
 
 ROWS = 16  # of the accumulators: a slice of a chunk, a warp's; see BackwardConsumer.put_queries
 SLICES = 64 // ROWS
@@ -59,7 +59,7 @@ class Convert:
         row, column = chunk * 64, Int32(0)
         if const_expr(config.dq_by_columns):
             row, column = chunk // 2 * config.tile_m, chunk % 2 * config.dq_columns
-        row, column = row + lane // 4, column + lane % 2 * 8 + lane % 4 // 2 * 4
+        row += lane // 4
         if const_expr(config.dq_transposed):
             column += nth * ROWS
         else:
@@ -76,10 +76,8 @@ class Convert:
             else:
                 quads = [x[i % 2 * 2 : i % 2 * 2 + 2] for x in numbers[i // 2 * 2 :][:2]]
                 place = (batch, row + i % 2 * 8, head, column + i // 2 * 16)
-            pairs = [self.pair_of(x, scales[i % 2], dq.element_type) & there for x in quads]
-            pairs = exchange(*pairs, lane)
-            if place[1] < cute.size(dq, mode=[1]) and place[3] < cute.size(dq, mode=[3]):
-                store((dq.iterator + cute.crd2idx(place, dq.layout)).toint(), pairs)
+            pairs = [self.scaled(x, scales[i % 2], dq.element_type) & there for x in quads]
+            store_pairs(dq, place, *pairs)
 
     @cute.jit
     def scale_of(self, stats, scale, place):
@@ -92,16 +90,12 @@ class Convert:
         return scale
 
     @cute.jit
-    def pair_of(self, numbers, scale, dtype: cutlass.Constexpr):
+    def scaled(self, numbers, scale, dtype: cutlass.Constexpr):
         """Two neighbours of dQ in one register."""
-        pair = cute.make_rmem_tensor(2, dtype)
-        for i in cutlass.range_constexpr(2):
-            number = numbers[i]
-            if const_expr(self.config.fixed):
-                number = bits_of(number).to(Float32)
-            pair[i] = (number * scale).to(dtype)
-        bits = cute.recast_tensor(pair, Int32)[0]
-        return transpose(bits) if const_expr(self.config.dq_transposed) else bits
+        if const_expr(self.config.fixed):
+            numbers = [bits_of(x).to(Float32) for x in numbers]
+        pair = pair_of(*(x * scale for x in numbers), dtype)
+        return transpose(pair) if const_expr(self.config.dq_transposed) else pair
 
 
 @cute.jit
@@ -112,25 +106,6 @@ def transpose(pair):
         write_only_types=[Int32],
         read_only_args=[pair],
     )
-
-
-@cute.jit
-def store(address, numbers):
-    """Two registers side by side."""
-    cute.arch.inline_ptx(
-        "st.global.v2.b32 [{$r0}], {{$r1}, {$r2}};", read_only_args=[address, *numbers]
-    )
-
-
-@cute.jit
-def exchange(first, second, lane):
-    """Two neighbours of each of two groups of 8 columns become four of one, with the lane next to
-    this one: the first group is for the even one.
-    """
-    odd = lane % 2 == 1
-    mine, given = (second, first) if odd else (first, second)
-    other = cute.arch.shuffle_sync_bfly(given, offset=1)
-    return (other, mine) if odd else (mine, other)
 
 
 @cute.jit

@@ -8,7 +8,6 @@ from sparse_flash.kernels.primitives import bits_of, from_bits
 
 THREADS = 256
 VECTOR = 8  # elements that a thread takes: 16 bytes of 16-bit numbers
-AT_ONCE = 4  # rows of which a thread takes some: so many loads are under way
 LOG2_E = math.log2(math.e)
 
 
@@ -58,7 +57,7 @@ class Statistics:
         """Launch on the stream."""
         self.kernel(out, dout, lse, dlse, stats, done, bounds, has_dlse).launch(
             grid=(
-                cute.ceil_div(cute.size(stats, mode=[3]), AT_ONCE * self.rows),
+                cute.ceil_div(cute.size(stats, mode=[3]), self.rows),
                 cute.size(out, mode=[2]),
                 cute.size(out, mode=[0]),
             ),
@@ -78,37 +77,32 @@ class Statistics:
         bounds: cute.Tensor,
         has_dlse: Int32,
     ):
-        """VECTOR elements of AT_ONCE rows for each thread."""
+        """VECTOR elements for each thread."""
         chunk, head, batch = cute.arch.block_idx()
         thread = cute.arch.thread_idx()[0]
-        row, column = chunk * AT_ONCE * self.rows + thread // self.lanes, thread % self.lanes
-        rows = [row + i * self.rows for i in range(AT_ONCE)]
-        places = [(batch, row, head, column * VECTOR) for row in rows]
-        loaded = [(load(out, place), load(dout, place)) for place in places]
-        for i in cutlass.range_constexpr(AT_ONCE):
-            inside = rows[i] < cute.size(out, mode=[1])
-            there = inside and column * VECTOR < cute.size(out, mode=[3])
-            total, square = self.sums_of_row(*loaded[i], there)
-            if column == 0 and rows[i] < cute.size(stats, mode=[3]):
-                place = (batch, head, rows[i])
-                log_sum, given = Float32.inf, Float32(0.0)
-                if inside:
-                    value = lse[place]
-                    log_sum = Float32.inf if value == -Float32.inf else value * LOG2_E
-                    if has_dlse != 0:
-                        given = dlse[place]
-                        total -= given
-                if cutlass.const_expr(self.config.fixed):
-                    kv_head = head // (cute.size(out, mode=[2]) // cute.size(bounds, mode=[2]))
-                    found = tuple(from_bits(bounds[n, batch, kv_head]) for n in range(2))
-                    log_sum, total = with_exponent(log_sum, total, found, square, given)
-                stats[batch, head, 0, rows[i]] = log_sum
-                stats[batch, head, 1, rows[i]] = total
-                if cutlass.const_expr(self.config.dq):
-                    if rows[i] % self.config.tile_m == 0:
-                        for n in cutlass.range_constexpr(2):
-                            tile = rows[i] // self.config.tile_m
-                            done[batch, head, 2 * tile + n] = Int32(0)
+        row, column = chunk * self.rows + thread // self.lanes, thread % self.lanes * VECTOR
+        inside = row < cute.size(out, mode=[1])
+        a, b = (load(x, (batch, row, head, column)) for x in (out, dout))
+        there = inside and column < cute.size(out, mode=[3])
+        total, square = self.sums_of_row(a, b, there)
+        if column == 0 and row < cute.size(stats, mode=[3]):
+            log_sum, given = Float32.inf, Float32(0.0)
+            if inside:
+                value = lse[batch, head, row]
+                log_sum = Float32.inf if value == -Float32.inf else value * LOG2_E
+                if has_dlse != 0:
+                    given = dlse[batch, head, row]
+                    total -= given
+            if cutlass.const_expr(self.config.fixed):
+                kv_head = head // (cute.size(out, mode=[2]) // cute.size(bounds, mode=[2]))
+                found = tuple(from_bits(bounds[n, batch, kv_head]) for n in range(2))
+                log_sum, total = with_exponent(log_sum, total, found, square, given)
+            stats[batch, head, 0, row] = log_sum
+            stats[batch, head, 1, row] = total
+            if cutlass.const_expr(self.config.dq):
+                if row % self.config.tile_m == 0:
+                    for n in cutlass.range_constexpr(2):
+                        done[batch, head, row // self.config.tile_m * 2 + n] = Int32(0)
 
     @cute.jit
     def sums_of_row(self, a, b, there):

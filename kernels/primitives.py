@@ -99,6 +99,34 @@ def from_bits(bits):
 
 
 @cute.jit
+def pair_of(first, second, dtype: cutlass.Constexpr):
+    """Two numbers, in 16 bits, in one register."""
+    pair = cute.make_rmem_tensor(2, dtype)
+    pair[0], pair[1] = first.to(dtype), second.to(dtype)
+    return cute.recast_tensor(pair, Int32)[0]
+
+
+@cute.jit
+def store_pairs(tensor, place, first, second):
+    """Of 16 columns of a row, place = (batch, row, head, column), four threads with neighbouring
+    lanes have a pair each of the first 8, and one of the others. Into memory, as far as the tensor
+    reaches, 8 bytes a thread: the even lanes take the first 8.
+    """
+    (batch, row, head, column), lane = place, cute.arch.lane_idx()
+    odd = lane % 2 == 1
+    mine, given = (second, first) if odd else (first, second)
+    other = cute.arch.shuffle_sync_bfly(given, offset=1)
+    mine, other = (other, mine) if odd else (mine, other)
+    column += lane % 2 * 8 + lane % 4 // 2 * 4
+    if row < cute.size(tensor, mode=[1]) and column < cute.size(tensor, mode=[3]):
+        start = tensor.iterator + cute.crd2idx((batch, row, head, column), tensor.layout)
+        cute.arch.inline_ptx(
+            "st.global.v2.b32 [{$r0}], {{$r1}, {$r2}};",
+            read_only_args=[start.toint(), mine, other],
+        )
+
+
+@cute.jit
 def tma_load(load, smem, place, stage, barrier):
     """One TMA load: the tile at place = (block, head, batch) into a stage of shared memory."""
     atom, tensor = load
