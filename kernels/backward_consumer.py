@@ -493,8 +493,6 @@ class BackwardConsumer:
         n_block, head, batch = place
         for i in cutlass.range_constexpr(2):
             key = n_block * self.config.tile_n + self.row(i)
-            for j in cutlass.range_constexpr(self.config.columns // 16):
-                column = self.columns * self.config.columns + 16 * j
-                starts = (8 * j + 2 * i, 8 * j + 2 * i + 4)
-                pairs = (pair_of(acc[n], acc[n + 1], self.dtype) for n in starts)
-                store_pairs(result, (batch, key, head, column), *pairs)
+            starts = range(2 * i, cute.size(acc), 4)
+            pairs = [pair_of(acc[n], acc[n + 1], self.dtype) for n in starts]
+            store_pairs(result, (batch, key, head, self.columns * self.config.columns), pairs)

@@ -47,7 +47,6 @@ class BackwardProducer:
             item = (n_block, head, batch, count, part, first, remaining)
             self.items.announce(work_state, item)
             work_state.advance()
-            index = self.items.next_index()
             if count > 0 and remaining > 0:
                 place = (n_block, head, batch)
                 if cutlass.const_expr(config.k_stages > 1):
@@ -59,9 +58,13 @@ class BackwardProducer:
                 if cutlass.const_expr(config.k_stages == 1):
                     self.load_keys(2, self.k_pipe, k_state, place)
                 k_state.advance()
-                for j in cutlass.range(1, count, unroll=1):
+                for j in cutlass.range(1, count - 1, unroll=1):
                     self.load_queries(q_state, first + j, head, batch)
                     q_state.advance()
+            index = self.items.next_index()
+            if count > 1 and remaining > 0:
+                self.load_queries(q_state, first + count - 1, head, batch)
+                q_state.advance()
         none = Int32(0)
         self.items.announce(work_state, (none, none, none, Int32(-1), none, none, none))
         self.items.leave()

@@ -68,16 +68,13 @@ class Convert:
         numbers = [read_four(start + 2048 * i) for i in range(config.dq_tile[1] // 8)]
         there = Int32(0) if done[place] == FREE else Int32(-1)
         scales = [self.scale_of(stats, scale, (batch, head, row + 8 * i)) for i in range(2)]
-        for i in cutlass.range_constexpr(len(numbers)):
-            # Two groups of two rows or columns of 8: where they go, and what is in them.
-            if const_expr(config.dq_transposed):
-                quads = (numbers[i][:2], numbers[i][2:])
-                place = (batch, row + 8 * i, head, column)
-            else:
-                quads = [x[i % 2 * 2 : i % 2 * 2 + 2] for x in numbers[i // 2 * 2 :][:2]]
-                place = (batch, row + i % 2 * 8, head, column + i // 2 * 16)
-            pairs = [self.scaled(x, scales[i % 2], dq.element_type) & there for x in quads]
-            store_pairs(dq, place, *pairs)
+        if const_expr(config.dq_transposed):
+            rows = [(x[:2], x[2:]) for x in numbers]
+        else:
+            rows = [[x[2 * i : 2 * i + 2] for x in numbers] for i in range(2)]
+        for i in cutlass.range_constexpr(len(rows)):  # every eighth
+            pairs = [self.scaled(x, scales[i % 2], dq.element_type) & there for x in rows[i]]
+            store_pairs(dq, (batch, row + 8 * i, head, column), pairs)
 
     @cute.jit
     def scale_of(self, stats, scale, place):

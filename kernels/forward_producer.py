@@ -39,12 +39,13 @@ class Producer:
         while index < num_items:
             (m_block, head, batch), (first, count), limit = self.begin(index, work_state)
             work_state.advance()
-            index = self.items.next_index()
             self.load_q(q_state, m_block, head, batch)
             q_state.advance()
             kv_head = head // self.group_size
             n_block, bit_tile = self.tiles[first, 0], self.tiles[first, 1]
             for j in cutlass.range(count, unroll=1):
+                if j == cutlass.max(count - 2, 0):
+                    index = self.items.next_index()
                 # Read ahead: the wait below hides how long it takes.
                 following = first + cutlass.min(j + 1, count - 1)
                 next_block, next_bit_tile = self.tiles[following, 0], self.tiles[following, 1]

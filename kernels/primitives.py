@@ -107,22 +107,27 @@ def pair_of(first, second, dtype: cutlass.Constexpr):
 
 
 @cute.jit
-def store_pairs(tensor, place, first, second):
-    """Of 16 columns of a row, place = (batch, row, head, column), four threads with neighbouring
-    lanes have a pair each of the first 8, and one of the others. Into memory, as far as the tensor
-    reaches, 8 bytes a thread: the even lanes take the first 8.
+def store_pairs(tensor, place, pairs):
+    """Of the row of a tensor from place = (batch, row, head, column) on, four threads with
+    neighbouring lanes have a pair each of every 8 columns. Into memory, as far as the tensor
+    reaches, 8 bytes a thread: of 16 columns the even lanes take the first 8.
+
+    Without branches, so that threads need not wait for one store's operands before the next's.
     """
     (batch, row, head, column), lane = place, cute.arch.lane_idx()
     odd = lane % 2 == 1
-    mine, given = (second, first) if odd else (first, second)
-    other = cute.arch.shuffle_sync_bfly(given, offset=1)
-    mine, other = (other, mine) if odd else (mine, other)
     column += lane % 2 * 8 + lane % 4 // 2 * 4
-    if row < cute.size(tensor, mode=[1]) and column < cute.size(tensor, mode=[3]):
-        start = tensor.iterator + cute.crd2idx((batch, row, head, column), tensor.layout)
+    start = (tensor.iterator + cute.crd2idx((batch, row, head, column), tensor.layout)).toint()
+    inside = row < cute.size(tensor, mode=[1])
+    left = cute.size(tensor, mode=[3]) - column if inside else Int32(0)
+    for i in cutlass.range_constexpr(0, len(pairs), 2):
+        mine, given = (pairs[i + 1], pairs[i]) if odd else (pairs[i], pairs[i + 1])
+        other = cute.arch.shuffle_sync_bfly(given, offset=1)
+        mine, other = (other, mine) if odd else (mine, other)
         cute.arch.inline_ptx(
-            "st.global.v2.b32 [{$r0}], {{$r1}, {$r2}};",
-            read_only_args=[start.toint(), mine, other],
+            "{ .reg .pred p; setp.gt.s32 p, {$r3}, 0; "
+            "@p st.global.v2.b32 [{$r0}], {{$r1}, {$r2}}; }",
+            read_only_args=[start + 16 * i, mine, other, left - 8 * i],
         )
 
 
@@ -226,7 +231,11 @@ class WorkList:
 
     @cute.jit
     def next_index(self):
-        """The number of an item that nobody has taken yet; a CTA's first one is its own number."""
+        """The number of an item that nobody has taken yet; a CTA's first one is its own number.
+
+        To be asked for near the end of the item before: who asks early may get what another CTA
+        has long had time for, and the last items then end late.
+        """
         ticket = Int32(0)
         if cute.arch.lane_idx() == 0:
             ticket = cute.arch.atomic_add(

@@ -44,10 +44,11 @@ class QueriesProducer(Producer):
         while index < num_items:
             (m_block, head, batch), (first, count), limit = self.begin(index, work_state)
             work_state.advance()
-            index = self.items.next_index()
             self.load_q(q_state, m_block, head, batch)
             q_state.advance()
             for j in cutlass.range(count, unroll=1):
+                if j == cutlass.max(count - 2, 0):
+                    index = self.items.next_index()
                 n_block, bit_tile = self.tiles[first + j, 0], self.tiles[first + j, 1]
                 place = (n_block, head // self.group_size, batch)
                 self.load_k(kv_state, place, bit_tile, limit)
