@@ -365,10 +365,10 @@ class TestCosts:
         for config in forward_configs("bfloat16", 64):
             compiling.forward_kernel(config)
         monkeypatch.setattr(compiling, "load_or_compile", None)
-        before = compiling._forward_kernel.cache_info().misses
+        before = compiling._kernel.cache_info().misses
         for seed in range(5):
             attend(q, k, v, masks.random_blocks(0.3, 16, seed) & masks.causal(seed))
-        assert compiling._forward_kernel.cache_info().misses == before
+        assert compiling._kernel.cache_info().misses == before
 
     def test_no_step_waits_for_the_gpu(self):
         q, k, v = tensors(1, 3000, 2, 64)
