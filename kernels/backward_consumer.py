@@ -13,6 +13,9 @@ and dV and dK in parts, so that the tensor cores have work while the threads com
 dQ wants dS' of both warpgroups. It is computed a tile later, when the other's has long been there,
 so that they need not keep step; and the second begins an item of several tiles half a tile after
 the first, so that one computes exponentials while the products of the other run.
+
+Where K has room for two items, one flows into the next: S' of its first tile is issued before dK
+and dV are stored, and dQ of the last tile is computed in its first step.
 """
 
 import cutlass
@@ -25,14 +28,11 @@ from sparse_flash.kernels.backward_producer import (
     STORE_THREADS,
     TAKEN_BARRIER,
 )
+from sparse_flash.kernels.backward_products import BackwardProducts
 from sparse_flash.kernels.elementwise import exponent_in
 from sparse_flash.kernels.primitives import (
     from_bits,
-    hold,
-    multiply,
-    multiply_held,
     multiply_pairs,
-    multiply_part,
     pair_of,
     store_pairs,
 )
@@ -51,8 +51,7 @@ class BackwardConsumer:
     ):
         self.config, self.dtype, self.items, self.bits = config, dtype, items, bits
         self.scale, self.scale_log2 = scales
-        self.scores, self.held, self.of_keys, self.of_queries = products
-        s_q, s_do, self.s_k, s_v, self.s_ds, self.s_dq, self.s_stats, self.s_tiles = buffers
+        _, _, self.s_k, _, self.s_ds, self.s_dq, self.s_stats, self.s_tiles = buffers
         self.q_pipe, self.do_pipe, self.k_pipe, self.v_pipe = pipes
         self.ds_shared = ds_shared  # a barrier of all consumer warps, passed once a tile
         self.results, self.parts = results  # dK and dV
@@ -62,119 +61,80 @@ class BackwardConsumer:
         self.keys, self.columns = self.group, 0
         if const_expr(config.split_columns):
             self.keys, self.columns = 0, self.group
-        self.view(s_q, s_do, s_v)
-        shape = self.scores.partition_shape_C((64, config.tile_m))
+        part = (self.keys, self.columns, self.group)
+        self.products = BackwardProducts(config, products, buffers[:5], part, self.thread)
+        shape = products[0].partition_shape_C((64, config.tile_m))
         self.acc_s = cute.make_rmem_tensor(shape, Float32)
-        shape = self.of_keys.partition_shape_C((64, config.columns))
+        shape = products[2].partition_shape_C((64, config.columns))
         self.acc_dk = cute.make_rmem_tensor(shape, Float32)
         self.acc_dv = cute.make_rmem_tensor(shape, Float32)
         # Of the tile before: the exponents of both rows of dQ that are the thread's.
         self.exponents = cute.make_rmem_tensor(1, Int32)
-        if const_expr(config.held):
-            shape = self.held.partition_shape_A((64, config.held))
-            self.r_k = self.held.make_fragment_A(shape)
-        if const_expr(config.held_v):
-            shape = self.held.partition_shape_A((64, config.held_v))
-            self.r_v = self.held.make_fragment_A(shape)
-
-    def view(self, s_q, s_do, s_v):
-        """The operands of the five products as parts of shared memory."""
-        config, width = self.config, self.config.head_dim
-        m, n = config.tile_m, config.tile_n
-        scores, of_keys = self.scores.get_slice(0), self.of_keys.get_slice(0)
-
-        def rows(tensor, stages):  # (64 keys, head_dim, warpgroup, stage)
-            shape, stride = (64, width, n // 64, stages), (1, n, 64, n * width)
-            return cute.composition(tensor, cute.make_layout(shape, stride=stride))
-
-        self.k_rows, self.v_rows = rows(self.s_k, config.k_stages), rows(s_v, config.v_stages)
-
-        def columns(tensor):  # (columns, queries, head_dim / columns, stage), as second operand
-            shape = (config.columns, m, width // config.columns, config.q_stages)
-            layout = cute.make_layout(shape, stride=(m, 1, m * config.columns, m * width))
-            operand = of_keys.partition_B(cute.composition(tensor, layout))
-            return self.of_keys.make_fragment_B(operand)[None, None, None, self.columns, None]
-
-        self.f_k, self.f_v = (
-            self.scores.make_fragment_A(scores.partition_A(rows))
-            for rows in (self.k_rows, self.v_rows)
-        )
-        self.f_q = self.scores.make_fragment_B(scores.partition_B(s_q))
-        self.f_do = self.scores.make_fragment_B(scores.partition_B(s_do))
-        self.f_qt, self.f_dot = columns(s_q), columns(s_do)
-        if const_expr(config.dq):
-            self.view_queries()
-
-    def view_queries(self):
-        """The operands of dQ's product."""
-        config, width = self.config, self.config.head_dim
-        m, n = config.tile_m, config.tile_n
-        of_queries, stages, size = self.of_queries.get_slice(0), config.ds_stages, config.dq_columns
-        # K: (columns of a chunk, keys, chunks, stage).
-        shape = (size, n, width // size, config.k_stages)
-        layout = cute.make_layout(shape, stride=(n, 1, n * size, n * width))
-        keys = cute.composition(self.s_k, layout)
-        if const_expr(config.dq_transposed):
-            operand = self.of_queries.make_fragment_A(of_queries.partition_A(keys))
-            self.f_kt = operand[None, None, None, self.group, None]
-            self.f_ds = self.of_queries.make_fragment_B(of_queries.partition_B(self.s_ds))
-        else:
-            place = self.group if config.dq_by_columns else 0
-            operand = self.of_queries.make_fragment_B(of_queries.partition_B(keys))
-            self.f_kt = operand[None, None, None, place, None]
-            # dS: (64 queries, keys, tile_m / 64, stage).
-            layout = cute.make_layout((64, n, m // 64, stages), stride=(n, 1, 64 * n, n * m))
-            operand = of_queries.partition_A(cute.composition(self.s_ds, layout))
-            place = 0 if config.dq_by_columns else self.group
-            self.f_ds = self.of_queries.make_fragment_A(operand)[None, None, None, place, None]
 
     @cute.jit
     def run(self):
         """Item after item, until there are no more."""
+        across = self.config.across
         q_state = pipeline.make_pipeline_state(CONSUMER, self.config.q_stages)
         k_state = pipeline.make_pipeline_state(CONSUMER, self.config.k_stages)
         v_state = pipeline.make_pipeline_state(CONSUMER, self.config.v_stages)
         work_state = pipeline.make_pipeline_state(CONSUMER, self.items.pipe.num_stages)
-        buffer = Int32(0)
+        k_before, buffer = k_state.clone(), Int32(0)
+        pending = Int32(0)  # whether the last dQ of the item before, whose K is `k_before`, is
         item = self.items.take(work_state, ITEM_FIELDS)
         work_state.advance()
+        if const_expr(across):
+            self.begin(q_state, k_state, item)
+            warpgroup.wait_group(0)
         while item[3] >= 0:
             count, remaining = item[3], item[6]
             self.acc_dk.fill(0.0)
             self.acc_dv.fill(0.0)
             if count > 0 and remaining > 0:
-                self.begin(q_state, k_state, v_state, remaining)
-                kv_states = (k_state, v_state)
-                q_state, buffer = self.tiles(count, q_state, kv_states, buffer, remaining)
+                if const_expr(not across):
+                    self.begin(q_state, k_state, item)
+                self.v_pipe.consumer_wait(v_state)
+                self.products.hold_values(v_state.index)
+                warpgroup.wait_group(0)
+                states = (k_state, v_state, k_before, pending)
+                q_state, buffer = self.tiles(count, q_state, states, buffer, remaining)
                 v_state.advance()
-            self.finish(item)
-            if count > 0 and remaining > 0:
-                if const_expr(self.config.dq):
-                    buffer = self.last_queries(q_state.count - 1, k_state, buffer)
-                self.k_pipe.consumer_release(k_state)
+                k_before = k_state.clone()
                 k_state.advance()
-            item = self.items.take(work_state, ITEM_FIELDS)
+                pending = Int32(1)
+            following = self.items.take(work_state, ITEM_FIELDS)
             work_state.advance()
+            if const_expr(across):
+                self.begin(q_state, k_state, following)
+            self.finish(item)
+            # Where no step follows that would do it. (Others may be waiting for this one's sums.)
+            if pending != 0 and (not across or following[3] <= 0 or following[6] <= 0):
+                if const_expr(self.config.dq):
+                    buffer = self.last_queries(q_state.count, k_before, buffer)
+                self.k_pipe.consumer_release(k_before)
+                pending = Int32(0)
+            # Not later: ptxas would serialise what is under way from one round to the next.
+            warpgroup.wait_group(0)
+            item = following
 
     @cute.jit
-    def begin(self, q_state, k_state, v_state, remaining):
-        """S' of an item's first tile, and what is held of K and V."""
-        self.k_pipe.consumer_wait(k_state)
-        self.zero_beyond(k_state, remaining)
-        self.q_pipe.consumer_wait(q_state)
-        if const_expr(self.config.held):
-            mine = self.k_rows[None, None, self.keys, k_state.index]
-            hold(self.held, mine, self.r_k, self.thread)
-        self.multiply_keys_queries(k_state, q_state)
-        self.v_pipe.consumer_wait(v_state)
-        if const_expr(self.config.held_v):
-            mine = self.v_rows[None, None, self.keys, v_state.index]
-            hold(self.held, mine, self.r_v, self.thread)
-        warpgroup.wait_group(0)
+    def begin(self, q_state, k_state, item):
+        """Issue S' of an item's first tile, and hold what is held of K; of an item without tiles
+        S' is of what happens to lie there, and not used: a branch around it would cost more.
+        """
+        count, remaining = item[3], item[6]
+        if count > 0 and remaining > 0:
+            self.k_pipe.consumer_wait(k_state)
+            self.zero_beyond(k_state, remaining)
+            self.q_pipe.consumer_wait(q_state)
+        self.products.hold_keys(k_state.index)
+        self.products.keys_queries(self.acc_s, k_state.index, q_state.index)
 
     @cute.jit
     def tiles(self, count, q_state, kv_states, buffer, remaining):
-        """All tiles of an item, and dQ of all but the last. Returns the next states."""
+        """All tiles of an item, and dQ of all but the last; of the item before that, where it goes
+        across items. Returns the next states.
+        """
         states = (q_state, kv_states, buffer, remaining)
         if const_expr(not self.config.dq):
             for _ in cutlass.range(count - 1, unroll=1):
@@ -190,12 +150,11 @@ class BackwardConsumer:
         return q_state, buffer
 
     @cute.jit
-    def last_queries(self, tile, k_state, buffer):
-        """The dQ of an item's last tile. Returns the next buffer."""
-        shape = self.of_queries.partition_shape_C(self.config.dq_tile)
-        acc_dq = cute.make_rmem_tensor(shape, Float32)
-        self.wait_for_shared(tile)
-        self.multiply_queries(acc_dq, k_state, tile)
+    def last_queries(self, following, k_state, buffer):
+        """The dQ of an item's last tile, the one before `following`. Returns the next buffer."""
+        acc_dq = self.products.queries_accumulator()
+        self.wait_for_shared(following + 1)
+        self.products.queries(acc_dq, k_state.index, following + 1)
         warpgroup.wait_group(0)
         return self.put_queries(acc_dq, buffer)
 
@@ -211,11 +170,13 @@ class BackwardConsumer:
     ):
         """A tile, whose S' has been issued before. Returns the next states.
 
-        If it is not the item's first, dQ of the one before is computed too; if it is not the last,
-        S' of the next is issued.
+        If it is not the item's first, or if it goes across items, dQ of the one before is computed
+        too; if it is not the last, S' of the next is issued.
         """
-        config, stage, (k_state, v_state) = self.config, q_state.index, kv_states
-        before = config.dq and not first
+        config, stage = self.config, q_state.index
+        k_state, v_state, k_before, pending = kv_states
+        before = config.dq and (config.across or not first)
+        k_before = k_before if const_expr(first) else k_state  # of the tile before
         staggered = config.dq and first and not last
         p, acc_dp = self.values(q_state, v_state, remaining, staggered)
         ds = cute.make_rmem_tensor(p.shape, self.dtype)
@@ -230,28 +191,27 @@ class BackwardConsumer:
             self.derive(ds, acc_dp, p, delta, part)
             if const_expr(config.dq and part == config.parts - 1):
                 if const_expr(before):
-                    self.wait_for_shared(q_state.count - 1)
+                    self.wait_for_shared(q_state.count + 1)
                 self.share(ds, stage)
-            self.multiply_keys(self.acc_dk, ds, self.f_qt, stage, part)
+            self.products.add_keys(self.acc_dk, ds, stage, part)
         following = q_state.clone()
         following.advance()
-        shape = self.of_queries.partition_shape_C(config.dq_tile)
-        acc_dq = cute.make_rmem_tensor(shape, Float32)
+        acc_dq = self.products.queries_accumulator()
         if const_expr(before):
-            self.multiply_queries(acc_dq, k_state, q_state.count - 1)
+            self.products.queries(acc_dq, k_before.index, q_state.count + 1)
         warpgroup.wait_group(1 if const_expr(before) else 0)  # P' and dS' have been used
         self.q_pipe.consumer_release(q_state)
         self.do_pipe.consumer_release(q_state)
         if const_expr(not last):
             self.q_pipe.consumer_wait(following)
             self.acc_s.fill(0.0)  # so that its old content need not be kept
-            self.multiply_keys_queries(k_state, following)
+            self.products.keys_queries(self.acc_s, k_state.index, following.index)
         if const_expr(before):
             warpgroup.wait_group(0 if const_expr(last) else 1)
         if const_expr(config.dq):
             self.say_shared()
         if const_expr(before):
-            buffer = self.put_queries(acc_dq, buffer)
+            buffer = self.put_if_any(acc_dq, buffer, k_before, pending, first)
         if const_expr(config.fixed):
             self.exponents[0] = exponents
         # Not later: ptxas would serialise products that are under way from one round to the next.
@@ -268,18 +228,17 @@ class BackwardConsumer:
         if const_expr(staggered):
             if self.group == 1:
                 cute.arch.barrier(barrier_id=STAGGER_BARRIER, number_of_threads=256)
-        shape = self.scores.partition_shape_C((64, config.tile_m))
-        acc_dp = cute.make_rmem_tensor(shape, Float32)
-        p = cute.make_rmem_tensor(shape, self.dtype)
+        acc_dp = cute.make_rmem_tensor(self.acc_s.shape, Float32)
+        p = cute.make_rmem_tensor(acc_dp.shape, self.dtype)
         few = const_expr(config.tile_m == 64)  # statistics: there are registers for them early
         lse = self.statistics(0, stage) if few else None
         self.do_pipe.consumer_wait(q_state)
-        self.multiply_values_gradients(acc_dp, v_state, q_state)
+        self.products.values_gradients(acc_dp, v_state.index, stage)
         lse = lse if few else self.statistics(0, stage)
         bit_tile, words = self.mask(stage)
         for part in cutlass.range_constexpr(config.parts):
             self.probabilities(p, lse, bit_tile, words, remaining, part)
-            self.multiply_keys(self.acc_dv, p, self.f_dot, stage, part)
+            self.products.add_values(self.acc_dv, p, stage, part)
         if const_expr(staggered):
             if self.group == 0:
                 cute.arch.barrier_arrive(barrier_id=STAGGER_BARRIER, number_of_threads=256)
@@ -321,43 +280,6 @@ class BackwardConsumer:
             online.apply_mask(acc, mine, Int32(-1), 0.0)
         for i in cutlass.range_constexpr(size):
             p[part * size + i] = acc[i].to(self.dtype)
-
-    @cute.jit
-    def multiply_keys_queries(self, k_state, q_state):
-        """Issue S' = K Q' for this warpgroup's keys."""
-        mine, stage = self.f_k[None, None, None, self.keys, k_state.index], q_state.index
-        if const_expr(self.config.held):
-            products = (self.held, self.scores)
-            multiply_held(products, self.acc_s, self.r_k, mine, self.f_q, stage)
-        else:
-            multiply(self.scores, self.acc_s, mine, self.f_q, stage, True)
-
-    @cute.jit
-    def multiply_values_gradients(self, acc, v_state, q_state):
-        """Issue dP' = V dO' for this warpgroup's keys."""
-        mine, stage = self.f_v[None, None, None, self.keys, v_state.index], q_state.index
-        if const_expr(self.config.held_v):
-            products = (self.held, self.scores)
-            multiply_held(products, acc, self.r_v, mine, self.f_do, stage)
-        else:
-            multiply(self.scores, acc, mine, self.f_do, stage, True)
-
-    @cute.jit
-    def multiply_keys(self, acc, a, b, stage, part: cutlass.Constexpr):
-        """Issue a part of acc += a b; accumulators of scores lie just as a first operand does."""
-        a = cute.make_tensor(a.iterator, ((2, 2, 2), 1, self.config.tile_m // 16))
-        multiply_part(self.of_keys, acc, a, b, stage, part, self.config.parts)
-
-    @cute.jit
-    def multiply_queries(self, acc, k_state, tile):
-        """Issue dQ = dS K of a tile, this warpgroup's chunk."""
-        stage = tile % self.config.ds_stages
-        if const_expr(self.config.dq_transposed):
-            keys = self.f_kt[None, None, None, k_state.index]
-            multiply(self.of_queries, acc, keys, self.f_ds, stage, True)
-        else:
-            of = self.f_ds[None, None, None, stage]
-            multiply(self.of_queries, acc, of, self.f_kt, k_state.index, True)
 
     @cute.jit
     def statistics(self, which: cutlass.Constexpr, stage):
@@ -405,7 +327,7 @@ class BackwardConsumer:
         place = cute.composition(self.s_ds, layout)[None, None, self.group, stage % stages]
         operation = warp.StMatrix8x8x16bOp(transpose=self.config.dq_transposed, num_matrices=4)
         stmatrix = cute.make_copy_atom(operation, self.dtype)
-        copy = cute.make_tiled_copy_C(stmatrix, self.scores).get_slice(self.thread)
+        copy = cute.make_tiled_copy_C(stmatrix, self.products.scores).get_slice(self.thread)
         cute.copy(stmatrix, copy.retile(ds), copy.partition_D(place))
         cute.arch.fence_view_async_shared()
 
@@ -418,8 +340,20 @@ class BackwardConsumer:
 
     @cute.jit
     def wait_for_shared(self, tile):
-        """Until both warpgroups have said so of a tile; all tiles of a CTA are numbered."""
+        """Until both warpgroups have said so of a tile, or of one an even number later: all tiles
+        of a CTA are numbered. Of one before the first it has been said.
+        """
         cute.arch.mbarrier_wait(self.ds_shared, tile % 2)
+
+    @cute.jit
+    def put_if_any(self, acc_dq, buffer, k_before, pending, first: cutlass.Constexpr):
+        """Put dQ of the tile before, if there is one. Returns the next buffer."""
+        if const_expr(not first):
+            buffer = self.put_queries(acc_dq, buffer)
+        elif pending != 0:  # that of the item before
+            buffer = self.put_queries(acc_dq, buffer)
+            self.k_pipe.consumer_release(k_before)
+        return buffer
 
     @cute.jit
     def put_queries(self, acc, buffer):

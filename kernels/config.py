@@ -115,6 +115,13 @@ class BackwardConfig:
         assert self.shared_memory <= SHARED_MEMORY, self.shared_memory
 
     @property
+    def across(self) -> bool:
+        """Whether an item's last dQ is computed in the first step of the next one, whose first S' is
+        issued before the results are stored.
+        """
+        return self.dq and self.k_stages > 1
+
+    @property
     def split_columns(self) -> bool:
         """Whether the warpgroups share the columns of dK and dV instead of their rows."""
         return self.tile_n == 64
@@ -245,6 +252,11 @@ _KEYS = {
 }
 
 
+def _fixed(config: BackwardConfig) -> BackwardConfig:
+    """The repeatable variant, whose exponents take the registers that V would be held in."""
+    return replace(config, fixed=True, held_v=0)
+
+
 def backward_config(kind: str, dtype: str, head_dim: int) -> BackwardConfig:
     """The config that computes this head_dim.
 
@@ -253,7 +265,7 @@ def backward_config(kind: str, dtype: str, head_dim: int) -> BackwardConfig:
     """
     configs = {"keys": _KEYS, "wide": _WIDE}.get(kind, _BACKWARD)
     config = configs[min(size for size in configs if head_dim <= size)]
-    return replace(config, dtype=dtype, fixed=kind == "fixed")
+    return replace(_fixed(config) if kind == "fixed" else config, dtype=dtype)
 
 
 def backward_configs(kind: str, dtype: str, head_dim: int) -> tuple[BackwardConfig, ...]:
@@ -270,7 +282,7 @@ def kernel_of(kind: str, tile: tuple[int, int]) -> str:
 
 def all_backward_configs() -> list[BackwardConfig]:
     """Everything that is shipped."""
-    fixed = (replace(config, fixed=True) for config in _BACKWARD.values())
+    fixed = map(_fixed, _BACKWARD.values())
     configs = (*_BACKWARD.values(), *fixed, *_WIDE.values(), *_KEYS.values())
     return [replace(config, dtype=dtype) for dtype in DTYPES for config in configs]
 

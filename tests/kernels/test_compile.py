@@ -92,11 +92,12 @@ def test_backward_compiles_well(index, tmp_path):
     # Attention; statistics, and in fixed point bounds, before, conversion of dQ and sums after it.
     sass = compile_well("backward", index, 3 + config.dq + config.fixed, tmp_path)
     scores, keys, queries = config.head_dim // 16, config.tile_m // 16, config.tile_n // 16
-    # S before the first tile, and in all steps but those of a last tile; in each step dP, dV, dK.
+    # S before an item's first tile (across items: of the first item and of later ones), and in all
+    # steps but those of a last tile; in each step dP, dV, dK.
     steps, before_last = (4, 2) if config.dq else (2, 1)  # first, inner, last, only; inner, last
-    hgmma = (1 + before_last) * scores + steps * (scores + 2 * keys)
-    if config.dq:  # inner, last, and after the last
-        hgmma += 3 * queries
+    hgmma = (1 + config.across + before_last) * scores + steps * (scores + 2 * keys)
+    if config.dq:  # inner, last, after the last; and across items in an item's first step
+        hgmma += (5 if config.across else 3) * queries
     assert len(re.findall(r"\bHGMMA\.", sass)) == hgmma
     assert len(re.findall(r"MUFU\.EX2", sass)) == steps * config.tile_m // 2  # each once
 
