@@ -116,8 +116,8 @@ class BackwardConfig:
 
     @property
     def across(self) -> bool:
-        """Whether an item's last dQ is computed in the first step of the next one, whose first S' is
-        issued before the results are stored.
+        """Whether an item's last dQ is computed in the next one's first step, whose S' is issued
+        before the results are stored.
         """
         return self.dq and self.k_stages > 1
 
