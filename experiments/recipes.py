@@ -51,8 +51,13 @@ def _small(
 
 
 def listops() -> RunConfig:
-    """Long Range Arena's ListOps: the value of nested MIN, MAX, MED and SM over digits."""
-    return _small(ListOps(), 5_000, 32, warmup=500, eval_every=250)
+    """Long Range Arena's ListOps: the value of nested MIN, MAX, MED and SM over digits.
+
+    Training begins with lists of at most 40 tokens: with long ones alone a model learns what is
+    most frequent for the outermost operator, and stays there.
+    """
+    task = ListOps(easier=(40,), easier_share=0.3)
+    return _small(task, 5_000, 32, warmup=500, eval_every=250)
 
 
 def text() -> RunConfig:
