@@ -51,10 +51,11 @@ class BackwardConsumer:
     ):
         self.config, self.dtype, self.items, self.bits = config, dtype, items, bits
         self.scale, self.scale_log2 = scales
-        _, _, self.s_k, _, self.s_ds, self.s_dq, self.s_stats, self.s_tiles = buffers
+        _, _, self.s_k, _, self.s_ds, self.s_dq, self.s_results, *others = buffers
+        self.s_stats, self.s_tiles = others
         self.q_pipe, self.do_pipe, self.k_pipe, self.v_pipe = pipes
         self.ds_shared = ds_shared  # a barrier of all consumer warps, passed once a tile
-        self.results, self.parts = results  # dK and dV
+        self.results, self.parts = results  # dV and dK
         self.thread = cute.arch.thread_idx()[0] % 128
         self.group = cute.arch.make_warp_uniform(cute.arch.thread_idx()[0] // 128 - 1)
         # Which 64 keys, and which columns of dK and dV, are this warpgroup's.
@@ -104,9 +105,12 @@ class BackwardConsumer:
                 pending = Int32(1)
             following = self.items.take(work_state, ITEM_FIELDS)
             work_state.advance()
+            early = 0  # results that are taken away before S' is issued: then there is room sooner
             if const_expr(across):
+                early = 2 - self.config.results
+                buffer = self.finish(item, buffer, range(early))
                 self.begin(q_state, k_state, following)
-            self.finish(item)
+            buffer = self.finish(item, buffer, range(early, 2))
             # Where no step follows that would do it. (Others may be waiting for this one's sums.)
             if pending != 0 and (not across or following[3] <= 0 or following[6] <= 0):
                 if const_expr(self.config.dq):
@@ -406,24 +410,51 @@ class BackwardConsumer:
         return (buffer + 1) % self.config.buffers
 
     @cute.jit
-    def finish(self, item):
-        """Write dK and dV of an item: to the results, or as a part of a split column."""
+    def finish(self, item, buffer, which: cutlass.Constexpr):
+        """Write dV (0) and dK (1) of an item: to the results, or as a part of a split column.
+        Returns the next buffer.
+        """
         n_block, head, batch, _, part, *_ = item
-        for i in cutlass.range_constexpr(cute.size(self.acc_dk)):
-            self.acc_dk[i] = self.acc_dk[i] * self.scale
-        accumulators = (self.acc_dk, self.acc_dv)
+        if const_expr(1 in which):
+            for i in cutlass.range_constexpr(cute.size(self.acc_dk)):
+                self.acc_dk[i] = self.acc_dk[i] * self.scale
+        accumulators, results, all_parts = (
+            [x[i] for i in which] for x in ((self.acc_dv, self.acc_dk), self.results, self.parts)
+        )
         if part < 0:
-            for acc, result in zip(accumulators, self.results, strict=True):
-                self.store_keys(acc, result, (n_block, head, batch))
+            if const_expr(self.config.dq):
+                buffer = self.put_keys(accumulators, buffer)
+            else:
+                for acc, result in zip(accumulators, results, strict=True):
+                    self.store_keys(acc, result, (n_block, head, batch))
         else:
-            for acc, parts in zip(accumulators, self.parts, strict=True):
+            for acc, parts in zip(accumulators, all_parts, strict=True):
                 for i in cutlass.range_constexpr(cute.size(acc)):
                     column = self.columns * self.config.columns + self.thread % 4 * 2
                     parts[part, self.row(i // 2 % 2), column + i // 4 * 8 + i % 2] = acc[i]
+        return buffer
+
+    @cute.jit
+    def put_keys(self, accumulators, buffer):
+        """Put dV and dK into shared memory, into the buffers of dQ. Returns the next buffer."""
+        operation = warp.StMatrix8x8x16bOp(num_matrices=4)
+        stmatrix = cute.make_copy_atom(operation, self.dtype)
+        copy = cute.make_tiled_copy_C(stmatrix, self.products.of_keys).get_slice(self.thread)
+        size = self.config.results
+        for i in cutlass.range_constexpr(0, len(accumulators), size):
+            self.wait_for_room(buffer)
+            for j in cutlass.range_constexpr(size):
+                rounded = cute.make_rmem_tensor(accumulators[i + j].shape, self.dtype)
+                for n in cutlass.range_constexpr(cute.size(rounded)):
+                    rounded[n] = accumulators[i + j][n].to(self.dtype)
+                goal = self.s_results[None, None, self.group, buffer, j]
+                cute.copy(stmatrix, copy.retile(rounded), copy.partition_D(goal))
+            buffer = self.hand_over(buffer)
+        return buffer
 
     @cute.jit
     def store_keys(self, acc, result, place):
-        """Store dK or dV from registers: for room in shared memory it would have to wait."""
+        """Store dK or dV from registers, where there is no shared memory for it."""
         n_block, head, batch = place
         for i in cutlass.range_constexpr(2):
             key = n_block * self.config.tile_n + self.row(i)

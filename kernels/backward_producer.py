@@ -2,7 +2,7 @@
 
 import cutlass
 from cutlass import Int32, cute, pipeline
-from sparse_flash.kernels.primitives import tma_load
+from sparse_flash.kernels.primitives import tma_load, tma_store
 
 PRODUCER = pipeline.PipelineUserType.Producer
 CONSUMER = pipeline.PipelineUserType.Consumer
@@ -98,16 +98,16 @@ class BackwardProducer:
 
 class BackwardStorer:
     """Adds what a warpgroup puts into shared memory, its part of dQ of tile after tile, to sums in
-    32 bits in memory.
+    32 bits in memory; and stores its part of dV and dK before dQ of an item's last tile.
 
     Who comes first to a chunk of sums stores instead of adding, so that nobody needs to clear it;
     whether that is under way or done stands in memory. Those who come meanwhile wait for it: it
     has its results, and waits for nobody.
     """
 
-    def __init__(self, config, dq_sum, done, s_dq, items, inputs, group):
-        self.config, self.items, self.group = config, items, group
-        self.dq_sum, self.done, self.s_dq = dq_sum, done, s_dq
+    def __init__(self, config, stores, dq_sum, done, buffers, items, inputs, group):
+        self.config, self.items, self.group, self.stores = config, items, group, stores
+        self.dq_sum, self.done, (self.s_dq, self.s_results) = dq_sum, done, buffers
         self.tiles, self.heads = inputs
 
     @cute.jit
@@ -119,10 +119,14 @@ class BackwardStorer:
         item = self.items.take(state, ITEM_FIELDS)
         state.advance()
         while item[3] >= 0:
-            _, head, batch, count, _, first, remaining = item
-            if remaining > 0:
-                for tile in cutlass.range(first, first + count, unroll=1):
-                    buffer = self.add_tile(tile, head, batch, buffer)
+            n_block, head, batch, count, part, first, remaining = item
+            end = first + count if remaining > 0 else first
+            for tile in cutlass.range(first, end - 1, unroll=1):
+                buffer = self.add_tile(tile, head, batch, buffer)
+            if part < 0:
+                buffer = self.store((2 * n_block + self.group, head, batch), buffer)
+            if end > first:
+                buffer = self.add_tile(end - 1, head, batch, buffer)
             item = self.items.take(state, ITEM_FIELDS)
             state.advance()
         cute.arch.cp_async_bulk_wait_group(0)
@@ -185,6 +189,20 @@ class BackwardStorer:
                     read_only_args=arguments,
                 )
         cute.arch.cp_async_bulk_commit_group()
+
+    @cute.jit
+    def store(self, place, buffer):
+        """The warpgroup's part of dV and dK, by TMA: what is beyond their ends is left out. Returns
+        the next buffer.
+        """
+        size = self.config.results
+        for i in cutlass.range_constexpr(0, 2, size):
+            self.wait_for_results(buffer)
+            for j in cutlass.range_constexpr(size):
+                tma_store(self.stores[i + j], self.s_results, (self.group, buffer, j), place)
+            cute.arch.cp_async_bulk_commit_group()
+            buffer = self.following(buffer)
+        return buffer
 
     @cute.jit
     def wait_for_results(self, buffer):

@@ -59,9 +59,11 @@ class BackwardProducts:
         m, n = config.tile_m, config.tile_n
         of_queries, stages, size = self.of_queries.get_slice(0), config.ds_stages, config.dq_columns
         # K: (columns of a chunk, keys, chunks, stage).
-        shape = (size, n, width // size, config.k_stages)
-        layout = cute.make_layout(shape, stride=(n, 1, n * size, n * width))
-        keys = cute.composition(s_k, layout)
+        chunks = 1 if size == width else 2
+        layout = cute.make_layout(
+            (size, n, chunks, config.k_stages), stride=(n, 1, n * size, n * size * chunks)
+        )
+        keys = cute.composition(chunks_of(s_k, size, chunks), layout)
         if const_expr(config.dq_transposed):
             operand = self.of_queries.make_fragment_A(of_queries.partition_A(keys))
             self.f_kt = operand[None, None, None, mine, None]
@@ -137,3 +139,18 @@ class BackwardProducts:
         else:
             of = self.f_ds[None, None, None, stage]
             multiply(self.of_queries, acc, of, self.f_kt, k_stage, True)
+
+
+def chunks_of(tensor, columns, chunks):
+    """A tensor in shared memory (rows, width, stage) as (rows, columns, chunk, stage). Where the
+    chunks are wider than the tensor, the last reaches into what lies behind its stage.
+    """
+    rows, width, stages = (cute.size(tensor, mode=[i]) for i in range(3))
+    if columns * chunks > width:
+        atom = 32  # columns, at head_dim 96, in their swizzle
+        one = cute.composition(tensor, cute.make_layout((rows, atom)))
+        shape = (*one.shape, columns // atom, chunks, stages)
+        strides = (rows * atom, rows * columns, rows * width)
+        layout = cute.make_layout(shape, stride=(*one.layout.stride, *strides))
+        tensor = cute.make_tensor(tensor.iterator, layout)
+    return cute.composition(tensor, cute.make_layout((rows, columns, chunks, stages)))

@@ -15,6 +15,7 @@ from sparse_flash.kernels.convert import Convert
 from sparse_flash.kernels.elementwise import Bounds, Statistics, Sum
 from sparse_flash.kernels.primitives import (
     LOAD,
+    STORE,
     WORK_STAGES,
     WorkList,
     barriers,
@@ -79,7 +80,7 @@ class BackwardSm90:
             Bounds(config)(k, v, bounds, kv_lens, work, counts, stream)
         Statistics(config)(out, dout, lse, dlse, stats, done, bounds, has_dlse, stream)
         lists = (kv_lens, work, tiles, bits, counter, counts)
-        results = ((dk, dv), (dq_sum, done), (dk_parts, dv_parts))
+        results = ((dv, dk), (dq_sum, done), (dv_parts, dk_parts))
         scales = (softmax_scale, scale_log2)
         self.launch((q, dout, k, v), stats, results, lists, num_ctas, scales, stream)
         if cutlass.const_expr(config.dq):
@@ -104,12 +105,14 @@ class BackwardSm90:
         shape = (4, 128, config.dq_chunk // 512, 2, config.buffers)
         dq_layout = cute.make_ordered_layout(shape, order=(0, 1, 2, 3, 4))
         stats_layout = cute.make_layout((m, 2, stages), stride=(1, m, 2 * m))
+        result_layout = smem_layout(self.dtype, 64, width, 1)
         loaded = ((q, q_layout), (dout, q_layout), (k, k_layout), (v, v_layout))
         loaded = (*loaded, (stats, stats_layout))
         self.kernel(
             tuple(tma(LOAD(), *tensor_and_layout) for tensor_and_layout in loaded),
+            [tma(STORE(), x, result_layout) for x in by_tiles(results[0])] if config.dq else [],
             results,
-            (q_layout, k_layout, v_layout, ds_layout, dq_layout, stats_layout),
+            (q_layout, k_layout, v_layout, ds_layout, dq_layout, stats_layout, result_layout),
             self._products(),
             lists,
             (
@@ -129,7 +132,8 @@ class BackwardSm90:
     def kernel(
         self,
         loads,  # (TMA atom, tensor) of q, dout, k, v, stats
-        results,  # dk and dv; sums of dq, and what stands there; parts of dk and dv
+        stores,  # of dv and dk
+        results,  # dv and dk; sums of dq, and what stands there; parts of dv and dk
         layouts,
         products,
         lists,
@@ -141,7 +145,7 @@ class BackwardSm90:
         config = self.config
         warp_idx = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp_idx == 0:
-            for atom, _ in loads:
+            for atom, _ in (*loads, *stores):
                 cpasync.prefetch_descriptor(atom)
         smem = cutlass.utils.SmemAllocator().allocate(storage)
         ds_shared = smem.ds_shared.data_ptr()
@@ -149,7 +153,7 @@ class BackwardSm90:
             with cute.arch.elect_one():
                 cute.arch.mbarrier_init(ds_shared, CONSUMER_WARPS)
         *pipes, work_pipe = self._pipelines(smem)
-        q_layout, k_layout, v_layout, ds_layout, dq_layout, stats_layout = layouts
+        q_layout, k_layout, v_layout, ds_layout, dq_layout, stats_layout, result_layout = layouts
         s_q, s_do, s_k, s_v, s_ds = (
             tensor_in(room, layout)
             for room, layout in (
@@ -161,6 +165,7 @@ class BackwardSm90:
             )
         )
         s_dq = smem.dq.get_tensor(dq_layout)
+        s_results = self._results_in(s_dq, result_layout)
         s_stats = smem.stats.get_tensor(stats_layout)
         s_tiles = smem.tiles.get_tensor(cute.make_layout(config.q_stages))
         kv_lens, work, tiles, bits, counter, counts = lists
@@ -175,12 +180,25 @@ class BackwardSm90:
             elif cutlass.const_expr(config.dq):
                 if warp_idx <= 2:
                     inputs, group = (tiles, heads), warp_idx - 1
-                    BackwardStorer(config, *results[1], s_dq, items, inputs, group).run()
+                    buffers = (s_dq, s_results)
+                    BackwardStorer(config, stores, *results[1], buffers, items, inputs, group).run()
         else:
             cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
-            buffers = (s_q, s_do, s_k, s_v, s_ds, s_dq, s_stats, s_tiles)
+            buffers = (s_q, s_do, s_k, s_v, s_ds, s_dq, s_results, s_stats, s_tiles)
             outside = (buffers, pipes, ds_shared, items, bits, results[::2], scales)
             BackwardConsumer(config, self.dtype, products, *outside).run()
+
+    def _results_in(self, s_dq, layout):
+        """(64 keys, head_dim, warpgroup, buffer, result): the buffers of dQ, for dV and dK."""
+        config = self.config
+        if cutlass.const_expr(not config.dq):
+            return None
+        one = cute.select(layout.outer, mode=[0, 1])
+        shape = (*one.shape, 2, config.buffers, config.results)
+        size = 2 * config.dq_chunk  # of a buffer, in numbers of 16 bits
+        stride = (*one.stride, size, 2 * size, 64 * config.head_dim)
+        start = cute.recast_ptr(s_dq.iterator, layout.inner, dtype=self.dtype)
+        return cute.make_tensor(start, cute.make_layout(shape, stride=stride))
 
     def _products(self):
         """Of scores, with K in shared memory or in registers; of dK and dV, with P' or dS' in

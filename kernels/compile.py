@@ -31,7 +31,6 @@ def forward_kernel(config: ForwardConfig) -> Callable[..., None]:
 def backward_kernel(config: BackwardConfig) -> Callable[..., None]:
     """The compiled backward kernel, likewise, with the arguments of `BackwardSm90.__call__`."""
     kind = "keys" if not config.dq else "fixed" if config.fixed else "backward"
-    kind = "wide" if config.dq_transposed else kind
     return _locked(kind, config, compile_backward)
 
 

@@ -111,7 +111,8 @@ class BackwardConfig:
             assert self.tile_n == 128
             assert self.ds_stages == self.q_stages == 2  # see BackwardConsumer.share
             assert not (self.fixed and self.dq_transposed)  # a row's exponent goes with its thread
-            assert (self.tile_m, self.head_dim) in ((64, 128), (80, 128), (128, 64), (128, 32))
+            tiles = ((64, 128), (80, 128), (64, 96), (128, 64), (128, 32))
+            assert (self.tile_m, self.head_dim) in tiles
         assert self.shared_memory <= SHARED_MEMORY, self.shared_memory
 
     @property
@@ -143,8 +144,11 @@ class BackwardConfig:
 
     @property
     def dq_transposed(self) -> bool:
-        """Whether the accumulators of dQ are those of its transpose: their rows come by 64."""
-        return self.tile_m == 80
+        """Whether the accumulators of dQ are those of its transpose, whose rows come by 64.
+
+        At head_dim 96 a quarter of these is not dQ's; but 48 columns would not fit the swizzle.
+        """
+        return self.tile_m == 80 or self.head_dim == 96
 
     @property
     def dq_columns(self) -> int:
@@ -160,6 +164,11 @@ class BackwardConfig:
     def dq_chunk(self) -> int:
         """Elements of dQ that a warpgroup computes at a time."""
         return self.dq_tile[0] * self.dq_tile[1]
+
+    @property
+    def results(self) -> int:
+        """Of how many results, dV and dK, a warpgroup's part fits into one of its buffers."""
+        return 2 * self.dq_chunk // (64 * self.head_dim)
 
     @property
     def shared_memory(self) -> int:
@@ -240,9 +249,16 @@ _FORWARD = {
 _BACKWARD = {
     32: BackwardConfig(_ANY, 32, 128, True, k_stages=2, v_stages=2, buffers=2, held=32, parts=1),
     64: BackwardConfig(_ANY, 64, 128, True, k_stages=2, v_stages=2, held=64),
+    96: BackwardConfig(_ANY, 96, 64, True, k_stages=2, v_stages=2, held=96, held_v=96),
     128: BackwardConfig(_ANY, 128, 64, True, k_stages=2, held=64, held_v=16),
 }
-# In place of those above, where blocks of such a width do not cover much more than is needed.
+# The repeatable ones, whose exponents take the registers that V would be held in.
+_FIXED = {
+    size: replace(config, fixed=True, held_v=0)
+    for size, config in _BACKWARD.items()
+    if not config.dq_transposed
+}
+# In place of the first, where blocks of such a width do not cover much more than is needed.
 _WIDE = {128: BackwardConfig(_ANY, 128, tile_m=80, dq=True, parts=1)}
 _KEYS = {
     32: BackwardConfig(_ANY, 32, tile_m=128, dq=False, held=32, parts=1),
@@ -252,25 +268,20 @@ _KEYS = {
 }
 
 
-def _fixed(config: BackwardConfig) -> BackwardConfig:
-    """The repeatable variant, whose exponents take the registers that V would be held in."""
-    return replace(config, fixed=True, held_v=0)
-
-
 def backward_config(kind: str, dtype: str, head_dim: int) -> BackwardConfig:
     """The config that computes this head_dim.
 
-    kind: "backward" or "fixed", with dQ (head_dims to 128), "wide" (above 64, to 128), or "keys",
+    kind: "backward" or "fixed", with dQ (head_dims to 128), "wide" (above 96, to 128), or "keys",
         without dQ (to 256).
     """
-    configs = {"keys": _KEYS, "wide": _WIDE}.get(kind, _BACKWARD)
+    configs = {"keys": _KEYS, "wide": _WIDE, "fixed": _FIXED}.get(kind, _BACKWARD)
     config = configs[min(size for size in configs if head_dim <= size)]
-    return replace(_fixed(config) if kind == "fixed" else config, dtype=dtype)
+    return replace(config, dtype=dtype)
 
 
 def backward_configs(kind: str, dtype: str, head_dim: int) -> tuple[BackwardConfig, ...]:
     """The configs that compute this head_dim in such a way, with tiles of several sizes."""
-    kinds = ("backward", "wide") if kind == "backward" and head_dim > 64 else (kind,)
+    kinds = ("backward", "wide") if kind == "backward" and head_dim > 96 else (kind,)
     return tuple(backward_config(kind, dtype, head_dim) for kind in kinds)
 
 
@@ -282,8 +293,7 @@ def kernel_of(kind: str, tile: tuple[int, int]) -> str:
 
 def all_backward_configs() -> list[BackwardConfig]:
     """Everything that is shipped."""
-    fixed = map(_fixed, _BACKWARD.values())
-    configs = (*_BACKWARD.values(), *fixed, *_WIDE.values(), *_KEYS.values())
+    configs = [c for kind in (_BACKWARD, _FIXED, _WIDE, _KEYS) for c in kind.values()]
     return [replace(config, dtype=dtype) for dtype in DTYPES for config in configs]
 
 

@@ -49,7 +49,8 @@ class Statistics:
 
     def __init__(self, config) -> None:
         self.config = config
-        self.lanes = config.head_dim // VECTOR  # threads of a row: a power of two
+        # Threads of a row: a power of two.
+        self.lanes = 1 << (config.head_dim // VECTOR - 1).bit_length()
         self.rows = THREADS // self.lanes
 
     @cute.jit

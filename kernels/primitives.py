@@ -143,6 +143,18 @@ def tma_load(load, smem, place, stage, barrier):
     cute.copy(atom, of[None, block], to[None, stage], tma_bar_ptr=barrier)
 
 
+@cute.jit
+def tma_store(store, smem, which, place):
+    """One TMA store: a tile of shared memory to the place = (block, head, batch)."""
+    atom, tensor = store
+    block, head, batch = place
+    tile = cute.product_each(cute.select(smem.shape, [0, 1]))
+    goal = cute.local_tile(tensor[None, None, head, batch], tile, (None, 0))
+    modes = (cute.group_modes(smem, 0, 2), cute.group_modes(goal, 0, 2))
+    of, to = cpasync.tma_partition(atom, 0, cute.make_layout(1), *modes)
+    cute.copy(atom, of[None, *which], to[None, block])
+
+
 def product(dtype, tile, a_mode=OperandMajorMode.K, b_mode=OperandMajorMode.K, **options):
     """The product of a warpgroup: (m, n) in float32 from operands that lie in these modes."""
     return hopper_helpers.make_trivial_tiled_mma(

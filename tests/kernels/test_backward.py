@@ -99,15 +99,17 @@ def test_ragged_ends(length):
     run(*tensors(1, length, 2, 128, 200), masks.full())
 
 
-@pytest.mark.parametrize("dim", [72, 96, 128])
+@pytest.mark.parametrize("dim", [72, 96, 104, 128])
 @pytest.mark.parametrize("length", [65, 80, 155, 400, 1040])
-def test_wide_tiles(dim, length):
-    """Tiles of 80 queries, where they cover less than those of 64 by more than they cost."""
+def test_transposed_dq(dim, length):
+    """To head_dim 96; and above with tiles of 80 queries, where these cover less than tiles of 64
+    by more than they cost.
+    """
     q, k, v = tensors(2, length, 4, dim, 400, 2)
     lens = torch.tensor([400, 333], device="cuda")
     for mask in (masks.full(), masks.causal(400 - length)):
         layout = mask.layout(length, 400, device="cuda")
-        assert schedule_of("backward", layout, q, k).tile == (128, 80)
+        assert schedule_of("backward", layout, q, k).tile == (128, 80 if dim > 96 else 64)
         run(q, k, v, mask, lens)
 
 
@@ -354,14 +356,17 @@ def test_memory_is_linear():
 SMALL_CASES = """
 import torch
 from sparse_flash import block_sparse_attention as f, masks
-for d, mask, sizes in (
-    (64, masks.local(40) | masks.global_tokens(5), (300, 300)),
-    (128, masks.causal(), (200, 260)),
-    (64, masks.full(), (3000, 64)),
-    (256, masks.causal(), (100, 150)),
+for d, mask, sizes, heads in (
+    (64, masks.local(40) | masks.global_tokens(5), (300, 300), 1),
+    (128, masks.causal(), (200, 260), 1),
+    (64, masks.full(), (3000, 64), 1),
+    (256, masks.causal(), (100, 150), 1),
+    (128, masks.local(40), (2200, 2200), 8),  # 144 items: some CTAs have two
+    (64, masks.local(40), (2200, 2200), 8),
 ):
-    q = torch.randn(1, sizes[0], 2, d, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    k, v = (torch.randn(1, sizes[1], 1, d, device="cuda", dtype=torch.bfloat16) for _ in "kv")
+    shape = (1, sizes[0], 2 * heads, d)
+    q = torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    k, v = (torch.randn(1, sizes[1], heads, d, device="cuda", dtype=torch.bfloat16) for _ in "kv")
     lens = torch.tensor([sizes[1] - 30], device="cuda")
     f(q, k, v, mask, kv_lens=lens, impl="sm90").sum().backward()
 torch.cuda.synchronize()

@@ -18,7 +18,8 @@ from sparse_flash.kernels.config import (
 )
 
 cute = pytest.importorskip("cutlass.cute")
-Int32 = pytest.importorskip("cutlass").Int32
+cutlass = pytest.importorskip("cutlass")
+Int32 = cutlass.Int32
 
 COMPILE = """
 import sys
@@ -118,18 +119,56 @@ def test_configs():
             assert all(c.head_dim >= head_dim for c in forward_configs(dtype, head_dim))
             assert forward_configs(dtype, head_dim)
         assert forward_configs(dtype, 264) == ()
-        dims = (8, 40, 64, 72, 128)
-        for kind in ("backward", "fixed"):
+        dims = (8, 40, 64, 72, 104, 128)
+        for kind, width in (("backward", 96), ("fixed", 128)):
             found = [backward_config(kind, dtype, d) for d in dims]
-            assert [c.head_dim for c in found] == [32, 64, 64, 128, 128]
+            assert [c.head_dim for c in found] == [32, 64, 64, width, 128, 128]
             assert all(c.fixed == (kind == "fixed") for c in found)
         for config in (queries_config(dtype, 136), backward_config("keys", dtype, 136)):
             assert config.head_dim == 256
     assert len(set(all_forward_configs())) == len(all_forward_configs())
 
 
+def on_host(function, tensors, numbers=0):
+    """Device code that the DSL also runs on a CPU, compiled for these tensors and some numbers."""
+    return cute.compile(
+        function,
+        *(cute.runtime.from_dlpack(x, enable_tvm_ffi=True) for x in tensors),
+        *(Int32(0),) * numbers,
+        options="--enable-tvm-ffi --gpu-arch sm_90a",
+    )
+
+
+@pytest.mark.parametrize("width", [64, 96, 128])
+def test_chunks_of_columns(width):
+    """Of K, as the product of dQ reads it; at width 96 the second chunk ends in another stage."""
+    from sparse_flash.kernels.backward_products import chunks_of
+    from sparse_flash.kernels.primitives import smem_layout
+
+    chunks = -(-width // 64)
+
+    @cute.jit
+    def copy(memory: cute.Tensor, rows: cute.Tensor, columns: cute.Tensor):
+        layout = smem_layout(cutlass.BFloat16, 128, width, 2).outer
+        tensor = cute.make_tensor(memory.iterator, layout)
+        parts = chunks_of(tensor, 64, chunks)
+        for index in cutlass.range(128 * 64 * chunks * 2):
+            row, column = index % 128, index // 128 % 64
+            chunk, stage = index // (128 * 64) % chunks, index // (128 * 64 * chunks)
+            columns[row, column, chunk, stage] = parts[row, column, chunk, stage]
+            if 64 * chunk + column < width:
+                rows[row, column, chunk, stage] = tensor[row, 64 * chunk + column, stage]
+
+    memory = torch.arange(128 * 64 * chunks * 2, dtype=torch.int32)
+    rows = torch.full((128, 64, chunks, 2), -1, dtype=torch.int32)
+    columns = rows.clone()
+    on_host(copy, (memory, rows, columns))(memory, rows, columns)
+    assert (rows >= 0).sum() == 128 * width * 2
+    assert torch.equal(torch.where(rows >= 0, columns, -1), rows)
+
+
 def test_walk_of_a_list_on_the_host():
-    """Device code that the DSL also runs on a CPU: how many tiles lie within a length."""
+    """How many tiles lie within a length."""
     from sparse_flash.kernels.forward_producer import tiles_within
 
     @cute.jit
@@ -139,12 +178,7 @@ def test_walk_of_a_list_on_the_host():
     columns = torch.tensor([9, 0, 1, 4, 5, 11, 3], dtype=torch.int32)
     tiles = torch.stack([columns, -torch.ones_like(columns)], 1).contiguous()
     out = torch.zeros(1, dtype=torch.int32)
-    compiled = cute.compile(
-        count,
-        *(cute.runtime.from_dlpack(x, enable_tvm_ffi=True) for x in (tiles, out)),
-        *(Int32(0),) * 3,
-        options="--enable-tvm-ffi --gpu-arch sm_90a",
-    )
+    compiled = on_host(count, (tiles, out), 3)
     for limit in (-5, 0, 1, 128, 129, 256, 513, 640, 641, 1408, 1409, 4000):
         for first, number in ((1, 5), (1, 1), (2, 3), (6, 1)):
             compiled(tiles, out, first, number, limit)

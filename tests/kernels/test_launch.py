@@ -101,9 +101,11 @@ def launch_backward(q, k, v, mask, dout, dlse=None, kind="backward"):
         *(
             (kind, *sizes)
             for kind in ("backward", "fixed")
-            for sizes in ((24, 128, 32), (40, 128, 64), (96, 64, 128))
+            for sizes in ((24, 128, 32), (40, 128, 64), (104, 64, 128))
         ),
-        ("wide", 96, 80, 128),
+        ("backward", 72, 64, 96),
+        ("fixed", 72, 64, 128),
+        ("wide", 104, 80, 128),
     ],
 )
 def test_backward_arguments_are_those_of_the_kernel(launched, kind, dim, tile_m, width):
