@@ -196,7 +196,8 @@ def markdown(report: dict[str, Any]) -> str:
         for task, values in row["tasks"].items():
             if "share" in values:
                 shares[task] = min(values["share"], shares.get(task, 1.0))
-    chance = {t: r["tasks"][t]["chance"] for r in report["rows"] for t in r["tasks"]}
+    found = {t: r["tasks"][t]["chance"] for r in report["rows"] for t in r["tasks"]}
+    chance = {t: found[t] for t in settings["tasks"] if t in found}
     budget = ", ".join(f"{task} {share:.0%}" for task, share in shares.items())
     guesses = ", ".join(f"{task} {value:.1%}" for task, value in chance.items())
     return (

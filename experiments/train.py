@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import signal
+import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from sparse_flash.experiments.attention import Kind
 from sparse_flash.experiments.clock import AttentionClock
 from sparse_flash.experiments.config import RunConfig, TrainConfig
 from sparse_flash.experiments.data.dataset import Batch, Examples, Sampler, Splits, Stages
-from sparse_flash.experiments.logger import Logger
+from sparse_flash.experiments.logger import Logger, Record
 from sparse_flash.experiments.machine import describe, matrix_peak, tensor_peak
 from sparse_flash.experiments.model import Encoder
 from sparse_flash.experiments.parallel import Workers
@@ -31,6 +33,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 RESULT = "result.json"
+LEARNED = ("train/loss", "train/accuracy")  # what is logged of the batches themselves
 
 
 class TrainingError(RuntimeError):
@@ -83,9 +86,9 @@ def train(
             larger budget goes on.
 
     Returns:
-        What result.json holds: config, machine, metrics, and the curve: of each evaluation step,
-        seconds of training, loss, accuracy. What is tested are the weights whose loss was least
-        on the examples to evaluate on.
+        What result.json holds: config, machine, metrics, the curve: of each evaluation step,
+        seconds of training, loss, accuracy; and the training_curve: see there. What is tested are
+        the weights whose loss was least on the examples to evaluate on.
 
     Raises:
         TrainingError: The loss is no number.
@@ -334,6 +337,7 @@ class _Run:
             "density": density(config),
             "step_gflops": 1e-9 * step_flops(config),
             "examples_per_second": config.train.batch_size / progress.step_seconds(),
+            "workers": self.workers.size,
         }
         if not math.isnan(progress.attention_share):
             metrics["attention_share"] = progress.attention_share
@@ -347,6 +351,7 @@ class _Run:
             "machine": describe(self.device),
             "metrics": metrics,
             "curve": progress.curve,
+            "training_curve": training_curve(self.log.history, [row[0] for row in progress.curve]),
         }
         if self.workers.first:
             with atomic_write(self.folder / RESULT) as file:
@@ -419,6 +424,25 @@ class _Run:
         states = state["random"]
         if len(states) == self.workers.size:  # else the workers' number has changed
             checkpoint.restore_random_state(states[self.workers.rank])
+
+
+def training_curve(history: Sequence[Record], steps: Sequence[float]) -> list[list[float]]:
+    """Each of these steps, and mean loss and accuracy of the batches logged since the one before.
+
+    That is of what the model was shown, easier examples too; `curve` is of what it is to learn.
+
+    >>> history = [("train/loss", 0.7, 1, 0.0), ("train/loss", 0.5, 2, 0.0)]
+    >>> history += [("train/accuracy", 0.4, 1, 0.0), ("train/accuracy", 0.8, 2, 0.0)]
+    >>> training_curve(history, [2])
+    [[2, 0.6, 0.6]]
+    """
+    rows: list[list[float]] = []
+    for before, end in itertools.pairwise([0, *steps]):
+        some = [record for record in history if before < record[2] <= end]
+        logged = [[value for tag, value, *_ in some if tag == name] for name in LEARNED]
+        if all(logged):
+            rows.append([end, *(round(statistics.fmean(values), 6) for values in logged)])
+    return rows
 
 
 def density(config: RunConfig) -> float:
