@@ -19,6 +19,7 @@ from sparse_flash.experiments.data.dataset import Examples, Split, Splits
 from sparse_flash.kernels.cache import cache_dir
 from sparse_flash.masks.files import atomic_write
 
+HUB = "hf:"  # before the name of what `hub` reads, be it a folder
 _DIGEST = 32  # bytes of a SHA-256, before what it was taken of
 
 
@@ -82,7 +83,7 @@ def cached(
     task: A dataclass with all settings. kind: What the splits are. Processes that come at the same
     time build once; a file that was cut off or altered is made anew.
     """
-    state = [(source, *_stamp(Path(source))) for source in sources]
+    state = [(source, *_stamp(Path(source.removeprefix(HUB)))) for source in sources]
     name = type(task).__name__
     key = hashlib.sha256(repr((name, asdict(task), state)).encode()).hexdigest()[:16]
     path = cache_dir() / "data" / f"{name.lower()}-{key}.pt"

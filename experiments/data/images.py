@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from sparse_flash.experiments.data import hub
 from sparse_flash.experiments.data.dataset import Batch, Examples, Split, Splits
 from sparse_flash.experiments.data.files import DataError, cached, members
 from torch import Tensor
@@ -23,8 +24,8 @@ from sparse_flash import masks
 
 CIFAR = (
     "CIFAR-10 (Krizhevsky, 2009) is at https://www.cs.toronto.edu/~kriz/cifar.html; give "
-    "cifar-10-python.tar.gz, or an archive or a folder of {train,test}/CLASS/*.{png,jpg}, with "
-    "--task.source"
+    "cifar-10-python.tar.gz, or an archive or a folder of {train,test}/CLASS/*.{png,jpg}, or "
+    "hf:uoft-cs/cifar10, with --task.source"
 )
 CLASSES = (
     "airplane",
@@ -103,7 +104,8 @@ class Image:
     """CIFAR-10 in grey: 45,000 images to train, 5,000 to evaluate, 10,000 to test."""
 
     source: str = "data/cifar-10-python.tar.gz"
-    """The published archive or its folder, or images in {train,test}/CLASS/."""
+    """The published archive or its folder, or images in {train,test}/CLASS/; or hf:uoft-cs/cifar10,
+    or another data set of the Hugging Face Hub with the columns img and label."""
     order: Order = "raster"
     """The order of the pixels."""
     val: int = 5_000
@@ -159,7 +161,16 @@ def grey(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def _images(source: str) -> Iterator[tuple[str, NDArray[np.uint8], int]]:
-    """(train or test, grey image, label) of each image of either form."""
+    """(train or test, grey image, label) of each image of any form."""
+    if hub.on_hub(source):
+        images = hub.DataSet(source, CIFAR)
+        for split in ("train", "test"):
+            for number, (image, label) in enumerate(images.rows(split, "img|image", "label"), 1):
+                name = f"{source}: {split} {number}"
+                if label not in range(len(CLASSES)):
+                    raise DataError(f"{name} has the label {label!r}, not 0..9: {CIFAR}")
+                yield split, grey(pixels_of(image, name, "RGB", SIDE)), label
+        return
     for name, content in members(source, CIFAR):
         split, kind, file = ("", "", *name.split("/"))[-3:]
         if file.startswith(("data_batch_", "test_batch")) and "." not in file:
@@ -176,12 +187,25 @@ def _decode(name: str, content: bytes) -> NDArray[np.uint8]:
 
     try:
         with Pillow.open(io.BytesIO(content)) as image:
-            colours = np.asarray(image.convert("RGB"))
+            return pixels_of(image, name, "RGB", SIDE)
     except (OSError, SyntaxError) as error:
         raise DataError(f"{name} is no image, or not all of one ({error}): {CIFAR}") from error
-    if colours.shape != (SIDE, SIDE, 3):
-        raise DataError(f"{name} has {colours.shape[1]} x {colours.shape[0]} pixels, not 32 x 32")
-    return colours
+
+
+def pixels_of(image: Any, name: str, mode: str, side: int) -> NDArray[np.uint8]:
+    """The pixels of a square picture of Pillow's, in this mode.
+
+    Raises:
+        DataError: It is none, or of another size.
+    """
+    if not hasattr(image, "convert"):
+        raise DataError(f"{name} is no image: {str(image)[:60]!r}")
+    pixels = np.asarray(image.convert(mode))
+    if pixels.shape[:2] != (side, side):
+        raise DataError(
+            f"{name} has {pixels.shape[1]} x {pixels.shape[0]} pixels, not {side} x {side}"
+        )
+    return pixels
 
 
 class _Arrays(pickle.Unpickler):

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import multiprocessing
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 
+from sparse_flash.experiments.data import hub
 from sparse_flash.experiments.data.dataset import Split, Splits, check_share
 from sparse_flash.experiments.data.files import DataError, cached, lines
 from torch.nn.functional import pad
@@ -26,7 +27,8 @@ _CHUNK = 250  # examples that one seed makes
 _WORTH_KEEPING = 10_000_000  # tokens
 RELEASE = (
     "ListOps is in lra_release.gz at https://github.com/google-research/long-range-arena, or is "
-    "generated where --task.source is left empty"
+    "generated where --task.source is left empty; hf:NAME is a data set with the columns Source "
+    "and Target"
 )
 
 
@@ -60,7 +62,8 @@ class ListOps:
     seed: int = 0
     """Seed of the data, not of the training."""
     source: str = ""
-    """Folder with basic_{train,val,test}.tsv of the Long Range Arena release, to be read instead of
+    """Folder with basic_{train,val,test}.tsv of the Long Range Arena release, or hf: and the name
+    of a data set of the Hugging Face Hub with the columns Source and Target, to be read instead of
     generating; the numbers of examples are then those of the files."""
 
     vocabulary = VOCABULARY
@@ -101,12 +104,25 @@ class ListOps:
             plain = replace(self, easier=(), easier_share=ListOps.easier_share)
             first = Split.joined([plain._shorter(length) for length in self.easier])
             return replace(plain.load(), first=first, first_share=self.easier_share)
+        if hub.on_hub(self.source):
+            return cached(self, (self.source,), self._read_hub)
         if self.source:
             paths = [f"{self.source}/basic_{split}.tsv" for split in ("train", "val", "test")]
-            return cached(self, tuple(paths), lambda: Splits(*(read(self, p) for p in paths)))
+            return cached(
+                self, tuple(paths), lambda: Splits(*(read(self, _rows(p), p) for p in paths))
+            )
         if (self.train + self.val + self.test) * self.max_length < _WORTH_KEEPING:
             return generate(self)
         return cached(self, (), lambda: generate(self))
+
+    def _read_hub(self) -> Splits:
+        lists, columns = hub.DataSet(self.source, RELEASE), ("Source|source", "Target|target")
+        return Splits(
+            *(
+                read(self, lists.rows(split, *columns), f"{self.source}, {split}")
+                for split in hub.SPLITS
+            )
+        )
 
     def _shorter(self, length: int) -> Split:
         """Examples below this length, padded as all others are."""
@@ -117,29 +133,36 @@ class ListOps:
         return replace(train, tokens=tokens)
 
 
-def read(task: ListOps, path: str) -> Split:
-    """A file of the Long Range Arena release: source and target, with a tab between them.
+def _rows(path: str) -> Iterator[list[str]]:
+    """Source and target, with a tab between them, of each line of a file of the release."""
+    for _, line in lines(path, RELEASE):
+        source, _, target = line.partition("\t")
+        yield [source, target]
+
+
+def read(task: ListOps, rows: Iterable[list[str]], name: str) -> Split:
+    """Examples from rows of a source and a target, the first of which may be the heading.
 
     Brackets that group ("( " and " )") are left out; "]" is a token.
     """
     names = {str(digit): 1 + digit for digit in range(10)} | {"]": CLOSE}
     names |= {f"[{name}": 11 + i for i, name in enumerate(OPERATORS)}
     examples = []
-    for number, line in lines(path, RELEASE):
-        if number == 1 and line == "Source\tTarget":
+    for number, (source, target) in enumerate(rows, 1):
+        if number == 1 and (source, target) == ("Source", "Target"):
             continue
-        source, _, target = line.partition("\t")
-        words = [word for word in source.split() if word not in "()"]
-        if target not in tuple("0123456789") or not words or not names.keys() >= set(words):
-            raise DataError(f"{path}, line {number}: no ListOps: {line[:60]!r}: {RELEASE}")
+        words = [word for word in str(source).split() if word not in "()"]
+        if str(target) not in tuple("0123456789") or not words or not names.keys() >= set(words):
+            found = f"{source}\t{target}"[:60]
+            raise DataError(f"{name}, line {number}: no ListOps: {found!r}: {RELEASE}")
         if len(words) > task.length:
             raise DataError(
-                f"{path}, line {number} has {len(words)} tokens, more than max_length - 1 = "
+                f"{name}, line {number} has {len(words)} tokens, more than max_length - 1 = "
                 f"{task.length}: set --task.max-length"
             )
         examples.append((bytes(names[word] for word in words), int(target)))
     if not examples:
-        raise DataError(f"{path} is empty: {RELEASE}")
+        raise DataError(f"{name} is empty: {RELEASE}")
     return Split.from_sequences(examples, task.length)
 
 

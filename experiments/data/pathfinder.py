@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,17 +17,24 @@ from typing import Literal
 
 import numpy as np
 import torch
+from sparse_flash.experiments.data import hub
 from sparse_flash.experiments.data.dataset import Batch, Examples, Split, Splits, check_share
 from sparse_flash.experiments.data.files import DataError, cached
-from sparse_flash.experiments.data.images import Mirrored, Order, places, token_order
+from sparse_flash.experiments.data.images import (
+    Mirrored,
+    Order,
+    pixels_of,
+    places,
+    token_order,
+)
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, pad
 from tqdm import tqdm
 
 RELEASE = (
     "Pathfinder is in lra_release.gz at https://github.com/google-research/long-range-arena; give "
-    "a folder such as lra_release/pathfinder32/curv_contour_length_14 with --task.source, or leave "
-    "it empty to generate images"
+    "a folder such as lra_release/pathfinder32/curv_contour_length_14 with --task.source, or "
+    "hf:NAME of a data set with the columns image and label, or leave it empty to generate images"
 )
 _CHUNK = 64  # images that a thread makes at a time
 _DRAWN = 256  # images that are drawn at a time
@@ -64,7 +72,8 @@ class Pathfinder:
     mirrored: bool = False
     """Train with eight examples of each image: turned by quarters, and in the mirror."""
     source: str = ""
-    """Folder of the Long Range Arena release with imgs and metadata, to be read instead."""
+    """Folder of the Long Range Arena release with imgs and metadata, or hf: and the name of a data
+    set of the Hugging Face Hub with the columns image and label, to be read instead."""
 
     vocabulary = 256
     classes = 2
@@ -104,7 +113,8 @@ class Pathfinder:
         # Neither of these changes the images themselves.
         same = replace(self, easier_share=Pathfinder.easier_share, mirrored=Pathfinder.mirrored)
         if self.source:
-            splits = cached(same, (self.source,), self._read)
+            read = self._read_hub if hub.on_hub(self.source) else self._read
+            splits = cached(same, (self.source,), read)
         else:
             splits = cached(same, (), self._generate, Drawings)
         train = self._laid(splits.train)
@@ -164,14 +174,41 @@ class Pathfinder:
             (_png(path, self.size), y)
             for path, y in tqdm(rows, desc="reading images", disable=None)
         )
-        images = [(x, y) for x, y in read if x is not None]
-        pixels = torch.from_numpy(np.stack([x.reshape(-1) for x, _ in images]))
-        pixels = pixels[:, token_order(self.order, self.size).permutation]
-        whole = Split(pixels, None, torch.tensor([y for _, y in images]))
-        order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(0))
-        tenth = max(1, len(whole) // 10)  # 80 : 10 : 10, as in Long Range Arena
-        val, test, train = order[:tenth], order[tenth : 2 * tenth], order[2 * tenth :]
-        return Splits(whole.subset(train), whole.subset(val), whole.subset(test))
+        return _parted(self._split((x, y) for x, y in read if x is not None))
+
+    def _read_hub(self) -> Splits:
+        """Its own splits; or parts of the only one."""
+        images = hub.DataSet(self.source, RELEASE)
+        names = images.names
+        if len(names) not in (1, len(hub.SPLITS)):
+            raise DataError(
+                f"{self.source} has {' and '.join(names) or 'no splits'}: give one with train, "
+                f"validation and test, or with one of them, to be parted; {RELEASE}"
+            )
+        parts = [self._split(self._images(images, name)) for name in names]
+        return _parted(parts[0]) if len(parts) == 1 else Splits(*parts)
+
+    def _images(self, images: hub.DataSet, split: str) -> Iterable[tuple[np.ndarray, int]]:
+        rows = images.rows(split, "image|img", "label")
+        for number, (image, label) in enumerate(tqdm(rows, desc=split, disable=None), 1):
+            name = f"{self.source}: {split} {number} (see --task.size)"
+            if label not in (0, 1):
+                raise DataError(f"{name} has the label {label!r}, not 0 or 1: {RELEASE}")
+            yield pixels_of(image, name, "L", self.size), int(label)
+
+    def _split(self, images: Iterable[tuple[np.ndarray, int]]) -> Split:
+        pixels, labels = zip(*images, strict=True)
+        tokens = torch.from_numpy(np.stack([x.reshape(-1) for x in pixels]))
+        tokens = tokens[:, token_order(self.order, self.size).permutation]
+        return Split(tokens, None, torch.tensor(labels))
+
+
+def _parted(whole: Split) -> Splits:
+    """80 : 10 : 10, as in Long Range Arena."""
+    order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(0))
+    tenth = max(1, len(whole) // 10)
+    val, test, train = order[:tenth], order[tenth : 2 * tenth], order[2 * tenth :]
+    return Splits(whole.subset(train), whole.subset(val), whole.subset(test))
 
 
 def _png(path: Path, size: int) -> np.ndarray | None:
@@ -183,14 +220,9 @@ def _png(path: Path, size: int) -> np.ndarray | None:
         if not content:
             return None
         with Image.open(io.BytesIO(content)) as image:
-            pixels = np.asarray(image.convert("L"))
+            return pixels_of(image, f"{path} (see --task.size)", "L", size)
     except (OSError, SyntaxError) as error:
         raise DataError(f"{path} is no image, or not all of one ({error}): {RELEASE}") from error
-    if pixels.shape != (size, size):
-        raise DataError(
-            f"{path} has {pixels.shape[1]} x {pixels.shape[0]} pixels: set --task.size to its size"
-        )
-    return pixels
 
 
 class Drawings(Examples):

@@ -6,10 +6,11 @@ padding. What is longer than `max_length` is cut off.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
+from sparse_flash.experiments.data import hub
 from sparse_flash.experiments.data.dataset import Split, Splits
 from sparse_flash.experiments.data.files import DataError, cached, lines, members
 from tqdm import tqdm
@@ -17,11 +18,12 @@ from tqdm import tqdm
 IMDB = (
     "the Large Movie Review Dataset (Maas et al., 2011) is at "
     "https://ai.stanford.edu/~amaas/data/sentiment; give the folder aclImdb, or its archive, "
-    "with --task.source"
+    "or hf:stanfordnlp/imdb, with --task.source"
 )
 AAN = (
     "Retrieval is in lra_release.gz at https://github.com/google-research/long-range-arena; give "
-    "the folder with new_aan_pairs.{train,eval,test}.tsv with --task.source"
+    "the folder with new_aan_pairs.{train,eval,test}.tsv with --task.source, or hf:NAME of a data "
+    "set with the columns label, text1 and text2"
 )
 
 
@@ -54,7 +56,8 @@ class Text(_Bytes):
     """
 
     source: str = "data/aclImdb"
-    """Folder aclImdb, or an archive of it: {train,test}/{pos,neg}/*.txt."""
+    """Folder aclImdb, or an archive of it: {train,test}/{pos,neg}/*.txt; or hf:stanfordnlp/imdb, or
+    another data set of the Hugging Face Hub with the columns text and label."""
     max_length: int = 4096
     """Bytes of a review; the rest is cut off."""
     val: int = 2_000
@@ -72,12 +75,12 @@ class Text(_Bytes):
 
     def _read(self) -> Splits:
         examples: dict[str, list[tuple[bytes, int]]] = {"train": [], "test": []}
-        for name, content in tqdm(members(self.source, IMDB), desc="reading reviews", disable=None):
-            split, label, file = ("", "", *name.split("/"))[-3:]
-            if split in examples and label in ("pos", "neg") and file.endswith(".txt"):
-                if not content or 0 in content:
-                    raise DataError(f"{self.source}: {name} is no text: {IMDB}")
-                examples[split].append((content[: self.max_length], int(label == "pos")))
+        for split, name, content, label in tqdm(
+            _reviews(self.source), desc="reading reviews", disable=None
+        ):
+            if not content or 0 in content:
+                raise DataError(f"{self.source}: {name} is no text: {IMDB}")
+            examples[split].append((content[: self.max_length], label))
         for split, found in examples.items():
             counts = [sum(label == kind for _, label in found) for kind in (0, 1)]
             if not all(counts) or counts[0] != counts[1]:
@@ -92,6 +95,23 @@ class Text(_Bytes):
         return Splits(train.subset(order[self.val :]), train.subset(order[: self.val]), test)
 
 
+def _reviews(source: str) -> Iterator[tuple[str, str, bytes, int]]:
+    """(train or test, name, content, whether it is positive) of each review."""
+    if hub.on_hub(source):
+        reviews = hub.DataSet(source, IMDB)
+        for split in ("train", "test"):
+            for number, (text, label) in enumerate(reviews.rows(split, "text", "label"), 1):
+                name = f"{split} {number}"
+                if not isinstance(text, str) or label not in (0, 1):
+                    raise DataError(f"{source}: {name} is no review with 0 or 1: {IMDB}")
+                yield split, name, text.encode(), int(label)
+        return
+    for name, content in members(source, IMDB):
+        split, kind, file = ("", "", *name.split("/"))[-3:]
+        if split in ("train", "test") and kind in ("pos", "neg") and file.endswith(".txt"):
+            yield split, name, content, int(kind == "pos")
+
+
 @dataclass(frozen=True)
 class Retrieval(_Bytes):
     """Pairs of papers, one of which cites the other or not; byte by byte.
@@ -101,7 +121,8 @@ class Retrieval(_Bytes):
     """
 
     source: str = "data/lra_release/tsv_data"
-    """Folder with new_aan_pairs.train.tsv, .eval.tsv and .test.tsv."""
+    """Folder with new_aan_pairs.train.tsv, .eval.tsv and .test.tsv; or hf: and the name of a data
+    set of the Hugging Face Hub with the columns label, text1 and text2."""
     max_length: int = 4000
     """Bytes of a document; the rest is cut off."""
 
@@ -113,26 +134,48 @@ class Retrieval(_Bytes):
         Raises:
             DataError: A file is missing, cut off, or has other columns.
         """
+        if hub.on_hub(self.source):
+            return cached(self, (self.source,), self._read_hub)
         paths = [f"{self.source}/new_aan_pairs.{split}.tsv" for split in ("train", "eval", "test")]
-        return cached(self, tuple(paths), lambda: Splits(*map(self._read, paths)))
+        return cached(
+            self, tuple(paths), lambda: Splits(*(self._split(_pairs(p), p) for p in paths))
+        )
 
-    def _read(self, path: str) -> Split:
+    def _read_hub(self) -> Splits:
+        pairs = hub.DataSet(self.source, AAN)
+        return Splits(
+            *(
+                self._split(pairs.rows(split, "label", "text1", "text2"), f"{self.source}, {split}")
+                for split in hub.SPLITS
+            )
+        )
+
+    def _split(self, rows: Iterable[list[str]], name: str) -> Split:
+        """Pairs from rows of a label and two texts."""
         documents, labels = [], []
-        for number, line in tqdm(lines(path, AAN), desc=Path(path).name, disable=None):
-            fields = line.split("\t")
-            if len(fields) != 5 or fields[0] not in ("0", "1", "0.0", "1.0"):
-                raise DataError(
-                    f"{path}, line {number}: expected label, two ids and two texts, with tabs "
-                    f"between them, got {line[:60]!r}: {AAN}"
-                )
-            labels.append(int(float(fields[0])))
-            documents += [(_plain(text)[: self.max_length], 0) for text in fields[3:]]
+        for number, (label, *texts) in enumerate(tqdm(rows, desc=name, disable=None), 1):
+            if str(label) not in ("0", "1", "0.0", "1.0"):
+                raise DataError(f"{name}, row {number}: the label is {label!r}, not 0 or 1: {AAN}")
+            labels.append(int(float(label)))
+            documents += [(_plain(text)[: self.max_length], 0) for text in texts]
         if not labels:
-            raise DataError(f"{path} is empty: {AAN}")
+            raise DataError(f"{name} is empty: {AAN}")
         both = Split.from_sequences(documents, self.max_length)
         assert both.lengths is not None
         pairs = (both.tokens.view(-1, 2, self.max_length), both.lengths.view(-1, 2))
         return Split(*pairs, torch.tensor(labels))
+
+
+def _pairs(path: str) -> Iterator[list[str]]:
+    """Label and two texts of each line of a file of the release."""
+    for number, line in lines(path, AAN):
+        fields = line.split("\t")
+        if len(fields) != 5:
+            raise DataError(
+                f"{path}, line {number}: expected label, two ids and two texts, with tabs "
+                f"between them, got {line[:60]!r}: {AAN}"
+            )
+        yield [fields[0], *fields[3:]]
 
 
 def _plain(text: str) -> bytes:

@@ -254,7 +254,7 @@ def test_a_damaged_release(tmp_path):
     with pytest.raises(DataError, match="has no metadata"):
         Pathfinder(source=str(tmp_path)).load()
     source = release(tmp_path / "a")
-    with pytest.raises(DataError, match=r"32 x 32 pixels: set --task.size"):
+    with pytest.raises(DataError, match=r"see --task.size\) has 32 x 32 pixels, not 64 x 64"):
         Pathfinder(64, source=source).load()
     image = tmp_path / "a/imgs/0/sample_5.png"
     image.write_bytes(image.read_bytes()[:60])

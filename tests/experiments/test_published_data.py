@@ -116,7 +116,8 @@ def test_retrieval(tmp_path):
 
 @pytest.mark.parametrize("rows", ["1.0\tid1\tid2\tonly one\n", "2\ta\tb\tc\td\n", ""])
 def test_damaged_pairs(tmp_path, rows):
-    with pytest.raises(DataError, match=r"new_aan_pairs.eval.tsv(, line 1: expected| is empty)"):
+    wrong = r"new_aan_pairs.eval.tsv(, line 1: expected|, row 1: the label is '2'| is empty)"
+    with pytest.raises(DataError, match=wrong):
         Retrieval(retrieval(tmp_path, eval=rows)).load()
 
 
