@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 
-import datasets
 import numpy as np
 import pytest
 import torch
@@ -15,6 +14,9 @@ from sparse_flash.experiments.data.images import Image, grey
 from sparse_flash.experiments.data.listops import ListOps, evaluate
 from sparse_flash.experiments.data.pathfinder import Pathfinder
 from sparse_flash.experiments.data.text import Retrieval, Text
+
+
+datasets = pytest.importorskip("datasets")
 
 
 @pytest.fixture(autouse=True)
@@ -105,7 +107,8 @@ def test_pathfinder(tmp_path):
 
 
 def test_what_is_not_there(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(DataError, match=r"hf:no/such-thing cannot be read .*the Large Movie"):
         Text("hf:no/such-thing").load()
     source = parquet(tmp_path / "a", train=reviews("train"))
