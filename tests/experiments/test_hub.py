@@ -15,7 +15,6 @@ from sparse_flash.experiments.data.listops import ListOps, evaluate
 from sparse_flash.experiments.data.pathfinder import Pathfinder
 from sparse_flash.experiments.data.text import Retrieval, Text
 
-
 datasets = pytest.importorskip("datasets")
 
 
