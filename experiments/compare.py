@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_flash.experiments.config import CompareConfig
+from sparse_flash.experiments.logger import Logger
 from sparse_flash.experiments.machine import as_list
 from sparse_flash.experiments.train import train
 from sparse_flash.masks.files import atomic_write
@@ -24,7 +25,8 @@ def compare(config: CompareConfig, folder: Path, device: str = "auto") -> dict[s
 
     Args:
         config: What is common, the variants, the seeds.
-        folder: A folder a run inside it; comparison.md and comparison.json beside them.
+        folder: A folder a run inside it; comparison.md and comparison.json beside them, and what
+            TensorBoard shows of these in the folder report.
         device: As for `train`.
 
     Returns:
@@ -50,6 +52,8 @@ def compare(config: CompareConfig, folder: Path, device: str = "auto") -> dict[s
         file.write(json.dumps(report, indent=2).encode())
     with atomic_write(folder / f"{REPORT}.md") as file:
         file.write(markdown(report).encode())
+    with Logger(folder / "report") as log:
+        log.text(REPORT, markdown(report))
     return report
 
 

@@ -20,6 +20,7 @@ from sparse_flash.experiments import recipes
 from sparse_flash.experiments.attention import Kind
 from sparse_flash.experiments.compare import as_table, slug
 from sparse_flash.experiments.config import RunConfig
+from sparse_flash.experiments.logger import Logger
 from sparse_flash.experiments.machine import as_list
 from sparse_flash.experiments.train import finished, train
 from sparse_flash.masks.files import atomic_write
@@ -109,7 +110,8 @@ def lra(
 
     Args:
         config: The grid.
-        out: A folder for each task and in it for each run; lra.md, lra.json, lra.png beside them.
+        out: A folder for each task and in it for each run; lra.md, lra.json, lra.png beside them,
+            and what TensorBoard shows of these in the folder report.
         device: As for `train`.
         by_task: The settings of each task.
         only_report: Train nothing: report what is finished.
@@ -271,10 +273,14 @@ def plot(report: dict[str, Any]) -> Figure:
 
 
 def _write(out: Path, report: dict[str, Any]) -> None:
-    """The report's three forms; each replaces the one before as a whole."""
+    """The report's files, each of which replaces the one before as a whole, and TensorBoard's."""
     with atomic_write(out / "lra.json") as file:
         file.write(json.dumps(report, indent=1).encode())
     with atomic_write(out / "lra.md") as file:
         file.write(markdown(report).encode())
+    figure = plot(report)
     with atomic_write(out / "lra.png") as file:
-        plot(report).savefig(file, format="png", dpi=110)
+        figure.savefig(file, format="png", dpi=110)
+    with Logger(out / "report") as log:
+        log.text("lra", markdown(report))
+        log.figure("lra", figure)

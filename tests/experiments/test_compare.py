@@ -134,7 +134,7 @@ def test_tensorboard_shows_the_comparison_in_a_browser(comparison, tmp_path):
     browser = None
     try:
         wait_until(lambda: reachable(f"http://127.0.0.1:{port}/"), 60)
-        wait_until(lambda: len(runs(port)) == 6, 60)
+        wait_until(lambda: len(runs(port)) == 7, 60)  # six, and the report
         browser = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
         for page, words in PAGES.items():
             browser.get(f"http://127.0.0.1:{port}/{page}")
@@ -159,6 +159,7 @@ PAGES = {
     "?tagFilter=attention_share#timeseries": ["speed/attention_share", "final/attention_share"],
     "?tagFilter=memory#timeseries": ["speed/peak_memory_MiB", "final/peak_memory_MiB"],
     "#images": ["mask"],
+    "#text": ["comparison/text_summary", "report"],  # the table itself is in a frame
     "#hparams": ["attention", "final/test_accuracy", "sdpa", "global_tokens"],
 }
 EVERYTHING = """

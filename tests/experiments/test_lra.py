@@ -17,6 +17,7 @@ from sparse_flash.experiments.data.text import Retrieval, Text
 from sparse_flash.experiments.lra import LraConfig
 from sparse_flash.experiments.recipes import RUNS, SMALL
 from sparse_flash.experiments.train import step_flops, train
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.experiments.conftest import TINY
 from tests.experiments.test_published_data import (
@@ -85,8 +86,15 @@ def test_every_task_from_end_to_end(tmp_path, config, recipes):
     assert "listops 40%" in text
     assert json.loads((out / "lra.json").read_text())["settings"]["budget"] is None
     assert (out / "lra.png").stat().st_size > 10_000
+    events = EventAccumulator(str(out / "report")).Reload()
+    assert events.Tags()["images"] == ["lra"]
+    (shown,) = events.Tensors("lra/text_summary")
+    assert shown.tensor_proto.string_val[0].decode() == text
     curve = report["runs"][0]["curve"]
     assert [point[0] for point in curve] == [2, 4]
+    learned = report["runs"][0]["training_curve"]
+    assert [point[0] for point in learned] == [2, 4]
+    assert all(loss > 0 and 0 <= accuracy <= 1 for _, loss, accuracy in learned)
     before = {p: p.stat().st_mtime_ns for p in out.rglob("result.json")}
     again = lra.lra(config, out, "cpu", recipes)
     assert len(before) == 10
