@@ -165,6 +165,7 @@ def _bars(axes: Axes, report: dict[str, Any], which: str) -> None:
         axes.barh(places, [speeds.get(case, 0) for case in cases], height=0.12, label=name)
     axes.axvline(report["matrix_peak_tflops"], color="grey", linestyle=":", label="matrix peak")
     axes.set_yticks(range(len(cases)), cases)
+    axes.margins(y=0.01)
     axes.invert_yaxis()
     axes.set_xlabel(f"TFLOP/s of stored elements, {which}")
     axes.legend(fontsize="small")
