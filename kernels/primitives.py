@@ -134,25 +134,24 @@ def store_pairs(tensor, place, pairs):
 @cute.jit
 def tma_load(load, smem, place, stage, barrier):
     """One TMA load: the tile at place = (block, head, batch) into a stage of shared memory."""
-    atom, tensor = load
-    block, head, batch = place
-    tile = cute.product_each(cute.select(smem.shape, [0, 1]))
-    source = cute.local_tile(tensor[None, None, head, batch], tile, (None, 0))
-    modes = (cute.group_modes(smem, 0, 2), cute.group_modes(source, 0, 2))
-    to, of = cpasync.tma_partition(atom, 0, cute.make_layout(1), *modes)
-    cute.copy(atom, of[None, block], to[None, stage], tma_bar_ptr=barrier)
+    to, of = _tiles(load, smem, place)
+    cute.copy(load[0], of[None, place[0]], to[None, stage], tma_bar_ptr=barrier)
 
 
 @cute.jit
 def tma_store(store, smem, which, place):
     """One TMA store: a tile of shared memory to the place = (block, head, batch)."""
-    atom, tensor = store
-    block, head, batch = place
+    of, to = _tiles(store, smem, place)
+    cute.copy(store[0], of[None, *which], to[None, place[0]])
+
+
+def _tiles(copy, smem, place):
+    """The tiles that a TMA copy moves, in shared memory and in memory, by their indices."""
+    (atom, tensor), (_, head, batch) = copy, place
     tile = cute.product_each(cute.select(smem.shape, [0, 1]))
-    goal = cute.local_tile(tensor[None, None, head, batch], tile, (None, 0))
-    modes = (cute.group_modes(smem, 0, 2), cute.group_modes(goal, 0, 2))
-    of, to = cpasync.tma_partition(atom, 0, cute.make_layout(1), *modes)
-    cute.copy(atom, of[None, *which], to[None, block])
+    tiles = cute.local_tile(tensor[None, None, head, batch], tile, (None, 0))
+    modes = (cute.group_modes(smem, 0, 2), cute.group_modes(tiles, 0, 2))
+    return cpasync.tma_partition(atom, 0, cute.make_layout(1), *modes)
 
 
 def product(dtype, tile, a_mode=OperandMajorMode.K, b_mode=OperandMajorMode.K, **options):
