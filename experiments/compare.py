@@ -50,10 +50,11 @@ def compare(config: CompareConfig, folder: Path, device: str = "auto") -> dict[s
     }
     with atomic_write(folder / f"{REPORT}.json") as file:
         file.write(json.dumps(report, indent=2).encode())
+    text = markdown(report)
     with atomic_write(folder / f"{REPORT}.md") as file:
-        file.write(markdown(report).encode())
+        file.write(text.encode())
     with Logger(folder / "report") as log:
-        log.text(REPORT, markdown(report))
+        log.text(REPORT, text)
     return report
 
 

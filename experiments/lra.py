@@ -141,9 +141,12 @@ def lra(
             facts = {"task": task, "attention": attention, "seed": seed, "share": share}
             runs.append(facts | result)
             report = _report(config, runs)
-            _write(out, report)
+            if not only_report:  # after each run, lest an interruption lose it
+                _write(out, report)
     if not report:
         raise ValueError(f"no run of this grid was finished in {out}: leave out --only-report")
+    if only_report:
+        _write(out, report)
     return report
 
 
@@ -276,11 +279,11 @@ def _write(out: Path, report: dict[str, Any]) -> None:
     """The report's files, each of which replaces the one before as a whole, and TensorBoard's."""
     with atomic_write(out / "lra.json") as file:
         file.write(json.dumps(report, indent=1).encode())
+    text, figure = markdown(report), plot(report)
     with atomic_write(out / "lra.md") as file:
-        file.write(markdown(report).encode())
-    figure = plot(report)
+        file.write(text.encode())
     with atomic_write(out / "lra.png") as file:
         figure.savefig(file, format="png", dpi=110)
     with Logger(out / "report") as log:
-        log.text("lra", markdown(report))
+        log.text("lra", text)
         log.figure("lra", figure)
