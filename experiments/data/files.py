@@ -97,9 +97,11 @@ def cached(
     return splits
 
 
-def _stamp(path: Path) -> tuple[int, int]:
-    """Size and time of a file; (0, 0) where it is not."""
-    return (path.stat().st_size, path.stat().st_mtime_ns) if path.exists() else (0, 0)
+def _stamp(path: Path) -> tuple[int, int, int]:
+    """Number, size and latest time of the files in a folder, or of a file; zeros without any."""
+    found = [p.stat() for p in (path.rglob("*") if path.is_dir() else (path,)) if p.is_file()]
+    times = [s.st_mtime_ns for s in found]
+    return len(found), sum(s.st_size for s in found), max(times, default=0)
 
 
 def _read(path: Path, kind: Callable[..., Examples]) -> Splits | None:

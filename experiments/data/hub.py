@@ -83,15 +83,16 @@ def _open(source: str, where: str) -> DatasetDict:
             f"{source} is read by the package datasets, which is not installed: pip install "
             f"'sparse-flash[hub]', or give files instead; {where}"
         ) from error
-    name, _, revision = source.removeprefix(HUB).partition("@")
+    path = source.removeprefix(HUB)
     try:
-        if (Path(name) / "dataset_dict.json").exists():  # what save_to_disk has written
-            return datasets.DatasetDict.load_from_disk(name)
-        if not Path(name).exists():
-            folder = str(cache_dir() / "hub")
-            return datasets.load_dataset(name, revision=revision or None, cache_dir=folder)
-        # Of a folder `datasets` would keep what it once was.
-        with tempfile.TemporaryDirectory() as folder:
-            return datasets.load_dataset(name, cache_dir=folder, keep_in_memory=True)
+        if (Path(path) / "dataset_dict.json").exists():  # what save_to_disk has written
+            return datasets.DatasetDict.load_from_disk(path)
+        if Path(path).exists():
+            # Of a folder `datasets` would keep what it once was.
+            with tempfile.TemporaryDirectory() as folder:
+                return datasets.load_dataset(path, cache_dir=folder, keep_in_memory=True)
+        name, _, revision = path.partition("@")
+        folder = str(cache_dir() / "hub")
+        return datasets.load_dataset(name, revision=revision or None, cache_dir=folder)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"{source} cannot be read ({error}): {where}") from error

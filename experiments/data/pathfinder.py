@@ -197,7 +197,10 @@ class Pathfinder:
             yield pixels_of(image, name, "L", self.size), int(label)
 
     def _split(self, images: Iterable[tuple[np.ndarray, int]]) -> Split:
-        pixels, labels = zip(*images, strict=True)
+        some = list(images)
+        if not some:
+            raise DataError(f"{self.source} has no image that is not empty: {RELEASE}")
+        pixels, labels = zip(*some, strict=True)
         tokens = torch.from_numpy(np.stack([x.reshape(-1) for x in pixels]))
         tokens = tokens[:, token_order(self.order, self.size).permutation]
         return Split(tokens, None, torch.tensor(labels))

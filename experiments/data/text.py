@@ -156,6 +156,8 @@ class Retrieval(_Bytes):
         for number, (label, *texts) in enumerate(tqdm(rows, desc=name, disable=None), 1):
             if str(label) not in ("0", "1", "0.0", "1.0"):
                 raise DataError(f"{name}, row {number}: the label is {label!r}, not 0 or 1: {AAN}")
+            if not all(isinstance(text, str) for text in texts):
+                raise DataError(f"{name}, row {number}: not two texts, but {texts}: {AAN}")
             labels.append(int(float(label)))
             documents += [(_plain(text)[: self.max_length], 0) for text in texts]
         if not labels:

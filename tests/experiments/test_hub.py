@@ -135,6 +135,28 @@ def test_what_is_something_else(tmp_path):
     with pytest.raises(DataError, match=r"cannot be read"):
         Text(source).load()
 
+    pairs = {"label": [1], "text1": ["one"], "text2": [None]}
+    source = parquet(tmp_path / "d", train=pairs, validation=pairs, test=pairs)
+    with pytest.raises(DataError, match=r"train, row 1: not two texts, but \['one', None\]"):
+        Retrieval(source).load()
+
+
+def test_names_and_revisions(tmp_path, monkeypatch):
+    asked = []
+
+    def load(name, revision=None, **_):
+        asked.append((name, revision))
+        parts = {split: datasets.Dataset.from_dict(reviews(split)) for split in ("train", "test")}
+        return datasets.DatasetDict(parts)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    for source in ("hf:some/reviews", "hf:some/reviews@v2"):
+        assert len(Text(source, max_length=40, val=3).load().test) == 8
+    folder = tmp_path / "with@sign"
+    folder.mkdir()
+    Text(f"hf:{folder}", max_length=40, val=3).load()
+    assert asked == [("some/reviews", None), ("some/reviews", "v2"), (str(folder), None)]
+
 
 def test_without_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
@@ -142,11 +164,10 @@ def test_without_the_package(monkeypatch):
         Text("hf:stanfordnlp/imdb").load()
 
 
-def test_a_new_file_is_read_anew(tmp_path):
+def test_a_folder_that_has_changed_is_read_anew(tmp_path):
     source = parquet(tmp_path / "a", train=reviews("train"), test=reviews("test"))
     text = Text(source, max_length=40, val=3)
     assert len(text.load().test) == 8
     parquet(tmp_path / "a", train=reviews("train"), test=reviews("test", 5))
-    (tmp_path / "a" / "other").touch()
     assert len(text.load().test) == 10
     assert hub.DataSet(source, "").names == ["train", "test"]

@@ -260,6 +260,10 @@ def test_a_damaged_release(tmp_path):
     image.write_bytes(image.read_bytes()[:60])
     with pytest.raises(DataError, match="is no image, or not all of one"):
         Pathfinder(source=source).load()
+    for image in (tmp_path / "a/imgs").rglob("*.png"):
+        image.write_bytes(b"")
+    with pytest.raises(DataError, match="has no image that is not empty"):
+        Pathfinder(source=source).load()
     image.unlink()
     with pytest.raises(DataError, match="is no image"):
         Pathfinder(source=source).load()

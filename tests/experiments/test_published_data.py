@@ -260,6 +260,13 @@ def test_a_cache_is_used_and_mended(tmp_path):
     assert made.calls == 6
 
 
+def test_files_changed_in_a_folder_are_read_anew(tmp_path):
+    text = Text(write(tmp_path, REVIEWS) + "/aclImdb", max_length=40, val=3)
+    before = text.load().test.tokens
+    (tmp_path / "aclImdb/test/pos/0_7.txt").write_text("another review")
+    assert not torch.equal(text.load().test.tokens, before)
+
+
 def test_a_build_that_is_interrupted_leaves_nothing(tmp_path):
     def interrupted():
         raise KeyboardInterrupt
