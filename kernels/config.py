@@ -79,7 +79,8 @@ class BackwardConfig:
     each half of the columns of dK and dV, and both compute the scores.
     k_stages: K is needed to the end of an item, and the next one's can be loaded meanwhile if there
         are two. V is needed less long.
-    buffers: How many tiles of dQ of each warpgroup may wait to be added.
+    buffers: How many tiles of dQ of each warpgroup may wait to be added; dV and dK leave by them
+        too.
     held, held_v: How many columns of K and V stay in registers as long as an item lasts: as many
         as there is room for, since shared memory is what these kernels wait for.
     parts: Into how many parts of the queries P' and dS' are cut: with a part of them, the tensor

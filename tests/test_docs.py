@@ -48,6 +48,15 @@ def test_what_listops_outermost_operator_tells():
     assert f"{test} of the test examples" in page
 
 
+def test_what_path_256_learns_of_shorter_curves_was_recorded():
+    page = " ".join((ROOT / "docs" / "pathfinder.md").read_text().split())
+    recorded = ROOT / "experiments" / "results" / "path-h200" / "path-256-seed0" / "result.json"
+    curve = {row[0]: row[2] for row in json.loads(recorded.read_text())["training_curve"]}
+    first, fourth, fifth = (f"{curve[step]:.0%}".replace("%", " %") for step in (1000, 4000, 5000))
+    assert f"it is right in {first} of them in the first 1,000 steps, in {fourth} from" in page
+    assert f"step 3,000 to 4,000 and in {fifth} from step 4,000 to 5,000" in page
+
+
 def test_the_pathfinder_table_is_of_recorded_runs():
     recorded = ROOT / "experiments" / "results" / "path-h200"
     page = (ROOT / "docs" / "pathfinder.md").read_text().splitlines()
