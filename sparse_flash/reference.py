@@ -41,15 +41,18 @@ class _Tiles:
 class _Part:
     """Some block rows of equal length, for some heads (of any batch entries) that share them.
 
-    Sizes: n heads, r block rows, c tiles of each.
+    Sizes: n heads, r block rows, c tiles of each. What is used several times is found once: on a
+    CPU, many small calls are what costs.
     """
 
-    batch: Tensor  # (n, 1, 1)
-    head: Tensor  # (n, 1, 1)
-    kv_head: Tensor  # (n, 1, 1)
-    rows: Tensor  # (r, 1)
-    cols: Tensor  # (r, c)
-    entries: Tensor  # (r, c) bit tiles, -1 for full
+    shape: tuple[int, int, int]  # n, r, c
+    q_tokens: Tensor  # (n * r * block_q,) among tokens (b * q_len * h)
+    kv_tokens: Tensor  # (n * r * c * block_kv,) among tokens (b * kv_len * h_kv)
+    q_blocks: Tensor  # (n * r,) among results (b * h * nq)
+    kv_blocks: Tensor  # (n * r * c,) among results (b * h_kv * nk)
+    partial: list[tuple[int, Tensor]]  # the j of c with bit tiles among them, and which: (r,)
+    after_q: Tensor | None  # (r, block_q) whether beyond the last query; None: nowhere
+    after_kv: Tensor | None  # (n, r, c, block_kv) whether beyond the last key; None: nowhere
     first: bool  # the first slice of these rows
     last: bool  # the last one
 
@@ -109,39 +112,45 @@ class _Problem:
     def _part(
         self, heads: Tensor, rows: Tensor, cols: Tensor, entries: Tensor, ends: tuple[bool, bool]
     ) -> _Part:
-        heads = heads[:, None, None]
+        """Of heads (n,), block rows (r, 1), and tiles (r, c): their columns and bit tiles."""
+        heads, rows = heads[:, None, None], rows.to(cols.device)
         batch, head = heads // self.heads, heads % self.heads
         kv_head = head // (self.heads // self.kv_heads)
-        return _Part(batch, head, kv_head, rows.to(cols.device), cols, entries, *ends)
+        block_q, block_kv = self.tiles.block
+        query = rows * block_q + self.within[0]  # (r, block_q)
+        key = (cols[..., None] * block_kv + self.within[1])[None]  # (1 or n, r, c, block_kv)
+        after_q = after_kv = None
+        if self.nq * block_q > self.q_len:
+            after_q = query >= self.q_len
+            query = query.clamp(max=self.q_len - 1)
+        if (int(cols.max()) + 1) * block_kv > self.shortest:
+            limits = self.limits[batch[..., None]]
+            after_kv = key >= limits
+            key = torch.minimum(key, limits - 1)
+        partial = (entries != FULL_TILE).any(0).nonzero().flatten().tolist()
+        return _Part(
+            (len(heads), *cols.shape),
+            ((batch * self.q_len + query) * self.heads + head).flatten(),
+            ((batch[..., None] * self.kv_len + key) * self.kv_heads + kv_head[..., None]).flatten(),
+            ((batch * self.heads + head) * self.nq + rows).flatten(),
+            ((batch * self.kv_heads + kv_head) * self.nk + cols).flatten(),
+            [(j, entries[:, j]) for j in partial],
+            after_q,
+            after_kv,
+            *ends,
+        )
 
     def rows(self, part: _Part, *tensors: Tensor) -> list[Tensor]:
         """The part's rows of tensors of tokens `(b * q_len * h, d)`: `(n * r, block_q, d)`."""
-        token = (part.rows * self.tiles.block[0] + self.within[0]).clamp(max=self.q_len - 1)
-        index = ((part.batch * self.q_len + token) * self.heads + part.head).flatten()
-        return [self._take(x, index, len(self.within[0])) for x in tensors]
+        return [self._take(x, part.q_tokens, part) for x in tensors]
 
     def keys(self, part: _Part, *tensors: Tensor) -> list[Tensor]:
         """The part's keys of tensors `(b * kv_len * h_kv, d)`: `(n * r, c * block_kv, d)`."""
-        token = (part.cols[..., None] * self.tiles.block[1] + self.within[1]).flatten(1)
-        if self._beyond(part):
-            token = torch.minimum(token, self.limits[part.batch] - 1)
-        index = ((part.batch * self.kv_len + token) * self.kv_heads + part.kv_head).flatten()
-        return [self._take(x, index, token.shape[-1]) for x in tensors]
+        return [self._take(x, part.kv_tokens, part) for x in tensors]
 
-    def _take(self, tokens: Tensor, index: Tensor, length: int) -> Tensor:
-        return tokens.index_select(0, index).to(self.dtype).view(-1, length, tokens.shape[1])
-
-    def _beyond(self, part: _Part) -> bool:
-        """Whether some tile reaches beyond the end of some sequence."""
-        return (int(part.cols.max()) + 1) * self.tiles.block[1] > self.shortest
-
-    def row_index(self, part: _Part) -> Tensor:
-        """Where the part's block rows are in results `(b * h * nq, ...)`: `(n * r,)`."""
-        return ((part.batch * self.heads + part.head) * self.nq + part.rows).flatten()
-
-    def col_index(self, part: _Part) -> Tensor:
-        """Where the part's tiles are in results `(b * h_kv * nk, ...)`: `(n * r * c,)`."""
-        return ((part.batch * self.kv_heads + part.kv_head) * self.nk + part.cols).flatten()
+    def _take(self, tokens: Tensor, index: Tensor, part: _Part) -> Tensor:
+        n, r, _ = part.shape
+        return tokens.index_select(0, index).to(self.dtype).view(n * r, -1, tokens.shape[1])
 
     def logits(self, part: _Part, q: Tensor, k: Tensor) -> Tensor:
         """To base 2: scale q k^T log2(e), -inf where not allowed: (n * r, block_q, c * block_kv).
@@ -149,15 +158,13 @@ class _Problem:
         (Base 2 because torch.exp is several times slower than exp2 where its result is 0.)
         """
         logits = torch.bmm(q, k.transpose(1, 2)).mul_(self.scale * _LOG2_E)
-        n, (r, c), (block_q, block_kv) = len(part.batch), part.cols.shape, self.tiles.block
+        (n, r, c), (block_q, block_kv) = part.shape, self.tiles.block
         view = logits.view(n, r, block_q, c, block_kv)
-        for j in (part.entries != FULL_TILE).any(0).nonzero().flatten().tolist():
-            allowed = bits.unpack(self.bit_tiles[part.entries[:, j]], block_kv)
+        for j, entries in part.partial:
+            allowed = bits.unpack(self.bit_tiles[entries], block_kv)
             view[:, :, :, j].add_(_bias(~allowed, self.dtype))
-        if self._beyond(part):
-            keys = part.cols[..., None] * block_kv + self.within[1]
-            beyond = keys >= self.limits[part.batch[..., None]]
-            view.add_(_bias(beyond, self.dtype)[:, :, None])
+        if part.after_kv is not None:
+            view.add_(_bias(part.after_kv, self.dtype)[:, :, None])
         return logits
 
 
@@ -169,7 +176,7 @@ def _chunk(q: Tensor) -> int:
     """
     if q.device.type != "cpu":
         return 1 << 26
-    return 1 << 19 if q.numel() <= 1 << 20 else max(1 << 16, q.numel() // 20)
+    return 1 << 19 if q.numel() <= 1 << 20 else max(1 << 16, q.numel() // 16)
 
 
 def _bias(forbidden: Tensor, dtype: torch.dtype) -> Tensor:
@@ -219,9 +226,9 @@ def _forward(problem: _Problem, q: Tensor) -> tuple[Tensor, Tensor]:
         acc = acc.mul_(decay[:, :, None]).baddbmm_(weights, values)
         top = new
         if part.last:
-            index, some = p.row_index(part), total > 0
-            out[index] = acc / total.where(some, 1)[:, :, None]
-            lse[index] = ((shift + total.log2()) / _LOG2_E).where(some, -torch.inf)
+            some = total > 0
+            out[part.q_blocks] = acc / total.where(some, 1)[:, :, None]
+            lse[part.q_blocks] = ((shift + total.log2()) / _LOG2_E).where(some, -torch.inf)
     return out, lse
 
 
@@ -240,18 +247,20 @@ def _backward(
 
     def accumulate(part: _Part) -> None:  # a function of its own, so that temporaries end with it
         """P = exp(S - lse), dV = P^T dO, dS = P (dO V^T - delta) scale, dQ = dS K, dK = dS^T Q."""
-        queries, grad, top, d = p.rows(part, p.q, dout, lse, delta)
-        beyond = part.rows * block_q + p.within[0] >= p.q_len  # repetitions of the last row
-        top = top.view(-1, *beyond.shape, 1).masked_fill_(beyond[..., None], torch.inf).view_as(top)
-        weights = p.logits(part, queries, *p.keys(part, p.k)).sub_(top).exp2_()
-        _add(dv, p.col_index(part), torch.bmm(weights.transpose(1, 2), grad), deterministic)
+        grad, top, d = p.rows(part, dout, lse, delta)
+        if part.after_q is not None:  # repetitions of the last row
+            top.view(-1, *part.after_q.shape).masked_fill_(part.after_q, torch.inf)
+        logits = p.logits(part, *p.rows(part, p.q), *p.keys(part, p.k))
+        weights = logits.sub_(top).exp2_()
+        _add(dv, part.kv_blocks, torch.bmm(weights.transpose(1, 2), grad), deterministic)
         (values,) = p.keys(part, p.v)
         dots = torch.bmm(grad, values.transpose(1, 2))
         ds = dots.sub_(d).mul_(weights).mul_(p.scale)
-        del weights, values
-        (keys,) = p.keys(part, p.k)  # gathered twice rather than held
-        _add(dq, p.row_index(part), torch.bmm(ds, keys), deterministic)
-        _add(dk, p.col_index(part), torch.bmm(ds.transpose(1, 2), queries), deterministic)
+        del logits, weights, values
+        # Gathered twice rather than held:
+        (queries,), (keys,) = p.rows(part, p.q), p.keys(part, p.k)
+        _add(dq, part.q_blocks, torch.bmm(ds, keys), deterministic)
+        _add(dk, part.kv_blocks, torch.bmm(ds.transpose(1, 2), queries), deterministic)
 
     for part in p.parts():
         accumulate(part)
