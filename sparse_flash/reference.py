@@ -50,7 +50,8 @@ class _Part:
     kv_tokens: Tensor  # (n * r * c * block_kv,) among tokens (b * kv_len * h_kv)
     q_blocks: Tensor  # (n * r,) among results (b * h * nq)
     kv_blocks: Tensor  # (n * r * c,) among results (b * h_kv * nk)
-    partial: list[tuple[int, Tensor]]  # the j of c with bit tiles among them, and which: (r,)
+    partial: list[int]  # which of c have bit tiles
+    entries: Tensor  # (r, len(partial)) bit tiles of these, -1 for full
     after_q: Tensor | None  # (r, block_q) whether beyond the last query; None: nowhere
     after_kv: Tensor | None  # (n, r, c, block_kv) whether beyond the last key; None: nowhere
     first: bool  # the first slice of these rows
@@ -134,7 +135,8 @@ class _Problem:
             ((batch[..., None] * self.kv_len + key) * self.kv_heads + kv_head[..., None]).flatten(),
             ((batch * self.heads + head) * self.nq + rows).flatten(),
             ((batch * self.kv_heads + kv_head) * self.nk + cols).flatten(),
-            [(j, entries[:, j]) for j in partial],
+            partial,
+            entries[:, partial],
             after_q,
             after_kv,
             *ends,
@@ -152,17 +154,21 @@ class _Problem:
         n, r, _ = part.shape
         return tokens.index_select(0, index).to(self.dtype).view(n * r, -1, tokens.shape[1])
 
-    def logits(self, part: _Part, q: Tensor, k: Tensor) -> Tensor:
-        """To base 2: scale q k^T log2(e), -inf where not allowed: (n * r, block_q, c * block_kv).
+    def logits(self, part: _Part, shift: Tensor | None, q: Tensor, k: Tensor) -> Tensor:
+        """To base 2: scale q k^T log2(e) + shift, -inf where not allowed.
 
-        (Base 2 because torch.exp is several times slower than exp2 where its result is 0.)
+        shift: (n * r, block_q, 1). Returns (n * r, block_q, c * block_kv). (Base 2 because
+        torch.exp is several times slower than exp2 where its result is 0.)
         """
-        logits = torch.bmm(q, k.transpose(1, 2)).mul_(self.scale * _LOG2_E)
+        beta, start = (0, q.new_zeros(1)) if shift is None else (1, shift)
+        factor = self.scale * _LOG2_E
+        logits = torch.baddbmm(start, q, k.transpose(1, 2), beta=beta, alpha=factor)
         (n, r, c), (block_q, block_kv) = part.shape, self.tiles.block
         view = logits.view(n, r, block_q, c, block_kv)
-        for j, entries in part.partial:
-            allowed = bits.unpack(self.bit_tiles[entries], block_kv)
-            view[:, :, :, j].add_(_bias(~allowed, self.dtype))
+        if part.partial:
+            bias = _bias(~bits.unpack(self.bit_tiles[part.entries], block_kv), self.dtype)
+            for j, column in zip(part.partial, bias.unbind(1), strict=True):
+                view[:, :, :, j].add_(column)
         if part.after_kv is not None:
             view.add_(_bias(part.after_kv, self.dtype)[:, :, None])
         return logits
@@ -213,7 +219,7 @@ def _forward(problem: _Problem, q: Tensor) -> tuple[Tensor, Tensor]:
     lse = torch.full_like(out[:, :, 0], -torch.inf)
     for part in p.parts():
         (queries,), (keys, values) = p.rows(part, p.q), p.keys(part, p.k, p.v)
-        logits = p.logits(part, queries, keys)
+        logits = p.logits(part, None, queries, keys)
         if part.first:
             top = torch.full_like(logits[:, :, 0], -torch.inf)
             total = torch.zeros_like(top)
@@ -250,13 +256,12 @@ def _backward(
         grad, top, d = p.rows(part, dout, lse, delta)
         if part.after_q is not None:  # repetitions of the last row
             top.view(-1, *part.after_q.shape).masked_fill_(part.after_q, torch.inf)
-        logits = p.logits(part, *p.rows(part, p.q), *p.keys(part, p.k))
-        weights = logits.sub_(top).exp2_()
+        weights = p.logits(part, top.neg_(), *p.rows(part, p.q), *p.keys(part, p.k)).exp2_()
         _add(dv, part.kv_blocks, torch.bmm(weights.transpose(1, 2), grad), deterministic)
         (values,) = p.keys(part, p.v)
-        dots = torch.bmm(grad, values.transpose(1, 2))
-        ds = dots.sub_(d).mul_(weights).mul_(p.scale)
-        del logits, weights, values
+        ds = torch.baddbmm(d, grad, values.transpose(1, 2), beta=-p.scale, alpha=p.scale)
+        ds.mul_(weights)
+        del weights, values
         # Gathered twice rather than held:
         (queries,), (keys,) = p.rows(part, p.q), p.keys(part, p.k)
         _add(dq, part.q_blocks, torch.bmm(ds, keys), deterministic)
