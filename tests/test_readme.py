@@ -7,7 +7,9 @@ from pathlib import Path
 
 from sparse_flash import cli
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+RESULTS = ROOT / "experiments" / "results"
 
 
 def test_python_examples_run(capsys):
@@ -36,8 +38,21 @@ def test_mask_command(capsys, tmp_path, monkeypatch):
 
 
 def test_the_table_is_a_recorded_result():
-    folder = Path(__file__).parent.parent / "experiments" / "results" / "listops-short-cpu"
-    recorded = (folder / "comparison.md").read_text()
+    recorded = (RESULTS / "listops-short-cpu" / "comparison.md").read_text()
     table = [line for line in README.splitlines() if line.count("|") > 9]
     assert len(table) == 5
     assert all(line in recorded for line in table)
+
+
+def test_the_speeds_by_cpu_are_recorded_results():
+    text = " ".join(README.split())
+    for folder, words in (
+        (
+            "listops-short-cpu",
+            r"had ([\d.]+) times the speed of one with PyTorch's dense attention",
+        ),
+        ("listops-short-cpu-intel", r"and ([\d.]+) times on two cores of an Intel Xeon"),
+    ):
+        rows = (RESULTS / folder / "comparison.md").read_text().splitlines()
+        (ours,) = (row for row in rows if row.startswith("| local"))
+        assert f"| {re.search(words, text)[1]}x " in ours
