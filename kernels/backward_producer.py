@@ -10,9 +10,8 @@ CONSUMER = pipeline.PipelineUserType.Consumer
 # part, first tile, and how many keys there are from its first one on: where there are none, its
 # tiles are left out.
 ITEM_FIELDS = 7
-# Named barriers of a warpgroup, for each of its buffers, and its storing warp: results lie ready,
-# or have been read.
-READY_BARRIER, TAKEN_BARRIER = 2, 6
+# Named barriers of a warpgroup, for each of its buffers, and its storing warp: results lie ready.
+READY_BARRIER = 2
 STORE_THREADS = 128 + 32
 # Of a chunk of dQ's sums: nobody has come to it; somebody is storing the first addend; it is there.
 FREE, BEGUN, READY = range(3)
@@ -105,8 +104,9 @@ class BackwardStorer:
     has its results, and waits for nobody.
     """
 
-    def __init__(self, config, stores, dq_sum, done, buffers, items, inputs, group):
+    def __init__(self, config, stores, dq_sum, done, buffers, rooms, items, inputs, group):
         self.config, self.items, self.group, self.stores = config, items, group, stores
+        self.rooms = rooms  # a barrier for each buffer: it has been read
         self.dq_sum, self.done, (self.s_dq, self.s_results) = dq_sum, done, buffers
         self.tiles, self.heads = inputs
 
@@ -223,9 +223,8 @@ class BackwardStorer:
     @cute.jit
     def give_room(self, buffer):
         """Tell the warpgroup that it may fill a buffer."""
-        cute.arch.barrier_arrive(
-            barrier_id=TAKEN_BARRIER + 2 * buffer + self.group, number_of_threads=STORE_THREADS
-        )
+        if cute.arch.lane_idx() == 0:  # which has issued what has read it
+            cute.arch.mbarrier_arrive(self.rooms + (2 * buffer + self.group))
 
 
 @cute.jit

@@ -148,10 +148,12 @@ class BackwardSm90:
             for atom, _ in (*loads, *stores):
                 cpasync.prefetch_descriptor(atom)
         smem = cutlass.utils.SmemAllocator().allocate(storage)
-        ds_shared = smem.ds_shared.data_ptr()
+        ds_shared, rooms = smem.ds_shared.data_ptr(), smem.rooms.data_ptr()
         if warp_idx == 0:
             with cute.arch.elect_one():
                 cute.arch.mbarrier_init(ds_shared, CONSUMER_WARPS)
+                for i in cutlass.range_constexpr(2 * config.buffers):
+                    cute.arch.mbarrier_init(rooms + i, 1)
         *pipes, work_pipe = self._pipelines(smem)
         q_layout, k_layout, v_layout, ds_layout, dq_layout, stats_layout, result_layout = layouts
         s_q, s_do, s_k, s_v, s_ds = (
@@ -181,11 +183,12 @@ class BackwardSm90:
                 if warp_idx <= 2:
                     inputs, group = (tiles, heads), warp_idx - 1
                     buffers = (s_dq, s_results)
-                    BackwardStorer(config, stores, *results[1], buffers, items, inputs, group).run()
+                    outside = (buffers, rooms, items, inputs, group)
+                    BackwardStorer(config, stores, *results[1], *outside).run()
         else:
             cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
             buffers = (s_q, s_do, s_k, s_v, s_ds, s_dq, s_results, s_stats, s_tiles)
-            outside = (buffers, pipes, ds_shared, items, bits, results[::2], scales)
+            outside = (buffers, pipes, (ds_shared, rooms), items, bits, results[::2], scales)
             BackwardConsumer(config, self.dtype, products, *outside).run()
 
     def _results_in(self, s_dq, layout):
@@ -230,6 +233,7 @@ class BackwardSm90:
             v_barriers: barriers(config.v_stages)
             work_barriers: barriers(WORK_STAGES)
             ds_shared: cute.struct.MemRange[cutlass.Int64, 1]
+            rooms: cute.struct.MemRange[cutlass.Int64, 2 * config.buffers]
             work: work_room()
             tiles: cute.struct.MemRange[Int32, config.q_stages]
             stats: cute.struct.Align[
