@@ -30,6 +30,14 @@ def test_the_lra_table_is_a_recorded_result():
     assert table == recorded[2 : 2 + len(table)]
 
 
+def test_pathfinders_second_seed_was_recorded():
+    runs = ROOT / "experiments" / "results" / "lra-h200" / "pathfinder"
+    metrics = json.loads((runs / "dense-seed1" / "result.json").read_text())["metrics"]
+    page = " ".join((ROOT / "docs" / "lra.md").read_text().split())
+    accuracy = f"{100 * metrics['test_accuracy']:.1f} %"
+    assert f"with another seed ours dense reaches {accuracy}" in page
+
+
 @pytest.mark.slow
 def test_what_listops_outermost_operator_tells():
     data = generate(ListOps())
