@@ -73,6 +73,8 @@ class BackwardConsumer:
         shape = products[2].partition_shape_C((64, config.columns))
         self.acc_dk = cute.make_rmem_tensor(shape, Float32)
         self.acc_dv = cute.make_rmem_tensor(shape, Float32)
+        # Of the tile whose S' has been issued: the bit tile, where the thread is its warp's first.
+        self.bit_tile = cute.make_rmem_tensor(1, Int32)
         # Of the tile before: the exponents of both rows of dQ that are the thread's.
         self.exponents = cute.make_rmem_tensor(1, Int32)
 
@@ -135,6 +137,7 @@ class BackwardConsumer:
             self.k_pipe.consumer_wait(k_state)
             self.zero_beyond(k_state, remaining)
             self.q_pipe.consumer_wait(q_state)
+            self.read_bit_tile(q_state.index)
         self.products.hold_keys(k_state.index)
         self.products.keys_queries(self.acc_s, k_state.index, q_state.index)
 
@@ -143,20 +146,19 @@ class BackwardConsumer:
         """All tiles of an item, and dQ of all but the last; of the item before that, where it goes
         across items. Returns the next states.
         """
-        put = (puts, Int32(0))
-        states = (q_state, kv_states, put, remaining)
+        states = (q_state, kv_states, puts, remaining)
         if const_expr(not self.config.dq):
             for _ in cutlass.range(count - 1, unroll=1):
-                q_state, put = self.step(q_state, kv_states, put, remaining)
-            q_state, put = self.step(q_state, kv_states, put, remaining, last=True)
+                q_state, puts = self.step(q_state, kv_states, puts, remaining)
+            q_state, puts = self.step(q_state, kv_states, puts, remaining, last=True)
         elif count == 1:
-            q_state, put = self.step(*states, first=True, last=True)
+            q_state, puts = self.step(*states, first=True, last=True)
         else:
-            q_state, put = self.step(*states, first=True)
+            q_state, puts = self.step(*states, first=True)
             for _ in cutlass.range(count - 2, unroll=1):
-                q_state, put = self.step(q_state, kv_states, put, remaining)
-            q_state, put = self.step(q_state, kv_states, put, remaining, last=True)
-        return q_state, put[0]
+                q_state, puts = self.step(q_state, kv_states, puts, remaining)
+            q_state, puts = self.step(q_state, kv_states, puts, remaining, last=True)
+        return q_state, puts
 
     @cute.jit
     def last_queries(self, following, k_state, puts):
@@ -174,7 +176,7 @@ class BackwardConsumer:
         self,
         q_state,
         kv_states,
-        put,
+        puts,
         remaining,
         first: cutlass.Constexpr = False,
         last: cutlass.Constexpr = False,
@@ -183,29 +185,23 @@ class BackwardConsumer:
 
         If it is not the item's first, or if it goes across items, dQ of the one before is computed
         too; if it is not the last, S' of the next is issued.
-
-        put: How many buffers have been filled, and whether the last is still to be handed over: at
-            the next step's begin, by when it is written.
         """
         config, stage = self.config, q_state.index
         k_state, v_state, k_before, pending = kv_states
         before = config.dq and (config.across or not first)
         k_before = k_before if const_expr(first) else k_state  # of the tile before
         staggered = config.dq and first and not last
-        p, acc_dp, delta = self.values(q_state, v_state, remaining, put, (first, staggered))
+        p, acc_dp, delta = self.values(q_state, v_state, remaining, staggered)
         ds = cute.make_rmem_tensor(p.shape, self.dtype)
         exponents = self.exponents_of(stage) if const_expr(config.fixed) else Int32(0)
         warpgroup.wait_group(config.parts)
         if const_expr(last):
             self.v_pipe.consumer_release(v_state)
-        if remaining < config.tile_n:
-            self.zero_rows(acc_dp, remaining)
+        self.zero_rows(acc_dp, remaining)
         for part in cutlass.range_constexpr(config.parts):
             self.derive(ds, acc_dp, p, delta, part)
             if const_expr(config.dq and part == config.parts - 1):
-                if const_expr(before):
-                    self.wait_for_shared(q_state.count + 1)
-                self.share(ds, stage)
+                self.share(ds, q_state, before)
             self.products.add_keys(self.acc_dk, ds, stage, part)
         following = q_state.clone()
         following.advance()
@@ -225,21 +221,26 @@ class BackwardConsumer:
             warpgroup.wait_group(0 if const_expr(last) else 1)
         if const_expr(config.dq):
             self.say_shared()
-            put = self.put_if_any(acc_dq, put[0], (k_before, pending), (first, last))
+        there = pending if const_expr(first) else Int32(1)  # whether there is a tile before
+        if const_expr(before):
+            puts = self.put_if_any(acc_dq, puts, there, k_before, first)
+        if const_expr(not last):
+            self.read_bit_tile(following.index)
         if const_expr(config.fixed):
             self.exponents[0] = exponents
         # Not later: ptxas would serialise products that are under way from one round to the next.
         warpgroup.wait_group(0)
-        return following, put
+        if const_expr(before and config.late):
+            self.hand_over_if_any(puts, there, first)
+        return following, puts
 
     @cute.jit
-    def values(self, q_state, v_state, remaining, put, where: cutlass.Constexpr):
+    def values(self, q_state, v_state, remaining, staggered: cutlass.Constexpr):
         """P' of a tile; dP' and dV are under way. Returns P', dP', and delta.
 
-        where: Whether it is the first, and whether it is staggered: the second warpgroup waits
-            until the first has got so far.
+        staggered: The second warpgroup waits until the first has got so far.
         """
-        config, stage, (first, staggered) = self.config, q_state.index, where
+        config, stage = self.config, q_state.index
         if const_expr(staggered):
             if self.group == 1:
                 cute.arch.barrier(barrier_id=STAGGER_BARRIER, number_of_threads=256)
@@ -247,15 +248,10 @@ class BackwardConsumer:
         p = cute.make_rmem_tensor(acc_dp.shape, self.dtype)
         few = const_expr(config.tile_m == 64)  # statistics: there are registers for them early
         lse = self.statistics(0, stage) if few else None
-        bit_tile = Int32(0)
-        if self.thread % 32 == 0:  # by the thread that frees the stage for its warp
-            bit_tile = self.s_tiles[stage]
         self.do_pipe.consumer_wait(q_state)
-        if const_expr(config.dq and config.late and not first):
-            self.hand_over(*put)
         self.products.values_gradients(acc_dp, v_state.index, stage)
         lse = lse if few else self.statistics(0, stage)
-        bit_tile = cute.arch.shuffle_sync(bit_tile, 0)
+        bit_tile = cute.arch.shuffle_sync(self.bit_tile[0], 0)
         words = online.mask_words(self.bits, bit_tile, self.keys, self.thread)
         for part in cutlass.range_constexpr(config.parts):
             # While exponentials are computed: later it would be waited for.
@@ -298,6 +294,14 @@ class BackwardConsumer:
             p[part * size + i] = acc[i].to(self.dtype)
 
     @cute.jit
+    def read_bit_tile(self, stage):
+        """By the thread that frees the stage for its warp; all want it when P' is computed."""
+        bit_tile = Int32(0)
+        if self.thread % 32 == 0:
+            bit_tile = self.s_tiles[stage]
+        self.bit_tile[0] = bit_tile
+
+    @cute.jit
     def statistics(self, which: cutlass.Constexpr, stage):
         """The lse (0) or delta (1) of the thread's columns: (2, tile_m / 8)."""
         values = cute.make_rmem_tensor((2, self.config.tile_m // 8), Float32)
@@ -314,8 +318,9 @@ class BackwardConsumer:
     @cute.jit
     def zero_rows(self, acc, remaining):
         """0 for keys beyond the length, whose values may be NaN."""
-        for i in cutlass.range_constexpr(cute.size(acc)):
-            acc[i] = acc[i] if self.row(i // 2 % 2) < remaining else Float32(0.0)
+        if remaining < self.config.tile_n:
+            for i in cutlass.range_constexpr(cute.size(acc)):
+                acc[i] = acc[i] if self.row(i // 2 % 2) < remaining else Float32(0.0)
 
     @cute.jit
     def zero_beyond(self, state, remaining):
@@ -333,12 +338,15 @@ class BackwardConsumer:
             cute.arch.barrier(barrier_id=BOTH_BARRIER, number_of_threads=256)
 
     @cute.jit
-    def share(self, ds, stage):
+    def share(self, ds, q_state, before: cutlass.Constexpr):
         """Put dS' into shared memory, where dQ's product reads it; `say_shared` says so.
 
         Of two stages, the other one is that of the tile before, of which dQ is still to be
-        computed; this one is free once both warpgroups have shared the tile before.
+        computed; this one is free once both warpgroups have shared the tile before, if any.
         """
+        stage = q_state.index
+        if const_expr(before):
+            self.wait_for_shared(q_state.count + 1)
         n, m, stages = self.config.tile_n, self.config.tile_m, self.config.ds_stages
         strides = (m, 1, 64 * m) if const_expr(self.config.dq_transposed) else (1, n, 64)
         layout = cute.make_layout((64, m, 2, stages), stride=(*strides, n * m))
@@ -365,22 +373,22 @@ class BackwardConsumer:
         cute.arch.mbarrier_wait(self.ds_shared, tile % 2)
 
     @cute.jit
-    def put_if_any(self, acc_dq, puts, item_before, where: cutlass.Constexpr):
-        """Put dQ of the tile before, if there is one. Returns the new `put`, see `step`."""
-        (k_before, pending), (first, last) = item_before, where
-        there = Int32(1)
+    def put_if_any(self, acc_dq, puts, there, k_before, first: cutlass.Constexpr):
+        """Put dQ of the tile before, if there is one. Returns the new `puts`."""
         if const_expr(not first):
             puts = self.put_queries(acc_dq, puts)
-        elif const_expr(self.config.across):
-            there = pending
-            if pending != 0:
-                puts = self.put_queries(acc_dq, puts)
-                self.k_pipe.consumer_release(k_before)
-        else:
-            there = Int32(0)
-        if const_expr(last or not self.config.late):
-            self.hand_over(puts, there)
-        return puts, there
+        elif there != 0:  # that of the item before
+            puts = self.put_queries(acc_dq, puts)
+            self.k_pipe.consumer_release(k_before)
+        if const_expr(not self.config.late):
+            self.hand_over_if_any(puts, there, first)
+        return puts
+
+    @cute.jit
+    def hand_over_if_any(self, puts, there, first: cutlass.Constexpr):
+        """Hand it over."""
+        if const_expr(not first) or there != 0:
+            self.hand_over(puts)
 
     @cute.jit
     def put_queries(self, acc, puts):
@@ -427,16 +435,12 @@ class BackwardConsumer:
         return buffer
 
     @cute.jit
-    def hand_over(self, puts, there=True):
-        """The last buffer that was filled to the storing warp, where that is still to be done; see
-        `step`. Without a branch, across which ptxas would not move the exponentials that follow.
-        """
+    def hand_over(self, puts):
+        """The last buffer that was filled to the storing warp."""
         buffer = (puts - 1) % self.config.buffers
         cute.arch.fence_view_async_shared()
-        cute.arch.inline_ptx(
-            "{ .reg .pred p; setp.ne.s32 p, {$r0}, 0; "
-            f"@p bar.arrive {{$r1}}, {STORE_THREADS}; }}",
-            read_only_args=[Int32(there), READY_BARRIER + 2 * buffer + self.group],
+        cute.arch.barrier_arrive(
+            barrier_id=READY_BARRIER + 2 * buffer + self.group, number_of_threads=STORE_THREADS
         )
 
     @cute.jit
