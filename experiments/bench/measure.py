@@ -14,6 +14,7 @@ from torch import Tensor
 
 Row = dict[str, Any]
 TOLERANCE = 0.02  # relative L2 distance between outputs in 16 bits
+CLOCK = 2e9  # cycles a second: no Hopper GPU has more
 
 
 def measure(
@@ -22,7 +23,7 @@ def measure(
     """A row for each peer that can compute the case: time, speed, memory; or why it cannot.
 
     which: The "forward" pass, or the "backward" pass alone, from dout to dq, dk and dv.
-    ms: Time on the GPU, median over rounds of triton.testing.do_bench's medians.
+    ms: Time on the GPU, median over rounds of medians; what the host takes is not in it.
     wall_ms: Time of a call in a row of calls, what the host takes included.
     tflops: 4 x elements of stored tiles x head_dim / ms, or 2.5 times that backward.
     peak_mib: Memory that a call takes, its results included.
@@ -105,23 +106,52 @@ def _peak(call: Call) -> float:
 
 
 def _in_turns(calls: dict[str, Call], rounds: int) -> dict[str, tuple[float, float]]:
-    """Of each call (ms on the GPU, ms on the wall)."""
-    from triton.testing import do_bench
-
+    """Of each call (ms on the GPU, ms on the wall); every second round goes the other way round."""
     gpu: dict[str, list[float]] = {name: [] for name in calls}
     wall: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            gpu[name].append(do_bench(call, warmup=15, rep=50, return_mode="median"))
-            wall[name].append(_wall(call, gpu[name][-1]))
+    for i in range(rounds):
+        for name in list(calls)[:: -1 if i % 2 else 1]:
+            # In this order: the row of calls takes the GPU to the clock that such calls leave it.
+            wall[name].append(_on_the_wall(calls[name]))
+            gpu[name].append(_on_gpu(calls[name]))
     return {name: (statistics.median(gpu[name]), statistics.median(wall[name])) for name in calls}
 
 
-def _wall(call: Call, expected_ms: float) -> float:
-    number = max(3, min(50, int(20 / expected_ms)))
-    torch.cuda.synchronize()
+def _on_the_wall(call: Call, seconds: float = 0.08) -> float:
+    """Milliseconds of a call in a row that takes about so many seconds."""
+    number = max(3, int(seconds / _seconds(call)[1]))
     start = time.perf_counter()
     for _ in range(number):
         call()
     torch.cuda.synchronize()
     return (time.perf_counter() - start) / number * 1e3
+
+
+def _on_gpu(call: Call, seconds: float = 0.05) -> float:
+    """Median milliseconds of a call on the GPU, other data in its L2 cache before each.
+
+    Like triton.testing.do_bench, but the GPU sleeps until a call is queued as a whole: small ones
+    end before the host has launched their last kernel, and its time would be taken for theirs.
+    """
+    other = torch.empty(256 * 2**20, dtype=torch.int8, device="cuda")
+    host, whole = _seconds(call)
+    number = max(3, min(100, int(seconds / whole)))
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(number)]
+    for begin, end in events:
+        other.zero_()
+        torch.cuda._sleep(int(2 * host * CLOCK))
+        begin.record()
+        call()
+        end.record()
+    torch.cuda.synchronize()
+    return statistics.median(begin.elapsed_time(end) for begin, end in events)
+
+
+def _seconds(call: Call) -> tuple[float, float]:
+    """Of one call, those until the host is free again, and all."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    host = time.perf_counter() - start
+    torch.cuda.synchronize()
+    return host, time.perf_counter() - start
