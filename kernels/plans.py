@@ -82,7 +82,7 @@ def schedule_of(kind: str, layout: BlockLayout, q: Tensor, k: Tensor) -> Schedul
     """
     dtype = DTYPES[q.dtype]
     # operator.index: a size that varies is a symbol to torch.compile, and a schedule is for one.
-    batch, heads, head_dim = (operator.index(q.shape[i]) for i in (0, 2, 3))
+    batch, _, heads, head_dim = (operator.index(size) for size in q.shape)
     kv_heads = operator.index(k.shape[2])
     name = _schedules.name_of(layout.number, kind, batch, heads, kv_heads, head_dim, dtype)
     return getattr(_schedules, name)

@@ -135,18 +135,19 @@ def _prepare(
         impl,
         id(dispatch.IMPLEMENTATIONS),
     )
-    implementation = _checked.get(like)
-    if implementation is None:
+    known = _checked.get(like)
+    if known is None:
         if len(_checked) >= 4096:
             _checked.clear()
-        layout, _checked[like] = _check_and_choose(q, k, v, mask, impl)
-        return layout, _checked[like]
-    if isinstance(mask, Mask):
-        return _layout_of(mask, q.shape[1], k.shape[1], str(q.device)), implementation
-    return mask, implementation
+        layout, implementation = _check_and_choose(q, k, v, mask, impl)
+        _checked[like] = implementation, (q.shape[1], k.shape[1], str(q.device))
+        return layout, implementation
+    implementation, sizes = known
+    layout = _layout_of(mask, *sizes) if isinstance(mask, Mask) else mask
+    return layout, implementation
 
 
-_checked: dict[tuple[Any, ...], Implementation] = {}
+_checked: dict[tuple[Any, ...], tuple[Implementation, tuple[int, int, str]]] = {}
 
 
 def _kind(x: Tensor) -> tuple[Any, ...]:
