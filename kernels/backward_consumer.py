@@ -386,7 +386,7 @@ class BackwardConsumer:
 
     @cute.jit
     def hand_over_if_any(self, puts, there, first: cutlass.Constexpr):
-        """Hand it over."""
+        """Hand over dQ of the tile before, if there is one."""
         if const_expr(not first) or there != 0:
             self.hand_over(puts)
 
