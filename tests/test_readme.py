@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -56,3 +57,28 @@ def test_the_speeds_by_cpu_are_recorded_results():
         rows = (RESULTS / folder / "comparison.md").read_text().splitlines()
         (ours,) = (row for row in rows if row.startswith("| local"))
         assert f"| {re.search(words, text)[1]}x " in ours
+
+
+def test_the_speeds_by_gpu_are_one_recorded_run():
+    report = json.loads(
+        (ROOT / "experiments" / "bench" / "results" / "h200" / "bench.json").read_text()
+    )
+    speeds = {(r["pass"], r["case"], r["peer"]): r["tflops"] for r in report["rows"] if "ms" in r}
+    heading, _, *rows = re.search(r"(\| 1 x 16384 .*?)\n\n", README, re.DOTALL)[1].splitlines()
+    peers = [cell.strip() for cell in heading.split("|")[3:-1]]
+    names = {
+        "random blocks, density": "random",
+        "local + one global block": "local+global",
+        r"local(200) \| global_tokens(37), exact": "exact local+global",
+    }
+    which, seen = "", 0
+    for row in rows:
+        label, cells = re.fullmatch(r"\| (.*) \| 128 / 64 \|(.*)\|", row).groups()
+        which, label = label.split(": ") if ": " in label else (which, label)
+        for name, case in names.items():
+            label = label.replace(name, case)
+        for peer, cell in zip(peers, cells.split("|"), strict=True):
+            given = [speeds.get((which, f"{label} d{d}", peer)) for d in (128, 64)]
+            assert cell.strip() == ("" if given[0] is None else f"{given[0]:.0f} / {given[1]:.0f}")
+            seen += bool(cell.strip())
+    assert seen == 54  # of 14 rows by 4 peers, FlashAttention-4 cannot compute 2
