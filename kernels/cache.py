@@ -86,7 +86,7 @@ def fingerprint() -> str:
             facts.append(f"{package}={importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:
             facts.append(f"{package}=none")
-    sources = sorted(Path(__file__).parent.glob("*.py"))
+    sources = sorted(Path(__file__).parent.rglob("*.py"))
     return _digest(*(fact.encode() for fact in facts), *(path.read_bytes() for path in sources))
 
 

@@ -9,18 +9,18 @@ import weakref
 from collections.abc import Callable
 
 import torch
-from sparse_flash.kernels.config import (
-    Config,
-    backward_configs,
-    forward_configs,
-    queries_config,
-)
 from sparse_flash.kernels.schedule import (
     BACKWARD_COSTS,
     Schedule,
     backward_schedule,
     best_config,
     schedule,
+)
+from sparse_flash.kernels.sm90.config import (
+    Config,
+    backward_configs,
+    forward_configs,
+    queries_config,
 )
 from sparse_flash.masks.layout import BlockLayout, layout_by_number
 from torch import Tensor

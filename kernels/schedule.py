@@ -12,12 +12,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from sparse_flash.kernels.config import WORK_FIELDS, Config
 from sparse_flash.kernels.fragment import fragment_order
+from sparse_flash.kernels.sm90.config import Config
 from sparse_flash.masks.layout import FULL_TILE, BlockLayout
 from sparse_flash.masks.retile import retile
 from torch import Tensor
 from torch.nn.functional import pad
+
+WORK_FIELDS = 8  # int32 words of a work item, padded to a sector of memory
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_flash.kernels import sm90
-from sparse_flash.kernels.config import kernel_of
 from sparse_flash.kernels.plans import schedule_of
+from sparse_flash.kernels.sm90 import attention as sm90
+from sparse_flash.kernels.sm90.config import kernel_of
 from sparse_flash.masks import BlockLayout
 
 

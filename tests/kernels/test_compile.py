@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from sparse_flash.kernels.config import (
+from sparse_flash.kernels.sm90.config import (
     DTYPES,
     all_backward_configs,
     all_forward_configs,
@@ -23,8 +23,8 @@ Int32 = cutlass.Int32
 
 COMPILE = """
 import sys
-from sparse_flash.kernels.compile import compile_backward, compile_forward, compile_queries
-from sparse_flash.kernels.config import (
+from sparse_flash.kernels.sm90.compile import compile_backward, compile_forward, compile_queries
+from sparse_flash.kernels.sm90.config import (
     all_backward_configs, all_forward_configs, all_queries_configs
 )
 kind, index = sys.argv[1], int(sys.argv[2])
@@ -142,8 +142,8 @@ def on_host(function, tensors, numbers=0):
 @pytest.mark.parametrize("width", [64, 96, 128])
 def test_chunks_of_columns(width):
     """Of K, as the product of dQ reads it; at width 96 the second chunk ends in another stage."""
-    from sparse_flash.kernels.backward_products import chunks_of
-    from sparse_flash.kernels.primitives import smem_layout
+    from sparse_flash.kernels.sm90.backward_products import chunks_of
+    from sparse_flash.kernels.sm90.primitives import smem_layout
 
     chunks = -(-width // 64)
 
@@ -169,7 +169,7 @@ def test_chunks_of_columns(width):
 
 def test_walk_of_a_list_on_the_host():
     """How many tiles lie within a length."""
-    from sparse_flash.kernels.forward_producer import tiles_within
+    from sparse_flash.kernels.sm90.forward_producer import tiles_within
 
     @cute.jit
     def count(tiles: cute.Tensor, out: cute.Tensor, first: Int32, number: Int32, limit: Int32):

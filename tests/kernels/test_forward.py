@@ -306,7 +306,7 @@ class TestAsPartOfTorch:
             check(out, lse, q, k, v, truth(mask, q, k))
 
     def test_capture_of_a_kernel_that_was_never_run_says_what_to_do(self):
-        from sparse_flash.kernels import sm90
+        from sparse_flash.kernels.sm90 import attention as sm90
 
         q, k, v = tensors(1, 100, 1, 64)
         attend(q, k, v, masks.full())
@@ -358,8 +358,8 @@ class TestCosts:
     """What a step must not pay for."""
 
     def test_new_masks_compile_nothing(self, monkeypatch):
-        from sparse_flash.kernels import compile as compiling
-        from sparse_flash.kernels.config import forward_configs
+        from sparse_flash.kernels.sm90 import compile as compiling
+        from sparse_flash.kernels.sm90.config import forward_configs
 
         q, k, v = tensors(1, 500, 2, 64)
         for config in forward_configs("bfloat16", 64):

@@ -7,10 +7,10 @@ import math
 
 import pytest
 import torch
-from sparse_flash.kernels import sm90
-from sparse_flash.kernels.config import backward_config, forward_configs, queries_config
 from sparse_flash.kernels.launch import Kernel
 from sparse_flash.kernels.schedule import backward_schedule, schedule
+from sparse_flash.kernels.sm90 import attention as sm90
+from sparse_flash.kernels.sm90.config import backward_config, forward_configs, queries_config
 
 from sparse_flash import masks
 
@@ -21,9 +21,9 @@ COUNTER = torch.zeros(2, dtype=torch.int32)
 def launched(monkeypatch):
     """Arguments of the launches, by name; on a "device" that is the CPU."""
     pytest.importorskip("cutlass")
-    from sparse_flash.kernels.backward_sm90 import BackwardSm90
-    from sparse_flash.kernels.forward_sm90 import ForwardSm90
-    from sparse_flash.kernels.queries_sm90 import QueriesSm90
+    from sparse_flash.kernels.sm90.backward import BackwardSm90
+    from sparse_flash.kernels.sm90.forward import ForwardSm90
+    from sparse_flash.kernels.sm90.queries import QueriesSm90
 
     calls = []
 

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from sparse_flash.kernels import plans as plans_
-from sparse_flash.kernels import sm90
 from sparse_flash.kernels.plans import schedule_of
 from sparse_flash.kernels.schedule import schedule
+from sparse_flash.kernels.sm90 import attention as sm90
 from torch.nn.functional import scaled_dot_product_attention
 
 from sparse_flash import block_sparse_attention, dispatch, hopper, masks

@@ -8,12 +8,12 @@ Dao, 2023). dQ is summed up in 32 bits in memory, by bulk reductions in no parti
 import cutlass
 from cutlass import Float32, Int32, cute
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
-from sparse_flash.kernels.backward_consumer import BackwardConsumer
-from sparse_flash.kernels.backward_producer import BackwardProducer, BackwardStorer
-from sparse_flash.kernels.config import BackwardConfig
-from sparse_flash.kernels.convert import Convert
-from sparse_flash.kernels.elementwise import Bounds, Statistics, Sum
-from sparse_flash.kernels.primitives import (
+from sparse_flash.kernels.sm90.backward_consumer import BackwardConsumer
+from sparse_flash.kernels.sm90.backward_producer import BackwardProducer, BackwardStorer
+from sparse_flash.kernels.sm90.config import BackwardConfig
+from sparse_flash.kernels.sm90.convert import Convert
+from sparse_flash.kernels.sm90.elementwise import Bounds, Statistics, Sum
+from sparse_flash.kernels.sm90.primitives import (
     LOAD,
     STORE,
     WORK_STAGES,

@@ -2,7 +2,7 @@
 
 import cutlass
 from cutlass import Int32, cute, pipeline
-from sparse_flash.kernels.primitives import tma_load, tma_store
+from sparse_flash.kernels.sm90.primitives import tma_load, tma_store
 
 PRODUCER = pipeline.PipelineUserType.Producer
 CONSUMER = pipeline.PipelineUserType.Consumer

@@ -2,7 +2,7 @@
 
 import cutlass
 from cutlass import Float32, const_expr, cute
-from sparse_flash.kernels.primitives import hold, multiply, multiply_held, multiply_part
+from sparse_flash.kernels.sm90.primitives import hold, multiply, multiply_held, multiply_part
 
 
 class BackwardProducts:

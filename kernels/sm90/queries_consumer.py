@@ -9,9 +9,9 @@ S and dP of a tile are issued together with dQ of the tile before it.
 import cutlass
 from cutlass import Float32, const_expr, cute, pipeline
 from cutlass.cute.nvgpu import warpgroup
-from sparse_flash.kernels import online_softmax as online
-from sparse_flash.kernels.forward_consumer import CONSUMER, ITEM_FIELDS, Consumer
-from sparse_flash.kernels.primitives import multiply, multiply_pairs
+from sparse_flash.kernels.sm90 import online_softmax as online
+from sparse_flash.kernels.sm90.forward_consumer import CONSUMER, ITEM_FIELDS, Consumer
+from sparse_flash.kernels.sm90.primitives import multiply, multiply_pairs
 from sparse_flash.masks.layout import FULL_TILE
 
 FIRST, INNER = range(2)  # kinds of steps

@@ -4,7 +4,7 @@ import math
 
 import cutlass
 from cutlass import Float32, Int32, cute
-from sparse_flash.kernels.primitives import bits_of, from_bits
+from sparse_flash.kernels.sm90.primitives import bits_of, from_bits
 
 THREADS = 256
 VECTOR = 8  # elements that a thread takes: 16 bytes of 16-bit numbers

@@ -6,16 +6,16 @@ import functools
 import math
 
 import torch
-from sparse_flash.kernels.compile import backward_kernel, forward_kernel, queries_kernel
-from sparse_flash.kernels.config import (
+from sparse_flash.kernels.dsl import why_no_dsl
+from sparse_flash.kernels.launch import Kernel
+from sparse_flash.kernels.plans import DTYPES
+from sparse_flash.kernels.sm90.compile import backward_kernel, forward_kernel, queries_kernel
+from sparse_flash.kernels.sm90.config import (
     BackwardConfig,
     backward_config,
     forward_configs,
     queries_config,
 )
-from sparse_flash.kernels.dsl import why_no_dsl
-from sparse_flash.kernels.launch import Kernel
-from sparse_flash.kernels.plans import DTYPES
 from torch import Tensor
 
 _LOG2_E = math.log2(math.e)

@@ -5,7 +5,7 @@ from cutlass import Float32, Int32, cute, pipeline
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
 from cutlass.tensor_utils import LayoutEnum
 from cutlass.utils import hopper_helpers
-from sparse_flash.kernels.config import WORK_FIELDS
+from sparse_flash.kernels.schedule import WORK_FIELDS
 
 WORK_STAGES = 2  # items that are announced ahead
 LOAD, STORE = cpasync.CopyBulkTensorTileG2SOp, cpasync.CopyBulkTensorTileS2GOp  # by TMA

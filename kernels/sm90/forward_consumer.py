@@ -12,9 +12,9 @@ bubble.
 import cutlass
 from cutlass import Float32, Int32, const_expr, cute, pipeline
 from cutlass.cute.nvgpu import cpasync, warp, warpgroup
-from sparse_flash.kernels import online_softmax as online
-from sparse_flash.kernels.forward_producer import FULL_BEYOND
-from sparse_flash.kernels.primitives import hold, multiply
+from sparse_flash.kernels.sm90 import online_softmax as online
+from sparse_flash.kernels.sm90.forward_producer import FULL_BEYOND
+from sparse_flash.kernels.sm90.primitives import hold, multiply
 from sparse_flash.masks.layout import FULL_TILE
 
 CONSUMER = pipeline.PipelineUserType.Consumer

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 from sparse_flash.kernels.cache import load_or_compile
-from sparse_flash.kernels.config import (
-    WORK_FIELDS,
+from sparse_flash.kernels.schedule import WORK_FIELDS
+from sparse_flash.kernels.sm90.config import (
     BackwardConfig,
     Config,
     ForwardConfig,
@@ -121,7 +121,7 @@ class _Arguments:
 def compile_forward(config: ForwardConfig) -> Any:
     """Compile, whether or not there is a GPU."""
     from cutlass import Float32, Int32
-    from sparse_flash.kernels.forward_sm90 import ForwardSm90
+    from sparse_flash.kernels.sm90.forward import ForwardSm90
 
     of = _Arguments(config)
     arguments = (
@@ -140,7 +140,7 @@ def compile_forward(config: ForwardConfig) -> Any:
 def compile_backward(config: BackwardConfig) -> Any:
     """Compile, whether or not there is a GPU."""
     from cutlass import Float32, Int32
-    from sparse_flash.kernels.backward_sm90 import BackwardSm90
+    from sparse_flash.kernels.sm90.backward import BackwardSm90
 
     of = _Arguments(config)
     arguments = (
@@ -164,7 +164,7 @@ def compile_backward(config: BackwardConfig) -> Any:
 def compile_queries(config: QueriesConfig) -> Any:
     """Compile, whether or not there is a GPU."""
     from cutlass import Float32, Int32
-    from sparse_flash.kernels.queries_sm90 import QueriesSm90
+    from sparse_flash.kernels.sm90.queries import QueriesSm90
 
     of = _Arguments(config)
     arguments = (

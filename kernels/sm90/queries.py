@@ -7,10 +7,10 @@ nothing is summed up in memory.
 import cutlass
 from cutlass import Float32, Int32, cute, pipeline
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
-from sparse_flash.kernels.config import QueriesConfig
-from sparse_flash.kernels.elementwise import Sum
-from sparse_flash.kernels.forward_producer import PRODUCER, Producer
-from sparse_flash.kernels.primitives import (
+from sparse_flash.kernels.sm90.config import QueriesConfig
+from sparse_flash.kernels.sm90.elementwise import Sum
+from sparse_flash.kernels.sm90.forward_producer import PRODUCER, Producer
+from sparse_flash.kernels.sm90.primitives import (
     LOAD,
     STORE,
     WORK_STAGES,
@@ -27,7 +27,7 @@ from sparse_flash.kernels.primitives import (
     work_ring,
     work_room,
 )
-from sparse_flash.kernels.queries_consumer import QueriesConsumer
+from sparse_flash.kernels.sm90.queries_consumer import QueriesConsumer
 
 
 class QueriesProducer(Producer):

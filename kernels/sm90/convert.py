@@ -2,9 +2,9 @@
 
 import cutlass
 from cutlass import Float32, Int32, const_expr, cute
-from sparse_flash.kernels.backward_producer import FREE, sum_address
-from sparse_flash.kernels.elementwise import exponent_in
-from sparse_flash.kernels.primitives import bits_of, from_bits, pair_of, store_pairs
+from sparse_flash.kernels.sm90.backward_producer import FREE, sum_address
+from sparse_flash.kernels.sm90.elementwise import exponent_in
+from sparse_flash.kernels.sm90.primitives import bits_of, from_bits, pair_of, store_pairs
 
 ROWS = 16  # of the accumulators: a slice of a chunk, a warp's; see BackwardConsumer.put_queries
 SLICES = 64 // ROWS

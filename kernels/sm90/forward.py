@@ -12,11 +12,11 @@ which threads hold S (fragment.py), or reaches beyond the keys' length.
 import cutlass
 from cutlass import Float32, Int32, cute
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
-from sparse_flash.kernels.combine import Combine
-from sparse_flash.kernels.config import ForwardConfig
-from sparse_flash.kernels.forward_consumer import Consumer
-from sparse_flash.kernels.forward_producer import Producer
-from sparse_flash.kernels.primitives import (
+from sparse_flash.kernels.sm90.combine import Combine
+from sparse_flash.kernels.sm90.config import ForwardConfig
+from sparse_flash.kernels.sm90.forward_consumer import Consumer
+from sparse_flash.kernels.sm90.forward_producer import Producer
+from sparse_flash.kernels.sm90.primitives import (
     LOAD,
     STORE,
     WORK_STAGES,

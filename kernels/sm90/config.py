@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-WORK_FIELDS = 8  # int32 words of a work item, padded to a sector of memory; see schedule.py
-
 
 @dataclass(frozen=True)
 class ForwardConfig:

@@ -2,7 +2,7 @@
 
 import cutlass
 from cutlass import Int32, cute, pipeline
-from sparse_flash.kernels.primitives import tma_load
+from sparse_flash.kernels.sm90.primitives import tma_load
 from sparse_flash.masks.layout import FULL_TILE
 
 FULL_BEYOND = -2  # instead of a bit tile: FULL_TILE, but reaching beyond the keys' length

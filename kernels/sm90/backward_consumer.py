@@ -24,15 +24,15 @@ and dV are stored, and dQ of the last tile is computed in its first step.
 import cutlass
 from cutlass import Float32, Int32, const_expr, cute, pipeline
 from cutlass.cute.nvgpu import warp, warpgroup
-from sparse_flash.kernels import online_softmax as online
-from sparse_flash.kernels.backward_producer import (
+from sparse_flash.kernels.sm90 import online_softmax as online
+from sparse_flash.kernels.sm90.backward_producer import (
     ITEM_FIELDS,
     READY_BARRIER,
     STORE_THREADS,
 )
-from sparse_flash.kernels.backward_products import BackwardProducts
-from sparse_flash.kernels.elementwise import exponent_in
-from sparse_flash.kernels.primitives import (
+from sparse_flash.kernels.sm90.backward_products import BackwardProducts
+from sparse_flash.kernels.sm90.elementwise import exponent_in
+from sparse_flash.kernels.sm90.primitives import (
     from_bits,
     multiply_pairs,
     pair_of,
