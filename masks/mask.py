@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import operator
-import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, dataclass_transform
+from typing import TYPE_CHECKING, ClassVar, TypeVar, dataclass_transform
 
 import torch
 from sparse_flash.masks import build, check
 from sparse_flash.masks.reach import layers_to_reach
 from sparse_flash.masks.ternary import Blocks, Index, Truth
+from sparse_flash.masks.traceable import Traceable
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -24,16 +23,7 @@ if TYPE_CHECKING:
 Extents = tuple[int | None, int | None]  # the q_len and kv_len that a mask is made for; None: any
 
 
-_numbers = itertools.count()
-_by_number: weakref.WeakValueDictionary[int, Mask] = weakref.WeakValueDictionary()
-
-
-def mask_by_number(number: int) -> Mask:
-    """The mask object with this number: an int is all that torch.compile can pass on of a mask."""
-    return _by_number[number]
-
-
-class Mask:
+class Mask(Traceable):
     """A predicate on (query index, key index): true where attention is allowed.
 
     Subclasses give `allowed(q, kv)`, the rule, in arithmetic and comparisons that work on index
@@ -55,18 +45,11 @@ class Mask:
     """
 
     by_head: ClassVar[bool] = False  # whether it is several masks, by batch entry and head
-    number: int  # of this object in this process: see `mask_by_number`
+    _derived = (*Traceable._derived, "_record")
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Give the object its number."""
-        mask = super().__new__(cls)
-        object.__setattr__(mask, "number", next(_numbers))
-        _by_number[mask.number] = mask
-        return mask
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What copies and pickles take along: not the number, they get one of their own."""
-        return {name: value for name, value in self.__dict__.items() if name != "number"}
+    def state(self) -> Hashable:
+        """What the mask depends on besides its fields, such as tensors that a predicate reads."""
+        return ()
 
     def allowed(self, q: Index, kv: Index) -> Truth:
         """The rule: a bool tensor from index tensors, a Ternary from intervals."""
