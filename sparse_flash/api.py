@@ -8,16 +8,10 @@ import torch
 from torch import Tensor
 
 from sparse_flash import autograd, operators
+from sparse_flash.checks import check_are_tensors, check_mask, check_options, check_tensors
 from sparse_flash.masks import BlockLayout, Mask
 from sparse_flash.masks.traceable import to_operator
-from sparse_flash.prepare import (
-    Options,
-    check_are_tensors,
-    check_mask,
-    check_options,
-    check_tensors,
-    prepare,
-)
+from sparse_flash.prepare import Options, prepare
 
 
 @overload
@@ -108,17 +102,17 @@ def block_sparse_attention(
     """
     check_are_tensors(q, k, v)
     q, k, v = _autocast(q, k, v)
+    tensors = (q, k, v, kv_lens)
     options = Options(check_options(softmax_scale, dropout_p), deterministic, impl)
     if torch.compiler.is_compiling() or _is_watched(q, k, v):
         check_mask(mask)
         check_tensors(q, k, v)
-        out, lse = operators.attention(q, k, v, kv_lens, to_operator(mask), *options)
+        out, lse = operators.attention(*tensors, to_operator(mask), *options)
     else:
         needs_grad = torch.is_grad_enabled() and (
             q.requires_grad or k.requires_grad or v.requires_grad
         )
-        call = prepare(q, k, v, mask, kv_lens, options, needs_grad=needs_grad)
-        out, lse = autograd.attend(*call)
+        out, lse = autograd.attend(*prepare(tensors, mask, options, needs_grad=needs_grad))
     return (out, lse) if return_lse else out
 
 

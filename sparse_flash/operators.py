@@ -13,51 +13,39 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from sparse_flash import autograd
+from sparse_flash.checks import check_tensors
 from sparse_flash.masks import BlockLayout
 from sparse_flash.masks.traceable import SCHEMA_TYPE, from_operator
-from sparse_flash.prepare import Options, check_tensors, layout_of, prepare
+from sparse_flash.prepare import Options, layout_of, prepare
 
-_OPTIONS = (
-    f"Tensor? kv_lens, {SCHEMA_TYPE} mask, float? softmax_scale, bool deterministic, str impl"
-)
+_TENSORS = "Tensor q, Tensor k, Tensor v, Tensor? kv_lens"  # as AttentionCall.TENSORS
+_INPUTS = f"{_TENSORS}, {SCHEMA_TYPE} mask, float? softmax_scale, bool deterministic, str impl"
+_GIVEN = "Tensor out, Tensor lse, Tensor dout, Tensor? dlse"
 _library = torch.library.Library("sparse_flash", "DEF")
 # What runs depends on the mask that is given, which a recorded CUDA graph would not notice.
 _tags = (torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe)
-_library.define(
-    f"attention(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)", tags=_tags
-)
-_library.define(
-    "attention_backward(Tensor out, Tensor lse, Tensor dout, Tensor? dlse, "
-    f"Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
-    tags=_tags,
-)
+_library.define(f"attention({_INPUTS}) -> (Tensor, Tensor)", tags=_tags)
+_library.define(f"attention_backward({_GIVEN}, {_INPUTS}) -> (Tensor, Tensor, Tensor)", tags=_tags)
 attention = torch.ops.sparse_flash.attention
 attention_backward = torch.ops.sparse_flash.attention_backward
 
 
-def _attention(
-    q: Tensor, k: Tensor, v: Tensor, kv_lens: Tensor | None, mask: Any, *options: Any
-) -> tuple[Tensor, Tensor]:
+def _attention(*inputs: Any) -> tuple[Tensor, Tensor]:
+    *tensors, mask, scale, deterministic, impl = inputs
+    options = Options(scale, deterministic, impl)
     call, implementation = prepare(
-        q, k, v, from_operator(mask), kv_lens, Options(*options), needs_grad=False, transient=True
+        tuple(tensors), from_operator(mask), options, needs_grad=False, transient=True
     )
     return implementation.attend(call)
 
 
 def _attention_backward(
-    out: Tensor,
-    lse: Tensor,
-    dout: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kv_lens: Tensor | None,
-    mask: Any,
-    *options: Any,
+    out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, *inputs: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
+    *tensors, mask, scale, deterministic, impl = inputs
+    options = Options(scale, deterministic, impl)
     call, implementation = prepare(
-        q, k, v, from_operator(mask), kv_lens, Options(*options), needs_grad=True, transient=True
+        tuple(tensors), from_operator(mask), options, needs_grad=True, transient=True
     )
     return implementation.gradients(call, out, lse, dout, dlse)
 
@@ -124,26 +112,14 @@ def _products(q: Tensor, k: Tensor, mask: Any) -> int:
 
 
 @register_flop_formula(attention, get_raw=True)
-def _attention_flops(
-    q: Tensor, k: Tensor, v: Tensor, kv_lens: Any, mask: Any, *_: Any, **__: Any
-) -> int:
+def _attention_flops(*inputs: Any, **_: Any) -> int:
     """S = Q K^T and O = P V."""
+    q, k, *_rest, mask, _scale, _deterministic, _impl = inputs
     return 2 * _products(q, k, mask)
 
 
 @register_flop_formula(attention_backward, get_raw=True)
-def _backward_flops(
-    out: Tensor,
-    lse: Tensor,
-    dout: Tensor,
-    dlse: Any,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kv_lens: Any,
-    mask: Any,
-    *_: Any,
-    **__: Any,
-) -> int:
+def _backward_flops(*inputs: Any, **_: Any) -> int:
     """S again, dP = dO V^T, dV = P^T dO, dQ = dS K and dK = dS^T Q."""
+    q, k, *_rest, mask, _scale, _deterministic, _impl = inputs[4:]
     return 5 * _products(q, k, mask)
