@@ -9,7 +9,7 @@
 
 from sparse_flash.masks.heads import HeadMasks, per_batch, per_head
 from sparse_flash.masks.layout import BlockLayout
-from sparse_flash.masks.mask import Mask, through
+from sparse_flash.masks.mask import Mask, shift, through
 from sparse_flash.masks.orders import TokenOrder, hilbert, morton, raster
 from sparse_flash.masks.parser import parse
 from sparse_flash.masks.patterns import (
@@ -76,6 +76,7 @@ __all__ = [
     "random_blocks_per_row",
     "raster",
     "retile",
+    "shift",
     "sinks",
     "star",
     "star_attention",

@@ -52,14 +52,20 @@ def deduplicate(packed: Tensor) -> tuple[Tensor, Tensor]:
     flat = packed.reshape(n, -1)
     words = pad(flat, (0, -flat.shape[1] % 8)).contiguous().view(torch.int64)
     for seed in range(8):
-        generator = torch.Generator().manual_seed(seed)
-        factors = torch.randint(-(2**63), 2**63 - 1, (words.shape[1],), generator=generator) | 1
-        _, index = torch.unique(_mix(words, factors.to(words.device)), return_inverse=True)
-        first = torch.full((int(index.max()) + 1,), n, device=packed.device)
+        factors = _factors(words.shape[1], seed).to(words.device)
+        _, index = torch.unique(_mix(words, factors), return_inverse=True)
+        first = torch.full((int(index.max()) + 1,), n, dtype=torch.int64, device=packed.device)
         first.scatter_reduce_(0, index, torch.arange(n, device=packed.device), "amin")
         if torch.equal(packed[first[index]], packed):
             return packed[first], index
     raise AssertionError("eight independent 64-bit hashes collided")
+
+
+def _factors(n: int, seed: int) -> Tensor:
+    """Odd random numbers of 64 bits, the same on every machine: int64 `(n,)`."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    size, options = (n,), {"generator": generator, "dtype": torch.int64, "device": "cpu"}
+    return torch.randint(-(2**63), 2**63 - 1, size, **options) | 1  # type: ignore[call-overload]
 
 
 def _mix(words: Tensor, factors: Tensor) -> Tensor:

@@ -9,11 +9,13 @@ import torch
 from sparse_flash.masks import bits
 from sparse_flash.masks.exchange import Lengths
 from sparse_flash.masks.layout import FULL_TILE, BlockLayout
+from sparse_flash.masks.modes import plain_torch
 from sparse_flash.masks.ternary import FULL, UNKNOWN, Blocks
 from torch import Tensor
+from torch.nn.functional import pad
 
 _EMPTY_TILE = -2  # of an evaluated tile: nothing is allowed in it
-_FAN = 8  # an unknown square of blocks is split into _FAN x _FAN smaller ones
+_FAN = 8  # an unknown rectangle of blocks is split into _FAN parts along its longer sides
 
 
 class Predicate(Protocol):
@@ -26,6 +28,7 @@ class Predicate(Protocol):
         """The truth for each element."""
 
 
+@plain_torch()
 def build_layout(
     patterns: Sequence[Predicate],
     pattern_map: Tensor,
@@ -44,6 +47,8 @@ def build_layout(
         device: Where to compute, and where the arrays will live.
     """
     device = torch.device(device)
+    if device.type == "meta":
+        raise ValueError("a layout needs tensors with data, not device='meta': take 'cpu'")
     rows: list[Tensor] = []
     cols: list[Tensor] = []
     entries: list[Tensor] = []
@@ -76,49 +81,70 @@ Cells = tuple[Tensor, Tensor]  # block rows and block columns
 
 def _classify(predicate: Predicate, lengths: Lengths, device: torch.device) -> tuple[Cells, Cells]:
     """The full tiles, and the unknown ones."""
-    q_len, kv_len, (block_q, block_kv) = lengths
-    grid = (-(-q_len // block_q), -(-kv_len // block_kv))
-    side = 1
-    while side < max(grid):
-        side *= _FAN
+    grid = (-(-lengths[0] // lengths[2][0]), -(-lengths[1] // lengths[2][1]))
+    sides = (_power_of_fan(grid[0]), _power_of_fan(grid[1]))
     unknown = (torch.zeros(1, dtype=torch.int64, device=device),) * 2
     full = []
     while True:
-        states = torch.cat([predicate.classify(b) for b in _rectangles(unknown, side, lengths)])
+        states = torch.cat([predicate.classify(b) for b in _rectangles(unknown, sides, lengths)])
         whole, rest = states == FULL, states == UNKNOWN
-        full.append(_split((unknown[0][whole], unknown[1][whole]), side, 1, grid))
+        full.append(_split((unknown[0][whole], unknown[1][whole]), sides, (1, 1), grid))
         unknown = (unknown[0][rest], unknown[1][rest])
-        if side == 1:
+        if sides == (1, 1):
             rows, cols = zip(*full, strict=True)
             return (torch.cat(rows), torch.cat(cols)), unknown
-        unknown = _split(unknown, side, side // _FAN, grid)
-        side //= _FAN
+        longest = max(sides)
+        parts = (
+            sides[0] // _FAN if sides[0] == longest else sides[0],
+            sides[1] // _FAN if sides[1] == longest else sides[1],
+        )
+        unknown = _split(unknown, sides, parts, grid)
+        sides = parts
+
+
+def _power_of_fan(n: int) -> int:
+    side = 1
+    while side < n:
+        side *= _FAN
+    return side
 
 
 def _rectangles(
-    cells: Cells, side: int, lengths: Lengths, chunk: int = 1 << 20
+    cells: Cells, sides: tuple[int, int], lengths: Lengths, chunk: int = 1 << 20
 ) -> Iterator[Blocks]:
-    """The index ranges of squares of `side` x `side` blocks; at least one (maybe empty) batch."""
+    """The index ranges of rectangles of blocks; at least one (maybe empty) batch."""
     q_len, kv_len, (block_q, block_kv) = lengths
     for i in range(0, max(1, len(cells[0])), chunk):
         rows, cols = (axis[i : i + chunk] for axis in cells)
         yield Blocks(
             rows * block_q,
-            ((rows + side) * block_q).clamp(max=q_len) - 1,
+            ((rows + sides[0]) * block_q).clamp(max=q_len) - 1,
             cols * block_kv,
-            ((cols + side) * block_kv).clamp(max=kv_len) - 1,
+            ((cols + sides[1]) * block_kv).clamp(max=kv_len) - 1,
         )
 
 
-def _split(cells: Cells, side: int, part: int, grid: tuple[int, int]) -> Cells:
-    """Cut squares of `side` blocks into squares of `part` blocks, without those beyond the grid."""
-    if side == part:
+def _split(
+    cells: Cells, sides: tuple[int, int], parts: tuple[int, int], grid: tuple[int, int]
+) -> Cells:
+    """Cut rectangles of `sides` blocks into rectangles of `parts` blocks, as far as the grid goes.
+
+    Takes the memory of the result: parts beyond the grid are never made.
+    """
+    if sides == parts:
         return cells
-    steps = torch.arange(0, side, part, device=cells[0].device)
-    rows = (cells[0][:, None, None] + steps[:, None]).expand(-1, -1, len(steps)).flatten()
-    cols = (cells[1][:, None, None] + steps).expand(-1, len(steps), -1).flatten()
-    inside = (rows < grid[0]) & (cols < grid[1])
-    return rows[inside], cols[inside]
+    down, across = (
+        ((n - start).clamp(max=side) + part - 1) // part
+        for n, start, side, part in zip(grid, cells, sides, parts, strict=True)
+    )
+    counts = down * across
+    ends = counts.cumsum(0)
+    total = int(ends[-1]) if len(ends) else 0
+    owner = torch.repeat_interleave(counts, output_size=total)
+    place = torch.arange(total, dtype=torch.int64, device=counts.device) - (ends - counts)[owner]
+    across = across[owner]
+    rows = cells[0][owner] + place // across * parts[0]
+    return rows, cells[1][owner] + place % across * parts[1]
 
 
 def _evaluate(
@@ -130,7 +156,8 @@ def _evaluate(
     temporaries would break up the heap, and the process would grow to several times its need.
     """
     block_q, block_kv = lengths[2]
-    chunk = max(1, (1 << (21 if rows.is_cuda else 20)) // (block_q * block_kv))
+    area = min(block_q, lengths[0]) * min(block_kv, lengths[1])
+    chunk = max(1, (1 << (21 if rows.is_cuda else 20)) // area)
     entries = torch.empty_like(rows)
     store = torch.empty(256, block_q, -(-block_kv // 8), dtype=torch.uint8, device=rows.device)
     count = 0
@@ -151,10 +178,18 @@ def _distinct_tiles(
 ) -> tuple[Tensor, Tensor]:
     """The distinct bit tiles among those at these blocks, and which one each of them is."""
     q_len, kv_len, (block_q, block_kv) = lengths
-    q = rows[:, None, None] * block_q + torch.arange(block_q, device=rows.device)[:, None]
-    kv = cols[:, None, None] * block_kv + torch.arange(block_kv, device=rows.device)
-    if q_len % block_q == 0 and kv_len % block_kv == 0:
-        return bits.deduplicate(bits.pack(predicate(q, kv)))
-    # Predicates see only indices that exist.
-    truth = predicate(q.clamp(max=q_len - 1), kv.clamp(max=kv_len - 1))
-    return bits.deduplicate(bits.pack(truth & (q < q_len) & (kv < kv_len)))
+    height, width = min(block_q, q_len), min(block_kv, kv_len)  # of one query, one row is looked at
+    q = rows[:, None, None] * block_q + _count_to(height, rows.device)[:, None]
+    kv = cols[:, None, None] * block_kv + _count_to(width, rows.device)
+    if q_len % height == 0 and kv_len % width == 0:
+        truth = predicate(q, kv)
+    else:  # predicates see only indices that exist
+        truth = predicate(q.clamp(max=q_len - 1), kv.clamp(max=kv_len - 1))
+        truth = truth & (q < q_len) & (kv < kv_len)
+    packed = bits.pack(truth)
+    beyond = (0, -(-block_kv // 8) - packed.shape[2], 0, block_q - height)
+    return bits.deduplicate(pad(packed, beyond) if any(beyond) else packed)
+
+
+def _count_to(n: int, device: torch.device) -> Tensor:
+    return torch.arange(n, dtype=torch.int64, device=device)

@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from sparse_flash.masks.arguments import integer
 from sparse_flash.masks.bits import unpack
+from sparse_flash.masks.exchange import Lengths
+from sparse_flash.masks.modes import unreadable
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -14,22 +17,23 @@ if TYPE_CHECKING:
 MAX_LENGTH = 2**31 - 1  # indices are int32
 
 
-def check_lengths(q_len: int, kv_len: int, block: tuple[int, int]) -> None:
-    """Raise unless lengths and block are positive integers that int32 holds."""
+def checked_lengths(q_len: int, kv_len: int, block: tuple[int, int]) -> Lengths:
+    """Lengths and block as plain ints; raise unless they are positive integers that int32 holds."""
+    q_len, kv_len = (integer("layout", n, v) for n, v in (("q_len", q_len), ("kv_len", kv_len)))
     for name, value in (("q_len", q_len), ("kv_len", kv_len)):
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"{name} must be an int, got {value!r}")
-        if not 1 <= value <= MAX_LENGTH:
+        if value > MAX_LENGTH:
             raise ValueError(f"{name} must be in 1..{MAX_LENGTH}, got {value}")
-    if not (isinstance(block, tuple) and len(block) == 2 and all(type(b) is int for b in block)):
+    if not (isinstance(block, tuple | list) and len(block) == 2):
         raise TypeError(f"block must be a pair of ints (block_q, block_kv), got {block!r}")
-    if min(block) < 1 or block[0] * block[1] > 2**24:
+    block_q, block_kv = (integer("layout", "block", b, None) for b in block)
+    if min(block_q, block_kv) < 1 or block_q * block_kv > 2**24:
         raise ValueError(f"block sizes must be positive, at most 2^24 elements a tile, got {block}")
+    return q_len, kv_len, (block_q, block_kv)
 
 
 def check_layout(layout: BlockLayout) -> None:
     """Raise TypeError or ValueError, naming the array and what is wrong with it."""
-    check_lengths(layout.q_len, layout.kv_len, layout.block)
+    layout.q_len, layout.kv_len, layout.block = checked_lengths(*layout.lengths)
     _check_types(layout)
     _check_shapes(layout)
     _check_rows(layout)
@@ -43,6 +47,9 @@ def _check_types(layout: BlockLayout) -> None:
         dtype = torch.uint8 if name == "bit_tiles" else torch.int32
         if not isinstance(array, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(array).__name__}")
+        reason = unreadable(array)
+        if reason:
+            raise ValueError(f"{name}: {reason}; a layout needs tensors with data")
         if array.dtype != dtype:
             raise TypeError(f"{name} must have dtype {dtype}, got {array.dtype}")
         if array.device != layout.device:

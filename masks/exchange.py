@@ -99,7 +99,7 @@ def tiles_of_coo(
     cells, tile = torch.unique(keys, return_inverse=True)
     inner = cols % block_kv
     byte = (tile * block_q + rows % block_q) * width + inner // 8
-    packed = torch.zeros(len(cells) * block_q * width, dtype=torch.int32)
+    packed = torch.zeros(len(cells) * block_q * width, dtype=torch.int32, device="cpu")
     packed.index_add_(0, byte, (1 << inner % 8).int())  # distinct elements: adding is or-ing
     tiles = packed.to(torch.uint8).view(-1, block_q, width)
     return cells // num_block_cols, cells % num_block_cols, tiles

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import ClassVar, NoReturn
 
 import torch
-from sparse_flash.masks.mask import Extents, Mask, merge_extents, named, through
+from sparse_flash.masks.extents import Extents, merge_extents
+from sparse_flash.masks.mask import Mask, inherit_changeable, named, through
 from sparse_flash.masks.orders import TokenOrder
 from sparse_flash.masks.ternary import Blocks, Index
 from torch import Tensor
@@ -23,6 +24,13 @@ class HeadMasks(Mask):
 
     by_head: ClassVar[bool] = True
     grid: tuple[tuple[Mask, ...], ...]
+
+    def __post_init__(self) -> None:
+        inherit_changeable(self)
+
+    def operands(self) -> tuple[Mask, ...]:
+        """All entries, batch by batch."""
+        return self.masks
 
     @property
     def masks(self) -> tuple[Mask, ...]:
@@ -49,11 +57,15 @@ class HeadMasks(Mask):
         """The distinct masks, and which one each (batch entry, head) uses."""
         distinct = list(dict.fromkeys(self.masks))
         rows = [[distinct.index(mask) for mask in row] for row in self.grid]
-        return distinct, torch.tensor(rows, dtype=torch.int32)
+        return distinct, torch.tensor(rows, dtype=torch.int32, device="cpu")
 
     def through(self, order: TokenOrder) -> Mask:
         """Every entry through the order."""
         return self._map(lambda mask: through(mask, order))
+
+    def shift(self, q: int = 0, kv: int = 0) -> Mask:
+        """Every entry shifted."""
+        return self._map(lambda mask: mask.shift(q, kv))
 
     def __invert__(self) -> Mask:
         return self._map(lambda mask: ~mask)

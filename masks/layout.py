@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Hashable
 from dataclasses import InitVar, dataclass, field
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from sparse_flash.masks import bits, check, exchange, picture
+from sparse_flash.masks.modes import derived as derived_property
+from sparse_flash.masks.modes import plain_torch
 from sparse_flash.masks.traceable import Traceable
 from torch import Tensor
 
@@ -71,13 +72,14 @@ class BlockLayout(Traceable):
     # What was found out about calls of attention with this layout; see `api`.
     calls: dict[Hashable, Any] = field(init=False)
 
+    @plain_torch()
     def __post_init__(self, validate: bool) -> None:
         """Check arrays that come from outside, and derive the transpose."""
         self.derived, self.calls = {}, {}
         if validate:
             check.check_layout(self)
-        for name in ARRAYS:
-            setattr(self, name, _ordinary(getattr(self, name)))
+        for name, array in self.arrays().items():  # an inference tensor could not be trained with
+            setattr(self, name, array.clone() if array.is_inference() else array)
         rows, nk = self.tile_rows, self.num_block_cols
         patterns = rows // self.num_block_rows
         keys = patterns.long() * nk + self.col_indices
@@ -177,7 +179,7 @@ class BlockLayout(Traceable):
         """Distinct bit tiles."""
         return self.bit_tiles.shape[0]
 
-    @cached_property
+    @derived_property
     def num_partial(self) -> int:
         """Stored tiles that are not full."""
         return int((self.bit_tile_indices != FULL_TILE).sum())
@@ -200,7 +202,7 @@ class BlockLayout(Traceable):
         partial = bits.count(self.bit_tiles)[self.bit_tile_indices.clamp(min=0).long()]
         return torch.where(self.bit_tile_indices == FULL_TILE, heights * widths, partial)
 
-    @cached_property
+    @derived_property
     def pattern_densities(self) -> Tensor:
         """The kept fraction of each pattern, float64 `(P,)` on the CPU."""
         owner = self.tile_rows // self.num_block_rows
@@ -238,11 +240,19 @@ class BlockLayout(Traceable):
 
     def to(self, device: torch.device | str) -> BlockLayout:
         """The same layout on another device; itself where it is already there."""
-        if torch.empty(0, device=device).device == self.device:
+        device = torch.device(device)
+        if device == self.device or device == torch.device("cpu") == self.device:
             return self
-        arrays: dict[str, Any] = {n: array.to(device) for n, array in self.arrays().items()}
-        return BlockLayout(*self.lengths, **arrays, validate=False)
+        with plain_torch():
+            if device.type == "meta":
+                raise ValueError("a layout needs tensors with data, and cannot go to 'meta'")
+            if torch.empty(0, dtype=torch.uint8, device=device).device == self.device:
+                return self  # "cuda" is the current device
+            arrays: dict[str, Any] = {n: array.to(device) for n, array in self.arrays().items()}
+            return BlockLayout(*self.lengths, **arrays, validate=False)
 
+
+    @plain_torch()
     def transpose(self) -> BlockLayout:
         """The layout with queries and keys exchanged.
 
@@ -265,6 +275,7 @@ class BlockLayout(Traceable):
             validate=False,
         )
 
+    @plain_torch()
     def pattern(self, index: int) -> BlockLayout:
         """The layout of one pattern alone, shared by all heads."""
         if not 0 <= index < self.num_patterns:
@@ -285,6 +296,7 @@ class BlockLayout(Traceable):
             validate=False,
         )
 
+    @plain_torch()
     def tiles(self, select: Tensor | slice = slice(None)) -> Tensor:
         """The elements of the selected tiles (default: all): bool `(n, block_q, block_kv)`.
 
@@ -300,6 +312,7 @@ class BlockLayout(Traceable):
         tiles[partial] = bits.unpack(self.bit_tiles[entries[partial].long()], self.block[1])
         return tiles
 
+    @plain_torch()
     def to_dense(self) -> Tensor:
         """Every element: bool `(q_len, kv_len)`, or `(batch or 1, heads or 1, q_len, kv_len)`
         where there are several patterns. For inspection and tests: this one is O(s^2).
@@ -318,6 +331,7 @@ class BlockLayout(Traceable):
         dense = dense[:, : self.q_len, : self.kv_len]
         return dense[0] if self.pattern_map.numel() == 1 else dense[self.pattern_map.long()]
 
+    @plain_torch()
     def coverage(self, size: int = 256, pattern: int = 0) -> Tensor:
         """The kept fraction of each cell of a grid, exact: float32, at most about `size` a side.
 
@@ -363,6 +377,7 @@ class BlockLayout(Traceable):
         return exchange.to_bsr(self.lengths, one.crow_indices[0], one.col_indices, one.tiles())
 
     @classmethod
+    @plain_torch()
     def from_scipy(cls, matrix: Any, block: tuple[int, int] = (128, 128)) -> BlockLayout:
         """The layout that allows exactly the nonzero elements of a `scipy.sparse` matrix.
 
@@ -374,11 +389,12 @@ class BlockLayout(Traceable):
         1
         """
         rows, cols, (q_len, kv_len) = exchange.elements(matrix)
-        check.check_lengths(q_len, kv_len, block)
+        q_len, kv_len, block = check.checked_lengths(q_len, kv_len, block)
         tiles = exchange.tiles_of_coo(rows, cols, -(-kv_len // block[1]), block)
         return cls.from_tiles((q_len, kv_len, block), *tiles)
 
     @classmethod
+    @plain_torch()
     def from_tiles(
         cls,
         lengths: exchange.Lengths,
@@ -433,7 +449,8 @@ class BlockLayout(Traceable):
             FileNotFoundError: There is no such file.
             ValueError: The file is no layout, or damaged.
         """
-        lengths, arrays = exchange.read_npz(path, ARRAYS)
+        with plain_torch():
+            lengths, arrays = exchange.read_npz(path, ARRAYS)
         try:
             return cls(*lengths, **arrays).to(device)
         except (TypeError, ValueError) as error:
@@ -459,11 +476,3 @@ def _renumber(packed: Tensor, entries: Tensor) -> tuple[Tensor, Tensor]:
 def _extent(index: Tensor, length: int, block: int) -> Tensor:
     """How many of the indices of each block exist: `block`, or less at a ragged end."""
     return (length - index * block).clamp(max=block)
-
-
-def _ordinary(x: Tensor) -> Tensor:
-    """A tensor that autograd may save: one that was made in inference mode is copied."""
-    if not x.is_inference():
-        return x
-    with torch.inference_mode(False):
-        return x.clone()

@@ -10,6 +10,15 @@ from typing import TYPE_CHECKING, ClassVar, TypeVar, dataclass_transform
 
 import torch
 from sparse_flash.masks import build, check
+from sparse_flash.masks.arguments import integer
+from sparse_flash.masks.extents import (
+    Extents,
+    check_indices,
+    index_tensor,
+    merge_extents,
+    require_extents,
+)
+from sparse_flash.masks.modes import plain_torch, reduce_without_derived
 from sparse_flash.masks.reach import layers_to_reach
 from sparse_flash.masks.ternary import Blocks, Index, Truth
 from sparse_flash.masks.traceable import Traceable
@@ -19,8 +28,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from sparse_flash.masks.layout import BlockLayout
     from sparse_flash.masks.orders import TokenOrder
-
-Extents = tuple[int | None, int | None]  # the q_len and kv_len that a mask is made for; None: any
 
 
 class Mask(Traceable):
@@ -46,10 +53,7 @@ class Mask(Traceable):
 
     by_head: ClassVar[bool] = False  # whether it is several masks, by batch entry and head
     _derived = (*Traceable._derived, "_record")
-
-    def state(self) -> Hashable:
-        """What the mask depends on besides its fields, such as tensors that a predicate reads."""
-        return ()
+    changeable: bool = False  # whether `state()` can change
 
     def allowed(self, q: Index, kv: Index) -> Truth:
         """The rule: a bool tensor from index tensors, a Ternary from intervals."""
@@ -59,10 +63,56 @@ class Mask(Traceable):
         """The (q_len, kv_len) that the mask is made for; None where it fits any length."""
         return None, None
 
+    def operands(self) -> tuple[Mask, ...]:
+        """The masks that this one is made of; none for a pattern."""
+        return ()
+
+    @property
+    def relative(self) -> bool:
+        """Whether the rule compares positions of queries with positions of keys.
+
+        Such a mask needs to know where the queries lie among the keys; with q_len != kv_len, say so
+        by `q_offset`, `shift` or `causal(offset)`. A composite is relative if any operand is; a
+        pattern that does not declare it counts as relative.
+
+        >>> from sparse_flash import masks
+        >>> masks.local(3).relative, masks.sinks(3).relative, masks.local(3).shift(q=9).relative
+        (True, False, False)
+        """
+        operands = self.operands()
+        return not operands or any(mask.relative for mask in operands)
+
+    def state(self) -> Hashable:
+        """What the truth depends on beyond the value of the mask: a part of the key of any cache.
+
+        `()` but for masks that contain a `custom`: versions of the tensors and arrays, and values
+        of the numbers, that its function reads. Two equal states mean the same truth.
+
+        Raises:
+            TypeError: A `custom` reads data whose changes cannot be noticed.
+
+        >>> from sparse_flash import masks
+        >>> numbers = torch.zeros(8)
+        >>> mask = masks.custom(lambda q, kv: numbers[q] == numbers[kv]) | masks.local(1)
+        >>> before = mask.state()
+        >>> numbers[4:] = 1
+        >>> mask.state() == before, masks.local(1).state()
+        (False, ())
+        """
+        if not self.changeable:
+            return ()
+        return tuple(mask.state() for mask in self.operands())
+
     def __call__(self, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        """The truth for index tensors that broadcast with each other, as a bool tensor."""
-        shape = torch.broadcast_shapes(q_idx.shape, kv_idx.shape)
-        return self.allowed(q_idx, kv_idx).expand(shape)
+        """The truth for index tensors that broadcast with each other, as a bool tensor.
+
+        Raises:
+            TypeError: The indices are no integer tensors.
+            IndexError: An index is beyond the lengths that the mask is made for (on a CPU).
+        """
+        q, kv = index_tensor("q_idx", q_idx), index_tensor("kv_idx", kv_idx)
+        check_indices(self, q, kv)
+        return self.allowed(q, kv).expand(torch.broadcast_shapes(q.shape, kv.shape))
 
     def classify(self, blocks: Blocks) -> Tensor:
         """EMPTY, UNKNOWN or FULL for each rectangle of indices, int8.
@@ -92,10 +142,49 @@ class Mask(Traceable):
         """
         return through(self, order)
 
+    def shift(self, q: int = 0, kv: int = 0) -> Mask:
+        """The mask seen from other positions: mask.shift(q=a, kv=c)(i, j) == mask(i + a, j + c).
+
+        With fewer queries than keys, `shift(q=kv_len - q_len)` aligns the last query with the last
+        key. Shifts add up, and a shift by 0 is the mask itself. A mask made for lengths n, m
+        becomes one for n - a, m - c; a layout that would need indices outside is refused.
+
+        Raises:
+            TypeError: q or kv is no int.
+            ValueError: q or kv is beyond +-(2^31 - 1).
+
+        >>> from sparse_flash import masks
+        >>> masks.local((4, 0)).shift(q=100).shift(q=28, kv=3)
+        shift(local((4, 0)), 128, 3)
+        >>> masks.causal().shift(q=96).layout(32, 128).equal(masks.causal(96).layout(32, 128))
+        True
+        """
+        q, kv = integer("shift", "q", q, None), integer("shift", "kv", kv, None)
+        for name, value in (("q", q), ("kv", kv)):
+            if abs(value) > check.MAX_LENGTH:
+                raise ValueError(f"shift: {name} must be within +-{check.MAX_LENGTH}, got {value}")
+        return Shifted(self, q, kv) if q or kv else self
+
+    __reduce_ex__ = reduce_without_derived
+
     def patterns(self) -> tuple[list[Mask], Tensor]:
         """The distinct masks, and which one each (batch entry, head) uses: int32 `(1, 1)` here."""
-        return [self], torch.zeros(1, 1, dtype=torch.int32)
+        return [self], torch.zeros(1, 1, dtype=torch.int32, device="cpu")
 
+    def check_lengths(self, q_len: int, kv_len: int, q_start: int = 0, kv_start: int = 0) -> None:
+        """Raise ValueError unless the mask can be laid out for these lengths.
+
+        Args:
+            q_len: Number of queries.
+            kv_len: Number of keys.
+            q_start: Index of the first query, other than 0 below a shift.
+            kv_start: Index of the first key.
+        """
+        for mask in self.operands():
+            mask.check_lengths(q_len, kv_len, q_start, kv_start)
+        require_extents(self, (q_len, kv_len), (q_start, kv_start))
+
+    @plain_torch()
     def layout(
         self,
         q_len: int,
@@ -121,13 +210,9 @@ class Mask(Traceable):
 density 0.0195, cpu)
         """
         kv_len = q_len if kv_len is None else kv_len
-        check.check_lengths(q_len, kv_len, block)
-        for name, made_for, given in zip(
-            ("q_len", "kv_len"), self.extents(), (q_len, kv_len), strict=True
-        ):
-            if made_for not in (None, given):
-                raise ValueError(f"{self!r} is made for {name}={made_for}, not {given}")
-        return build.build_layout(*self.patterns(), (q_len, kv_len, block), device)
+        lengths = check.checked_lengths(q_len, kv_len, block)
+        self.check_lengths(*lengths[:2])
+        return build.build_layout(*self.patterns(), lengths, device)
 
     def density(self, q_len: int, kv_len: int | None = None) -> float:
         """The kept fraction of all (q, kv) elements, 0..1, counted exactly.
@@ -195,6 +280,12 @@ class _Combination(Mask):
     symbol: ClassVar[str]
     operation: ClassVar[Callable[[Truth, Truth], Truth]]
 
+    def __post_init__(self) -> None:
+        inherit_changeable(self)
+
+    def operands(self) -> tuple[Mask, ...]:
+        return self.masks
+
     def allowed(self, q: Index, kv: Index) -> Truth:
         return functools.reduce(type(self).operation, (m.allowed(q, kv) for m in self.masks))
 
@@ -223,6 +314,13 @@ class Not(Mask):
     """True where its mask is not."""
 
     mask: Mask
+
+    def __post_init__(self) -> None:
+        inherit_changeable(self)
+
+    def operands(self) -> tuple[Mask, ...]:
+        """Its mask."""
+        return (self.mask,)
 
     def allowed(self, q: Index, kv: Index) -> Truth:
         """The opposite."""
@@ -255,6 +353,16 @@ class through(Pattern):  # noqa: N801 - used like a function, as the patterns ar
         n = len(self.order)
         if any(e not in (None, n) for e in self.mask.extents()):
             raise ValueError(f"{self.mask!r} does not have the {n} tokens of {self.order!r}")
+        inherit_changeable(self)
+
+    def operands(self) -> tuple[Mask, ...]:
+        """Its mask."""
+        return (self.mask,)
+
+    def check_lengths(self, q_len: int, kv_len: int, q_start: int = 0, kv_start: int = 0) -> None:
+        """The order must fit; its mask is asked at all raster positions."""
+        self.mask.check_lengths(len(self.order), len(self.order))
+        require_extents(self, (q_len, kv_len), (q_start, kv_start))
 
     def allowed(self, q: Index, kv: Index) -> Truth:
         """The mask's rule on raster positions."""
@@ -265,15 +373,72 @@ class through(Pattern):  # noqa: N801 - used like a function, as the patterns ar
         return len(self.order), len(self.order)
 
 
-def merge_extents(owner: object, masks: tuple[Mask, ...]) -> Extents:
-    """The lengths that all masks agree on; ValueError where they do not."""
-    merged = []
-    for name, axis in (("q_len", 0), ("kv_len", 1)):
-        lengths = {n for n in (m.extents()[axis] for m in masks) if n is not None}
-        if len(lengths) > 1:
-            raise ValueError(f"masks made for different {name} {sorted(lengths)} in {owner!r}")
-        merged.append(lengths.pop() if lengths else None)
-    return merged[0], merged[1]
+@dataclass(frozen=True, repr=False)
+class Shifted(Mask):
+    """allowed(q, kv) = mask(q + by_q, kv + by_kv). Made by `Mask.shift`."""
+
+    mask: Mask
+    by_q: int
+    by_kv: int
+
+    def __post_init__(self) -> None:
+        inherit_changeable(self)
+
+    def operands(self) -> tuple[Mask, ...]:
+        """Its mask."""
+        return (self.mask,)
+
+    @property
+    def relative(self) -> bool:
+        """Not where the shift states how queries lie among keys: by_q other than by_kv."""
+        return self.by_q == self.by_kv and self.mask.relative
+
+    def shift(self, q: int = 0, kv: int = 0) -> Mask:
+        """Shifts add up."""
+        q, kv = integer("shift", "q", q, None), integer("shift", "kv", kv, None)
+        return self.mask.shift(self.by_q + q, self.by_kv + kv)
+
+    def allowed(self, q: Index, kv: Index) -> Truth:
+        """The mask's rule at the shifted indices."""
+        q, kv = q + self.by_q, kv + self.by_kv
+        if isinstance(q, Tensor):
+            check_indices(self.mask, q, kv)
+        return self.mask.allowed(q, kv)
+
+    def extents(self) -> Extents:
+        """Those of its mask, less the shift."""
+        q_len, kv_len = self.mask.extents()
+        return (
+            None if q_len is None else q_len - self.by_q,
+            None if kv_len is None else kv_len - self.by_kv,
+        )
+
+    def check_lengths(self, q_len: int, kv_len: int, q_start: int = 0, kv_start: int = 0) -> None:
+        """Its mask decides, at the shifted indices."""
+        self.mask.check_lengths(q_len, kv_len, q_start + self.by_q, kv_start + self.by_kv)
+
+    def __repr__(self) -> str:
+        kv = f", {self.by_kv}" if self.by_kv else ""
+        return f"shift({self.mask!r}, {self.by_q}{kv})"
+
+
+@named
+def shift(mask: Mask, q: int = 0, kv: int = 0) -> Mask:
+    """`mask.shift(q, kv)`, as it is written in text.
+
+    >>> from sparse_flash import masks
+    >>> masks.parse("shift(local(3), 5)")
+    shift(local((3, 3)), 5)
+    """
+    if not isinstance(mask, Mask):
+        raise TypeError(f"shift takes a mask, got {mask!r}")
+    return mask.shift(q, kv)
+
+
+def inherit_changeable(mask: Mask) -> None:
+    """Mark a composite as changeable if an operand is."""
+    if any(operand.changeable for operand in mask.operands()):
+        object.__setattr__(mask, "changeable", True)
 
 
 def _combine(kind: type[_Combination], left: Mask, right: Mask) -> Mask:

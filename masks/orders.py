@@ -7,10 +7,12 @@ patch of 8 x 16 pixels, so that what is near in the image is near in the sequenc
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
+from sparse_flash.masks.arguments import integer
+from sparse_flash.masks.check import MAX_LENGTH
 from sparse_flash.masks.mask import named
+from sparse_flash.masks.modes import derived, reduce_without_derived
 from sparse_flash.masks.tables import IndexTable
 from torch import Tensor
 
@@ -34,9 +36,15 @@ class TokenOrder:
 
     def __post_init__(self) -> None:
         """The size must be positive."""
-        for side in (self.height, self.width):
-            if not isinstance(side, int) or side < 1:
+        for side in ("height", "width"):
+            value = getattr(self, side)
+            if isinstance(value, int) and value < 1:
                 raise ValueError(f"{self!r}: height and width must be positive ints")
+            object.__setattr__(self, side, integer(self.name, side, value))
+        if len(self) > MAX_LENGTH:
+            raise ValueError(f"{self!r} has more than {MAX_LENGTH} pixels")
+
+    __reduce_ex__ = reduce_without_derived
 
     def __len__(self) -> int:
         return self.height * self.width
@@ -44,21 +52,21 @@ class TokenOrder:
     def __repr__(self) -> str:
         return f"{self.name}({self.height}, {self.width})"
 
-    @cached_property
+    @derived
     def permutation(self) -> Tensor:
         """int64 `(height * width,)`: the raster index (row * width + column) of each token."""
-        raster = torch.arange(len(self))
+        raster = torch.arange(len(self), device="cpu")
         key = {"raster": _raster_key, "morton": _morton_key, "hilbert": _hilbert_key}[self.name]
         return torch.argsort(
             key(raster // self.width, raster % self.width, self.width), stable=True
         )
 
-    @cached_property
+    @derived
     def inverse(self) -> Tensor:
         """int64 `(height * width,)`: the token position of each raster index."""
         return torch.argsort(self.permutation)
 
-    @cached_property
+    @derived
     def table(self) -> IndexTable:
         """The permutation as a table that masks look indices up in."""
         return IndexTable(self.permutation)

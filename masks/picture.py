@@ -27,7 +27,7 @@ def cell_size(length: int, block: int, size: int) -> int:
 def areas(shape: tuple[int, int], cells: list[int]) -> Tensor:
     """The number of elements that each cell covers; ragged cells cover fewer."""
     rows, cols = (
-        (length - torch.arange(0, length, cell)).clamp(max=cell)
+        (length - torch.arange(0, length, cell, device="cpu")).clamp(max=cell)
         for length, cell in zip(shape, cells, strict=True)
     )
     return rows[:, None] * cols

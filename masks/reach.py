@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import torch
 from sparse_flash.masks.layout import BlockLayout
+from sparse_flash.masks.modes import plain_torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 
+@plain_torch()
 def layers_to_reach(layout: BlockLayout, chunk: int = 1024) -> int | None:
     """The smallest L with (A or I)^L full, for a square layout of one pattern; None if none is.
 
@@ -22,7 +24,7 @@ def layers_to_reach(layout: BlockLayout, chunk: int = 1024) -> int | None:
     for start in range(0, layout.q_len, chunk):
         width = min(chunk, layout.q_len - start)
         sources = torch.arange(start, start + width, device=layout.device)
-        seen = torch.zeros(layout.q_len, width, device=layout.device)
+        seen = torch.zeros(layout.q_len, width, dtype=torch.float32, device=layout.device)
         seen[sources, sources - start] = 1
         layers = 0
         while not bool(seen.all()):

@@ -6,6 +6,7 @@ import torch
 from sparse_flash.masks import check
 from sparse_flash.masks.build import build_layout
 from sparse_flash.masks.layout import FULL_TILE, BlockLayout
+from sparse_flash.masks.modes import plain_torch
 from sparse_flash.masks.tables import RectangleTable
 from sparse_flash.masks.ternary import Blocks
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 _CELLS = 1 << 22  # the most cells that the table of stored tiles has
 
 
+@plain_torch()
 def retile(layout: BlockLayout, block: tuple[int, int]) -> BlockLayout:
     """The layout with blocks of another size, allowing exactly the same elements.
 
@@ -27,11 +29,10 @@ def retile(layout: BlockLayout, block: tuple[int, int]) -> BlockLayout:
     >>> masks.retile(fine, (128, 64)).equal(masks.causal().layout(300, block=(128, 64)))
     True
     """
-    check.check_lengths(layout.q_len, layout.kv_len, block)
-    if block == layout.block:
+    lengths = check.checked_lengths(layout.q_len, layout.kv_len, block)
+    if lengths == layout.lengths:
         return layout
     patterns = [_Stored(layout.pattern(p)) for p in range(layout.num_patterns)]
-    lengths = (layout.q_len, layout.kv_len, block)
     return build_layout(patterns, layout.pattern_map, lengths, layout.device)
 
 

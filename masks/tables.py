@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from sparse_flash.masks.modes import is_fake, plain_torch
 from sparse_flash.masks.ternary import Index, Indirect, Interval, RangeTable, Ternary
 from torch import Tensor
 
@@ -19,6 +20,7 @@ class IndexTable:
     """
 
     def __init__(self, table: Tensor) -> None:
+        self.table = table
         self._tables = {table.device: table}
         self._ranges: dict[tuple[str, int, torch.device], RangeTable] = {}
 
@@ -27,18 +29,27 @@ class IndexTable:
         if isinstance(index, Interval):
             device = index.lo.device
             return Indirect(lambda op, n: self._range(op, n, device), index.lo, index.hi)
-        return self._on(index.device)[index]
+        if is_fake(index):
+            table = index.fake_mode.from_tensor(self.table).to(index.device)
+        else:
+            table = self.on(index.device)
+        # Not table[index], which takes a negative index from the end.
+        return table.index_select(0, index.flatten()).view(index.shape)
 
-    def _on(self, device: torch.device) -> Tensor:
+    def on(self, device: torch.device) -> Tensor:
+        """The table on a device, where it stays."""
         if device not in self._tables:
-            self._tables[device] = next(iter(self._tables.values())).to(device)
+            with plain_torch():
+                return self._tables.setdefault(device, self.table.to(device))
         return self._tables[device]
 
     def _range(self, op: str, n: int, device: torch.device) -> RangeTable:
         key = (op, n, device)
         if key not in self._ranges:
-            table = self._on(device)
-            self._ranges[key] = RangeTable(table // n if op == "//" else table % n)
+            with plain_torch():
+                table = self.on(device)
+                made = RangeTable(table // n if op == "//" else table % n)
+                return self._ranges.setdefault(key, made)
         return self._ranges[key]
 
 

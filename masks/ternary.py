@@ -19,6 +19,8 @@ from torch import Tensor
 # Ordered so that "or" is the maximum, "and" the minimum, "not" the reflection.
 EMPTY, UNKNOWN, FULL = 0, 1, 2
 
+_FAR = 1 << 62  # below every index, also below those of shifted masks
+
 # What a rule computes with: an index tensor, an Interval, or an Indirect.
 Index = Any
 # What a rule returns: a bool tensor, or a Ternary.
@@ -130,6 +132,16 @@ class Interval:
         return ~(self == other)
 
     __hash__ = None  # type: ignore[assignment]
+
+
+def always(index: Index) -> Truth:
+    """True at every index, FULL for every interval."""
+    return index >= -_FAR
+
+
+def never(index: Index) -> Truth:
+    """False at every index, EMPTY for every interval."""
+    return index < -_FAR
 
 
 def _bounds(x: Any) -> tuple[Any, Any]:

@@ -5,9 +5,9 @@ graph therefore depends neither on what a mask says nor on a length: another mas
 nothing, wherever the object comes from (argument, closure, default, attribute).
 
 From torch 2.13 on, masks and layouts are opaque reference types of `torch.library`. Older releases
-cannot differentiate through an operator that takes one. There each object carries a handle, a number
-in a tensor on the CPU, and the operator finds the object by it. The number is in a tensor because
-torch.compile compiles anew for every other int that an nn.Module holds.
+cannot differentiate through an operator that takes one. There each object carries a handle, a
+number in a tensor on the CPU, by which the operator finds the object. (A plain int would not do:
+torch.compile compiles anew for every other int that an nn.Module holds.)
 """
 
 from __future__ import annotations

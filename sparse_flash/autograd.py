@@ -6,6 +6,7 @@ implementation has, are refused instead of being silently zero.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -60,7 +61,7 @@ class _Attention(torch.autograd.Function):
     def forward(
         call: AttentionCall, implementation: Implementation, *tensors: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        if tensors[0] is not call.q:  # torch.func hands over what it has unwrapped
+        if not all(map(operator.is_, tensors, call.tensors)):  # torch.func has unwrapped some
             call = call.with_tensors(tensors)
         return implementation.attend(call)
 

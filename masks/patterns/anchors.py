@@ -1,7 +1,7 @@
 """Tokens that all see: global tokens and sinks."""
 
+from sparse_flash.masks.arguments import integers
 from sparse_flash.masks.mask import Pattern, pattern
-from sparse_flash.masks.patterns.arguments import integer
 from sparse_flash.masks.ternary import Index, Truth
 
 
@@ -17,9 +17,10 @@ class global_tokens(Pattern):
     """
 
     n: int
+    relative = False
 
     def __post_init__(self) -> None:
-        integer("global_tokens", "n", self.n)
+        integers(self, n=1)
 
     def allowed(self, q: Index, kv: Index) -> Truth:
         """One of the two is global."""
@@ -39,9 +40,10 @@ class sinks(Pattern):
     """
 
     n: int
+    relative = False
 
     def __post_init__(self) -> None:
-        integer("sinks", "n", self.n)
+        integers(self, n=1)
 
     def allowed(self, q: Index, kv: Index) -> Truth:
         """The key is a sink."""

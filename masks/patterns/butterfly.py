@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import torch
+from sparse_flash.masks.arguments import integers
 from sparse_flash.masks.mask import Pattern, pattern
-from sparse_flash.masks.patterns.arguments import integer
 from sparse_flash.masks.ternary import Index, Interval, Ternary, Truth, bit_length
 
 
@@ -38,11 +39,12 @@ class butterfly(Pattern):
 
     block: int = 128
     n_factors: int | None = None
+    relative = True
 
     def __post_init__(self) -> None:
-        integer("butterfly", "block", self.block)
+        integers(self, block=1)
         if self.n_factors is not None:
-            integer("butterfly", "n_factors", self.n_factors, 0)
+            integers(self, n_factors=0)
 
     def allowed(self, q: Index, kv: Index) -> Truth:
         """The block numbers differ in at most one bit, which is below n_factors."""
@@ -58,8 +60,11 @@ def _classify(i: Interval, j: Interval, limit: int) -> Ternary:
     """Decide by the bits that are the same all over both intervals.
 
     Above bit m, i and j are constant, and so is their XOR; below, every combination may occur.
+    An interval that crosses zero (of a shifted mask) has no constant bits, not even the sign.
     """
-    m = bit_length((i.lo ^ i.hi) | (j.lo ^ j.hi))
+    vary = (i.lo ^ i.hi) | (j.lo ^ j.hi)
+    m = torch.where(vary < 0, 63, bit_length(vary.clamp(min=0)))
     differ = (i.lo ^ j.lo) >> m
     at_most_one_bit = (differ & (differ - 1) == 0) & (differ << m < limit)
+    at_most_one_bit = at_most_one_bit | (m == 63)
     return Ternary.of(at_most_one_bit & (m == 0), at_most_one_bit)

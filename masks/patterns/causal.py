@@ -1,7 +1,7 @@
 """Causal: no query sees a later key."""
 
+from sparse_flash.masks.arguments import integers, saturate
 from sparse_flash.masks.mask import Pattern, pattern
-from sparse_flash.masks.patterns.arguments import integer
 from sparse_flash.masks.ternary import Index, Truth
 
 
@@ -9,7 +9,8 @@ from sparse_flash.masks.ternary import Index, Truth
 class causal(Pattern):
     """allowed(q, kv) = kv <= q + offset.
 
-    With fewer queries than keys, `offset=kv_len - q_len` aligns the last query with the last key.
+    With fewer queries than keys, `offset=kv_len - q_len` aligns the last query with the last key;
+    an offset other than 0 states the alignment, so such a mask is not `relative`.
     Density for n tokens: (n + 1) / 2n. Reach: never (None), the past does not see the future.
 
     >>> print(causal().text(1024, width=4))
@@ -24,8 +25,13 @@ class causal(Pattern):
     offset: int = 0
 
     def __post_init__(self) -> None:
-        integer("causal", "offset", self.offset, None)
+        integers(self, offset=None)
+
+    @property
+    def relative(self) -> bool:
+        """Unless an offset states where the queries lie."""
+        return self.offset == 0
 
     def allowed(self, q: Index, kv: Index) -> Truth:
         """Kv <= q + offset."""
-        return kv <= q + self.offset
+        return kv <= q + saturate(self.offset)

@@ -1,7 +1,7 @@
 """Dilated (sliding window with gaps): wide context from few keys."""
 
+from sparse_flash.masks.arguments import integers, normalise, saturate, window_of
 from sparse_flash.masks.mask import Pattern, pattern
-from sparse_flash.masks.patterns.arguments import integer, normalise, window_of
 from sparse_flash.masks.ternary import Index, Truth
 
 
@@ -21,17 +21,18 @@ class dilated(Pattern):
 
     window: int | tuple[int | None, int | None]
     dilation: int
+    relative = True
 
     def __post_init__(self) -> None:
         normalise(self, window=window_of("dilated", self.window))
-        integer("dilated", "dilation", self.dilation)
+        integers(self, dilation=1)
 
     def allowed(self, q: Index, kv: Index) -> Truth:
         """A multiple of `dilation` away, within the window."""
         left, right = self.window  # type: ignore[misc]
         rule = (q - kv) % self.dilation == 0
         if left is not None:
-            rule = rule & (q - kv <= left * self.dilation)
+            rule = rule & (q - kv <= saturate(left * self.dilation))
         if right is not None:
-            rule = rule & (kv - q <= right * self.dilation)
+            rule = rule & (kv - q <= saturate(right * self.dilation))
         return rule

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+import itertools
 
+import numpy as np
 import torch
-from sparse_flash.masks.mask import Extents, Pattern, pattern
-from sparse_flash.masks.patterns.arguments import integer, normalise, sizes
+from sparse_flash.masks.arguments import integers, normalise, sizes
+from sparse_flash.masks.check import MAX_LENGTH
+from sparse_flash.masks.extents import Extents
+from sparse_flash.masks.mask import Pattern, pattern
+from sparse_flash.masks.modes import derived
 from sparse_flash.masks.tables import IndexTable
 from sparse_flash.masks.ternary import Index, Truth
 
@@ -23,9 +27,10 @@ class block_diagonal(Pattern):
     """
 
     size: int
+    relative = True
 
     def __post_init__(self) -> None:
-        integer("block_diagonal", "size", self.size)
+        integers(self, size=1)
 
     def allowed(self, q: Index, kv: Index) -> Truth:
         """In the same block."""
@@ -36,6 +41,8 @@ class block_diagonal(Pattern):
 class documents(Pattern):
     """allowed(q, kv) = document[q] == document[kv], for documents packed one after the other.
 
+    `lengths`: Tokens of each document, 0 allowed: ints, or a one-dimensional integer array or
+    tensor. Of `cu_seqlens` as FlashAttention takes them, pass `cu_seqlens.diff()`.
     Source: Krell et al., Efficient Sequence Packing without Cross-contamination (2021).
     Density for lengths l_i: sum l_i^2 / (sum l_i)^2. Reach: never (None) with more than one.
 
@@ -44,14 +51,20 @@ class documents(Pattern):
     """
 
     lengths: tuple[int, ...]
+    relative = True
 
     def __post_init__(self) -> None:
-        normalise(self, lengths=sizes("documents", "lengths", self.lengths))
+        lengths = sizes("documents", "lengths", self.lengths, 0)
+        normalise(self, lengths=lengths)
+        if not 1 <= sum(lengths) <= MAX_LENGTH:
+            raise ValueError(
+                f"documents: lengths must sum to 1..{MAX_LENGTH} tokens, got {sum(lengths)}"
+            )
 
-    @cached_property
+    @derived
     def _document(self) -> IndexTable:
-        numbers = torch.arange(len(self.lengths))
-        return IndexTable(torch.repeat_interleave(numbers, torch.tensor(self.lengths)))
+        numbers = np.repeat(np.arange(len(self.lengths)), self.lengths)
+        return IndexTable(torch.from_numpy(numbers))
 
     def allowed(self, q: Index, kv: Index) -> Truth:
         """In the same document."""
@@ -60,3 +73,15 @@ class documents(Pattern):
     def extents(self) -> Extents:
         """The sum of the lengths."""
         return sum(self.lengths), sum(self.lengths)
+
+    def check_lengths(self, q_len: int, kv_len: int, q_start: int = 0, kv_start: int = 0) -> None:
+        """As for every mask; an error tells cumulated lengths from lengths."""
+        try:
+            super().check_lengths(q_len, kv_len, q_start, kv_start)
+        except ValueError as error:
+            ascending = all(a <= b for a, b in itertools.pairwise(self.lengths))
+            if len(self.lengths) < 2 or self.lengths[0] or not ascending:
+                raise
+            raise ValueError(
+                f"{error}; lengths look like cu_seqlens: pass their differences, cu_seqlens.diff()"
+            ) from None

@@ -5,18 +5,18 @@ from __future__ import annotations
 import base64
 import hashlib
 import zlib
-from dataclasses import field
 from typing import Any
 
 import numpy as np
 import torch
 from sparse_flash.masks import exchange
-from sparse_flash.masks.mask import Extents, Mask, Pattern, named, pattern
-from sparse_flash.masks.patterns.arguments import integer, normalise
-from sparse_flash.masks.tables import RectangleTable
+from sparse_flash.masks.arguments import integers, normalise
+from sparse_flash.masks.extents import Extents
+from sparse_flash.masks.mask import Mask, Pattern, named, pattern
+from sparse_flash.masks.modes import derived
+from sparse_flash.masks.patterns.table_values import truth_table
+from sparse_flash.masks.tables import IndexTable, RectangleTable
 from sparse_flash.masks.ternary import Index, Interval, Truth
-from torch import Tensor
-from torch.nn.functional import pad
 
 _TEXT_LIMIT = 1 << 20  # bytes of data beyond which a repr abbreviates
 
@@ -59,13 +59,17 @@ class from_blocks(Pattern):
 
     Args:
         table: Bools `(rows, columns)`: a tensor, an array, nested lists, or the text that repr
-            prints (shape and compressed bits), so that a repr makes the same mask again.
+            prints (shape and compressed bits), so that a repr makes the same mask again. Numbers
+            must be 0 and 1; floats may also be an additive mask, 0 where attention is allowed and
+            -inf (or at most -65504) elsewhere. The values are copied.
         block: Tokens per block.
         q_len: Number of queries; default: rows x block.
         kv_len: Number of keys; default: columns x block.
 
     Raises:
-        ValueError: The table is not two-dimensional, does not fit the lengths, or is damaged text.
+        TypeError: The table has no values: a meta, fake or sparse tensor.
+        ValueError: The table is not two-dimensional, holds other numbers, does not fit the
+            lengths, or is damaged text.
 
     >>> mask = from_blocks([[1, 0], [1, 1]], block=128)
     >>> mask == eval(repr(mask)), mask.layout(256).num_tiles
@@ -76,18 +80,19 @@ class from_blocks(Pattern):
     block: int
     q_len: int | None = None
     kv_len: int | None = None
-    _entries: dict[Any, Any] = field(init=False, compare=False, default_factory=dict)
+    relative = False
 
     def __post_init__(self) -> None:
-        integer("from_blocks", "block", self.block)
+        integers(self, block=1)
         data = _bits("from_blocks", self.table)
         rows, cols = data.shape
         normalise(self, table=data)
         for name, count in (("q_len", rows), ("kv_len", cols)):
-            length = getattr(self, name)
-            if length is None:
+            if getattr(self, name) is None:
                 normalise(self, **{name: count * self.block})
-            elif -(-integer("from_blocks", name, length) // self.block) != count:
+            integers(self, **{name: 1})
+            length = getattr(self, name)
+            if -(-length // self.block) != count:
                 raise ValueError(
                     f"from_blocks: {name}={length} is not {count} blocks of {self.block}"
                 )
@@ -102,26 +107,39 @@ class from_blocks(Pattern):
         """The entry of the block."""
         i, j = q // self.block, kv // self.block
         if isinstance(i, Interval):
-            return self._summary().classify(i, j)
-        return self._table(i.device)[i, j]
+            return self._summary.classify(i, j)
+        bit = i * self.table.shape[1] + j
+        return (self._bytes(bit >> 3) >> (~bit & 7)) & 1 == 1
 
-    def _table(self, device: torch.device) -> Tensor:
-        if device not in self._entries:
-            rows, cols = self.table.shape
-            flat = np.unpackbits(self.table.content, count=rows * cols).astype(bool)
-            self._entries[device] = torch.from_numpy(flat.reshape(rows, cols)).to(device)
-        return self._entries[device]
+    @derived
+    def _bytes(self) -> IndexTable:
+        """The table, row by row, eight entries a byte, the first one highest."""
+        return IndexTable(torch.from_numpy(self.table.content.copy()))
 
+    @derived
     def _summary(self) -> RectangleTable:
-        if "summary" not in self._entries:
-            table = self._table(torch.device("cpu"))
-            cell = 1 if table.numel() <= 1 << 22 else 16
-            rows, cols = (-n % cell for n in table.shape)
-            reduce = torch.nn.functional.max_pool2d
-            some = reduce(pad(table.float(), (0, cols, 0, rows))[None], cell)[0] > 0
-            holes = reduce(pad((~table).float(), (0, cols, 0, rows))[None], cell)[0] > 0
-            self._entries["summary"] = RectangleTable(some, ~holes, cell)
-        return self._entries["summary"]
+        rows, cols = self.table.shape
+        cell = 1  # entries a side; a tile needs not be told from a part of 16 tokens of it
+        while rows * cols > (cell * cell) << (16 if cell * self.block < 16 else 22):
+            cell *= 2
+        shape = (-(-rows // cell), -(-cols // cell))
+        some, every = (np.empty(shape, dtype=bool) for _ in range(2))
+        starts, strip = np.arange(0, cols, cell), max(1, (1 << 22) // (cols * cell))
+        for i in range(0, shape[0], strip):
+            band = self._unpack(i * cell, min((i + strip) * cell, rows))
+            lines = np.arange(0, len(band), cell)
+            for target, reduce in ((some, np.logical_or), (every, np.logical_and)):
+                columns = reduce.reduceat(band, starts, axis=1)
+                target[i : i + strip] = reduce.reduceat(columns, lines, axis=0)
+        return RectangleTable(torch.from_numpy(some), torch.from_numpy(every), cell)
+
+    def _unpack(self, first: int, end: int) -> np.ndarray:
+        """Rows `first` to `end` - 1 of the table, bool."""
+        cols = self.table.shape[1]
+        start, stop = first * cols, end * cols
+        packed = self.table.content[start // 8 : -(-stop // 8)]
+        bits = np.unpackbits(packed)[start % 8 : start % 8 + stop - start]
+        return bits.view(bool).reshape(end - first, cols)
 
     def extents(self) -> Extents:
         """The lengths that it is made for."""
@@ -132,10 +150,15 @@ class from_blocks(Pattern):
 def from_dense(table: Any) -> Mask:
     """allowed(q, kv) = table[q, kv], for bools `(q_len, kv_len)`: tensor, array, lists or text.
 
+    An additive mask (0 where attention is allowed, -inf elsewhere) is recognised; other numbers
+    than 0 and 1 are refused (see `from_blocks`).
+
     >>> from_dense([[1, 0], [1, 1]]).layout(2).to_dense().int()
     tensor([[1, 0],
             [1, 1]], dtype=torch.int32)
     """
+    if not isinstance(table, str | _Data):
+        table = _packed(truth_table("from_dense", table))
     return from_blocks(table, 1)
 
 
@@ -154,7 +177,7 @@ class from_scipy(Pattern):
     """
 
     matrix: Any
-    _entries: dict[Any, Any] = field(init=False, compare=False, default_factory=dict)
+    relative = False
 
     def __post_init__(self) -> None:
         if isinstance(self.matrix, str):
@@ -172,27 +195,27 @@ class from_scipy(Pattern):
     def allowed(self, q: Index, kv: Index) -> Truth:
         """Whether the element is among the nonzero ones."""
         if isinstance(q, Interval):
-            return self._summary().classify(q, kv)
-        elements, wanted = self._elements(q.device), q * self.matrix.shape[1] + kv
-        if not len(elements):
+            return self._summary.classify(q, kv)
+        wanted = q * self.matrix.shape[1] + kv
+        if not len(self.matrix.content):
             return torch.zeros_like(wanted, dtype=torch.bool)
-        place = torch.searchsorted(elements, wanted).clamp(max=len(elements) - 1)
-        return elements[place] == wanted
+        place = torch.searchsorted(self._elements.on(wanted.device), wanted)
+        return self._elements(place.clamp(max=len(self.matrix.content) - 1)) == wanted
 
-    def _elements(self, device: torch.device) -> Tensor:
-        if device not in self._entries:
-            self._entries[device] = torch.from_numpy(self.matrix.content.copy()).to(device)
-        return self._entries[device]
+    @derived
+    def _elements(self) -> IndexTable:
+        """Row * columns + column of each nonzero element, ascending."""
+        return IndexTable(torch.from_numpy(self.matrix.content.copy()))
 
+    @derived
     def _summary(self) -> RectangleTable:
-        if "summary" not in self._entries:
-            rows, cols = self.matrix.shape
-            cell = -(-max(rows, cols) // 1024)
-            keys = self._elements(torch.device("cpu"))
-            some = torch.zeros(-(-rows // cell), -(-cols // cell), dtype=torch.bool)
-            some[keys // cols // cell, keys % cols // cell] = True
-            self._entries["summary"] = RectangleTable(some, some & (cell == 1), cell)
-        return self._entries["summary"]
+        rows, cols = self.matrix.shape
+        cell = -(-max(rows, cols) // 1024)
+        keys = torch.from_numpy(self.matrix.content.copy())
+        shape = (-(-rows // cell), -(-cols // cell))
+        some = torch.zeros(shape, dtype=torch.bool, device="cpu")
+        some[keys // cols // cell, keys % cols // cell] = True
+        return RectangleTable(some, some & (cell == 1), cell)
 
     def extents(self) -> Extents:
         """The shape of the matrix."""
@@ -210,12 +233,8 @@ def _bits(name: str, table: Any) -> _Data:
                 f"{name}: the text holds {data.content.nbytes} bytes, not a {data.shape} table"
             )
         return data
-    if isinstance(table, Tensor):
-        table = table.detach().cpu().numpy()
-    array = np.asarray(table)
-    if array.ndim != 2 or not array.size or array.dtype.kind not in "buif":
-        raise ValueError(
-            f"{name}: the table must be two-dimensional bools, "
-            f"got shape {array.shape} of {array.dtype}"
-        )
-    return _Data((array.shape[0], array.shape[1]), np.packbits(array != 0))
+    return _packed(truth_table(name, table))
+
+
+def _packed(table: np.ndarray) -> _Data:
+    return _Data((table.shape[0], table.shape[1]), np.packbits(table))

@@ -1,7 +1,7 @@
 """Everything: dense attention as a mask."""
 
 from sparse_flash.masks.mask import Pattern, pattern
-from sparse_flash.masks.ternary import Index, Truth
+from sparse_flash.masks.ternary import Index, Truth, always
 
 
 @pattern
@@ -12,6 +12,8 @@ class full(Pattern):
     0
     """
 
+    relative = False
+
     def allowed(self, q: Index, kv: Index) -> Truth:
         """Always."""
-        return q >= 0
+        return always(q)

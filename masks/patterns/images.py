@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from sparse_flash.masks.mask import Extents, Pattern, pattern
-from sparse_flash.masks.patterns.arguments import integer, normalise, sizes
+from sparse_flash.masks.arguments import integers, normalise, sizes
+from sparse_flash.masks.extents import Extents
+from sparse_flash.masks.mask import Pattern, pattern
 from sparse_flash.masks.ternary import Index, Truth
 
 
@@ -20,10 +21,10 @@ class axial(Pattern):
 
     height: int
     width: int
+    relative = True
 
     def __post_init__(self) -> None:
-        integer("axial", "height", self.height)
-        integer("axial", "width", self.width)
+        integers(self, height=1, width=1)
 
     def allowed(self, q: Index, kv: Index) -> Truth:
         """In the same row, or in the same column."""
@@ -55,11 +56,10 @@ class patches(Pattern):
     width: int
     size: tuple[int, int]
     radius: int = 1
+    relative = True
 
     def __post_init__(self) -> None:
-        for name in ("height", "width"):
-            integer("patches", name, getattr(self, name))
-        integer("patches", "radius", self.radius, 0)
+        integers(self, height=1, width=1, radius=0)
         size = sizes("patches", "size", self.size)
         if len(size) != 2 or self.height % size[0] or self.width % size[1]:
             raise ValueError(
@@ -97,10 +97,10 @@ class neighbourhood(Pattern):
     height: int
     width: int
     radius: int | tuple[int, int]
+    relative = True
 
     def __post_init__(self) -> None:
-        integer("neighbourhood", "height", self.height)
-        integer("neighbourhood", "width", self.width)
+        integers(self, height=1, width=1)
         radius = sizes("neighbourhood", "radius", self.radius, 0)
         if len(radius) > 2:
             raise ValueError(f"neighbourhood: radius must be an int or (r_y, r_x), got {radius}")

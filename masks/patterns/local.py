@@ -1,8 +1,8 @@
 """Local (sliding window): each query sees the keys around it."""
 
+from sparse_flash.masks.arguments import integers, normalise, window_of
 from sparse_flash.masks.mask import Pattern, pattern
-from sparse_flash.masks.patterns.arguments import integer, normalise, window_of
-from sparse_flash.masks.ternary import Index, Truth
+from sparse_flash.masks.ternary import Index, Truth, always
 
 
 @pattern
@@ -24,6 +24,7 @@ class local(Pattern):
     """
 
     window: int | tuple[int | None, int | None]
+    relative = True
 
     def __post_init__(self) -> None:
         normalise(self, window=window_of("local", self.window))
@@ -32,7 +33,7 @@ class local(Pattern):
         """-right <= q - kv <= left."""
         left, right = self.window  # type: ignore[misc]
         if left is None and right is None:
-            return q >= 0
+            return always(q)
         if left is None:
             return kv - q <= right
         if right is None:
@@ -53,10 +54,10 @@ class block_local(Pattern):
 
     block: int
     window: int
+    relative = True
 
     def __post_init__(self) -> None:
-        integer("block_local", "block", self.block)
-        integer("block_local", "window", self.window, 0)
+        integers(self, block=1, window=0)
 
     def allowed(self, q: Index, kv: Index) -> Truth:
         """At most `window` blocks apart."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from sparse_flash.masks.arguments import integers, normalise, sizes
 from sparse_flash.masks.mask import Pattern, pattern
-from sparse_flash.masks.patterns.arguments import integer, normalise, sizes
-from sparse_flash.masks.ternary import Index, Truth
+from sparse_flash.masks.ternary import Index, Truth, never
 
 
 @pattern
@@ -22,18 +22,19 @@ class longnet(Pattern):
     segments: int | tuple[int, ...]
     dilations: int | tuple[int, ...]
     offset: int = 0
+    relative = True
 
     def __post_init__(self) -> None:
         segments = sizes("longnet", "segments", self.segments)
         dilations = sizes("longnet", "dilations", self.dilations)
-        integer("longnet", "offset", self.offset, 0)
+        integers(self, offset=0)
         if len(segments) != len(dilations):
             raise ValueError(f"longnet: {len(segments)} segments but {len(dilations)} dilations")
         normalise(self, segments=segments, dilations=dilations)
 
     def allowed(self, q: Index, kv: Index) -> Truth:
         """In the same segment, both on its grid."""
-        rule = q < 0
+        rule = never(q)
         for w, r in zip(self.segments, self.dilations, strict=True):  # type: ignore[arg-type]
             on_grid = ((q % w) % r == self.offset % r) & ((kv % w) % r == self.offset % r)
             rule = rule | ((q // w == kv // w) & on_grid)

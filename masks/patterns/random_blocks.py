@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from functools import cached_property
-
 import numpy as np
 import torch
-from sparse_flash.masks.mask import Extents, Pattern, pattern
-from sparse_flash.masks.patterns.arguments import integer
+from sparse_flash.masks.arguments import fraction, integers, normalise
+from sparse_flash.masks.extents import Extents
+from sparse_flash.masks.mask import Pattern, pattern
+from sparse_flash.masks.modes import derived
 from sparse_flash.masks.tables import IndexTable
-from sparse_flash.masks.ternary import Index, Interval, Ternary, Truth
+from sparse_flash.masks.ternary import Index, Interval, Ternary, Truth, never
 from torch import Tensor
 
 _RESOLUTION = 1 << 24  # a density is a multiple of 2^-24
@@ -30,13 +30,13 @@ class random_blocks(Pattern):
     keep: float
     block: int = 128
     seed: int = 0
+    relative = False
 
     def __post_init__(self) -> None:
-        integer("random_blocks", "block", self.block)
-        if integer("random_blocks", "seed", self.seed, 0) >= 1 << 31:
+        integers(self, block=1, seed=0)
+        if self.seed >= 1 << 31:
             raise ValueError(f"random_blocks: seed must be below 2^31, got {self.seed}")
-        if not isinstance(self.keep, int | float) or not 0 <= self.keep <= 1:
-            raise ValueError(f"random_blocks: keep must be in 0..1, got {self.keep!r}")
+        normalise(self, keep=fraction("random_blocks", "keep", self.keep))
 
     def allowed(self, q: Index, kv: Index) -> Truth:
         """The block's coin shows heads."""
@@ -74,10 +74,10 @@ class random_blocks_per_row(Pattern):
     count: int
     block: int = 128
     seed: int = 0
+    relative = False
 
     def __post_init__(self) -> None:
-        for name, least in (("length", 1), ("count", 0), ("block", 1), ("seed", 0)):
-            integer("random_blocks_per_row", name, getattr(self, name), least)
+        integers(self, length=1, count=0, block=1, seed=0)
         if self.count > self._blocks:
             raise ValueError(
                 f"random_blocks_per_row: count {self.count} exceeds the {self._blocks} blocks"
@@ -87,7 +87,7 @@ class random_blocks_per_row(Pattern):
     def _blocks(self) -> int:
         return -(-self.length // self.block)
 
-    @cached_property
+    @derived
     def _choices(self) -> list[IndexTable]:
         """`count` tables over block rows: the t-th choice of each row (Floyd's sampling, 1987)."""
         generator = np.random.default_rng(self.seed)
@@ -101,7 +101,7 @@ class random_blocks_per_row(Pattern):
     def allowed(self, q: Index, kv: Index) -> Truth:
         """The key's block is one of those drawn."""
         i, j = q // self.block, kv // self.block
-        rule = q < 0
+        rule = never(q)
         for choice in self._choices:
             rule = rule | (choice(i) == j)
         return rule

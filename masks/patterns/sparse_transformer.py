@@ -3,8 +3,8 @@
 The paper's are causal: `strided(128) & causal()`.
 """
 
+from sparse_flash.masks.arguments import integers
 from sparse_flash.masks.mask import Pattern, pattern
-from sparse_flash.masks.patterns.arguments import integer
 from sparse_flash.masks.ternary import Index, Truth
 
 
@@ -22,9 +22,10 @@ class strided(Pattern):
     """
 
     stride: int
+    relative = True
 
     def __post_init__(self) -> None:
-        integer("strided", "stride", self.stride)
+        integers(self, stride=1)
 
     def allowed(self, q: Index, kv: Index) -> Truth:
         """Near, or a multiple of `stride` away."""
@@ -46,10 +47,11 @@ class fixed(Pattern):
 
     stride: int
     summary: int = 1
+    relative = True
 
     def __post_init__(self) -> None:
-        integer("fixed", "stride", self.stride)
-        if integer("fixed", "summary", self.summary) > self.stride:
+        integers(self, stride=1, summary=1)
+        if self.summary > self.stride:
             raise ValueError(f"fixed: summary {self.summary} exceeds the stride {self.stride}")
 
     def allowed(self, q: Index, kv: Index) -> Truth:

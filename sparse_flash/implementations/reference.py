@@ -90,7 +90,7 @@ class _Problem:
                 width = min(degree, chunk)
                 for heads in mine.split(chunk // width):
                     for some in rows.split(max(1, chunk // (width * len(heads)))):
-                        tiles = starts[some] + torch.arange(degree)
+                        tiles = starts[some] + torch.arange(degree, device="cpu")
                         for i in range(0, degree, width):
                             piece = tiles[:, i : i + width].to(cols.device)
                             ends = (i == 0, i + width >= degree)

@@ -1,0 +1,130 @@
+"""Independence of the PyTorch modes that are active while masks and layouts are made."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, TypeVar, overload
+
+import torch
+from torch import Tensor
+from torch.utils._device import DeviceContext
+
+T = TypeVar("T")
+
+
+@contextlib.contextmanager
+def plain_torch() -> Iterator[None]:
+    """Run a block of code, or a decorated function, outside every PyTorch mode.
+
+    Tensors made inside hold data and may be used anywhere later: no inference mode, no gradients,
+    no default device, no torch function or dispatch mode (FakeTensorMode, FlopCounterMode), no
+    functorch transform, no autocast. About 20 us. The default dtype stays: code inside names its
+    dtypes.
+
+    >>> with torch.inference_mode(), torch.device("meta"), plain_torch():
+    ...     table = torch.arange(3)
+    >>> table, table.is_inference()
+    (tensor([0, 1, 2]), False)
+    """
+    with contextlib.ExitStack() as stack:
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch._C._DisableAutocast())  # type: ignore[attr-defined]
+        stack.enter_context(torch._C._DisableFuncTorch())  # type: ignore[attr-defined]
+        if _dispatch_modes():
+            from torch.utils._python_dispatch import _disable_current_modes
+
+            stack.enter_context(_disable_current_modes())
+        if torch._C._len_torch_function_stack():
+            stack.enter_context(_no_function_modes())
+        yield
+
+
+def _dispatch_modes() -> int:
+    from torch._ops import _len_torch_dispatch_stack_pre_dispatch
+
+    return torch._C._len_torch_dispatch_stack() + _len_torch_dispatch_stack_pre_dispatch()
+
+
+@contextlib.contextmanager
+def _no_function_modes() -> Iterator[None]:
+    """Take torch function modes off their stack; a default device is the lowest of them."""
+    modes = [
+        torch._C._pop_torch_function_stack() for _ in range(torch._C._len_torch_function_stack())
+    ]
+    try:
+        yield
+    finally:
+        for mode in reversed(modes):
+            torch._C._push_on_torch_function_stack(mode)
+
+
+def tensors_made_on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """A context in which factory calls without a device make their tensors on `device`."""
+    return contextlib.nullcontext() if device.type == "cpu" else DeviceContext(device)
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether it is a FakeTensor: shapes and dtypes without data."""
+    module = sys.modules.get("torch._subclasses.fake_tensor")
+    return module is not None and isinstance(tensor, module.FakeTensor)
+
+
+def unreadable(tensor: Tensor) -> str | None:
+    """Why the values of a tensor cannot be read now; None where they can.
+
+    >>> unreadable(torch.empty(3, device="meta"))
+    'a tensor on the meta device holds no data'
+    """
+    if tensor.is_meta:
+        return "a tensor on the meta device holds no data"
+    if is_fake(tensor):
+        return "a fake tensor holds no data"
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return "inside a torch.func transform a tensor has no values of its own"
+    return None
+
+
+class derived(Generic[T]):  # noqa: N801 - used like functools.cached_property
+    """A property that is computed at first use, outside every PyTorch mode, and then kept.
+
+    Threads may compute it at the same time; all get the value that was kept first. Pickles and
+    copies do not carry it: their class has `__reduce_ex__ = reduce_without_derived`.
+    """
+
+    def __init__(self, make: Callable[[Any], T]) -> None:
+        self.make = make
+        self.__doc__ = make.__doc__
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    @overload
+    def __get__(self, owner: None, cls: type) -> derived[T]: ...
+    @overload
+    def __get__(self, owner: object, cls: type) -> T: ...
+    def __get__(self, owner: object | None, cls: type) -> derived[T] | T:
+        if owner is None:
+            return self
+        kept = owner.__dict__
+        if self.name not in kept:
+            with plain_torch():
+                value = self.make(owner)
+            return kept.setdefault(self.name, value)
+        return kept[self.name]
+
+
+def reduce_without_derived(self: Any, protocol: Any) -> Any:
+    """`__reduce_ex__` for classes with `derived` properties: their values stay behind."""
+    reduced = object.__reduce_ex__(self, protocol)
+    if not isinstance(reduced, tuple) or not isinstance(reduced[2], dict):
+        return reduced
+    state = {
+        name: value
+        for name, value in reduced[2].items()
+        if not isinstance(getattr(type(self), name, None), derived)
+    }
+    return (*reduced[:2], state, *reduced[3:])
