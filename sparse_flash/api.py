@@ -102,17 +102,16 @@ def block_sparse_attention(
     """
     check_are_tensors(q, k, v)
     q, k, v = _autocast(q, k, v)
-    tensors = (q, k, v, kv_lens)
     options = Options(check_options(softmax_scale, dropout_p), deterministic, impl)
+    needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    tensors = (q, k, v, kv_lens)
     if torch.compiler.is_compiling() or _is_watched(q, k, v):
         check_mask(mask)
         check_tensors(q, k, v)
         out, lse = operators.attention(*tensors, to_operator(mask), *options)
     else:
-        needs_grad = torch.is_grad_enabled() and (
-            q.requires_grad or k.requires_grad or v.requires_grad
-        )
-        out, lse = autograd.attend(*prepare(tensors, mask, options, needs_grad=needs_grad))
+        call = prepare(tensors, mask, options, needs_grad=needs_grad)
+        out, lse = autograd.attend(*call)
     return (out, lse) if return_lse else out
 
 
