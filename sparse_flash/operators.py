@@ -13,13 +13,16 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from sparse_flash import autograd
+from sparse_flash.call import AttentionCall
 from sparse_flash.checks import check_tensors
 from sparse_flash.masks import BlockLayout
 from sparse_flash.masks.traceable import SCHEMA_TYPE, from_operator
 from sparse_flash.prepare import Options, layout_of, prepare
 
 # As AttentionCall.TENSORS.
-_TENSORS = "Tensor q, Tensor k, Tensor v, Tensor? kv_lens"
+_TENSORS = ", ".join(
+    f"Tensor{'' if name in ('q', 'k', 'v') else '?'} {name}" for name in AttentionCall.TENSORS
+)
 _INPUTS = f"{_TENSORS}, {SCHEMA_TYPE} mask, float? softmax_scale, bool deterministic, str impl"
 _GIVEN = "Tensor out, Tensor lse, Tensor dout, Tensor? dlse"
 _library = torch.library.Library("sparse_flash", "DEF")

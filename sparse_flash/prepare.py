@@ -54,13 +54,13 @@ def prepare(
         TypeError: An argument of the wrong type or dtype.
         ValueError: Shapes, devices or lengths that do not fit, or no implementation runs the call.
     """
-    q, k, v, kv_lens = tensors
+    lengths = tensors[0].shape[1], tensors[1].shape[1]
+    q, k, v, kv_lens = tensors[:4]
     scale, deterministic, impl = options
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
     rest = (scale, deterministic, needs_grad, transient)
     calls, state = _calls_of(mask)
-    lengths = q.shape[1], k.shape[1]
     given = tuple(x is None for x in tensors[3:])
     features = (needs_grad, deterministic, given, lengths, impl)
     like = (*_kind(q), *_kind(k), *_kind(v), state, features)
