@@ -19,7 +19,9 @@ class AttentionCall:
     k: Tensor  # keys (b, kv_len, h_kv, d)
     v: Tensor  # values, shaped as the keys
     kv_lens: Tensor | None  # number of valid keys per batch entry, int (b,); None for all
-    TENSORS: ClassVar = ("q", "k", "v", "kv_lens")  # autograd saves them
+    q_offset: Tensor | None  # position of the first query, int32 (b,); None: see `positions`
+    kv_starts: Tensor | None  # first valid key per batch entry, int32 (b,); None for 0
+    TENSORS: ClassVar = ("q", "k", "v", "kv_lens", "q_offset", "kv_starts")  # autograd saves them
     layout: BlockLayout  # tiles to compute, on the device of the inputs
     softmax_scale: float  # factor of the logits
     deterministic: bool  # whether gradients must be bitwise repeatable

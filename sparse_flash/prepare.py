@@ -18,6 +18,7 @@ from sparse_flash.checks import (
 from sparse_flash.implementations import Implementation, choose
 from sparse_flash.masks import BlockLayout, Mask
 from sparse_flash.masks.records import CACHE
+from sparse_flash.positions import lengths_of, with_positions
 
 _MOST_CALLS = 4096  # kinds of calls to remember for a mask or a layout
 Tensors = tuple[Any, ...]  # as AttentionCall.TENSORS
@@ -54,7 +55,8 @@ def prepare(
         TypeError: An argument of the wrong type or dtype.
         ValueError: Shapes, devices or lengths that do not fit, or no implementation runs the call.
     """
-    lengths = tensors[0].shape[1], tensors[1].shape[1]
+    lengths = lengths_of(tensors, mask)
+    tensors = with_positions(tensors, mask)
     q, k, v, kv_lens = tensors[:4]
     scale, deterministic, impl = options
     scale = q.shape[-1] ** -0.5 if scale is None else scale

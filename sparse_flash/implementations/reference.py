@@ -274,7 +274,7 @@ class Reference:
 
     def unsupported_reason(self, call: AttentionCall) -> str | None:
         """It runs all."""
-        return None
+        return None if call.q_offset is None else "it does not take q_offset or kv_starts"
 
     def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
         """(out, lse), lse in the dtype that is computed in."""
