@@ -6,6 +6,7 @@ j - kv_starts[b]. Masks and layouts are over positions.
 
 from __future__ import annotations
 
+import operator
 import warnings
 from typing import Any
 
@@ -50,16 +51,22 @@ def _is_plain(q: Tensor, k: Tensor, mask: Mask | BlockLayout, q_offset: Any) -> 
 def _per_entry(name: str, value: Any, q: Tensor) -> Tensor:
     batch = q.shape[0]
     if not isinstance(value, Tensor):
-        if isinstance(value, bool) or not hasattr(value, "__index__"):
-            raise TypeError(f"{name} must be an int or an int tensor ({batch},), got {value!r}")
-        if value < 0:
-            raise ValueError(f"{name} must be at least 0, got {value}")
+        value = _number(name, value, batch)
         return torch.full((batch,), value, dtype=torch.int32, device=q.device)
     if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
         raise TypeError(f"{name} must be an int or an int tensor ({batch},), got {value.dtype}")
     if value.shape != (batch,):
         raise ValueError(f"{name} must have shape ({batch},), got {tuple(value.shape)}")
     return value.to(q.device, torch.int32)
+
+
+def _number(name: str, value: Any, batch: int) -> int:
+    number = isinstance(value, int) or hasattr(value, "__index__")
+    if isinstance(value, bool) or not number:
+        raise TypeError(f"{name} must be an int or an int tensor ({batch},), got {value!r}")
+    if value < 0:
+        raise ValueError(f"{name} must be at least 0, got {value}")
+    return value if torch.compiler.is_compiling() else operator.index(value)
 
 
 def lengths_of(tensors: tuple[Any, ...], mask: Mask | BlockLayout) -> tuple[int, int]:
@@ -103,16 +110,26 @@ def lengths_of(tensors: tuple[Any, ...], mask: Mask | BlockLayout) -> tuple[int,
 
 
 def _end_of(q: Tensor, q_offset: int | Tensor, kv_starts: Tensor | None) -> int | None:
-    """One more than the last position of a query; None where only a GPU knows."""
-    if isinstance(q_offset, int):
-        return q_offset + q.shape[1]  # at most: kv_starts is not negative
-    transformed = torch._C._functorch.peek_interpreter_stack() is not None
-    if q_offset.device.type != "cpu" or not q.shape[0] or transformed:
-        return None
+    """One more than the last position of a query, at most; None where only a GPU knows."""
     for name, x in (("q_offset", q_offset), ("kv_starts", kv_starts)):
-        if x is not None and x.device.type == "cpu" and int(x.min()) < 0:
+        if _is_readable(x) and int(x.min()) < 0:
             raise ValueError(f"{name} must be at least 0, got {int(x.min())}")
-    return int(q_offset.max()) + q.shape[1]
+    if not isinstance(q_offset, Tensor):
+        return _number("q_offset", q_offset, q.shape[0]) + q.shape[1]
+    if not _is_readable(q_offset):
+        return None
+    first = q_offset - kv_starts if _is_readable(kv_starts) else q_offset
+    return int(first.max()) + q.shape[1]
+
+
+def _is_readable(x: Any) -> bool:
+    """Whether it is a tensor with values on the host."""
+    return (
+        isinstance(x, Tensor)
+        and x.device.type == "cpu"
+        and x.numel() > 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
 
 
 def _power_of_two(least: int) -> int:
