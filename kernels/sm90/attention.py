@@ -168,13 +168,13 @@ def forward(
     Returns:
         out `(b, s, h, d)` in q's dtype, and lse `(b, h, s)` in float32.
     """
-    assert q.data_ptr(), "q has no memory"  # raises for fake tensors: a launch would read it
     b, s, h, _ = q.shape
     device = q.device
     if softmax_scale <= 0:  # the kernel takes maxima before it scales
         q = -q if softmax_scale < 0 else torch.zeros_like(q)
         softmax_scale = -softmax_scale or 1.0
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    assert out.data_ptr(), "meta and fake tensors have no memory to launch on"
     lse = torch.empty((b, h, s), dtype=torch.float32, device=device)
     lens = plan.schedule.kv_lens if kv_lens is None else _clamped(kv_lens, k)
     inputs = (q, k, v, out, lse, lens)
@@ -212,11 +212,11 @@ def backward(
         softmax_scale: Factor of the logits.
         transient: As in `Kernel.launch`.
     """
-    assert q.data_ptr(), "q has no memory"  # raises for fake tensors: a launch would read it
     plan, device = plans.dkdv, q.device
     if not is_aligned(dout):
         dout = dout.contiguous()
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    assert dq.data_ptr(), "meta and fake tensors have no memory to launch on"
     lens = plan.schedule.kv_lens if kv_lens is None else _clamped(kv_lens, k)
     done, bounds, dq_sum, stats = _workspace(plan.config, q, k)
     given = lse if dlse is None else dlse.contiguous()
