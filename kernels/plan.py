@@ -98,16 +98,14 @@ class Planner(Generic[Config]):
     transposed: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class PlanKey:
-    """What a plan of a layout depends on.
+class PlanKey(NamedTuple):
+    """What a plan of a layout depends on. A named tuple: every call makes one.
 
-    Args:
-        planner: What is computed, with the candidate configs.
-        batch: Number of batch entries.
-        heads: Number of query heads.
-        kv_heads: Number of key heads.
-        facts: The GPU.
+    planner: What is computed, with the candidate configs.
+    batch: Number of batch entries.
+    heads: Number of query heads.
+    kv_heads: Number of key heads.
+    facts: The GPU.
     """
 
     planner: Planner[Any]
