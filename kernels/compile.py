@@ -27,8 +27,9 @@ def load(config: Config, build: Callable[[Config], Any]) -> Callable[..., None]:
     Returns:
         A function of torch tensors and numbers that launches on torch's current stream.
     """
+    key: Any = config  # hashable, as all frozen dataclasses
     with _lock:
-        return _load(config, build)
+        return _load(key, build)
 
 
 @functools.cache

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -46,7 +46,7 @@ class DeviceFacts:
                 )
             if device.index is None:
                 return cls.of(torch.device("cuda", torch.cuda.current_device()))
-            p = torch.cuda.get_device_properties(device)
+            p: Any = torch.cuda.get_device_properties(device)
             arch, shared_memory = f"sm_{p.major}{p.minor}", p.shared_memory_per_block_optin
             facts = cls(arch, p.multi_processor_count, shared_memory, p.L2_cache_size)
             cls._of[device] = facts

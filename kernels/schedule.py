@@ -126,7 +126,9 @@ class Schedule:
         cls, arrays: Sequence[Tensor], tile: tuple[int, int], num_parts: int, num_ctas: int
     ) -> Schedule:
         """A schedule of these arrays, in the order of `ARRAYS`; they are not copied."""
-        return cls(*arrays, len(arrays[ARRAYS.index("bits")]), num_parts, num_ctas, tile)
+        work, tiles, bits, combine, kv_lens, counts = arrays
+        lists = (work, tiles, bits, combine, kv_lens, counts)
+        return cls(*lists, len(bits), num_parts, num_ctas, tile)
 
     def update_(self, other: Schedule) -> None:
         """Take over another schedule in place, so that captured CUDA graphs follow it.

@@ -64,8 +64,8 @@ class BlockLayout:
     ccol_indices: Tensor = field(init=False)
     row_indices: Tensor = field(init=False)
     transpose_order: Tensor = field(init=False)
-    # Values derived from this layout (plans of kernels). `follow(other)` of each checks a new layout
-    # and returns the step that adopts it; `update_` runs the steps once all values have agreed.
+    # Values derived from this layout (plans of kernels). Their `follow(other)` checks a new layout
+    # and returns the step that adopts it; `update_` runs the steps once all have agreed.
     derived: dict[Hashable, Any] = field(init=False, default_factory=dict)
 
     def __post_init__(self, validate: bool) -> None:

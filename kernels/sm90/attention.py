@@ -6,7 +6,7 @@ import functools
 import math
 import threading
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from sparse_flash.kernels.device import DeviceFacts
@@ -44,7 +44,7 @@ class BackwardPlans(NamedTuple):
     dkdv: Plan[BackwardConfig]
     dq: Plan[QueriesConfig] | None = None
 
-    def plans(self) -> list[Plan[Config]]:
+    def plans(self) -> list[Plan[Any]]:
         """The plans that there are, for `pack`; `BackwardPlans(*unpack(...))` is the inverse."""
         return [self.dkdv] if self.dq is None else [self.dkdv, self.dq]
 
@@ -222,15 +222,12 @@ def backward(
     given = lse if dlse is None else dlse.contiguous()
     results = (dq, dk, dv, done, bounds, dq_sum, stats)
     scales = (softmax_scale, softmax_scale * _LOG2_E)
-    inputs = (q, k, v, out, dout, lse, given, *results, lens)
+    outside = (q, k, v, out, dout, lse, given, *results, lens)
     scalars = (0 if dlse is None else 1, *scales)
-    (plan.kernel or bind(plan)).launch(inputs, plan, scalars, device, transient)
+    (plan.kernel or bind(plan)).launch(outside, plan, scalars, device, transient)
     if plans.dq is not None:
-        plan_of_dq = plans.dq
-        inputs = (q, k, v, dout, dq, stats, lens)
-        (plan_of_dq.kernel or bind(plan_of_dq)).launch(
-            inputs, plan_of_dq, scales, device, transient
-        )
+        kernel = plans.dq.kernel or bind(plans.dq)
+        kernel.launch((q, k, v, dout, dq, stats, lens), plans.dq, scales, device, transient)
     return dq, dk, dv
 
 
@@ -254,7 +251,7 @@ def _clamped(kv_lens: Tensor, k: Tensor) -> Tensor:
     return kv_lens.to(k.device, torch.int32).clamp(0, k.shape[1])
 
 
-_kernels: dict[Config, Kernel] = {}
+_kernels: dict[Any, Kernel] = {}  # by config
 _lock = threading.Lock()
 
 

@@ -267,7 +267,8 @@ def config_from_text(text: str) -> Config:
     >>> config_from_text(repr(config)) == config
     True
     """
-    return parse_config(text, (ForwardConfig, BackwardConfig, QueriesConfig))
+    classes: tuple[type[Config], ...] = (ForwardConfig, BackwardConfig, QueriesConfig)
+    return parse_config(text, classes)
 
 
 # From speeds on an H200. Two random densities give `item` (1.0 at head_dim 64, 1.9 at 128), masks

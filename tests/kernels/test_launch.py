@@ -359,8 +359,8 @@ class TestLaunchState:
         kept = [*kernel.counters.values(), *(x for some in kernel.no_parts.values() for x in some)]
         assert len(kept) == 3
         assert not any(x.is_inference() for x in kept)
-        for plan in (plan, *plans):
-            assert not any(x.is_inference() for x in plan.schedule.arrays())
+        for some in (plan, *plans):
+            assert not any(x.is_inference() for x in some.schedule.arrays())
         layout.update_(masks.local(5).layout(128))  # in place, outside
         with torch.inference_mode():
             layout.update_(masks.full().layout(128))  # and within

@@ -10,11 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from sparse_flash import kernels
 from sparse_flash.kernels import compile as compiling
 from sparse_flash.kernels.config import parse_config
 from sparse_flash.kernels.device import DeviceFacts
-from sparse_flash.kernels.plan import Plan, Planner, PlanKey, pack, plan_of, unpack
+from sparse_flash.kernels.plan import Plan, PlanKey, Planner, pack, plan_of, unpack
 from sparse_flash.kernels.schedule import ARRAYS
 from sparse_flash.kernels.sm90 import attention as sm90
 from sparse_flash.kernels.sm90.config import (
@@ -30,7 +29,7 @@ from sparse_flash.kernels.sm90.config import (
     variant_config,
 )
 
-from sparse_flash import masks
+from sparse_flash import kernels, masks
 from tests.kernels.helpers import H200, plan_on_cpu
 
 CONFIGS = all_configs()
@@ -183,7 +182,7 @@ def test_plans_are_compared_as_objects():
     layout = masks.causal().layout(300)
     plan = plan_of(layout, key_of(sm90.FORWARD[torch.bfloat16, 64]))
     twin = Plan(plan.config, plan.schedule)
-    assert plan == plan  # noqa: PLR0124
+    assert plan == plan
     assert plan != twin
     assert len({plan, twin}) == 2
     assert plan.nbytes == sum(x.nbytes for x in plan.schedule.arrays())

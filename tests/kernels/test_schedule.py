@@ -235,9 +235,10 @@ def test_update_in_place():
     before = [x.clone() for x in small.arrays()]
     with pytest.raises(ValueError, match=r"no room for .* entries of `tiles`: there were"):
         small.update_(plan(masks.full()))
+    costs = replace(COSTS, fewest_tiles=1)
+    split = schedule(masks.full().layout(1000), 1, 2, (128, 128), gpu(999), costs)
     with pytest.raises(ValueError, match="parts of split rows"):
-        layout, costs = masks.full().layout(1000), replace(COSTS, fewest_tiles=1)
-        small.update_(schedule(layout, 1, 2, (128, 128), gpu(999), costs))
+        small.update_(split)
     with pytest.raises(ValueError, match=r"tiles of \(192, 128\), this one of \(128, 128\)"):
         small.update_(schedule(masks.local(5).layout(1000), 1, 2, (192, 128), H200, COSTS))
     assert all(torch.equal(a, b) for a, b in zip(small.arrays(), before, strict=True))
