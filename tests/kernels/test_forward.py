@@ -240,14 +240,16 @@ class TestAsPartOfTorch:
 
     mask = masks.local(60) | masks.global_tokens(20)
 
-    def test_opcheck(self):
-        from sparse_flash.hopper import sm90_forward
-        from sparse_flash.kernels.plan import pack
-        from sparse_flash.kernels.sm90.attention import forward_plan
+    @pytest.mark.parametrize("what", ["mask", "layout"])
+    def test_opcheck(self, what):
+        from sparse_flash.masks.traceable import to_operator
+
+        from sparse_flash.operators import attention
 
         q, k, v = tensors(2, 300, 2, 64)
-        plan = forward_plan(self.mask.layout(300, device="cuda"), q, k)
-        torch.library.opcheck(sm90_forward, (q, k, v, None, 0.125, *pack([plan])))
+        mask = self.mask if what == "mask" else self.mask.layout(300, device="cuda")
+        options = (None, None, None, to_operator(mask), 0.125, False, "sm90")
+        torch.library.opcheck(attention, (q, k, v, *options))
 
     @pytest.mark.parametrize("grad", [False, True])
     @pytest.mark.parametrize("kind", ["mask", "layout"])
@@ -367,12 +369,16 @@ class TestAsPartOfTorch:
             out = block_sparse_attention(q, k, v, self.mask, impl="sm90")
         assert out.dtype == torch.bfloat16
 
-    def test_auto_prefers_it(self, monkeypatch):
-        from sparse_flash import dispatch
+    def test_auto_prefers_it(self):
+        from sparse_flash.prepare import Options, prepare
 
         q, k, v = tensors(1, 100, 1, 64)
-        layout = self.mask.layout(100, device="cuda")
-        assert dispatch.choose("auto", q, k, v, layout).name == "sm90"
+        inputs = (q, k, v, None, None, None)
+        call, implementation = prepare(
+            inputs, self.mask, Options(None, False, "auto"), needs_grad=False
+        )
+        assert implementation.name == "sm90"
+        assert call.layout.device == q.device
 
 
 class TestCosts:

@@ -18,7 +18,10 @@ from sparse_flash.kernels.sm90.config import (
 )
 from torch.nn.functional import scaled_dot_product_attention
 
-from sparse_flash import block_sparse_attention, dispatch, hopper, masks
+from sparse_flash import block_sparse_attention, masks
+from sparse_flash.call import AttentionCall
+from sparse_flash.implementations import choose
+from sparse_flash.implementations.sm90 import Sm90
 from tests.kernels.helpers import H200, plan_on_cpu
 
 
@@ -52,8 +55,7 @@ def calls(monkeypatch):
         products = (*products, ("bhqk,bqhd->bkhd", p, dout_))
         return tuple(torch.einsum(*x).to(q.dtype) for x in products)
 
-    implementation = dispatch.Implementation("sm90", hopper.attend, lambda *_: None)
-    monkeypatch.setattr(dispatch, "IMPLEMENTATIONS", (implementation,))
+    monkeypatch.setattr(sm90, "unsupported_reason", lambda *_: None)
     monkeypatch.setattr(sm90, "forward", forward)
     monkeypatch.setattr(sm90, "backward", backward)
     plan_on_cpu(monkeypatch)
@@ -242,11 +244,22 @@ def test_an_update_that_finds_no_room_changes_nothing(calls):
     assert all(torch.equal(a, b) for a, b in zip(arrays(), kept, strict=True))
 
 
+def call_of(q):
+    none = (None, None, None)
+    return AttentionCall(q, q, q, *none, None, 1.0, deterministic=False, needs_grad=False)
+
+
 def test_auto_says_why_it_is_slow_on_a_gpu(recwarn):
-    float32 = SimpleNamespace(dtype=torch.float32, is_cuda=True)
+    float32 = SimpleNamespace(dtype=torch.float32, is_cuda=True, shape=(1, 8, 1, 16))
     with pytest.warns(UserWarning, match=r"'reference', which is slow: it computes bfloat16"):
-        assert dispatch.choose("auto", float32, float32, float32, None).name == "reference"
+        assert choose("auto", call_of(float32)).name == "reference"
     recwarn.clear()
-    on_cpu = torch.randn(1, 8, 1, 16)
-    assert dispatch.choose("auto", on_cpu, on_cpu, on_cpu, None).name == "reference"
+    assert choose("auto", call_of(torch.randn(1, 8, 1, 16))).name == "reference"
     assert not recwarn
+
+
+def test_asked_for_by_name_it_never_falls_back():
+    q = torch.randn(1, 8, 1, 16)
+    with pytest.raises(ValueError, match=r"impl='sm90' cannot run this: it computes bfloat16"):
+        block_sparse_attention(q, q, q, masks.full(), impl="sm90")
+    assert Sm90().unsupported_reason(call_of(q.bfloat16())).startswith("it needs a Hopper GPU")
