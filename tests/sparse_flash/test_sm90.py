@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import torch._dynamo.testing
 from sparse_flash.kernels.schedule import schedule
 from sparse_flash.kernels.sm90 import attention as sm90
 from sparse_flash.kernels.sm90.config import (
@@ -263,3 +264,24 @@ def test_asked_for_by_name_it_never_falls_back():
     with pytest.raises(ValueError, match=r"impl='sm90' cannot run this: it computes bfloat16"):
         block_sparse_attention(q, q, q, masks.full(), impl="sm90")
     assert Sm90().unsupported_reason(call_of(q.bfloat16())).startswith("it needs a Hopper GPU")
+
+
+def test_packed_documents_compile_once(calls):
+    """A new layout at every step, by the kernels' host path."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    attend = torch.compile(block_sparse_attention, fullgraph=True, backend=counter)
+    for i in range(1, 12):
+        layout = masks.documents((10 * i, 200 - 10 * i)).layout(200)
+        attend(*tensors(False), layout)
+        assert layout.derived  # the plan is found when the graph runs
+    assert counter.frame_count == 1
+    assert len(calls) == 11
+
+
+def test_gradient_penalties_are_refused(calls):
+    q, k, v = tensors(True)
+    out = block_sparse_attention(q, k, v, masks.full())
+    (dq,) = torch.autograd.grad(out.float().square().mean(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivative"):
+        (out.float().mean() + dq.float().square().sum()).backward()
