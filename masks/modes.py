@@ -32,8 +32,8 @@ def plain_torch() -> Iterator[None]:
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
-        stack.enter_context(torch._C._DisableAutocast())  # type: ignore[attr-defined]
-        stack.enter_context(torch._C._DisableFuncTorch())  # type: ignore[attr-defined]
+        stack.enter_context(torch._C._DisableAutocast())
+        stack.enter_context(torch._C._DisableFuncTorch())
         if _dispatch_modes():
             from torch.utils._python_dispatch import _disable_current_modes
 
