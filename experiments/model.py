@@ -64,7 +64,7 @@ class EncoderAttention(SelfAttention):
             reach = config.reach[head % len(config.reach)]
             fall = (1 - torch.cos(frequencies * reach)).sum()
             channels = slice(head * head_dim, (head + 1) * head_dim)
-            for linear in (self.to_q, self.to_kv):  # keys come before values
+            for linear in (self.to_q, self.to_k):
                 linear.bias[channels] = (head_dim**0.5 / (2 * fall)).sqrt()
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, kv_lens: Tensor | None) -> Tensor:

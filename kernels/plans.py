@@ -22,7 +22,7 @@ from sparse_flash.kernels.sm90.config import (
     forward_configs,
     queries_config,
 )
-from sparse_flash.masks.layout import BlockLayout, layout_by_number
+from sparse_flash.masks.layout import BlockLayout
 from torch import Tensor
 
 DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 import os
-import weakref
-from collections.abc import Callable
+from collections.abc import Hashable
 from dataclasses import InitVar, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from sparse_flash.masks import bits, check, exchange, picture
-from sparse_flash.masks.modes import derived, plain_torch, reduce_without_derived
+from sparse_flash.masks.modes import derived as derived_property
+from sparse_flash.masks.modes import plain_torch
+from sparse_flash.masks.traceable import Traceable
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -19,18 +19,11 @@ if TYPE_CHECKING:
     from scipy.sparse import bsr_array
 
 ARRAYS = ["crow_indices", "col_indices", "bit_tile_indices", "bit_tiles", "pattern_map"]
-_numbers = itertools.count()
-_by_number: weakref.WeakValueDictionary[int, BlockLayout] = weakref.WeakValueDictionary()
 FULL_TILE = -1  # in bit_tile_indices: every element of the tile is allowed
 
 
-def layout_by_number(number: int) -> BlockLayout:
-    """The layout with this number: an int is all that torch.compile can pass on of a layout."""
-    return _by_number[number]
-
-
 @dataclass(eq=False, repr=False)
-class BlockLayout:
+class BlockLayout(Traceable):
     """Block-sparse rows (BSR) of one or more patterns, their transpose, and the distinct bit tiles.
 
     With P patterns, nq = ceil(q_len / block_q) block rows, nk = ceil(kv_len / block_kv) block
@@ -73,13 +66,16 @@ class BlockLayout:
     ccol_indices: Tensor = field(init=False)
     row_indices: Tensor = field(init=False)
     transpose_order: Tensor = field(init=False)
-    number: int = field(init=False)  # of this object in this process: see `layout_by_number`
-    # Called by `update_` with the new layout; they return what is to be done once all have agreed.
-    on_update: list[Callable[[BlockLayout], Callable[[], None]]] = field(init=False)
+    # What was derived from this layout and lives as long, such as schedules. `update_` calls
+    # `follow(other)` of each: it may refuse, and returns what is to be done once all have agreed.
+    derived: dict[Hashable, Any] = field(init=False)
+    # What was found out about calls of attention with this layout; see `api`.
+    calls: dict[Hashable, Any] = field(init=False)
 
     @plain_torch()
     def __post_init__(self, validate: bool) -> None:
         """Check arrays that come from outside, and derive the transpose."""
+        self.derived, self.calls = {}, {}
         if validate:
             check.check_layout(self)
         for name, array in self.arrays().items():  # an inference tensor could not be trained with
@@ -99,12 +95,11 @@ class BlockLayout:
         }
         for name, value in derived.items():
             setattr(self, name, value)
-        self._register()
 
     def update_(self, other: BlockLayout) -> None:
         """Become another layout of the same lengths, blocks and sharing; the object stays the same.
 
-        What was derived from this layout follows (see `on_update`): CUDA graphs that were captured
+        What was derived from this layout follows (see `derived`): CUDA graphs that were captured
         with it compute the new pattern when they are replayed, if it has no more tiles than the
         old one had.
 
@@ -126,7 +121,7 @@ class BlockLayout:
                 f"the layout has a pattern map of {tuple(other.pattern_map.shape)}, but this one "
                 f"of {tuple(self.pattern_map.shape)}"
             )
-        follow = [listener(other) for listener in self.on_update]  # which may refuse
+        follow = [value.follow(other) for value in list(self.derived.values())]  # which may refuse
         for name in (*ARRAYS, "ccol_indices", "row_indices", "transpose_order"):
             setattr(self, name, getattr(other, name))
         for name in ("num_partial", "pattern_densities"):  # what was computed of the old arrays
@@ -134,20 +129,25 @@ class BlockLayout:
         for step in follow:
             step()
 
-    def _register(self) -> None:
-        self.on_update = []
-        self.number = next(_numbers)
-        _by_number[self.number] = self
+    def __getstate__(self) -> dict[str, Any]:
+        """Lengths and defining arrays: the rest follows from them."""
+        return {"lengths": self.lengths, "arrays": self.arrays()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Copies and unpickled layouts are layouts of their own."""
-        self.__dict__.update(state)
-        self._register()
+        """Copies and unpickled layouts derive anew."""
+        BlockLayout.__init__(self, *state["lengths"], **state["arrays"], validate=False)
 
     @property
     def device(self) -> torch.device:
         """Where the arrays live."""
         return self.crow_indices.device
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of all arrays, and of what was derived from them."""
+        arrays = (*self.arrays().values(), self.ccol_indices, self.row_indices)
+        own = sum(x.nbytes for x in (*arrays, self.transpose_order))
+        return own + sum(value.nbytes for value in list(self.derived.values()))
 
     @property
     def lengths(self) -> exchange.Lengths:
@@ -179,7 +179,7 @@ class BlockLayout:
         """Distinct bit tiles."""
         return self.bit_tiles.shape[0]
 
-    @derived
+    @derived_property
     def num_partial(self) -> int:
         """Stored tiles that are not full."""
         return int((self.bit_tile_indices != FULL_TILE).sum())
@@ -202,7 +202,7 @@ class BlockLayout:
         partial = bits.count(self.bit_tiles)[self.bit_tile_indices.clamp(min=0).long()]
         return torch.where(self.bit_tile_indices == FULL_TILE, heights * widths, partial)
 
-    @derived
+    @derived_property
     def pattern_densities(self) -> Tensor:
         """The kept fraction of each pattern, float64 `(P,)` on the CPU."""
         owner = self.tile_rows // self.num_block_rows
@@ -251,7 +251,6 @@ class BlockLayout:
             arrays: dict[str, Any] = {n: array.to(device) for n, array in self.arrays().items()}
             return BlockLayout(*self.lengths, **arrays, validate=False)
 
-    __reduce_ex__ = reduce_without_derived
 
     @plain_torch()
     def transpose(self) -> BlockLayout:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import operator
-import weakref
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, dataclass_transform
+from typing import TYPE_CHECKING, ClassVar, TypeVar, dataclass_transform
 
 import torch
 from sparse_flash.masks import build, check
@@ -23,6 +21,7 @@ from sparse_flash.masks.extents import (
 from sparse_flash.masks.modes import plain_torch, reduce_without_derived
 from sparse_flash.masks.reach import layers_to_reach
 from sparse_flash.masks.ternary import Blocks, Index, Truth
+from sparse_flash.masks.traceable import Traceable
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -31,16 +30,7 @@ if TYPE_CHECKING:
     from sparse_flash.masks.orders import TokenOrder
 
 
-_numbers = itertools.count()
-_by_number: weakref.WeakValueDictionary[int, Mask] = weakref.WeakValueDictionary()
-
-
-def mask_by_number(number: int) -> Mask:
-    """The mask object with this number: an int is all that torch.compile can pass on of a mask."""
-    return _by_number[number]
-
-
-class Mask:
+class Mask(Traceable):
     """A predicate on (query index, key index): true where attention is allowed.
 
     Subclasses give `allowed(q, kv)`, the rule, in arithmetic and comparisons that work on index
@@ -62,19 +52,8 @@ class Mask:
     """
 
     by_head: ClassVar[bool] = False  # whether it is several masks, by batch entry and head
+    _derived = (*Traceable._derived, "_record")
     changeable: bool = False  # whether `state()` can change
-    number: int  # of this object in this process: see `mask_by_number`
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Give the object its number."""
-        mask = super().__new__(cls)
-        object.__setattr__(mask, "number", next(_numbers))
-        _by_number[mask.number] = mask
-        return mask
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What copies and pickles take along: not the number, they get one of their own."""
-        return {name: value for name, value in self.__dict__.items() if name != "number"}
 
     def allowed(self, q: Index, kv: Index) -> Truth:
         """The rule: a bool tensor from index tensors, a Ternary from intervals."""

@@ -12,6 +12,7 @@ torch.Size([2, 300, 4, 32])
 from sparse_flash import masks
 from sparse_flash.api import block_sparse_attention
 from sparse_flash.masks import BlockLayout
+from sparse_flash.masks.records import clear_cache, set_cache_limit
 
 __version__ = "0.1.0"
-__all__ = ["BlockLayout", "block_sparse_attention", "masks"]
+__all__ = ["BlockLayout", "block_sparse_attention", "clear_cache", "masks", "set_cache_limit"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -46,29 +47,50 @@ class SelfAttention(nn.Module):
             )
         if not isinstance(mask, Mask | BlockLayout):
             raise TypeError(f"mask must be a Mask or a BlockLayout, got {type(mask).__name__}")
-        self.heads, self.kv_heads, self.mask = heads, kv_heads, mask
+        self.head_dim, self.heads, self.kv_heads = dim // heads, heads, kv_heads
+        self.mask = mask
         self.to_q = nn.Linear(dim, dim, bias)
-        self.to_kv = nn.Linear(dim, 2 * dim // heads * kv_heads, bias)
+        self.to_k = nn.Linear(dim, kv_heads * self.head_dim, bias)
+        self.to_v = nn.Linear(dim, kv_heads * self.head_dim, bias)
         self.to_out = nn.Linear(dim, dim, bias)
+        self.register_load_state_dict_pre_hook(_split_keys_and_values)
 
     def forward(self, x: Tensor, kv_lens: Tensor | None = None) -> Tensor:
-        """Attend within `(b, s, dim)`; `kv_lens` (b,) counts the tokens that are no padding."""
-        q = rearrange(self.to_q(x), "b s (h d) -> b s h d", h=self.heads)
-        k, v = rearrange(self.to_kv(x), "b s (two h d) -> two b s h d", two=2, h=self.kv_heads)
+        """Attend within `(b, s, dim)`; `kv_lens` (b,) counts the tokens that are no padding.
+
+        The number of heads follows from the projections' outputs: under tensor parallelism each
+        rank has those of its shard.
+        """
+        q, k, v = (
+            rearrange(project(x), "b s (h d) -> b s h d", d=self.head_dim)
+            for project in (self.to_q, self.to_k, self.to_v)
+        )
         out = self.attend(q, k, v, kv_lens)
         return self.to_out(rearrange(out, "b s h d -> b s (h d)"))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, kv_lens: Tensor | None) -> Tensor:
-        """Attention itself, `(b, s, h, d)`: for subclasses to change, to rotate q and k say."""
+        """Attention itself, `(b, s, h, d)`: subclasses may override it, to rotate q and k say."""
         return block_sparse_attention(q, k, v, self.mask, kv_lens=kv_lens)
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
-        """A layout moves with the module: to(device), cuda(), cpu()."""
+        """A layout moves with the module: to(device), cuda(), cpu(). It stays when that is meta."""
         super()._apply(fn, recurse)
         if isinstance(self.mask, BlockLayout):
-            self.mask = self.mask.to(self.to_q.weight.device)
+            target = fn(torch.empty(0, device=self.mask.device)).device
+            if target.type != "meta":
+                self.mask = self.mask.to(target)
         return self
 
     def extra_repr(self) -> str:
         """Shown when the module is printed."""
         return f"heads={self.heads}, kv_heads={self.kv_heads}, mask={self.mask!r}"
+
+
+def _split_keys_and_values(
+    module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object
+) -> None:
+    """Weights of version 0.1, whose keys and values came from one projection."""
+    for name in ("weight", "bias"):
+        both = state.pop(f"{prefix}to_kv.{name}", None)
+        if both is not None:
+            state[f"{prefix}to_k.{name}"], state[f"{prefix}to_v.{name}"] = both.chunk(2)

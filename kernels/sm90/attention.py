@@ -180,3 +180,6 @@ def _backward(config: BackwardConfig) -> Kernel:
 def _queries(dtype: str, head_dim: int) -> Kernel:
     config = queries_config(dtype, head_dim)
     return Kernel(queries_kernel(config), ((config.tile_m, config.head_dim),), work=7)
+
+
+unsupported_reason = why_not

@@ -103,7 +103,7 @@ def test_heads_look_as_far_as_reach_says(positions):
     model = make(positions=positions, places=grid, reach=(1.0, 3.0), dim=32)
     for layer in model.layers:
         attention = layer.attention
-        q, k = attention.to_q.bias.view(1, 1, 2, 16), attention.to_kv.bias[:32].view(1, 1, 2, 16)
+        q, k = attention.to_q.bias.view(1, 1, 2, 16), attention.to_k.bias.view(1, 1, 2, 16)
         q, k = (rotate(x.expand(1, 40, 2, 16), attention.waves) for x in (q, k))
         scores = torch.einsum("bqhd,bkhd->hqk", q, k) / 16**0.5
         for head, reach in enumerate((1, 3)):  # along a row, and along a column
@@ -113,8 +113,8 @@ def test_heads_look_as_far_as_reach_says(positions):
                 torch.testing.assert_close(scores[head, 0, 8 * reach], expected)
             assert scores[head, 20].argmax() == 20
     assert model(TOKENS, LENGTHS).shape == (3, 10)
-    values = make(positions=positions, places=grid, dim=32).layers[0].attention.to_kv.bias[32:]
-    torch.testing.assert_close(model.layers[0].attention.to_kv.bias[32:], values)
+    values = make(positions=positions, places=grid, dim=32).layers[0].attention.to_v.bias
+    torch.testing.assert_close(model.layers[0].attention.to_v.bias, values)
     with pytest.raises(ValueError, match="wants rotary positions"):
         make(reach=(1.0,))
     with pytest.raises(ValueError, match="must be positive"):

@@ -6,7 +6,9 @@ import pytest
 import torch
 from hypothesis import given
 
-from sparse_flash import block_sparse_attention, masks, reference
+from sparse_flash import block_sparse_attention, masks
+from sparse_flash.call import AttentionCall
+from sparse_flash.implementations.reference import Reference
 from tests.oracle import dense_attention
 from tests.strategies import problems
 
@@ -183,39 +185,16 @@ def test_used_twice_and_partly():
     assert torch.autograd.grad(frozen.sum(), k)[0].shape == k.shape
 
 
-def test_second_derivatives_are_refused():
-    q, k, v = make(s=9)
-    (dq,) = torch.autograd.grad(
-        block_sparse_attention(q, k, v, masks.causal()).sum(), q, create_graph=True
-    )
-    with pytest.raises(RuntimeError, match="reference_backward"):
-        dq.sum().backward()
-
-
 def test_kv_lens_beyond_the_keys_are_clamped_where_they_are_not_checked():
-    q, k, v = make(2, 40)
-    arrays = masks.causal().layout(40, block=(16, 16)).arrays().values()
+    q, k, v = (x.detach() for x in make(2, 40))
+    layout = masks.causal().layout(40, block=(16, 16))
     wrong, right = (
-        reference.reference_forward(q, k, v, *arrays, [16, 16], torch.tensor(lens), 0.5, False)[0]
+        Reference().attend(
+            AttentionCall(q, k, v, torch.tensor(lens), layout, 0.5, False, needs_grad=False)
+        )[0]
         for lens in ([99, -3], [40, 0])
     )
     assert torch.equal(wrong, right)
-
-
-def test_layouts_of_masks_are_cached(monkeypatch):
-    from sparse_flash import api
-
-    monkeypatch.setattr(api, "_layouts", api._Layouts(most=2))
-    built = []
-    layout = masks.Mask.layout
-    monkeypatch.setattr(
-        masks.Mask, "layout", lambda m, *a, **o: built.append(m) or layout(m, *a, **o)
-    )
-    q, k, v = make(s=48)
-    a, b, c = masks.local(5) | masks.sinks(1), masks.causal(), masks.full()
-    for mask in (a, b, masks.local(5) | masks.sinks(1), c, a, b):
-        block_sparse_attention(q, k, v, mask)
-    assert built == [a, b, c, b]  # c drives out b, the least recently used
 
 
 def bad(**changes):
@@ -232,7 +211,7 @@ X = torch.randn(2, 32, 4, 8)
     [
         ({"q": X.tolist()}, TypeError, "q must be a torch.Tensor"),
         ({"k": X[0]}, ValueError, r"k must be \(batch, sequence, heads, head_dim\)"),
-        ({"q": X[:, :0]}, ValueError, "all at least 1"),
+        ({"q": X[:, :0]}, ValueError, "all but the batch at least 1"),
         ({"v": X.int()}, TypeError, "v has dtype torch.int32; allowed are float64, float32"),
         ({"k": X.half()}, TypeError, "k has dtype torch.float16, but q has torch.float32"),
         ({"v": X[..., :4]}, ValueError, "must have one shape"),
@@ -256,6 +235,13 @@ X = torch.randn(2, 32, 4, 8)
         ({"kv_lens": torch.tensor([-1, 3])}, ValueError, "got -1..3"),
         ({"dropout_p": 0.1}, ValueError, "not implemented; pass 0.0"),
         ({"softmax_scale": float("nan")}, ValueError, "finite"),
+        ({"softmax_scale": "0.1"}, TypeError, "must be a number, got '0.1'"),
+        ({"softmax_scale": torch.tensor(0.1)}, TypeError, "Multiply q by a learned scale"),
+        (
+            {"mask": masks.causal().layout(4), **dict.fromkeys("qkv", X)},
+            ValueError,
+            r"seem to be \(batch, heads, sequence, head_dim\): use x.transpose",
+        ),
         (
             {"impl": "sm70"},
             ValueError,
@@ -275,7 +261,57 @@ def test_layout_on_another_device():
         block_sparse_attention(q, k, v, masks.causal().layout(40))
 
 
-def test_layout_on_another_device_without_a_gpu():
-    q, k, v = (torch.empty(1, 32, 2, 8, device="meta") for _ in range(3))
-    with pytest.raises(ValueError, match=r"on cpu, but q is on meta: use layout\.to"):
-        block_sparse_attention(q, k, v, masks.causal().layout(32))
+def test_layout_on_another_device_without_a_gpu(monkeypatch):
+    q, k, v = make(s=32)
+    layout = masks.causal().layout(32)
+    monkeypatch.setattr(masks.BlockLayout, "device", torch.device("cuda:1"))
+    with pytest.raises(ValueError, match=r"on cuda:1, but q is on cpu: use layout\.to"):
+        block_sparse_attention(q, k, v, layout)
+
+
+def test_heads_first_tensors_are_noticed():
+    """(b, h, s, d): by a layout's lengths, or by more heads than a model has."""
+    q = torch.randn(1, 4, 300, 8)
+    with pytest.warns(UserWarning, match=r"4 tokens and 300 heads.*transpose\(1, 2\)"):
+        block_sparse_attention(q, q, q, masks.local(3))
+
+
+def test_every_property_of_a_call_is_told_apart(monkeypatch):
+    """Calls like one before are not checked again: a difference that matters must be noticed."""
+    from sparse_flash import prepare
+
+    checked = []
+    choose = prepare.choose
+    monkeypatch.setattr(prepare, "choose", lambda *a: checked.append(a) or choose(*a))
+    q, k, v = (x.detach() for x in make(2, 32, 4, 8))
+    layout = masks.local(3).layout(32)
+    lens = torch.tensor([32, 5])
+    calls = {
+        "first": (q, k, v, {}),
+        "batch": (q[:1], k[:1], v[:1], {}),
+        "kv heads": (q, k[:, :, :2], v[:, :, :2], {}),
+        "strides of q": (q.transpose(1, 2).contiguous().transpose(1, 2), k, v, {}),
+        "strides of k": (q, k.transpose(1, 2).contiguous().transpose(1, 2), v, {}),
+        "strides of v": (q, k, v.transpose(1, 2).contiguous().transpose(1, 2), {}),
+        "dtype": (q.float(), k.float(), v.float(), {}),
+        "head_dim": (q[..., :4], k[..., :4], v[..., :4], {}),
+        "kv_lens": (q, k, v, {"kv_lens": lens}),
+        "impl": (q, k, v, {"impl": "reference"}),
+        "deterministic": (q, k, v, {"deterministic": True}),
+        "gradients": (q.clone().requires_grad_(), k, v, {}),
+        "offset of q": (torch.cat([q.flatten(), q.flatten()[:1]])[1:].view_as(q), k, v, {}),
+    }
+    for number, (name, (*tensors, options)) in enumerate(calls.items(), 1):
+        for _ in range(2):
+            block_sparse_attention(*tensors, layout, **options)
+        assert len(checked) == number, name
+    with pytest.raises(TypeError, match="k has dtype"):
+        block_sparse_attention(q, k.float(), v, layout)
+    with pytest.raises(TypeError, match="v has dtype"):
+        block_sparse_attention(q, k, v.float(), layout)
+    with pytest.raises(ValueError, match="v is on meta|on meta, but q"):
+        block_sparse_attention(q, k, v.to("meta"), layout)
+    with pytest.raises(ValueError, match="must have one shape"):
+        block_sparse_attention(q, k, v[:, :, :2], layout)
+    with pytest.raises(ValueError, match="32 queries"):
+        block_sparse_attention(q[:, :31], k, v, layout)

@@ -2,45 +2,45 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+from sparse_flash.masks.traceable import to_operator
 
-from sparse_flash import block_sparse_attention, masks
+from sparse_flash import block_sparse_attention, masks, operators
+from sparse_flash.implementations.reference import Reference
 from sparse_flash.nn import SelfAttention
-from sparse_flash.reference import reference_backward, reference_forward
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 MASK = masks.local(20) | masks.global_tokens(3)
 
 
-def arguments(device, s=50, dtype=torch.float32, lens=True):
-    torch.manual_seed(0)
-    q = torch.randn(2, s, 4, 8, device=device, dtype=dtype, requires_grad=True)
-    k, v = (torch.randn(2, s, 2, 8, device=device, dtype=dtype, requires_grad=True) for _ in "kv")
-    layout = MASK.layout(s, block=(16, 16), device=device)
-    lens = torch.tensor([s, 17], device=device) if lens else None
-    options = (*layout.arrays().values(), list(layout.block), lens, 0.3, True)
-    return (q, k, v), options
-
-
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("lens", [True, False])
-@pytest.mark.parametrize("s", [50, 64])
-def test_opcheck(device, lens, s):
-    tensors, options = arguments(device, s, torch.float64, lens)
-    torch.library.opcheck(reference_forward, (*tensors, *options))
-    out, lse = (x.detach() for x in reference_forward(*tensors, *options))
-    tensors = [x.detach() for x in tensors]
+@pytest.mark.parametrize("what", ["mask", "layout"])
+def test_opcheck(device, lens, what):
+    torch.manual_seed(0)
+    q = torch.randn(2, 50, 4, 8, device=device, dtype=torch.float64, requires_grad=True)
+    k, v = (torch.randn_like(q[:, :, :2], requires_grad=True) for _ in "kv")
+    mask = MASK if what == "mask" else MASK.layout(50, block=(16, 16), device=device)
+    lens = torch.tensor([50, 17], device=device) if lens else None
+    options = (lens, to_operator(mask), 0.3, True, "auto")
+    torch.library.opcheck(operators.attention, (q, k, v, *options))
+    out, lse = (x.detach() for x in operators.attention(q, k, v, *options))
+    tensors = [x.detach() for x in (q, k, v)]
     for dlse in (torch.randn_like(lse), None):
         torch.library.opcheck(
-            reference_backward, (torch.randn_like(out), dlse, *tensors, out, lse, *options)
+            operators.attention_backward,
+            (out, lse, torch.randn_like(out), dlse, *tensors, *options),
         )
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind", ["mask", "layout"])
 def test_compile_fullgraph(device, kind):
-    tensors, _ = arguments(device)
+    torch.manual_seed(0)
+    tensors = [torch.randn(2, 50, h, 8, device=device, requires_grad=True) for h in (4, 2, 2)]
     mask = MASK if kind == "mask" else MASK.layout(50, device=device)
     lens = torch.tensor([50, 20], device=device)
 
@@ -88,16 +88,12 @@ def test_activation_checkpointing():
 
 
 def test_deterministic_algorithms_are_honoured(monkeypatch):
-    from sparse_flash import dispatch, reference
-
     seen = []
-
-    def spy(*args):
-        seen.append(args[-1])
-        return reference.attend(*args)
-
+    attend = Reference.attend
     monkeypatch.setattr(
-        dispatch, "IMPLEMENTATIONS", (dispatch.Implementation("reference", spy, reference.why_not),)
+        Reference,
+        "attend",
+        lambda self, call: seen.append(call.deterministic) or attend(self, call),
     )
     q, k, v = (torch.randn(1, 9, 2, 8) for _ in range(3))
     block_sparse_attention(q, k, v, MASK)
@@ -108,6 +104,65 @@ def test_deterministic_algorithms_are_honoured(monkeypatch):
         torch.use_deterministic_algorithms(False)
     block_sparse_attention(q, k, v, MASK, deterministic=True)
     assert seen == [False, True, True]
+
+
+class Adapter(torch.nn.Module):
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+
+    def forward(self, x):
+        return self.base(x)
+
+
+def quantized(layer):
+    return torch.ao.quantization.quantize_dynamic(layer, {torch.nn.Linear}).to("cpu")
+
+
+def adapted(layer):
+    for name in ("to_q", "to_k", "to_v", "to_out"):
+        setattr(layer, name, Adapter(getattr(layer, name)))
+    return layer.to("cpu")
+
+
+@pytest.mark.parametrize("change", [adapted, quantized])
+@pytest.mark.filterwarnings("ignore")
+def test_projections_may_be_replaced(change):
+    layer, x = SelfAttention(32, 4, MASK.layout(50)), torch.randn(2, 50, 32)
+    out = layer(x)
+    torch.testing.assert_close(change(layer)(x), out, rtol=0.1, atol=0.05)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_tensor_parallel(kv_heads):
+    """Two ranks, each with the rows of half the heads (to_out: columns), add up to the whole."""
+    layer, x = SelfAttention(32, 4, MASK, kv_heads=kv_heads), torch.randn(2, 50, 32)
+    total = layer.to_out.bias.expand(2, 50, 32)
+    for rank in range(2):
+        part = copy.deepcopy(layer)
+        for name in ("to_q", "to_k", "to_v"):
+            old = getattr(layer, name)
+            rows = old.weight.chunk(2)[rank]
+            new = torch.nn.Linear(32, len(rows))
+            new.weight.data, new.bias.data = rows, old.bias.chunk(2)[rank]
+            setattr(part, name, new)
+        part.to_out = torch.nn.Linear(16, 32, bias=False)
+        part.to_out.weight.data = layer.to_out.weight.chunk(2, dim=1)[rank]
+        total = total + part(x)
+    torch.testing.assert_close(total, layer(x), rtol=1e-4, atol=1e-5)
+
+
+def test_weights_of_the_first_version_load():
+    """Keys and values came from one projection then."""
+    layer = SelfAttention(16, 4, MASK, kv_heads=2)
+    state = layer.state_dict()
+    for name in ("weight", "bias"):
+        parts = (state.pop(f"to_{x}.{name}") for x in "kv")
+        state[f"to_kv.{name}"] = torch.cat(list(parts))
+    other = torch.nn.Sequential(SelfAttention(16, 4, MASK, kv_heads=2))
+    other.load_state_dict({f"0.{name}": value for name, value in state.items()})
+    x = torch.randn(2, 40, 16)
+    torch.testing.assert_close(other(x), layer(x))
 
 
 def test_self_attention_refuses():

@@ -5,8 +5,7 @@ into one batch of matrix products; long rows are walked in slices with the onlin
 (Milakov & Gimelshein, 2018). The backward pass recomputes the probabilities from the logsumexp
 (Dao et al., FlashAttention, 2022), so nothing of size s^2 is stored.
 
-float64 inputs are computed in float64, all others in float32. Everything here is a
-`torch.library` custom op, so that autograd, torch.compile and opcheck know it.
+float64 inputs are computed in float64, all others in float32.
 """
 
 from __future__ import annotations
@@ -14,27 +13,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparse_flash.masks import BlockLayout, bits
+from sparse_flash.call import AttentionCall
+from sparse_flash.masks import bits
 from sparse_flash.masks.layout import FULL_TILE
 
 _LOG2_E = math.log2(math.e)
-
-
-@dataclass(frozen=True)
-class _Tiles:
-    """A layout as the op receives it: tensors and integers only."""
-
-    crow_indices: Tensor
-    col_indices: Tensor
-    bit_tile_indices: Tensor
-    bit_tiles: Tensor
-    pattern_map: Tensor
-    block: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -66,23 +53,22 @@ class _Problem:
     padding nor copies are needed, and keys beyond kv_lens are never read.
     """
 
-    def __init__(
-        self, q: Tensor, k: Tensor, v: Tensor, tiles: _Tiles, kv_lens: Tensor | None, scale: float
-    ) -> None:
+    def __init__(self, call: AttentionCall) -> None:
+        q, k, v, tiles = call.q, call.k, call.v, call.layout
         if q.is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "the reference implementation looks at its layout on the host, and cannot become "
                 "part of a CUDA graph: bring the call to the kernels (impl='sm90' says what they "
                 "need), or run it without a graph (training: --train.no-graph)"
             )
-        self.tiles, self.scale = tiles, scale
+        self.tiles, self.scale = tiles, call.softmax_scale
         self.batch, self.q_len, self.heads, _ = q.shape
         self.kv_len, self.kv_heads = k.shape[1:3]
         self.dtype, device = _compute_dtype(q), q.device
         self.nq, self.nk = -(-self.q_len // tiles.block[0]), -(-self.kv_len // tiles.block[1])
         self.q, self.k, self.v = _tokens(q), _tokens(k), _tokens(v)
         whole = torch.full((self.batch,), self.kv_len, device=device)
-        limits = whole if kv_lens is None else kv_lens.to(device, torch.int64)
+        limits = whole if call.kv_lens is None else call.kv_lens.to(device, torch.int64)
         self.limits = limits.clamp(0, self.kv_len)
         self.shortest = int(self.limits.min())
         self.within = [torch.arange(block, device=device) for block in tiles.block]
@@ -104,7 +90,7 @@ class _Problem:
                 width = min(degree, chunk)
                 for heads in mine.split(chunk // width):
                     for some in rows.split(max(1, chunk // (width * len(heads)))):
-                        tiles = starts[some] + torch.arange(degree)
+                        tiles = starts[some] + torch.arange(degree, device="cpu")
                         for i in range(0, degree, width):
                             piece = tiles[:, i : i + width].to(cols.device)
                             ends = (i == 0, i + width >= degree)
@@ -281,133 +267,36 @@ def _add(blocks: Tensor, index: Tensor, values: Tensor, deterministic: bool) -> 
         blocks.index_add_(0, index, values)
 
 
-@torch.library.custom_op("sparse_flash::reference_forward", mutates_args=())
-def reference_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    crow_indices: Tensor,
-    col_indices: Tensor,
-    bit_tile_indices: Tensor,
-    bit_tiles: Tensor,
-    pattern_map: Tensor,
-    block: list[int],
-    kv_lens: Tensor | None,
-    softmax_scale: float,
-    deterministic: bool,
-) -> tuple[Tensor, Tensor]:
-    """(out, lse); the layout comes as its arrays and its block."""
-    problem = _Problem(
-        q,
-        k,
-        v,
-        _Tiles(
-            crow_indices,
-            col_indices,
-            bit_tile_indices,
-            bit_tiles,
-            pattern_map,
-            (block[0], block[1]),
-        ),
-        kv_lens,
-        softmax_scale,
-    )
-    with torch.autocast(q.device.type, enabled=False):  # the precision here is ours to choose
-        out, lse = _forward(problem, q)
-    b, s, h, _ = q.shape
-    return _joined(out, q).contiguous(), lse.view(b, h, -1)[:, :, :s].contiguous()
+class Reference:
+    """Exact block-sparse attention in PyTorch: what runs where there is no kernel."""
 
+    name = "reference"
 
-@reference_forward.register_fake
-def _(q, k, v, *layout_and_options):  # type: ignore[no-untyped-def]
-    b, s, h, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty(b, h, s, dtype=_compute_dtype(q))
+    def unsupported_reason(self, call: AttentionCall) -> str | None:
+        """It runs all."""
+        return None
 
+    def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
+        """(out, lse), lse in the dtype that is computed in."""
+        problem, q = _Problem(call), call.q
+        with torch.autocast(q.device.type, enabled=False):  # the precision here is ours to choose
+            out, lse = _forward(problem, q)
+        b, s, h, _ = q.shape
+        return _joined(out, q).contiguous(), lse.view(b, h, -1)[:, :, :s].contiguous()
 
-@torch.library.custom_op("sparse_flash::reference_backward", mutates_args=())
-def reference_backward(
-    dout: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    crow_indices: Tensor,
-    col_indices: Tensor,
-    bit_tile_indices: Tensor,
-    bit_tiles: Tensor,
-    pattern_map: Tensor,
-    block: list[int],
-    kv_lens: Tensor | None,
-    softmax_scale: float,
-    deterministic: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv), from the gradients of out and lse."""
-    problem = _Problem(
-        q,
-        k,
-        v,
-        _Tiles(
-            crow_indices,
-            col_indices,
-            bit_tile_indices,
-            bit_tiles,
-            pattern_map,
-            (block[0], block[1]),
-        ),
-        kv_lens,
-        softmax_scale,
-    )
-    delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
-    if dlse is not None:
-        delta -= dlse.transpose(1, 2)
-    top = torch.mul(lse.transpose(1, 2), _LOG2_E, out=torch.empty_like(delta))
-    top.masked_fill_(top == -torch.inf, torch.inf)  # rows without keys: P = 2^(S - inf) = 0
-    rows = (_tokens(dout), _tokens(top[..., None]), _tokens(delta[..., None]))
-    with torch.autocast(q.device.type, enabled=False):
-        grads = _backward(problem, (q, k, v), *rows, deterministic)
-    return tuple(_joined(g, x) for g, x in zip(grads, (q, k, v), strict=True))  # type: ignore[return-value]
-
-
-@reference_backward.register_fake
-def _(dout, dlse, q, k, v, out, lse, crow, col, entries, tiles, pattern_map, block, *options):  # type: ignore[no-untyped-def]
-    blocks = (block[0], block[1], block[1])
-    return tuple(_joined(_new_blocks(x, b), x) for x, b in zip((q, k, v), blocks, strict=True))
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, *layout, ctx.block, kv_lens, ctx.softmax_scale, ctx.deterministic = inputs
-    ctx.save_for_backward(q, k, v, *output, kv_lens, *layout)
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
-    q, k, v, out, lse, kv_lens, *layout = ctx.saved_tensors
-    if dout is None and dlse is None:
-        return (None,) * 12
-    dout = torch.zeros_like(out) if dout is None else dout
-    options = (*layout, ctx.block, kv_lens, ctx.softmax_scale, ctx.deterministic)
-    return (*reference_backward(dout, dlse, q, k, v, out, lse, *options), *(None,) * 9)
-
-
-reference_forward.register_autograd(_differentiate, setup_context=_setup)
-
-
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    layout: BlockLayout,
-    kv_lens: Tensor | None,
-    softmax_scale: float,
-    deterministic: bool,
-) -> tuple[Tensor, Tensor]:
-    """(out, lse) of validated inputs."""
-    arrays, block = layout.arrays().values(), list(layout.block)
-    return reference_forward(q, k, v, *arrays, block, kv_lens, softmax_scale, deterministic)
-
-
-def why_not(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout) -> str | None:
-    """Why this implementation cannot run these inputs: it runs all."""
-    return None
+    def gradients(
+        self, call: AttentionCall, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(dq, dk, dv)."""
+        problem = _Problem(call)
+        delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
+        if dlse is not None:
+            delta -= dlse.transpose(1, 2)
+        top = torch.mul(lse.transpose(1, 2), _LOG2_E, out=torch.empty_like(delta))
+        top.masked_fill_(top == -torch.inf, torch.inf)  # rows without keys: P = 2^(S - inf) = 0
+        rows = (_tokens(dout), _tokens(top[..., None]), _tokens(delta[..., None]))
+        likes = (call.q, call.k, call.v)
+        with torch.autocast(call.q.device.type, enabled=False):
+            grads = _backward(problem, likes, *rows, call.deterministic)
+        dq, dk, dv = (_joined(g, x).contiguous() for g, x in zip(grads, likes, strict=True))
+        return dq, dk, dv

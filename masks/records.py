@@ -1,0 +1,142 @@
+"""What is derived from masks: kept as long as the mask, or as it was used lately."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable
+
+    from sparse_flash.masks.layout import BlockLayout
+    from sparse_flash.masks.mask import Mask
+
+GIBIBYTE = 1 << 30
+
+
+class Record:
+    """What was derived from a mask. Equal masks share one.
+
+    layouts: By lengths and device.
+    calls: What was found out about calls of attention, by what they look like; see `api`.
+    pinned: A captured CUDA graph reads the layouts, so they must stay where they are.
+    """
+
+    def __init__(self) -> None:
+        self.layouts: dict[Hashable, BlockLayout] = {}
+        self.calls: dict[Hashable, Any] = {}
+        self.pinned = False
+        self.lock = threading.RLock()
+
+    def layout(self, key: Hashable, build: Callable[[], BlockLayout]) -> BlockLayout:
+        """The layout of this key; built by the first thread that asks."""
+        found = self.layouts.get(key)
+        if found is None:
+            with self.lock:
+                found = self.layouts.get(key)
+                if found is None:
+                    found = self.layouts[key] = build()
+        return found
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of all layouts and of what was derived from them."""
+        return sum(layout.nbytes for layout in list(self.layouts.values()))
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.layouts, self.calls = {}, {}
+
+
+class RecordCache:
+    """The records of masks, found by equality.
+
+    A record lives as long as one of its masks. The cache keeps it alive beyond that, so that a mask
+    written anew in every call is laid out once; the least recently used ones are given up where all
+    together take more than `limit` bytes. Records of captured CUDA graphs are never given up.
+    """
+
+    def __init__(self, limit: int = 4 * GIBIBYTE) -> None:
+        self.limit = limit
+        self._recent: OrderedDict[Mask, Record] = OrderedDict()
+        self._all: weakref.WeakSet[Record] = weakref.WeakSet()
+        self._lock = threading.RLock()
+
+    def of(self, mask: Mask) -> Record:
+        """The record of a mask."""
+        found = mask.__dict__.get("_record")
+        return self._share(mask) if found is None else found
+
+    def _share(self, mask: Mask) -> Record:
+        with self._lock:
+            record = self._recent.get(mask)
+            if record is None:
+                record = self._recent[mask] = Record()
+                self._all.add(record)
+            else:
+                self._recent.move_to_end(mask)
+            object.__setattr__(mask, "_record", record)
+            return record
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of what the cache keeps alive."""
+        return sum(record.nbytes for record in list(self._recent.values()))
+
+    def trim(self) -> None:
+        """Give up what is beyond the limit; to be called after something was derived."""
+        with self._lock:
+            sizes = {mask: record.nbytes for mask, record in self._recent.items()}
+            total = sum(sizes.values())
+            for mask in list(self._recent)[:-1]:
+                if total <= self.limit:
+                    return
+                if not self._recent[mask].pinned:
+                    total -= sizes[mask]
+                    del self._recent[mask]
+
+    def clear(self) -> None:
+        """Forget everything that no captured CUDA graph reads, of masks that are in use too."""
+        with self._lock:
+            self._recent = OrderedDict((m, r) for m, r in self._recent.items() if r.pinned)
+            for record in list(self._all):
+                if not record.pinned:
+                    record.clear()
+
+
+CACHE = RecordCache()
+
+
+def clear_cache() -> None:
+    """Forget all layouts and schedules that were derived from masks; they are built anew on use.
+
+    What a captured CUDA graph reads stays. Layouts of your own are not touched.
+
+    >>> import sparse_flash
+    >>> sparse_flash.clear_cache()
+    """
+    CACHE.clear()
+
+
+def set_cache_limit(nbytes: int) -> None:
+    """Set how much memory layouts and schedules of masks may take that nobody holds any longer.
+
+    Args:
+        nbytes: Bytes, over all devices; 4 GiB at first. 0 keeps only the latest.
+
+    Raises:
+        TypeError: It is no int.
+        ValueError: It is negative.
+
+    >>> import sparse_flash
+    >>> sparse_flash.set_cache_limit(4 << 30)
+    """
+    if not isinstance(nbytes, int) or isinstance(nbytes, bool):
+        raise TypeError(f"the limit must be an int, a number of bytes, got {nbytes!r}")
+    if nbytes < 0:
+        raise ValueError(f"the limit must be at least 0 bytes, got {nbytes}")
+    CACHE.limit = nbytes
+    CACHE.trim()

@@ -1,0 +1,93 @@
+"""How masks and layouts pass through torch.compile: the only bridge between them.
+
+An operator takes the mask or layout itself as an argument and looks at it when it runs. A compiled
+graph therefore depends neither on what a mask says nor on a length: another mask or length compiles
+nothing, wherever the object comes from (argument, closure, default, attribute).
+
+From torch 2.13 on, masks and layouts are opaque reference types of `torch.library`. Older releases
+cannot differentiate through an operator that takes one. There each object carries a handle, a
+number in a tensor on the CPU, by which the operator finds the object. (A plain int would not do:
+torch.compile compiles anew for every other int that an nn.Module holds.)
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import secrets
+import weakref
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch._library.opaque_object import get_opaque_type_name, register_opaque_type
+from torch._opaque_base import OpaqueBaseMeta
+
+_RELEASE = tuple(int(part) for part in torch.__version__.split(".")[:2])
+# SPARSE_FLASH_HANDLES=1: as with an older torch, so that tests see both.
+HANDLES = _RELEASE < (2, 13) or os.environ.get("SPARSE_FLASH_HANDLES") == "1"
+
+# Handles start at a random number: those of an exported program name nothing in another process.
+_numbers = itertools.count(secrets.randbits(62))
+_objects: weakref.WeakValueDictionary[int, Traceable] = weakref.WeakValueDictionary()
+
+
+class _ByHandle:
+    """Base of what an operator takes by its handle."""
+
+    _handle: Tensor
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Give the object its handle: torch.compile must find it on every object."""
+        new = super().__new__(cls)
+        number = next(_numbers)
+        with torch.inference_mode(False), torch.device("cpu"):
+            object.__setattr__(new, "_handle", torch.tensor(number, dtype=torch.int64))
+        _objects[number] = new  # type: ignore[assignment]
+        return new
+
+
+class _Opaque(metaclass=OpaqueBaseMeta):
+    """Base of what an operator takes as it is."""
+
+
+_Base: Any = _ByHandle if HANDLES else _Opaque
+
+
+class Traceable(_Base):
+    """A mask or a layout. Copies and pickles contain its fields and nothing that was derived."""
+
+    _derived: tuple[str, ...] = ("_handle",)  # attributes that belong to this object alone
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Fields only."""
+        return {name: x for name, x in self.__dict__.items() if name not in self._derived}
+
+
+if HANDLES:
+    SCHEMA_TYPE = "Tensor"
+else:
+    register_opaque_type(Traceable, typ="reference")
+    SCHEMA_TYPE = get_opaque_type_name(Traceable)
+
+
+def to_operator(source: Traceable) -> Any:
+    """The argument of an operator that stands for a mask or a layout."""
+    return source._handle if HANDLES else source
+
+
+def from_operator(argument: Any) -> Any:
+    """The mask or layout that an operator was given.
+
+    Raises:
+        RuntimeError: It is no longer there, or belongs to another process.
+    """
+    if not HANDLES:
+        return argument
+    found = _objects.get(int(argument))
+    if found is None:
+        raise RuntimeError(
+            "the mask or layout of this compiled or exported program is gone: keep a reference to "
+            "it, and export anew in this process (torch 2.13 and newer need neither)"
+        )
+    return found

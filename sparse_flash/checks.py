@@ -1,0 +1,137 @@
+"""Checks of the arguments of a call, with errors that say what is allowed, and the way out."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import torch
+from torch import Tensor
+
+from sparse_flash.masks import BlockLayout, Mask
+from sparse_flash.masks.traceable import Traceable
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_are_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """TypeError where one of them is none."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+
+
+def check_mask(mask: Mask | BlockLayout) -> None:
+    """TypeError where it is neither."""
+    if not isinstance(mask, Traceable):
+        raise TypeError(
+            f"mask must be a Mask or a BlockLayout, got {type(mask).__name__}; "
+            "masks.parse makes one from text, masks.from_dense from bools"
+        )
+
+
+def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Shapes, dtypes and devices that fit each other."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 4 or 0 in x.shape[1:]:
+            raise ValueError(
+                f"{name} must be (batch, sequence, heads, head_dim), all but the batch at least 1, "
+                f"got {tuple(x.shape)}"
+            )
+        if x.dtype not in _DTYPES:
+            allowed = ", ".join(str(d).removeprefix("torch.") for d in _DTYPES)
+            raise TypeError(f"{name} has dtype {x.dtype}; allowed are {allowed}")
+        if x.dtype != q.dtype:
+            raise TypeError(f"{name} has dtype {x.dtype}, but q has {q.dtype}: convert one of them")
+        if x.device != q.device:
+            raise ValueError(f"{name} is on {x.device}, but q is on {q.device}: move one of them")
+    if k.shape != v.shape:
+        raise ValueError(f"k {tuple(k.shape)} and v {tuple(v.shape)} must have one shape")
+    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ValueError(
+            f"q {tuple(q.shape)} and k {tuple(k.shape)} must agree in batch (first) "
+            "and head_dim (last)"
+        )
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(
+            f"the {q.shape[2]} query heads must be a multiple of the {k.shape[2]} key heads"
+        )
+
+
+def warn_of_heads_first(k: Tensor) -> None:
+    """Tensors of other libraries are (b, h, s, d), which nothing but sizes can tell."""
+    _, tokens, heads, _ = k.shape
+    if heads > max(tokens, 48):
+        warnings.warn(
+            f"k has {tokens} tokens and {heads} heads: block_sparse_attention takes (batch, "
+            "sequence, heads, head_dim). Were q, k and v (batch, heads, sequence, head_dim)? Then "
+            "use x.transpose(1, 2)",
+            stacklevel=2,
+        )
+
+
+def check_options(softmax_scale: float | None, dropout_p: float) -> float | None:
+    """The scale as a number."""
+    if isinstance(softmax_scale, Tensor):
+        raise TypeError(
+            "softmax_scale must be a number, got a tensor: no gradient would reach it. Multiply q "
+            "by a learned scale and pass softmax_scale=1.0; otherwise pass scale.item()"
+        )
+    if softmax_scale is not None:
+        if isinstance(softmax_scale, str | bool):
+            raise TypeError(f"softmax_scale must be a number, got {softmax_scale!r}")
+        if not math.isfinite(softmax_scale):
+            raise ValueError(f"softmax_scale must be finite, got {softmax_scale}")
+        softmax_scale = float(softmax_scale)
+    if dropout_p != 0:
+        raise ValueError(
+            f"dropout_p={dropout_p}: dropout of attention weights is not implemented; pass 0.0, "
+            "and apply torch.nn.Dropout to the output of attention instead"
+        )
+    return softmax_scale
+
+
+def check_layout(layout: BlockLayout, q: Tensor, k: Tensor) -> None:
+    """Lengths, device, heads and batch entries of a layout."""
+    if (layout.q_len, layout.kv_len) != (q.shape[1], k.shape[1]):
+        swapped = (layout.q_len, layout.kv_len) == (q.shape[2], k.shape[2])
+        way_out = (
+            "q, k and v seem to be (batch, heads, sequence, head_dim): use x.transpose(1, 2)"
+            if swapped
+            else f"build it with mask.layout({q.shape[1]}, {k.shape[1]})"
+        )
+        raise ValueError(
+            f"the layout is for {layout.q_len} queries and {layout.kv_len} keys, "
+            f"but q has {q.shape[1]} and k {k.shape[1]}: {way_out}"
+        )
+    if layout.device != q.device:
+        raise ValueError(
+            f"the layout is on {layout.device}, but q is on {q.device}: "
+            f"use layout.to({str(q.device)!r})"
+        )
+    for name, size, given in zip(
+        ("batch entries", "heads"), layout.pattern_map.shape, (q.shape[0], q.shape[2]), strict=True
+    ):
+        if size not in (1, given) and q.shape[0]:
+            raise ValueError(f"the layout has patterns for {size} {name}, but q has {given}")
+
+
+def check_kv_lens(kv_lens: Tensor, batch: int, kv_len: int) -> None:
+    """The type and shape of kv_lens, and its values where the host has them."""
+    if (
+        not isinstance(kv_lens, Tensor)
+        or kv_lens.is_floating_point()
+        or kv_lens.dtype == torch.bool
+    ):
+        what = kv_lens.dtype if isinstance(kv_lens, Tensor) else type(kv_lens).__name__
+        raise TypeError(f"kv_lens must be an int tensor of shape ({batch},), got {what}")
+    if kv_lens.shape != (batch,):
+        raise ValueError(f"kv_lens must have shape ({batch},), got {tuple(kv_lens.shape)}")
+    # Within torch.func transforms there may be no value to look at: it is clamped, as on a GPU.
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None
+    if kv_lens.device.type == "cpu" and batch and not transformed:
+        low, high = int(kv_lens.min()), int(kv_lens.max())
+        if low < 0 or high > kv_len:
+            raise ValueError(
+                f"kv_lens must be in 0..{kv_len} (the number of keys), got {low}..{high}"
+            )

@@ -1,0 +1,125 @@
+"""Attention as PyTorch operators: what torch.compile, export, and dispatch modes see.
+
+`sparse_flash::attention` and `sparse_flash::attention_backward` take the mask or layout itself
+(see `masks.traceable`) and find layout, implementation and schedule when they run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from sparse_flash import autograd
+from sparse_flash.checks import check_tensors
+from sparse_flash.masks import BlockLayout
+from sparse_flash.masks.traceable import SCHEMA_TYPE, from_operator
+from sparse_flash.prepare import Options, layout_of, prepare
+
+_TENSORS = "Tensor q, Tensor k, Tensor v, Tensor? kv_lens"  # as AttentionCall.TENSORS
+_INPUTS = f"{_TENSORS}, {SCHEMA_TYPE} mask, float? softmax_scale, bool deterministic, str impl"
+_GIVEN = "Tensor out, Tensor lse, Tensor dout, Tensor? dlse"
+_library = torch.library.Library("sparse_flash", "DEF")
+# What runs depends on the mask that is given, which a recorded CUDA graph would not notice.
+_tags = (torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe)
+_library.define(f"attention({_INPUTS}) -> (Tensor, Tensor)", tags=_tags)
+_library.define(f"attention_backward({_GIVEN}, {_INPUTS}) -> (Tensor, Tensor, Tensor)", tags=_tags)
+attention = torch.ops.sparse_flash.attention
+attention_backward = torch.ops.sparse_flash.attention_backward
+
+
+def _attention(*inputs: Any) -> tuple[Tensor, Tensor]:
+    *tensors, mask, scale, deterministic, impl = inputs
+    options = Options(scale, deterministic, impl)
+    call, implementation = prepare(
+        tuple(tensors), from_operator(mask), options, needs_grad=False, transient=True
+    )
+    return implementation.attend(call)
+
+
+def _attention_backward(
+    out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, *inputs: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    *tensors, mask, scale, deterministic, impl = inputs
+    options = Options(scale, deterministic, impl)
+    call, implementation = prepare(
+        tuple(tensors), from_operator(mask), options, needs_grad=True, transient=True
+    )
+    return implementation.gradients(call, out, lse, dout, dlse)
+
+
+def _fake_attention(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    check_tensors(q, k, v)
+    b, s, h, _ = q.shape
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty(q.shape), q.new_empty((b, h, s), dtype=dtype)
+
+
+def _fake_backward(
+    out: Tensor, lse: Tensor, dout: Tensor, dlse: Any, q: Tensor, k: Tensor, v: Tensor, *_: Any
+) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.mask, softmax_scale, deterministic, impl = inputs
+    ctx.options = (softmax_scale, deterministic, impl)
+    ctx.save_for_backward(*output, *tensors)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+    out, lse, *tensors = ctx.saved_tensors
+    rest = (None,) * (len(tensors) - 3 + 1 + len(ctx.options))
+    if dout is None and dlse is None:
+        return (None,) * 3 + rest
+    dout = torch.zeros_like(out) if dout is None else dout
+    return *attention_backward(out, lse, dout, dlse, *tensors, ctx.mask, *ctx.options), *rest
+
+
+def _vmap(operator: Any) -> Any:
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:
+        return autograd.one_by_one(operator, info.batch_size, in_dims, inputs)
+
+    return vmap
+
+
+for _name, _run, _fake in (
+    ("attention", _attention, _fake_attention),
+    ("attention_backward", _attention_backward, _fake_backward),
+):
+    _library.impl(_name, _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"sparse_flash::{_name}", _fake, lib=_library)
+    torch.library.register_vmap(
+        f"sparse_flash::{_name}", _vmap(getattr(torch.ops.sparse_flash, _name)), lib=_library
+    )
+torch.library.register_autograd(
+    "sparse_flash::attention", _differentiate, setup_context=_setup, lib=_library
+)
+torch.library.register_autograd(
+    "sparse_flash::attention_backward", autograd.refuse_second_derivative, lib=_library
+)
+
+
+def _products(q: Tensor, k: Tensor, mask: Any) -> int:
+    """Operations of a product Q K^T of the elements that the mask keeps, as PyTorch counts them."""
+    source = from_operator(mask)
+    layout = source if isinstance(source, BlockLayout) else layout_of(source, q, k)
+    b, q_len, h, d = q.shape
+    return round(2 * b * h * d * q_len * k.shape[1] * layout.density)
+
+
+@register_flop_formula(attention, get_raw=True)
+def _attention_flops(*inputs: Any, **_: Any) -> int:
+    """S = Q K^T and O = P V."""
+    q, k, *_rest, mask, _scale, _deterministic, _impl = inputs
+    return 2 * _products(q, k, mask)
+
+
+@register_flop_formula(attention_backward, get_raw=True)
+def _backward_flops(*inputs: Any, **_: Any) -> int:
+    """S again, dP = dO V^T, dV = P^T dO, dQ = dS K and dK = dS^T Q."""
+    q, k, *_rest, mask, _scale, _deterministic, _impl = inputs[4:]
+    return 5 * _products(q, k, mask)

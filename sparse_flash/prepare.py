@@ -1,0 +1,102 @@
+"""From the arguments of a call to an AttentionCall and the implementation that runs it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparse_flash.call import AttentionCall
+from sparse_flash.checks import (
+    check_kv_lens,
+    check_layout,
+    check_mask,
+    check_tensors,
+    warn_of_heads_first,
+)
+from sparse_flash.implementations import Implementation, choose
+from sparse_flash.masks import BlockLayout, Mask
+from sparse_flash.masks.records import CACHE
+
+_MOST_CALLS = 4096  # kinds of calls to remember for a mask or a layout
+Tensors = tuple[Tensor, Tensor, Tensor, Tensor | None]  # as AttentionCall.TENSORS
+
+
+class Options(NamedTuple):
+    """The arguments of a call besides its tensors and the mask."""
+
+    softmax_scale: float | None
+    deterministic: bool
+    impl: str
+
+
+class _Known(NamedTuple):
+    """What was found out about a call like this one."""
+
+    layout: BlockLayout
+    implementation: Implementation
+
+
+def prepare(
+    tensors: Tensors,
+    mask: Mask | BlockLayout,
+    options: Options,
+    *,
+    needs_grad: bool,
+    transient: bool = False,
+) -> tuple[AttentionCall, Implementation]:
+    """The call, and the implementation that runs it.
+
+    Checks take the host longer than a launch does: calls like one before are not checked again.
+
+    Raises:
+        TypeError: An argument of the wrong type or dtype.
+        ValueError: Shapes, devices or lengths that do not fit, or no implementation runs the call.
+    """
+    q, k, v, kv_lens = tensors
+    scale, deterministic, impl = options
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
+    rest = (scale, deterministic, needs_grad, transient)
+    calls, state = _calls_of(mask)
+    features = (needs_grad, deterministic, kv_lens is None, impl)
+    like = (*_kind(q), *_kind(k), *_kind(v), state, features)
+    known = calls.get(like)
+    if known is None:
+        check_tensors(q, k, v)
+        warn_of_heads_first(k)
+        layout = layout_of(mask, q, k) if isinstance(mask, Mask) else mask
+        check_layout(layout, q, k)
+        known = _Known(layout, choose(impl, AttentionCall(*tensors, layout, *rest)))
+        if len(calls) >= _MOST_CALLS:
+            calls.clear()
+        calls[like] = known
+    if kv_lens is not None:
+        check_kv_lens(kv_lens, q.shape[0], k.shape[1])
+    return AttentionCall(*tensors, known.layout, *rest), known.implementation
+
+
+def _calls_of(mask: Mask | BlockLayout) -> tuple[dict[Any, _Known], Any]:
+    """Where known calls with this mask are kept, and what the mask depends on now."""
+    if isinstance(mask, Mask):
+        record = CACHE.of(mask)
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            record.pinned = True
+        return record.calls, mask.state()
+    check_mask(mask)
+    return mask.calls, None
+
+
+def _kind(x: Tensor) -> tuple[Any, ...]:
+    """All that checks and implementations look at: not the numbers."""
+    return x.shape, x.stride(), x.storage_offset() % 8, x.dtype, x.device
+
+
+def layout_of(mask: Mask, q: Tensor, k: Tensor) -> BlockLayout:
+    """The layout of a mask for these tensors; built once."""
+    q_len, kv_len, device = q.shape[1], k.shape[1], q.device
+    key = (q_len, kv_len, device, mask.state())
+    layout = CACHE.of(mask).layout(key, lambda: mask.layout(q_len, kv_len, device=device))
+    CACHE.trim()
+    return layout

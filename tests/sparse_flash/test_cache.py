@@ -1,0 +1,146 @@
+"""Layouts of masks: shared by equal masks, bounded in bytes, lost to nobody."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import threading
+import weakref
+
+import pytest
+import torch
+from sparse_flash.masks.records import CACHE, RecordCache
+
+import sparse_flash
+from sparse_flash import block_sparse_attention, masks
+
+
+@pytest.fixture(autouse=True)
+def _own_cache():
+    before = CACHE.limit
+    sparse_flash.clear_cache()
+    yield
+    sparse_flash.set_cache_limit(before)
+    sparse_flash.clear_cache()
+
+
+@pytest.fixture
+def built(monkeypatch):
+    """The masks that were laid out."""
+    seen = []
+    layout = masks.Mask.layout
+    monkeypatch.setattr(
+        masks.Mask, "layout", lambda m, *a, **o: seen.append(m) or layout(m, *a, **o)
+    )
+    return seen
+
+
+def attend(mask, s=48, **options):
+    q = torch.randn(1, s, 1, 4)
+    return block_sparse_attention(q, q, q, mask, **options)
+
+
+def test_equal_masks_share_what_was_derived(built):
+    a = masks.local(5) | masks.sinks(1)
+    for mask in (a, masks.local(5) | masks.sinks(1), a):
+        attend(mask)
+    assert built == [a]
+    attend(a, s=49)
+    assert len(built) == 2  # other lengths
+
+
+def test_what_nobody_holds_is_bounded_in_bytes(built):
+    def size(mask):
+        return mask.layout(48).nbytes
+
+    sparse_flash.set_cache_limit(2 * size(masks.local(5)) + 10)
+    built.clear()
+    for w in (1, 2, 3, 3, 2, 1):
+        attend(masks.local(w))
+    assert [m.window[0] for m in built] == [1, 2, 3, 1]  # 3 drove out 1, the least recently used
+    assert CACHE.nbytes <= CACHE.limit
+    sparse_flash.set_cache_limit(0)
+    assert len(CACHE._recent) == 1
+
+
+def test_what_somebody_holds_stays(built):
+    held = masks.local(5)
+    attend(held)
+    sparse_flash.set_cache_limit(0)
+    attend(masks.local(6))
+    attend(held)
+    assert [m.window[0] for m in built] == [5, 6]
+
+
+def test_clearing_forgets_all(built):
+    held = masks.local(5)
+    attend(held)
+    (layout,) = CACHE.of(held).layouts.values()
+    there = weakref.ref(layout)
+    del layout
+    sparse_flash.clear_cache()
+    gc.collect()
+    assert there() is None
+    attend(held)
+    assert len(built) == 2
+
+
+def test_what_a_captured_graph_reads_stays(built):
+    held = masks.local(5)
+    attend(held)
+    CACHE.of(held).pinned = True
+    sparse_flash.clear_cache()
+    sparse_flash.set_cache_limit(0)
+    attend(masks.local(6))
+    attend(masks.local(5))
+    assert [m.window[0] for m in built] == [5, 6]
+    CACHE.of(held).pinned = False
+
+
+def test_limits_are_checked():
+    with pytest.raises(TypeError, match="number of bytes, got 1.5"):
+        sparse_flash.set_cache_limit(1.5)
+    with pytest.raises(ValueError, match="at least 0 bytes, got -1"):
+        sparse_flash.set_cache_limit(-1)
+
+
+def test_threads_lose_nothing(built):
+    """Each mask is laid out once, however many threads ask for it at the same time."""
+    start, results = threading.Barrier(8), []
+
+    def work():
+        start.wait()
+        results.extend(attend(masks.local(w)).shape for w in range(1, 20))
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 8 * 19
+    assert sorted(m.window[0] for m in built) == list(range(1, 20))
+
+
+@pytest.mark.parametrize(
+    "twin", [copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))]
+)
+def test_copies_derive_anew(twin):
+    layout, mask = masks.local(5).layout(48), masks.local(5)
+    attend(layout), attend(mask)
+    before = len(pickle.dumps(masks.local(5).layout(48))), len(pickle.dumps(masks.local(5)))
+    assert (len(pickle.dumps(layout)), len(pickle.dumps(mask))) == before
+    again = twin(layout)
+    assert again.equal(layout)
+    assert again.derived is not layout.derived
+    assert again.calls == {}
+    assert again.transpose().equal(layout.transpose())
+    assert twin(mask) == mask
+    assert "_record" not in twin(mask).__dict__
+    attend(again), attend(twin(mask))
+
+
+def test_the_cache_is_the_only_module_state():
+    cache = RecordCache(limit=100)
+    assert cache.of(masks.local(3)) is cache.of(masks.local(3))
+    assert cache.of(masks.local(3)) is not CACHE.of(masks.local(3))

@@ -1,0 +1,143 @@
+"""Derivatives besides the first backward pass: right, or refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.autograd import forward_ad
+
+from sparse_flash import block_sparse_attention, masks
+from tests.oracle import dense_attention
+
+MASK = masks.local(4) | masks.sinks(1)
+
+
+def make(*batch, s=12, h=2, d=3):
+    torch.manual_seed(0)
+    return [torch.randn(*batch, 2, s, h, d, dtype=torch.float64) for _ in "qkv"]
+
+
+def ours(q, k, v):
+    return block_sparse_attention(q, k, v, MASK)
+
+
+def dense(q, k, v):
+    n = q.shape[1]
+    return dense_attention(q, k, v, MASK(torch.arange(n)[:, None], torch.arange(n)))[0]
+
+
+def loss_of(attend):
+    return lambda q, k, v: attend(q, k, v).sin().sum()
+
+
+def test_func_grad_and_vjp():
+    q, k, v = make()
+    got, want = (torch.func.grad(loss_of(f), argnums=(0, 1, 2))(q, k, v) for f in (ours, dense))
+    torch.testing.assert_close(got, want)
+    cotangent = torch.randn_like(q)
+    got, want = (torch.func.vjp(f, q, k, v)[1](cotangent) for f in (ours, dense))
+    torch.testing.assert_close(got, want)
+
+
+def test_func_jacrev():
+    q, k, v = make(s=4)
+    got, want = (torch.func.jacrev(f)(q, k, v) for f in (ours, dense))
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("in_dims", [(0, 0, 0), (0, None, None), (2, None, 1)])
+def test_vmap(in_dims):
+    single = make()
+    many = [
+        x if dim is None else torch.stack([x, 2 * x, -x], dim)
+        for x, dim in zip(single, in_dims, strict=True)
+    ]
+    got, want = (torch.vmap(f, in_dims)(*many) for f in (ours, dense))
+    torch.testing.assert_close(got, want)
+
+
+def test_per_sample_gradients():
+    """vmap of grad."""
+    q, k, v = make(3)
+    got, want = (torch.vmap(torch.func.grad(loss_of(f)))(q, k, v) for f in (ours, dense))
+    torch.testing.assert_close(got, want)
+
+
+def test_vmap_over_kv_lens_and_masks_by_batch():
+    q, k, v = make()
+    lens = torch.tensor([[12, 5], [3, 12]])
+    mask = masks.per_batch([masks.causal(), masks.local(2)])
+    got = torch.vmap(lambda n: block_sparse_attention(q, k, v, mask, kv_lens=n))(lens)
+    want = torch.stack([block_sparse_attention(q, k, v, mask, kv_lens=n) for n in lens])
+    torch.testing.assert_close(got, want)
+
+
+SECOND = {
+    "create_graph": lambda q, k, v: (
+        torch.autograd.grad(ours(q.requires_grad_(), k, v).sin().sum(), q, create_graph=True)[0]
+        .square()
+        .sum()
+        .backward()
+    ),
+    "hessian": lambda q, k, v: torch.func.hessian(lambda q: ours(q, k, v).sin().sum())(q),
+    "grad of grad": lambda q, k, v: torch.func.grad(
+        lambda q: torch.func.grad(lambda q: ours(q, k, v).sin().sum())(q).square().sum()
+    )(q),
+}
+
+
+@pytest.mark.parametrize("way", SECOND)
+def test_second_derivatives_are_refused(way):
+    with pytest.raises(NotImplementedError, match=r"(second|forward-mode) derivative.*MATH"):
+        SECOND[way](*make())
+
+
+def test_create_graph_alone_is_right():
+    """Only what needs the second derivative is refused."""
+    q, k, v = (x.requires_grad_() for x in make())
+    (got,) = torch.autograd.grad(ours(q, k, v).sin().sum(), q, create_graph=True)
+    (want,) = torch.autograd.grad(dense(q, k, v).sin().sum(), q)
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+@pytest.mark.parametrize("grad", [False, True])
+def test_forward_mode_is_refused(which, grad):
+    tensors = [x.requires_grad_(grad) for x in make()]
+
+    def of_one(x):
+        return ours(*tensors[:which], x, *tensors[which + 1 :])
+
+    x, t = tensors[which], torch.ones_like(tensors[which])
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.func.jvp(of_one, (x,), (t,))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
+        of_one(forward_ad.make_dual(x, t))
+    with forward_ad.dual_level():  # without a tangent there is nothing to refuse
+        torch.testing.assert_close(ours(*tensors), dense(*tensors))
+
+
+def test_inputs_that_change_between_the_passes_are_noticed():
+    q, k, v = (x.requires_grad_() for x in make())
+    lens = torch.tensor([12, 5])
+    out = block_sparse_attention(q, k, v, MASK, kv_lens=lens)
+    lens.fill_(3)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_saved_tensors_go_through_hooks():
+    """As for offloading them: everything that is needed is saved by autograd, and nowhere else."""
+    q, k, v = (x.requires_grad_() for x in make())
+    packed = []
+
+    def pack(x):
+        packed.append(x.shape)
+        return x.clone()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        out = ours(q, k, v)
+    assert len(packed) == 5
+    with torch.no_grad():
+        q.add_(1)
+    torch.autograd.grad(out.sum(), k)
