@@ -167,6 +167,7 @@ class Mask(Traceable):
 
     __reduce_ex__ = reduce_without_derived
 
+    @plain_torch()
     def patterns(self) -> tuple[list[Mask], Tensor]:
         """The distinct masks, and which one each (batch entry, head) uses: int32 `(1, 1)` here."""
         return [self], torch.zeros(1, 1, dtype=torch.int32, device="cpu")
