@@ -176,11 +176,11 @@ def test_layouts_need_a_device_with_data():
 
 
 def test_modes_are_restored():
-    with torch.inference_mode(), torch.device("meta"), contextlib.suppress(ZeroDivisionError):
-        with plain_torch():
-            assert torch.ones(2).device.type == "cpu"
-            assert not torch.is_inference_mode_enabled()
-            raise ZeroDivisionError
+    suppress = contextlib.suppress(ZeroDivisionError)
+    with torch.inference_mode(), torch.device("meta"), suppress, plain_torch():
+        assert torch.ones(2).device.type == "cpu"
+        assert not torch.is_inference_mode_enabled()
+        raise ZeroDivisionError
     with torch.inference_mode(), torch.device("meta"), FlopCounterMode(display=False) as counter:
         masks.custom(lambda q, kv: q >= kv).layout(64)
         assert torch.is_inference_mode_enabled()
