@@ -267,8 +267,8 @@ class Pattern(Mask):
     """A mask with parameters, printed as the call that makes it."""
 
     def __repr__(self) -> str:
-        values = [getattr(self, field.name) for field in fields(self)]  # type: ignore[arg-type]
-        defaults = [field.default for field in fields(self)]  # type: ignore[arg-type]
+        values = [getattr(self, field.name) for field in fields(self)]
+        defaults = [field.default for field in fields(self)]
         while values and values[-1] == defaults[-1]:
             values.pop()
             defaults.pop()

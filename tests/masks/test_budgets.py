@@ -7,6 +7,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from sparse_flash.masks import build
+
+from sparse_flash import masks
 
 SCRIPT = """
 import json, sys, time
@@ -16,7 +20,6 @@ from sparse_flash import masks
 from sparse_flash.experiments.machine import PeakMemory
 mask = {mask}
 mask.layout(1024)
-mask.layout(1, 1024)
 with PeakMemory() as memory:
     start = time.perf_counter()
     layout = mask.layout({length})
@@ -46,6 +49,25 @@ def test_layouts_stay_within_budget(mask, length, seconds, mebibytes):
         assert bit_tiles <= 36
 
 
+ONE_QUERY = """
+import json, time
+import torch
+torch.set_num_threads(1)
+from sparse_flash import masks
+from sparse_flash.experiments.machine import PeakMemory
+mask = {mask}
+mask.layout(1, 1024)
+with PeakMemory() as memory:
+    layout = mask.layout(1, 524416)
+seconds = []
+for _ in range(5):
+    start = time.process_time()
+    mask.layout(1, 524416)
+    seconds.append(time.process_time() - start)
+print(json.dumps([min(seconds), memory.mebibytes, layout.num_tiles]))
+"""
+
+
 @pytest.mark.parametrize(
     ("mask", "tiles"),
     [
@@ -55,38 +77,25 @@ def test_layouts_stay_within_budget(mask, length, seconds, mebibytes):
     ],
 )
 def test_one_query_against_many_keys(mask, tiles):
-    """The fastest of five, of a process of its own: 10 ms and 20 MB."""
-    script = SCRIPT.format(mask=mask, length="1, 524416").replace("print(", FASTEST + "print(")
+    """The fastest of five, by the time of one core: 10 ms and 20 MB."""
+    script = ONE_QUERY.format(mask=mask)
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
-    took, used, _, stored = json.loads(done.stdout.splitlines()[-1])
+    took, used, stored = json.loads(done.stdout.splitlines()[-1])
+    print(f"{mask}: {took * 1e3:.1f} ms, {used:.0f} MiB")
     assert stored == tiles
     assert took <= 0.010
     assert used <= 20
 
 
-FASTEST = """
-for _ in range(4):
-    start = time.perf_counter()
-    mask.layout(1, 524416)
-    seconds = min(seconds, time.perf_counter() - start)
-"""
-
-
-def test_lengths_beyond_a_power_of_eight_blocks_take_no_longer():
-    """Rectangles are cut to the grid before they are split, not after."""
-    import torch
-    from sparse_flash.masks import build
-
-    from sparse_flash import masks
-
+def test_rectangles_are_cut_to_the_grid_before_they_are_split():
     cells = (torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
     rows, cols = build._split(cells, (1 << 30, 1 << 30), (1, 1), (3, 5))
     assert list(zip(rows.tolist(), cols.tolist(), strict=True)) == [
         (i, j) for i in range(3) for j in range(5)
     ]
-    for lengths in ((1, 65_664), (65_664, 1), (300, 70_000)):
-        assert masks.full().layout(*lengths).num_tiles == -(-lengths[0] // 128) * -(
-            -lengths[1] // 128
-        )
+    for q_len, kv_len in ((1, 65_664), (65_664, 1), (300, 70_000)):
+        layout = masks.full().layout(q_len, kv_len)
+        assert layout.num_tiles == -(-q_len // 128) * -(-kv_len // 128)
+        assert layout.num_partial == 0
