@@ -11,6 +11,7 @@ from sparse_flash import autograd, operators
 from sparse_flash.checks import check_are_tensors, check_mask, check_options, check_tensors
 from sparse_flash.masks import BlockLayout, Mask
 from sparse_flash.masks.traceable import to_operator
+from sparse_flash.positions import with_positions
 from sparse_flash.prepare import Options, prepare
 
 
@@ -23,6 +24,8 @@ def block_sparse_attention(
     *,
     softmax_scale: float | None = ...,
     kv_lens: Tensor | None = ...,
+    q_offset: int | Tensor | None = ...,
+    kv_starts: Tensor | None = ...,
     dropout_p: float = ...,
     return_lse: Literal[False] = ...,
     deterministic: bool = ...,
@@ -39,6 +42,8 @@ def block_sparse_attention(
     *,
     softmax_scale: float | None = ...,
     kv_lens: Tensor | None = ...,
+    q_offset: int | Tensor | None = ...,
+    kv_starts: Tensor | None = ...,
     dropout_p: float = ...,
     return_lse: Literal[True],
     deterministic: bool = ...,
@@ -54,6 +59,8 @@ def block_sparse_attention(
     *,
     softmax_scale: float | None = None,
     kv_lens: Tensor | None = None,
+    q_offset: int | Tensor | None = None,
+    kv_starts: Tensor | None = None,
     dropout_p: float = 0.0,
     return_lse: bool = False,
     deterministic: bool = False,
@@ -75,6 +82,14 @@ def block_sparse_attention(
         kv_lens: Number of keys that exist in each batch entry, int `(b,)`, 0..kv_len; what lies
             beyond is padding, and is never looked at. Values on a GPU, or in a compiled graph, are
             clamped to that range, not checked: checking would make the host wait.
+        q_offset: Position of the first query, int or int `(b,)`, as in a KV cache: query i of
+            batch entry b has position i + q_offset[b], and key j is allowed where
+            mask(i + q_offset[b], j). A layout is then over positions: its q_len must exceed the
+            last one, and its kv_len be at least that of k. A mask is laid out for the next powers
+            of two (or its own lengths), so that a growing cache needs few layouts. Values on a GPU
+            are not checked: queries beyond the layout come out as NaN.
+        kv_starts: First valid key of each batch entry, int `(b,)`, where padding is on the left;
+            positions of keys and queries count from it. Earlier queries have no keys.
         dropout_p: Must be 0: attention dropout is not implemented.
         return_lse: Also return the logsumexp of the logits of each query (natural logarithm),
             `(b, h, q_len)`, float32 (float64 for float64 inputs); differentiable.
@@ -102,17 +117,17 @@ def block_sparse_attention(
     """
     check_are_tensors(q, k, v)
     q, k, v = _autocast(q, k, v)
-    tensors = (q, k, v, kv_lens)
     options = Options(check_options(softmax_scale, dropout_p), deterministic, impl)
+    needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    tensors = (q, k, v, kv_lens, q_offset, kv_starts)
     if torch.compiler.is_compiling() or _is_watched(q, k, v):
         check_mask(mask)
         check_tensors(q, k, v)
+        tensors = with_positions(tensors, mask)
         out, lse = operators.attention(*tensors, to_operator(mask), *options)
     else:
-        needs_grad = torch.is_grad_enabled() and (
-            q.requires_grad or k.requires_grad or v.requires_grad
-        )
-        out, lse = autograd.attend(*prepare(tensors, mask, options, needs_grad=needs_grad))
+        call = prepare(tensors, mask, options, needs_grad=needs_grad)
+        out, lse = autograd.attend(*call)
     return (out, lse) if return_lse else out
 
 

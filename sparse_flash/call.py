@@ -13,32 +13,22 @@ from sparse_flash.masks import BlockLayout
 
 @dataclass(frozen=True, eq=False)
 class AttentionCall:
-    """Validated inputs and options of one call.
+    """Validated inputs and options of one call."""
 
-    Attributes:
-        q: Queries `(b, q_len, h, d)`.
-        k: Keys `(b, kv_len, h_kv, d)`.
-        v: Values, shaped as the keys.
-        kv_lens: Number of valid keys per batch entry, int `(b,)`; None for all.
-        layout: The tiles to compute, on the device of the inputs.
-        softmax_scale: Factor of the logits.
-        deterministic: Whether gradients must be bitwise repeatable.
-        needs_grad: Whether gradients may be asked for.
-        transient: Whether memory that the call allocates may not outlive it: it comes from the
-            pool of somebody else's CUDA graph.
-    """
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    kv_lens: Tensor | None
-    layout: BlockLayout
-    softmax_scale: float
-    deterministic: bool
-    needs_grad: bool
+    q: Tensor  # queries (b, q_len, h, d)
+    k: Tensor  # keys (b, kv_len, h_kv, d)
+    v: Tensor  # values, shaped as the keys
+    kv_lens: Tensor | None  # number of valid keys per batch entry, int (b,); None for all
+    q_offset: Tensor | None  # position of the first query, int32 (b,); None: see `positions`
+    kv_starts: Tensor | None  # first valid key per batch entry, int32 (b,); None for 0
+    TENSORS: ClassVar = ("q", "k", "v", "kv_lens", "q_offset", "kv_starts")  # autograd saves them
+    layout: BlockLayout  # tiles to compute, on the device of the inputs
+    softmax_scale: float  # factor of the logits
+    deterministic: bool  # whether gradients must be bitwise repeatable
+    needs_grad: bool  # whether gradients may be asked for
+    # Whether memory that the call allocates may not outlive it: it may come from the pool of
+    # somebody else's CUDA graph.
     transient: bool = False
-
-    TENSORS: ClassVar = ("q", "k", "v", "kv_lens")  # what autograd saves
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:

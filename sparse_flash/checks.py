@@ -91,18 +91,20 @@ def check_options(softmax_scale: float | None, dropout_p: float) -> float | None
     return softmax_scale
 
 
-def check_layout(layout: BlockLayout, q: Tensor, k: Tensor) -> None:
+def check_layout(layout: BlockLayout, q: Tensor, lengths: tuple[int, int]) -> None:
     """Lengths, device, heads and batch entries of a layout."""
-    if (layout.q_len, layout.kv_len) != (q.shape[1], k.shape[1]):
-        swapped = (layout.q_len, layout.kv_len) == (q.shape[2], k.shape[2])
+    q_len, kv_len = lengths
+    if (layout.q_len, layout.kv_len) != lengths:
+        swapped = layout.q_len == q.shape[2]
         way_out = (
             "q, k and v seem to be (batch, heads, sequence, head_dim): use x.transpose(1, 2)"
             if swapped
-            else f"build it with mask.layout({q.shape[1]}, {k.shape[1]})"
+            else f"build it with mask.layout({q_len}, {kv_len}), or pass q_offset if it is over "
+            "positions"
         )
         raise ValueError(
             f"the layout is for {layout.q_len} queries and {layout.kv_len} keys, "
-            f"but q has {q.shape[1]} and k {k.shape[1]}: {way_out}"
+            f"but q has {q_len} and k {kv_len}: {way_out}"
         )
     if layout.device != q.device:
         raise ValueError(

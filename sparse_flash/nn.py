@@ -10,6 +10,86 @@ from sparse_flash.api import block_sparse_attention
 from sparse_flash.masks import BlockLayout, Mask
 
 
+class KVCache:
+    """Keys and values of the tokens so far, for generation token by token.
+
+    Args:
+        batch: Number of batch entries.
+        capacity: Number of tokens that there is space for.
+        kv_heads: Key and value heads of the layer (of this rank, under tensor parallelism).
+        head_dim: Width of a head.
+        dtype: Of keys and values; default: torch's default dtype.
+        device: Where they live; default: torch's default device.
+
+    >>> import torch
+    >>> from sparse_flash import masks
+    >>> layer, x = SelfAttention(64, 4, mask=masks.local((31, 0))), torch.randn(2, 50, 64)
+    >>> cache = KVCache(2, 50, 4, 16)
+    >>> with torch.no_grad():
+    ...     steps = [layer(x[:, :40], cache=cache)]
+    ...     steps += [layer(x[:, i : i + 1], q_offset=i, cache=cache) for i in range(40, 50)]
+    ...     torch.allclose(torch.cat(steps, 1), layer(x), atol=1e-5)
+    True
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        capacity: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        shape = (batch, capacity, kv_heads, head_dim)
+        self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in "kv")
+
+    @property
+    def capacity(self) -> int:
+        """Number of tokens that there is space for."""
+        return self.keys.shape[1]
+
+    def update(
+        self, k: Tensor, v: Tensor, q_offset: int | Tensor, kv_lens: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Store k and v `(b, s, h_kv, d)` from a position on.
+
+        Args:
+            k: Keys of new tokens.
+            v: Their values.
+            q_offset: Position of the first, int or int `(b,)`; later tokens are forgotten.
+            kv_lens: Number of valid keys, int `(b,)`; default: those up to the last new one.
+
+        Returns:
+            All keys, all values, and kv_lens.
+
+        Raises:
+            RuntimeError: Gradients would be needed.
+            ValueError: There is no space, or a shape does not fit.
+        """
+        if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
+            raise RuntimeError(
+                "a KVCache does not carry gradients: use it under torch.no_grad() or "
+                "torch.inference_mode(), or pass q_offset to block_sparse_attention yourself"
+            )
+        (b, _, *width), s = self.keys.shape, k.shape[1]
+        if (b, s, *width) != k.shape:
+            raise ValueError(
+                f"the cache is for keys ({b}, s, {width[0]}, {width[1]}), got {tuple(k.shape)}"
+            )
+        if isinstance(q_offset, Tensor):
+            places = q_offset.to(k.device, torch.int64)[:, None] + torch.arange(s, device=k.device)
+            entries = torch.arange(b, device=k.device)[:, None]
+            self.keys[entries, places], self.values[entries, places] = k, v
+            kv_lens = q_offset + s if kv_lens is None else kv_lens
+            return self.keys, self.values, kv_lens
+        end = q_offset + s
+        if end > self.capacity:
+            raise ValueError(f"the cache has space for {self.capacity} tokens, not for {end}")
+        self.keys[:, q_offset:end], self.values[:, q_offset:end] = k, v
+        return self.keys[:, :end], self.values[:, :end], kv_lens
+
+
 class SelfAttention(nn.Module):
     """Projections to queries, keys and values, block-sparse attention, projection back.
 
@@ -55,22 +135,49 @@ class SelfAttention(nn.Module):
         self.to_out = nn.Linear(dim, dim, bias)
         self.register_load_state_dict_pre_hook(_split_keys_and_values)
 
-    def forward(self, x: Tensor, kv_lens: Tensor | None = None) -> Tensor:
-        """Attend within `(b, s, dim)`; `kv_lens` (b,) counts the tokens that are no padding.
+    def forward(
+        self,
+        x: Tensor,
+        kv_lens: Tensor | None = None,
+        q_offset: int | Tensor = 0,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Attend within `(b, s, dim)`, and to earlier tokens if there is a cache.
 
         The number of heads follows from the projections' outputs: under tensor parallelism each
         rank has those of its shard.
+
+        Args:
+            x: Tokens `(b, s, dim)`.
+            kv_lens: Number of valid keys per batch entry, those in the cache included, int `(b,)`.
+            q_offset: Position of the first token of x, int or int `(b,)`. Needs a cache.
+            cache: Keys and values of earlier tokens; those of x are stored in it.
+
+        Raises:
+            ValueError: An offset without a cache, or more tokens than the cache has space for.
         """
         q, k, v = (
             rearrange(project(x), "b s (h d) -> b s h d", d=self.head_dim)
             for project in (self.to_q, self.to_k, self.to_v)
         )
-        out = self.attend(q, k, v, kv_lens)
+        if cache is None:
+            if isinstance(q_offset, Tensor) or q_offset:
+                raise ValueError("q_offset is the number of tokens in a cache: pass cache=, too")
+            out = self.attend(q, k, v, kv_lens)
+        else:
+            out = self.attend(q, *cache.update(k, v, q_offset, kv_lens), q_offset)
         return self.to_out(rearrange(out, "b s h d -> b s (h d)"))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, kv_lens: Tensor | None) -> Tensor:
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        kv_lens: Tensor | None,
+        q_offset: int | Tensor | None = None,
+    ) -> Tensor:
         """Attention itself, `(b, s, h, d)`: subclasses may override it, to rotate q and k say."""
-        return block_sparse_attention(q, k, v, self.mask, kv_lens=kv_lens)
+        return block_sparse_attention(q, k, v, self.mask, kv_lens=kv_lens, q_offset=q_offset)
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
         """A layout moves with the module: to(device), cuda(), cpu(). It stays when that is meta."""

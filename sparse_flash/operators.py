@@ -13,12 +13,16 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from sparse_flash import autograd
+from sparse_flash.call import AttentionCall
 from sparse_flash.checks import check_tensors
 from sparse_flash.masks import BlockLayout
 from sparse_flash.masks.traceable import SCHEMA_TYPE, from_operator
 from sparse_flash.prepare import Options, layout_of, prepare
 
-_TENSORS = "Tensor q, Tensor k, Tensor v, Tensor? kv_lens"  # as AttentionCall.TENSORS
+# As AttentionCall.TENSORS.
+_TENSORS = ", ".join(
+    f"Tensor{'' if name in ('q', 'k', 'v') else '?'} {name}" for name in AttentionCall.TENSORS
+)
 _INPUTS = f"{_TENSORS}, {SCHEMA_TYPE} mask, float? softmax_scale, bool deterministic, str impl"
 _GIVEN = "Tensor out, Tensor lse, Tensor dout, Tensor? dlse"
 _library = torch.library.Library("sparse_flash", "DEF")
@@ -105,8 +109,8 @@ torch.library.register_autograd(
 
 def _products(q: Tensor, k: Tensor, mask: Any) -> int:
     """Operations of a product Q K^T of the elements that the mask keeps, as PyTorch counts them."""
-    source = from_operator(mask)
-    layout = source if isinstance(source, BlockLayout) else layout_of(source, q, k)
+    source, lengths = from_operator(mask), (q.shape[1], k.shape[1])
+    layout = source if isinstance(source, BlockLayout) else layout_of(source, q, lengths)
     b, q_len, h, d = q.shape
     return round(2 * b * h * d * q_len * k.shape[1] * layout.density)
 

@@ -18,9 +18,10 @@ from sparse_flash.checks import (
 from sparse_flash.implementations import Implementation, choose
 from sparse_flash.masks import BlockLayout, Mask
 from sparse_flash.masks.records import CACHE
+from sparse_flash.positions import lengths_of, with_positions
 
 _MOST_CALLS = 4096  # kinds of calls to remember for a mask or a layout
-Tensors = tuple[Tensor, Tensor, Tensor, Tensor | None]  # as AttentionCall.TENSORS
+Tensors = tuple[Any, ...]  # as AttentionCall.TENSORS
 
 
 class Options(NamedTuple):
@@ -54,20 +55,23 @@ def prepare(
         TypeError: An argument of the wrong type or dtype.
         ValueError: Shapes, devices or lengths that do not fit, or no implementation runs the call.
     """
-    q, k, v, kv_lens = tensors
+    lengths = lengths_of(tensors, mask)
+    tensors = with_positions(tensors, mask)
+    q, k, v, kv_lens = tensors[:4]
     scale, deterministic, impl = options
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
     rest = (scale, deterministic, needs_grad, transient)
     calls, state = _calls_of(mask)
-    features = (needs_grad, deterministic, kv_lens is None, impl)
+    given = tuple(x is None for x in tensors[3:])
+    features = (needs_grad, deterministic, given, lengths, impl)
     like = (*_kind(q), *_kind(k), *_kind(v), state, features)
     known = calls.get(like)
     if known is None:
         check_tensors(q, k, v)
         warn_of_heads_first(k)
-        layout = layout_of(mask, q, k) if isinstance(mask, Mask) else mask
-        check_layout(layout, q, k)
+        layout = layout_of(mask, q, lengths) if isinstance(mask, Mask) else mask
+        check_layout(layout, q, lengths)
         known = _Known(layout, choose(impl, AttentionCall(*tensors, layout, *rest)))
         if len(calls) >= _MOST_CALLS:
             calls.clear()
@@ -93,10 +97,9 @@ def _kind(x: Tensor) -> tuple[Any, ...]:
     return x.shape, x.stride(), x.storage_offset() % 8, x.dtype, x.device
 
 
-def layout_of(mask: Mask, q: Tensor, k: Tensor) -> BlockLayout:
-    """The layout of a mask for these tensors; built once."""
-    q_len, kv_len, device = q.shape[1], k.shape[1], q.device
-    key = (q_len, kv_len, device, mask.state())
-    layout = CACHE.of(mask).layout(key, lambda: mask.layout(q_len, kv_len, device=device))
+def layout_of(mask: Mask, q: Tensor, lengths: tuple[int, int]) -> BlockLayout:
+    """The layout of a mask for these lengths, on the device of q; built once."""
+    key = (lengths, q.device, mask.state())
+    layout = CACHE.of(mask).layout(key, lambda: mask.layout(*lengths, device=q.device))
     CACHE.trim()
     return layout

@@ -10,6 +10,7 @@ float64 inputs are computed in float64, all others in float32.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ class _Part:
     kv_blocks: Tensor  # (n * r * c,) among results (b * h_kv * nk)
     partial: list[int]  # which of c have bit tiles
     entries: Tensor  # (r, len(partial)) bit tiles of these, -1 for full
-    after_q: Tensor | None  # (r, block_q) whether beyond the last query; None: nowhere
+    after_q: Tensor | None  # (n, r, block_q) whether there is no such query; None: nowhere
     after_kv: Tensor | None  # (n, r, c, block_kv) whether beyond the last key; None: nowhere
     first: bool  # the first slice of these rows
     last: bool  # the last one
@@ -65,28 +66,76 @@ class _Problem:
         self.batch, self.q_len, self.heads, _ = q.shape
         self.kv_len, self.kv_heads = k.shape[1:3]
         self.dtype, device = _compute_dtype(q), q.device
-        self.nq, self.nk = -(-self.q_len // tiles.block[0]), -(-self.kv_len // tiles.block[1])
+        # Where queries and keys lie; and for each batch entry its first block row and their number.
+        self.q_shift, self.kv_shift = _shifts(call)
+        self.base = self.q_shift // tiles.block[0]
+        self.at_positions = call.q_offset is not None
+        self.nq = -(-self.q_len // tiles.block[0]) + self.at_positions
+        self.nk = -(-self.kv_len // tiles.block[1])
         self.q, self.k, self.v = _tokens(q), _tokens(k), _tokens(v)
         whole = torch.full((self.batch,), self.kv_len, device=device)
         limits = whole if call.kv_lens is None else call.kv_lens.to(device, torch.int64)
         self.limits = limits.clamp(0, self.kv_len)
-        self.shortest = int(self.limits.min())
+        self.shortest = int((self.limits - self.kv_shift).min())
+        if self.at_positions and self.batch:
+            self._check_positions()
         self.within = [torch.arange(block, device=device) for block in tiles.block]
         full = torch.full_like(tiles.bit_tiles[:1], 255)
         self.bit_tiles = torch.cat([tiles.bit_tiles, full])  # so that entry -1, the last, is full
+
+    def _check_positions(self) -> None:
+        """The host looks at positions here: what a kernel answers with NaN is refused."""
+        end = int(self.q_shift.max()) + self.q_len
+        if end > self.tiles.q_len:
+            raise ValueError(
+                f"with q_offset the last query has position {end - 1}, but the layout is for "
+                f"{self.tiles.q_len} queries"
+            )
+
+    def query_blocks(self, like: Tensor) -> Tensor:
+        """Zeros (b * h * nq, block_q, d) for results shaped as `like` (b, q_len, h, d)."""
+        shape = (self.batch * self.heads * self.nq, self.tiles.block[0], like.shape[3])
+        return like.new_zeros(shape, dtype=self.dtype)
+
+    def key_blocks(self, like: Tensor) -> Tensor:
+        """Zeros (b * h_kv * nk, block_kv, d) for results shaped as `like` (b, kv_len, h_kv, d)."""
+        shape = (self.batch * self.kv_heads * self.nk, self.tiles.block[1], like.shape[3])
+        return like.new_zeros(shape, dtype=self.dtype)
+
+    def of_queries(self, blocks: Tensor) -> Tensor:
+        """Blocks of positions (b * h * nq, block_q, d) as (b, q_len, h, d)."""
+        rows = blocks.view(self.batch, self.heads, -1, blocks.shape[2])
+        if self.at_positions:
+            first = (self.q_shift - self.base * self.tiles.block[0])[:, None]
+            rows = _rows_at(rows, first + torch.arange(self.q_len, device=rows.device))
+        return rows[:, :, : self.q_len].transpose(1, 2)
+
+    def of_keys(self, blocks: Tensor) -> Tensor:
+        """Blocks of positions (b * h_kv * nk, block_kv, d) as (b, kv_len, h_kv, d)."""
+        rows = blocks.view(self.batch, self.kv_heads, -1, blocks.shape[2])
+        if self.at_positions:
+            index = torch.arange(self.kv_len, device=rows.device) - self.kv_shift[:, None]
+            rows = _rows_at(rows, index)
+        return rows[:, :, : self.kv_len].transpose(1, 2)
 
     def parts(self) -> Iterator[_Part]:
         """All the work, in pieces of about a chunk; slices of the same rows follow each other."""
         t = self.tiles
         chunk = max(1, _chunk(self.q) // (t.block[0] * t.block[1]))  # in tiles
-        idle = self.limits[:, None] == 0  # sequences without keys
-        owners = t.pattern_map.expand(self.batch, self.heads).masked_fill(idle, -1).flatten()
+        idle = (self.limits <= self.kv_shift)[:, None]  # sequences without keys
+        owners = t.pattern_map.expand(self.batch, self.heads).masked_fill(idle, -1)
         cols, entries = t.col_indices.long(), t.bit_tile_indices.long()
-        for pattern, starts in enumerate(t.crow_indices.cpu().long()):
-            mine = (owners == pattern).nonzero().squeeze(1)
+        for base, (pattern, starts) in itertools.product(
+            self.base.unique().tolist(), enumerate(t.crow_indices.cpu().long())
+        ):
+            here = (owners == pattern) & (self.base == base)[:, None]
+            mine = here.flatten().nonzero().squeeze(1)
             degrees = starts.diff()
-            for degree in degrees[degrees > 0].unique().tolist() if len(mine) else []:
-                rows = (degrees == degree).nonzero()
+            first, end = max(base, 0), max(base + self.nq, 0)
+            for degree in degrees[first:end].unique().tolist() if len(mine) else []:
+                if not degree:
+                    continue
+                rows = (degrees[first:end] == degree).nonzero() + first
                 width = min(degree, chunk)
                 for heads in mine.split(chunk // width):
                     for some in rows.split(max(1, chunk // (width * len(heads)))):
@@ -104,23 +153,25 @@ class _Problem:
         batch, head = heads // self.heads, heads % self.heads
         kv_head = head // (self.heads // self.kv_heads)
         block_q, block_kv = self.tiles.block
-        query = rows * block_q + self.within[0]  # (r, block_q)
-        key = (cols[..., None] * block_kv + self.within[1])[None]  # (1 or n, r, c, block_kv)
+        # Positions become indices of tokens: (n, r, block_q) and (n, r, c, block_kv).
+        query = rows * block_q + self.within[0] - self.q_shift[batch]
+        key = cols[..., None] * block_kv + self.within[1] + self.kv_shift[batch[..., None]]
         after_q = after_kv = None
         if self.nq * block_q > self.q_len:
-            after_q = query >= self.q_len
-            query = query.clamp(max=self.q_len - 1)
+            after_q = (query < 0) | (query >= self.q_len)
+            query = query.clamp(0, self.q_len - 1)
         if (int(cols.max()) + 1) * block_kv > self.shortest:
             limits = self.limits[batch[..., None]]
             after_kv = key >= limits
             key = torch.minimum(key, limits - 1)
+        blocks = cols.clamp(max=self.nk - 1)  # of tiles beyond the keys, whose weights are 0
         partial = (entries != FULL_TILE).any(0).nonzero().flatten().tolist()
         return _Part(
             (len(heads), *cols.shape),
             ((batch * self.q_len + query) * self.heads + head).flatten(),
             ((batch[..., None] * self.kv_len + key) * self.kv_heads + kv_head[..., None]).flatten(),
-            ((batch * self.heads + head) * self.nq + rows).flatten(),
-            ((batch * self.kv_heads + kv_head) * self.nk + cols).flatten(),
+            ((batch * self.heads + head) * self.nq + rows - self.base[batch]).flatten(),
+            ((batch * self.kv_heads + kv_head) * self.nk + blocks).flatten(),
             partial,
             entries[:, partial],
             after_q,
@@ -186,22 +237,25 @@ def _tokens(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _new_blocks(like: Tensor, block: int) -> Tensor:
-    """Zeros (b * h * blocks, block, d) for results shaped as `like` (b, s, h, d)."""
-    b, s, h, d = like.shape
-    return like.new_zeros(b * h * -(-s // block), block, d, dtype=_compute_dtype(like))
+def _rows_at(rows: Tensor, index: Tensor) -> Tensor:
+    """rows[b, h, index[b]] of (b, h, n, d); zeros where the index is negative."""
+    b, h, n, d = rows.shape
+    place = index.clamp(0, n - 1)[:, None, :, None].expand(b, h, -1, d)
+    return rows.gather(2, place).masked_fill_((index < 0)[:, None, :, None], 0)
 
 
-def _joined(blocks: Tensor, like: Tensor) -> Tensor:
-    """Blocks (b * h * blocks, block, d) seen as (b, s, h, d), in the dtype of `like`."""
-    b, s, h, d = like.shape
-    return blocks.view(b, h, -1, d)[:, :, :s].transpose(1, 2).to(like.dtype)
+def _shifts(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """What to subtract from positions to get indices of queries, and to add for keys: (b,)."""
+    b, device = call.q.shape[0], call.q.device
+    none = torch.zeros(b, dtype=torch.int64, device=device)
+    starts = none if call.kv_starts is None else call.kv_starts.long().clamp(0, call.k.shape[1])
+    return none if call.q_offset is None else call.q_offset.long() - starts, starts
 
 
 def _forward(problem: _Problem, q: Tensor) -> tuple[Tensor, Tensor]:
     """Output as blocks, and logsumexp (b * h * nq, block_q)."""
     p = problem
-    out = _new_blocks(q, p.tiles.block[0])
+    out = p.query_blocks(q)
     lse = torch.full_like(out[:, :, 0], -torch.inf)
     for part in p.parts():
         (queries,), (keys, values) = p.rows(part, p.q), p.keys(part, p.k, p.v)
@@ -233,9 +287,8 @@ def _backward(
     deterministic: bool,
 ) -> list[Tensor]:
     """Blocks of dq, dk, dv, from dout, lse and delta by token (b * q_len * h, d or 1)."""
-    p, (block_q, block_kv) = problem, problem.tiles.block
-    blocks = (block_q, block_kv, block_kv)
-    dq, dk, dv = (_new_blocks(x, block) for x, block in zip(likes, blocks, strict=True))
+    p, (q, k, v) = problem, likes
+    dq, dk, dv = p.query_blocks(q), p.key_blocks(k), p.key_blocks(v)
 
     def accumulate(part: _Part) -> None:  # a function of its own, so that temporaries end with it
         """P = exp(S - lse), dV = P^T dO, dS = P (dO V^T - delta) scale, dQ = dS K, dK = dS^T Q."""
@@ -281,8 +334,8 @@ class Reference:
         problem, q = _Problem(call), call.q
         with torch.autocast(q.device.type, enabled=False):  # the precision here is ours to choose
             out, lse = _forward(problem, q)
-        b, s, h, _ = q.shape
-        return _joined(out, q).contiguous(), lse.view(b, h, -1)[:, :, :s].contiguous()
+        lse = problem.of_queries(lse[..., None])[..., 0].transpose(1, 2)
+        return problem.of_queries(out).to(q.dtype).contiguous(), lse.contiguous()
 
     def gradients(
         self, call: AttentionCall, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None
@@ -297,6 +350,7 @@ class Reference:
         rows = (_tokens(dout), _tokens(top[..., None]), _tokens(delta[..., None]))
         likes = (call.q, call.k, call.v)
         with torch.autocast(call.q.device.type, enabled=False):
-            grads = _backward(problem, likes, *rows, call.deterministic)
-        dq, dk, dv = (_joined(g, x).contiguous() for g, x in zip(grads, likes, strict=True))
+            dq, dk, dv = _backward(problem, likes, *rows, call.deterministic)
+        grads = (problem.of_queries(dq), problem.of_keys(dk), problem.of_keys(dv))
+        dq, dk, dv = (x.to(call.q.dtype).contiguous() for x in grads)
         return dq, dk, dv

@@ -15,6 +15,8 @@ class Sm90:
 
     def unsupported_reason(self, call: AttentionCall) -> str | None:
         """Dtype, device, head_dim, the DSL, and strides decide."""
+        if call.q_offset is not None:
+            return "it does not take q_offset or kv_starts"
         return attention.unsupported_reason(call.q, call.k, call.v)
 
     def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor]:

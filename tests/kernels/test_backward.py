@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from hypothesis import given
-from sparse_flash.kernels.plans import schedule_of
+from sparse_flash.kernels.sm90.attention import backward_plans
 
 from sparse_flash import block_sparse_attention, masks
 from tests.kernels.helpers import DTYPES, sanitize, tensors, truth, wait
@@ -109,7 +109,8 @@ def test_transposed_dq(dim, length):
     lens = torch.tensor([400, 333], device="cuda")
     for mask in (masks.full(), masks.causal(400 - length)):
         layout = mask.layout(length, 400, device="cuda")
-        assert schedule_of("backward", layout, q, k).tile == (128, 80 if dim > 96 else 64)
+        tile = backward_plans(layout, q, k).dkdv.config.tile
+        assert tile == (128, 80 if dim > 96 else 64)
         run(q, k, v, mask, lens)
 
 

@@ -12,7 +12,7 @@ from sparse_flash.kernels.sm90.config import (
     all_backward_configs,
     all_forward_configs,
     all_queries_configs,
-    backward_config,
+    backward_configs,
     forward_configs,
     queries_config,
 )
@@ -120,12 +120,16 @@ def test_configs():
             assert forward_configs(dtype, head_dim)
         assert forward_configs(dtype, 264) == ()
         dims = (8, 40, 64, 72, 104, 128)
-        for kind, width in (("backward", 96), ("fixed", 128)):
-            found = [backward_config(kind, dtype, d) for d in dims]
-            assert [c.head_dim for c in found] == [32, 64, 64, width, 128, 128]
-            assert all(c.fixed == (kind == "fixed") for c in found)
-        for config in (queries_config(dtype, 136), backward_config("keys", dtype, 136)):
-            assert config.head_dim == 256
+        for deterministic, width in ((False, 96), (True, 128)):
+            found = [backward_configs(dtype, d, deterministic) for d in dims]
+            assert [c.head_dim for c, *_ in found] == [32, 64, 64, width, 128, 128]
+            assert all(c.fixed == deterministic and c.dq for some in found for c in some)
+            tiles_m = [[c.tile_m for c in some] for some in found]
+            several = [[64]] * 2 if deterministic else [[64, 80]] * 2
+            assert tiles_m == [[128], [128], [128], [64], *several]
+            (dkdv,) = backward_configs(dtype, 136, deterministic)
+            assert (dkdv.head_dim, dkdv.dq, dkdv.fixed) == (256, False, False)
+        assert queries_config(dtype, 136).head_dim == 256
     assert len(set(all_forward_configs())) == len(all_forward_configs())
 
 

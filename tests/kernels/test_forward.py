@@ -240,15 +240,16 @@ class TestAsPartOfTorch:
 
     mask = masks.local(60) | masks.global_tokens(20)
 
-    def test_opcheck(self):
-        from sparse_flash.kernels.plans import schedule_of
+    @pytest.mark.parametrize("what", ["mask", "layout"])
+    def test_opcheck(self, what):
+        from sparse_flash.masks.traceable import to_operator
 
-        from sparse_flash.hopper import sm90_forward
+        from sparse_flash.operators import attention
 
         q, k, v = tensors(2, 300, 2, 64)
-        plan = schedule_of("forward", self.mask.layout(300, device="cuda"), q, k)
-        arguments = (q, k, v, plan.arrays(), None, plan.num_parts, plan.tile[0], 0.125)
-        torch.library.opcheck(sm90_forward, arguments)
+        mask = self.mask if what == "mask" else self.mask.layout(300, device="cuda")
+        options = (None, None, None, to_operator(mask), 0.125, False, "sm90")
+        torch.library.opcheck(attention, (q, k, v, *options))
 
     @pytest.mark.parametrize("grad", [False, True])
     @pytest.mark.parametrize("kind", ["mask", "layout"])
@@ -309,13 +310,35 @@ class TestAsPartOfTorch:
         from sparse_flash.kernels.sm90 import attention as sm90
 
         q, k, v = tensors(1, 100, 1, 64)
-        attend(q, k, v, masks.full())
-        sm90._forward.cache_clear()
+        layout = masks.full().layout(100, device="cuda")
+        plan = sm90.forward_plan(layout, q, k)
+        attend(q, k, v, layout)
+        function = sm90.load_function(plan.config)
+        plan.kernel = sm90.Kernel(function, plan.config.part_shapes)  # as before any launch
         with (
             pytest.raises(RuntimeError, match="once before the capture"),
             torch.cuda.graph(torch.cuda.CUDAGraph()),
         ):
-            block_sparse_attention(q, k, v, masks.full(), impl="sm90")
+            block_sparse_attention(q, k, v, layout, impl="sm90")
+
+    @pytest.mark.parametrize("grad", [False, True])
+    def test_compile_reduce_overhead(self, grad):
+        """CUDA graph trees: a warm-up run keeps nothing in their pool."""
+        q, k, v = (x.requires_grad_(grad) for x in tensors(1, 500, 2, 64, 9000))
+        mask = masks.full()  # split rows
+
+        def step(q, k, v):
+            return block_sparse_attention(q * 2, k * 1, v * 1, mask, impl="sm90")
+
+        torch._dynamo.reset()
+        compiled, expected = torch.compile(step, mode="reduce-overhead"), step(q, k, v)
+        for _ in range(4):
+            torch.compiler.cudagraph_mark_step_begin()
+            out = compiled(q, k, v)
+            torch.testing.assert_close(out, expected)
+            if grad:
+                torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+        wait()
 
     def test_streams(self):
         """Launches that overlap do not take each other's work."""
@@ -346,29 +369,34 @@ class TestAsPartOfTorch:
             out = block_sparse_attention(q, k, v, self.mask, impl="sm90")
         assert out.dtype == torch.bfloat16
 
-    def test_auto_prefers_it(self, monkeypatch):
-        from sparse_flash import dispatch
+    def test_auto_prefers_it(self):
+        from sparse_flash.prepare import Options, prepare
 
         q, k, v = tensors(1, 100, 1, 64)
-        layout = self.mask.layout(100, device="cuda")
-        assert dispatch.choose("auto", q, k, v, layout).name == "sm90"
+        inputs = (q, k, v, None, None, None)
+        call, implementation = prepare(
+            inputs, self.mask, Options(None, False, "auto"), needs_grad=False
+        )
+        assert implementation.name == "sm90"
+        assert call.layout.device == q.device
 
 
 class TestCosts:
     """What a step must not pay for."""
 
     def test_new_masks_compile_nothing(self, monkeypatch):
-        from sparse_flash.kernels.sm90 import compile as compiling
+        from sparse_flash.kernels import compile as compiling
+        from sparse_flash.kernels.sm90.compile import load_function
         from sparse_flash.kernels.sm90.config import forward_configs
 
         q, k, v = tensors(1, 500, 2, 64)
         for config in forward_configs("bfloat16", 64):
-            compiling.forward_kernel(config)
+            load_function(config)
         monkeypatch.setattr(compiling, "load_or_compile", None)
-        before = compiling._kernel.cache_info().misses
+        before = compiling._load.cache_info().misses
         for seed in range(5):
             attend(q, k, v, masks.random_blocks(0.3, 16, seed) & masks.causal(seed))
-        assert compiling._kernel.cache_info().misses == before
+        assert compiling._load.cache_info().misses == before
 
     def test_no_step_waits_for_the_gpu(self):
         q, k, v = tensors(1, 3000, 2, 64)
@@ -403,13 +431,13 @@ class TestCosts:
 
     def test_mask_to_schedule_at_64k(self, capsys):
         """65,536 tokens: mask to layout to schedule in at most 50 ms and 200 MB, the first time."""
-        from sparse_flash.kernels.plans import schedule_of
+        from sparse_flash.kernels.sm90.attention import forward_plan
 
         q = torch.empty(1, 65536, 8, 64, dtype=torch.bfloat16, device="cuda")
 
         def build(spec):
             layout = masks.parse(spec).layout(65536, device="cuda")
-            return schedule_of("forward", layout, q, q)
+            return forward_plan(layout, q, q)
 
         build("local(100) | butterfly(128)")  # CUDA starts, and loads what torch needs
         for spec in ("local(256) | global_tokens(64) | butterfly(128)", "causal()"):

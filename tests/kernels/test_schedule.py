@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,17 +11,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sparse_flash.kernels.fragment import fragment_order
 from sparse_flash.kernels.schedule import (
-    BACKWARD_COSTS,
-    COSTS,
-    CostModel,
+    ARRAYS,
+    Schedule,
     backward_schedule,
     cover,
     schedule,
     stack_heads,
 )
+from sparse_flash.kernels.sm90.config import BACKWARD_COSTS, FORWARD_COSTS
 
 from sparse_flash import masks
+from tests.kernels.helpers import H200
 from tests.strategies import settings_
+
+COSTS = FORWARD_COSTS
+
+
+def gpu(num_sms):
+    """An H200 with this many multiprocessors."""
+    return replace(H200, num_sms=num_sms)
+
 
 M_BLOCK, HEAD, BATCH, FIRST, COUNT, PART = range(6)
 
@@ -43,7 +53,8 @@ def rows_of(plan):
 )
 def test_every_tile_is_computed_once(setting, batch, tile, ctas, fewest):
     layout = setting.mask.layout(setting.q_len, setting.kv_len, setting.block)
-    plan = schedule(layout, batch, 4, tile, ctas, 1 << 20, CostModel(fewest_tiles=fewest))
+    costs = replace(COSTS, fewest_tiles=fewest)
+    plan = schedule(layout, batch, 4, tile, gpu(ctas), costs, 1 << 20)
     expected = masks.retile(layout, tile)
     rows, parts = rows_of(plan), []
     combined = {(r[2], r[1], r[0]): (r[3], r[4]) for r in plan.combine.tolist()}
@@ -102,7 +113,7 @@ def makespan(plan, ctas, costs=COSTS):
 )
 def test_work_is_balanced(spec, length, heads):
     layout = masks.parse(spec).layout(length)
-    plan = schedule(layout, 1, heads, (128, 128), 132, 4 * length * 64)
+    plan = schedule(layout, 1, heads, (128, 128), H200, COSTS, 4 * length * 64)
     longest, mean = makespan(plan, 132)
     assert longest < 1.07 * mean + 4
 
@@ -118,11 +129,11 @@ def test_work_is_balanced(spec, length, heads):
 )
 def test_the_last_round_is_shared(spec, length, batch, heads, tile, bound):
     layout = masks.parse(spec).layout(length)
-    plan = schedule(layout, batch, heads, tile, 132)
+    plan = schedule(layout, batch, heads, tile, H200, COSTS)
     longest, mean = makespan(plan, 132)
     assert longest < bound * mean
     assert 0 < plan.num_parts <= 2 * 132
-    whole = schedule(layout, batch, heads, tile, 132, tail=False)
+    whole = schedule(layout, batch, heads, tile, H200, COSTS, split_last_wave=False)
     assert whole.num_parts == 0
     assert longest < 0.99 * makespan(whole, 132)[0]
 
@@ -132,32 +143,33 @@ def test_a_last_round_that_would_not_gain_is_left_alone():
     assert COSTS.last_parts(rest=131, tiles=128, row=129.5, num_ctas=132) == 1
     assert COSTS.last_parts(rest=131, tiles=8, row=9.5, num_ctas=132) == 1
     assert COSTS.last_parts(rest=4, tiles=1, row=2.5, num_ctas=132) == 1
-    even = schedule(masks.full().layout(128 * 132), 1, 4, (128, 128), 132)
+    even = schedule(masks.full().layout(128 * 132), 1, 4, (128, 128), H200, COSTS)
     assert even.num_parts == 0
 
 
 def test_without_splitting_one_row_would_keep_all_waiting():
     layout = masks.parse("local(128) | global_tokens(128)").layout(65536)
-    whole = CostModel(fewest_tiles=1 << 20)
-    longest, mean = makespan(schedule(layout, 1, 8, (128, 128), 132, costs=whole), 132, whole)
+    whole = replace(COSTS, fewest_tiles=1 << 20)
+    longest, mean = makespan(schedule(layout, 1, 8, (128, 128), H200, whole), 132, whole)
     assert longest > 2.4 * mean
 
 
 def test_cost_model():
     layout = masks.local(200).layout(1024)  # inner rows: 3 full tiles between 2 partial ones
-    costs = CostModel(partial_tile=1.5, item=10)
+    costs = replace(COSTS, partial_tile=1.5, item=10)
     counts = layout.crow_indices.diff()[0]
     partial = torch.zeros(8).index_add(0, layout.tile_rows, (layout.bit_tile_indices >= 0).float())
     assert torch.equal(costs.rows(layout)[0], 10 + counts + 0.5 * partial)
     share = torch.tensor(20.0)
     tiles = torch.tensor([0, 5, 40, 400])
-    parts = CostModel(largest_share=0.5, fewest_tiles=8).parts(tiles, tiles.float(), share)
+    costs = replace(COSTS, largest_share=0.5, fewest_tiles=8)
+    parts = costs.parts(tiles, tiles.float(), share)
     assert parts.tolist() == [1, 1, 4, 40]
 
 
 def test_longest_come_first_in_each_group_of_heads():
     layout = masks.causal().layout(2048)
-    plan = schedule(layout, 1, 4, (128, 128), 132, kv_bytes=12 << 20)  # two heads fit the cache
+    plan = schedule(layout, 1, 4, (128, 128), H200, COSTS, 12 << 20)  # two heads fit the cache
     work = plan.work[plan.work[:, COUNT] <= plan.work[:, COUNT].median()]
     for group in (0, 1):
         counts = work[work[:, HEAD] // 2 == group][:, COUNT]
@@ -169,7 +181,8 @@ def test_longest_come_first_in_each_group_of_heads():
 )
 def test_few_heads_are_at_work_at_a_time(spec):
     layout = masks.parse(spec).layout(16384)
-    plan = backward_schedule(layout, 1, (16, 16), (128, 64), 132, 16 << 20)  # a head at a time
+    # A head at a time.
+    plan = backward_schedule(layout, 1, (16, 16), (128, 64), H200, BACKWARD_COSTS, 16 << 20)
     assert {len(some.unique()) for some in plan.work[:, HEAD].split(132)} <= {1, 2, 3}
     longest, mean = makespan(plan, 132, BACKWARD_COSTS)
     assert longest < 1.04 * mean
@@ -178,19 +191,19 @@ def test_few_heads_are_at_work_at_a_time(spec):
 @pytest.mark.parametrize("group_size", [8, 4, 3, 1])
 def test_the_last_group_does_not_begin_with_what_ends_last(group_size):
     layout = masks.parse("block_local(128, 1) | global_tokens(128)").layout(65536)
-    plan = schedule(layout, 1, 8, (128, 128), 132, kv_bytes=(24 << 20) // group_size)
+    plan = schedule(layout, 1, 8, (128, 128), H200, COSTS, (24 << 20) // group_size)
     longest, mean = makespan(plan, 132)
     assert longest < 1.03 * mean  # 1.17 where three heads fit the cache, and long rows kept places
 
 
 def test_empty_rows_and_empty_layouts():
     mask = masks.block_diagonal(64) & ~masks.sinks(300)
-    plan = schedule(mask.layout(700), 2, 3, (128, 128), 132)
+    plan = schedule(mask.layout(700), 2, 3, (128, 128), H200, COSTS)
     empty = plan.work[plan.work[:, COUNT] == 0]
     assert sorted(set(empty[:, M_BLOCK].tolist())) == [0, 1]
     assert len(empty) == 2 * 2 * 3
     assert len(plan.combine) == 0
-    nothing = schedule((~masks.full()).layout(700), 1, 1, (128, 128), 132)
+    nothing = schedule((~masks.full()).layout(700), 1, 1, (128, 128), H200, COSTS)
     assert nothing.work[:, [FIRST, COUNT, PART]].tolist() == [[0, 0, -1]] * 6
 
 
@@ -208,8 +221,8 @@ def test_cover_counts_tiles_that_touch_stored_blocks(setting, tile):
 
 
 def test_update_in_place():
-    def plan(mask, ctas=132):
-        return schedule(mask.layout(1000), 1, 2, (128, 128), ctas)
+    def plan(mask):
+        return schedule(mask.layout(1000), 1, 2, (128, 128), H200, COSTS)
 
     large, small = plan(masks.causal()), plan(masks.local(50))
     arrays = large.arrays()
@@ -222,12 +235,12 @@ def test_update_in_place():
     before = [x.clone() for x in small.arrays()]
     with pytest.raises(ValueError, match=r"no room for .* entries of `tiles`: there were"):
         small.update_(plan(masks.full()))
+    costs = replace(COSTS, fewest_tiles=1)
+    split = schedule(masks.full().layout(1000), 1, 2, (128, 128), gpu(999), costs)
     with pytest.raises(ValueError, match="parts of split rows"):
-        small.update_(
-            schedule(masks.full().layout(1000), 1, 2, (128, 128), 999, 0, CostModel(fewest_tiles=1))
-        )
+        small.update_(split)
     with pytest.raises(ValueError, match=r"tiles of \(192, 128\), this one of \(128, 128\)"):
-        small.update_(schedule(masks.local(5).layout(1000), 1, 2, (192, 128), 132))
+        small.update_(schedule(masks.local(5).layout(1000), 1, 2, (192, 128), H200, COSTS))
     assert all(torch.equal(a, b) for a, b in zip(small.arrays(), before, strict=True))
 
 
@@ -260,7 +273,7 @@ def test_stacked_heads_are_those_of_each_group(setting, size):
 
 def test_backward_goes_by_keys_and_kv_heads():
     layout = masks.causal().layout(300, 1000, block=(64, 64))
-    plan = backward_schedule(layout, 2, (4, 2), (128, 64), 132)
+    plan = backward_schedule(layout, 2, (4, 2), (128, 64), H200, BACKWARD_COSTS)
     assert plan.kv_lens.tolist() == [1000, 1000]
     assert plan.tile == (128, 64)
     assert sorted(rows_of(plan)) == [
@@ -269,3 +282,49 @@ def test_backward_goes_by_keys_and_kv_heads():
     expected = masks.retile(layout, (64, 128)).transpose()
     assert plan.work[:, COUNT].sum() == 2 * 4 * expected.num_tiles  # each q head's
     assert torch.equal(plan.bits[: plan.num_bit_tiles], fragment_order(expected.bit_tiles))
+
+
+@given(settings_(max_length=300), st.sampled_from([1, 132, 10_000]))
+def test_a_schedule_is_its_arrays_and_three_numbers(setting, sms):
+    layout = setting.mask.layout(setting.q_len, setting.kv_len, setting.block)
+    plan = schedule(layout, 2, 2, (128, 64), gpu(sms), COSTS)
+    again = Schedule.from_arrays(plan.arrays(), plan.tile, plan.num_parts, plan.num_ctas)
+    assert all(getattr(again, name) is getattr(plan, name) for name in ARRAYS)
+    assert (again.tile, again.num_parts) == (plan.tile, plan.num_parts)
+    assert again.num_ctas == plan.num_ctas == min(plan.num_items, sms)
+    assert again.nbytes == plan.nbytes == sum(x.nbytes for x in plan.arrays())
+
+
+def test_heads_are_grouped_by_the_cache_of_the_gpu():
+    layout = masks.causal().layout(2048)
+
+    def order(l2_bytes, costs=COSTS):
+        facts = replace(H200, l2_bytes=l2_bytes, num_sms=1)
+        return schedule(layout, 1, 4, (128, 128), facts, costs, 1 << 20).work[:, HEAD].tolist()
+
+    one_by_one = order(1 << 20)
+    assert one_by_one == sorted(one_by_one)
+    assert order(5 << 20) == order(2 << 20, replace(COSTS, l2_share=1.0)) != one_by_one
+    assert order(100 << 20)[:4] == [0, 1, 2, 3]
+
+
+def test_schedules_do_not_depend_on_defaults():
+    """Those of torch, which users set: device and dtype."""
+    layout = (masks.causal() | masks.global_tokens(70)).layout(5000)
+
+    def plans():
+        return (
+            schedule(layout, 1, 2, (128, 128), gpu(7), COSTS, 1 << 20),
+            backward_schedule(layout, 1, (4, 2), (128, 128), gpu(7), BACKWARD_COSTS, 1 << 20),
+        )
+
+    expected = plans()
+    torch.set_default_dtype(torch.float16)
+    torch.set_default_device("meta")
+    try:
+        got = plans()
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    for a, b in zip(got, expected, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a.arrays(), b.arrays(), strict=True))

@@ -1,0 +1,65 @@
+"""Generation token by token with SelfAttention and a KVCache."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sparse_flash import masks
+from sparse_flash.nn import KVCache, SelfAttention
+
+MASK = masks.local((12, 0)) | (masks.sinks(2) & masks.causal())
+
+
+@pytest.fixture
+def layer():
+    torch.manual_seed(0)
+    return SelfAttention(32, 4, MASK, kv_heads=2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["int", "tensor"])
+def test_step_by_step_equals_all_at_once(layer, kind):
+    x = torch.randn(2, 40, 32)
+    cache, whole = KVCache(2, 40, 2, 8), layer(x)
+    steps = [layer(x[:, :7], cache=cache), layer(x[:, 7:20], q_offset=7, cache=cache)]
+    for i in range(20, 40):
+        offset = i if kind == "int" else torch.tensor([i, i])
+        steps.append(layer(x[:, i : i + 1], q_offset=offset, cache=cache))
+    torch.testing.assert_close(torch.cat(steps, 1), whole)
+
+
+@torch.no_grad()
+def test_entries_of_different_lengths(layer):
+    """Prompts of 10 and 25 tokens, each continued where it ends."""
+    x = torch.randn(2, 30, 32)
+    lens, cache = torch.tensor([10, 25]), KVCache(2, 40, 2, 8)
+    layer(x[:, :25], kv_lens=lens, cache=cache)
+    for i in range(5):
+        new = torch.stack([x[0, 10 + i], x[1, 25 + i]])[:, None]
+        out = layer(new, q_offset=lens + i, cache=cache)
+        for entry in range(2):
+            alone = layer(x[entry : entry + 1, : int(lens[entry]) + i + 1])
+            torch.testing.assert_close(out[entry, 0], alone[0, -1])
+
+
+@torch.no_grad()
+def test_going_back_forgets_what_came_after(layer):
+    x, cache = torch.randn(1, 30, 32), KVCache(1, 30, 2, 8)
+    layer(x, cache=cache)
+    out = layer(x[:, 9:12] + 1, q_offset=9, cache=cache)
+    again = layer(torch.cat([x[:, :9], x[:, 9:12] + 1], 1))
+    torch.testing.assert_close(out, again[:, 9:])
+
+
+def test_refusals(layer):
+    x, cache = torch.randn(1, 10, 32), KVCache(1, 8, 2, 8)
+    with pytest.raises(RuntimeError, match="does not carry gradients"):
+        layer(x, cache=cache)
+    with torch.no_grad():
+        with pytest.raises(ValueError, match="space for 8 tokens, not for 10"):
+            layer(x, cache=cache)
+        with pytest.raises(ValueError, match=r"keys \(1, s, 2, 8\), got \(2, 3, 2, 8\)"):
+            layer(torch.randn(2, 3, 32), cache=cache)
+        with pytest.raises(ValueError, match="pass cache="):
+            layer(x, q_offset=3)
