@@ -49,8 +49,10 @@ def _as_int(pattern: str, name: str, value: Any) -> int:
 def integers(mask: Any, **least: int | None) -> None:
     """Set the named arguments of a frozen dataclass to plain ints of at least `least`."""
     for name, low in least.items():
-        value = integer(type(mask).__name__, name, getattr(mask, name), low)
-        object.__setattr__(mask, name, value)
+        value = getattr(mask, name)
+        if type(value) is int and _LARGEST >= value >= (-_LARGEST if low is None else low):
+            continue
+        object.__setattr__(mask, name, integer(type(mask).__name__, name, value, low))
 
 
 def fraction(pattern: str, name: str, value: Any) -> float:
@@ -74,7 +76,7 @@ def fraction(pattern: str, name: str, value: Any) -> float:
 
 def window_of(pattern: str, window: Any) -> tuple[int | None, int | None]:
     """(left, right) from one int for both sides or a pair, None meaning unlimited."""
-    pair = _items(window)
+    pair = (window, window) if type(window) is int else _items(window)
     if len(pair) == 1 and not isinstance(window, tuple | list):
         pair *= 2
     if len(pair) != 2:
@@ -88,13 +90,15 @@ def sizes(pattern: str, name: str, values: Any, least: int = 1) -> tuple[int, ..
 
     From an int, a sequence of ints, or a one-dimensional integer array or tensor.
     """
-    items = _items(values)
+    items = values if type(values) is tuple else _items(values)
     if not items:
         raise ValueError(f"{pattern}: {name} must not be empty")
     return tuple(integer(pattern, name, v, least) for v in items)
 
 
 def _items(values: Any) -> tuple[Any, ...]:
+    if type(values) is tuple:
+        return values
     if isinstance(values, Tensor) and not unreadable(values) and values.ndim:
         with plain_torch():
             return tuple(values.tolist())

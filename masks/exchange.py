@@ -65,6 +65,11 @@ def elements(matrix: Any) -> tuple[Tensor, Tensor, tuple[int, int]]:
         raise TypeError(
             f"expected a two-dimensional scipy.sparse matrix or array, got {type(matrix).__name__}"
         )
+    if matrix.dtype.kind == "f" and not (matrix.data > -65504).all():
+        raise ValueError(
+            "the matrix holds -inf, nan or values as low, as additive masks do where attention is "
+            "not allowed: give a matrix whose nonzero elements are those that are allowed"
+        )
     coo = coo_array(matrix.astype(bool))
     coo.sum_duplicates()
     coo.eliminate_zeros()

@@ -9,6 +9,7 @@ from typing import ClassVar, NoReturn
 import torch
 from sparse_flash.masks.extents import Extents, merge_extents
 from sparse_flash.masks.mask import Mask, inherit_changeable, named, through
+from sparse_flash.masks.modes import plain_torch
 from sparse_flash.masks.orders import TokenOrder
 from sparse_flash.masks.ternary import Blocks, Index
 from torch import Tensor
@@ -53,6 +54,7 @@ class HeadMasks(Mask):
         """The truth for each batch entry and head: bool `(1 or batch, 1 or heads, ...)`."""
         return torch.stack([torch.stack([m(q_idx, kv_idx) for m in row]) for row in self.grid])
 
+    @plain_torch()
     def patterns(self) -> tuple[list[Mask], Tensor]:
         """The distinct masks, and which one each (batch entry, head) uses."""
         distinct = list(dict.fromkeys(self.masks))

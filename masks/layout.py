@@ -185,6 +185,7 @@ class BlockLayout(Traceable):
         return int((self.bit_tile_indices != FULL_TILE).sum())
 
     @property
+    @plain_torch()
     def tile_rows(self) -> Tensor:
         """The stacked block row of each tile, int64 `(T,)`: pattern x num_block_rows + row."""
         starts = self.crow_indices[:, :-1].flatten().long()
@@ -193,6 +194,7 @@ class BlockLayout(Traceable):
         return torch.repeat_interleave(rows, ends - starts, output_size=self.num_tiles)
 
     @property
+    @plain_torch()
     def tile_counts(self) -> Tensor:
         """Allowed elements in each tile, int64 `(T,)`."""
         heights = _extent(self.tile_rows % self.num_block_rows, self.q_len, self.block[0])
@@ -211,6 +213,7 @@ class BlockLayout(Traceable):
         return (kept.double() / (self.q_len * self.kv_len)).cpu()
 
     @property
+    @plain_torch()
     def density(self) -> float:
         """Kept fraction of all (q, kv) elements, 0..1, exact; the mean over batch and heads."""
         return float(self.pattern_densities[self.pattern_map.flatten().cpu().long()].mean())
@@ -223,6 +226,7 @@ class BlockLayout(Traceable):
             f"{self.num_bit_tiles} bit tiles, density {self.density:.3g}, {self.device})"
         )
 
+    @plain_torch()
     def equal(self, other: BlockLayout) -> bool:
         """Whether both describe the same tiles with the same arrays, wherever they live."""
         return (self.q_len, self.kv_len, self.block) == (
@@ -250,7 +254,6 @@ class BlockLayout(Traceable):
                 return self  # "cuda" is the current device
             arrays: dict[str, Any] = {n: array.to(device) for n, array in self.arrays().items()}
             return BlockLayout(*self.lengths, **arrays, validate=False)
-
 
     @plain_torch()
     def transpose(self) -> BlockLayout:
@@ -352,11 +355,13 @@ class BlockLayout(Traceable):
                 picture.accumulate(grid, cells, self.block, rows[part], cols[part], counts)
         return (grid / picture.areas(shape, cells).to(grid)).float()
 
+    @plain_torch()
     def plot(self, pattern: int = 0, title: str | None = None) -> Figure:
         """A picture of one pattern: white is empty, the darker the fuller. Needs matplotlib."""
         title = title or f"{self.q_len} x {self.kv_len}, density {self.density:.3%}"
         return picture.draw(self.coverage(384, pattern).cpu(), (self.q_len, self.kv_len), title)
 
+    @plain_torch()
     def text(self, width: int = 48, pattern: int = 0) -> str:
         """A picture of one pattern for the terminal.
 
@@ -371,6 +376,7 @@ class BlockLayout(Traceable):
         """
         return picture.text(self.coverage(width, pattern).cpu())
 
+    @plain_torch()
     def to_scipy(self, pattern: int = 0) -> bsr_array:
         """One pattern as `scipy.sparse.bsr_array` of bools, padded to whole blocks."""
         one = self.pattern(pattern)

@@ -167,6 +167,7 @@ class Mask(Traceable):
 
     __reduce_ex__ = reduce_without_derived
 
+    @plain_torch()
     def patterns(self) -> tuple[list[Mask], Tensor]:
         """The distinct masks, and which one each (batch entry, head) uses: int32 `(1, 1)` here."""
         return [self], torch.zeros(1, 1, dtype=torch.int32, device="cpu")
@@ -266,8 +267,8 @@ class Pattern(Mask):
     """A mask with parameters, printed as the call that makes it."""
 
     def __repr__(self) -> str:
-        values = [getattr(self, field.name) for field in fields(self)]  # type: ignore[arg-type]
-        defaults = [field.default for field in fields(self)]  # type: ignore[arg-type]
+        values = [getattr(self, field.name) for field in fields(self)]
+        defaults = [field.default for field in fields(self)]
         while values and values[-1] == defaults[-1]:
             values.pop()
             defaults.pop()

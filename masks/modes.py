@@ -29,17 +29,18 @@ def plain_torch() -> Iterator[None]:
     (tensor([0, 1, 2]), False)
     """
     with contextlib.ExitStack() as stack:
+        # Torch function modes first: they see the switching of other modes too.
+        if torch._C._len_torch_function_stack():
+            stack.enter_context(_no_function_modes())
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
-        stack.enter_context(torch._C._DisableAutocast())  # type: ignore[attr-defined]
-        stack.enter_context(torch._C._DisableFuncTorch())  # type: ignore[attr-defined]
+        stack.enter_context(torch._C._DisableAutocast())
+        stack.enter_context(torch._C._DisableFuncTorch())
         if _dispatch_modes():
             from torch.utils._python_dispatch import _disable_current_modes
 
             stack.enter_context(_disable_current_modes())
-        if torch._C._len_torch_function_stack():
-            stack.enter_context(_no_function_modes())
         yield
 
 

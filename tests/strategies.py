@@ -40,7 +40,21 @@ def any_length_patterns() -> st.SearchStrategy[Mask]:
         st.builds(masks.star, st.integers(0, 9)),
         st.builds(masks.star_attention, small),
         st.sampled_from([3, 5]).map(lambda n: masks.custom(PREDICATES[n])),
+        shifted(),
     )
+
+
+def shifted() -> st.SearchStrategy[Mask]:
+    """Masks seen from other positions, negative ones among them."""
+    inner = st.one_of(
+        st.builds(masks.local, windows()),
+        st.builds(masks.butterfly, small),
+        st.builds(masks.longnet, small, st.integers(1, 5)),
+        st.builds(masks.random_blocks, st.floats(0, 1), small),
+        st.builds(masks.global_tokens, small) | st.just(masks.full()),
+    )
+    by = st.integers(-60, 60)
+    return st.builds(lambda mask, q, kv: mask.shift(q, kv), inner, by, by)
 
 
 PREDICATES = {3: lambda q, kv: (q - kv) % 3 != 1, 5: lambda q, kv: (q * kv) % 5 == 0}
@@ -56,7 +70,7 @@ def square_patterns(draw, length: int) -> Mask:
     generator = torch.Generator().manual_seed(seed)
     if kind == "documents":
         cuts = sorted(draw(st.sets(st.integers(1, length - 1), max_size=4))) if length > 1 else []
-        edges = [0, *cuts, length]
+        edges = [0, *cuts, length, *[length] * draw(st.integers(0, 1))]  # maybe one of no tokens
         return masks.documents(tuple(b - a for a, b in itertools.pairwise(edges)))
     if kind in ("table", "scipy"):
         table = torch.rand(length, length, generator=generator) < draw(st.floats(0, 1))

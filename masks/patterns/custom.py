@@ -100,8 +100,8 @@ class custom(Mask):
 
     def _refuse_arguments(self) -> NoReturn:
         raise TypeError(
-            f"{self!r} must take two arguments, fn(q_idx, kv_idx), not {_arguments(self.fn)}. For a "
-            "FlexAttention mask_mod(b, h, q_idx, kv_idx) write "
+            f"{self!r} must take two arguments, fn(q_idx, kv_idx), not {_arguments(self.fn)}. For "
+            "a FlexAttention mask_mod(b, h, q_idx, kv_idx) write "
             "custom(lambda q, kv: mask_mod(0, 0, q, kv)); where it differs between heads, "
             "per_head([custom(lambda q, kv, h=h: mask_mod(0, h, q, kv)) for h in range(heads)]), "
             "and likewise per_batch"

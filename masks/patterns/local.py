@@ -24,10 +24,14 @@ class local(Pattern):
     """
 
     window: int | tuple[int | None, int | None]
-    relative = True
 
     def __post_init__(self) -> None:
         normalise(self, window=window_of("local", self.window))
+
+    @property
+    def relative(self) -> bool:
+        """Unless it is unlimited on both sides."""
+        return self.window != (None, None)
 
     def allowed(self, q: Index, kv: Index) -> Truth:
         """-right <= q - kv <= left."""

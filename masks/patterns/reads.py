@@ -14,12 +14,14 @@ from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import numpy as np
+import torch
 from sparse_flash.masks.modes import plain_torch, unreadable
 from torch import Tensor
 
 _SMALL = 1 << 20  # bytes of an array whose content is looked at in every call
 _MOST = 1000  # values that are followed
-_CONSTANT = (int, float, complex, str, bytes, type(None))
+_CONSTANT = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+_FOLLOWED = (Tensor, np.ndarray, list, dict, types.FunctionType, *_CONSTANT)
 # Their functions are not followed: they read what never changes.
 _LIBRARIES = frozenset(sys.stdlib_module_names) | {"torch", "numpy", "scipy", "einops"}
 
@@ -75,10 +77,14 @@ def _walk(value: Any, seen: set[int]) -> Iterator[Hashable]:
     if isinstance(value, _CONSTANT):
         yield (type(value), value)
         return
-    if isinstance(value, types.ModuleType | type | types.BuiltinFunctionType):
+    if isinstance(value, types.ModuleType | type | types.BuiltinFunctionType) or id(value) in seen:
         return
-    if id(value) in seen or len(seen) > _MOST:
-        return
+    if len(seen) >= _MOST:
+        raise TypeError(
+            f"a custom mask reads an object of more than {_MOST} parts, whose changes cannot be "
+            "noticed in time: let its function read the tensors that it needs, or build the layout "
+            "with mask.layout(...) whenever they change"
+        )
     seen.add(id(value))
     if isinstance(value, Tensor):
         yield _tensor(value)
@@ -93,7 +99,7 @@ def _walk(value: Any, seen: set[int]) -> Iterator[Hashable]:
 def _parts(value: Any, seen: set[int]) -> Iterator[Hashable]:
     """The states of what an object is made of."""
     if isinstance(value, types.FunctionType):
-        if value.__module__ and value.__module__.partition(".")[0] in _LIBRARIES:
+        if _in_library(value.__module__):
             return
         yield Version(value, None)
         inner: Any = _read_by(value)
@@ -111,15 +117,18 @@ def _parts(value: Any, seen: set[int]) -> Iterator[Hashable]:
         try:
             yield Version(value, None)
         except TypeError:  # not every object can be referred to weakly
-            yield type(value)
-        inner = (*_attributes(value), getattr(type(value), "__call__", None))
+            yield type(value).__qualname__
+        inner = _attributes(value)
     for part in inner:
         yield from _walk(part, seen)
 
 
 def _attributes(value: Any) -> Iterator[Any]:
+    """Values of attributes, of the object and of its class, and the functions of its class."""
     yield from getattr(value, "__dict__", {}).values()
     for owner in type(value).__mro__:
+        if not _in_library(owner.__module__):
+            yield from (v for v in vars(owner).values() if isinstance(v, _FOLLOWED))
         slots = owner.__dict__.get("__slots__", ())
         for name in (slots,) if isinstance(slots, str) else slots:
             if name not in ("__dict__", "__weakref__"):
@@ -135,9 +144,24 @@ def _read_by(function: types.FunctionType) -> Iterator[Any]:
             yield None
     yield from function.__defaults__ or ()
     yield from (function.__kwdefaults__ or {}).values()
-    for name in _names(function.__code__):
+    names = set(_names(function.__code__))
+    for name in sorted(names):
         if name in function.__globals__:
-            yield function.__globals__[name]
+            value = function.__globals__[name]
+            yield value
+            if isinstance(value, types.ModuleType | type):
+                yield from _members(value, names)
+
+
+def _members(owner: types.ModuleType | type, names: set[str]) -> Iterator[Any]:
+    """What a function may read of a module or class, by the names in its code."""
+    module = owner.__name__ if isinstance(owner, types.ModuleType) else owner.__module__
+    if not _in_library(module):
+        yield from (vars(owner)[name] for name in sorted(names & vars(owner).keys()))
+
+
+def _in_library(module: str | None) -> bool:
+    return bool(module) and str(module).partition(".")[0] in _LIBRARIES
 
 
 def _names(code: types.CodeType) -> Iterator[str]:

@@ -29,8 +29,8 @@ def truth_table(pattern: str, table: Any) -> np.ndarray:
            [1, 1]])
     """
     array = _as_array(pattern, table)
-    while array.ndim > 2 and array.shape[0] == 1:
-        array = array[0]
+    if array.ndim > 2 and max(array.shape[:-2]) == 1:
+        array = array.reshape(array.shape[-2:])
     if array.ndim > 2:
         raise ValueError(f"{pattern}: {_more_dimensions(pattern, array.shape)}")
     if array.ndim != 2 or not array.size:
