@@ -78,7 +78,7 @@ def load_or_make(
     found = _without_failing(load)
     if found is not None:
         return found
-    with _lock(name) as problem:
+    with locked(lambda: cache_dir() / f"{name}.lock") as problem:
         found = _without_failing(load)  # another process may have been quicker
         if found is not None:
             return found
@@ -192,14 +192,13 @@ def _runtime_libraries() -> list[str]:
 
 
 @contextlib.contextmanager
-def _lock(name: str) -> Iterator[OSError | None]:
-    """Hold the lock of this name below the cache's folder; or yield why it cannot be had."""
+def locked(path: Callable[[], Path]) -> Iterator[OSError | None]:
+    """Hold the lock of the file `path()`, made if need be; yield the error if it cannot be had."""
     with contextlib.ExitStack() as stack:
         problem: OSError | None = None
         try:
-            path = cache_dir() / f"{name}.lock"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(path.open("w"))
+            path().parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(path().open("w"))
             fcntl.flock(file, fcntl.LOCK_EX)  # ends with the process, however that ends
         except OSError as error:
             problem = error
