@@ -39,9 +39,14 @@ class Archive(Source):
         super().__init__(name, where)
         self.members: dict[str, Member] = {}
         self.links: dict[str, str] = {}
-        self.tree: dict[str, dict[str, None]] = {"": {}}  # the names in each folder
-        with self._unharmed():
-            self._index()
+        self.tree: dict[str, dict[str, None]] = {}  # the names in each folder
+
+    def _need_index(self) -> None:
+        """List all members, once, and not where the archive need not be read: it takes seconds."""
+        if not self.tree:
+            self.tree[""] = {}
+            with self._unharmed():
+                self._index()
 
     def _index(self) -> None:
         """List all members."""
@@ -89,6 +94,7 @@ class Archive(Source):
     def listing(self, folder: str, most: int) -> Listing:
         """What a folder holds."""
         folders, files = dict[str, Hashable](), list[str]()
+        self._need_index()
         here = self.resolve(folder)
         names = self.tree.get(here, {})
         if len(names) > most:
@@ -131,6 +137,7 @@ class Archive(Source):
             yield cast(BinaryIO, stream)
 
     def _member(self, file: str, what: str) -> Member:
+        self._need_index()
         path = self.resolve(_normal(file))
         if path not in self.members:
             reason = "" if path == _normal(file) else f" (a link to {path})"
@@ -153,8 +160,9 @@ class Archive(Source):
         except DataError:
             raise
         except Exception as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__).rstrip(":")
             raise DataError(
-                f"{self.name} is no {self.format} archive, or not all of one ({error}): fetch it "
+                f"{self.name} is no {self.format} archive, or not all of one ({reason}): fetch it "
                 f"again; {self.where}"
             ) from error
 
