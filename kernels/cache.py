@@ -2,7 +2,8 @@
 
 An entry is a shared library named after everything it depends on and after its own content, so that
 a truncated or altered one is recognised and made anew. Entries appear by renaming, whole; a lock
-keeps processes that start together from compiling the same kernel.
+keeps processes that start together from compiling the same kernel. `load_or_make` holds what this
+cache and that of data sets have in common.
 """
 
 from __future__ import annotations
@@ -22,23 +23,75 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sparse_flash.masks.files import atomic_write
 
 CACHE_VARIABLE = "SPARSE_FLASH_CACHE_DIR"
 ENTRY_POINT = "sparse_flash_kernel"
+T = TypeVar("T")
 
 
 def cache_dir() -> Path:
-    """Where compiled kernels are kept.
+    """Where compiled kernels and data sets are kept.
 
     $SPARSE_FLASH_CACHE_DIR, or sparse_flash in the user's cache folder (XDG base directories).
+
+    Raises:
+        OSError: The variable is not set and the user has no home folder.
     """
     chosen = os.environ.get(CACHE_VARIABLE)
     if chosen:
         return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparse_flash"
+    base = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return Path(base or Path.home() / ".cache") / "sparse_flash"
+    except RuntimeError as error:  # a container's user without a name
+        raise FileNotFoundError(f"the user has no home folder: {error}") from error
+
+
+def load_or_make(
+    name: str,
+    load: Callable[[], T | None],
+    make: Callable[[], T],
+    store: Callable[[T], T],
+    contents: str,
+    otherwise: str,
+) -> T:
+    """What `load()` finds in the cache; if it finds nothing, what `make()` makes for the cache.
+
+    One process at a time makes an entry; the others wait for it and load it. The cache is never
+    worth the result: if its folder is missing, full, read-only or on a file system without locks,
+    one warning says so, and what was made is returned. Errors of `make` are passed on.
+
+    Args:
+        name: Path of the entry's lock file below `cache_dir()`, without the suffix ".lock".
+        load: Returns the entry, or None if there is none that is whole.
+        make: Makes the entry, in the absence of one.
+        store: Writes what was made, and returns what is to be used: it, or what was loaded again.
+        contents: What is kept, for the warning: "compiled kernels".
+        otherwise: What happens without a cache: "every process will compile its own".
+
+    Raises:
+        Exception: What `make` raises. OSErrors of `load` and `store` become a warning.
+    """
+    found = _without_failing(load)
+    if found is not None:
+        return found
+    with locked(lambda: cache_dir() / f"{name}.lock") as problem:
+        found = _without_failing(load)  # another process may have been quicker
+        if found is not None:
+            return found
+        made = make()
+        try:
+            kept = store(made)
+        except OSError as error:
+            _warn(f"{contents} cannot be kept", error, otherwise, "that can be written")
+            return made
+    if problem is not None:
+        cost = "processes that start together may each do the same work"
+        _warn(f"{contents} cannot be locked", problem, cost, "on a file system with locks")
+    return kept
 
 
 def load_or_compile(name: str, key: str, build: Callable[[], Any]) -> Callable[..., None]:
@@ -52,29 +105,23 @@ def load_or_compile(name: str, key: str, build: Callable[[], Any]) -> Callable[.
     A folder that cannot be written costs a warning: the kernel is compiled for this process alone.
     """
     stem = f"{name}-{_digest(key.encode(), fingerprint().encode())}"
-    found = _load(stem)
-    if found is not None:
+
+    def store(compiled: Any) -> Callable[..., None]:
+        _store(stem, compiled)
+        # What is loaded is also lighter to call than what the DSL's compiler returns.
+        found = _load(stem)
+        if found is None:
+            raise OSError("what was written cannot be loaded")
         return found
-    compiled = None
-    try:
-        with _locked(stem):
-            found = _load(stem)  # another process may have been quicker
-            if found is not None:
-                return found
-            compiled = build()
-            _store(stem, compiled)
-            # What is loaded is also lighter to call than what the DSL's compiler returns.
-            found = _load(stem)
-            if found is None:
-                raise OSError("what was written cannot be loaded")
-            return found
-    except OSError as error:
-        warnings.warn(
-            f"compiled kernels cannot be kept in {cache_dir()} ({error}): every process will "
-            f"compile its own; set {CACHE_VARIABLE} to a folder that can be written",
-            stacklevel=2,
-        )
-    return build() if compiled is None else compiled
+
+    return load_or_make(
+        stem,
+        lambda: _load(stem),
+        build,
+        store,
+        "compiled kernels",
+        "every process will compile its own",
+    )
 
 
 @functools.cache
@@ -102,7 +149,7 @@ def _load(stem: str) -> Callable[..., None] | None:
     import tvm_ffi
 
     for path in cache_dir().glob(f"{stem}-*.so"):
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: a folder mounted noexec
             if path.stem.removeprefix(f"{stem}-") == _digest(path.read_bytes()):
                 for library in _runtime_libraries():
                     ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
@@ -145,8 +192,33 @@ def _runtime_libraries() -> list[str]:
 
 
 @contextlib.contextmanager
-def _locked(stem: str) -> Iterator[None]:
-    cache_dir().mkdir(parents=True, exist_ok=True)
-    with (cache_dir() / f"{stem}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # ends with the process, however that ends
-        yield
+def locked(path: Callable[[], Path]) -> Iterator[OSError | None]:
+    """Hold the lock of the file `path()`, made if need be; yield the error if it cannot be had."""
+    with contextlib.ExitStack() as stack:
+        problem: OSError | None = None
+        try:
+            path().parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(path().open("w"))
+            fcntl.flock(file, fcntl.LOCK_EX)  # ends with the process, however that ends
+        except OSError as error:
+            problem = error
+        yield problem
+
+
+def _without_failing(load: Callable[[], T | None]) -> T | None:
+    """What `load()` returns; None if files cannot be read."""
+    try:
+        return load()
+    except OSError:
+        return None
+
+
+def _warn(trouble: str, error: OSError, cost: str, folder: str) -> None:
+    try:
+        where = str(cache_dir())
+    except OSError:
+        where = "the user's cache folder"
+    warnings.warn(
+        f"{trouble} in {where} ({error}): {cost}; set {CACHE_VARIABLE} to a folder {folder}",
+        stacklevel=4,
+    )

@@ -1,14 +1,12 @@
-"""Data as it is published (folders, archives, tables), and what was made of it, kept on disk."""
+"""What was made of published data, or generated, kept on disk."""
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import hashlib
 import io
-import lzma
-import tarfile
+import os
 import warnings
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -16,60 +14,17 @@ from typing import Any
 
 import torch
 from sparse_flash.experiments.data.dataset import Examples, Split, Splits
-from sparse_flash.kernels.cache import cache_dir
+from sparse_flash.kernels.cache import cache_dir, load_or_make
 from sparse_flash.masks.files import atomic_write
 
 HUB = "hf:"  # before the name of what `hub` reads, be it a folder
+MOST_FILES = 1_000_000  # of a folder
+_MANY, _MUCH = 100, 0.01  # examples in two splits, as a number and as a share, that are no chance
 _DIGEST = 32  # bytes of a SHA-256, before what it was taken of
 
 
 class DataError(ValueError):
     """Data is missing, damaged, or not what it should be."""
-
-
-def members(source: str, where: str) -> Iterator[tuple[str, bytes]]:
-    """Path (below the source) and content of each file of a folder or a tar, in order of the paths
-    for a folder and as stored for an archive.
-
-    where: Where one gets the data; shown if it is not there.
-
-    Raises:
-        DataError: There is nothing, or the archive is damaged or cut off.
-    """
-    path = Path(source)
-    if path.is_dir():
-        for file in sorted(p for p in path.rglob("*") if p.is_file()):
-            yield file.relative_to(path).as_posix(), file.read_bytes()
-        return
-    if not path.exists():
-        raise DataError(f"there is no {path}: {where}")
-    try:
-        with tarfile.open(path) as archive:
-            for member in archive:
-                content = archive.extractfile(member) if member.isfile() else None
-                if content is not None:
-                    yield member.name.removeprefix("./"), content.read()
-    except (tarfile.TarError, EOFError, lzma.LZMAError, zlib.error, OSError) as error:
-        raise DataError(
-            f"{path} is no tar archive, or not all of one ({error}): fetch it again; {where}"
-        ) from error
-
-
-def lines(source: str, where: str) -> Iterator[tuple[int, str]]:
-    """The numbered lines of a text file.
-
-    Raises:
-        DataError: There is no such file, or it is no text.
-    """
-    path = Path(source)
-    if not path.is_file():
-        raise DataError(f"there is no {path}: {where}")
-    try:
-        with path.open(encoding="utf-8", newline="\n") as file:
-            for number, line in enumerate(file, 1):
-                yield number, line.rstrip("\r\n")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is no text in UTF-8 ({error}): {where}") from error
 
 
 def cached(
@@ -80,37 +35,115 @@ def cached(
 ) -> Splits:
     """What `build` returns, or what it returned before for this task and these very files.
 
-    task: A dataclass with all settings. kind: What the splits are. Processes that come at the same
-    time build once; a file that was cut off or altered is made anew.
+    task: A dataclass with all settings. sources: Paths of the files that are read, or of an
+    archive or a folder, with "hf:" before it or not; none of what is generated. kind: What the
+    splits are. Processes that come at the same time build once; a file that was cut off or altered
+    is made anew. A cache that cannot be used costs a warning.
     """
-    state = [(source, *_stamp(Path(source.removeprefix(HUB)))) for source in sources]
+    state = [_stamp(source.removeprefix(HUB)) for source in sources]
     name = type(task).__name__
     key = hashlib.sha256(repr((name, asdict(task), state)).encode()).hexdigest()[:16]
-    path = cache_dir() / "data" / f"{name.lower()}-{key}.pt"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        splits = _read(path, kind)
-        if splits is None:
-            splits = build()
-            _write(path, splits)
-    return splits
+    entry = f"data/{name.lower()}-{key}"
+
+    def make() -> Splits:
+        splits = build()
+        if sources:
+            _warn_of_overlap(splits, str(getattr(task, "source", name)))
+        return splits
+
+    def store(splits: Splits) -> Splits:
+        _write(cache_dir() / f"{entry}.pt", splits)
+        return splits
+
+    return load_or_make(
+        entry,
+        lambda: _read(cache_dir() / f"{entry}.pt", kind),
+        make,
+        store,
+        "data sets",
+        "every run will read or generate its own",
+    )
 
 
-def _stamp(path: Path) -> tuple[int, int, int]:
-    """Number, size and latest time of the files in a folder, or of a file; zeros without any."""
-    found = [p.stat() for p in (path.rglob("*") if path.is_dir() else (path,)) if p.is_file()]
-    times = [s.st_mtime_ns for s in found]
-    return len(found), sum(s.st_size for s in found), max(times, default=0)
+def _stamp(source: str) -> str | None:
+    """What changes when the files of a folder, or a file, change; None if there is none."""
+    try:
+        if not Path(source).is_dir():
+            return _digest(Path(source))
+    except (OSError, ValueError):
+        return None
+    digest = hashlib.sha256()
+    for path in sorted(walk(source)):
+        digest.update(f"{path!r} {_digest(path)}".encode())
+    return digest.hexdigest()
+
+
+def _digest(path: Path) -> str | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return f"{status.st_size} {status.st_mtime_ns}"
+
+
+def walk(folder: str) -> Iterator[Path]:
+    """All files below a folder, in which links are followed, but for hidden ones.
+
+    Raises:
+        DataError: There are more than MOST_FILES.
+    """
+    count, seen = 0, set()
+    for here, folders, files in os.walk(folder, followlinks=True):
+        status = Path(here).stat()
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        count += 1 + len(files)
+        if count > MOST_FILES:
+            raise DataError(
+                f"{folder} holds more than {MOST_FILES:,} files: give the folder of the data alone"
+            )
+        yield from (Path(here) / name for name in files if not name.startswith("."))
+
+
+def _warn_of_overlap(splits: Splits, source: str) -> None:
+    """Warn if examples are evaluated on that are trained on too; published sets have up to 0.5 %.
+
+    They are kept, as in published results, but more of them are a copy that nobody meant to read.
+    """
+    train, sets = splits.train, {"validate": splits.val, "test": splits.test}
+    if not isinstance(train, Split):
+        return
+    known = set(_rows(train))
+    for name, others in sets.items():
+        if isinstance(others, Split):
+            count = sum(row in known for row in _rows(others))
+            if count >= _MANY and count > _MUCH * len(others):
+                warnings.warn(
+                    f"{source}: {count} of {len(others)} examples to {name} are among those to "
+                    "train with; look for copies in the data",
+                    stacklevel=5,
+                )
+
+
+def _rows(split: Split) -> Iterator[int]:
+    """A hash of each example's tokens."""
+    for some in split.tokens.split(1024):
+        yield from (hash(row.tobytes()) for row in some.contiguous().numpy())
 
 
 def _read(path: Path, kind: Callable[..., Examples]) -> Splits | None:
-    if not path.exists():
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
         return None
-    data = path.read_bytes()
     digest, content = data[:_DIGEST], data[_DIGEST:]
     if hashlib.sha256(content).digest() != digest:
-        warnings.warn(f"{path} was damaged: it is made anew", stacklevel=4)
+        warnings.warn(f"{path} was damaged: it is made anew", stacklevel=6)
+        with contextlib.suppress(OSError):
+            path.unlink()
         return None
     state = torch.load(io.BytesIO(content), weights_only=True)
     parts = {name: kind(*arguments) for name, arguments in state.items()}

@@ -6,17 +6,23 @@ optional; it downloads, goes on where a download was interrupted, and verifies.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 from sparse_flash.experiments.data.files import HUB, DataError
-from sparse_flash.kernels.cache import cache_dir
+from sparse_flash.experiments.data.source import originals
+from sparse_flash.kernels.cache import cache_dir, locked
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
 
+_TABLES = {".parquet", ".csv", ".tsv", ".json", ".jsonl", ".arrow", ".txt", ".zip", ".tar"}
 # A split by any of the names that are in use for it.
 SPLITS = {"train": ("train",), "val": ("validation", "val", "valid", "eval"), "test": ("test",)}
 
@@ -71,7 +77,17 @@ class DataSet:
                     f"is called {column.replace('|', ' or ')}: {self.where}"
                 )
             names.append(known[0])
-        for row in found.select_columns(names):
+        rows, number = iter(found.select_columns(names)), 0
+        while True:
+            number += 1
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            except Exception as error:  # what readers of images and tables raise of damaged bytes
+                raise DataError(
+                    f"{self.source}: {split} {number} cannot be read ({error}): {self.where}"
+                ) from error
             yield [row[name] for name in names]
 
 
@@ -84,15 +100,92 @@ def _open(source: str, where: str) -> DatasetDict:
             f"'sparse-flash[hub]', or give files instead; {where}"
         ) from error
     path = source.removeprefix(HUB)
+    name, _, revision = path.partition("@")
     try:
         if (Path(path) / "dataset_dict.json").exists():  # what save_to_disk has written
             return datasets.DatasetDict.load_from_disk(path)
         if Path(path).exists():
             # Of a folder `datasets` would keep what it once was.
-            with tempfile.TemporaryDirectory() as folder:
+            with _own_folder() as folder:
+                _refuse_copies(path, folder)
                 return datasets.load_dataset(path, cache_dir=folder, keep_in_memory=True)
-        name, _, revision = path.partition("@")
-        folder = str(cache_dir() / "hub")
-        return datasets.load_dataset(name, revision=revision or None, cache_dir=folder)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        with locked(lambda: cache_dir() / "hub" / "writable.lock") as problem:
+            pass
+        if problem is None:
+            folder = str(cache_dir() / "hub")
+            return datasets.load_dataset(name, revision=revision or None, cache_dir=folder)
+        with _own_folder() as folder:  # `files.cached` warns
+            return datasets.load_dataset(
+                name, revision=revision or None, cache_dir=folder, keep_in_memory=True
+            )
+    except DataError as error:
+        raise DataError(f"{error}; {where}") from error
+    except Exception as error:  # JSONDecodeError, KeyError, ArrowException, ...: it has no base
         raise DataError(f"{source} cannot be read ({error}): {where}") from error
+
+
+@contextlib.contextmanager
+def _own_folder() -> Iterator[str]:
+    """A temporary folder, in which `datasets` does without locks if there are none."""
+    import datasets
+
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        with locked(lambda: Path(folder) / "probe.lock") as problem:
+            pass
+        if problem is not None:  # nobody else uses the folder
+            unlocked = mock.patch.object(datasets.builder, "FileLock", _no_lock)
+            stack.enter_context(unlocked)
+        yield folder
+
+
+def _no_lock(*_: object, **__: object) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext()
+
+
+def _refuse_copies(path: str, folder: str) -> None:
+    """Raise DataError if `datasets` would read something twice for one split of a folder.
+
+    Two files are copies if their names say so, or if they hold the same: any tables, and images
+    with one name in folders of one name.
+    """
+    import datasets
+
+    try:
+        files = datasets.load_dataset_builder(path, cache_dir=folder).config.data_files or {}
+    except Exception:
+        return
+    for split, names in files.items():
+        paths = [file for file in (Path(str(name)) for name in names) if file.is_file()]
+        for copy, original in [*_copies_by_name(paths), *_copies_by_content(paths)]:
+            raise DataError(
+                f"{path} has a copy among the files for {split}: {copy} repeats {original}, and "
+                "its examples would count twice; move one of the two away"
+            )
+
+
+def _copies_by_name(paths: list[Path]) -> Iterator[tuple[Path, str]]:
+    """Files that are called like copies of others beside them, and what they are copies of."""
+    beside: dict[Path, list[str]] = {}
+    for file in paths:
+        beside.setdefault(file.parent, []).append(file.name)
+    for folder, names in beside.items():
+        for name in set(names) - set(originals(names)):
+            yield folder / name, "a file that is called the same but for this ending"
+
+
+def _copies_by_content(paths: list[Path]) -> Iterator[tuple[Path, str]]:
+    """Files that hold the same as others, and what they are copies of."""
+    known: dict[object, str] = {}
+    counts = Counter(_likeness(file) for file in paths)
+    for file in paths:
+        if counts[_likeness(file)] > 1:
+            key = (_likeness(file), hashlib.sha256(file.read_bytes()).digest())
+            if key in known:
+                yield file, known[key]
+            known[key] = str(file)
+
+
+def _likeness(file: Path) -> tuple[object, ...]:
+    """What two files share that may be copies."""
+    table = file.suffix.lower() in _TABLES
+    return (file.stat().st_size, *(() if table else (file.parent.name, file.name)))

@@ -5,8 +5,10 @@ Source: Tay et al., Long Range Arena (2020).
 
 from __future__ import annotations
 
+import hashlib
 import io
 import pickle
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,8 +17,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from sparse_flash.experiments.data import hub
+from sparse_flash.experiments.data.archives import open_source
 from sparse_flash.experiments.data.dataset import Batch, Examples, Split, Splits
-from sparse_flash.experiments.data.files import DataError, cached, members
+from sparse_flash.experiments.data.files import DataError, cached
+from sparse_flash.experiments.data.source import LARGEST, Look, Source, join, originals
 from torch import Tensor
 from tqdm import tqdm
 
@@ -40,6 +44,8 @@ CLASSES = (
     "truck",
 )
 SIDE = 32
+_BATCH = re.compile(r"data_batch_[0-9]+|test_batch")
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")
 Order = Literal["raster", "morton", "hilbert"]
 
 
@@ -126,7 +132,10 @@ class Image:
         Raises:
             DataError: They are not there, or not all of them.
         """
-        return cached(self, (self.source,), self._read)
+        if hub.on_hub(self.source):
+            return cached(self, (self.source,), self._read)
+        source = open_source(self.source, CIFAR)
+        return cached(self, source.paths(lambda: _find_images(source)), self._read)
 
     def _read(self) -> Splits:
         found: dict[str, list[tuple[NDArray[np.uint8], int]]] = {"train": [], "test": []}
@@ -169,17 +178,55 @@ def _images(source: str) -> Iterator[tuple[str, NDArray[np.uint8], int]]:
                 name = f"{source}: {split} {number}"
                 if label not in range(len(CLASSES)):
                     raise DataError(f"{name} has the label {label!r}, not 0..9: {CIFAR}")
-                yield split, grey(pixels_of(image, name, "RGB", SIDE)), label
+                yield split, grey(pixels_of(image, name, "RGB", SIDE)), int(label)
         return
-    for name, content in members(source, CIFAR):
-        split, kind, file = ("", "", *name.split("/"))[-3:]
-        if file.startswith(("data_batch_", "test_batch")) and "." not in file:
-            batch = _unpickle(f"{source}: {name}", content)
-            part = "test" if file.startswith("test") else "train"
-            colours = batch[b"data"].reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1)
-            yield from ((part, x, y) for x, y in zip(grey(colours), batch[b"labels"], strict=True))
-        elif split in ("train", "test") and kind in CLASSES:
-            yield split, grey(_decode(f"{source}: {name}", content)), CLASSES.index(kind)
+    files = open_source(source, CIFAR)
+    known: dict[bytes, str] = {}
+    for path, content in files.read(_find_images(files), LARGEST):
+        name, (split, label, file) = files.at(path), ("", "", *path.split("/"))[-3:]
+        if not _BATCH.fullmatch(file):
+            yield split, grey(_decode(name, content)), CLASSES.index(label)
+            continue
+        other = known.setdefault(hashlib.sha256(content).digest(), name)
+        if other != name:
+            raise DataError(f"{name} is a copy of {other}: move one of them away; {CIFAR}")
+        batch = _unpickle(name, content)
+        part = "test" if file.startswith("test") else "train"
+        colors = batch[b"data"].reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1)
+        yield from ((part, x, int(y)) for x, y in zip(grey(colors), batch[b"labels"], strict=True))
+
+
+def _find_images(source: Source) -> list[str]:
+    """The files of the one folder with the batches of CIFAR-10, or with train or test by class."""
+
+    def files_of(look: Look, folder: str) -> list[str] | None:
+        files = [join(folder, name) for name in look(folder).files if _BATCH.fullmatch(name)]
+        images: list[str] = []
+        for split in sorted(look(folder).folders.keys() & {"train", "test"}):
+            for label in sorted(look(join(folder, split)).folders.keys() & {*CLASSES}):
+                place = f"{join(folder, split)}/{label}"
+                images += [f"{place}/{name}" for name in _pictures(source, look, place)]
+        if files and images:
+            raise DataError(
+                f"{source.at(folder)} has batches of CIFAR-10 and folders train and test: give a "
+                f"folder with one of the two; {CIFAR}"
+            )
+        return files or images or None
+
+    return source.find(files_of, "data_batch_* and test_batch, or {train,test}/CLASS/*.{png,jpg},")
+
+
+def _pictures(source: Source, look: Look, folder: str) -> list[str]:
+    """The images of a folder; of the same name but for the ending there must be no two."""
+    names = [name for name in look(folder).files if name.lower().endswith(_SUFFIXES)]
+    stems: dict[str, str] = {}
+    for name in originals(names):
+        other = stems.setdefault(name.rpartition(".")[0], name)
+        if other != name:
+            raise DataError(
+                f"{source.at(folder)} has {other} and {name}: keep one of these; {CIFAR}"
+            )
+    return list(stems.values())
 
 
 def _decode(name: str, content: bytes) -> NDArray[np.uint8]:
@@ -188,7 +235,9 @@ def _decode(name: str, content: bytes) -> NDArray[np.uint8]:
     try:
         with Pillow.open(io.BytesIO(content)) as image:
             return pixels_of(image, name, "RGB", SIDE)
-    except (OSError, SyntaxError) as error:
+    except DataError:
+        raise
+    except Exception as error:  # damaged bytes make Pillow raise errors of many types
         raise DataError(f"{name} is no image, or not all of one ({error}): {CIFAR}") from error
 
 
@@ -200,12 +249,9 @@ def pixels_of(image: Any, name: str, mode: str, side: int) -> NDArray[np.uint8]:
     """
     if not hasattr(image, "convert"):
         raise DataError(f"{name} is no image: {str(image)[:60]!r}")
-    pixels = np.asarray(image.convert(mode))
-    if pixels.shape[:2] != (side, side):
-        raise DataError(
-            f"{name} has {pixels.shape[1]} x {pixels.shape[0]} pixels, not {side} x {side}"
-        )
-    return pixels
+    if image.size != (side, side):  # known before anything is decompressed
+        raise DataError(f"{name} has {image.size[0]} x {image.size[1]} pixels, not {side} x {side}")
+    return np.asarray(image.convert(mode))
 
 
 class _Arrays(pickle.Unpickler):
@@ -226,9 +272,14 @@ class _Arrays(pickle.Unpickler):
 def _unpickle(name: str, content: bytes) -> dict[bytes, Any]:
     try:
         batch = _Arrays(io.BytesIO(content), encoding="bytes").load()
-        if batch[b"data"].shape == (len(batch[b"labels"]), 3 * SIDE * SIDE):
+        data, labels = batch[b"data"], list(batch[b"labels"])
+        wrong = [y for y in labels if y not in range(len(CLASSES))]
+        if data.dtype != np.uint8 or data.shape != (len(labels), 3 * SIDE * SIDE):
+            reason = f"its data has the shape {data.shape} and the type {data.dtype}"
+        elif wrong:
+            reason = f"it has the label {wrong[0]!r}, not 0..9"
+        else:
             return batch
-        reason = f"its data has the shape {batch[b'data'].shape}"
-    except (pickle.UnpicklingError, EOFError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # damaged bytes make pickle raise errors of any type
         reason = str(error)
     raise DataError(f"{name} is no batch of CIFAR-10 ({reason}): {CIFAR}")

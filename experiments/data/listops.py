@@ -15,8 +15,10 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 
 from sparse_flash.experiments.data import hub
+from sparse_flash.experiments.data.archives import open_source
 from sparse_flash.experiments.data.dataset import Split, Splits, check_share
-from sparse_flash.experiments.data.files import DataError, cached, lines
+from sparse_flash.experiments.data.files import DataError, cached
+from sparse_flash.experiments.data.source import Source, find_tables, lines
 from torch.nn.functional import pad
 from tqdm import tqdm
 
@@ -62,9 +64,10 @@ class ListOps:
     seed: int = 0
     """Seed of the data, not of the training."""
     source: str = ""
-    """Folder with basic_{train,val,test}.tsv of the Long Range Arena release, or hf: and the name
-    of a data set of the Hugging Face Hub with the columns Source and Target, to be read instead of
-    generating; the numbers of examples are then those of the files."""
+    """Folder with basic_{train,val,test}.tsv of the Long Range Arena release, a folder above it
+    (such as lra_release) or an archive (lra_release.gz); or hf: and the name of a data set of
+    the Hugging Face Hub with the columns Source and Target, to be read instead of generating; the
+    numbers of examples are then those of the files."""
 
     vocabulary = VOCABULARY
     classes = 10
@@ -107,13 +110,22 @@ class ListOps:
         if hub.on_hub(self.source):
             return cached(self, (self.source,), self._read_hub)
         if self.source:
-            paths = [f"{self.source}/basic_{split}.tsv" for split in ("train", "val", "test")]
-            return cached(
-                self, tuple(paths), lambda: Splits(*(read(self, _rows(p), p) for p in paths))
-            )
+            return self._load_release()
         if (self.train + self.val + self.test) * self.max_length < _WORTH_KEEPING:
             return generate(self)
         return cached(self, (), lambda: generate(self))
+
+    def _load_release(self) -> Splits:
+        source = open_source(self.source, RELEASE)
+
+        def find() -> list[str]:
+            return find_tables(source, [f"basic_{split}.tsv" for split in ("train", "val", "test")])
+
+        return cached(
+            self,
+            source.paths(find),
+            lambda: Splits(*(read(self, _rows(source, x), source.at(x)) for x in find())),
+        )
 
     def _read_hub(self) -> Splits:
         lists, columns = hub.DataSet(self.source, RELEASE), ("Source|source", "Target|target")
@@ -133,11 +145,11 @@ class ListOps:
         return replace(train, tokens=tokens)
 
 
-def _rows(path: str) -> Iterator[list[str]]:
+def _rows(source: Source, path: str) -> Iterator[list[str]]:
     """Source and target, with a tab between them, of each line of a file of the release."""
-    for _, line in lines(path, RELEASE):
-        source, _, target = line.partition("\t")
-        yield [source, target]
+    for _, line in lines(source, path):
+        words, _, target = line.partition("\t")
+        yield [words, target]
 
 
 def read(task: ListOps, rows: Iterable[list[str]], name: str) -> Split:

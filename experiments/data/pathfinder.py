@@ -7,17 +7,17 @@ hundred bytes each, and drawn on the device when they are needed; or read from t
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 from sparse_flash.experiments.data import hub
+from sparse_flash.experiments.data import pathfinder_release as release
+from sparse_flash.experiments.data.archives import open_source
 from sparse_flash.experiments.data.dataset import Batch, Examples, Split, Splits, check_share
 from sparse_flash.experiments.data.files import DataError, cached
 from sparse_flash.experiments.data.images import (
@@ -27,15 +27,12 @@ from sparse_flash.experiments.data.images import (
     places,
     token_order,
 )
+from sparse_flash.experiments.data.pathfinder_release import RELEASE
+from sparse_flash.experiments.data.source import Source
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, pad
 from tqdm import tqdm
 
-RELEASE = (
-    "Pathfinder is in lra_release.gz at https://github.com/google-research/long-range-arena; give "
-    "a folder such as lra_release/pathfinder32/curv_contour_length_14 with --task.source, or "
-    "hf:NAME of a data set with the columns image and label, or leave it empty to generate images"
-)
 _CHUNK = 64  # images that a thread makes at a time
 _DRAWN = 256  # images that are drawn at a time
 _OUTSIDE = -1_000  # of all images
@@ -72,8 +69,9 @@ class Pathfinder:
     mirrored: bool = False
     """Train with eight examples of each image: turned by quarters, and in the mirror."""
     source: str = ""
-    """Folder of the Long Range Arena release with imgs and metadata, or hf: and the name of a data
-    set of the Hugging Face Hub with the columns image and label, to be read instead."""
+    """Folder of the Long Range Arena release with imgs and metadata, a folder above it (such as
+    lra_release, for `size` and `contour`) or an archive (lra_release.gz); or hf: and the name of a
+    data set of the Hugging Face Hub with the columns image and label, to be read instead."""
 
     vocabulary = 256
     classes = 2
@@ -113,8 +111,7 @@ class Pathfinder:
         # Neither of these changes the images themselves.
         same = replace(self, easier_share=Pathfinder.easier_share, mirrored=Pathfinder.mirrored)
         if self.source:
-            read = self._read_hub if hub.on_hub(self.source) else self._read
-            splits = cached(same, (self.source,), read)
+            splits = self._load_published(same)
         else:
             splits = cached(same, (), self._generate, Drawings)
         train = self._laid(splits.train)
@@ -122,6 +119,17 @@ class Pathfinder:
             return replace(splits, train=train)
         first = self._laid(splits.first)
         return replace(splits, train=train, first=first, first_share=self.easier_share)
+
+    def _load_published(self, same: Pathfinder) -> Splits:
+        if hub.on_hub(self.source):
+            return cached(same, (self.source,), self._read_hub)
+        source = open_source(self.source, RELEASE)
+
+        def files() -> list[str]:
+            metadata = release.find_metadata(source, self.size, self.contour)
+            return [*metadata, *release.labels_of(source, metadata)]
+
+        return cached(same, source.paths(files), lambda: self._read(source))
 
     def _laid(self, images: Examples) -> Examples:
         return Mirrored(images, self.order, self.size) if self.mirrored else images
@@ -160,21 +168,25 @@ class Pathfinder:
         arrays = (torch.tensor(lines), torch.tensor(markers), torch.tensor(labels))
         return Drawings(*arrays, self.size, self.order)
 
-    def _read(self) -> Splits:
-        folder, rows = Path(self.source), []
-        for path in sorted((folder / "metadata").glob("*.npy"), key=lambda p: (len(p.name), p)):
-            for line in path.read_text(errors="replace").splitlines():
-                fields = line.split()
-                if len(fields) < 4 or fields[3] not in ("0", "1"):
-                    raise DataError(f"{path}: not a line of metadata: {line[:60]!r}: {RELEASE}")
-                rows.append((folder / fields[0] / fields[1], int(fields[3])))
-        if not rows:
-            raise DataError(f"{folder} has no metadata/*.npy: {RELEASE}")
-        read = (
-            (_png(path, self.size), y)
-            for path, y in tqdm(rows, desc="reading images", disable=None)
-        )
-        return _parted(self._split((x, y) for x, y in read if x is not None))
+    def _read(self, source: Source) -> Splits:
+        metadata = release.find_metadata(source, self.size, self.contour)
+        labels = release.labels_of(source, metadata)
+        row = {path: i for i, path in enumerate(labels)}
+        pixels = np.zeros((len(row), self.length), np.uint8)
+        order, empty = token_order(self.order, self.size).permutation.numpy(), []
+        images = source.read(row, release.LARGEST_IMAGE, "image")
+        for path, content in tqdm(images, desc="reading images", total=len(row), disable=None):
+            if content:
+                pixels[row[path]] = release.gray(content, source.at(path), self.size)[order]
+            else:
+                empty.append(path)
+        if len(empty) == len(row):
+            raise DataError(f"{self.source} has no image that is not empty: {RELEASE}")
+        if len(empty) > 1:  # the release has one, 0/sample_172.png
+            raise source.error(empty[0], f"is empty, and so are {len(empty) - 1} more images")
+        kept = [i for path, i in row.items() if path not in empty]
+        known = torch.tensor(list(labels.values()))
+        return _parted(Split(torch.from_numpy(pixels), None, known).subset(torch.tensor(kept)))
 
     def _read_hub(self) -> Splits:
         """Its own splits; or parts of the only one."""
@@ -212,20 +224,6 @@ def _parted(whole: Split) -> Splits:
     tenth = max(1, len(whole) // 10)
     val, test, train = order[:tenth], order[tenth : 2 * tenth], order[2 * tenth :]
     return Splits(whole.subset(train), whole.subset(val), whole.subset(test))
-
-
-def _png(path: Path, size: int) -> np.ndarray | None:
-    """The grey pixels; None of an empty file: the release has one, 0/sample_172.png."""
-    from PIL import Image
-
-    try:
-        content = path.read_bytes()
-        if not content:
-            return None
-        with Image.open(io.BytesIO(content)) as image:
-            return pixels_of(image, f"{path} (see --task.size)", "L", size)
-    except (OSError, SyntaxError) as error:
-        raise DataError(f"{path} is no image, or not all of one ({error}): {RELEASE}") from error
 
 
 class Drawings(Examples):

@@ -11,8 +11,17 @@ from dataclasses import dataclass
 
 import torch
 from sparse_flash.experiments.data import hub
+from sparse_flash.experiments.data.archives import open_source
 from sparse_flash.experiments.data.dataset import Split, Splits
-from sparse_flash.experiments.data.files import DataError, cached, lines, members
+from sparse_flash.experiments.data.files import DataError, cached
+from sparse_flash.experiments.data.source import (
+    Look,
+    Source,
+    find_tables,
+    join,
+    lines,
+    originals,
+)
 from tqdm import tqdm
 
 IMDB = (
@@ -22,9 +31,12 @@ IMDB = (
 )
 AAN = (
     "Retrieval is in lra_release.gz at https://github.com/google-research/long-range-arena; give "
-    "the folder with new_aan_pairs.{train,eval,test}.tsv with --task.source, or hf:NAME of a data "
-    "set with the columns label, text1 and text2"
+    "that or the folder with new_aan_pairs.{train,eval,test}.tsv with --task.source, or hf:NAME of "
+    "a data set with the columns label, text1 and text2"
 )
+
+
+_LONGEST = 1 << 24  # bytes of a review: published ones have at most 13,704
 
 
 class _Bytes:
@@ -56,8 +68,9 @@ class Text(_Bytes):
     """
 
     source: str = "data/aclImdb"
-    """Folder aclImdb, or an archive of it: {train,test}/{pos,neg}/*.txt; or hf:stanfordnlp/imdb, or
-    another data set of the Hugging Face Hub with the columns text and label."""
+    """Folder aclImdb, a folder above it, or an archive: {train,test}/{pos,neg}/*.txt; or
+    hf:stanfordnlp/imdb, or another data set of the Hugging Face Hub with the columns text and
+    label."""
     max_length: int = 4096
     """Bytes of a review; the rest is cut off."""
     val: int = 2_000
@@ -71,16 +84,17 @@ class Text(_Bytes):
         Raises:
             DataError: They are not there, or not all of them.
         """
-        return cached(self, (self.source,), self._read)
+        if hub.on_hub(self.source):
+            return cached(self, (self.source,), self._read)
+        source = open_source(self.source, IMDB)
+        return cached(self, source.paths(lambda: _find_reviews(source)), self._read)
 
     def _read(self) -> Splits:
         examples: dict[str, list[tuple[bytes, int]]] = {"train": [], "test": []}
         for split, name, content, label in tqdm(
             _reviews(self.source), desc="reading reviews", disable=None
         ):
-            if not content or 0 in content:
-                raise DataError(f"{self.source}: {name} is no text: {IMDB}")
-            examples[split].append((content[: self.max_length], label))
+            examples[split].append((_review(name, content)[: self.max_length], label))
         for split, found in examples.items():
             counts = [sum(label == kind for _, label in found) for kind in (0, 1)]
             if not all(counts) or counts[0] != counts[1]:
@@ -101,15 +115,41 @@ def _reviews(source: str) -> Iterator[tuple[str, str, bytes, int]]:
         reviews = hub.DataSet(source, IMDB)
         for split in ("train", "test"):
             for number, (text, label) in enumerate(reviews.rows(split, "text", "label"), 1):
-                name = f"{split} {number}"
+                name = f"{source}: {split} {number}"
                 if not isinstance(text, str) or label not in (0, 1):
-                    raise DataError(f"{source}: {name} is no review with 0 or 1: {IMDB}")
+                    raise DataError(f"{name} is no review with 0 or 1: {IMDB}")
                 yield split, name, text.encode(), int(label)
         return
-    for name, content in members(source, IMDB):
-        split, kind, file = ("", "", *name.split("/"))[-3:]
-        if split in ("train", "test") and kind in ("pos", "neg") and file.endswith(".txt"):
-            yield split, name, content, int(kind == "pos")
+    files = open_source(source, IMDB)
+    for name, content in files.read(_find_reviews(files), _LONGEST):
+        split, label, _ = name.split("/")[-3:]
+        yield split, files.at(name), content, int(label == "pos")
+
+
+def _find_reviews(source: Source) -> list[str]:
+    """The files of the one folder with train or test, and in these pos or neg."""
+
+    def files_of(look: Look, folder: str) -> list[str] | None:
+        files: list[str] = []
+        for split in look(folder).folders.keys() & {"train", "test"}:
+            labels = look(join(folder, split)).folders.keys() & {"pos", "neg"}
+            for place in (f"{join(folder, split)}/{label}" for label in labels):
+                names = (name for name in look(place).files if name.endswith(".txt"))
+                files += [f"{place}/{name}" for name in originals(names)]
+        return sorted(files) or None
+
+    return source.find(files_of, "{train,test}/{pos,neg}/*.txt")
+
+
+def _review(name: str, content: bytes) -> bytes:
+    """A review without what an editor may have put around it."""
+    try:
+        text = content.decode("utf-8-sig").replace("\r\n", "\n").rstrip("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{name} is no text in UTF-8 ({error}): {IMDB}") from error
+    if not text or "\0" in text:
+        raise DataError(f"{name} is no text: it is empty or has a zero byte: {IMDB}")
+    return text.encode()
 
 
 @dataclass(frozen=True)
@@ -121,8 +161,9 @@ class Retrieval(_Bytes):
     """
 
     source: str = "data/lra_release/tsv_data"
-    """Folder with new_aan_pairs.train.tsv, .eval.tsv and .test.tsv; or hf: and the name of a data
-    set of the Hugging Face Hub with the columns label, text1 and text2."""
+    """Folder with new_aan_pairs.train.tsv, .eval.tsv and .test.tsv, a folder above it (such as
+    lra_release) or an archive (lra_release.gz); or hf: and the name of a data set of the Hugging
+    Face Hub with the columns label, text1 and text2."""
     max_length: int = 4000
     """Bytes of a document; the rest is cut off."""
 
@@ -136,10 +177,17 @@ class Retrieval(_Bytes):
         """
         if hub.on_hub(self.source):
             return cached(self, (self.source,), self._read_hub)
-        paths = [f"{self.source}/new_aan_pairs.{split}.tsv" for split in ("train", "eval", "test")]
-        return cached(
-            self, tuple(paths), lambda: Splits(*(self._split(_pairs(p), p) for p in paths))
-        )
+        source = open_source(self.source, AAN)
+
+        def find() -> list[str]:
+            return find_tables(
+                source, [f"new_aan_pairs.{x}.tsv" for x in ("train", "eval", "test")]
+            )
+
+        def read() -> Splits:
+            return Splits(*(self._split(_pairs(source, x), source.at(x)) for x in find()))
+
+        return cached(self, source.paths(find), read)
 
     def _read_hub(self) -> Splits:
         pairs = hub.DataSet(self.source, AAN)
@@ -168,14 +216,14 @@ class Retrieval(_Bytes):
         return Split(*pairs, torch.tensor(labels))
 
 
-def _pairs(path: str) -> Iterator[list[str]]:
+def _pairs(source: Source, path: str) -> Iterator[list[str]]:
     """Label and two texts of each line of a file of the release."""
-    for number, line in lines(path, AAN):
+    for number, line in lines(source, path):
         fields = line.split("\t")
         if len(fields) != 5:
             raise DataError(
-                f"{path}, line {number}: expected label, two ids and two texts, with tabs "
-                f"between them, got {line[:60]!r}: {AAN}"
+                f"{source.at(path)}, line {number}: expected label, two ids and two texts, with "
+                f"tabs between them, got {line[:60]!r}: {AAN}"
             )
         yield [fields[0], *fields[3:]]
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
+import shutil
 import sys
 
 import numpy as np
@@ -10,10 +14,11 @@ import torch
 from PIL import Image as Pillow
 from sparse_flash.experiments.data import hub
 from sparse_flash.experiments.data.files import DataError
-from sparse_flash.experiments.data.images import Image, grey
+from sparse_flash.experiments.data.images import CLASSES, Image, grey
 from sparse_flash.experiments.data.listops import ListOps, evaluate
 from sparse_flash.experiments.data.pathfinder import Pathfinder
 from sparse_flash.experiments.data.text import Retrieval, Text
+from sparse_flash.kernels.cache import cache_dir
 
 datasets = pytest.importorskip("datasets")
 
@@ -69,10 +74,11 @@ def test_retrieval(tmp_path):
 def test_listops(tmp_path):
     rows = {"Source": ["( [MAX 4 ( [MIN 9 1 ] ) ] )", "[SM 7 6 ]"], "Target": [4, 3]}
     source = parquet(tmp_path, train=rows, validation=rows, test=rows)
-    for split in vars(ListOps(source=source, min_length=1, max_length=12).load()).values():
-        if split is not None and not isinstance(split, float):
-            for tokens, n, label in zip(split.tokens, split.lengths, split.labels, strict=True):
-                assert evaluate(tokens[:n].tolist()) == label
+    splits = ListOps(source=source, min_length=1, max_length=12).load()
+    for split in (splits.train, splits.val, splits.test):
+        assert split.labels.tolist() == [4, 3]
+        for tokens, n, label in zip(split.tokens, split.lengths, split.labels, strict=True):
+            assert evaluate(tokens[:n].tolist()) == label
 
 
 def pictures(count, side, channels):
@@ -171,3 +177,93 @@ def test_a_folder_that_has_changed_is_read_anew(tmp_path):
     parquet(tmp_path / "a", train=reviews("train"), test=reviews("test", 5))
     assert len(text.load().test) == 10
     assert hub.DataSet(source, "").names == ["train", "test"]
+
+
+def table(folder, name, rows):
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [f'"{text}",{label}\n' for text, label in zip(rows["text"], rows["label"], strict=True)]
+    (folder / name).write_text("".join(["text,label\n", *lines]))
+
+
+def test_copies_in_a_folder_are_refused(tmp_path):
+    """`datasets` reads every table below a folder, a copy as further rows."""
+    for name in ("train", "test"):
+        for place in ("a", "a/backup", "b", "c"):
+            table(tmp_path / place, f"{name}.csv", reviews(name))
+    with pytest.raises(DataError, match=r"copy among the files for train: .*/train.csv repeats"):
+        Text(f"hf:{tmp_path / 'a'}", max_length=40, val=3).load()
+    table(tmp_path / "b", "train (1).csv", reviews("train", 2))  # another version
+    with pytest.raises(DataError, match=r"train \(1\).csv repeats a file that is called the same"):
+        Text(f"hf:{tmp_path / 'b'}", max_length=40, val=3).load()
+    for name in (".DS_Store", "Thumbs.db", "desktop.ini", "._train.csv"):
+        (tmp_path / "c" / name).write_bytes(b"\0stray")
+    assert len(Text(f"hf:{tmp_path / 'c'}", max_length=40, val=3).load().test) == 8
+
+
+def test_copies_of_images_are_refused(tmp_path):
+    """Images may be alike; but not with one name in two folders of one name."""
+    for split in ("train", "test"):
+        for label in CLASSES:
+            folder = tmp_path / "images" / split / label
+            folder.mkdir(parents=True)
+            for i in range(2):
+                Pillow.new("RGB", (32, 32)).save(folder / f"{i}.png")
+    splits = Image(f"hf:{tmp_path / 'images'}", val=5).load()
+    assert (len(splits.train), len(splits.val), len(splits.test)) == (15, 5, 20)
+    shutil.copytree(tmp_path / "images/train/cat", tmp_path / "images/old/train/cat")
+    with pytest.raises(DataError, match=r"copy among the files for train: .*/cat/0.png repeats"):
+        Image(f"hf:{tmp_path / 'images'}", val=5).load()
+
+
+@pytest.mark.parametrize("trouble", ["no locks", "missing"])
+def test_without_a_cache(tmp_path, trouble, monkeypatch):
+    """`datasets` wants to lock and to write; one warning, for its cache and ours."""
+
+    def flock(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    source = parquet(tmp_path / "a", train=reviews("train"), test=reviews("test"))
+    if trouble == "missing":
+        monkeypatch.setenv("SPARSE_FLASH_CACHE_DIR", "/proc/nowhere")
+    else:
+        monkeypatch.setattr(fcntl, "flock", flock)
+    for name in (source, "hf:some/reviews"):
+        asked = []
+
+        def load(name, cache_dir, asked=asked, **_):
+            asked.append(cache_dir)
+            parts = {x: datasets.Dataset.from_dict(reviews(x)) for x in ("train", "test")}
+            return datasets.DatasetDict(parts)
+
+        if name != source:
+            monkeypatch.setattr(datasets, "load_dataset", load)
+        with pytest.warns(UserWarning, match="set SPARSE_FLASH_CACHE_DIR") as told:
+            assert len(Text(name, max_length=40, val=3).load().test) == 8
+        assert len(told) == 1
+        assert not any(str(cache_dir()) in folder for folder in asked)
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"x" * 40])
+def test_damage_to_what_was_saved_to_disk(tmp_path, content):
+    parts = {name: datasets.Dataset.from_dict(reviews(name)) for name in ("train", "test")}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "saved")
+    found = [path for path in (tmp_path / "saved").rglob("*") if path.is_file()]
+    assert len(found) == 7
+    for path in found:
+        whole = path.read_bytes()
+        path.write_bytes(content)
+        if not (path.name == "dataset_info.json" and content == b"{}"):  # which may say nothing
+            with pytest.raises(DataError, match=r"saved cannot be read"):
+                Text(f"hf:{tmp_path / 'saved'}", max_length=40, val=3).load()
+        path.write_bytes(whole)
+
+
+def test_damage_that_shows_when_rows_are_read(tmp_path):
+    images = {"img": pictures(20, 32, 3), "label": list(range(10)) * 2}
+    source = parquet(tmp_path / "a", train=images, test=images)
+    broken = datasets.Dataset.from_dict(
+        {"img": [{"bytes": b"no image", "path": None}], "label": [0]}
+    ).cast_column("img", datasets.Image())
+    broken.to_parquet(tmp_path / "a/train-00000-of-00001.parquet")
+    with pytest.raises(DataError, match=r"a: train 1 cannot be read \(.*: CIFAR-10"):
+        Image(source, val=5).load()

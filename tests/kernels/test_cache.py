@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import functools
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 from sparse_flash.kernels import cache
@@ -32,11 +35,33 @@ print(x[0].item())
 """
 
 
-def run(folder, key="key", wait=True):
-    script = folder.parent / "script.py"  # the DSL wants to read what it compiles
-    script.write_text(SOURCE)
+# Runs other code, its first argument, and then the script whose path is the second.
+PRELUDE = """
+import runpy, sys
+code = sys.argv[1]
+del sys.argv[:2]
+exec(code)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="module")
+def script(tmp_path_factory):
+    """Written once: the DSL reads what it compiles, in processes that may start at any time."""
+    path = tmp_path_factory.mktemp("script") / "script.py"
+    path.write_text(SOURCE)
+    return path
+
+
+@pytest.fixture
+def run(script):
+    return functools.partial(start, script)
+
+
+def start(script, folder, key="key", wait=True, before=""):
+    """Run the script with this cache; `before` is code that the process executes first."""
     process = subprocess.Popen(
-        [sys.executable, str(script), key],
+        [sys.executable, *(["-c", PRELUDE, before] if before else []), str(script), key],
         env={**os.environ, cache.CACHE_VARIABLE: str(folder)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -46,7 +71,7 @@ def run(folder, key="key", wait=True):
 
 
 def result(process):
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate()
     assert process.returncode == 0, err
     return out.split(), err
 
@@ -55,7 +80,7 @@ def entries(folder):
     return list(folder.glob("*.so"))
 
 
-def test_second_process_compiles_nothing(tmp_path):
+def test_second_process_compiles_nothing(run, tmp_path):
     assert run(tmp_path / "cache")[0] == ["compiled", "7"]
     assert run(tmp_path / "cache")[0] == ["7"]
     assert len(entries(tmp_path / "cache")) == 1
@@ -63,7 +88,7 @@ def test_second_process_compiles_nothing(tmp_path):
     assert len(entries(tmp_path / "cache")) == 2
 
 
-def test_concurrent_processes_compile_once(tmp_path):
+def test_concurrent_processes_compile_once(run, tmp_path):
     processes = [run(tmp_path / "cache", wait=False) for _ in range(3)]
     outputs = [result(p)[0] for p in processes]
     assert sorted(len(out) for out in outputs) == [1, 1, 2]
@@ -71,7 +96,7 @@ def test_concurrent_processes_compile_once(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["truncated", "altered", "empty"])
-def test_corrupt_entry_is_a_miss(tmp_path, damage):
+def test_corrupt_entry_is_a_miss(run, tmp_path, damage):
     run(tmp_path / "cache")
     (path,) = entries(tmp_path / "cache")
     content = path.read_bytes()
@@ -88,13 +113,88 @@ def test_corrupt_entry_is_a_miss(tmp_path, damage):
     assert run(tmp_path / "cache")[0] == ["7"]
 
 
-def test_folder_that_cannot_be_written(tmp_path):
+def test_folder_that_cannot_be_written(run, tmp_path):
     folder = tmp_path / "file"
     folder.write_text("in the way")
     out, err = run(folder)
     assert out == ["compiled", "7"]
     assert "every process will compile its own" in err
     assert cache.CACHE_VARIABLE in err
+
+
+NO_LOCKS = """
+import fcntl
+def flock(*_): raise OSError({code}, "no locks here")
+fcntl.flock = flock
+"""
+FULL = """
+import os
+def fsync(_): raise OSError(28, "No space left on device")
+os.fsync = fsync
+"""
+READ_ONLY = """
+import tempfile
+def refuse(*_, **__): raise OSError(30, "Read-only file system")
+tempfile.mkstemp = refuse
+"""
+NO_HOME = """
+import os, pathlib
+os.environ.pop("SPARSE_FLASH_CACHE_DIR")
+os.environ.pop("XDG_CACHE_HOME", None)
+def nobody(*_): raise RuntimeError("Could not determine home directory.")
+pathlib.Path.home = nobody
+"""
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_without_locks_kernels_are_kept_all_the_same(run, tmp_path, code):
+    out, err = run(tmp_path / "cache", before=NO_LOCKS.format(code=code))
+    assert out == ["compiled", "7"]
+    assert err.count("UserWarning") == 1
+    assert "cannot be locked" in err
+    assert cache.CACHE_VARIABLE in err
+    out, err = run(tmp_path / "cache", before=NO_LOCKS.format(code=code))
+    assert (out, err.count("UserWarning")) == (["7"], 0)
+
+
+@pytest.mark.parametrize(
+    ("folder", "before", "reason"),
+    [
+        ("/proc/nowhere", "", "No such file"),
+        ("cache", FULL, "No space left"),
+        ("cache", READ_ONLY, "Read-only file system"),
+        ("cache", NO_HOME, "the user has no home folder"),
+    ],
+)
+def test_folder_that_is_missing_full_or_read_only(run, tmp_path, folder, before, reason):
+    out, err = run(tmp_path / folder, before=before)
+    assert out == ["compiled", "7"]
+    assert err.count("UserWarning") == 1
+    assert "cannot be kept" in err
+    assert reason in err
+    assert cache.CACHE_VARIABLE in err
+
+
+def test_read_only_folder_is_read(run, tmp_path):
+    run(tmp_path / "cache")
+    out, err = run(tmp_path / "cache", before=READ_ONLY)
+    assert (out, err.count("UserWarning")) == (["7"], 0)
+
+
+def test_errors_of_the_compiler_are_passed_on(tmp_path, monkeypatch):
+    """They are none of the cache's: nothing is compiled again, and nothing said of folders."""
+    monkeypatch.setenv(cache.CACHE_VARIABLE, str(tmp_path))
+    built = []
+
+    def build():
+        built.append(1)
+        raise FileNotFoundError("ptxas")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(FileNotFoundError, match="ptxas"):
+            cache.load_or_compile("fill", "key", build)
+    assert built == [1]
 
 
 def test_entry_that_does_not_load_is_said_and_not_compiled_twice(tmp_path, monkeypatch):
