@@ -11,10 +11,12 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from sparse_flash.experiments import checkpoint
+from sparse_flash.experiments import train as module
 from sparse_flash.experiments.checkpoint import CheckpointError
 from sparse_flash.experiments.data.dataset import Sampler
 from sparse_flash.experiments.logger import LogError
@@ -119,8 +121,32 @@ def test_a_run_learns_and_logs(tiny_config, tiny_data, tmp_path):
     assert "mask" in tags["images"]
     assert "config/text_summary" in tags["tensors"]
     assert [step for step, _ in scalars(tmp_path, "eval/loss")] == list(range(8, 161, 8))
+    for tag, column in (("loss", 2), ("accuracy", 3)):
+        shown = scalars(tmp_path, f"by_training_millisecond/eval/{tag}")
+        expected = [(round(1000 * row[1]), pytest.approx(row[column])) for row in result["curve"]]
+        assert shown == expected
+        assert len({step for step, _ in shown}) == 20  # each evaluation is a point of its own
     again = train(config, tmp_path, "cpu", tiny_data)  # it is finished: nothing is trained again
     assert again == result
+
+
+def test_evaluations_of_one_millisecond_are_two_points():
+    history = [("eval/loss", 0.5, 99, 0.0), ("by_training_millisecond/eval/loss", 0.5, 12, 0.0)]
+    for seconds, expected in ((0.0119, 13), (0.0124, 13), (0.0136, 14), (70.0004, 70_000)):
+        run = SimpleNamespace(
+            log=SimpleNamespace(history=history), progress=SimpleNamespace(seconds=seconds)
+        )
+        assert _Run._milliseconds(run) == expected
+
+
+@pytest.mark.parametrize("error", [ImportError("no triton"), torch.OutOfMemoryError("full")])
+def test_a_peak_that_cannot_be_measured_is_left_out(error, monkeypatch):
+    def fail(device):
+        raise error
+
+    monkeypatch.setattr(module, "matrix_peak", fail)
+    with pytest.warns(UserWarning, match="the matrix peak was not measured: "):
+        assert _Run._of_matrix_peak(SimpleNamespace(device=torch.device("cuda"))) == {}
 
 
 def test_resuming_gives_the_same_numbers(tiny_config, tiny_data, tmp_path, monkeypatch):
