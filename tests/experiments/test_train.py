@@ -187,7 +187,6 @@ def test_training_begins_with_what_comes_first(tiny_config, tiny_data, tmp_path,
     assert seen[1:] == sizes  # the first of all measures memory
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143)])
 def test_killed_runs_resume_to_the_same_numbers(number, code, tmp_path):
     config = slow_config()
