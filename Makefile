@@ -51,9 +51,10 @@ imports: install-dev
 	@cp -r masks kernels experiments .typecheck/copy/sparse_flash/
 	cd .typecheck/copy && $(abspath $(BIN))/lint-imports --config ../../pyproject.toml
 
-# Two workers, a thread each; what is timed or large runs alone, afterwards.
+# Two workers, a thread each, a half of the files each; who is ready first takes from the other.
+# What is timed or large runs alone, afterwards.
 unit: install-dev
-	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu"
 	$(BIN)/python -m pytest -m "slow and not gpu"
 
 format: install-dev

@@ -51,6 +51,8 @@ class Kind:
             return cls(text)
         shaped = _SHAPED.match(text)
         if shaped:
+            if int(shaped[2]) < 1:
+                raise ValueError(f"{text} must have a size of at least 1, as in {shaped[1]}(256)")
             return cls(shaped[1], size=int(shaped[2]))
         try:
             if text.startswith("flex:"):
@@ -58,6 +60,23 @@ class Kind:
             return cls("ours", _mask(text))
         except ValueError as error:
             raise ValueError(f"{error} (attention may also be dense, or one of {OTHERS})") from None
+
+    def density(self, length: int, block: int = 128) -> float | None:
+        """The kept fraction of the attention matrix at this length, 0..1, counted exactly.
+
+        1 for standard and sdpa; None for linear, performer and linformer, which have no matrix of
+        queries and keys.
+
+        block: Granularity of the layout by which it is counted; has no influence on the result.
+
+        >>> Kind.of("flex: causal()").density(4), Kind.of("sdpa").density(4)
+        (0.625, 1.0)
+        >>> Kind.of("linear").density(4) is None
+        True
+        """
+        if self.mask is not None:
+            return self.mask.layout(length, block=(block, block)).density
+        return 1.0 if self.name in ("standard", "sdpa") else None
 
 
 def _mask(text: str) -> Mask:

@@ -7,13 +7,17 @@ import hashlib
 import json
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sparse_flash.experiments.config import CompareConfig
-from sparse_flash.experiments.logger import Logger
+import torch
+from sparse_flash.experiments.attention import Kind
+from sparse_flash.experiments.config import CompareConfig, RunConfig
+from sparse_flash.experiments.lock import exclusive
+from sparse_flash.experiments.logger import Logger, make_writable
 from sparse_flash.experiments.machine import as_list
+from sparse_flash.experiments.model import Encoder
 from sparse_flash.experiments.train import train
 from sparse_flash.masks.files import atomic_write
 
@@ -31,7 +35,35 @@ def compare(config: CompareConfig, folder: Path, device: str = "auto") -> dict[s
 
     Returns:
         What comparison.json holds: machine, settings, one row a variant, all runs.
+
+    Raises:
+        ValueError: A variant's model cannot be built; nothing has been trained then.
+        FolderInUseError: Another process writes to the folder.
+        LogError: The folder cannot be written.
     """
+    with exclusive(folder):
+        check_models(config.run(attention, config.seeds[0]) for attention in config.attentions)
+        make_writable(folder / "report")
+        return _compare(config, folder, device)
+
+
+def check_models(runs: Iterable[RunConfig]) -> None:
+    """Build the model of each run once, so that what is impossible is refused before training.
+
+    Layouts that this makes are kept for the runs themselves.
+
+    Raises:
+        ValueError: Attention, sizes and task do not fit each other.
+    """
+    with torch.random.fork_rng(devices=[]):
+        for run in runs:
+            try:
+                Encoder.for_task(run.model, run.task, run.attention, run.block)
+            except ValueError as error:
+                raise ValueError(f"attention {run.attention!r}: {error}") from error
+
+
+def _compare(config: CompareConfig, folder: Path, device: str) -> dict[str, Any]:
     load = functools.cache(config.task.load)
     runs = []
     for seed in config.seeds:  # seed by seed: something to compare as early as possible
@@ -45,6 +77,7 @@ def compare(config: CompareConfig, folder: Path, device: str = "auto") -> dict[s
     report = {
         "machine": runs[0]["machine"],
         "settings": config.to_dict(),
+        "length": config.length,
         "rows": rows,
         "runs": runs,
     }
@@ -68,7 +101,8 @@ def markdown(report: dict[str, Any]) -> str:
         f"{table(report)}\n\n"
         f"Always giving the most frequent answer: {chance:.1%}. Seeds: {seeds}; "
         f"{train_settings['steps']} steps of {train_settings['batch_size']} sequences. "
-        f"Model: {model}. Attention share: part of a training step that attention takes, forward "
+        f"Model: {model}. Density: kept part of the attention matrix; - where there is no such "
+        "matrix. Attention share: part of a training step that attention takes, forward "
         "and backward; empty where a step is one CUDA graph. Memory: of forward and backward, "
         "above the model. Tokens: padding included. Speed-up: of a training step, against the "
         "first row.\n\n"
@@ -83,7 +117,7 @@ def table(report: dict[str, Any]) -> str:
     lines = [
         [
             row["attention"],
-            f"{row['density']:.1%}",
+            f"{row['density']:.1%}" if row["density"] is not None else "-",
             f"{row['test_accuracy']:.1%}"
             + (f" ± {row['spread']:.1%}" if len(report["settings"]["seeds"]) > 1 else ""),
             f"{row['test_loss']:.3f}",
@@ -96,6 +130,24 @@ def table(report: dict[str, Any]) -> str:
         for row in report["rows"]
     ]
     return as_table([head, *lines])
+
+
+def picture(report: dict[str, Any], width: int = 32) -> str:
+    """The sparsest mask at the task's length, for a terminal; empty where nothing is masked.
+
+    Args:
+        report: What `compare` returned.
+        width: About this many cells, each way.
+    """
+    masked = [row for row in report["rows"] if row["density"] not in (None, 1)]
+    if not masked:
+        return ""
+    attention = min(masked, key=lambda row: row["density"])["attention"]
+    mask, block = Kind.of(attention).mask, report["settings"]["block"]
+    assert mask is not None
+    length = report["length"]
+    shown = mask.layout(length, block=(block, block)).text(width)
+    return f"{attention} at {length} tokens:\n{shown}"
 
 
 def as_table(lines: Sequence[Sequence[str]]) -> str:
@@ -114,12 +166,18 @@ def as_table(lines: Sequence[Sequence[str]]) -> str:
 
 
 def _row(attention: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Means over the seeds, and the standard deviation of the accuracy."""
+    """Means over the seeds, and the standard deviation of the accuracy.
+
+    A metric that some run lacks is left out; it may be of an older version, or of a machine without
+    a GPU.
+    """
     metrics = [run["metrics"] for run in runs if run["config"]["attention"] == attention]
     accuracies = [m["test_accuracy"] for m in metrics]
+    names = [name for name in metrics[0] if all(name in m for m in metrics)]
     return {
         "attention": attention,
-        **{name: statistics.fmean(m[name] for m in metrics) for name in metrics[0]},
+        "density": None,
+        **{name: statistics.fmean(m[name] for m in metrics) for name in names},
         "spread": statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0,
     }
 

@@ -111,6 +111,11 @@ class Common:
     train: TrainConfig = field(default_factory=TrainConfig)
     """The training."""
 
+    @property
+    def length(self) -> int:
+        """Tokens that attention sees: those of the task, and the CLS token where there is one."""
+        return self.task.length + (self.model.pooling == "cls")
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as it is saved with checkpoints and results."""
         settings = dataclasses.asdict(self)
@@ -142,7 +147,7 @@ class RunConfig(Common):
 
     def __post_init__(self) -> None:
         """Refuse a mask that cannot be read, or is made for other lengths, before any work."""
-        _check_attention(self.attention, self.task.length + (self.model.pooling == "cls"))
+        _check_attention(self.attention, self.length)
 
     def completed(self, saved: dict[str, Any]) -> dict[str, Any]:
         """Settings that an older version saved, with the defaults of those that it did not know."""

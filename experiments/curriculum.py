@@ -13,6 +13,7 @@ from typing import Any, Literal
 from sparse_flash.experiments import recipes
 from sparse_flash.experiments.config import RunConfig
 from sparse_flash.experiments.data.pathfinder import Pathfinder
+from sparse_flash.experiments.lock import exclusive
 from sparse_flash.experiments.train import train
 
 Size = Literal[32, 64, 128, 256]
@@ -79,7 +80,17 @@ def follow(
     """Train stage after stage, a folder each; the same call resumes. Returns their results.
 
     changes: To the settings of every stage's run.
+
+    Raises:
+        FolderInUseError: Another process writes to the folder.
     """
+    with exclusive(out):
+        return _follow(curriculum, out, device, changes)
+
+
+def _follow(
+    curriculum: Curriculum, out: Path, device: str, changes: dict[str, Any]
+) -> list[dict[str, Any]]:
     results: list[dict[str, Any]] = []
     init = ""
     for stage, (size, contour) in enumerate(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,26 @@ class LogError(OSError):
 
 
 Record = tuple[str, float, int, float]  # tag, value, step, wall time in seconds since 1970
+
+
+def make_writable(folder: Path) -> None:
+    """Make a folder where it is missing, and try whether files can be written there.
+
+    Raises:
+        LogError: They cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"x")
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+
+
+def _unwritable(folder: Path, error: OSError) -> LogError:
+    return LogError(
+        f"cannot write to the log folder {folder} ({error.strerror}): choose another with --out"
+    )
 
 
 class _Nowhere:
@@ -51,18 +72,12 @@ class Logger:
 
     def _writer(self, folder: Path) -> SummaryWriter:
         """A writer into the folder, without the events of an earlier process."""
+        make_writable(folder)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            probe = folder / ".writable"
-            probe.write_bytes(b"x")
-            probe.unlink()
             for old in folder.glob("events.out.tfevents.*"):
                 old.unlink()
         except OSError as error:
-            raise LogError(
-                f"cannot write to the log folder {folder} ({error.strerror}): "
-                "choose another with --out"
-            ) from error
+            raise _unwritable(folder, error) from error
         return SummaryWriter(str(folder))
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:

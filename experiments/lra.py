@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from sparse_flash.experiments import recipes
 from sparse_flash.experiments.attention import Kind
-from sparse_flash.experiments.compare import as_table, slug
+from sparse_flash.experiments.compare import as_table, check_models, slug
 from sparse_flash.experiments.config import RunConfig
-from sparse_flash.experiments.logger import Logger
+from sparse_flash.experiments.lock import exclusive
+from sparse_flash.experiments.logger import Logger, make_writable
 from sparse_flash.experiments.machine import as_list
 from sparse_flash.experiments.train import finished, train
 from sparse_flash.masks.files import atomic_write
@@ -120,8 +121,40 @@ def lra(
         What lra.json holds: settings, machine, rows of the table, runs.
 
     Raises:
-        ValueError: Nothing is finished that could be reported.
+        ValueError: A model cannot be built, or data is missing; nothing has been trained then. Or
+            nothing is finished that could be reported.
+        FolderInUseError: Another process writes to the folder.
     """
+    if only_report:  # beside a process that trains, too: reports are replaced as a whole
+        return _lra(config, out, device, by_task, only_report)
+    with exclusive(out):
+        _check(config, out, by_task)
+        make_writable(out / "report")
+        return _lra(config, out, device, by_task, only_report)
+
+
+def _check(config: LraConfig, out: Path, by_task: Mapping[str, Callable[[], RunConfig]]) -> None:
+    """Build every model that is to be trained, and read the data that comes from elsewhere."""
+    for task in config.tasks:
+        base = by_task[task]()
+        runs = [config.run(base, task, attention, seed) for seed, attention in config.grid()]
+        ahead = [r for r in runs if finished(r, _folder(out, task, r.attention, r.seed)) is None]
+        check_models(ahead)
+        if ahead and hasattr(ahead[0].task, "source"):
+            ahead[0].task.load()
+
+
+def _folder(out: Path, task: str, attention: str, seed: int) -> Path:
+    return out / task / f"{slug(attention)}-seed{seed}"
+
+
+def _lra(
+    config: LraConfig,
+    out: Path,
+    device: str,
+    by_task: Mapping[str, Callable[[], RunConfig]],
+    only_report: bool,
+) -> dict[str, Any]:
     runs: list[dict[str, Any]] = []
     report: dict[str, Any] = {}
     for task in config.tasks:
@@ -129,7 +162,7 @@ def lra(
         load = functools.cache(config.run(base, task, config.attentions[0], 0).task.load)
         for seed, attention in config.grid():
             run = config.run(base, task, attention, seed)
-            folder = out / task / f"{slug(attention)}-seed{seed}"
+            folder = _folder(out, task, attention, seed)
             result = (
                 finished(run, folder)
                 if only_report
@@ -159,15 +192,16 @@ def _report(config: LraConfig, runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _row(attention: str, runs: list[dict[str, Any]], config: LraConfig) -> dict[str, Any]:
     """Of each task, means over the seeds: accuracy, step time, memory; and over the tasks."""
-    tasks: dict[str, dict[str, float]] = {}
+    tasks: dict[str, dict[str, Any]] = {}
     for task in map(str, config.tasks):
         mine = [r for r in runs if (r["task"], r["attention"]) == (task, attention)]
         if not mine:
             continue
         metrics = [r["metrics"] for r in mine]
         accuracies = [m["test_accuracy"] for m in metrics]
-        names = ("step_ms", "peak_memory_MiB", "density", "chance")
-        tasks[task] = {name: statistics.fmean(m[name] for m in metrics) for name in names}
+        names = ("step_ms", "peak_memory_MiB", "chance")
+        tasks[task] = {"density": metrics[0].get("density")}  # the same for each seed
+        tasks[task] |= {name: statistics.fmean(m[name] for m in metrics) for name in names}
         if attention not in config.timed:
             tasks[task] |= {
                 "accuracy": statistics.fmean(accuracies),
@@ -241,9 +275,14 @@ def _by_task(report: dict[str, Any], name: str, form: str) -> str:
     tasks = report["settings"]["tasks"]
     lines = [["attention", *tasks]]
     for row in report["rows"]:
-        found = (row["tasks"].get(task, {}).get(name) for task in tasks)
-        lines.append([row["attention"], *("" if x is None else format(x, form) for x in found)])
+        found = [row["tasks"].get(task, {}) for task in tasks]
+        cells = ["" if name not in x else _cell(x[name], form) for x in found]
+        lines.append([row["attention"], *cells])
     return as_table(lines)
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
 
 
 def plot(report: dict[str, Any]) -> Figure:

@@ -27,6 +27,9 @@ class EncoderAttention(SelfAttention):
         attention: See `attention.Kind`.
         block: Granularity of the layout.
         waves: Of rotary positions (2, length, head_dim / 2), or None.
+
+    Raises:
+        ValueError: The attention is unknown, or has patterns for another number of heads.
     """
 
     waves: Tensor | None
@@ -37,6 +40,12 @@ class EncoderAttention(SelfAttention):
         kind = Kind.of(attention)
         mask = masks.full() if kind.mask is None else kind.mask
         layout = mask.layout(length, block=(block, block))
+        entries, heads = layout.pattern_map.shape
+        if entries > 1 or heads not in (1, config.heads):
+            raise ValueError(
+                f"the mask has patterns for {entries} batch entries and {heads} heads; the model "
+                f"takes one for all batch entries, and for each of its {config.heads} heads or all"
+            )
         super().__init__(config.dim, config.heads, mask=layout)
         head_dim = config.dim // config.heads
         ours = kind.name == "ours"

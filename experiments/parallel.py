@@ -19,6 +19,15 @@ from torch import Tensor
 _CPU = torch.device("cpu")
 
 
+def is_first_worker() -> bool:
+    """Whether this process is the one that writes; known before the workers are connected.
+
+    >>> is_first_worker()
+    True
+    """
+    return int(os.environ.get("WORLD_SIZE", "1")) == 1 or os.environ["RANK"] == "0"
+
+
 @dataclass(frozen=True)
 class Workers:
     """The processes that train one model together; `rank` is this one's number."""

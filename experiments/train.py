@@ -11,6 +11,7 @@ import statistics
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,8 @@ from sparse_flash.experiments.attention import Kind
 from sparse_flash.experiments.clock import AttentionClock
 from sparse_flash.experiments.config import RunConfig, TrainConfig
 from sparse_flash.experiments.data.dataset import Batch, Examples, Sampler, Splits, Stages
+from sparse_flash.experiments.flops import density, step_flops
+from sparse_flash.experiments.lock import exclusive
 from sparse_flash.experiments.logger import Logger, Record
 from sparse_flash.experiments.machine import describe, matrix_peak, tensor_peak
 from sparse_flash.experiments.model import Encoder
@@ -33,6 +36,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 RESULT = "result.json"
+BY_TIME = "by_training_millisecond"  # tags whose steps are milliseconds of training
 LEARNED = ("train/loss", "train/accuracy")  # what is logged of the batches themselves
 
 
@@ -94,6 +98,7 @@ def train(
         TrainingError: The loss is no number.
         CheckpointError: The folder holds something that cannot be resumed.
         LogError: The folder cannot be written.
+        FolderInUseError: Another process writes to the folder.
         Interrupted: After SIGTERM or SIGINT.
     """
     done = finished(config, folder)
@@ -102,7 +107,9 @@ def train(
         if metrics["steps"] >= config.train.steps or metrics["training_seconds"] >= budget:
             return done
     load = data if callable(data) else (lambda: data or config.task.load())
-    return _Run(config, folder, pick_device(device), load, budget).run()
+    where = pick_device(device)
+    with exclusive(folder):
+        return _Run(config, folder, where, load, budget).run()
 
 
 def finished(config: RunConfig, folder: Path) -> dict[str, Any] | None:
@@ -297,13 +304,18 @@ class _Run:
         progress.curve.append([progress.step, progress.seconds, loss, accuracy])
         values = {"eval/loss": loss, "eval/accuracy": accuracy}
         self.log.scalars(values, progress.step)
-        by_time = {f"by_training_second/{name}": v for name, v in values.items()}
-        self.log.scalars(by_time, round(progress.seconds))
+        by_time = {f"{BY_TIME}/{name}": v for name, v in values.items()}
+        self.log.scalars(by_time, self._milliseconds())
         self.log.flush()
         bar.write(
             f"{self.folder.name}: step {progress.step}, {progress.seconds:.0f} s, "
             f"eval loss {loss:.3f}, accuracy {accuracy:.1%}"
         )
+
+    def _milliseconds(self) -> int:
+        """Training time so far, later than that of any point before: TensorBoard keeps one each."""
+        logged = (step for tag, _, step, _ in self.log.history if tag.startswith(BY_TIME))
+        return max(round(1000 * self.progress.seconds), 1 + max(logged, default=-1))
 
     @torch.no_grad()
     def _measure(self, split: Examples) -> tuple[float, float]:
@@ -334,15 +346,16 @@ class _Run:
             "step_ms": 1000 * progress.step_seconds(),
             "tokens_per_second": progress.tokens / progress.seconds,
             "peak_memory_MiB": progress.peak_mebibytes,
-            "density": density(config),
             "step_gflops": 1e-9 * step_flops(config),
             "examples_per_second": config.train.batch_size / progress.step_seconds(),
             "workers": self.workers.size,
         }
         if not math.isnan(progress.attention_share):
             metrics["attention_share"] = progress.attention_share
-        if self.device.type == "cuda":
-            metrics["of_matrix_peak"] = self._of_matrix_peak()
+        kept = density(config)
+        if kept is not None:
+            metrics["density"] = kept
+        metrics |= self._of_matrix_peak()
         shown = {f"final/{name}": v for name, v in metrics.items()}
         self.log.hyperparameters(config.flat(), shown)
         self.log.flush()
@@ -358,10 +371,20 @@ class _Run:
                 file.write(json.dumps(result, indent=2).encode())
         return self.workers.gather(result)[0]
 
-    def _of_matrix_peak(self) -> float:
-        """How near a step is to what its operations would take at the speed of a matrix product."""
+    def _of_matrix_peak(self) -> dict[str, float]:
+        """How near a step is to what its operations would take at the speed of a matrix product.
+
+        Left out where that speed cannot be measured: a run that is trained is not lost for it.
+        """
+        if self.device.type != "cuda":
+            return {}
+        try:
+            peak = matrix_peak(self.device)
+        except (ImportError, torch.OutOfMemoryError) as error:
+            warnings.warn(f"the matrix peak was not measured: {error}", stacklevel=2)
+            return {}
         speed = step_flops(self.config) / self.progress.step_seconds() / self.workers.size
-        return 1e-12 * speed / matrix_peak(self.device)
+        return {"of_matrix_peak": 1e-12 * speed / peak}
 
     def _describe(self) -> None:
         """What TensorBoard should show of the run before its first step."""
@@ -374,8 +397,8 @@ class _Run:
             self.log.scalars({"speed/peak_memory_MiB": self.progress.peak_mebibytes}, 0)
         mask = Kind.of(config.attention).mask
         if mask is not None:
-            layout = mask.layout(config.task.length, block=(config.block, config.block))
-            title = f"{config.attention}\n{config.task.length} tokens, density {layout.density:.2%}"
+            layout = mask.layout(config.length, block=(config.block, config.block))
+            title = f"{config.attention}\n{config.length} tokens, density {layout.density:.2%}"
             self.log.figure("mask", layout.plot(title=title))
 
     def _step_memory(self) -> float:
@@ -443,24 +466,6 @@ def training_curve(history: Sequence[Record], steps: Sequence[float]) -> list[li
         if all(logged):
             rows.append([end, *(round(statistics.fmean(values), 6) for values in logged)])
     return rows
-
-
-def density(config: RunConfig) -> float:
-    """The kept fraction of the attention matrix; 1 for dense attention."""
-    mask = Kind.of(config.attention).mask
-    return 1.0 if mask is None else mask.density(config.task.length)
-
-
-def step_flops(config: RunConfig) -> float:
-    """Floating-point operations of a training step: three times those of the forward pass.
-
-    Of a token 2 for each weight of the layers, and 4 dim for each key that it attends to.
-    """
-    model, tokens = config.model, config.train.batch_size * config.task.length
-    tokens *= 2 if config.task.pairs else 1
-    weights = model.layers * (4 * model.dim**2 + 2 * model.dim * model.ffn)
-    keys = density(config) * config.task.length
-    return 3.0 * tokens * (2 * weights + 4 * model.dim * keys * model.layers)
 
 
 def _check_settings(path: Path, saved: dict[str, Any], config: RunConfig) -> None:

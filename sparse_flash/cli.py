@@ -12,7 +12,7 @@ import tyro
 from sparse_flash.experiments import lra, recipes
 from sparse_flash.experiments.bench import run as benchmark
 from sparse_flash.experiments.bench import steps
-from sparse_flash.experiments.compare import compare, table
+from sparse_flash.experiments.compare import compare, picture, table
 from sparse_flash.experiments.config import CompareConfig, RunConfig
 from sparse_flash.experiments.curriculum import Curriculum, follow
 from sparse_flash.experiments.lra import LraConfig
@@ -102,11 +102,8 @@ def _comparer(name: str, recipe: Callable[[], CompareConfig]) -> Callable[..., N
         report = compare(config, out, device)
         print(f"\n{table(report)}\n")
         print(f"always the most frequent answer: {report['rows'][0]['chance']:.1%}")
-        sparsest = min(report["rows"], key=lambda row: row["density"])
-        if sparsest["density"] < 1:
-            mask, length = parse(sparsest["attention"]), config.task.length
-            picture = mask.layout(length, block=(config.block, config.block)).text(32)
-            print(f"\n{mask!r} at {length} tokens:\n{picture}")
+        if shown := picture(report):
+            print(f"\n{shown}")
         print(f"\nreport: {out / 'comparison.md'} and {out / 'comparison.json'}")
         _point_to_tensorboard(out)
 

@@ -41,7 +41,6 @@ def test_pathfinders_second_seed_was_recorded():
     assert f"with another seed {reached}" in page
 
 
-@pytest.mark.slow
 def test_what_listops_outermost_operator_tells():
     data = generate(ListOps())
     roots, labels = data.train.tokens[:, 0], data.train.labels

@@ -10,6 +10,7 @@ import torch
 from sparse_flash.experiments.bench.cases import SUITES
 from sparse_flash.experiments.bench.measure import Row, measure
 from sparse_flash.experiments.bench.peers import PEERS
+from sparse_flash.experiments.lock import exclusive
 from sparse_flash.experiments.logger import Logger
 from sparse_flash.experiments.machine import describe, matrix_peak
 from sparse_flash.masks.files import atomic_write
@@ -30,6 +31,7 @@ def bench(
 
     Raises:
         ValueError: No such suite or pass, or no Hopper GPU.
+        FolderInUseError: Another process writes to the folder.
     """
     if suite not in SUITES:
         raise ValueError(f"unknown suite {suite!r}; there are {', '.join(map(repr, SUITES))}")
@@ -38,6 +40,11 @@ def bench(
             raise ValueError(f"unknown pass {which!r}; there are {', '.join(map(repr, PASSES))}")
     if not torch.cuda.is_available():
         raise ValueError("the benchmark needs a CUDA GPU: torch sees none here")
+    with exclusive(out):
+        return _bench(suite, out, rounds, passes)
+
+
+def _bench(suite: str, out: Path, rounds: int, passes: tuple[str, ...]) -> dict[str, Any]:
     versions = {peer.name: peer.version for peer in PEERS}
     for name, version in versions.items():
         if version is None:

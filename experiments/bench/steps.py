@@ -13,6 +13,7 @@ import torch
 from sparse_flash.experiments.attention import Kind
 from sparse_flash.experiments.config import ModelConfig, TrainConfig
 from sparse_flash.experiments.data.dataset import Batch
+from sparse_flash.experiments.lock import exclusive
 from sparse_flash.experiments.machine import as_list, describe, tensor_peak
 from sparse_flash.experiments.model import Encoder
 from sparse_flash.experiments.step import WARM_UP, TrainingStep
@@ -80,6 +81,7 @@ def bench_steps(
 
     Raises:
         ValueError: No such case or mode, or no GPU.
+        FolderInUseError: Another process writes to the folder.
     """
     for given, known in ((cases, STEPS), (modes, MODES)):
         unknown = [name for name in given if name not in known]
@@ -87,6 +89,13 @@ def bench_steps(
             raise ValueError(f"unknown {unknown}; there are {', '.join(known)}")
     if not torch.cuda.is_available():
         raise ValueError("training steps are timed on a CUDA GPU: torch sees none here")
+    with exclusive(out):
+        return _bench_steps(cases, modes, out, seconds)
+
+
+def _bench_steps(
+    cases: tuple[str, ...], modes: tuple[str, ...], out: Path, seconds: float
+) -> dict[str, Any]:
     report: dict[str, Any] = {"machine": describe("cuda"), "rows": []}
     work = [(STEPS[c], m, a) for c in cases for m in modes for a in STEPS[c].attentions]
     for case, mode, attention in tqdm(work, desc="training steps", unit="variant"):
@@ -126,13 +135,12 @@ def measure_step(
         times += [(time.perf_counter() - start) / number] * number
     assert torch.isfinite(outcome.loss), f"{case.name}, {attention}: the loss is {outcome.loss}"
     median = statistics.median(times)
-    mask = Kind.of(attention).mask
     return {
         "step_ms": 1000 * median,
         "examples_per_second": case.batch / median,
         "tokens_per_second": case.batch * case.length / median,
         "peak_mib": peak,
-        "density": 1.0 if mask is None else mask.layout(case.length, device=device).density,
+        "density": Kind.of(attention).density(case.length),
     }
 
 
@@ -159,15 +167,17 @@ def markdown(report: dict[str, Any]) -> str:
             continue
         base = slowest.get((row["case"], row["mode"]))
         speedup = "" if base is None else f"{base / row['step_ms']:.2f}x"
+        density = "-" if row["density"] is None else f"{row['density']:.1%}"
         peak = "" if row["peak_mib"] is None else f"{row['peak_mib']:,.0f}"
         lines.append(
-            f"{name} {row['density']:.1%} | {row['step_ms']:.2f} | "
+            f"{name} {density} | {row['step_ms']:.2f} | "
             f"{row['examples_per_second']:,.0f} | {row['tokens_per_second']:,.0f} | "
             f"{peak} | {speedup} |"
         )
     note = (
         "bfloat16 autocast, AdamW; batches of random tokens without padding. Memory: of a step, "
-        "above model and optimiser. Speed-up: against standard attention, or SDPA where its matrix "
+        "above model and optimiser. Density: kept part of the attention matrix; - where there is "
+        "none. Speed-up: against standard attention, or SDPA where its matrix "
         "does not fit, in the same mode."
     )
     return "\n".join([*lines, "", note, "", "## Machine", "", as_list(report["machine"]), ""])

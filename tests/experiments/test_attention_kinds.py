@@ -74,7 +74,6 @@ def test_linformer_mixes_keys_and_values(qkv):
     torch.testing.assert_close(module(q, k, v, None), expected)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("spec", ["local(200)", "block_local(128, 1) | global_tokens(128)"])
 @pytest.mark.parametrize("lens", [None, torch.tensor([500, 130])])
 def test_flex_equals_ours(spec, lens):

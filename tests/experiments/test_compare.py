@@ -16,6 +16,9 @@ import pytest
 from sparse_flash.experiments import compare as module
 from sparse_flash.experiments.compare import compare, markdown
 from sparse_flash.experiments.config import compared
+from sparse_flash.experiments.flops import density
+from sparse_flash.experiments.logger import LogError
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sparse_flash import cli
 
@@ -66,6 +69,75 @@ def test_a_share_that_is_not_known_is_left_empty(comparison):
     text = module.table(report | {"rows": rows})
     assert text.count("%") == module.table(report).count("%") - 1
     assert text.count("|") == module.table(report).count("|")
+
+
+WITHOUT_MATRIX = ("linear", "performer(8)", "linformer(8)")
+
+
+def test_what_has_no_attention_matrix_has_no_density(comparison, tmp_path, monkeypatch):
+    config, _, _ = comparison
+    config = replace(config, attentions=("sdpa", *WITHOUT_MATRIX), seeds=(0,))
+    report = compare(config, tmp_path, "cpu")
+    assert [row["density"] for row in report["rows"]] == [1, None, None, None]
+    table = module.table(report).splitlines()
+    cells = [line.split(" | ")[1].strip() for line in table]
+    assert cells == ["density", "-" * len("density"), "100.0%", "-", "-", "-"]
+    assert module.picture(report) == ""
+    for run in report["runs"][1:]:
+        assert "density" not in run["metrics"]
+        events = EventAccumulator(str(tmp_path / run["name"])).Reload()
+        assert "final/step_gflops" in events.Tags()["scalars"]
+        assert "final/density" not in events.Tags()["scalars"]
+        assert events.Tags()["images"] == []
+
+
+@pytest.mark.parametrize(
+    ("sparsest", "others"),
+    [("flex: local(3)", ("sdpa", "dense", "local(9)")), ("local(3)", ("flex: local(9)", "linear")),
+     ("per_head([local(3), local(3)])", ("performer(4)",)), ("axial(4, 12)", ("standard",)),
+     ("", ("sdpa", "dense", "flex: dense")), ("", WITHOUT_MATRIX)],
+)  # fmt: skip
+def test_nothing_fails_once_all_is_trained(comparison, tmp_path, monkeypatch, sparsest, others):
+    """Whatever is compared: with results as training would return them."""
+    config, _, report = comparison
+    attentions = (*others, sparsest) if sparsest else others
+    config = replace(config, attentions=attentions, model=replace(config.model, pooling="cls"))
+
+    def trained(run, *_):
+        metrics = {k: v for k, v in report["runs"][0]["metrics"].items() if k != "density"}
+        kept = density(run)
+        metrics |= {} if kept is None else {"density": kept}
+        metrics |= {"of_matrix_peak": 0.5} if run.seed else {}  # one of them was run on a GPU
+        return {**report["runs"][0], "config": run.to_dict(), "metrics": metrics}
+
+    monkeypatch.setattr(module, "train", trained)
+    made = compare(config, tmp_path, "cpu")
+    assert "of_matrix_peak" not in made["rows"][0]
+    shown = module.picture(made, 8)
+    assert shown.startswith(f"{sparsest} at 48 tokens:\n┌" if sparsest else "")
+    assert bool(shown) == bool(sparsest)
+
+
+def test_what_is_impossible_is_refused_before_anything_is_trained(
+    comparison, tmp_path, monkeypatch
+):
+    config, _, _ = comparison
+    monkeypatch.setattr(module, "train", lambda *_: pytest.fail("trained"))
+    for attention, words in [
+        ("flex: per_head([local(3), full()])", "'flex: per_head.*masks that all heads share"),
+        ("per_head([local(3), full(), full()])", "1 batch entries and 3 heads; .* its 2 heads"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            compare(replace(config, attentions=("sdpa", attention)), tmp_path, "cpu")
+    for attention in ("performer(0)", "linformer(0)"):
+        with pytest.raises(ValueError, match="must have a size of at least 1"):
+            replace(config, attentions=("sdpa", attention))
+    with pytest.raises(ValueError, match="block sizes must be positive"):
+        compare(replace(config, block=0), tmp_path, "cpu")
+    assert list(tmp_path.iterdir()) == [], "nothing was written"
+    (tmp_path / "report").write_text("in the way of the last thing that is written")
+    with pytest.raises(LogError, match="cannot write to the log folder"):
+        compare(config, tmp_path, "cpu")
 
 
 def test_finished_runs_are_not_trained_again(comparison, monkeypatch):
@@ -155,7 +227,7 @@ def test_tensorboard_shows_the_comparison_in_a_browser(comparison, tmp_path):
 
 
 PAGES = {
-    "?tagFilter=accuracy#timeseries": ["eval/accuracy", "by_training_second/eval/accuracy"],
+    "?tagFilter=accuracy#timeseries": ["eval/accuracy", "by_training_millisecond/eval/accuracy"],
     "?tagFilter=attention_share#timeseries": ["speed/attention_share", "final/attention_share"],
     "?tagFilter=memory#timeseries": ["speed/peak_memory_MiB", "final/peak_memory_MiB"],
     "#images": ["mask"],
@@ -255,6 +327,7 @@ def test_command_line_train_and_compare(capsys, tmp_path):
         == 0
     )
     output = capsys.readouterr().out
+    assert "local(5) at 39 tokens:\n┌" in output
     assert "| attention " in output
     assert "tensorboard --logdir" in output
     assert cli.main(["compare", "listops-short", "--out", out, "--attentions", "sdpa", "sdpa"]) == 1

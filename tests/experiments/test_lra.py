@@ -10,13 +10,14 @@ import pytest
 from sparse_flash.experiments import lra
 from sparse_flash.experiments.attention import Kind
 from sparse_flash.experiments.config import ModelConfig, RunConfig, TrainConfig
+from sparse_flash.experiments.data.files import DataError
 from sparse_flash.experiments.data.images import Image
 from sparse_flash.experiments.data.listops import ListOps
 from sparse_flash.experiments.data.pathfinder import Pathfinder
 from sparse_flash.experiments.data.text import Retrieval, Text
 from sparse_flash.experiments.lra import LraConfig
-from sparse_flash.experiments.recipes import RUNS, SMALL
-from sparse_flash.experiments.train import step_flops, train
+from sparse_flash.experiments.recipes import RUNS
+from sparse_flash.experiments.train import train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.experiments.conftest import TINY
@@ -163,26 +164,43 @@ def test_slow_attention_is_only_timed(tmp_path, config, recipes, monkeypatch):
     assert "against standard" in text
 
 
-def test_operations_of_a_step():
-    run = SMALL["image"]()
-    dense = step_flops(replace(run, attention="dense"))
-    tokens, layers, dim, ffn, length = 256 * 1024, 2, 64, 128, 1024
-    weights = 4 * dim**2 + 2 * dim * ffn
-    assert dense == 3 * tokens * layers * (2 * weights + 4 * dim * length)
-    assert step_flops(replace(run, attention="block_local(512, 0)")) == pytest.approx(
-        3 * tokens * layers * (2 * weights + 4 * dim * length / 2)
-    )
-    pairs = SMALL["retrieval"]()
-    assert step_flops(replace(pairs, attention="dense")) == (
-        3 * 2 * 32 * 4000 * layers * (2 * weights + 4 * dim * 4000)
-    )
-
-
 def test_several_seeds_have_a_spread(tmp_path, config, recipes):
     config = replace(config, tasks=("listops",), attentions=("dense",), seeds=(0, 1))
     report = lra.lra(config, tmp_path, "cpu", recipes)
-    assert " ± " in lra.table(report)
-    assert report["rows"][0]["tasks"]["listops"]["spread"] >= 0
+    a, b = (run["metrics"]["test_accuracy"] for run in report["runs"])
+    assert a != b
+    values = report["rows"][0]["tasks"]["listops"]
+    assert values["accuracy"] == pytest.approx((a + b) / 2)
+    assert values["spread"] == pytest.approx(abs(a - b) / 2**0.5)  # n - 1 = 1
+    assert f"| {50 * (a + b):.1f} ± {100 * abs(a - b) / 2**0.5:.1f} |" in lra.table(report)
+
+
+def test_what_has_no_attention_matrix_has_no_density(tmp_path, config, recipes):
+    config = replace(config, tasks=("listops",), attentions=("linear", "sdpa"))
+    report = lra.lra(config, tmp_path, "cpu", recipes)
+    assert [row["tasks"]["listops"]["density"] for row in report["rows"]] == [None, 1]
+    table = (tmp_path / "lra.md").read_text().partition("## Kept part")[2]
+    rows = [line.split() for line in table.splitlines() if line.startswith("| ")]
+    assert rows[2:] == [["|", "linear", "|", "-", "|"], ["|", "sdpa", "|", "100.0%", "|"]]
+
+
+def test_what_is_impossible_is_refused_before_anything_is_trained(
+    tmp_path, config, recipes, monkeypatch
+):
+    monkeypatch.setattr(lra, "train", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr(ListOps, "load", lambda _: pytest.fail("generated"))
+    missing = replace(config, image=str(tmp_path / "nowhere"))
+    with pytest.raises(DataError, match="nowhere"):
+        lra.lra(missing, tmp_path, "cpu", recipes)
+    fits_one = replace(config, attentions=("standard", "axial(32, 32)"))
+    with pytest.raises(ValueError, match=r"made for \(1024, 1024\), but sequences have 47"):
+        lra.lra(fits_one, tmp_path, "cpu", recipes)
+    for attention, words in [
+        ("flex: per_head([local(3), full()])", "masks that all heads share"),
+        ("per_head([local(3), full(), full()])", "each of its 2 heads"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            lra.lra(replace(config, attentions=("sdpa", attention)), tmp_path, "cpu", recipes)
 
 
 @pytest.mark.parametrize("name", list(RUNS))

@@ -15,15 +15,22 @@ TINY = steps.StepCase(
 )
 
 
-@pytest.mark.parametrize("attention", ["standard", "dense", "block_local(64, 1)"])
-def test_a_variant_is_measured(attention):
+# Blocks of 64 in 256 tokens, each with its neighbors: 10 of 16.
+@pytest.mark.parametrize(
+    ("attention", "density", "shown"),
+    [("standard", 1, "100.0%"), ("dense", 1, "100.0%"), ("block_local(64, 1)", 0.625, "62.5%"),
+     ("linear", None, "-"), ("performer(8)", None, "-"), ("linformer(8)", None, "-")],
+)  # fmt: skip
+def test_a_variant_is_measured(attention, density, shown):
     row = steps.measure_step(TINY, attention, TrainConfig(), torch.device("cpu"), 0.01)
     assert row["step_ms"] > 0
     assert row["tokens_per_second"] == pytest.approx(256 * row["examples_per_second"])
-    assert row["density"] == (1 if attention in ("standard", "dense") else row["density"])
+    assert row["density"] == density
     report = {"machine": {"gpu": "none"}, "rows": [{"case": "tiny", "mode": "eager"} | row]}
     report["rows"][0]["attention"] = attention
-    assert ("1.00x" in steps.markdown(report)) == (attention == "standard")
+    text = steps.markdown(report)
+    assert f"| tiny | eager | {attention} | {shown} | " in text
+    assert ("1.00x" in text) == (attention == "standard")
 
 
 def test_all_cases_name_masks_of_their_length():

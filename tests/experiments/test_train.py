@@ -11,13 +11,16 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from sparse_flash.experiments import checkpoint
+from sparse_flash.experiments import train as module
 from sparse_flash.experiments.checkpoint import CheckpointError
 from sparse_flash.experiments.data.dataset import Sampler
 from sparse_flash.experiments.logger import LogError
+from sparse_flash.experiments.model import Encoder
 from sparse_flash.experiments.train import (
     CHECKPOINT,
     Interrupted,
@@ -76,6 +79,20 @@ def scalars(folder, tag):
     return [(e.step, e.value) for e in events.Scalars(tag)]
 
 
+def tested(config, data, folder):
+    """Accuracy and loss on the test set by the checkpoint of the lowest validation loss."""
+    model = Encoder.for_task(config.model, config.task, config.attention, config.block)
+    model.load_state_dict(checkpoint.load(folder / CHECKPOINT)["best"])
+    test = data.test.to("cpu")
+    with torch.no_grad():
+        (batch,) = test.batches(len(test))
+        logits = model.eval()(batch.tokens, batch.lengths)
+    loss = torch.nn.functional.cross_entropy(logits, batch.labels).item()
+    right = (logits.argmax(1) == batch.labels).double().mean().item()
+    assert right != (logits.argmax(1) == 0).double().mean().item(), "it tells classes apart"
+    return pytest.approx(right), pytest.approx(loss, rel=1e-4)
+
+
 def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
@@ -89,7 +106,7 @@ def test_a_run_learns_and_logs(tiny_config, tiny_data, tmp_path):
     assert sum(losses[-5:]) / 5 < losses[0] - 0.2
     assert result == json.loads((tmp_path / "result.json").read_text())
     metrics = result["metrics"]
-    assert metrics["test_accuracy"] > 0
+    assert (metrics["test_accuracy"], metrics["test_loss"]) == tested(config, tiny_data, tmp_path)
     assert 0 < metrics["attention_share"] < 1
     assert metrics["peak_memory_MiB"] > 0
     assert 0 < metrics["density"] < 1
@@ -97,15 +114,39 @@ def test_a_run_learns_and_logs(tiny_config, tiny_data, tmp_path):
     events = EventAccumulator(str(tmp_path))
     events.Reload()
     tags = events.Tags()
-    for tag in ("eval/accuracy", "eval/loss", "by_training_second/eval/accuracy", "train/lr",
+    for tag in ("eval/accuracy", "eval/loss", "by_training_millisecond/eval/accuracy", "train/lr",
                 "speed/tokens_per_second", "speed/attention_share", "speed/peak_memory_MiB",
                 "final/test_accuracy"):  # fmt: skip
         assert tag in tags["scalars"], tag
     assert "mask" in tags["images"]
     assert "config/text_summary" in tags["tensors"]
     assert [step for step, _ in scalars(tmp_path, "eval/loss")] == list(range(8, 161, 8))
+    for tag, column in (("loss", 2), ("accuracy", 3)):
+        shown = scalars(tmp_path, f"by_training_millisecond/eval/{tag}")
+        expected = [(round(1000 * row[1]), pytest.approx(row[column])) for row in result["curve"]]
+        assert shown == expected
+        assert len({step for step, _ in shown}) == 20  # each evaluation is a point of its own
     again = train(config, tmp_path, "cpu", tiny_data)  # it is finished: nothing is trained again
     assert again == result
+
+
+def test_evaluations_of_one_millisecond_are_two_points():
+    history = [("eval/loss", 0.5, 99, 0.0), ("by_training_millisecond/eval/loss", 0.5, 12, 0.0)]
+    for seconds, expected in ((0.0119, 13), (0.0124, 13), (0.0136, 14), (70.0004, 70_000)):
+        run = SimpleNamespace(
+            log=SimpleNamespace(history=history), progress=SimpleNamespace(seconds=seconds)
+        )
+        assert _Run._milliseconds(run) == expected
+
+
+@pytest.mark.parametrize("error", [ImportError("no triton"), torch.OutOfMemoryError("full")])
+def test_a_peak_that_cannot_be_measured_is_left_out(error, monkeypatch):
+    def fail(device):
+        raise error
+
+    monkeypatch.setattr(module, "matrix_peak", fail)
+    with pytest.warns(UserWarning, match="the matrix peak was not measured: "):
+        assert _Run._of_matrix_peak(SimpleNamespace(device=torch.device("cuda"))) == {}
 
 
 def test_resuming_gives_the_same_numbers(tiny_config, tiny_data, tmp_path, monkeypatch):
@@ -146,7 +187,6 @@ def test_training_begins_with_what_comes_first(tiny_config, tiny_data, tmp_path,
     assert seen[1:] == sizes  # the first of all measures memory
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143)])
 def test_killed_runs_resume_to_the_same_numbers(number, code, tmp_path):
     config = slow_config()

@@ -21,20 +21,76 @@ cute = pytest.importorskip("cutlass.cute")
 cutlass = pytest.importorskip("cutlass")
 Int32 = cutlass.Int32
 
-COMPILE = """
-import sys
+# What takes long to import is imported once, by a process that forks for each config. A line of its
+# input is a kind of kernel, the index of a config, and the folder for artifacts and for what the
+# compiler says; it answers with the exit status.
+COMPILER = """
+import os, sys, traceback
+import cutlass.cute
 from sparse_flash.kernels.sm90.compile import compile_backward, compile_forward, compile_queries
 from sparse_flash.kernels.sm90.config import (
     all_backward_configs, all_forward_configs, all_queries_configs
 )
-kind, index = sys.argv[1], int(sys.argv[2])
-if kind == "forward":
-    compile_forward(all_forward_configs()[index])
-elif kind == "backward":
-    compile_backward(all_backward_configs()[index])
-else:
-    compile_queries(all_queries_configs()[index])
+
+COMPILE = {
+    "forward": (compile_forward, all_forward_configs),
+    "backward": (compile_backward, all_backward_configs),
+    "queries": (compile_queries, all_queries_configs),
+}
+
+def compile_in(folder, kind, index):
+    os.chdir(folder)  # CUTE_DSL_DUMP_DIR is this folder, whatever it is called
+    log = os.open("log", os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    compile_, configs = COMPILE[kind]
+    status = 1
+    try:
+        compile_(configs()[index])
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+for line in sys.stdin:
+    kind, index, folder = line.rstrip("\\n").split(" ", 2)
+    child = os.fork()
+    if not child:
+        compile_in(folder, kind, int(index))
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
+
+
+@pytest.fixture(scope="session")
+def compiler():
+    """Compiles a config, and returns the exit status."""
+    env = {
+        **os.environ,
+        "CUTE_DSL_ARCH": "sm_90a",  # or there is no SASS
+        "CUTE_DSL_KEEP": "cubin,sass",
+        "CUTE_DSL_DUMP_DIR": ".",
+        "CUTE_DSL_COMPILER_OPT": "remarks{ptx}",
+    }
+    server = subprocess.Popen(
+        [sys.executable, "-c", COMPILER],
+        env=env,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+    def compile_in(folder, kind, index):
+        server.stdin.write(f"{kind} {index} {folder}\n")
+        server.stdin.flush()
+        answer = server.stdout.readline()
+        assert answer, f"the compiler's process ended with {server.wait(60)}"
+        return int(answer)
+
+    yield compile_in
+    server.communicate()  # the end of its input is its end
 
 
 def name(config):
@@ -46,19 +102,11 @@ def name(config):
 CONFIGS, BACKWARD, QUERIES = all_forward_configs(), all_backward_configs(), all_queries_configs()
 
 
-def compile_well(kind, index, kernels, tmp_path, warpgroups=2):
+def compile_well(compiler, kind, index, kernels, tmp_path, warpgroups=2):
     """The SASS. No spills, no stack; products by WGMMA, and not one after the other."""
-    env = {
-        **os.environ,
-        "CUTE_DSL_ARCH": "sm_90a",  # or there is no SASS
-        "CUTE_DSL_KEEP": "cubin,sass",
-        "CUTE_DSL_DUMP_DIR": str(tmp_path),
-        "CUTE_DSL_COMPILER_OPT": "remarks{ptx}",
-    }
-    command = [sys.executable, "-c", COMPILE, kind, str(index)]
-    run = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    log = run.stdout + run.stderr
-    assert run.returncode == 0, log
+    status = compiler(tmp_path, kind, index)
+    log = (tmp_path / "log").read_text()
+    assert status == 0, log
     spills = re.findall(
         r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log
     )
@@ -76,10 +124,10 @@ def compile_well(kind, index, kernels, tmp_path, warpgroups=2):
 
 
 @pytest.mark.parametrize("index", range(len(CONFIGS)), ids=lambda i: name(CONFIGS[i]))
-def test_forward_compiles_well(index, tmp_path):
+def test_forward_compiles_well(compiler, index, tmp_path):
     config = CONFIGS[index]
     # Attention, and the combination.
-    sass = compile_well("forward", index, 2, tmp_path, config.warpgroups)
+    sass = compile_well(compiler, "forward", index, 2, tmp_path, config.warpgroups)
     hgmma = len(re.findall(r"\bHGMMA\.", sass))
     # Three steps (first, inner, boundary) with S, and three places (inner, boundary, last) with O.
     assert hgmma == 3 * (config.head_dim // 16 + config.tile_n // 16)
@@ -88,10 +136,10 @@ def test_forward_compiles_well(index, tmp_path):
 
 
 @pytest.mark.parametrize("index", range(len(BACKWARD)), ids=lambda i: name(BACKWARD[i]))
-def test_backward_compiles_well(index, tmp_path):
+def test_backward_compiles_well(compiler, index, tmp_path):
     config = BACKWARD[index]
     # Attention; statistics, and in fixed point bounds, before, conversion of dQ and sums after it.
-    sass = compile_well("backward", index, 3 + config.dq + config.fixed, tmp_path)
+    sass = compile_well(compiler, "backward", index, 3 + config.dq + config.fixed, tmp_path)
     scores, keys, queries = config.head_dim // 16, config.tile_m // 16, config.tile_n // 16
     # S before an item's first tile (across items: of the first item and of later ones), and in all
     # steps but those of a last tile; in each step dP, dV, dK.
@@ -104,9 +152,9 @@ def test_backward_compiles_well(index, tmp_path):
 
 
 @pytest.mark.parametrize("index", range(len(QUERIES)), ids=lambda i: name(QUERIES[i]))
-def test_queries_compile_well(index, tmp_path):
+def test_queries_compile_well(compiler, index, tmp_path):
     config = QUERIES[index]
-    sass = compile_well("queries", index, 2, tmp_path)  # attention, and sums
+    sass = compile_well(compiler, "queries", index, 2, tmp_path)  # attention, and sums
     # Two steps (first, inner) with S and dP, and two places (inner, last) with dQ.
     hgmma = len(re.findall(r"\bHGMMA\.", sass))
     assert hgmma == 4 * config.head_dim // 16 + 2 * config.tile_n // 16
