@@ -128,6 +128,24 @@ def normalisers(stats, scale_log2):
 
 
 @cute.jit
+def mark_unknown(factors, log_sums, known, row):
+    """NaN for what follows `normalisers` in rows from `known` on; `row` is the thread's first."""
+    for r in cutlass.range_constexpr(2):
+        if row + 8 * r >= known:
+            factors[r] = Float32.nan
+            log_sums[r] = Float32.nan
+
+
+@cute.jit
+def store_part(parts, acc_o, place, r: cutlass.Constexpr, thread):
+    """Row r (0 or 1) of a thread's O, in float32, to the row at `place` of the array of parts."""
+    for i in cutlass.range_constexpr(2 * r, cute.size(acc_o), 4):
+        column = i // 4 * 8 + thread % 4 * 2
+        for c in cutlass.range_constexpr(2):
+            parts[(*place, column + c)] = acc_o[i + c]
+
+
+@cute.jit
 def rescale(acc_o, factors):
     """Multiply each row of O by its factor."""
     for i in cutlass.range_constexpr(cute.size(acc_o)):
