@@ -145,6 +145,34 @@ def columns_before(tiles, first, count, columns):
     return low
 
 
+class ColumnOffsets:
+    """Offsets as the kernels of the backward pass use them, whose work the host has listed.
+
+    q_pad: (b,) int32, rows of the first tile of queries before query 0: see `BackwardAtSm90`.
+    kv_starts: (b,) int32.
+    s_kv: Keys that there are.
+    """
+
+    def __init__(self, arrays, s_kv):
+        self.q_pad, self.kv_starts = arrays
+        self.s_kv = s_kv
+
+    @cute.jit
+    def queries(self, batch):
+        """The query that lies in the first row of the first tile: 0 or less."""
+        return -self.q_pad[batch]
+
+    @cute.jit
+    def keys(self, batch):
+        """The key that is the first of block 0."""
+        return self.kv_starts[batch]
+
+    @cute.jit
+    def limit(self, kv_len, batch):
+        """Positions of keys that may be read."""
+        return cutlass.min(kv_len, self.s_kv) - self.kv_starts[batch]
+
+
 def positions_of(config, positions):
     """The `Positions` of a kernel's arguments: arrays, numbers and sizes; `None` for `None`."""
     if positions is None:

@@ -107,18 +107,21 @@ def pair_of(first, second, dtype: cutlass.Constexpr):
 
 
 @cute.jit
-def store_pairs(tensor, place, pairs):
+def store_pairs(tensor, place, pairs, any_row: cutlass.Constexpr = False):
     """Of the row of a tensor from place = (batch, row, head, column) on, four threads with
     neighbouring lanes have a pair each of every 8 columns. Into memory, as far as the tensor
     reaches, 8 bytes a thread: of 16 columns the even lanes take the first 8.
 
     Without branches, so that threads need not wait for one store's operands before the next's.
+    any_row: Whether the row may be negative, too; then nothing is stored.
     """
     (batch, row, head, column), lane = place, cute.arch.lane_idx()
     odd = lane % 2 == 1
     column += lane % 2 * 8 + lane % 4 // 2 * 4
     start = (tensor.iterator + cute.crd2idx((batch, row, head, column), tensor.layout)).toint()
     inside = row < cute.size(tensor, mode=[1])
+    if cutlass.const_expr(any_row):
+        inside = inside and row >= 0
     left = cute.size(tensor, mode=[3]) - column if inside else Int32(0)
     for i in cutlass.range_constexpr(0, len(pairs), 2):
         mine, given = (pairs[i + 1], pairs[i]) if odd else (pairs[i], pairs[i + 1])
