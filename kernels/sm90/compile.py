@@ -12,6 +12,7 @@ from sparse_flash.kernels.schedule import WORK_FIELDS
 from sparse_flash.kernels.sm90.config import (
     BackwardConfig,
     Config,
+    DecodeConfig,
     ForwardConfig,
     QueriesConfig,
 )
@@ -37,6 +38,11 @@ def backward_kernel(config: BackwardConfig) -> Callable[..., None]:
 def queries_kernel(config: QueriesConfig) -> Callable[..., None]:
     """The compiled kernel for dQ by queries, likewise, with the arguments of `QueriesSm90`."""
     return _locked("queries", config, compile_queries)
+
+
+def decode_kernel(config: DecodeConfig) -> Callable[..., None]:
+    """The compiled kernel for one query, likewise, with the arguments of `DecodeSm90`."""
+    return _locked("decode", config, compile_decode)
 
 
 def _locked(kind: str, config: Config, compiled: Callable[[Any], Any]) -> Callable[..., None]:
@@ -80,6 +86,16 @@ class _Arguments:
         items = self.ints(self.size(), WORK_FIELDS)
         tiles = self.ints(self.size(), 2)
         return self.ints(self.b), items, tiles, self.ints(self.size(), groups, 128, 2)
+
+    def positions(self) -> tuple[Any, ...]:
+        """kv_lens, q_offset, kv_starts, rows and pattern map."""
+        rows = self.ints(self.size(), self.size())
+        return *(self.ints(self.b) for _ in range(3)), rows, self.ints(self.size(), self.size())
+
+    def all_rows(self, head_dim: int) -> tuple[Any, ...]:
+        """Parts of all rows: of O and of their logsumexp."""
+        out = self.floats(self.num_parts, self.b, self.q_len, self.h, head_dim)
+        return out, self.floats(self.num_parts, self.b, self.h, self.q_len)
 
     def parts(self, *shape: int) -> Any:
         """Room for parts of split rows or columns."""
@@ -177,6 +193,24 @@ def compile_queries(config: QueriesConfig) -> Any:
         *(Int32(1), Float32(1.0), Float32(1.0)),
     )
     return _compile(QueriesSm90(config, of.dtype), arguments)
+
+
+def compile_decode(config: DecodeConfig) -> Any:
+    """Compile, whether or not there is a GPU."""
+    from cutlass import Float32, Int32
+    from sparse_flash.kernels.sm90.decode import DecodeSm90
+
+    of = _Arguments(config)
+    arguments = (
+        *(of.queries(), of.keys(), of.keys(), of.queries()),  # q, k, v, out
+        of.floats(of.b, of.h, of.q_len),  # lse
+        *of.positions(),
+        of.ints(of.size(), 2),  # tiles
+        of.ints(of.size(), 2, 128, 2),  # bits
+        *of.all_rows(config.head_dim),
+        *(Int32(0), Int32(1), Int32(1), Int32(1), Float32(1.0)),
+    )
+    return _compile(DecodeSm90(config, of.dtype), arguments)
 
 
 def _compile(kernel: Any, arguments: tuple[Any, ...]) -> Any:

@@ -221,6 +221,43 @@ class QueriesConfig:
         return 2 * (rows * self.head_dim + self.tile_m * self.o_columns) + 1024
 
 
+@dataclass(frozen=True)
+class DecodeConfig:
+    """One compiled kernel for one query per sequence: a warpgroup whose rows are heads.
+
+    A step is tile_n keys, a part of a tile of the layout. Several CTAs share a multiprocessor, so
+    that one computes while another waits, and together they fill its shared memory with tiles that
+    are under way.
+    """
+
+    dtype: str
+    head_dim: int
+    kv_stages: int
+    ctas_per_sm: int
+    tile_n: int = 64
+    arch: str = "sm_90a"
+
+    def __post_init__(self) -> None:
+        assert self.tile[1] % self.tile_n == 0
+        # Each CTA also takes 1 KiB of the 228 that a multiprocessor has.
+        assert self.ctas_per_sm * (self.shared_memory + 1024) <= SHARED_MEMORY + 1024
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        """The tile of the layout."""
+        return 128, 128
+
+    @property
+    def steps(self) -> int:
+        """Steps of a tile of the layout."""
+        return self.tile[1] // self.tile_n
+
+    @property
+    def shared_memory(self) -> int:
+        """Bytes of shared memory: tiles, and less than 1 KiB of barriers and steps."""
+        return 2 * self.head_dim * (64 + 2 * self.kv_stages * self.tile_n) + 1024
+
+
 SHARED_MEMORY = 227 * 1024  # what a CTA may have on sm_90
 
 
@@ -241,7 +278,7 @@ def all_forward_configs() -> list[ForwardConfig]:
     return [c for dtype in DTYPES for size in _FORWARD for c in forward_configs(dtype, size)]
 
 
-Config = ForwardConfig | BackwardConfig | QueriesConfig
+Config = ForwardConfig | BackwardConfig | QueriesConfig | DecodeConfig
 DTYPES = ("bfloat16", "float16")
 _ANY = "bfloat16"  # stands for either
 _FORWARD = {
@@ -324,3 +361,24 @@ def queries_config(dtype: str, head_dim: int) -> QueriesConfig:
 def all_queries_configs() -> list[QueriesConfig]:
     """Everything that is shipped."""
     return [replace(config, dtype=dtype) for dtype in DTYPES for config in _QUERIES.values()]
+
+
+_DECODE = {
+    32: DecodeConfig(_ANY, 32, kv_stages=8, ctas_per_sm=3),
+    64: DecodeConfig(_ANY, 64, kv_stages=4, ctas_per_sm=3),
+    96: DecodeConfig(_ANY, 96, kv_stages=4, ctas_per_sm=2),
+    128: DecodeConfig(_ANY, 128, kv_stages=3, ctas_per_sm=2),
+    192: DecodeConfig(_ANY, 192, kv_stages=4, ctas_per_sm=1),
+    256: DecodeConfig(_ANY, 256, kv_stages=3, ctas_per_sm=1),
+}
+
+
+def decode_config(dtype: str, head_dim: int) -> DecodeConfig:
+    """The config that computes this head_dim, which must not exceed 256."""
+    size = min(size for size in _DECODE if head_dim <= size)
+    return replace(_DECODE[size], dtype=dtype)
+
+
+def all_decode_configs() -> list[DecodeConfig]:
+    """Everything that is shipped."""
+    return [replace(config, dtype=dtype) for dtype in DTYPES for config in _DECODE.values()]

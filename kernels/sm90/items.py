@@ -65,12 +65,34 @@ class Load(NamedTuple):
     key_start: Int32  # as in `KeyTile.start`
 
 
+class DecodeItem(NamedTuple):
+    """What a CTA of the decoding kernel computes: steps `begin` to `end` of a row."""
+
+    head: Int32  # the first of the tile's rows
+    batch: Int32
+    part: Int32  # where a split row's partial result goes; -1: not split
+    first: Int32  # tile of the row
+    begin: Int32
+    end: Int32
+    limit: Int32  # keys, counted from `key_start`
+    key_start: Int32  # key that is the first of block 0
+    row: Int32  # row of the bit tiles
+    known: Int32  # 0: the layout does not have the query's position
+
+
 class ForwardBarrier(IntEnum):
     """Named barriers of the kernels by queries."""
 
     ALL = 0  # the whole CTA's
     TURN = 1  # one for each warpgroup, of two or three: its turn to issue products
     OWN = 4  # one for each warpgroup, among its own threads
+
+
+class DecodeBarrier(IntEnum):
+    """Named barriers of the decoding kernel."""
+
+    ALL = 0  # the whole CTA's
+    CONSUMERS = 1
 
 
 class BackwardBarrier(IntEnum):
