@@ -45,6 +45,21 @@ def decode_kernel(config: DecodeConfig) -> Callable[..., None]:
     return _locked("decode", config, compile_decode)
 
 
+def forward_at_kernel(config: ForwardConfig) -> Callable[..., None]:
+    """The compiled forward kernel with offsets, likewise: the arguments of `ForwardAtSm90`."""
+    return _locked("forward-at", config, compile_forward_at)
+
+
+def backward_at_kernel(config: BackwardConfig) -> Callable[..., None]:
+    """The compiled backward kernel with offsets, likewise: the arguments of `BackwardAtSm90`."""
+    return _locked("backward-at", config, compile_backward_at)
+
+
+def queries_at_kernel(config: QueriesConfig) -> Callable[..., None]:
+    """The compiled kernel for dQ with offsets, likewise: the arguments of `QueriesAtSm90`."""
+    return _locked("queries-at", config, compile_queries_at)
+
+
 def _locked(kind: str, config: Config, compiled: Callable[[Any], Any]) -> Callable[..., None]:
     with _lock:  # threads that come together compile once
         return _kernel(kind, config, compiled)
@@ -193,6 +208,71 @@ def compile_queries(config: QueriesConfig) -> Any:
         *(Int32(1), Float32(1.0), Float32(1.0)),
     )
     return _compile(QueriesSm90(config, of.dtype), arguments)
+
+
+def compile_forward_at(config: ForwardConfig) -> Any:
+    """Compile, whether or not there is a GPU."""
+    from cutlass import Float32, Int32
+    from sparse_flash.kernels.sm90.forward_at import ForwardAtSm90
+
+    of = _Arguments(config)
+    arguments = (
+        *(of.queries(), of.keys(), of.keys(), of.queries()),  # q, k, v, out
+        of.floats(of.b, of.h, of.q_len),  # lse
+        *of.positions(),
+        of.ints(of.size(), 2),  # tiles
+        of.ints(of.size(), config.warpgroups, 128, 2),  # bits
+        of.ints(2),  # counter
+        *of.all_rows(config.head_dim),
+        *(Int32(1), Int32(0), Int32(1), Int32(1), Float32(1.0)),
+    )
+    return _compile(ForwardAtSm90(config, of.dtype), arguments)
+
+
+def compile_backward_at(config: BackwardConfig) -> Any:
+    """Compile, whether or not there is a GPU."""
+    from cutlass import Float32, Int32
+    from sparse_flash.kernels.sm90.backward_at import BackwardAtSm90
+
+    of = _Arguments(config)
+    kv_lens, *lists = of.lists(config.tile_n // 64)
+    arguments = (
+        *(of.queries(), of.keys(), of.keys(), of.queries(), of.queries()),  # q, k, v, out, dout
+        *(of.floats(of.b, of.h, of.q_len) for _ in range(2)),  # lse, dlse
+        of.compact(of.dtype, of.b, of.q_len, of.h, of.d),  # dq
+        *(of.keys(), of.keys()),  # dk, dv
+        of.ints(of.b, of.h, of.size()),  # done
+        of.ints(of.size(), of.b, of.h_kv),  # bounds
+        of.floats(of.b, of.h, of.size(), config.dq_chunk),  # dq_sum
+        of.statistics(config.tile_m),
+        *(kv_lens, of.ints(of.b), of.ints(of.b)),  # q_pad, kv_starts
+        *lists,
+        of.ints(2),  # counter
+        *(of.parts(config.tile_n, config.head_dim) for _ in range(2)),
+        of.ints(2),  # counts
+        *(Int32(1), Int32(0), Float32(1.0), Float32(1.0)),
+    )
+    return _compile(BackwardAtSm90(config, of.dtype), arguments)
+
+
+def compile_queries_at(config: QueriesConfig) -> Any:
+    """Compile, whether or not there is a GPU."""
+    from cutlass import Float32, Int32
+    from sparse_flash.kernels.sm90.backward_at import QueriesAtSm90
+
+    of = _Arguments(config)
+    arguments = (
+        *(of.queries(), of.keys(), of.keys(), of.queries(), of.queries()),  # q, k, v, dout, dq
+        of.statistics(64),  # tiles of the kernel over keys: 64 or 128
+        of.ints(of.b),  # q_pad
+        *of.positions(),
+        of.ints(of.size(), 2),  # tiles
+        of.ints(of.size(), config.warpgroups, 128, 2),  # bits
+        of.ints(2),  # counter
+        of.parts(config.tile_m, config.head_dim),
+        *(Int32(1), Int32(0), Int32(1), Float32(1.0), Float32(1.0)),
+    )
+    return _compile(QueriesAtSm90(config, of.dtype), arguments)
 
 
 def compile_decode(config: DecodeConfig) -> Any:

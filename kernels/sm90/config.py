@@ -382,3 +382,33 @@ def decode_config(dtype: str, head_dim: int) -> DecodeConfig:
 def all_decode_configs() -> list[DecodeConfig]:
     """Everything that is shipped."""
     return [replace(config, dtype=dtype) for dtype in DTYPES for config in _DECODE.values()]
+
+
+def forward_at_config(dtype: str, head_dim: int) -> ForwardConfig:
+    """The config with offsets that computes this head_dim: the default one's tiles."""
+    return replace(forward_configs(dtype, head_dim)[0], offsets=True)
+
+
+def backward_at_config(kind: str, dtype: str, head_dim: int) -> BackwardConfig:
+    """The config with offsets that computes this head_dim; `kind` as in `backward_config`."""
+    return replace(backward_config(kind, dtype, head_dim), offsets=True)
+
+
+def queries_at_config(dtype: str, head_dim: int) -> QueriesConfig:
+    """The config with offsets that computes this head_dim."""
+    return replace(queries_config(dtype, head_dim), offsets=True)
+
+
+def all_at_configs() -> list[ForwardConfig | BackwardConfig | QueriesConfig]:
+    """Everything with offsets that is shipped."""
+    kinds = [("backward", d) for d in (32, 64, 96, 128)] + [("fixed", d) for d in (32, 64, 128)]
+    return [
+        config
+        for dtype in DTYPES
+        for config in (
+            *(forward_at_config(dtype, head_dim) for head_dim in _FORWARD),
+            *(backward_at_config(kind, dtype, head_dim) for kind, head_dim in kinds),
+            backward_at_config("keys", dtype, 256),
+            queries_at_config(dtype, 256),
+        )
+    ]
