@@ -1,75 +1,127 @@
-"""A compiled kernel, and what its launches on each device and stream need."""
+"""A compiled kernel, and the state that its launches on each device and stream need."""
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
-from sparse_flash.kernels.plans import num_sms
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from sparse_flash.kernels.plan import Plan
 
 
 class Kernel:
-    """A compiled function that takes tensors, a counter, room for parts, tensors, and numbers.
+    """A compiled kernel with its launch state. Thread safe.
 
-    parts: The shapes of a part, one for each array of parts.
-    work: Which of the first tensors lists the work items.
+    Argument order of the function: inputs and outputs, work lists (work, tiles, bits), work
+    counter, split buffers, combine arrays (combine, counts), number of CTAs, scalars.
+
+    The work counter is two zeros, int32, which a launch counts with and leaves zero. Launches that
+    may overlap must not share one: each stream has its own, and so has each launch in a CUDA graph,
+    whose replays may run on any stream.
+
+    Args:
+        function: The compiled function; it launches on torch's current stream.
+        part_shapes: Shapes of the split buffers for one part, float32.
     """
 
     def __init__(
-        self, function: Callable[..., None], parts: tuple[tuple[int, ...], ...], work: int
+        self, function: Callable[..., None], part_shapes: tuple[tuple[int, ...], ...]
     ) -> None:
-        self.function, self.shapes, self.work = function, parts, work
-        self.num_ctas: dict[int, int] = {}  # of devices where it was launched
-        self.no_parts: dict[int, list[Tensor]] = {}
-        self.counters: dict[tuple[int, int], Tensor] = {}
+        self.function, self.part_shapes = function, part_shapes
+        self.counters: dict[tuple[int | None, int], Tensor] = {}  # by device index and stream
+        self.no_parts: dict[int | None, list[Tensor]] = {}  # by device index
+        self.loaded: set[int | None] = set()  # indices of devices that have the kernel's code
+        self._lock = threading.Lock()
 
     def launch(
         self,
-        before: tuple[Tensor, ...],
-        num_parts: int,
-        after: tuple[Tensor, ...],
-        numbers: tuple[float, ...],
+        inputs: tuple[Tensor, ...],
+        plan: Plan[Any],
+        scalars: tuple[float, ...],
+        device: torch.device,
+        transient: bool = False,
+    ) -> None:
+        """Launch on the device's current stream.
+
+        Args:
+            inputs: Inputs and outputs, on `device`.
+            plan: Plan with this kernel's config.
+            scalars: Arguments that follow the number of CTAs.
+            device: The device, with its index.
+            transient: Keep no memory that this launch allocates. CUDA graph trees (torch.compile,
+                mode "reduce-overhead") need that: their warm-up runs allocate from a pool in which
+                only outputs may stay alive.
+
+        Raises:
+            RuntimeError: The first launch on a device is captured into a CUDA graph.
+        """
+        index = device.index
+        if index != torch._C._cuda_getDevice():
+            with torch.cuda.device(device):
+                return self.launch(inputs, plan, scalars, device, transient)
+        if transient or torch._C._cuda_isCurrentStreamCapturing():
+            return self._launch_once(inputs, plan, scalars, device)
+        # As Triton does: torch.cuda.current_stream makes an object first, which takes longer.
+        counter = self.counters.get((index, torch._C._cuda_getCurrentRawStream(index)))
+        if counter is None:
+            return self._launch_first(inputs, plan, scalars, device)
+        parts = self._parts(plan.num_parts, device) if plan.num_parts else self.no_parts[index]
+        return self.function(
+            *inputs, *plan.lists, counter, *parts, *plan.combine, plan.num_ctas, *scalars
+        )
+
+    def _launch_first(
+        self,
+        inputs: tuple[Tensor, ...],
+        plan: Plan[Any],
+        scalars: tuple[float, ...],
         device: torch.device,
     ) -> None:
-        """Launch on the device's current stream."""
-        if device.index != torch.cuda.current_device():
-            with torch.cuda.device(device):
-                return self.launch(before, num_parts, after, numbers, device)
-        counter = self.counter(device.index)
-        parts = self.parts(num_parts, device)
-        ctas = min(before[self.work].shape[0], self.num_ctas[device.index])  # there are items
-        return self.function(*before, counter, *parts, *after, ctas, *numbers)
+        """Launch for the first time on this device and stream, and keep what later launches need.
 
-    def parts(self, number: int, device: torch.device) -> list[Tensor]:
-        """Room for the parts of split rows or columns."""
-        if number == 0 and device.index in self.no_parts:
-            return self.no_parts[device.index]
-        parts = [
-            torch.empty((number, *shape), dtype=torch.float32, device=device)
-            for shape in self.shapes
-        ]
-        if number == 0:
-            self.no_parts[device.index] = parts
-        return parts
-
-    def counter(self, index: int) -> Tensor:
-        """Zeros for a launch to count with; it leaves them zero.
-
-        Launches that may overlap must not share them: each stream has its own, and so has each
-        launch in a CUDA graph, whose replays may run on any stream.
+        What is kept must not be an inference tensor, which other modes refuse to change. Threads
+        wait for each other, so that one of them loads the kernel.
         """
-        if torch.cuda.is_current_stream_capturing():
-            if index not in self.num_ctas:
-                raise RuntimeError(
-                    "the first launch of a kernel loads it, which a CUDA graph cannot capture: "
-                    "run the same call once before the capture (see torch.cuda.graph: warm up)"
-                )
-            return torch.zeros(2, dtype=torch.int32, device=f"cuda:{index}")
-        if index not in self.num_ctas:
-            self.num_ctas[index] = num_sms(torch.device("cuda", index))
-        # As Triton does: torch.cuda.current_stream makes an object first, which takes longer.
-        key = (index, torch._C._cuda_getCurrentRawStream(index))
-        if key not in self.counters:
-            self.counters[key] = torch.zeros(2, dtype=torch.int32, device=f"cuda:{index}")
-        return self.counters[key]
+        index, stream = device.index, torch._C._cuda_getCurrentRawStream(device.index)
+        with self._lock, torch.inference_mode(False):
+            counter = self.counters.get((index, stream))
+            if counter is None:
+                counter = torch.zeros(2, dtype=torch.int32, device=device)
+            no_parts = self.no_parts.setdefault(index, self._parts(0, device))
+            parts = self._parts(plan.num_parts, device) if plan.num_parts else no_parts
+            arguments = (*plan.lists, counter, *parts, *plan.combine, plan.num_ctas)
+            self.function(*inputs, *arguments, *scalars)
+            self.loaded.add(index)
+            self.counters[index, stream] = counter  # last: others then launch without the lock
+
+    def _launch_once(
+        self,
+        inputs: tuple[Tensor, ...],
+        plan: Plan[Any],
+        scalars: tuple[float, ...],
+        device: torch.device,
+    ) -> None:
+        """Launch with a counter and split buffers for this launch alone."""
+        if device.index not in self.loaded and torch._C._cuda_isCurrentStreamCapturing():
+            raise RuntimeError(
+                "the first launch of a kernel loads it, which a CUDA graph cannot capture: "
+                "run the same call once before the capture (see torch.cuda.graph: warm up)"
+            )
+        counter = torch.zeros(2, dtype=torch.int32, device=device)
+        parts = self._parts(plan.num_parts, device)
+        arguments = (*plan.lists, counter, *parts, *plan.combine, plan.num_ctas)
+        with contextlib.nullcontext() if device.index in self.loaded else self._lock:
+            self.function(*inputs, *arguments, *scalars)
+            self.loaded.add(device.index)
+
+    def _parts(self, number: int, device: torch.device) -> list[Tensor]:
+        """Split buffers for this many parts."""
+        return [
+            torch.empty((number, *shape), dtype=torch.float32, device=device)
+            for shape in self.part_shapes
+        ]

@@ -9,44 +9,51 @@ split into parts, whose results are combined through their logsumexp (Flash-Deco
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
+from sparse_flash.kernels.config import KernelConfig
+from sparse_flash.kernels.device import DeviceFacts
 from sparse_flash.kernels.fragment import fragment_order
-from sparse_flash.kernels.sm90.config import Config
 from sparse_flash.masks.layout import FULL_TILE, BlockLayout
 from sparse_flash.masks.retile import retile
 from torch import Tensor
 from torch.nn.functional import pad
 
 WORK_FIELDS = 8  # int32 words of a work item, padded to a sector of memory
+ARRAYS = ("work", "tiles", "bits", "combine", "kv_lens", "counts")  # of a Schedule
+
+
+Config = TypeVar("Config", bound=KernelConfig)
 
 
 @dataclass(frozen=True)
 class CostModel:
-    """What things cost, in units of the time that a full tile takes.
+    """What the work of one architecture costs, in units of the time of a full tile.
 
-    From speeds on an H200. `tall_tile` is from head_dim 64 (571 against 461 TFLOP/s). Two random
-    densities give `item` (1.0 at head_dim 64, 1.9 at 128), masks with and without partial tiles
-    `partial_tile` (1.2 and 1.05): one value stands between both. The last two are estimates that
-    balance what tests/kernels/test_schedule.py simulates.
+    Args:
+        partial_tile: Cost of a partial tile.
+        item: Cost of a work item besides its tiles: loading Q, the first softmax, writing O.
+        largest_share: Largest cost of one item, as a fraction of the mean work of a CTA.
+        long_item: Cost of an item, in units of the mean item, above which it may come before
+            all groups of heads (see `_longest_first`).
+        fewest_tiles: Least number of tiles of a part; shorter ones cost more than they balance.
+        part: Cost of writing a part and reading it again.
+        combine: Cost of launching the kernel that combines parts.
+        l2_share: Fraction of the L2 cache for the keys and values of a group of heads; each half
+            of the cache may hold a copy.
     """
 
-    partial_tile: float = 1.1
-    tall_tile: float = 1.2  # a full tile of 192 x 128, in units of one of 128 x 128
-    wide_tile: float = 1.17  # of the backward, 80 queries wide, in units of one of 64
-    item: float = 1.5  # loading Q, the first softmax, writing O
-    largest_share: float = 0.5  # of what a CTA gets, that one item may be
-    long_item: float = 2.5  # in units of the mean item; see _longest_first
-    fewest_tiles: int = 8  # of a part: shorter ones cost more than they balance
-    part: float = 1.0  # writing a part and reading it again
-    combine: float = 2.0  # launching the kernel that adds up parts
-
-    def tile(self, tile_m: int, tile_n: int) -> float:
-        """The cost of a full tile, comparable between tiles of different sizes."""
-        if tile_n == 80:
-            return self.wide_tile * 64 / 128
-        return (self.tall_tile if tile_m == 192 else 1.0) * tile_n / 128
+    partial_tile: float
+    item: float
+    largest_share: float
+    long_item: float
+    fewest_tiles: int
+    part: float
+    combine: float
+    l2_share: float
 
     def rows(self, layout: BlockLayout) -> Tensor:
         """The cost of each block row `(patterns, block rows)`, float32."""
@@ -79,26 +86,24 @@ class CostModel:
         return best
 
 
-COSTS = CostModel()
-BACKWARD_COSTS = CostModel(partial_tile=1.05)  # more products for each tile to mask
-L2_BYTES = 24 << 20  # what keys and values may count on: of the 50 MB, each half may hold a copy
-
-
 @dataclass
 class Schedule:
-    """Arrays that the forward kernel reads, all int32. See `schedule`.
+    """Arrays that a kernel reads, all int32. See `schedule`.
 
     work: (items, 8). m_block, head, batch, first tile, number of tiles, part (-1: not split), and
         two zeros.
     tiles: (tiles + 1, 2). n_block, and the bit tile or -1 for a full one; columns ascend in a row.
         The last one is what items without tiles name as their first.
-    bits: (bit tiles and some room, tile_m / 64, 128, 2), in fragment order; `num_bit_tiles` of
+    bits: (bit tiles and spare ones, tile_m / 64, 128, 2), in fragment order; `num_bit_tiles` of
         them are used.
     combine: (split rows, 8). m_block, head, batch, first part, number of parts, and three zeros.
     kv_lens: (batch,), the whole length each; for calls that give none.
-    counts: (2,). How many items of `work` and rows of `combine` there are: read on the GPU, so that
+    counts: (2,). Numbers of items in `work` and of rows in `combine`: read on the GPU, so that
         a CUDA graph's replays see what `update_` has changed.
-    num_parts: parts of split rows, each a float32 (tile_m, head_dim) and a logsumexp.
+    num_bit_tiles: Entries of `bits` in use.
+    num_parts: Number of parts of split rows; the config's `part_shapes` are those of each.
+    num_ctas: Number of CTAs to launch; they take items off the list until none is left.
+    tile: Height and width of the tiles.
     """
 
     work: Tensor
@@ -109,32 +114,43 @@ class Schedule:
     counts: Tensor
     num_bit_tiles: int
     num_parts: int
+    num_ctas: int
     tile: tuple[int, int]
 
     def arrays(self) -> list[Tensor]:
-        """work, tiles, bits, combine, kv_lens, counts."""
+        """The arrays in the order of `ARRAYS`."""
         return [self.work, self.tiles, self.bits, self.combine, self.kv_lens, self.counts]
+
+    @classmethod
+    def from_arrays(
+        cls, arrays: Sequence[Tensor], tile: tuple[int, int], num_parts: int, num_ctas: int
+    ) -> Schedule:
+        """A schedule of these arrays, in the order of `ARRAYS`; they are not copied."""
+        return cls(*arrays, len(arrays[ARRAYS.index("bits")]), num_parts, num_ctas, tile)
 
     def update_(self, other: Schedule) -> None:
         """Take over another schedule in place, so that captured CUDA graphs follow it.
 
         Raises:
-            ValueError: As `check_room`.
+            ValueError: As `check_capacity`.
         """
-        self.check_room(other)
-        for room, new in zip(self.arrays(), other._used(), strict=True):
-            room[: len(new)] = new
+        self.check_capacity(other)
+        for name in ARRAYS:
+            new = other.used(name)
+            getattr(self, name)[: len(new)] = new
         self.num_bit_tiles = other.num_bit_tiles
 
-    def _used(self) -> list[Tensor]:
-        """The arrays of a schedule that was just made, without room to spare."""
-        return [x[: self.num_bit_tiles] if x is self.bits else x for x in self.arrays()]
+    def used(self, name: str) -> Tensor:
+        """An array of a schedule that was just made, without spare entries."""
+        array: Tensor = getattr(self, name)
+        return array[: self.num_bit_tiles] if name == "bits" else array
 
-    def check_room(self, other: Schedule) -> None:
+    def check_capacity(self, other: Schedule) -> None:
         """Whether `update_` would work.
 
         Raises:
-            ValueError: It is for another tile, or has more of something than this one has room for.
+            ValueError: The other schedule is for another tile, or has more of something than fits
+                into this one.
         """
         if other.tile != self.tile:
             raise ValueError(f"the schedule is for tiles of {other.tile}, this one of {self.tile}")
@@ -142,11 +158,11 @@ class Schedule:
             raise ValueError(
                 f"no room for {other.num_parts} parts of split rows: there were {self.num_parts}"
             )
-        names = ("work", "tiles", "bits", "combine", "kv_lens", "counts")
-        for name, room, new in zip(names, self.arrays(), other._used(), strict=True):
-            if len(new) > len(room):
+        for name in ARRAYS:
+            new, capacity = len(other.used(name)), len(getattr(self, name))
+            if new > capacity:
                 raise ValueError(
-                    f"no room for {len(new)} entries of `{name}`: there were {len(room)}; "
+                    f"no room for {new} entries of `{name}`: there were {capacity}; "
                     "begin with the layout that needs most"
                 )
 
@@ -166,20 +182,30 @@ def schedule(
     batch: int,
     heads: int,
     tile: tuple[int, int],
-    num_ctas: int,
+    facts: DeviceFacts,
+    costs: CostModel,
     kv_bytes: int = 0,
-    costs: CostModel = COSTS,
-    tail: bool = True,
+    split_last_wave: bool = True,
 ) -> Schedule:
     """The schedule of a layout of any granularity for a kernel of this tile.
 
-    kv_bytes: Size of one head's keys and values: heads are taken in groups whose keys and values
-        fit the L2 cache together.
-    tail: Whether to split the last rows, where all take as long, so that no CTA waits for them.
+    Args:
+        layout: The layout, on any device.
+        batch: Number of batch entries.
+        heads: Number of query heads.
+        tile: (tile_m, tile_n) of the kernel.
+        facts: The GPU that runs it: a CTA for each of its multiprocessors.
+        costs: Costs of the kernel's work.
+        kv_bytes: Size of one head's keys and values, in bytes: heads are taken in groups whose
+            keys and values fit the L2 cache together. Default 0: all heads are one group.
+        split_last_wave: Split the last rows, where all take as long, so that no CTA waits for
+            them. Default True.
 
     >>> from sparse_flash import masks
+    >>> from sparse_flash.kernels.sm90.config import FORWARD_COSTS
+    >>> h200 = DeviceFacts("sm_90", num_sms=132, shared_memory=227 << 10, l2_bytes=60 << 20)
     >>> layout = masks.global_tokens(128).layout(65536)  # one row of 512 tiles, 511 rows of 1
-    >>> s = schedule(layout, batch=1, heads=8, tile=(128, 128), num_ctas=132)
+    >>> s = schedule(layout, 1, 8, (128, 128), h200, FORWARD_COSTS)
     >>> s.work[0, 4].item(), s.work[-1, 4].item(), s.num_parts, len(s.combine)
     (52, 1, 80, 8)
     """
@@ -188,10 +214,10 @@ def schedule(
     owners = layout.pattern_map.long().expand(batch, heads).reshape(-1)  # of (batch, head) pairs
     tiles = starts.diff()[owners].flatten()  # of (batch, head, row) triples, as all that follows
     cost = costs.rows(layout)[owners].flatten()
-    share = cost.sum() / num_ctas
+    share = cost.sum() / facts.num_sms
     parts = costs.parts(tiles, cost, share)
-    if tail:
-        _split_last(parts, tiles, cost, num_ctas, costs)
+    if split_last_wave:
+        _split_last(parts, tiles, cost, facts.num_sms, costs)
     row = torch.repeat_interleave(torch.arange(len(parts), device=parts.device), parts)
     of = parts[row]
     nth = torch.arange(len(row), device=row.device) - (parts.cumsum(0) - parts)[row]
@@ -201,7 +227,9 @@ def schedule(
     first = starts[:, :-1][owners].flatten()[row] + begin
     first = torch.where(end > begin, first, layout.num_tiles)
     item_cost = cost[row] * (end - begin).clamp(min=1) / tiles[row].clamp(min=1)
-    group = _head_groups(batch * heads, kv_bytes, parts.device)[row // layout.num_block_rows]
+    l2_bytes = int(costs.l2_share * facts.l2_bytes)
+    groups = _head_groups(batch * heads, kv_bytes, l2_bytes, parts.device)
+    group = groups[row // layout.num_block_rows]
     work = _records(row, (heads, layout.num_block_rows), first, end - begin, part)
     in_parts = torch.where(parts > 1, parts, 0)
     combined = (parts > 1).nonzero().squeeze(1)
@@ -213,11 +241,12 @@ def schedule(
         tiles=pad(
             torch.stack([layout.col_indices, layout.bit_tile_indices], 1).int(), (0, 0, 0, 1)
         ),
-        bits=_with_room(fragment_order(layout.bit_tiles)),
+        bits=_with_spares(fragment_order(layout.bit_tiles)),
         num_bit_tiles=layout.num_bit_tiles,
         combine=_records(combined, (heads, layout.num_block_rows), first_part, parts[combined]),
         kv_lens=torch.full((batch,), layout.kv_len, dtype=torch.int32, device=layout.device),
         num_parts=int(in_parts.sum()),
+        num_ctas=min(len(work), facts.num_sms),
         tile=tile,
     )
 
@@ -227,27 +256,29 @@ def backward_schedule(
     batch: int,
     heads: tuple[int, int],
     tile: tuple[int, int],
-    num_ctas: int,
+    facts: DeviceFacts,
+    costs: CostModel,
     q_bytes: int = 0,
-    costs: CostModel = BACKWARD_COSTS,
-    tail: bool = True,
+    split_last_wave: bool = True,
 ) -> Schedule:
     """The schedule of the transposed layout, by kv heads, for tiles of (keys, queries).
 
-    heads: Of q and of k. The q heads that share a kv head are stacked: their tiles follow each
-        other, with block columns counted on. Otherwise all is as in `schedule`, with keys and
-        queries exchanged.
-    q_bytes: Size of what is read and written of the queries of a kv head.
-    tail: As in `schedule`.
+    All is as in `schedule`, with keys and queries exchanged, but for two arguments.
+
+    heads: Numbers of query heads and of key heads. The query heads that share a key head are
+        stacked: their tiles follow each other, with block columns counted on.
+    q_bytes: Size of all that is read and written for the queries of one key head, in bytes.
 
     >>> from sparse_flash import masks
+    >>> from sparse_flash.kernels.sm90.config import BACKWARD_COSTS
+    >>> h200 = DeviceFacts("sm_90", num_sms=132, shared_memory=227 << 10, l2_bytes=60 << 20)
     >>> layout = masks.local(100).layout(384)   # columns of 2, 3 and 2 tiles of 128
-    >>> s = backward_schedule(layout, 1, (4, 2), (128, 128), num_ctas=132)
+    >>> s = backward_schedule(layout, 1, (4, 2), (128, 128), h200, BACKWARD_COSTS)
     >>> s.work[:, 4].tolist(), s.tiles[:4, 0].tolist()
     ([6, 6, 4, 4, 4, 4], [0, 1, 3, 4])
     """
     stacked = stack_heads(retile(layout.transpose(), tile), heads[0] // heads[1])
-    plan = schedule(stacked, batch, heads[1], tile, num_ctas, q_bytes, costs, tail)
+    plan = schedule(stacked, batch, heads[1], tile, facts, costs, q_bytes, split_last_wave)
     return replace(plan, kv_lens=torch.full_like(plan.kv_lens, layout.kv_len))
 
 
@@ -289,15 +320,15 @@ def stack_heads(layout: BlockLayout, size: int) -> BlockLayout:
     )
 
 
-def best_config(
-    layout: BlockLayout, configs: tuple[Config, ...], costs: CostModel = COSTS
-) -> Config:
+def best_config(layout: BlockLayout, configs: Sequence[Config]) -> Config:
     """The config whose tiles cover the layout at the least cost.
 
     Tiles are counted over the stored blocks, as if all these were full: exact where neither
     granularity cuts the blocks of the other, and else close enough.
     """
-    return min(configs, key=lambda c: cover(layout, c.tile) * costs.tile(*c.tile))
+    if len(configs) == 1:
+        return configs[0]
+    return min(configs, key=lambda c: cover(layout, c.tile) * c.tile_cost)
 
 
 def cover(layout: BlockLayout, tile: tuple[int, int]) -> int:
@@ -341,10 +372,10 @@ def _split_last(
         parts[-rest:] = costs.last_parts(rest, int(fewest), dearest, num_ctas)
 
 
-def _with_room(bits: Tensor) -> Tensor:
-    """Room for the bit tiles of other patterns (see `update_`): as many again, to some 2 MiB."""
-    room = min(len(bits) + 16, 1024)
-    return torch.cat([bits, bits.new_zeros(room, *bits.shape[1:])])
+def _with_spares(bits: Tensor) -> Tensor:
+    """Space for the bit tiles of other patterns (see `update_`): as many again, to some 2 MiB."""
+    spares = min(len(bits) + 16, 1024)
+    return torch.cat([bits, bits.new_zeros(spares, *bits.shape[1:])])
 
 
 def _records(row: Tensor, sizes: tuple[int, int], *fields: Tensor) -> Tensor:
@@ -372,8 +403,8 @@ def _longest_first(cost: Tensor, group: Tensor, share: Tensor, long_item: float)
     return by_cost[group[by_cost].argsort(stable=True)]
 
 
-def _head_groups(pairs: int, kv_bytes: int, device: torch.device) -> Tensor:
+def _head_groups(pairs: int, kv_bytes: int, l2_bytes: int, device: torch.device) -> Tensor:
     """The group of each (batch, head) pair: int64 (pairs,)."""
-    size = max(1, L2_BYTES // max(1, kv_bytes))
+    size = max(1, l2_bytes // max(1, kv_bytes))
     groups = -(-pairs // size)
     return torch.arange(pairs, device=device) * groups // pairs  # of equal size, or nearly

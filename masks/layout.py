@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import os
-import weakref
-from collections.abc import Callable
+from collections.abc import Hashable
 from dataclasses import InitVar, dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -19,14 +17,7 @@ if TYPE_CHECKING:
     from scipy.sparse import bsr_array
 
 ARRAYS = ["crow_indices", "col_indices", "bit_tile_indices", "bit_tiles", "pattern_map"]
-_numbers = itertools.count()
-_by_number: weakref.WeakValueDictionary[int, BlockLayout] = weakref.WeakValueDictionary()
 FULL_TILE = -1  # in bit_tile_indices: every element of the tile is allowed
-
-
-def layout_by_number(number: int) -> BlockLayout:
-    """The layout with this number: an int is all that torch.compile can pass on of a layout."""
-    return _by_number[number]
 
 
 @dataclass(eq=False, repr=False)
@@ -73,9 +64,9 @@ class BlockLayout:
     ccol_indices: Tensor = field(init=False)
     row_indices: Tensor = field(init=False)
     transpose_order: Tensor = field(init=False)
-    number: int = field(init=False)  # of this object in this process: see `layout_by_number`
-    # Called by `update_` with the new layout; they return what is to be done once all have agreed.
-    on_update: list[Callable[[BlockLayout], Callable[[], None]]] = field(init=False)
+    # Values derived from this layout (plans of kernels). `follow(other)` of each checks a new layout
+    # and returns the step that adopts it; `update_` runs the steps once all values have agreed.
+    derived: dict[Hashable, Any] = field(init=False, default_factory=dict)
 
     def __post_init__(self, validate: bool) -> None:
         """Check arrays that come from outside, and derive the transpose."""
@@ -96,14 +87,12 @@ class BlockLayout:
         }
         for name, value in derived.items():
             setattr(self, name, value)
-        self._register()
 
     def update_(self, other: BlockLayout) -> None:
         """Become another layout of the same lengths, blocks and sharing; the object stays the same.
 
-        What was derived from this layout follows (see `on_update`): CUDA graphs that were captured
-        with it compute the new pattern when they are replayed, if it has no more tiles than the
-        old one had.
+        Values in `derived` follow: CUDA graphs that were captured with this layout compute the new
+        pattern when they are replayed, if it has no more tiles than the old one had.
 
         Raises:
             ValueError: Lengths, blocks, devices or shared heads differ, or there is no room.
@@ -123,23 +112,17 @@ class BlockLayout:
                 f"the layout has a pattern map of {tuple(other.pattern_map.shape)}, but this one "
                 f"of {tuple(self.pattern_map.shape)}"
             )
-        follow = [listener(other) for listener in self.on_update]  # which may refuse
+        steps = [value.follow(other) for value in list(self.derived.values())]  # may refuse
         for name in (*ARRAYS, "ccol_indices", "row_indices", "transpose_order"):
             setattr(self, name, getattr(other, name))
         for name in ("num_partial", "pattern_densities"):  # what was computed of the old arrays
             self.__dict__.pop(name, None)
-        for step in follow:
+        for step in steps:
             step()
 
-    def _register(self) -> None:
-        self.on_update = []
-        self.number = next(_numbers)
-        _by_number[self.number] = self
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Copies and unpickled layouts are layouts of their own."""
-        self.__dict__.update(state)
-        self._register()
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles derive their own values."""
+        return {**self.__dict__, "derived": {}}
 
     @property
     def device(self) -> torch.device:

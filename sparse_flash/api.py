@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import operator
+import weakref
 from collections import OrderedDict
 from typing import Any, Literal, overload
 
@@ -126,28 +127,21 @@ def _prepare(
     """
     if torch.compiler.is_compiling() or not isinstance(mask, Mask | BlockLayout):
         return _check_and_choose(q, k, v, mask, impl)
-    like = (
-        *_kind(q),
-        *_kind(k),
-        *_kind(v),
-        type(mask),
-        mask.number,
-        impl,
-        id(dispatch.IMPLEMENTATIONS),
-    )
-    known = _checked.get(like)
+    like = (*_kind(q), *_kind(k), *_kind(v), impl, id(dispatch.IMPLEMENTATIONS))
+    checked = _checked.setdefault(mask, {})
+    known = checked.get(like)
     if known is None:
-        if len(_checked) >= 4096:
-            _checked.clear()
         layout, implementation = _check_and_choose(q, k, v, mask, impl)
-        _checked[like] = implementation, (q.shape[1], k.shape[1], str(q.device))
+        checked[like] = implementation, (q.shape[1], k.shape[1], str(q.device))
         return layout, implementation
     implementation, sizes = known
     layout = _layout_of(mask, *sizes) if isinstance(mask, Mask) else mask
     return layout, implementation
 
 
-_checked: dict[tuple[Any, ...], tuple[Implementation, tuple[int, int, str]]] = {}
+_checked: weakref.WeakKeyDictionary[Mask | BlockLayout, dict[tuple[Any, ...], Any]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def _kind(x: Tensor) -> tuple[Any, ...]:

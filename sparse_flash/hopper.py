@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparse_flash.kernels.plans import schedule_of
+from sparse_flash.kernels.plan import PackedPlans, Plan, pack, unpack
 from sparse_flash.kernels.sm90 import attention as sm90
-from sparse_flash.kernels.sm90.config import kernel_of
+from sparse_flash.kernels.sm90.config import ForwardConfig, config_from_text
 from sparse_flash.masks import BlockLayout
 
 
@@ -18,18 +19,19 @@ def sm90_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    plan: list[Tensor],
     kv_lens: Tensor | None,
-    num_parts: int,
-    tile_m: int,
     softmax_scale: float,
+    arrays: list[Tensor],
+    sizes: list[int],
+    configs: str,
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse); the schedule comes as its arrays, the number of its parts and its tile_m."""
-    return sm90.launch(q, k, v, plan, kv_lens, num_parts, tile_m, softmax_scale)
+    """(out, lse); the plan comes packed: see `PackedPlans`."""
+    (plan,) = unpack(arrays, sizes, configs, config_from_text)
+    return sm90.forward(q, k, v, plan, kv_lens, softmax_scale, transient=True)
 
 
 @sm90_forward.register_fake
-def _(q, k, v, plan, kv_lens, num_parts, tile_m, softmax_scale):  # type: ignore[no-untyped-def]
+def _(q, *_):  # type: ignore[no-untyped-def]
     b, s, h, _ = q.shape
     return q.new_empty(q.shape), q.new_empty((b, h, s), dtype=torch.float32)
 
@@ -43,41 +45,25 @@ def sm90_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    kind: str,
-    plan: list[Tensor],
-    by_queries: list[Tensor],
     kv_lens: Tensor | None,
-    num_parts: list[int],
     softmax_scale: float,
+    arrays: list[Tensor],
+    sizes: list[int],
+    configs: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv); schedules come as their arrays and the numbers of their parts."""
-    return sm90.launch_backward(
-        dout, dlse, q, k, v, out, lse, kind, plan, by_queries, kv_lens, num_parts, softmax_scale
-    )
+    """(dq, dk, dv); the plans come packed: see `PackedPlans`."""
+    plans = sm90.BackwardPlans(*unpack(arrays, sizes, configs, config_from_text))
+    given = (dout, dlse, q, k, v, out, lse, plans, kv_lens, softmax_scale)
+    return sm90.backward(*given, transient=True)
 
 
 @sm90_backward.register_fake
-def _(dout, dlse, q, k, v, *rest):  # type: ignore[no-untyped-def]
+def _(dout, dlse, q, k, v, *_):  # type: ignore[no-untyped-def]
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """By the op where a compiler looks, which must see one; else without its overhead."""
-    return (sm90_forward if torch.compiler.is_compiling() else sm90.launch)(*arguments)
-
-
-def _backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return (sm90_backward if torch.compiler.is_compiling() else sm90.launch_backward)(*arguments)
-
-
 class _Attention(torch.autograd.Function):
-    """Differentiable attention. Schedules come as their arrays, for torch.compile.
-
-    sizes: num_parts and tile_m of the forward's schedule.
-    kinds: Of the backward's schedule, or of both its schedules; see `schedule_of`.
-    back: Their arrays.
-    back_parts: num_parts of each of them.
-    """
+    """Differentiable attention in eager mode, without the overhead of an op."""
 
     @staticmethod
     def forward(
@@ -86,30 +72,88 @@ class _Attention(torch.autograd.Function):
         k: Tensor,
         v: Tensor,
         kv_lens: Tensor | None,
-        plan: list[Tensor],
-        sizes: tuple[int, int],
-        kinds: tuple[str, ...],
-        back: list[Tensor],
-        back_parts: list[int],
         softmax_scale: float,
+        plan: Plan[ForwardConfig],
+        plans: sm90.BackwardPlans,
     ) -> tuple[Tensor, Tensor]:
-        ctx.kinds, ctx.back_parts, ctx.softmax_scale = kinds, back_parts, softmax_scale
-        out, lse = _forward(q, k, v, plan, kv_lens, *sizes, softmax_scale)
-        ctx.save_for_backward(q, k, v, out, lse, kv_lens, *back)
+        ctx.plans, ctx.softmax_scale = plans, softmax_scale
+        out, lse = sm90.forward(q, k, v, plan, kv_lens, softmax_scale)
+        ctx.save_for_backward(q, k, v, out, lse, kv_lens)
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         dout, dlse = grads
-        q, k, v, out, lse, kv_lens, *back = ctx.saved_tensors
+        q, k, v, out, lse, kv_lens = ctx.saved_tensors
         if dout is None and dlse is None:
-            return (None,) * 10
+            return (None,) * 7
         dout = torch.zeros_like(out) if dout is None else dout
-        size = len(back) // len(ctx.back_parts)
-        rest = (ctx.kinds[0], back[:size], back[size:], kv_lens, ctx.back_parts, ctx.softmax_scale)
-        gradients = _backward(dout, dlse, q, k, v, out, lse, *rest)
-        return *gradients, *(None,) * 7
+        rest = (q, k, v, out, lse, ctx.plans, kv_lens, ctx.softmax_scale)
+        return *sm90.backward(dout, dlse, *rest), None, None, None, None
+
+
+class _CompiledAttention(torch.autograd.Function):
+    """The same by ops, with plans as torch.compile can take them; see `PackedPlans`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        kv_lens: Tensor | None,
+        softmax_scale: float,
+        arrays: list[Tensor],
+        sizes: list[int],
+        configs: str,
+        back_arrays: list[Tensor],
+        back_sizes: list[int],
+        back_configs: str,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.sizes, ctx.configs, ctx.softmax_scale = back_sizes, back_configs, softmax_scale
+        out, lse = sm90_forward(q, k, v, kv_lens, softmax_scale, arrays, sizes, configs)
+        ctx.save_for_backward(q, k, v, out, lse, kv_lens, *back_arrays)
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        dout, dlse = grads
+        q, k, v, out, lse, kv_lens, *arrays = ctx.saved_tensors
+        if dout is None and dlse is None:
+            return (None,) * 11
+        dout = torch.zeros_like(out) if dout is None else dout
+        rest = (kv_lens, ctx.softmax_scale, arrays, ctx.sizes, ctx.configs)
+        return *sm90_backward(dout, dlse, q, k, v, out, lse, *rest), *(None,) * 8
+
+
+@torch.compiler.assume_constant_result  # runs while torch.compile traces; its result is a constant
+def _packed_forward(
+    layout: BlockLayout, dtype: torch.dtype, q_shape: tuple[int, ...], kv_heads: int
+) -> PackedPlans:
+    return pack([sm90.forward_plan(layout, *_like(dtype, q_shape, kv_heads))])
+
+
+@torch.compiler.assume_constant_result
+def _packed_backward(
+    layout: BlockLayout,
+    dtype: torch.dtype,
+    q_shape: tuple[int, ...],
+    kv_heads: int,
+    deterministic: bool,
+) -> PackedPlans:
+    like = _like(dtype, q_shape, kv_heads)
+    return pack(sm90.backward_plans(layout, *like, deterministic).plans())
+
+
+def _like(dtype: torch.dtype, q_shape: tuple[int, ...], kv_heads: int) -> tuple[Tensor, Tensor]:
+    """Tensors without memory that stand for q and k."""
+    b, _, _, d = q_shape
+    return (
+        torch.empty(q_shape, dtype=dtype, device="meta"),
+        torch.empty((b, 1, kv_heads, d), dtype=dtype, device="meta"),
+    )
 
 
 def attend(
@@ -122,30 +166,25 @@ def attend(
     deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of validated inputs."""
-    plan = schedule_of("forward", layout, q, k)
-    arrays, sizes = plan.arrays(), (plan.num_parts, plan.tile[0])
-    if not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
-        return _forward(q, k, v, arrays, kv_lens, *sizes, softmax_scale)
-    kinds = _backward_kinds(q.shape[3], deterministic)
-    plans = [schedule_of(kind, layout, q, k) for kind in kinds]
-    kinds = tuple(kernel_of(kind, plan.tile) for kind, plan in zip(kinds, plans, strict=True))
-    back = [x for plan in plans for x in plan.arrays()]
-    parts = [plan.num_parts for plan in plans]
-    return _Attention.apply(q, k, v, kv_lens, arrays, sizes, kinds, back, parts, softmax_scale)
-
-
-def _backward_kinds(head_dim: int, deterministic: bool) -> tuple[str, ...]:
-    """Which kernels compute the gradients.
-
-    One for all of them adds up dQ in memory, in any order: in float32, or, where the result is to
-    be the same every time, in fixed point. Where that has no room, two kernels, whose results are
-    repeatable anyway, compute dK and dV, and dQ: seven products instead of five.
-    """
-    if head_dim > 128:
-        return ("keys", "queries")
-    return ("fixed",) if deterministic else ("backward",)
+    grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if torch.compiler.is_compiling():
+        # operator.index: a size that varies is a symbol to torch.compile, and a plan is for one.
+        q_shape = tuple(operator.index(size) for size in q.shape)
+        like = (layout, q.dtype, q_shape, operator.index(k.shape[2]))
+        arrays, sizes, configs = _packed_forward(*like)
+        plan = (arrays, sizes, configs)
+        if not grad:
+            return sm90_forward(q, k, v, kv_lens, softmax_scale, *plan)
+        arrays, sizes, configs = _packed_backward(*like, deterministic)
+        given = (q, k, v, kv_lens, softmax_scale, *plan, arrays, sizes, configs)
+        return _CompiledAttention.apply(*given)
+    forward_plan = sm90.forward_plan(layout, q, k)
+    if not grad:
+        return sm90.forward(q, k, v, forward_plan, kv_lens, softmax_scale)
+    plans = sm90.backward_plans(layout, q, k, deterministic)
+    return _Attention.apply(q, k, v, kv_lens, softmax_scale, forward_plan, plans)
 
 
 def why_not(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout) -> str | None:
     """Why this implementation cannot run these inputs; None where it can."""
-    return sm90.why_not(q, k, v)
+    return sm90.unsupported_reason(q, k, v)

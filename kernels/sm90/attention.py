@@ -1,40 +1,103 @@
-"""Attention on Hopper: which calls the kernels can take, and how they are launched."""
+"""Attention on Hopper: which calls the kernels can take, their plans, and how they are launched."""
 
 from __future__ import annotations
 
 import functools
 import math
+import threading
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import torch
+from sparse_flash.kernels.device import DeviceFacts
 from sparse_flash.kernels.dsl import why_no_dsl
 from sparse_flash.kernels.launch import Kernel
-from sparse_flash.kernels.plans import DTYPES
-from sparse_flash.kernels.sm90.compile import backward_kernel, forward_kernel, queries_kernel
+from sparse_flash.kernels.plan import Plan, PlanKey, Planner, plan_of
+from sparse_flash.kernels.schedule import CostModel
+from sparse_flash.kernels.sm90.compile import load_function
 from sparse_flash.kernels.sm90.config import (
+    BACKWARD_COSTS,
+    FORWARD_COSTS,
     BackwardConfig,
-    backward_config,
+    ForwardConfig,
+    QueriesConfig,
+    backward_configs,
     forward_configs,
     queries_config,
 )
+from sparse_flash.masks.layout import BlockLayout
 from torch import Tensor
 
+Config = TypeVar("Config", ForwardConfig, BackwardConfig, QueriesConfig)
+DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
+HEAD_DIMS = range(16, 257, 8)
 _LOG2_E = math.log2(math.e)
 
 
-def why_not(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+class BackwardPlans(NamedTuple):
+    """Plans of the kernels that compute the gradients.
+
+    dkdv: Of dK and dV; of dQ too where its config says so (`config.dq`).
+    dq: Of dQ where a kernel of its own computes it, else None.
+    """
+
+    dkdv: Plan[BackwardConfig]
+    dq: Plan[QueriesConfig] | None = None
+
+    def plans(self) -> list[Plan[Config]]:
+        """The plans that there are, for `pack`; `BackwardPlans(*unpack(...))` is the inverse."""
+        return [self.dkdv] if self.dq is None else [self.dkdv, self.dq]
+
+
+def _planners(
+    configs_of: Callable[[str, int], tuple[Config, ...]],
+    costs: CostModel,
+    element_bytes: int,
+    transposed: bool = False,
+) -> dict[tuple[torch.dtype, int], Planner[Config]]:
+    """Planners by dtype and head_dim; head_dims with the same configs share one.
+
+    element_bytes: Bytes that the L2 cache should hold for each column of head_dim: see Planner.
+    """
+    shared: dict[tuple[Config, ...], Planner[Config]] = {}
+    planners = {}
+    for dtype, name in DTYPES.items():
+        for head_dim in HEAD_DIMS:
+            configs = configs_of(name, head_dim)
+            if configs not in shared:
+                token_bytes = element_bytes * configs[0].head_dim
+                shared[configs] = Planner(configs, costs, token_bytes, transposed)
+            planners[dtype, head_dim] = shared[configs]
+    return planners
+
+
+# K and V in 16 bits; by key blocks Q and dO in 16 bits, and the sums of dQ in 32.
+FORWARD = _planners(forward_configs, FORWARD_COSTS, 4)
+DQ = _planners(lambda dtype, head_dim: (queries_config(dtype, head_dim),), FORWARD_COSTS, 4)
+BACKWARD = _planners(backward_configs, BACKWARD_COSTS, 8, transposed=True)
+DETERMINISTIC_BACKWARD = _planners(
+    functools.partial(backward_configs, deterministic=True), BACKWARD_COSTS, 8, transposed=True
+)
+
+
+def unsupported_reason(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     """Why the kernels cannot take these tensors, with the way out; None where they can."""
     if q.dtype not in DTYPES:
         return f"it computes bfloat16 and float16, not {q.dtype}: convert q, k and v"
     if not q.is_cuda:
         return f"it needs a Hopper GPU, but q is on {q.device}"
-    head_dim = q.shape[3]
-    if head_dim % 8 or not 16 <= head_dim <= 256:
-        return f"head_dim must be a multiple of 8 from 16 to 256, got {head_dim}: pad q, k and v"
-    reason = _why_not_device(q.device.index)
+    if q.shape[3] not in HEAD_DIMS:
+        return f"head_dim must be a multiple of 8 from 16 to 256, got {q.shape[3]}: pad q, k and v"
+    arch = DeviceFacts.of(q.device).arch
+    if arch != "sm_90":
+        capability = f"{arch[3:-1]}.{arch[-1]}"
+        name = torch.cuda.get_device_name(q.device)
+        return f"it needs a Hopper GPU (compute capability 9.0), {name} has {capability}"
+    reason = why_no_dsl()
     if reason:
         return reason
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if not _aligned(x):
+        if not is_aligned(x):
             return (
                 f"{name} has strides {x.stride()}: the last must be 1, and all others, as the "
                 f"address, multiples of 16 bytes: use {name}.contiguous()"
@@ -42,24 +105,8 @@ def why_not(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
-def _why_not_device(index: int) -> str | None:
-    if index not in _reasons:
-        major, minor = torch.cuda.get_device_capability(index)
-        name = torch.cuda.get_device_name(index)
-        _reasons[index] = (
-            why_no_dsl()
-            if (major, minor) == (9, 0)
-            else f"it needs a Hopper GPU (compute capability 9.0), {name} has {major}.{minor}"
-        )
-    return _reasons[index]
-
-
-_reasons: dict[int, str | None] = {}
-
-
-def _aligned(x: Tensor) -> bool:
-    """What TMA can load: the stride of a dimension of size 1 does not matter."""
+def is_aligned(x: Tensor) -> bool:
+    """Whether TMA can load it: the stride of a dimension of size 1 does not matter."""
     b, s, h, d = x.stride()
     # Dynamo cannot trace an offset; a compiled graph meets the kernel's own check of addresses.
     if d != 1 or (not torch.compiler.is_compiling() and x.storage_offset() % 8):
@@ -69,37 +116,74 @@ def _aligned(x: Tensor) -> bool:
     )
 
 
-def launch(
+def forward_plan(layout: BlockLayout, q: Tensor, k: Tensor) -> Plan[ForwardConfig]:
+    """The plan of a layout for queries `(b, q_len, h, d)` and keys `(b, kv_len, h_kv, d)`.
+
+    Only shapes and dtype of the tensors are read.
+    """
+    b, _, h, d = q.shape
+    facts = DeviceFacts.of(layout.device)
+    return plan_of(layout, PlanKey(FORWARD[q.dtype, d], b, h, k.shape[2], facts))
+
+
+def backward_plans(
+    layout: BlockLayout, q: Tensor, k: Tensor, deterministic: bool = False
+) -> BackwardPlans:
+    """The plans of the gradients, for the tensors of `forward_plan`.
+
+    One kernel computes all gradients and adds up dQ in memory, in any order; with `deterministic`
+    it does so in fixed point. Above head_dim 128 there is no space for that: two kernels compute
+    dK and dV, and dQ, both bitwise repeatable.
+    """
+    b, _, h, d = q.shape
+    sizes = (b, h, k.shape[2], DeviceFacts.of(layout.device))
+    planner = (DETERMINISTIC_BACKWARD if deterministic else BACKWARD)[q.dtype, d]
+    dkdv: Plan[BackwardConfig] = plan_of(layout, PlanKey(planner, *sizes))
+    if dkdv.config.dq:
+        return BackwardPlans(dkdv)
+    return BackwardPlans(dkdv, plan_of(layout, PlanKey(DQ[q.dtype, d], *sizes)))
+
+
+def forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    plan: list[Tensor],
+    plan: Plan[ForwardConfig],
     kv_lens: Tensor | None,
-    num_parts: int,
-    tile_m: int,
     softmax_scale: float,
+    *,
+    transient: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) on torch's current stream, by a schedule's `arrays()`, `num_parts` and tile.
+    """Attention on torch's current stream: (out, lse).
 
-    out is `(b, s, h, d)` in q's dtype, lse `(b, h, s)` float32.
+    Args:
+        q: Queries `(b, s, h, d)`, bfloat16 or float16, with strides as in `is_aligned`.
+        k: Keys `(b, s_kv, h_kv, d)`.
+        v: Values, shaped as the keys.
+        plan: Of `forward_plan`, or unpacked.
+        kv_lens: Number of valid keys per batch entry, int `(b,)`, on any device. None: all.
+        softmax_scale: Factor of the logits, of any sign.
+        transient: As in `Kernel.launch`.
+
+    Returns:
+        out `(b, s, h, d)` in q's dtype, and lse `(b, h, s)` in float32.
     """
-    work, tiles, bits, combine, whole, counts = plan
-    b, s, h, d = q.shape
+    assert q.data_ptr(), "q has no memory"  # raises for fake tensors: a launch would read it
+    b, s, h, _ = q.shape
+    device = q.device
     if softmax_scale <= 0:  # the kernel takes maxima before it scales
         q = -q if softmax_scale < 0 else torch.zeros_like(q)
         softmax_scale = -softmax_scale or 1.0
-    kernel = _forward(DTYPES[q.dtype], d, tile_m)
-    device = q.device
-    out = torch.empty((b, s, h, d), dtype=q.dtype, device=device)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty((b, h, s), dtype=torch.float32, device=device)
-    lens = whole if kv_lens is None else kv_lens.to(device, torch.int32).clamp(max=k.shape[1])
-    before = (q, k, v, out, lse, lens, work, tiles, bits)
-    after = (combine, counts)
-    kernel.launch(before, num_parts, after, (softmax_scale * _LOG2_E,), device)
+    lens = plan.schedule.kv_lens if kv_lens is None else _clamped(kv_lens, k)
+    inputs = (q, k, v, out, lse, lens)
+    kernel = plan.kernel or bind(plan)
+    kernel.launch(inputs, plan, (softmax_scale * _LOG2_E,), device, transient)
     return out, lse
 
 
-def launch_backward(
+def backward(
     dout: Tensor,
     dlse: Tensor | None,
     q: Tensor,
@@ -107,76 +191,81 @@ def launch_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    kind: str,
-    plan: list[Tensor],
-    by_queries: list[Tensor],
+    plans: BackwardPlans,
     kv_lens: Tensor | None,
-    num_parts: list[int],
     softmax_scale: float,
+    *,
+    transient: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv) on torch's current stream.
+    """The gradients on torch's current stream: (dq, dk, dv), shaped as q, k and v, contiguous.
 
-    kind, plan: Of the schedule, and its arrays.
-    by_queries: Those of a "queries" schedule where `kind` is "keys".
-    num_parts: Of each of them.
+    Args:
+        dout: Gradient of out `(b, s, h, d)`, of any strides.
+        dlse: Gradient of lse `(b, h, s)`, float32, of any strides. None: zeros.
+        q: Queries; they, k, v, kv_lens and softmax_scale are those of `forward`.
+        k: Keys.
+        v: Values.
+        out: Output of `forward`.
+        lse: Output of `forward`.
+        plans: Of `backward_plans`, or unpacked.
+        kv_lens: Number of valid keys per batch entry.
+        softmax_scale: Factor of the logits.
+        transient: As in `Kernel.launch`.
     """
-    b, s, h, d = q.shape
-    device, dtype = q.device, DTYPES[q.dtype]
-    config = backward_config(kind, dtype, d)
-    dout = dout if _aligned(dout) else dout.contiguous()
-    dq = torch.empty((b, s, h, d), dtype=q.dtype, device=device)
-    dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=device) for x in (k, v))
-    rows = -(-s // config.tile_m) * config.tile_m
-    chunks = 2 * rows // config.tile_m if config.dq else 0
-    dq_sum = torch.empty((b, h, chunks, config.dq_chunk), dtype=torch.float32, device=device)
-    stats = torch.empty((b, h, 2, rows), dtype=torch.float32, device=device)
-    done = torch.empty((b, h, chunks), dtype=torch.int32, device=device)
-    bounds = torch.zeros((2 * config.fixed, b, k.shape[2]), dtype=torch.int32, device=device)
-    work, tiles, bits, combine, whole, counts = plan
-    lens = whole if kv_lens is None else kv_lens.to(device, torch.int32).clamp(max=k.shape[1])
+    assert q.data_ptr(), "q has no memory"  # raises for fake tensors: a launch would read it
+    plan, device = plans.dkdv, q.device
+    if not is_aligned(dout):
+        dout = dout.contiguous()
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    lens = plan.schedule.kv_lens if kv_lens is None else _clamped(kv_lens, k)
+    done, bounds, dq_sum, stats = _workspace(plan.config, q, k)
     given = lse if dlse is None else dlse.contiguous()
-    tensors = (
-        q,
-        k,
-        v,
-        out,
-        dout,
-        lse,
-        given,
-        dq,
-        dk,
-        dv,
-        done,
-        bounds,
-        dq_sum,
-        stats,
-        lens,
-    )
-    before = (*tensors, work, tiles, bits)
+    results = (dq, dk, dv, done, bounds, dq_sum, stats)
     scales = (softmax_scale, softmax_scale * _LOG2_E)
-    numbers = (int(dlse is not None), *scales)
-    _backward(config).launch(before, num_parts[0], (combine, counts), numbers, device)
-    if by_queries:
-        work, tiles, bits, combine, _, counts = by_queries
-        inputs = (q, k, v, dout, dq, stats, lens, work, tiles, bits)
-        _queries(dtype, d).launch(inputs, num_parts[1], (combine, counts), scales, device)
+    inputs = (q, k, v, out, dout, lse, given, *results, lens)
+    scalars = (0 if dlse is None else 1, *scales)
+    (plan.kernel or bind(plan)).launch(inputs, plan, scalars, device, transient)
+    if plans.dq is not None:
+        plan_of_dq = plans.dq
+        inputs = (q, k, v, dout, dq, stats, lens)
+        (plan_of_dq.kernel or bind(plan_of_dq)).launch(
+            inputs, plan_of_dq, scales, device, transient
+        )
     return dq, dk, dv
 
 
-@functools.cache
-def _forward(dtype: str, head_dim: int, tile_m: int) -> Kernel:
-    config = next(c for c in forward_configs(dtype, head_dim) if c.tile_m == tile_m)
-    parts = ((config.tile_m, config.head_dim), (config.tile_m,))
-    return Kernel(forward_kernel(config), parts, work=6)
+def _workspace(config: BackwardConfig, q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
+    """done, bounds, dq_sum and stats of `BackwardSm90.__call__`; the first three are empty where
+    the config needs none.
+    """
+    b, s, h, _ = q.shape
+    device, float32, int32 = q.device, torch.float32, torch.int32
+    tiles = -(-s // config.tile_m)
+    chunks = 2 * tiles if config.dq else 0
+    return (
+        torch.empty((b, h, chunks), dtype=int32, device=device),
+        torch.zeros((2 * config.fixed, b, k.shape[2]), dtype=int32, device=device),
+        torch.empty((b, h, chunks, config.dq_chunk), dtype=float32, device=device),
+        torch.empty((b, h, 2, tiles * config.tile_m), dtype=float32, device=device),
+    )
 
 
-@functools.cache
-def _backward(config: BackwardConfig) -> Kernel:
-    parts = ((config.tile_n, config.head_dim),) * 2
-    return Kernel(backward_kernel(config), parts, work=15)
+def _clamped(kv_lens: Tensor, k: Tensor) -> Tensor:
+    return kv_lens.to(k.device, torch.int32).clamp(0, k.shape[1])
 
 
-@functools.cache
-def _queries(dtype: str, head_dim: int) -> Kernel:
-    config = queries_config(dtype, head_dim)
-    return Kernel(queries_kernel(config), ((config.tile_m, config.head_dim),), work=7)
+_kernels: dict[Config, Kernel] = {}
+_lock = threading.Lock()
+
+
+def bind(plan: Plan[Config]) -> Kernel:
+    """Load or compile the kernel of a plan's config, and keep it with the plan."""
+    config = plan.config
+    kernel = _kernels.get(config)
+    if kernel is None:
+        with _lock:  # plans with the same config share one kernel, and its counters
+            kernel = _kernels.get(config)
+            if kernel is None:
+                kernel = _kernels[config] = Kernel(load_function(config), config.part_shapes)
+    plan.kernel = kernel
+    return kernel

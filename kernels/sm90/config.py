@@ -1,8 +1,13 @@
-"""What a kernel is compiled for, and which of these there are."""
+"""What a kernel is compiled for, which configs are shipped, and what their work costs on Hopper."""
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
+from enum import Enum
+
+from sparse_flash.kernels.config import parse_config
+from sparse_flash.kernels.schedule import CostModel
 
 
 @dataclass(frozen=True)
@@ -31,12 +36,24 @@ class ForwardConfig:
         assert self.tile_m in (128, 192)  # warpgroups that take turns: two or three
         assert self.tile_n % 16 == 0
         assert self.tile_n <= 128  # a row's bits fill one word a thread
-        assert self.shared_memory <= SHARED_MEMORY
 
     @property
     def tile(self) -> tuple[int, int]:
         """(tile_m, tile_n)."""
         return self.tile_m, self.tile_n
+
+    @property
+    def tile_cost(self) -> float:
+        """Time of a full tile, in units of one of 128 x 128.
+
+        Measured on an H200 at head_dim 64: 571 TFLOP/s with tile_m 192, 461 with 128.
+        """
+        return (1.2 if self.tile_m == 192 else 1.0) * self.tile_n / 128
+
+    @property
+    def part_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Output and logsumexp of one part of a split row."""
+        return (self.tile_m, self.head_dim), (self.tile_m,)
 
     @property
     def warpgroups(self) -> int:
@@ -114,7 +131,6 @@ class BackwardConfig:
             assert not (self.fixed and self.dq_transposed)  # a row's exponent goes with its thread
             tiles = ((64, 128), (80, 128), (64, 96), (128, 64), (128, 32))
             assert (self.tile_m, self.head_dim) in tiles
-        assert self.shared_memory <= SHARED_MEMORY, self.shared_memory
 
     @property
     def across(self) -> bool:
@@ -145,6 +161,18 @@ class BackwardConfig:
     def tile(self) -> tuple[int, int]:
         """The tile of the transposed layout: (tile_n, tile_m)."""
         return self.tile_n, self.tile_m
+
+    @property
+    def tile_cost(self) -> float:
+        """Time of a full tile, in units of one of 128 queries; one of 80 takes 1.17 times that of
+        one of 64 (measured on an H200 at head_dim 128).
+        """
+        return (1.17 * 64 if self.tile_m == 80 else self.tile_m) / 128
+
+    @property
+    def part_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """DK and dV of one part of a split column."""
+        return (self.tile_n, self.head_dim), (self.tile_n, self.head_dim)
 
     @property
     def dq_by_columns(self) -> bool:
@@ -206,13 +234,20 @@ class QueriesConfig:
     consumer_registers: int = 240
     producer_registers: int = 24
 
-    def __post_init__(self) -> None:
-        assert self.shared_memory <= SHARED_MEMORY, self.shared_memory
-
     @property
     def tile(self) -> tuple[int, int]:
         """(tile_m, tile_n)."""
         return self.tile_m, self.tile_n
+
+    @property
+    def tile_cost(self) -> float:
+        """Time of a full tile, in units of one of 128 x 128."""
+        return self.tile_n / 128
+
+    @property
+    def part_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """DQ of one part of a split row."""
+        return ((self.tile_m, self.head_dim),)
 
     @property
     def shared_memory(self) -> int:
@@ -221,64 +256,38 @@ class QueriesConfig:
         return 2 * (rows * self.head_dim + self.tile_m * self.o_columns) + 1024
 
 
-@dataclass(frozen=True)
-class DecodeConfig:
-    """One compiled kernel for one query per sequence: a warpgroup whose rows are heads.
+Config = ForwardConfig | BackwardConfig | QueriesConfig
 
-    A step is tile_n keys, a part of a tile of the layout. Several CTAs share a multiprocessor, so
-    that one computes while another waits, and together they fill its shared memory with tiles that
-    are under way.
+
+@functools.cache
+def config_from_text(text: str) -> Config:
+    """The config whose repr this is. One text always gives the same object.
+
+    Raises:
+        ValueError: It is not the repr of a config.
+
+    >>> config = forward_configs("float16", 64)[1]
+    >>> config_from_text(repr(config)) == config
+    True
     """
-
-    dtype: str
-    head_dim: int
-    kv_stages: int
-    ctas_per_sm: int
-    tile_n: int = 64
-    arch: str = "sm_90a"
-
-    def __post_init__(self) -> None:
-        assert self.tile[1] % self.tile_n == 0
-        # Each CTA also takes 1 KiB of the 228 that a multiprocessor has.
-        assert self.ctas_per_sm * (self.shared_memory + 1024) <= SHARED_MEMORY + 1024
-
-    @property
-    def tile(self) -> tuple[int, int]:
-        """The tile of the layout."""
-        return 128, 128
-
-    @property
-    def steps(self) -> int:
-        """Steps of a tile of the layout."""
-        return self.tile[1] // self.tile_n
-
-    @property
-    def shared_memory(self) -> int:
-        """Bytes of shared memory: tiles, and less than 1 KiB of barriers and steps."""
-        return 2 * self.head_dim * (64 + 2 * self.kv_stages * self.tile_n) + 1024
+    return parse_config(text, (ForwardConfig, BackwardConfig, QueriesConfig))
 
 
-SHARED_MEMORY = 227 * 1024  # what a CTA may have on sm_90
+# From speeds on an H200. Two random densities give `item` (1.0 at head_dim 64, 1.9 at 128), masks
+# with and without partial tiles `partial_tile` (1.2 and 1.05): one value stands between both.
+# `part` and `combine` are estimates that balance what tests/kernels/test_schedule.py simulates.
+FORWARD_COSTS = CostModel(
+    partial_tile=1.1,
+    item=1.5,
+    largest_share=0.5,
+    long_item=2.5,
+    fewest_tiles=8,
+    part=1.0,
+    combine=2.0,
+    l2_share=0.4,
+)
+BACKWARD_COSTS = replace(FORWARD_COSTS, partial_tile=1.05)  # more products for each tile to mask
 
-
-def forward_configs(dtype: str, head_dim: int) -> tuple[ForwardConfig, ...]:
-    """The configs that compute this head_dim, the default first; none above 256.
-
-    Taller tiles keep more warps busy where head_dim is small, but only rows that agree over their
-    height can use them: the schedule decides.
-    """
-    for size, configs in _FORWARD.items():
-        if head_dim <= size:
-            return tuple(replace(config, dtype=dtype) for config in configs)
-    return ()
-
-
-def all_forward_configs() -> list[ForwardConfig]:
-    """Everything that is shipped."""
-    return [c for dtype in DTYPES for size in _FORWARD for c in forward_configs(dtype, size)]
-
-
-Config = ForwardConfig | BackwardConfig | QueriesConfig | DecodeConfig
 DTYPES = ("bfloat16", "float16")
 _ANY = "bfloat16"  # stands for either
 _FORWARD = {
@@ -293,21 +302,21 @@ _FORWARD = {
     256: (ForwardConfig(_ANY, 256, 128, tile_n=64, q_stages=1, kv_stages=2, o_columns=64),),
 }
 
-_BACKWARD = {
+_DQ = {
     32: BackwardConfig(_ANY, 32, 128, True, k_stages=2, v_stages=2, buffers=2, held=32, parts=1),
     64: BackwardConfig(_ANY, 64, 128, True, k_stages=2, v_stages=2, held=64),
     96: BackwardConfig(_ANY, 96, 64, True, k_stages=2, v_stages=2, held=96, held_v=96),
     128: BackwardConfig(_ANY, 128, 64, True, k_stages=2, held=64, held_v=16),
 }
 # The repeatable ones, whose exponents take the registers that V would be held in.
-_FIXED = {
+_DETERMINISTIC = {
     size: replace(config, fixed=True, held_v=0)
-    for size, config in _BACKWARD.items()
+    for size, config in _DQ.items()
     if not config.dq_transposed
 }
 # In place of the first, where blocks of such a width do not cover much more than is needed.
-_WIDE = {128: BackwardConfig(_ANY, 128, tile_m=80, dq=True, parts=5)}
-_KEYS = {
+_TILE80 = {128: BackwardConfig(_ANY, 128, tile_m=80, dq=True, parts=5)}
+_DKDV = {
     32: BackwardConfig(_ANY, 32, tile_m=128, dq=False, held=32, parts=1),
     64: BackwardConfig(_ANY, 64, tile_m=128, dq=False, held=48),
     128: BackwardConfig(_ANY, 128, tile_m=64, dq=False, held=64),
@@ -315,32 +324,71 @@ _KEYS = {
 }
 
 
-def backward_config(kind: str, dtype: str, head_dim: int) -> BackwardConfig:
-    """The config that computes this head_dim.
+def forward_configs(dtype: str, head_dim: int) -> tuple[ForwardConfig, ...]:
+    """The configs that compute this head_dim, the default first; none above 256.
 
-    kind: "backward" or "fixed", with dQ (head_dims to 128), "wide" (above 96, to 128), or "keys",
-        without dQ (to 256).
+    Taller tiles keep more warps busy where head_dim is small, but only rows that agree over their
+    height can use them: the plan decides by the layout.
     """
-    configs = {"keys": _KEYS, "wide": _WIDE, "fixed": _FIXED}.get(kind, _BACKWARD)
-    config = configs[min(size for size in configs if head_dim <= size)]
-    return replace(config, dtype=dtype)
+    for size, configs in _FORWARD.items():
+        if head_dim <= size:
+            return tuple(replace(config, dtype=dtype) for config in configs)
+    return ()
 
 
-def backward_configs(kind: str, dtype: str, head_dim: int) -> tuple[BackwardConfig, ...]:
-    """The configs that compute this head_dim in such a way, with tiles of several sizes."""
-    kinds = ("backward", "wide") if kind == "backward" and head_dim > 96 else (kind,)
-    return tuple(backward_config(kind, dtype, head_dim) for kind in kinds)
+def all_forward_configs() -> list[ForwardConfig]:
+    """All forward configs that are shipped."""
+    return [c for dtype in DTYPES for size in _FORWARD for c in forward_configs(dtype, size)]
 
 
-def kernel_of(kind: str, tile: tuple[int, int]) -> str:
-    """The kind of the config whose tiles a backward schedule has: "wide" stands for "backward"."""
-    wide = kind == "backward" and tile in [config.tile for config in _WIDE.values()]
-    return "wide" if wide else kind
+class BackwardVariant(Enum):
+    """The backward kernels: what they compute, and how.
+
+    DQ: dQ, dK and dV in one kernel; dQ is added up in memory, in float32, in any order.
+    TILE80: As DQ, with tiles of 80 queries, for layouts that these cover well.
+    DETERMINISTIC: As DQ, in fixed point: bitwise repeatable.
+    DKDV: dK and dV only, bitwise repeatable; dQ comes from a kernel of its own. Seven products
+        instead of five, but nothing is added up in memory, which has no space above head_dim 128.
+    """
+
+    DQ = "dq"
+    TILE80 = "tile80"
+    DETERMINISTIC = "deterministic"
+    DKDV = "dkdv"
+
+
+_VARIANTS = {
+    BackwardVariant.DQ: _DQ,
+    BackwardVariant.TILE80: _TILE80,
+    BackwardVariant.DETERMINISTIC: _DETERMINISTIC,
+    BackwardVariant.DKDV: _DKDV,
+}
+
+
+def variant_config(variant: BackwardVariant, dtype: str, head_dim: int) -> BackwardConfig:
+    """The config of a variant for this head_dim, which must not exceed the variant's largest."""
+    configs = _VARIANTS[variant]
+    return replace(configs[min(size for size in configs if head_dim <= size)], dtype=dtype)
+
+
+def backward_configs(
+    dtype: str, head_dim: int, deterministic: bool = False
+) -> tuple[BackwardConfig, ...]:
+    """The candidates for this head_dim, the default first. `dq` tells whether they compute dQ."""
+    if head_dim > 128:
+        variants = [BackwardVariant.DKDV]
+    elif deterministic:
+        variants = [BackwardVariant.DETERMINISTIC]
+    elif head_dim > 96:
+        variants = [BackwardVariant.DQ, BackwardVariant.TILE80]
+    else:
+        variants = [BackwardVariant.DQ]
+    return tuple(variant_config(variant, dtype, head_dim) for variant in variants)
 
 
 def all_backward_configs() -> list[BackwardConfig]:
-    """Everything that is shipped."""
-    configs = [c for kind in (_BACKWARD, _FIXED, _WIDE, _KEYS) for c in kind.values()]
+    """All backward configs that are shipped."""
+    configs = [config for sizes in _VARIANTS.values() for config in sizes.values()]
     return [replace(config, dtype=dtype) for dtype in DTYPES for config in configs]
 
 
@@ -359,56 +407,10 @@ def queries_config(dtype: str, head_dim: int) -> QueriesConfig:
 
 
 def all_queries_configs() -> list[QueriesConfig]:
-    """Everything that is shipped."""
+    """All configs of the dQ kernel that are shipped."""
     return [replace(config, dtype=dtype) for dtype in DTYPES for config in _QUERIES.values()]
 
 
-_DECODE = {
-    32: DecodeConfig(_ANY, 32, kv_stages=8, ctas_per_sm=3),
-    64: DecodeConfig(_ANY, 64, kv_stages=4, ctas_per_sm=3),
-    96: DecodeConfig(_ANY, 96, kv_stages=4, ctas_per_sm=2),
-    128: DecodeConfig(_ANY, 128, kv_stages=3, ctas_per_sm=2),
-    192: DecodeConfig(_ANY, 192, kv_stages=4, ctas_per_sm=1),
-    256: DecodeConfig(_ANY, 256, kv_stages=3, ctas_per_sm=1),
-}
-
-
-def decode_config(dtype: str, head_dim: int) -> DecodeConfig:
-    """The config that computes this head_dim, which must not exceed 256."""
-    size = min(size for size in _DECODE if head_dim <= size)
-    return replace(_DECODE[size], dtype=dtype)
-
-
-def all_decode_configs() -> list[DecodeConfig]:
+def all_configs() -> list[Config]:
     """Everything that is shipped."""
-    return [replace(config, dtype=dtype) for dtype in DTYPES for config in _DECODE.values()]
-
-
-def forward_at_config(dtype: str, head_dim: int) -> ForwardConfig:
-    """The config with offsets that computes this head_dim: the default one's tiles."""
-    return replace(forward_configs(dtype, head_dim)[0], offsets=True)
-
-
-def backward_at_config(kind: str, dtype: str, head_dim: int) -> BackwardConfig:
-    """The config with offsets that computes this head_dim; `kind` as in `backward_config`."""
-    return replace(backward_config(kind, dtype, head_dim), offsets=True)
-
-
-def queries_at_config(dtype: str, head_dim: int) -> QueriesConfig:
-    """The config with offsets that computes this head_dim."""
-    return replace(queries_config(dtype, head_dim), offsets=True)
-
-
-def all_at_configs() -> list[ForwardConfig | BackwardConfig | QueriesConfig]:
-    """Everything with offsets that is shipped."""
-    kinds = [("backward", d) for d in (32, 64, 96, 128)] + [("fixed", d) for d in (32, 64, 128)]
-    return [
-        config
-        for dtype in DTYPES
-        for config in (
-            *(forward_at_config(dtype, head_dim) for head_dim in _FORWARD),
-            *(backward_at_config(kind, dtype, head_dim) for kind, head_dim in kinds),
-            backward_at_config("keys", dtype, 256),
-            queries_at_config(dtype, 256),
-        )
-    ]
+    return [*all_forward_configs(), *all_backward_configs(), *all_queries_configs()]

@@ -8,6 +8,7 @@ from sparse_flash.kernels.sm90.primitives import bits_of, from_bits, pair_of, st
 
 ROWS = 16  # of the accumulators: a slice of a chunk, a warp's; see BackwardConsumer.put_queries
 SLICES = 64 // ROWS
+NAN_PAIR = 0x7FFF7FFF  # two NaN, in both 16-bit types
 THREADS = 2 * SLICES * 32  # for a tile of queries, which has two chunks
 
 
@@ -79,8 +80,12 @@ class Convert:
             rows = [[x[2 * i : 2 * i + 2] for x in numbers] for i in range(2)]
         for i in cutlass.range_constexpr(len(rows)):  # every eighth
             pairs = [self.scaled(x, scales[i % 2], dq.element_type) & there for x in rows[i]]
+            if const_expr(config.offsets):
+                log_sum = stats[batch, head, 0, row + 8 * i]
+                unknown = log_sum != log_sum  # noqa: PLR0124 NaN: no position of the layout
+                pairs = [Int32(NAN_PAIR) if unknown else pair for pair in pairs]
             place = (batch, row + 8 * i - pad, head, column)
-            store_pairs(dq, place, pairs, self.config.offsets)
+            store_pairs(dq, place, pairs, config.offsets)
 
     @cute.jit
     def scale_of(self, stats, scale, place):

@@ -13,9 +13,9 @@ position_items.py for positions; a call without offsets is one whose query has p
 import cutlass
 from cutlass import Float32, Int32, cute, pipeline
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
-from sparse_flash.kernels.sm90.config import DecodeConfig
 from sparse_flash.kernels.sm90.decode_consumer import DecodeConsumer
 from sparse_flash.kernels.sm90.items import DecodeItem
+from sparse_flash.kernels.sm90.position_config import DecodeConfig
 from sparse_flash.kernels.sm90.position_items import PositionArrays, PositionNumbers, Positions
 from sparse_flash.kernels.sm90.primitives import (
     LOAD,
@@ -52,6 +52,8 @@ class DecodeSm90:
         v: cute.Tensor,  # (b, s_kv, h_kv, d)
         out: cute.Tensor,  # (b, 1, h, d)
         lse: cute.Tensor,  # (b, h, 1) float32
+        out_parts: cute.Tensor,  # (splits, b, 1, h, head_dim) float32; none if num_splits is 1
+        lse_parts: cute.Tensor,  # (splits, b, h, 1) float32
         kv_lens: cute.Tensor,  # (b,) int32
         q_offset: cute.Tensor,  # (b,) int32
         kv_starts: cute.Tensor,  # (b,) int32
@@ -59,8 +61,6 @@ class DecodeSm90:
         pattern_map: cute.Tensor,  # (1 or b, 1 or h) int32
         tiles: cute.Tensor,  # (tiles, 2) int32: n_block and bit tile
         bits: cute.Tensor,  # (bit tiles, 2, 128, 2) int32, in fragment order
-        out_parts: cute.Tensor,  # (splits, b, 1, h, head_dim) float32; none if num_splits is 1
-        lse_parts: cute.Tensor,  # (splits, b, h, 1) float32
         q_base: Int32,  # added to q_offset
         num_positions: Int32,  # q_len of the layout
         num_splits: Int32,

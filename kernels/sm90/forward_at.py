@@ -25,6 +25,8 @@ class ForwardAtSm90(ForwardSm90):
         v: cute.Tensor,  # (b, s_kv, h_kv, d)
         out: cute.Tensor,  # (b, s_q, h, d)
         lse: cute.Tensor,  # (b, h, s_q) float32
+        out_parts: cute.Tensor,  # (splits, b, s_q, h, head_dim) float32; none if num_splits is 1
+        lse_parts: cute.Tensor,  # (splits, b, h, s_q) float32
         kv_lens: cute.Tensor,  # (b,) int32
         q_offset: cute.Tensor,  # (b,) int32
         kv_starts: cute.Tensor,  # (b,) int32
@@ -33,8 +35,6 @@ class ForwardAtSm90(ForwardSm90):
         tiles: cute.Tensor,  # (tiles, 2) int32: n_block and bit tile
         bits: cute.Tensor,  # (bit tiles, warpgroups, 128, 2) int32, in fragment order
         counter: cute.Tensor,  # (2,) int32, zeros; left as zeros
-        out_parts: cute.Tensor,  # (splits, b, s_q, h, head_dim) float32; none if num_splits is 1
-        lse_parts: cute.Tensor,  # (splits, b, h, s_q) float32
         num_ctas: Int32,
         q_base: Int32,  # added to q_offset
         num_positions: Int32,  # q_len of the layout

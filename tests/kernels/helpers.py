@@ -10,8 +10,15 @@ import time
 
 import pytest
 import torch
+from sparse_flash.kernels.device import DeviceFacts
 
 DTYPES = [torch.bfloat16, torch.float16]
+H200 = DeviceFacts("sm_90", num_sms=132, shared_memory=227 << 10, l2_bytes=60 << 20)
+
+
+def plan_on_cpu(monkeypatch, facts=H200):
+    """Plan for this GPU where the tensors are on the CPU."""
+    monkeypatch.setitem(DeviceFacts._of, torch.device("cpu"), facts)
 
 
 def wait(seconds=30):

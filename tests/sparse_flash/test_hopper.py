@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
-from sparse_flash.kernels import plans as plans_
-from sparse_flash.kernels.plans import schedule_of
 from sparse_flash.kernels.schedule import schedule
 from sparse_flash.kernels.sm90 import attention as sm90
+from sparse_flash.kernels.sm90.config import (
+    FORWARD_COSTS,
+    BackwardConfig,
+    BackwardVariant,
+    ForwardConfig,
+    variant_config,
+)
 from torch.nn.functional import scaled_dot_product_attention
 
 from sparse_flash import block_sparse_attention, dispatch, hopper, masks
+from tests.kernels.helpers import H200, plan_on_cpu
+
+
+class Call(NamedTuple):
+    shape: torch.Size
+    config: ForwardConfig | BackwardConfig
+    transient: bool
 
 
 @pytest.fixture
@@ -20,18 +33,16 @@ def calls(monkeypatch):
     """Launches, of dense attention; with "auto" every call comes by the Hopper implementation."""
     seen = []
 
-    def launch(q, k, v, plan, kv_lens, num_parts, tile_m, scale):
-        seen.append((q.shape, len(plan), tile_m))
+    def forward(q, k, v, plan, kv_lens, scale, *, transient=False):
+        seen.append(Call(q.shape, plan.config, transient))
         heads_first = (x.transpose(1, 2) for x in (q, k, v))
         out = scaled_dot_product_attention(*heads_first, scale=scale).transpose(1, 2).contiguous()
         logits = torch.einsum("bqhd,bkhd->bhqk", q.float(), k.float()) * scale
         return out, logits.logsumexp(-1)
 
-    def launch_backward(
-        dout, dlse, q, k, v, out, lse, kind, plan, by_queries, lens, num_parts, scale
-    ):
-        seen.append((q.shape, len(plan), kind))
-        assert len(by_queries) == 6 * (len(num_parts) - 1) == 6 * (kind == "keys")
+    def backward(dout, dlse, q, k, v, out, lse, plans, kv_lens, scale, *, transient=False):
+        seen.append(Call(q.shape, plans.dkdv.config, transient))
+        assert (plans.dq is None) == plans.dkdv.config.dq
         q_, k_, v_, dout_ = (x.float() for x in (q, k, v, dout))
         p = (torch.einsum("bqhd,bkhd->bhqk", q_, k_) * scale - lse[..., None]).exp()
         delta = (out.float() * dout_).sum(-1).transpose(1, 2)
@@ -43,11 +54,19 @@ def calls(monkeypatch):
 
     implementation = dispatch.Implementation("sm90", hopper.attend, lambda *_: None)
     monkeypatch.setattr(dispatch, "IMPLEMENTATIONS", (implementation,))
-    monkeypatch.setattr(sm90, "launch", launch)
-    monkeypatch.setattr(sm90, "launch_backward", launch_backward)
-    properties = SimpleNamespace(multi_processor_count=132)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(sm90, "forward", forward)
+    monkeypatch.setattr(sm90, "backward", backward)
+    plan_on_cpu(monkeypatch)
     return seen
+
+
+def backward_config(dim, deterministic=False):
+    """What computes the gradients of these tests."""
+    if dim > 128:
+        variant = BackwardVariant.DKDV
+    else:
+        variant = BackwardVariant.DETERMINISTIC if deterministic else BackwardVariant.DQ
+    return variant_config(variant, "bfloat16", dim)
 
 
 def tensors(grad, dim=32):
@@ -75,13 +94,14 @@ def test_compile_fullgraph(calls, kind, grad, deterministic):
         gradients = [torch.autograd.grad(x, (q, k, v)) for x in (result, eager)]
         for a, b in zip(*gradients, strict=True):
             assert (a - b).float().norm() < 0.01 * b.float().norm()
-    assert {call[0] for call in calls} == {q.shape}
+    assert {call.shape for call in calls} == {q.shape}
     before = len(calls)
     result = compiled(q, k, v)
     assert len(calls) == before + 1  # the compiled graph launches it
     if grad:
         result.backward()
-        assert calls[-1] == (q.shape, 6, "fixed" if deterministic else "backward")
+        assert calls[-1] == (q.shape, backward_config(32, deterministic), True)
+    assert {call.transient for call in calls[before:]} == {True}
 
 
 def test_compile_follows_other_sizes(calls):
@@ -97,7 +117,7 @@ def test_compile_follows_other_sizes(calls):
     for shape in ((2, 200, 2, 32), (3, 200, 2, 32), (5, 300, 2, 32), (7, 80, 4, 32)):
         q, k, v = (torch.randn(shape).bfloat16() for _ in "qkv")
         torch.testing.assert_close(compiled(q, k, v), attend(q, k, v))
-        assert calls[-2][0] == calls[-1][0] == shape
+        assert calls[-2].shape == calls[-1].shape == shape
 
 
 @pytest.mark.parametrize(
@@ -117,7 +137,7 @@ def test_gradients_are_those_of_attention(calls, dim, deterministic):
     )
     for a, b in zip(got, expected, strict=True):
         assert (a.double() - b).norm() < 0.01 * b.norm()
-    assert calls[-1][2] == ("keys" if dim > 128 else "fixed" if deterministic else "backward")
+    assert calls[-1] == (q.shape, backward_config(dim, deterministic), False)
 
 
 def test_only_the_lse_is_used(calls):
@@ -128,40 +148,47 @@ def test_only_the_lse_is_used(calls):
     assert not v.grad.any()
 
 
-def test_schedules_live_as_long_as_their_layouts(calls):
+def test_plans_live_as_long_as_their_layouts(calls):
     import gc
+    import weakref
 
     q, k, _ = tensors(False)
     layout = masks.causal().layout(200)
-    first = schedule_of("forward", layout, q, k)
-    assert schedule_of("forward", layout, q, k) is first
-    assert schedule_of("forward", layout, q[:1], k[:1]) is not first
-    count = len(plans_._schedules.names)
-    del layout
+    plan = sm90.forward_plan(layout, q, k)
+    assert sm90.forward_plan(layout, q, k) is plan
+    assert sm90.forward_plan(layout, q[:1], k[:1]) is not plan
+    assert len(layout.derived) == 2
+    alive = weakref.ref(plan)
+    del layout, plan
     gc.collect()
-    assert len(plans_._schedules.names) == count - 2
+    assert alive() is None
 
 
-def test_a_copy_of_a_layout_has_schedules_of_its_own(calls):
+def test_a_copy_of_a_layout_has_plans_of_its_own(calls):
     import copy
     import pickle
 
     q, k, _ = tensors(False)
     layout = masks.causal().layout(200)
+    plan = sm90.forward_plan(layout, q, k)
     for twin in (copy.copy(layout), copy.deepcopy(layout), pickle.loads(pickle.dumps(layout))):
-        assert twin.number != layout.number
-        assert torch.equal(
-            schedule_of("forward", twin, q, k).work, schedule_of("forward", layout, q, k).work
-        )
+        assert not twin.derived
+        other = sm90.forward_plan(twin, q, k)
+        assert other is not plan
+        assert torch.equal(other.schedule.work, plan.schedule.work)
+    assert len(layout.derived) == 1
 
 
 @pytest.mark.parametrize("dim", [16, 64, 128, 136, 256])
-def test_how_gradients_are_made(dim):
-    two = ("keys", "queries")
-    assert hopper._backward_kinds(dim, deterministic=True) == (("fixed",) if dim <= 128 else two)
-    assert hopper._backward_kinds(dim, deterministic=False) == (
-        ("backward",) if dim <= 128 else two
-    )
+def test_how_gradients_are_made(calls, dim):
+    layout = masks.random_blocks(0.5, 128, 0).layout(1024)
+    q = torch.zeros(1, 1024, 2, 1).bfloat16().expand(-1, -1, -1, dim)
+    for deterministic in (False, True):
+        plans = sm90.backward_plans(layout, q, q, deterministic)
+        assert plans.dkdv.config == backward_config(dim, deterministic)
+        assert plans.dkdv.config.fixed == (deterministic and dim <= 128)
+        assert (plans.dq is None) == (dim <= 128) == plans.dkdv.config.dq
+        assert plans.plans() == [plan for plan in plans if plan is not None]
 
 
 @pytest.mark.parametrize(
@@ -170,39 +197,49 @@ def test_how_gradients_are_made(dim):
 def test_wide_tiles_where_they_cover_little_more(calls, spec, tile):
     layout = masks.parse(spec).layout(4096)
     of = {dim: torch.zeros(1, 4096, 2, 1).bfloat16().expand(-1, -1, -1, dim) for dim in (64, 128)}
-    assert schedule_of("backward", layout, of[128], of[128]).tile == (128, tile)
-    assert schedule_of("fixed", layout, of[128], of[128]).tile == (128, 64)
-    assert schedule_of("backward", layout, of[64], of[64]).tile == (128, 128)
+
+    def tile_of(x, deterministic=False):
+        plan = sm90.backward_plans(layout, x, x, deterministic).dkdv
+        assert plan.schedule.tile == plan.config.tile
+        return plan.config.tile
+
+    assert tile_of(of[128]) == (128, tile)
+    assert tile_of(of[128], deterministic=True) == (128, 64)
+    assert tile_of(of[64]) == (128, 128)
     q = of[128][:, :400].clone().requires_grad_()
     block_sparse_attention(q, q, q, masks.full(), impl="auto").sum().backward()
-    assert calls[-1][2] == "wide"
+    assert calls[-1].config == variant_config(BackwardVariant.TILE80, "bfloat16", 128)
 
 
-def test_schedules_follow_an_updated_layout(calls):
+def test_plans_follow_an_updated_layout(calls):
     q, k, _ = tensors(False)
     layout = masks.full().layout(200, block=(64, 64))
-    plans = [schedule_of("forward", layout, q[:n], k[:n]) for n in (1, 2)]
-    arrays = [plan.arrays() for plan in plans]
+    plans = [sm90.forward_plan(layout, q[:n], k[:n]) for n in (1, 2)]
+    arrays = [plan.schedule.arrays() for plan in plans]
     new = masks.local(20).layout(200, block=(64, 64))
     layout.update_(new)
     assert layout.equal(new)
     for plan, before in zip(plans, arrays, strict=True):
-        assert all(a is b for a, b in zip(plan.arrays(), before, strict=True))
-    expected = schedule(new, 2, 2, plans[1].tile, 132)
-    assert torch.equal(plans[1].tiles[: len(expected.tiles)], expected.tiles)
-    assert plans[1].counts.tolist() == expected.counts.tolist()
+        now = (*plan.lists, *plan.combine[:1], plan.schedule.kv_lens, plan.combine[1])
+        assert all(a is b for a, b in zip(now, before, strict=True))
+    expected = schedule(new, 2, 2, plans[1].config.tile, H200, FORWARD_COSTS)
+    assert torch.equal(plans[1].schedule.tiles[: len(expected.tiles)], expected.tiles)
+    assert plans[1].schedule.counts.tolist() == expected.counts.tolist()
 
 
 def test_an_update_that_finds_no_room_changes_nothing(calls):
     q, k, _ = tensors(False)
     layout = masks.sinks(64).layout(200, block=(64, 64))
-    plans = [schedule_of("forward", layout, q[:n], k[:n]) for n in (1, 2)]
-    before, kept = layout.col_indices, [x.clone() for plan in plans for x in plan.arrays()]
+    plans = [sm90.forward_plan(layout, q[:n], k[:n]) for n in (1, 2)]
+
+    def arrays():
+        return [x for plan in plans for x in plan.schedule.arrays()]
+
+    before, kept = layout.col_indices, [x.clone() for x in arrays()]
     with pytest.raises(ValueError, match="no room"):
         layout.update_(masks.full().layout(200, block=(64, 64)))
     assert layout.col_indices is before
-    now = [x for plan in plans for x in plan.arrays()]
-    assert all(torch.equal(a, b) for a, b in zip(now, kept, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(arrays(), kept, strict=True))
 
 
 def test_auto_says_why_it_is_slow_on_a_gpu(recwarn):

@@ -1,0 +1,131 @@
+"""From a config to a callable kernel: what all architectures share."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from sparse_flash.kernels.cache import load_or_compile
+from sparse_flash.kernels.config import KernelConfig
+from sparse_flash.kernels.schedule import WORK_FIELDS
+
+Config = TypeVar("Config", bound=KernelConfig)
+_lock = threading.Lock()
+
+
+def load(config: Config, build: Callable[[Config], Any]) -> Callable[..., None]:
+    """The compiled kernel of a config: from this process, else from the disk, else built (seconds).
+
+    The config is the key. Threads that come together compile once.
+
+    Args:
+        config: All that the kernel is compiled for.
+        build: Compiles it.
+
+    Returns:
+        A function of torch tensors and numbers that launches on torch's current stream.
+    """
+    with _lock:
+        return _load(config, build)
+
+
+@functools.cache
+def _load(config: Any, build: Callable[[Any], Any]) -> Callable[..., None]:
+    return load_or_compile(name_of(config), repr(config), lambda: build(config))
+
+
+def name_of(config: KernelConfig) -> str:
+    """A name for people: what is computed, for which architecture, dtype, head_dim and tile.
+
+    >>> from sparse_flash.kernels.sm90.config import forward_configs
+    >>> name_of(forward_configs("bfloat16", 64)[0])
+    'forward-sm_90a-bfloat16-64-128x128'
+    """
+    kind = type(config).__name__.removesuffix("Config").lower()
+    height, width = config.tile
+    return f"{kind}-{config.arch}-{config.dtype}-{config.head_dim}-{height}x{width}"
+
+
+class Arguments:
+    """What a kernel is called with: tensors that have no memory, whose sizes are symbols."""
+
+    def __init__(self, config: KernelConfig) -> None:
+        import cutlass
+        from cutlass import cute
+
+        self.dtype = {"bfloat16": cutlass.BFloat16, "float16": cutlass.Float16}[config.dtype]
+        self.size = cute.sym_int
+        self.b, self.q_len, self.kv_len, self.h, self.h_kv = (self.size() for _ in range(5))
+        self.d, self.num_parts = self.size(divisibility=8), self.size()
+
+    def queries(self) -> Any:
+        """As q: (b, s_q, h, d)."""
+        return self.strided(self.b, self.q_len, self.h, self.d)
+
+    def keys(self) -> Any:
+        """As k: (b, s_kv, h_kv, d)."""
+        return self.strided(self.b, self.kv_len, self.h_kv, self.d)
+
+    def statistics(self, tile_m: int) -> Any:
+        """(b, h, 2, s_q rounded up to tiles of so many queries)."""
+        return self.floats(self.b, self.h, 2, self.size(divisibility=tile_m))
+
+    def lists(self, groups: int) -> tuple[Any, ...]:
+        """kv_lens, work items, tiles, and bits for this many warpgroups."""
+        items = self.ints(self.size(), WORK_FIELDS)
+        tiles = self.ints(self.size(), 2)
+        return self.ints(self.b), items, tiles, self.ints(self.size(), groups, 128, 2)
+
+    def parts(self, *shape: int) -> Any:
+        """Room for parts of split rows or columns."""
+        return self.floats(self.num_parts, *shape)
+
+    def sums(self) -> tuple[Any, ...]:
+        """Which parts belong together, and how many items and sums there are."""
+        return self.ints(self.size(), WORK_FIELDS), self.ints(2)
+
+    def strided(self, *shape: Any) -> Any:
+        """Of any strides that TMA can take: the last 1, the others multiples of 16 bytes."""
+        from cutlass import cute
+
+        stride: Any = (*(cute.sym_int64(divisibility=8) for _ in range(3)), 1)
+        return cute.runtime.make_fake_tensor(self.dtype, shape, stride=stride, assumed_align=16)
+
+    def floats(self, *shape: Any) -> Any:
+        """In float32, contiguous."""
+        from cutlass import Float32
+
+        return self.compact(Float32, *shape)
+
+    def ints(self, *shape: Any) -> Any:
+        """In int32, contiguous."""
+        from cutlass import Int32
+
+        return self.compact(Int32, *shape)
+
+    def compact(self, dtype: Any, *shape: Any) -> Any:
+        """Contiguous."""
+        from cutlass import cute
+
+        order = tuple(reversed(range(len(shape))))
+        return cute.runtime.make_fake_compact_tensor(
+            dtype, shape, stride_order=order, assumed_align=16
+        )
+
+
+def compile_kernel(kernel: Any, arguments: tuple[Any, ...], arch: str) -> Any:
+    """Compile for an architecture, whether or not there is a GPU.
+
+    Args:
+        kernel: A `@cute.jit` callable that takes the arguments and then a stream, which is torch's
+            current one at each call.
+        arguments: Fake tensors (see `Arguments`) and numbers.
+        arch: Compiler target, as "sm_90a".
+    """
+    from cutlass import cute
+
+    stream = cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True)
+    options = f"--enable-tvm-ffi --gpu-arch {arch}"
+    return cute.compile(kernel, *arguments, stream, options=options)

@@ -1,0 +1,216 @@
+"""Plans: which kernel computes a layout, and by which schedule. Built once, kept on the layout.
+
+    BlockLayout -> Plan(config, schedule) -> launch
+
+A plan is found under its `PlanKey` in `layout.derived`, so it lives as long as the layout. Captured
+CUDA graphs and compiled graphs hold the plan's arrays; `layout.update_` changes these in place.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, NamedTuple, TypeVar
+
+from sparse_flash.kernels.config import KernelConfig
+from sparse_flash.kernels.device import DeviceFacts
+from sparse_flash.kernels.launch import Kernel
+from sparse_flash.kernels.schedule import (
+    ARRAYS,
+    CostModel,
+    Schedule,
+    backward_schedule,
+    best_config,
+    schedule,
+)
+from sparse_flash.masks.layout import BlockLayout
+from torch import Tensor, inference_mode
+
+Config = TypeVar("Config", bound=KernelConfig)
+_lock = threading.Lock()  # threads that ask for the same plan get one
+
+
+@dataclass(eq=False)
+class Plan(Generic[Config]):
+    """How a layout is computed: the config of the kernel and the schedule that it follows.
+
+    Args:
+        config: Config of the kernel that is launched.
+        schedule: Its schedule.
+        reschedule: Makes the schedule of another layout for the same tensors. None in plans that
+            were unpacked: the plan that they were packed from follows for them.
+
+    Attributes:
+        lists: The schedule's work, tiles and bits.
+        combine: The schedule's combine and counts.
+        num_parts: Number of parts of split rows.
+        num_ctas: Number of CTAs to launch.
+        kernel: The compiled kernel; None until the first launch.
+    """
+
+    config: Config
+    schedule: Schedule
+    reschedule: Callable[[BlockLayout], Schedule] | None = field(default=None, repr=False)
+    kernel: Kernel | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        # What a launch takes, gathered once: `follow` changes the contents of arrays, no array.
+        s = self.schedule
+        self.lists, self.combine = (s.work, s.tiles, s.bits), (s.combine, s.counts)
+        self.num_parts, self.num_ctas = s.num_parts, s.num_ctas
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the schedule's arrays."""
+        return self.schedule.nbytes
+
+    def follow(self, layout: BlockLayout) -> Callable[[], None]:
+        """The step that makes this the plan of another layout, in place; nothing changes before.
+
+        Raises:
+            ValueError: The other layout needs more work items, tiles, bit tiles or parts than this
+                plan's arrays have space for.
+        """
+        assert self.reschedule is not None
+        new = self.reschedule(layout)
+        self.schedule.check_capacity(new)
+        return functools.partial(self.schedule.update_, new)
+
+
+@dataclass(frozen=True, eq=False)
+class Planner(Generic[Config]):
+    """One computation of an architecture, such as its forward, for some head_dims and one dtype.
+
+    Args:
+        configs: Configs that can compute it; a plan takes the one that covers its layout at the
+            least cost.
+        costs: Costs of its work.
+        token_bytes: Bytes of a head per key that the L2 cache should hold while the head is
+            computed (per query of a query head where `transposed`).
+        transposed: Compute by key blocks and key heads, from the transposed layout.
+    """
+
+    configs: tuple[Config, ...]
+    costs: CostModel
+    token_bytes: int
+    transposed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PlanKey:
+    """What a plan of a layout depends on.
+
+    Args:
+        planner: What is computed, with the candidate configs.
+        batch: Number of batch entries.
+        heads: Number of query heads.
+        kv_heads: Number of key heads.
+        facts: The GPU.
+    """
+
+    planner: Planner[Any]
+    batch: int
+    heads: int
+    kv_heads: int
+    facts: DeviceFacts
+
+
+def plan_of(layout: BlockLayout, key: PlanKey) -> Plan[Any]:
+    """The plan of a layout, from `layout.derived` or built and kept there. Thread safe.
+
+    Raises:
+        ValueError: The GPU has too little shared memory for all configs.
+
+    >>> from sparse_flash import masks
+    >>> from sparse_flash.kernels.sm90.attention import FORWARD
+    >>> import torch
+    >>> h200 = DeviceFacts("sm_90", num_sms=132, shared_memory=227 << 10, l2_bytes=60 << 20)
+    >>> layout = masks.causal().layout(1024)
+    >>> key = PlanKey(FORWARD[torch.bfloat16, 64], batch=2, heads=8, kv_heads=8, facts=h200)
+    >>> plan = plan_of(layout, key)
+    >>> plan.config.tile, plan.num_ctas, plan is plan_of(layout, key)
+    ((128, 128), 128, True)
+    """
+    plan = layout.derived.get(key)
+    if plan is None:
+        with _lock:
+            plan = layout.derived.get(key)
+            if plan is None:
+                plan = layout.derived[key] = _build(layout, key)
+    return plan
+
+
+def _build(layout: BlockLayout, key: PlanKey) -> Plan[Any]:
+    planner, capacity = key.planner, key.facts.shared_memory
+    configs = [c for c in planner.configs if c.shared_memory <= capacity]
+    if not configs:
+        least = min(c.shared_memory for c in planner.configs)
+        raise ValueError(
+            f"the kernels need {least} bytes of shared memory, but this GPU ({key.facts.arch}) has "
+            f"{capacity}: use impl='reference'"
+        )
+    with inference_mode(False):  # inference tensors could not be saved for a backward pass
+        several = len(configs) > 1 and planner.transposed
+        config = best_config(layout.transpose() if several else layout, configs)
+        reschedule = functools.partial(_schedule, key, config, split_last_wave=False)
+        return Plan(config, _schedule(key, config, layout), reschedule)
+
+
+def _schedule(
+    key: PlanKey, config: KernelConfig, layout: BlockLayout, split_last_wave: bool = True
+) -> Schedule:
+    """The schedule of a layout; parts for the last wave may not fit where a plan follows."""
+    planner, facts = key.planner, key.facts
+    with inference_mode(False):
+        if not planner.transposed:
+            size = planner.token_bytes * layout.kv_len
+            sizes = (key.batch, key.heads)
+            return schedule(
+                layout, *sizes, config.tile, facts, planner.costs, size, split_last_wave
+            )
+        size = planner.token_bytes * layout.q_len * key.heads // key.kv_heads
+        heads = (key.heads, key.kv_heads)
+        return backward_schedule(
+            layout, key.batch, heads, config.tile, facts, planner.costs, size, split_last_wave
+        )
+
+
+class PackedPlans(NamedTuple):
+    """Plans as a custom op can take them. `unpack` is the inverse of `pack`.
+
+    arrays: The arrays of all schedules, in the order of `ARRAYS` for each.
+    sizes: num_parts and num_ctas of each schedule.
+    configs: The repr of each config, a line each.
+    """
+
+    arrays: list[Tensor]
+    sizes: list[int]
+    configs: str
+
+
+def pack(plans: Iterable[Plan[Any]]) -> PackedPlans:
+    """Plans as tensors, numbers and text; the tensors are those of the plans, not copies."""
+    plans = list(plans)
+    return PackedPlans(
+        [array for plan in plans for array in plan.schedule.arrays()],
+        [size for plan in plans for size in (plan.num_parts, plan.num_ctas)],
+        "\n".join(repr(plan.config) for plan in plans),
+    )
+
+
+def unpack(
+    arrays: Sequence[Tensor],
+    sizes: Sequence[int],
+    configs: str,
+    config_from_text: Callable[[str], Any],
+) -> list[Plan[Any]]:
+    """The plans of which `pack` made these arguments; `config_from_text` reads a config's repr."""
+    plans, count = [], len(ARRAYS)
+    for i, text in enumerate(configs.split("\n")):
+        config = config_from_text(text)
+        mine = arrays[count * i : count * (i + 1)]
+        num_parts, num_ctas = sizes[2 * i : 2 * i + 2]
+        plans.append(Plan(config, Schedule.from_arrays(mine, config.tile, num_parts, num_ctas)))
+    return plans
