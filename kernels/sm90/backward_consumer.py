@@ -45,7 +45,18 @@ class BackwardConsumer:
     """State of one warpgroup: dK and dV of its keys, and where to find everything."""
 
     def __init__(
-        self, config, dtype, products, buffers, pipes, signals, items, bits, results, scales, offsets
+        self,
+        config,
+        dtype,
+        products,
+        buffers,
+        pipes,
+        signals,
+        items,
+        bits,
+        results,
+        scales,
+        offsets,
     ):
         self.config, self.dtype, self.items, self.bits = config, dtype, items, bits
         self.offsets = offsets

@@ -16,7 +16,7 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from sparse_flash.kernels.sm90.decode_consumer import DecodeConsumer
 from sparse_flash.kernels.sm90.items import DecodeItem
 from sparse_flash.kernels.sm90.position_config import DecodeConfig
-from sparse_flash.kernels.sm90.position_items import PositionArrays, PositionNumbers, Positions
+from sparse_flash.kernels.sm90.position_items import positions_of
 from sparse_flash.kernels.sm90.primitives import (
     LOAD,
     barriers,
@@ -129,7 +129,7 @@ class DecodeSm90:
         )
         s_tiles = smem.tiles.get_tensor(cute.make_layout((config.kv_stages, 2), stride=(2, 1)))
         tiles, bits = lists
-        item = self.item(tiles, positions, heads)
+        item = self.item(cute.arch.block_idx()[0], tiles, positions, heads[0])
         if warp_idx == CONSUMERS // 32:
             kv_head = item.head // heads[1]
             self.load(loads, (s_q, s_k, s_v), s_tiles, pipes, item, kv_head, tiles)
@@ -139,13 +139,10 @@ class DecodeSm90:
             DecodeConsumer(config, self.dtype, *outside).run(item)
 
     @cute.jit
-    def item(self, tiles, positions, heads):
-        """What this CTA computes: steps of tile_n keys, in the order of the row's tiles."""
-        config, (pack, _) = self.config, heads
-        arrays, numbers, sizes = positions
-        positions = Positions(config.tile, PositionArrays(*arrays), PositionNumbers(*numbers), sizes)
+    def item(self, index, tiles, positions, pack):
+        """What the CTA of this number computes: steps of tile_n keys, in the order of tiles."""
+        config, positions = self.config, positions_of(self.config, positions)
         splits, groups = positions.numbers.num_splits, positions.h // pack
-        index = cute.arch.block_idx()[0]
         split, rest = index % splits, index // splits
         head, batch = rest % groups * pack, rest // groups
         shift = positions.shift(batch)
@@ -158,9 +155,7 @@ class DecodeSm90:
         part = split if splits > 1 else Int32(-1)
         row = query % tile_m if query >= 0 else Int32(0)
         known = Int32(1) if query < shift.known else Int32(0)
-        return DecodeItem(
-            head, batch, part, first, begin, end, shift.limit, shift.keys, row, known
-        )
+        return DecodeItem(head, batch, part, first, begin, end, shift.limit, shift.keys, row, known)
 
     @cute.jit
     def load(self, loads, buffers, s_tiles, pipes, item, kv_head, tiles):
@@ -171,9 +166,7 @@ class DecodeSm90:
         barrier = q_pipe.producer_get_barrier(state)
         place = (Int32(0), Int32(0), item.batch)
         tma_load(loads[0], buffers[0], place, state.index, barrier, item.head)
-        state = pipeline.make_pipeline_state(
-            pipeline.PipelineUserType.Producer, config.kv_stages
-        )
+        state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, config.kv_stages)
         tile = item.first + item.begin // config.steps
         n_block, bit_tile = tiles[tile, 0], tiles[tile, 1]
         for step in cutlass.range(item.begin, item.end, unroll=1):

@@ -15,9 +15,7 @@ CONSUMER = pipeline.PipelineUserType.Consumer
 class DecodeConsumer:
     """State of the warpgroup: O, the statistics of its rows, and where to find everything."""
 
-    def __init__(
-        self, config, dtype, products, buffers, pipes, bits, results, pack, scale_log2
-    ):
+    def __init__(self, config, dtype, products, buffers, pipes, bits, results, pack, scale_log2):
         self.config, self.dtype, self.bits, self.scale_log2 = config, dtype, bits, scale_log2
         self.qk, self.pv = products
         s_q, s_k, self.s_v, self.s_tiles = buffers
@@ -87,17 +85,13 @@ class DecodeConsumer:
 
     @cute.jit
     def mask_words(self, code, row):
-        """For both rows of the thread the word of its columns in row `row` of the bit tile.
-
-        In fragment order the row lies with the threads that would own it; a step's bits are
-        the tile_n / 4 from its nth part on, two for every 8 columns.
-        """
+        """For both rows of the thread, the word of its columns: both are at one position."""
         words = cute.make_rmem_tensor(2, Int32)
         words.fill(-1)
         if code >= 0:
             bit_tile, nth = code // self.config.steps, code % self.config.steps
-            owner = row % 64 // 16 * 32 + row % 8 * 4 + self.thread % 4
-            word = self.bits[bit_tile, row // 64, owner, row % 16 // 8]
+            word = online.word_of_row(self.bits, bit_tile, row, self.thread)
+            # Of every 8 columns of a tile two are the thread's.
             word = word >> (nth * (self.config.tile_n // 4))
             words[0] = word
             words[1] = word

@@ -85,8 +85,8 @@ class Statistics:
         has_dlse: Int32,
     ):
         """VECTOR elements for each thread."""
-        heads, chunks = cute.size(out, mode=[2]), cute.ceil_div(cute.size(stats, mode=[3]), self.rows)
-        chunk, head, batch = grid_place(chunks, heads)
+        chunks = cute.ceil_div(cute.size(stats, mode=[3]), self.rows)
+        chunk, head, batch = grid_place(chunks, cute.size(out, mode=[2]))
         thread = cute.arch.thread_idx()[0]
         row, column = chunk * self.rows + thread // self.lanes, thread % self.lanes * VECTOR
         query = row

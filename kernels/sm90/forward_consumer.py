@@ -168,9 +168,7 @@ class Consumer:
         following = (self.group + 1) % self.config.warpgroups
         check_arrivals("turn", {"waiting": WARPGROUP, "passing": WARPGROUP}, PAIR)
         assert self.config.warpgroups <= ForwardBarrier.OWN - ForwardBarrier.TURN
-        cute.arch.barrier_arrive(
-            barrier_id=ForwardBarrier.TURN + following, number_of_threads=PAIR
-        )
+        cute.arch.barrier_arrive(barrier_id=ForwardBarrier.TURN + following, number_of_threads=PAIR)
 
     @cute.jit
     def gather(self):

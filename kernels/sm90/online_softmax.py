@@ -31,6 +31,13 @@ def mask_words(bits, bit_tile, group, thread):
 
 
 @cute.jit
+def word_of_row(bits, bit_tile, row, thread):
+    """The word of a thread's columns in any row of a bit tile: that of the row's own thread."""
+    owner = row % 64 // 16 * 32 + row % 8 * 4 + thread % 4
+    return bits[bit_tile, row // 64, owner, row % 16 // 8]
+
+
+@cute.jit
 def columns_within(remaining, thread):
     """A word whose bits are set for the thread's columns before column `remaining`."""
     columns = cutlass.max(remaining - 2 * (thread % 4), Int32(0))

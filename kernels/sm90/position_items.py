@@ -175,7 +175,7 @@ class ColumnOffsets:
 
 def positions_of(config, positions):
     """The `Positions` of a kernel's arguments: arrays, numbers and sizes; `None` for `None`."""
-    if positions is None:
+    if cutlass.const_expr(positions is None):
         return None
     arrays, numbers, sizes = positions
     return Positions(config.tile, PositionArrays(*arrays), PositionNumbers(*numbers), sizes)
