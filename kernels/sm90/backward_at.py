@@ -1,10 +1,10 @@
 """The kernels of the backward pass for queries at positions.
 
-As without offsets, but for where rows lie. Tiles are aligned to positions; the host lists, for each
+As without offsets, but for where rows lie. Tiles are aligned to positions. The host lists, for each
 batch entry, those that its queries touch, and numbers tiles of queries from the first of these on
-(positions.backward_lists). So in the kernels a batch entry has two numbers: how many rows of its
-first tile come before query 0, and the key with which block 0 begins. Statistics and sums of dQ
-begin with the first tile; rows without a query have lse = inf, so that their P is 0.
+(position_lists.backward_lists). So in the kernels a batch entry has two numbers: the rows of its
+first tile that come before query 0, and the key with which block 0 begins. Statistics and sums of
+dQ begin with the first tile; rows without a query have lse = inf, so that their P is 0.
 """
 
 import cutlass

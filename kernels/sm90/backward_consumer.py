@@ -44,22 +44,9 @@ BOTH = 2 * 128  # threads of the two warpgroups
 class BackwardConsumer:
     """State of one warpgroup: dK and dV of its keys, and where to find everything."""
 
-    def __init__(
-        self,
-        config,
-        dtype,
-        products,
-        buffers,
-        pipes,
-        signals,
-        items,
-        bits,
-        results,
-        scales,
-        offsets,
-    ):
-        self.config, self.dtype, self.items, self.bits = config, dtype, items, bits
-        self.offsets = offsets
+    def __init__(self, config, dtype, products, buffers, pipes, signals, lists, results, scales):
+        self.config, self.dtype = config, dtype
+        self.items, self.bits, self.offsets = lists
         self.scale, self.scale_log2 = scales
         _, _, self.s_k, _, self.s_ds, self.s_dq, self.s_results, *others = buffers
         self.s_stats, self.s_tiles = others
