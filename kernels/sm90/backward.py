@@ -13,6 +13,7 @@ from sparse_flash.kernels.sm90.backward_producer import BackwardProducer, Backwa
 from sparse_flash.kernels.sm90.config import BackwardConfig
 from sparse_flash.kernels.sm90.convert import Convert
 from sparse_flash.kernels.sm90.elementwise import Bounds, Statistics, Sum
+from sparse_flash.kernels.sm90.position_items import ColumnOffsets, row_tiles
 from sparse_flash.kernels.sm90.primitives import (
     LOAD,
     STORE,
@@ -21,9 +22,11 @@ from sparse_flash.kernels.sm90.primitives import (
     barriers,
     buffer,
     by_tiles,
+    check_arrivals,
     product,
     smem_layout,
     tensor_in,
+    tile_bytes,
     tma,
     tma_ring,
     work_ring,
@@ -75,22 +78,37 @@ class BackwardSm90:
         stream,
     ):
         """Launch all on the stream. See `Schedule` for the work items and the parts."""
-        config = self.config
-        if cutlass.const_expr(config.fixed):
-            Bounds(config)(k, v, bounds, kv_lens, work, counts, stream)
-        Statistics(config)(out, dout, lse, dlse, stats, done, bounds, has_dlse, stream)
         lists = (kv_lens, work, tiles, bits, counter, counts)
+        given = (out, dout, lse, dlse, bounds, has_dlse)
         results = ((dv, dk), (dq_sum, done), (dv_parts, dk_parts))
         scales = (softmax_scale, scale_log2)
-        self.launch((q, dout, k, v), stats, results, lists, num_ctas, scales, stream)
-        if cutlass.const_expr(config.dq):
-            Convert(config)(dq_sum, done, stats, dq, softmax_scale, stream)
+        self.run((q, dout, k, v), given, stats, dq, results, lists, None, num_ctas, scales, stream)
         if cute.size(combine, mode=[0]) > 0:
-            total = Sum(config.tile_n, config.head_dim, self.dtype)
+            total = Sum(self.config.tile_n, self.config.head_dim, self.dtype)
             total((dk, dv), combine, counts, (dk_parts, dv_parts), stream)
 
     @cute.jit
-    def launch(self, tensors, stats, results, lists, num_ctas: Int32, scales, stream):
+    def run(
+        self, tensors, given, stats, dq, results, lists, offsets, num_ctas: Int32, scales, stream
+    ):
+        """Launch all but the sums of parts.
+
+        offsets: q_pad and kv_starts, as in `ColumnOffsets`, or `None`.
+        """
+        config, (_, _, k, v), (dq_sum, done) = self.config, tensors, results[1]
+        out, dout, lse, dlse, bounds, has_dlse = given
+        kv_lens, work, *_, counts = lists
+        pads, starts = (None, None) if offsets is None else ((offsets[0],), (offsets[1],))
+        if cutlass.const_expr(config.fixed):
+            Bounds(config)(k, v, bounds, kv_lens, work, counts, starts, stream)
+        preprocess = Statistics(config)
+        preprocess(out, dout, lse, dlse, stats, done, bounds, pads, has_dlse, stream)
+        self.launch(tensors, stats, results, lists, offsets, num_ctas, scales, stream)
+        if cutlass.const_expr(config.dq):
+            Convert(config)(dq_sum, done, stats, dq, pads, scales[0], stream)
+
+    @cute.jit
+    def launch(self, tensors, stats, results, lists, offsets, num_ctas: Int32, scales, stream):
         """Launch the attention kernel itself."""
         config, width = self.config, self.config.head_dim
         q, dout, k, v = by_tiles(tensors)
@@ -115,9 +133,12 @@ class BackwardSm90:
             (q_layout, k_layout, v_layout, ds_layout, dq_layout, stats_layout, result_layout),
             self._products(),
             lists,
+            offsets,
             (
                 cute.size(q, mode=[2]) // cute.size(k, mode=[2]),
-                cute.ceil_div(cute.size(q, mode=[0]), m),
+                row_tiles(cute.size(q, mode=[0]), m)
+                if config.offsets
+                else cute.ceil_div(cute.size(q, mode=[0]), m),
             ),
             scales,
             self._storage(q_layout, k_layout, v_layout, ds_layout, dq_layout),
@@ -137,6 +158,7 @@ class BackwardSm90:
         layouts,
         products,
         lists,
+        offsets,  # q_pad and kv_starts, or None
         heads,  # q heads for each kv head, and tiles of queries
         scales,
         storage: cutlass.Constexpr,
@@ -154,7 +176,7 @@ class BackwardSm90:
                 cute.arch.mbarrier_init(ds_shared, CONSUMER_WARPS)
                 for i in cutlass.range_constexpr(2 * config.buffers):
                     cute.arch.mbarrier_init(rooms + i, 1)
-        *pipes, work_pipe = self._pipelines(smem)
+        *pipes, work_pipe = self._pipelines(smem, layouts)
         q_layout, k_layout, v_layout, ds_layout, dq_layout, stats_layout, result_layout = layouts
         s_q, s_do, s_k, s_v, s_ds = (
             tensor_in(room, layout)
@@ -172,23 +194,26 @@ class BackwardSm90:
         s_tiles = smem.tiles.get_tensor(cute.make_layout(config.q_stages))
         kv_lens, work, tiles, bits, counter, counts = lists
         items = WorkList(work, counter, counts, smem.work, work_pipe)
+        if cutlass.const_expr(config.offsets):
+            offsets = ColumnOffsets(offsets, cute.size(loads[2][1], mode=[0]))
         if warp_idx < 4:
             cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
             if warp_idx == 0:
                 buffers = (s_q, s_do, s_k, s_v, s_stats)
-                inputs = (kv_lens, tiles, heads)
+                inputs = (kv_lens, tiles, heads, offsets)
                 outside = (buffers, s_tiles, pipes, items, inputs)
                 BackwardProducer(config, loads, *outside).run()
             elif cutlass.const_expr(config.dq):
                 if warp_idx <= 2:
-                    inputs, group = (tiles, heads), warp_idx - 1
+                    inputs, group = (tiles, heads, offsets), warp_idx - 1
                     buffers = (s_dq, s_results)
                     outside = (buffers, rooms, items, inputs, group)
                     BackwardStorer(config, stores, *results[1], *outside).run()
         else:
             cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
             buffers = (s_q, s_do, s_k, s_v, s_ds, s_dq, s_results, s_stats, s_tiles)
-            outside = (buffers, pipes, (ds_shared, rooms), items, bits, results[::2], scales)
+            signals, lists = (ds_shared, rooms), (items, bits, offsets)
+            outside = (buffers, pipes, signals, lists, results[::2], scales)
             BackwardConsumer(config, self.dtype, products, *outside).run()
 
     def _results_in(self, s_dq, layout):
@@ -248,16 +273,18 @@ class BackwardSm90:
 
         return Storage
 
-    def _pipelines(self, smem):
+    def _pipelines(self, smem, layouts):
         """Rings of barriers: Q with its statistics, dO, K, V (by TMA) and work items."""
         config, warps = self.config, CONSUMER_WARPS
-        row_bytes = config.head_dim * self.dtype.width // 8
-        queries, keys = config.tile_m * row_bytes, config.tile_n * row_bytes
-        q = tma_ring(smem.q_barriers, config.q_stages, warps, queries + 8 * config.tile_m)
+        queries, keys = (tile_bytes(layouts[i], self.dtype) for i in range(2))
+        statistics = tile_bytes(layouts[5], Float32)
+        q = tma_ring(smem.q_barriers, config.q_stages, warps, queries + statistics)
         do = tma_ring(smem.do_barriers, config.q_stages, warps, queries)
         k = tma_ring(smem.k_barriers, config.k_stages, warps, keys)
         v = tma_ring(smem.v_barriers, config.v_stages, warps, keys)
         storing = 2 if config.dq else 0
+        roles = {"loading": 32, "storing": 64, "not used": 32, "consumers": 32 * warps}
+        check_arrivals("the whole CTA", roles, THREADS)
         work = work_ring(smem.work_barriers, 32 * (warps + storing))
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()

@@ -25,13 +25,10 @@ import cutlass
 from cutlass import Float32, Int32, const_expr, cute, pipeline
 from cutlass.cute.nvgpu import warp, warpgroup
 from sparse_flash.kernels.sm90 import online_softmax as online
-from sparse_flash.kernels.sm90.backward_producer import (
-    ITEM_FIELDS,
-    READY_BARRIER,
-    STORE_THREADS,
-)
+from sparse_flash.kernels.sm90.backward_producer import STORE_THREADS
 from sparse_flash.kernels.sm90.backward_products import BackwardProducts
 from sparse_flash.kernels.sm90.elementwise import exponent_in
+from sparse_flash.kernels.sm90.items import BackwardBarrier, ColumnItem
 from sparse_flash.kernels.sm90.primitives import (
     from_bits,
     multiply_pairs,
@@ -41,17 +38,15 @@ from sparse_flash.kernels.sm90.primitives import (
 from sparse_flash.masks.layout import FULL_TILE
 
 CONSUMER = pipeline.PipelineUserType.Consumer
-# Named barriers of the two warpgroups (0 is the whole CTA's).
-BOTH_BARRIER, STAGGER_BARRIER = 1, 10
+BOTH = 2 * 128  # threads of the two warpgroups
 
 
 class BackwardConsumer:
     """State of one warpgroup: dK and dV of its keys, and where to find everything."""
 
-    def __init__(
-        self, config, dtype, products, buffers, pipes, signals, items, bits, results, scales
-    ):
-        self.config, self.dtype, self.items, self.bits = config, dtype, items, bits
+    def __init__(self, config, dtype, products, buffers, pipes, signals, lists, results, scales):
+        self.config, self.dtype = config, dtype
+        self.items, self.bits, self.offsets = lists
         self.scale, self.scale_log2 = scales
         _, _, self.s_k, _, self.s_ds, self.s_dq, self.s_results, *others = buffers
         self.s_stats, self.s_tiles = others
@@ -88,13 +83,13 @@ class BackwardConsumer:
         work_state = pipeline.make_pipeline_state(CONSUMER, self.items.pipe.num_stages)
         k_before, puts = k_state.clone(), Int32(0)  # puts: how many buffers have been filled
         pending = Int32(0)  # whether the last dQ of the item before, whose K is `k_before`, is
-        item = self.items.take(work_state, ITEM_FIELDS)
+        item = self.items.take(work_state, ColumnItem)
         work_state.advance()
         if const_expr(across):
             self.begin(q_state, k_state, item)
             warpgroup.wait_group(0)
-        while item[3] >= 0:
-            count, remaining = item[3], item[6]
+        while item.count >= 0:
+            count, remaining = item.count, item.remaining
             self.acc_dk.fill(0.0)
             self.acc_dv.fill(0.0)
             if count > 0 and remaining > 0:
@@ -109,7 +104,7 @@ class BackwardConsumer:
                 k_before = k_state.clone()
                 k_state.advance()
                 pending = Int32(1)
-            following = self.items.take(work_state, ITEM_FIELDS)
+            following = self.items.take(work_state, ColumnItem)
             work_state.advance()
             early = 0  # results that are taken away before S' is issued: then there is room sooner
             if const_expr(across):
@@ -118,7 +113,7 @@ class BackwardConsumer:
                 self.begin(q_state, k_state, following)
             puts = self.finish(item, puts, range(early, 2))
             # Where no step follows that would do it. (Others may be waiting for this one's sums.)
-            if pending != 0 and (not across or following[3] <= 0 or following[6] <= 0):
+            if pending != 0 and (not across or following.count <= 0 or following.remaining <= 0):
                 if const_expr(self.config.dq):
                     puts = self.last_queries(q_state.count, k_before, puts)
                 self.k_pipe.consumer_release(k_before)
@@ -132,7 +127,7 @@ class BackwardConsumer:
         """Issue S' of an item's first tile, and hold what is held of K; of an item without tiles
         S' is of what happens to lie there, and not used: a branch around it would cost more.
         """
-        count, remaining = item[3], item[6]
+        count, remaining = item.count, item.remaining
         if count > 0 and remaining > 0:
             self.k_pipe.consumer_wait(k_state)
             self.zero_beyond(k_state, remaining)
@@ -243,7 +238,7 @@ class BackwardConsumer:
         config, stage = self.config, q_state.index
         if const_expr(staggered):
             if self.group == 1:
-                cute.arch.barrier(barrier_id=STAGGER_BARRIER, number_of_threads=256)
+                cute.arch.barrier(barrier_id=BackwardBarrier.STAGGER, number_of_threads=BOTH)
         acc_dp = cute.make_rmem_tensor(self.acc_s.shape, Float32)
         p = cute.make_rmem_tensor(acc_dp.shape, self.dtype)
         few = const_expr(config.tile_m == 64)  # statistics: there are registers for them early
@@ -263,7 +258,7 @@ class BackwardConsumer:
             self.products.add_values(self.acc_dv, p, stage, part)
         if const_expr(staggered):
             if self.group == 0:
-                cute.arch.barrier_arrive(barrier_id=STAGGER_BARRIER, number_of_threads=256)
+                cute.arch.barrier_arrive(barrier_id=BackwardBarrier.STAGGER, number_of_threads=BOTH)
         return p, acc_dp, delta
 
     @cute.jit
@@ -331,11 +326,11 @@ class BackwardConsumer:
         """
         width, height, s_k = self.config.head_dim, self.config.tile_n, self.s_k
         if remaining < height:
-            cute.arch.barrier(barrier_id=BOTH_BARRIER, number_of_threads=256)
+            cute.arch.barrier(barrier_id=BackwardBarrier.BOTH, number_of_threads=BOTH)
             for i in cutlass.range(self.thread, (height - remaining) * width, 128, unroll=1):
                 s_k[remaining + i // width, i % width, state.index] = self.dtype(0.0)
             cute.arch.fence_view_async_shared()
-            cute.arch.barrier(barrier_id=BOTH_BARRIER, number_of_threads=256)
+            cute.arch.barrier(barrier_id=BackwardBarrier.BOTH, number_of_threads=BOTH)
 
     @cute.jit
     def share(self, ds, q_state, before: cutlass.Constexpr):
@@ -440,7 +435,8 @@ class BackwardConsumer:
         buffer = (puts - 1) % self.config.buffers
         cute.arch.fence_view_async_shared()
         cute.arch.barrier_arrive(
-            barrier_id=READY_BARRIER + 2 * buffer + self.group, number_of_threads=STORE_THREADS
+            barrier_id=BackwardBarrier.READY + 2 * buffer + self.group,
+            number_of_threads=STORE_THREADS,
         )
 
     @cute.jit
@@ -448,7 +444,7 @@ class BackwardConsumer:
         """Write dV (0) and dK (1) of an item: to the results, or as a part of a split column.
         Returns the new `puts`.
         """
-        n_block, head, batch, _, part, *_ = item
+        part = item.part
         if const_expr(1 in which):
             for i in cutlass.range_constexpr(cute.size(self.acc_dk)):
                 self.acc_dk[i] = self.acc_dk[i] * self.scale
@@ -460,7 +456,7 @@ class BackwardConsumer:
                 puts = self.put_keys(accumulators, puts)
             else:
                 for acc, result in zip(accumulators, results, strict=True):
-                    self.store_keys(acc, result, (n_block, head, batch))
+                    self.store_keys(acc, result, item)
         else:
             for acc, parts in zip(accumulators, all_parts, strict=True):
                 for i in cutlass.range_constexpr(cute.size(acc)):
@@ -488,11 +484,14 @@ class BackwardConsumer:
         return puts
 
     @cute.jit
-    def store_keys(self, acc, result, place):
+    def store_keys(self, acc, result, item):
         """Store dK or dV from registers, where there is no shared memory for it."""
-        n_block, head, batch = place
+        head, batch = item.head, item.batch
         for i in cutlass.range_constexpr(2):
-            key = n_block * self.config.tile_n + self.row(i)
+            key = item.n_block * self.config.tile_n + self.row(i)
+            if const_expr(self.config.offsets):
+                key += self.offsets.keys(batch)
             starts = range(2 * i, cute.size(acc), 4)
             pairs = [pair_of(acc[n], acc[n + 1], self.dtype) for n in starts]
-            store_pairs(result, (batch, key, head, self.columns * self.config.columns), pairs)
+            place = (batch, key, head, self.columns * self.config.columns)
+            store_pairs(result, place, pairs, self.config.offsets)

@@ -1,18 +1,13 @@
 """The loading and the storing warps of the backward kernel."""
 
 import cutlass
-from cutlass import Int32, cute, pipeline
-from sparse_flash.kernels.sm90.primitives import tma_load, tma_store
+from cutlass import Int32, const_expr, cute, pipeline
+from sparse_flash.kernels.sm90.items import BackwardBarrier, ColumnItem, no_more
+from sparse_flash.kernels.sm90.primitives import check_arrivals, tma_load, tma_store
 
 PRODUCER = pipeline.PipelineUserType.Producer
 CONSUMER = pipeline.PipelineUserType.Consumer
-# What the other warps know of an item: n_block, kv head, batch, tiles (negative: no more items),
-# part, first tile, and how many keys there are from its first one on: where there are none, its
-# tiles are left out.
-ITEM_FIELDS = 7
-# Named barriers of a warpgroup, for each of its buffers, and its storing warp: results lie ready.
-READY_BARRIER = 2
-STORE_THREADS = 128 + 32
+STORE_THREADS = 128 + 32  # a warpgroup and its storing warp
 # Of a chunk of dQ's sums: nobody has come to it; somebody is storing the first addend; it is there.
 FREE, BEGUN, READY = range(3)
 
@@ -28,7 +23,7 @@ class BackwardProducer:
         self.config, self.s_tiles, self.items = config, s_tiles, items
         self.loads, self.buffers = loads, buffers
         self.q_pipe, self.do_pipe, self.k_pipe, self.v_pipe = pipes
-        self.kv_lens, self.tiles, self.heads = inputs
+        self.kv_lens, self.tiles, self.heads, self.offsets = inputs
 
     @cute.jit
     def run(self):
@@ -42,19 +37,22 @@ class BackwardProducer:
         while index < self.items.counts[0]:
             n_block, head, batch = (self.items.work[index, i] for i in range(3))
             first, count, part = (self.items.work[index, i] for i in range(3, 6))
-            remaining = self.kv_lens[batch] - n_block * config.tile_n
-            item = (n_block, head, batch, count, part, first, remaining)
+            limit = self.kv_lens[batch]
+            if const_expr(config.offsets):
+                limit = self.offsets.limit(limit, batch)
+            remaining = limit - n_block * config.tile_n
+            item = ColumnItem(n_block, head, batch, count, part, first, remaining)
             self.items.announce(work_state, item)
             work_state.advance()
             if count > 0 and remaining > 0:
                 place = (n_block, head, batch)
-                if cutlass.const_expr(config.k_stages > 1):
+                if const_expr(config.k_stages > 1):
                     self.load_keys(2, self.k_pipe, k_state, place)
                 self.load_queries(q_state, first, head, batch)
                 q_state.advance()
                 self.load_keys(3, self.v_pipe, v_state, place)
                 v_state.advance()
-                if cutlass.const_expr(config.k_stages == 1):
+                if const_expr(config.k_stages == 1):
                     self.load_keys(2, self.k_pipe, k_state, place)
                 k_state.advance()
                 for j in cutlass.range(1, count - 1, unroll=1):
@@ -64,8 +62,7 @@ class BackwardProducer:
             if count > 1 and remaining > 0:
                 self.load_queries(q_state, first + count - 1, head, batch)
                 q_state.advance()
-        none = Int32(0)
-        self.items.announce(work_state, (none, none, none, Int32(-1), none, none, none))
+        self.items.announce(work_state, no_more(ColumnItem, count=Int32(-1)))
         self.items.leave()
 
     @cute.jit
@@ -73,14 +70,17 @@ class BackwardProducer:
         """K (2) or V (3)."""
         pipe.producer_acquire(state)
         barrier = pipe.producer_get_barrier(state)
-        tma_load(self.loads[which], self.buffers[which], place, state.index, barrier)
+        start = self.offsets.keys(place[2]) if const_expr(self.config.offsets) else None
+        tma_load(self.loads[which], self.buffers[which], place, state.index, barrier, start)
 
     @cute.jit
     def load_queries(self, state, tile, kv_head, batch):
         """Q, statistics and dO of a tile, and what to mask in it."""
         m_block, bit_tile = self.tiles[tile, 0], self.tiles[tile, 1]
         m_block, head = query_place(m_block, kv_head, self.heads)
-        place = (m_block, head, batch)
+        place, start = (m_block, head, batch), None
+        if const_expr(self.config.offsets):
+            start = self.offsets.queries(batch)
         self.q_pipe.sync_object_empty.wait(state.index, state.phase)
         s_tiles, barrier = self.s_tiles, self.q_pipe.producer_get_barrier(state)
         if cute.arch.lane_idx() == 0:
@@ -88,11 +88,11 @@ class BackwardProducer:
             # This arrival releases what was just written.
             size = self.q_pipe.sync_object_full.tx_count
             cute.arch.mbarrier_arrive_and_expect_tx(barrier, size)
-        tma_load(self.loads[0], self.buffers[0], place, state.index, barrier)
+        tma_load(self.loads[0], self.buffers[0], place, state.index, barrier, start)
         tma_load(self.loads[4], self.buffers[4], place, state.index, barrier)
         self.do_pipe.producer_acquire(state)
         barrier = self.do_pipe.producer_get_barrier(state)
-        tma_load(self.loads[1], self.buffers[1], place, state.index, barrier)
+        tma_load(self.loads[1], self.buffers[1], place, state.index, barrier, start)
 
 
 class BackwardStorer:
@@ -108,7 +108,7 @@ class BackwardStorer:
         self.config, self.items, self.group, self.stores = config, items, group, stores
         self.rooms = rooms  # a barrier for each buffer: it has been read
         self.dq_sum, self.done, (self.s_dq, self.s_results) = dq_sum, done, buffers
-        self.tiles, self.heads = inputs
+        self.tiles, self.heads, self.offsets = inputs
 
     @cute.jit
     def run(self):
@@ -116,9 +116,9 @@ class BackwardStorer:
         state = pipeline.make_pipeline_state(CONSUMER, self.items.pipe.num_stages)
         buffer = Int32(0)
         self.give_room(buffer)
-        item = self.items.take(state, ITEM_FIELDS)
+        item = self.items.take(state, ColumnItem)
         state.advance()
-        while item[3] >= 0:
+        while item.count >= 0:
             n_block, head, batch, count, part, first, remaining = item
             end = first + count if remaining > 0 else first
             for tile in cutlass.range(first, end - 1, unroll=1):
@@ -127,7 +127,7 @@ class BackwardStorer:
                 buffer = self.store((2 * n_block + self.group, head, batch), buffer)
             if end > first:
                 buffer = self.add_tile(end - 1, head, batch, buffer)
-            item = self.items.take(state, ITEM_FIELDS)
+            item = self.items.take(state, ColumnItem)
             state.advance()
         cute.arch.cp_async_bulk_wait_group(0)
 
@@ -177,7 +177,7 @@ class BackwardStorer:
         if cute.arch.lane_idx() == 0:
             arguments = [sums, smem.toint(), Int32(4 * self.config.dq_chunk)]
             if found != FREE:
-                kind = "s32" if cutlass.const_expr(self.config.fixed) else "f32"
+                kind = "s32" if const_expr(self.config.fixed) else "f32"
                 cute.arch.inline_ptx(
                     f"cp.reduce.async.bulk.global.shared::cta.bulk_group.add.{kind} "
                     "[{$r0}], [{$r1}], {$r2};",
@@ -196,10 +196,12 @@ class BackwardStorer:
         the next buffer.
         """
         size = self.config.results
+        start = self.offsets.keys(place[2]) if const_expr(self.config.offsets) else None
         for i in cutlass.range_constexpr(0, 2, size):
             self.wait_for_results(buffer)
             for j in cutlass.range_constexpr(size):
-                tma_store(self.stores[i + j], self.s_results, (self.group, buffer, j), place)
+                which = (self.group, buffer, j)
+                tma_store(self.stores[i + j], self.s_results, which, place, start)
             cute.arch.cp_async_bulk_commit_group()
             buffer = self.following(buffer)
         return buffer
@@ -207,8 +209,11 @@ class BackwardStorer:
     @cute.jit
     def wait_for_results(self, buffer):
         """Until the warpgroup has filled the buffer."""
+        check_arrivals("results", {"warpgroup": 128, "storing warp": 32}, STORE_THREADS)
+        assert 2 * self.config.buffers <= BackwardBarrier.STAGGER - BackwardBarrier.READY
         cute.arch.barrier(
-            barrier_id=READY_BARRIER + 2 * buffer + self.group, number_of_threads=STORE_THREADS
+            barrier_id=BackwardBarrier.READY + 2 * buffer + self.group,
+            number_of_threads=STORE_THREADS,
         )
 
     @cute.jit

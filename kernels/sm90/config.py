@@ -27,6 +27,7 @@ class ForwardConfig:
     kv_stages: int = 2
     o_columns: int = 0  # 0: all
     hold_q: bool = False  # in registers, as long as an item lasts, where there is room
+    offsets: bool = False  # queries at positions: see position_items.py
     arch: str = "sm_90a"
 
     def __post_init__(self) -> None:
@@ -120,6 +121,7 @@ class BackwardConfig:
     held_v: int = 0
     parts: int = 2
     fixed: bool = False
+    offsets: bool = False  # queries at positions: see position_items.py
     arch: str = "sm_90a"
 
     def __post_init__(self) -> None:
@@ -226,6 +228,7 @@ class QueriesConfig:
     tile_m: int = 128
     q_stages: int = 1
     kv_stages: int = 2
+    offsets: bool = False  # queries at positions: see position_items.py
     arch: str = "sm_90a"
     warpgroups: int = 2
     consumer_registers: int = 240

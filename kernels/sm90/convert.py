@@ -3,11 +3,12 @@
 import cutlass
 from cutlass import Float32, Int32, const_expr, cute
 from sparse_flash.kernels.sm90.backward_producer import FREE, sum_address
-from sparse_flash.kernels.sm90.elementwise import exponent_in
+from sparse_flash.kernels.sm90.elementwise import exponent_in, grid_place
 from sparse_flash.kernels.sm90.primitives import bits_of, from_bits, pair_of, store_pairs
 
 ROWS = 16  # of the accumulators: a slice of a chunk, a warp's; see BackwardConsumer.put_queries
 SLICES = 64 // ROWS
+NAN_PAIR = 0x7FFF7FFF  # two NaN, in both 16-bit types
 THREADS = 2 * SLICES * 32  # for a tile of queries, which has two chunks
 
 
@@ -21,11 +22,14 @@ class Convert:
         self.config = config
 
     @cute.jit
-    def __call__(self, dq_sum, done, stats, dq, scale: Float32, stream):
-        """Launch on the stream, a CTA for each tile of queries."""
+    def __call__(self, dq_sum, done, stats, dq, offsets, scale: Float32, stream):
+        """Launch on the stream, a CTA for each tile of queries. offsets: q_pad, in a tuple, or
+        `None`.
+        """
         batch, heads, chunks = (cute.size(dq_sum, mode=[i]) for i in range(3))
-        self.kernel(dq_sum, done, stats, dq, scale).launch(
-            grid=(chunks // 2, heads, batch), block=(THREADS, 1, 1), stream=stream
+        # In one dimension: the others end at 65,535.
+        self.kernel(dq_sum, done, stats, dq, offsets, scale).launch(
+            grid=(chunks // 2 * heads * batch, 1, 1), block=(THREADS, 1, 1), stream=stream
         )
 
     @cute.kernel
@@ -35,18 +39,20 @@ class Convert:
         done: cute.Tensor,  # (b, h, chunks): see BackwardStorer
         stats: cute.Tensor,
         dq: cute.Tensor,
+        offsets,
         scale: Float32,
     ):
         """A slice for each warp."""
-        tile, head, batch = cute.arch.block_idx()
-        _, heads, batches = cute.arch.grid_dim()
+        batches, heads, chunks = (cute.size(dq_sum, mode=[i]) for i in range(3))
+        tile, head, batch = grid_place(chunks // 2, heads)
         head, batch = heads - 1 - head, batches - 1 - batch
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         place = (batch, head, 2 * tile + warp // SLICES)
-        self.convert_slice(dq_sum, done, stats, dq, scale, place, warp % SLICES)
+        pad = offsets[0][batch] if const_expr(self.config.offsets) else Int32(0)
+        self.convert_slice(dq_sum, done, stats, dq, scale, pad, place, warp % SLICES)
 
     @cute.jit
-    def convert_slice(self, dq_sum, done, stats, dq, scale, place, nth):
+    def convert_slice(self, dq_sum, done, stats, dq, scale, pad, place, nth):
         """ROWS rows of a chunk, or of its transpose.
 
         The sums lie as the threads of a warpgroup held them: four numbers of each thread, then the
@@ -74,7 +80,12 @@ class Convert:
             rows = [[x[2 * i : 2 * i + 2] for x in numbers] for i in range(2)]
         for i in cutlass.range_constexpr(len(rows)):  # every eighth
             pairs = [self.scaled(x, scales[i % 2], dq.element_type) & there for x in rows[i]]
-            store_pairs(dq, (batch, row + 8 * i, head, column), pairs)
+            if const_expr(config.offsets):
+                log_sum = stats[batch, head, 0, row + 8 * i]
+                unknown = log_sum != log_sum  # noqa: PLR0124 NaN: no position of the layout
+                pairs = [Int32(NAN_PAIR) if unknown else pair for pair in pairs]
+            place = (batch, row + 8 * i - pad, head, column)
+            store_pairs(dq, place, pairs, config.offsets)
 
     @cute.jit
     def scale_of(self, stats, scale, place):

@@ -31,6 +31,14 @@ def load(tensor, place):
     return values
 
 
+@cute.jit
+def grid_place(chunks, heads):
+    """(chunk, head, batch) of this CTA in a grid of one dimension."""
+    index = cute.arch.block_idx()[0]
+    rest = index // chunks
+    return index % chunks, rest % heads, rest // heads
+
+
 class Statistics:
     """Of each query lse in powers of 2, and delta = sum(out * dout) - dlse.
 
@@ -54,16 +62,13 @@ class Statistics:
         self.rows = THREADS // self.lanes
 
     @cute.jit
-    def __call__(self, out, dout, lse, dlse, stats, done, bounds, has_dlse: Int32, stream):
-        """Launch on the stream."""
-        self.kernel(out, dout, lse, dlse, stats, done, bounds, has_dlse).launch(
-            grid=(
-                cute.ceil_div(cute.size(stats, mode=[3]), self.rows),
-                cute.size(out, mode=[2]),
-                cute.size(out, mode=[0]),
-            ),
-            block=(THREADS, 1, 1),
-            stream=stream,
+    def __call__(self, out, dout, lse, dlse, stats, done, bounds, offsets, has_dlse: Int32, stream):
+        """Launch on the stream. offsets: q_pad, in a tuple, or `None`."""
+        chunks = cute.ceil_div(cute.size(stats, mode=[3]), self.rows)
+        # In one dimension: the others end at 65,535.
+        grid = (chunks * cute.size(out, mode=[2]) * cute.size(out, mode=[0]), 1, 1)
+        self.kernel(out, dout, lse, dlse, stats, done, bounds, offsets, has_dlse).launch(
+            grid=grid, block=(THREADS, 1, 1), stream=stream
         )
 
     @cute.kernel
@@ -76,23 +81,30 @@ class Statistics:
         stats: cute.Tensor,
         done: cute.Tensor,
         bounds: cute.Tensor,
+        offsets,
         has_dlse: Int32,
     ):
         """VECTOR elements for each thread."""
-        chunk, head, batch = cute.arch.block_idx()
+        chunks = cute.ceil_div(cute.size(stats, mode=[3]), self.rows)
+        chunk, head, batch = grid_place(chunks, cute.size(out, mode=[2]))
         thread = cute.arch.thread_idx()[0]
         row, column = chunk * self.rows + thread // self.lanes, thread % self.lanes * VECTOR
+        query = row
         inside = row < cute.size(out, mode=[1])
-        a, b = (load(x, (batch, row, head, column)) for x in (out, dout))
+        if cutlass.const_expr(self.config.offsets):
+            query = row - offsets[0][batch]
+            inside = query >= 0 and query < cute.size(out, mode=[1])
+            query = cutlass.max(query, 0)
+        a, b = (load(x, (batch, query, head, column)) for x in (out, dout))
         there = inside and column < cute.size(out, mode=[3])
         total, square = self.sums_of_row(a, b, there)
         if column == 0 and row < cute.size(stats, mode=[3]):
             log_sum, given = Float32.inf, Float32(0.0)
             if inside:
-                value = lse[batch, head, row]
+                value = lse[batch, head, query]
                 log_sum = Float32.inf if value == -Float32.inf else value * LOG2_E
                 if has_dlse != 0:
-                    given = dlse[batch, head, row]
+                    given = dlse[batch, head, query]
                     total -= given
             if cutlass.const_expr(self.config.fixed):
                 kv_head = head // (cute.size(out, mode=[2]) // cute.size(bounds, mode=[2]))
@@ -156,9 +168,11 @@ class Bounds:
         self.rows = THREADS // self.lanes  # at once
 
     @cute.jit
-    def __call__(self, k, v, bounds, kv_lens, work, counts, stream):
-        """Launch on the stream, for each work item its tile of keys; bounds are zeros."""
-        self.kernel(k, v, bounds, kv_lens, work, counts).launch(
+    def __call__(self, k, v, bounds, kv_lens, work, counts, kv_starts, stream):
+        """Launch on the stream, for each work item its tile of keys; bounds are zeros. kv_starts:
+        In a tuple, or `None`.
+        """
+        self.kernel(k, v, bounds, kv_lens, work, counts, kv_starts).launch(
             grid=(cute.size(work, mode=[0]), 1, 1), block=(THREADS, 1, 1), stream=stream
         )
 
@@ -171,13 +185,18 @@ class Bounds:
         kv_lens: cute.Tensor,
         work: cute.Tensor,
         counts: cute.Tensor,
+        kv_starts,
     ):
         """VECTOR elements of some rows for each thread."""
         item = cute.arch.block_idx()[0]
         if item < counts[0]:
             block, head, batch = (work[item, i] for i in range(3))
             first = block * self.config.tile_n
+            if cutlass.const_expr(self.config.offsets):
+                first = cutlass.max(first + kv_starts[0][batch], 0)
             end = cutlass.min(kv_lens[batch], first + self.config.tile_n)
+            if cutlass.const_expr(self.config.offsets):
+                end = cutlass.min(end, cute.size(k, mode=[1]))
             if work[item, 4] > 0 and first < end:
                 self.of_tile(k, v, bounds, (batch, head), (first, end))
 

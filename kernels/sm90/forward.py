@@ -14,8 +14,9 @@ from cutlass import Float32, Int32, cute
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from sparse_flash.kernels.sm90.combine import Combine
 from sparse_flash.kernels.sm90.config import ForwardConfig
-from sparse_flash.kernels.sm90.forward_consumer import Consumer
+from sparse_flash.kernels.sm90.forward_consumer import WARPGROUP, Consumer
 from sparse_flash.kernels.sm90.forward_producer import Producer
+from sparse_flash.kernels.sm90.position_items import positions_of
 from sparse_flash.kernels.sm90.primitives import (
     LOAD,
     STORE,
@@ -24,9 +25,11 @@ from sparse_flash.kernels.sm90.primitives import (
     barriers,
     buffer,
     by_tiles,
+    check_arrivals,
     product,
     smem_layout,
     tensor_in,
+    tile_bytes,
     tma,
     tma_ring,
     work_ring,
@@ -65,14 +68,19 @@ class ForwardSm90:
         """Launch on the stream. See `Schedule` for the work items and the parts."""
         lists = (kv_lens, work, tiles, bits, counter, counts)
         results = (lse, out_parts, lse_parts)
-        self.launch((q, k, v, out), lists, results, num_ctas, scale_log2, stream)
+        self.launch((q, k, v, out), lists, None, results, num_ctas, scale_log2, stream)
         if cute.size(combine, mode=[0]) > 0:
             rows = Combine(self.config.tile_m, self.config.head_dim, self.dtype)
             rows(out, lse, combine, counts, out_parts, lse_parts, stream)
 
     @cute.jit
-    def launch(self, tensors, lists, results, num_ctas: Int32, scale_log2: Float32, stream):
-        """Launch the attention kernel itself."""
+    def launch(
+        self, tensors, lists, positions, results, num_ctas: Int32, scale_log2: Float32, stream
+    ):
+        """Launch the attention kernel itself.
+
+        positions: Arrays, numbers and sizes of `Positions`, or `None`.
+        """
         config, width = self.config, self.config.head_dim
         q, k, v, out = by_tiles(tensors)
         q_layout = smem_layout(self.dtype, 64, width, config.warpgroups * config.q_stages)
@@ -85,6 +93,7 @@ class ForwardSm90:
             (q_layout, kv_layout, o_layout),
             self._products(),
             lists,
+            positions,
             results,
             cute.size(q, mode=[2]) // cute.size(k, mode=[2]),
             scale_log2,
@@ -104,6 +113,7 @@ class ForwardSm90:
         layouts,
         products,
         lists,
+        positions,
         results,
         group_size: Int32,  # q heads for each kv head
         scale_log2: Float32,
@@ -116,7 +126,7 @@ class ForwardSm90:
             for atom, _ in (*loads, store):
                 cpasync.prefetch_descriptor(atom)
         smem = cutlass.utils.SmemAllocator().allocate(storage)
-        *pipes, work_pipe = self._pipelines(smem)
+        *pipes, work_pipe = self._pipelines(smem, layouts)
         q_layout, kv_layout, o_layout = layouts
         s_q, s_k, s_v, s_o = (
             tensor_in(room, layout)
@@ -134,7 +144,8 @@ class ForwardSm90:
             cute.arch.setmaxregister_decrease(config.producer_registers)
             if warp_idx == 0:
                 inputs = (kv_lens, tiles, group_size)
-                Producer(config, loads, (s_q, s_k, s_v), s_tiles, pipes, items, inputs).run()
+                outside = (s_tiles, pipes, items, inputs, positions_of(config, positions))
+                Producer(config, loads, (s_q, s_k, s_v), *outside).run()
         else:
             cute.arch.setmaxregister_increase(config.consumer_registers)
             outside = (store, (s_q, s_k, s_v, s_o, s_tiles), pipes, items, bits, results)
@@ -170,12 +181,13 @@ class ForwardSm90:
 
         return Storage
 
-    def _pipelines(self, smem):
+    def _pipelines(self, smem, layouts):
         """Rings of barriers: Q, K, V (filled by TMA) and work items (filled by the producer)."""
         config, warps = self.config, self.consumers // 32
-        row_bytes = config.head_dim * self.dtype.width // 8
-        keys = config.tile_n * row_bytes
-        q = tma_ring(smem.q_barriers, config.q_stages, warps, config.tile_m * row_bytes)
+        queries = tile_bytes(layouts[0], self.dtype, config.warpgroups)
+        keys = tile_bytes(layouts[1], self.dtype)
+        check_arrivals("items", {"consumers": 32 * warps}, WARPGROUP * config.warpgroups)
+        q = tma_ring(smem.q_barriers, config.q_stages, warps, queries)
         k = tma_ring(smem.k_barriers, config.kv_stages, warps, keys)
         v = tma_ring(smem.v_barriers, config.kv_stages, warps, keys)
         work = work_ring(smem.work_barriers, self.consumers)

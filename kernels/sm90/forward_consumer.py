@@ -14,14 +14,14 @@ from cutlass import Float32, Int32, const_expr, cute, pipeline
 from cutlass.cute.nvgpu import cpasync, warp, warpgroup
 from sparse_flash.kernels.sm90 import online_softmax as online
 from sparse_flash.kernels.sm90.forward_producer import FULL_BEYOND
-from sparse_flash.kernels.sm90.primitives import hold, multiply
+from sparse_flash.kernels.sm90.items import ForwardBarrier, PositionItem, RowItem
+from sparse_flash.kernels.sm90.primitives import check_arrivals, hold, multiply, rows_from
 from sparse_flash.masks.layout import FULL_TILE
 
 CONSUMER = pipeline.PipelineUserType.Consumer
 FIRST, INNER, BOUNDARY = range(3)  # kinds of steps
-# Named barriers (0 is the whole CTA's): one a warpgroup to take turns, one a warpgroup for itself.
-TURN_BARRIER, OWN_BARRIER = 1, 4
-ITEM_FIELDS = 5  # m_block, head, batch, tiles (none: there are no more items), part
+WARPGROUP = 128  # threads
+PAIR = 2 * WARPGROUP  # those of the warpgroup that waits for its turn, and of the one before
 SLACK = 8.0  # by how many powers of two P may exceed 1 before its maximum is taken over
 
 
@@ -32,7 +32,7 @@ class Consumer:
         self, config, dtype, products, store, buffers, pipes, items, bits, results, scale_log2
     ):
         self.config, self.dtype, self.bits, self.scale_log2 = config, dtype, bits, scale_log2
-        self.items = items
+        self.items, self.item_type = items, PositionItem if config.offsets else RowItem
         self.slack = SLACK / scale_log2
         self.qk, self.held, self.pv, self.chunk = products
         self.s_q, s_k, self.s_v, self.s_o, self.s_tiles = buffers
@@ -64,26 +64,26 @@ class Consumer:
         work_state = pipeline.make_pipeline_state(CONSUMER, self.items.pipe.num_stages)
         if self.group == self.config.warpgroups - 1:
             self.pass_turn()  # so that warpgroup 0 may begin
-        item = self.items.take(work_state, ITEM_FIELDS)
+        item = self.items.take(work_state, self.item_type)
         work_state.advance()
         remaining = Int32(0)
-        if item[3] > 0:
+        if item.count > 0:
             self.q_pipe.consumer_wait(q_state)
             kv_state, remaining = self.step(q_state.index, kv_state, FIRST)
-        while item[3] > 0:
+        while item.count > 0:
             self.acc_o.fill(0.0)
-            for _ in cutlass.range(item[3] - 1, unroll=1):
+            for _ in cutlass.range(item.count - 1, unroll=1):
                 kv_state, remaining = self.step(q_state.index, kv_state, INNER)
             self.q_pipe.consumer_release(q_state)
             q_state.advance()
-            following = self.items.take(work_state, ITEM_FIELDS)
+            following = self.items.take(work_state, self.item_type)
             work_state.advance()
             finished = cute.make_rmem_tensor((2, 2), Float32)
             finished.store(self.stats.load())
             if remaining < self.config.tile_n:
                 self.v_pipe.consumer_wait(kv_state)
             self.zero_beyond(self.s_v, kv_state.index, remaining)
-            if following[3] > 0:
+            if following.count > 0:
                 self.q_pipe.consumer_wait(q_state)
                 kv_state, remaining = self.step(q_state.index, kv_state, BOUNDARY)
             else:
@@ -160,18 +160,20 @@ class Consumer:
     @cute.jit
     def take_turn(self):
         """Wait until the warpgroup before this one has issued its products."""
-        cute.arch.barrier(barrier_id=TURN_BARRIER + self.group, number_of_threads=256)
+        cute.arch.barrier(barrier_id=ForwardBarrier.TURN + self.group, number_of_threads=PAIR)
 
     @cute.jit
     def pass_turn(self):
         """Let the next warpgroup issue its products."""
         following = (self.group + 1) % self.config.warpgroups
-        cute.arch.barrier_arrive(barrier_id=TURN_BARRIER + following, number_of_threads=256)
+        check_arrivals("turn", {"waiting": WARPGROUP, "passing": WARPGROUP}, PAIR)
+        assert self.config.warpgroups <= ForwardBarrier.OWN - ForwardBarrier.TURN
+        cute.arch.barrier_arrive(barrier_id=ForwardBarrier.TURN + following, number_of_threads=PAIR)
 
     @cute.jit
     def gather(self):
         """A barrier among the threads of this warpgroup."""
-        cute.arch.barrier(barrier_id=OWN_BARRIER + self.group, number_of_threads=128)
+        cute.arch.barrier(barrier_id=ForwardBarrier.OWN + self.group, number_of_threads=WARPGROUP)
 
     @cute.jit
     def zero_beyond(self, tensor, stage, remaining):
@@ -193,14 +195,46 @@ class Consumer:
     @cute.jit
     def finish(self, item, stats):
         """Write O / sum and the logsumexp: to the output, or as a part of a split row."""
-        m_block, head, batch, _, part = item
         factors, log_sums = online.normalisers(stats, self.scale_log2)
-        online.rescale(self.acc_o, factors)
+        if const_expr(self.config.offsets):
+            online.mark_unknown(factors, log_sums, item.known, self.row(0))
+            online.rescale(self.acc_o, factors)
+            self.finish_at_positions(item, log_sums)
+        else:
+            online.rescale(self.acc_o, factors)
+            self.finish_row(item, log_sums)
+
+    @cute.jit
+    def row(self, i: cutlass.Constexpr):
+        """The query, in the tile, of the thread's row i (0 or 1)."""
+        return self.group * 64 + self.thread // 32 * 16 + self.thread % 32 // 4 + 8 * i
+
+    @cute.jit
+    def finish_at_positions(self, item, log_sums):
+        """Write what is normalised: to the output, or as the part of all rows of this number."""
         lse, out_parts, lse_parts = self.lse, self.out_parts, self.lse_parts
-        quad = self.thread % 4
-        row = self.group * 64 + self.thread // 32 * 16 + self.thread % 32 // 4
+        if item.part < 0:
+            self.store_out(item)
+        for r in cutlass.range_constexpr(2):
+            q_idx = item.start + self.row(r)
+            if q_idx >= 0 and q_idx < cute.size(lse, mode=[2]):
+                if item.part < 0:
+                    if self.thread % 4 == 0:
+                        lse[item.batch, item.head, q_idx] = log_sums[r]
+                else:
+                    place = (item.part, item.batch, q_idx, item.head)
+                    online.store_part(out_parts, self.acc_o, place, r, self.thread)
+                    if self.thread % 4 == 0:
+                        lse_parts[item.part, item.batch, item.head, q_idx] = log_sums[r]
+
+    @cute.jit
+    def finish_row(self, item, log_sums):
+        """Write what is normalised."""
+        m_block, head, batch, _, part = item
+        lse, out_parts, lse_parts = self.lse, self.out_parts, self.lse_parts
+        quad, row = self.thread % 4, self.row(0)
         if part < 0:
-            self.store_out(m_block, head, batch)
+            self.store_out(item)
             for r in cutlass.range_constexpr(2):
                 q_idx = m_block * self.config.tile_m + row + 8 * r
                 if quad == 0 and q_idx < cute.size(lse, mode=[2]):
@@ -214,13 +248,17 @@ class Consumer:
                     lse_parts[part, row + 8 * r] = log_sums[r]
 
     @cute.jit
-    def store_out(self, m_block, head, batch):
+    def store_out(self, item):
         """The warpgroup's 64 rows through shared memory; TMA leaves out rows beyond the end."""
         (o_atom, o_tma), columns = self.store, self.config.o_columns
         stmatrix = cute.make_copy_atom(warp.StMatrix8x8x16bOp(num_matrices=4), self.dtype)
         copy = cute.make_tiled_copy_C(stmatrix, self.chunk).get_slice(self.thread)
         mine = self.s_o[None, None, self.group]
-        target = cute.local_tile(o_tma[None, None, head, batch], (64, columns), (None, None))
+        block, rows = item.m_block * self.config.warpgroups + self.group, None
+        if const_expr(self.config.offsets):
+            block, rows = self.group, item.start
+        target = rows_from(o_tma[None, None, item.head, item.batch], rows)
+        target = cute.local_tile(target, (64, columns), (None, None))
         source, goal = cpasync.tma_partition(
             o_atom,
             0,
@@ -241,6 +279,5 @@ class Consumer:
             cute.arch.fence_view_async_shared()
             self.gather()
             if self.thread < 32:
-                block = m_block * self.config.warpgroups + self.group
                 cute.copy(o_atom, source, goal[None, block, chunk])
                 cute.arch.cp_async_bulk_commit_group()

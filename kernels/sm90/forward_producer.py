@@ -1,7 +1,8 @@
 """The producer warp of the forward kernel: it walks the work list and loads tiles by TMA."""
 
 import cutlass
-from cutlass import Int32, cute, pipeline
+from cutlass import Int32, const_expr, cute, pipeline
+from sparse_flash.kernels.sm90.items import KeyTile, Load, PositionItem, RowItem, no_more
 from sparse_flash.kernels.sm90.primitives import tma_load
 from sparse_flash.masks.layout import FULL_TILE
 
@@ -19,11 +20,13 @@ class Producer:
     (What is written inside a dynamic `if` must be a local name: the DSL cannot carry attributes.)
     """
 
-    def __init__(self, config, loads, buffers, s_tiles, pipes, items, inputs):
+    def __init__(self, config, loads, buffers, s_tiles, pipes, items, inputs, positions=None):
         self.config, self.s_tiles, self.items = config, s_tiles, items
         self.loads, self.buffers = loads, buffers
         self.q_pipe, self.k_pipe, self.v_pipe = pipes
         self.kv_lens, self.tiles, self.group_size = inputs
+        self.positions = positions  # see position_items.Positions; only with `config.offsets`
+        self.item_type = PositionItem if config.offsets else RowItem
 
     @cute.jit
     def run(self):
@@ -34,14 +37,15 @@ class Producer:
         work_state = pipeline.make_pipeline_state(PRODUCER, self.items.pipe.num_stages)
         index = cute.arch.block_idx()[0]
         # The tile whose V is still to be loaded: none at first.
-        v_place = (Int32(-1), Int32(0), Int32(0))
-        num_items = self.items.counts[0]
+        v_place = KeyTile(Int32(-1), Int32(0), Int32(0), Int32(0))
+        num_items = self.num_items()
         while index < num_items:
-            (m_block, head, batch), (first, count), limit = self.begin(index, work_state)
+            load = self.begin(index, work_state)
             work_state.advance()
-            self.load_q(q_state, m_block, head, batch)
+            self.load_q(q_state, load)
             q_state.advance()
-            kv_head = head // self.group_size
+            first, count = load.first, load.count
+            kv_head = load.head // self.group_size
             n_block, bit_tile = self.tiles[first, 0], self.tiles[first, 1]
             for j in cutlass.range(count, unroll=1):
                 if j == cutlass.max(count - 2, 0):
@@ -49,45 +53,71 @@ class Producer:
                 # Read ahead: the wait below hides how long it takes.
                 following = first + cutlass.min(j + 1, count - 1)
                 next_block, next_bit_tile = self.tiles[following, 0], self.tiles[following, 1]
-                self.load_k(k_state, (n_block, kv_head, batch), bit_tile, limit)
+                place = KeyTile(n_block, kv_head, load.batch, load.key_start)
+                self.load_k(k_state, place, bit_tile, load.limit)
                 k_state.advance()
-                if v_place[0] >= 0:
+                if v_place.n_block >= 0:
                     self.load_v(v_state, v_place)
                     v_state.advance()
-                v_place = (n_block, kv_head, batch)
+                v_place = place
                 n_block, bit_tile = next_block, next_bit_tile
-        none = Int32(0)
-        self.items.announce(work_state, (none, none, none, none, none))
-        if v_place[0] >= 0:
+        self.items.announce(work_state, no_more(self.item_type))
+        if v_place.n_block >= 0:
             self.load_v(v_state, v_place)
         self.items.leave()
 
     @cute.jit
+    def num_items(self):
+        """Work items of all CTAs."""
+        if const_expr(self.config.offsets):
+            return self.positions.num_items()
+        return self.items.counts[0]
+
+    @cute.jit
     def begin(self, index, work_state):
-        """Announce an item. Returns its place, its tiles (first and number), and its keys."""
+        """Announce an item. Returns what to load for it."""
+        if const_expr(self.config.offsets):
+            return self.begin_at_positions(index, work_state)
         m_block, head, batch = (self.items.work[index, i] for i in range(3))
         first, count, part = (self.items.work[index, i] for i in range(3, 6))
         limit = self.kv_lens[batch]
         if count == 0:  # a row without tiles: all keys of the tile that it names are masked
             count, limit = Int32(1), Int32(0)
         count = tiles_within(self.tiles, first, count, limit, self.config.tile_n)
-        self.items.announce(work_state, (m_block, head, batch, count, part))
-        return (m_block, head, batch), (first, count), limit
+        self.items.announce(work_state, RowItem(m_block, head, batch, count, part))
+        return Load(m_block, head, batch, first, count, limit, Int32(0), Int32(0))
 
     @cute.jit
-    def load_q(self, state, m_block, head, batch):
+    def begin_at_positions(self, index, work_state):
+        """Announce an item of the grid of `Positions`, whose tiles are found here."""
+        row, load = self.positions.item(index, self.tiles)
+        self.items.announce(work_state, row)
+        return load
+
+    @cute.jit
+    def load_q(self, state, load):
         """A stage of Q is a tile of 64 rows for each warpgroup."""
         groups = self.config.warpgroups
         self.q_pipe.producer_acquire(state)
         barrier = self.q_pipe.producer_get_barrier(state)
         for i in cutlass.range_constexpr(groups):
-            place = (m_block * groups + i, head, batch)
-            tma_load(self.loads[0], self.buffers[0], place, state.index * groups + i, barrier)
+            self.load_rows(0, load, i, state, barrier)
+
+    @cute.jit
+    def load_rows(self, which: cutlass.Constexpr, load, i: cutlass.Constexpr, state, barrier):
+        """The 64 rows of warpgroup i, of the tensor and into the buffer of this number."""
+        groups = self.config.warpgroups
+        tensor, stages, stage = self.loads[which], self.buffers[which], state.index * groups + i
+        if const_expr(self.config.offsets):
+            tma_load(tensor, stages, (i, load.head, load.batch), stage, barrier, load.start)
+        else:
+            place = (load.m_block * groups + i, load.head, load.batch)
+            tma_load(tensor, stages, place, stage, barrier)
 
     @cute.jit
     def load_k(self, state, place, bit_tile, limit):
         """K, and what to mask in its tile."""
-        remaining = limit - place[0] * self.config.tile_n
+        remaining = limit - place.n_block * self.config.tile_n
         if bit_tile == FULL_TILE and remaining < self.config.tile_n:
             bit_tile = Int32(FULL_BEYOND)
         self.k_pipe.sync_object_empty.wait(state.index, state.phase)
@@ -97,14 +127,19 @@ class Producer:
             s_tiles[state.index, 1] = remaining
             # This arrival releases what was just written.
             cute.arch.mbarrier_arrive_and_expect_tx(barrier, self.k_pipe.sync_object_full.tx_count)
-        tma_load(self.loads[1], self.buffers[1], place, state.index, barrier)
+        self.load_keys(1, place, state, barrier)
 
     @cute.jit
     def load_v(self, state, place):
         """V of a tile."""
         self.v_pipe.producer_acquire(state)
-        barrier = self.v_pipe.producer_get_barrier(state)
-        tma_load(self.loads[2], self.buffers[2], place, state.index, barrier)
+        self.load_keys(2, place, state, self.v_pipe.producer_get_barrier(state))
+
+    @cute.jit
+    def load_keys(self, which: cutlass.Constexpr, place, state, barrier):
+        """K (1) or V (2)."""
+        start = place.start if const_expr(self.config.offsets) else None
+        tma_load(self.loads[which], self.buffers[which], place[:3], state.index, barrier, start)
 
 
 @cute.jit

@@ -31,6 +31,13 @@ def mask_words(bits, bit_tile, group, thread):
 
 
 @cute.jit
+def word_of_row(bits, bit_tile, row, thread):
+    """The word of a thread's columns in any row of a bit tile: that of the row's own thread."""
+    owner = row % 64 // 16 * 32 + row % 8 * 4 + thread % 4
+    return bits[bit_tile, row // 64, owner, row % 16 // 8]
+
+
+@cute.jit
 def columns_within(remaining, thread):
     """A word whose bits are set for the thread's columns before column `remaining`."""
     columns = cutlass.max(remaining - 2 * (thread % 4), Int32(0))
@@ -125,6 +132,24 @@ def normalisers(stats, scale_log2):
         log_sum = (stats[row, 0] * scale_log2 + cute.math.log2(total, fastmath=True)) * LN2
         log_sums[row] = -Float32.inf if empty else log_sum
     return factors, log_sums
+
+
+@cute.jit
+def mark_unknown(factors, log_sums, known, row):
+    """NaN for what follows `normalisers` in rows from `known` on; `row` is the thread's first."""
+    for r in cutlass.range_constexpr(2):
+        if row + 8 * r >= known:
+            factors[r] = Float32.nan
+            log_sums[r] = Float32.nan
+
+
+@cute.jit
+def store_part(parts, acc_o, place, r: cutlass.Constexpr, thread):
+    """Row r (0 or 1) of a thread's O, in float32, to the row at `place` of the array of parts."""
+    for i in cutlass.range_constexpr(2 * r, cute.size(acc_o), 4):
+        column = i // 4 * 8 + thread % 4 * 2
+        for c in cutlass.range_constexpr(2):
+            parts[(*place, column + c)] = acc_o[i + c]
 
 
 @cute.jit

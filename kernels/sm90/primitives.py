@@ -107,18 +107,21 @@ def pair_of(first, second, dtype: cutlass.Constexpr):
 
 
 @cute.jit
-def store_pairs(tensor, place, pairs):
+def store_pairs(tensor, place, pairs, any_row: cutlass.Constexpr = False):
     """Of the row of a tensor from place = (batch, row, head, column) on, four threads with
     neighbouring lanes have a pair each of every 8 columns. Into memory, as far as the tensor
     reaches, 8 bytes a thread: of 16 columns the even lanes take the first 8.
 
     Without branches, so that threads need not wait for one store's operands before the next's.
+    any_row: Whether the row may be negative, too; then nothing is stored.
     """
     (batch, row, head, column), lane = place, cute.arch.lane_idx()
     odd = lane % 2 == 1
     column += lane % 2 * 8 + lane % 4 // 2 * 4
     start = (tensor.iterator + cute.crd2idx((batch, row, head, column), tensor.layout)).toint()
     inside = row < cute.size(tensor, mode=[1])
+    if cutlass.const_expr(any_row):
+        inside = inside and row >= 0
     left = cute.size(tensor, mode=[3]) - column if inside else Int32(0)
     for i in cutlass.range_constexpr(0, len(pairs), 2):
         mine, given = (pairs[i + 1], pairs[i]) if odd else (pairs[i], pairs[i + 1])
@@ -132,24 +135,35 @@ def store_pairs(tensor, place, pairs):
 
 
 @cute.jit
-def tma_load(load, smem, place, stage, barrier):
-    """One TMA load: the tile at place = (block, head, batch) into a stage of shared memory."""
-    to, of = _tiles(load, smem, place)
+def tma_load(load, smem, place, stage, barrier, start=None):
+    """One TMA load: the tile at place = (block, head, batch) into a stage of shared memory.
+
+    start: Row of the tensor where block 0 begins, of any sign; rows outside the tensor are zeros.
+    """
+    to, of = _tiles(load, smem, place, start)
     cute.copy(load[0], of[None, place[0]], to[None, stage], tma_bar_ptr=barrier)
 
 
 @cute.jit
-def tma_store(store, smem, which, place):
-    """One TMA store: a tile of shared memory to the place = (block, head, batch)."""
-    of, to = _tiles(store, smem, place)
+def tma_store(store, smem, which, place, start=None):
+    """One TMA store: a tile of shared memory to the place = (block, head, batch).
+
+    start: As in `tma_load`; rows outside the tensor are not written.
+    """
+    of, to = _tiles(store, smem, place, start)
     cute.copy(store[0], of[None, *which], to[None, place[0]])
 
 
-def _tiles(copy, smem, place):
+def rows_from(tensor, start):
+    """A tensor whose row 0 is row `start` of the given one; `None` for the tensor itself."""
+    return tensor if start is None else cute.domain_offset((start, 0), tensor)
+
+
+def _tiles(copy, smem, place, start):
     """The tiles that a TMA copy moves, in shared memory and in memory, by their indices."""
     (atom, tensor), (_, head, batch) = copy, place
     tile = cute.product_each(cute.select(smem.shape, [0, 1]))
-    tiles = cute.local_tile(tensor[None, None, head, batch], tile, (None, 0))
+    tiles = cute.local_tile(rows_from(tensor[None, None, head, batch], start), tile, (None, 0))
     modes = (cute.group_modes(smem, 0, 2), cute.group_modes(tiles, 0, 2))
     return cpasync.tma_partition(atom, 0, cute.make_layout(1), *modes)
 
@@ -199,6 +213,22 @@ def tensor_in(room, layout, **options):
 def barriers(stages):
     """Room for the barriers of a pipeline."""
     return cute.struct.MemRange[cutlass.Int64, 2 * stages]
+
+
+def check_arrivals(barrier, roles, expected):
+    """Assert, while tracing, that the threads of all roles are those that a barrier waits for.
+
+    roles: Number of arriving threads of each role, by the role's name.
+    """
+    terms = " + ".join(f"{count} ({role})" for role, count in roles.items())
+    total = sum(roles.values())
+    assert total == expected, f"{barrier}: {terms} = {total} arrive, {expected} are awaited"
+
+
+def tile_bytes(layout, dtype, tiles=1):
+    """Bytes that TMA brings with `tiles` tiles of a shared-memory layout (rows, columns, stage)."""
+    rows, columns = (cute.size(layout, mode=[i]) for i in range(2))
+    return rows * columns * tiles * dtype.width // 8
 
 
 def tma_ring(room, stages, consumers, size):
@@ -256,7 +286,8 @@ class WorkList:
 
     @cute.jit
     def announce(self, state, fields):
-        """Hand an item to the other warps."""
+        """Hand an item, a NamedTuple of at most WORK_FIELDS numbers, to the other warps."""
+        assert len(fields) <= WORK_FIELDS, f"{fields._fields}: room for {WORK_FIELDS} fields"
         self.pipe.producer_acquire(state)
         s_work = self.s_work
         if cute.arch.lane_idx() == 0:
@@ -266,12 +297,12 @@ class WorkList:
         self.pipe.producer_commit(state)
 
     @cute.jit
-    def take(self, state, number: cutlass.Constexpr):
-        """The next item's fields."""
+    def take(self, state, kind: cutlass.Constexpr):
+        """The next item, a NamedTuple of this type."""
         self.pipe.consumer_wait(state)
-        fields = tuple(self.s_work[state.index, i] for i in range(number))
+        fields = [self.s_work[state.index, i] for i in range(len(kind._fields))]
         self.pipe.consumer_release(state)
-        return fields
+        return kind(*fields)
 
     @cute.jit
     def leave(self):

@@ -10,6 +10,8 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from sparse_flash.kernels.sm90.config import QueriesConfig
 from sparse_flash.kernels.sm90.elementwise import Sum
 from sparse_flash.kernels.sm90.forward_producer import PRODUCER, Producer
+from sparse_flash.kernels.sm90.items import KeyTile, no_more
+from sparse_flash.kernels.sm90.position_items import positions_of
 from sparse_flash.kernels.sm90.primitives import (
     LOAD,
     STORE,
@@ -21,8 +23,8 @@ from sparse_flash.kernels.sm90.primitives import (
     product,
     smem_layout,
     tensor_in,
+    tile_bytes,
     tma,
-    tma_load,
     tma_ring,
     work_ring,
     work_room,
@@ -40,35 +42,33 @@ class QueriesProducer(Producer):
         kv_state = pipeline.make_pipeline_state(PRODUCER, self.config.kv_stages)
         work_state = pipeline.make_pipeline_state(PRODUCER, self.items.pipe.num_stages)
         index = cute.arch.block_idx()[0]
-        num_items = self.items.counts[0]
+        num_items = self.num_items()
         while index < num_items:
-            (m_block, head, batch), (first, count), limit = self.begin(index, work_state)
+            load = self.begin(index, work_state)
             work_state.advance()
-            self.load_q(q_state, m_block, head, batch)
+            self.load_q(q_state, load)
             q_state.advance()
-            for j in cutlass.range(count, unroll=1):
-                if j == cutlass.max(count - 2, 0):
+            for j in cutlass.range(load.count, unroll=1):
+                if j == cutlass.max(load.count - 2, 0):
                     index = self.items.next_index()
-                n_block, bit_tile = self.tiles[first + j, 0], self.tiles[first + j, 1]
-                place = (n_block, head // self.group_size, batch)
-                self.load_k(kv_state, place, bit_tile, limit)
+                n_block, bit_tile = self.tiles[load.first + j, 0], self.tiles[load.first + j, 1]
+                head = load.head // self.group_size
+                place = KeyTile(n_block, head, load.batch, load.key_start)
+                self.load_k(kv_state, place, bit_tile, load.limit)
                 self.load_v(kv_state, place)
                 kv_state.advance()
-        none = Int32(0)
-        self.items.announce(work_state, (none, none, none, none, none))
+        self.items.announce(work_state, no_more(self.item_type))
         self.items.leave()
 
     @cute.jit
-    def load_q(self, state, m_block, head, batch):
+    def load_q(self, state, load):
         """A stage of Q and of dO is a tile of 64 rows for each warpgroup."""
         groups = self.config.warpgroups
         self.q_pipe.producer_acquire(state)
         barrier = self.q_pipe.producer_get_barrier(state)
         for i in cutlass.range_constexpr(groups):
-            place = (m_block * groups + i, head, batch)
-            stage = state.index * groups + i
-            tma_load(self.loads[0], self.buffers[0], place, stage, barrier)
-            tma_load(self.loads[3], self.buffers[3], place, stage, barrier)
+            self.load_rows(0, load, i, state, barrier)
+            self.load_rows(3, load, i, state, barrier)
 
 
 class QueriesSm90:
@@ -103,14 +103,17 @@ class QueriesSm90:
         """Launch on the stream. See `Schedule` for the work items and the parts."""
         lists = (kv_lens, work, tiles, bits, counter, counts)
         scales = (softmax_scale, scale_log2)
-        self.launch((q, k, v, dout, dq), lists, (stats, parts), num_ctas, scales, stream)
+        self.launch((q, k, v, dout, dq), lists, None, (stats, parts), num_ctas, scales, stream)
         if cute.size(combine, mode=[0]) > 0:
             total = Sum(self.config.tile_m, self.config.head_dim, self.dtype)
             total((dq,), combine, counts, (parts,), stream)
 
     @cute.jit
-    def launch(self, tensors, lists, inputs, num_ctas: Int32, scales, stream):
-        """Launch the attention kernel itself."""
+    def launch(self, tensors, lists, positions, inputs, num_ctas: Int32, scales, stream):
+        """Launch the attention kernel itself.
+
+        positions: Arrays, numbers and sizes of `Positions`, or `None`.
+        """
         config, width = self.config, self.config.head_dim
         q, k, v, dout, dq = by_tiles(tensors)
         q_layout = smem_layout(self.dtype, 64, width, config.warpgroups * config.q_stages)
@@ -128,6 +131,7 @@ class QueriesSm90:
             (q_layout, kv_layout, o_layout),
             self._products(),
             lists,
+            positions,
             inputs,
             cute.size(q, mode=[2]) // cute.size(k, mode=[2]),
             scales,
@@ -147,7 +151,8 @@ class QueriesSm90:
         layouts,
         products,
         lists,
-        inputs,  # stats and parts
+        positions,
+        inputs,  # stats and parts; with offsets q_pad, see BackwardAtSm90
         group_size: Int32,  # q heads for each kv head
         scales,
         storage: cutlass.Constexpr,
@@ -159,7 +164,7 @@ class QueriesSm90:
             for atom, _ in (*loads, store):
                 cpasync.prefetch_descriptor(atom)
         smem = cutlass.utils.SmemAllocator().allocate(storage)
-        *pipes, work_pipe = self._pipelines(smem)
+        *pipes, work_pipe = self._pipelines(smem, layouts)
         q_layout, kv_layout, o_layout = layouts
         s_q, s_do, s_k, s_v, s_o = (
             tensor_in(room, layout)
@@ -178,7 +183,8 @@ class QueriesSm90:
             cute.arch.setmaxregister_decrease(config.producer_registers)
             if warp_idx == 0:
                 buffers, given = (s_q, s_k, s_v, s_do), (kv_lens, tiles, group_size)
-                QueriesProducer(config, loads, buffers, s_tiles, pipes, items, given).run()
+                outside = (s_tiles, pipes, items, given, positions_of(config, positions))
+                QueriesProducer(config, loads, buffers, *outside).run()
         else:
             cute.arch.setmaxregister_increase(config.consumer_registers)
             buffers = (s_q, s_do, s_k, s_v, s_o, s_tiles)
@@ -213,12 +219,12 @@ class QueriesSm90:
 
         return Storage
 
-    def _pipelines(self, smem):
+    def _pipelines(self, smem, layouts):
         """Rings of barriers: Q with dO, K, V (filled by TMA) and work items."""
         config, warps = self.config, self.consumers // 32
-        row_bytes = config.head_dim * self.dtype.width // 8
-        keys = config.tile_n * row_bytes
-        q = tma_ring(smem.q_barriers, config.q_stages, warps, 2 * config.tile_m * row_bytes)
+        queries = 2 * tile_bytes(layouts[0], self.dtype, config.warpgroups)
+        keys = tile_bytes(layouts[1], self.dtype)
+        q = tma_ring(smem.q_barriers, config.q_stages, warps, queries)
         k = tma_ring(smem.k_barriers, config.kv_stages, warps, keys)
         v = tma_ring(smem.v_barriers, config.kv_stages, warps, keys)
         work = work_ring(smem.work_barriers, self.consumers)

@@ -10,7 +10,8 @@ import cutlass
 from cutlass import Float32, const_expr, cute, pipeline
 from cutlass.cute.nvgpu import warpgroup
 from sparse_flash.kernels.sm90 import online_softmax as online
-from sparse_flash.kernels.sm90.forward_consumer import CONSUMER, ITEM_FIELDS, Consumer
+from sparse_flash.kernels.sm90.forward_consumer import CONSUMER, Consumer
+from sparse_flash.kernels.sm90.items import PositionItem, RowItem
 from sparse_flash.kernels.sm90.primitives import multiply, multiply_pairs
 from sparse_flash.masks.layout import FULL_TILE
 
@@ -22,12 +23,15 @@ class QueriesConsumer(Consumer):
 
     def __init__(self, config, dtype, products, store, buffers, pipes, items, bits, inputs, scales):
         self.config, self.dtype, self.items, self.bits = config, dtype, items, bits
+        self.item_type = PositionItem if config.offsets else RowItem
         self.scale, self.scale_log2 = scales
         self.scores, self.of_queries, self.chunk = products
         s_q, s_do, self.s_k, s_v, self.s_o, self.s_tiles = buffers
         self.q_pipe, self.k_pipe, self.v_pipe = pipes
         self.store = store
-        self.stats, self.parts = inputs
+        self.stats, self.parts, *others = inputs
+        if const_expr(config.offsets):
+            (self.q_pad,) = others
         self.thread = cute.arch.thread_idx()[0] % 128
         self.group = cute.arch.make_warp_uniform(cute.arch.thread_idx()[0] // 128 - 1)
         scores, of_queries = self.scores.get_slice(0), self.of_queries.get_slice(0)
@@ -49,14 +53,14 @@ class QueriesConsumer(Consumer):
         q_state = pipeline.make_pipeline_state(CONSUMER, self.config.q_stages)
         kv_state = pipeline.make_pipeline_state(CONSUMER, self.config.kv_stages)
         work_state = pipeline.make_pipeline_state(CONSUMER, self.items.pipe.num_stages)
-        item = self.items.take(work_state, ITEM_FIELDS)
+        item = self.items.take(work_state, self.item_type)
         work_state.advance()
-        while item[3] > 0:
+        while item.count > 0:
             stats = self.statistics(item)
             self.acc_o.fill(0.0)
             self.q_pipe.consumer_wait(q_state)
             kv_state, remaining = self.step(q_state.index, kv_state, stats, FIRST)
-            for _ in cutlass.range(item[3] - 1, unroll=1):
+            for _ in cutlass.range(item.count - 1, unroll=1):
                 kv_state, remaining = self.step(q_state.index, kv_state, stats, INNER)
             self.q_pipe.consumer_release(q_state)
             q_state.advance()
@@ -66,7 +70,7 @@ class QueriesConsumer(Consumer):
             self.k_pipe.consumer_release(kv_state)
             kv_state.advance()
             self.finish(item)
-            item = self.items.take(work_state, ITEM_FIELDS)
+            item = self.items.take(work_state, self.item_type)
             work_state.advance()
         if self.thread < 32:
             cute.arch.cp_async_bulk_wait_group(0)
@@ -117,32 +121,35 @@ class QueriesConsumer(Consumer):
         return kv_state, remaining
 
     @cute.jit
-    def row(self, i: cutlass.Constexpr):
-        """The query, in the tile, of the thread's row i (0 or 1)."""
-        return self.group * 64 + self.thread // 32 * 16 + self.thread % 32 // 4 + 8 * i
-
-    @cute.jit
     def statistics(self, item):
         """The lse (0) and delta (1) of the thread's rows."""
-        m_block, head, batch = item[0], item[1], item[2]
         values, stats = cute.make_rmem_tensor((2, 2), Float32), self.stats
         for i in cutlass.range_constexpr(2):
             values[0, i], values[1, i] = Float32.inf, Float32(0.0)
-            q_idx = m_block * self.config.tile_m + self.row(i)
-            if q_idx < cute.size(stats, mode=[3]):
-                values[0, i] = stats[batch, head, 0, q_idx]
-                values[1, i] = stats[batch, head, 1, q_idx]
+            inside, q_idx = self.place_of(item, self.row(i))
+            if inside:
+                values[0, i] = stats[item.batch, item.head, 0, q_idx]
+                values[1, i] = stats[item.batch, item.head, 1, q_idx]
         return values
+
+    @cute.jit
+    def place_of(self, item, row):
+        """Whether a row of the tile has statistics, and where."""
+        if const_expr(self.config.offsets):
+            # They begin with the tile of the kernel by keys in which query 0 lies.
+            q_idx = item.start + row + self.q_pad[item.batch]
+            return q_idx >= 0 and q_idx < cute.size(self.stats, mode=[3]), q_idx
+        q_idx = item.m_block * self.config.tile_m + row
+        return q_idx < cute.size(self.stats, mode=[3]), q_idx
 
     @cute.jit
     def finish(self, item):
         """Write dQ: to the result, or as a part of a split row."""
-        m_block, head, batch, _, part = item
-        parts = self.parts
+        part, parts = item.part, self.parts
         for i in cutlass.range_constexpr(cute.size(self.acc_o)):
             self.acc_o[i] = self.acc_o[i] * self.scale
         if part < 0:
-            self.store_out(m_block, head, batch)
+            self.store_out(item)
         else:
             for i in cutlass.range_constexpr(cute.size(self.acc_o)):
                 column = i // 4 * 8 + self.thread % 4 * 2 + i % 2

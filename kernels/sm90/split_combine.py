@@ -1,0 +1,101 @@
+"""Rows computed in parts, put together: for parts that are arrays of all rows (split-KV).
+
+With out_s and lse_s of part s of a row,
+    lse = log sum_s exp(lse_s),    out = sum_s exp(lse_s - lse) out_s        (Flash-Decoding, 2023)
+A CTA takes one row, and its warps every eighth part each: rows are few where they are split, and
+parts many, so that their latency must overlap. The order of all sums is fixed.
+"""
+
+import math
+
+import cutlass
+from cutlass import Float32, Int32, cute
+
+WARPS = 8
+LOG2_E = math.log2(math.e)
+
+
+class SplitCombine:
+    """The kernel for parts of `head_dim` columns.
+
+    dependent: Whether to launch while the kernel before it still runs (programmatic dependent
+        launch), and to wait for its results on the device.
+    """
+
+    def __init__(self, head_dim: int, dtype: type[cutlass.Numeric], dependent: bool = False):
+        self.head_dim, self.dtype, self.dependent = head_dim, dtype, dependent
+        self.vector = head_dim // 32  # columns of a lane, 32 apart
+
+    @cute.jit
+    def __call__(self, out, lse, out_parts, lse_parts, num_splits: Int32, stream):
+        """Launch on the stream.
+
+        out: (b, s, h, d). lse: (b, h, s) float32. out_parts: (splits, b, s, h, head_dim) float32.
+        lse_parts: (splits, b, h, s) float32.
+        """
+        rows = cute.size(out, mode=[0]) * cute.size(out, mode=[1]) * cute.size(out, mode=[2])
+        self.kernel(out, lse, out_parts, lse_parts, num_splits).launch(
+            grid=(rows, 1, 1), block=(32 * WARPS, 1, 1), stream=stream, use_pdl=self.dependent
+        )
+
+    @cute.kernel
+    def kernel(
+        self,
+        out: cute.Tensor,
+        lse: cute.Tensor,
+        out_parts: cute.Tensor,
+        lse_parts: cute.Tensor,
+        num_splits: Int32,
+    ):
+        """One row."""
+        index = cute.arch.block_idx()[0]
+        warp, lane = cute.arch.warp_idx(), cute.arch.lane_idx()
+        heads, queries = cute.size(out, mode=[2]), cute.size(out, mode=[1])
+        head, rest = index % heads, index // heads
+        query, batch = rest % queries, rest // queries
+        smem = cutlass.utils.SmemAllocator()
+        s_sums = smem.allocate_tensor(
+            Float32, cute.make_layout((WARPS, self.head_dim), stride=(self.head_dim, 1)), 16
+        )
+        s_totals = smem.allocate_tensor(Float32, cute.make_layout(WARPS), 16)
+        if cutlass.const_expr(self.dependent):
+            cute.arch.griddepcontrol_wait()
+        top = -Float32.inf
+        for split in cutlass.range(lane, num_splits, 32, unroll=4):
+            top = cute.arch.fmax(top, lse_parts[split, batch, head, query])
+        for i in cutlass.range_constexpr(5):
+            top = cute.arch.fmax(top, cute.arch.shuffle_sync_bfly(top, offset=1 << i))
+        shift = Float32(0.0) if top == -Float32.inf else top
+        total, sums = Float32(0.0), cute.make_rmem_tensor(self.vector, Float32)
+        sums.fill(0.0)
+        for split in cutlass.range(warp, num_splits, WARPS, unroll=4):
+            log_sum = lse_parts[split, batch, head, query]
+            weight = cute.math.exp2((log_sum - shift) * LOG2_E, fastmath=True)
+            total += weight
+            for j in cutlass.range_constexpr(self.vector):
+                part = out_parts[split, batch, query, head, lane + 32 * j]
+                sums[j] = sums[j] + weight * part
+        for j in cutlass.range_constexpr(self.vector):
+            s_sums[warp, lane + 32 * j] = sums[j]
+        if lane == 0:
+            s_totals[warp] = total
+        cute.arch.sync_threads()
+        self.finish(out, lse, (batch, query, head), shift, s_sums, s_totals)
+
+    @cute.jit
+    def finish(self, out, lse, place, shift, s_sums, s_totals):
+        """Add up what the warps have, in their order, and write it."""
+        thread, (batch, query, head) = cute.arch.thread_idx()[0], place
+        total = Float32(0.0)
+        for i in cutlass.range_constexpr(WARPS):
+            total += s_totals[i]
+        empty = total == 0.0
+        if thread < cute.size(out, mode=[3]):
+            value = Float32(0.0)
+            for i in cutlass.range_constexpr(WARPS):
+                value += s_sums[i, thread]
+            value = Float32(0.0) if empty else value / total
+            out[batch, query, head, thread] = value.to(self.dtype)
+        if thread == 0:
+            log_sum = shift + cute.math.log2(total, fastmath=True) / LOG2_E
+            lse[batch, head, query] = -Float32.inf if empty else log_sum
