@@ -107,17 +107,22 @@ class Kernel:
         device: torch.device,
     ) -> None:
         """Launch with a counter and split buffers for this launch alone."""
-        if device.index not in self.loaded and torch._C._cuda_isCurrentStreamCapturing():
-            raise RuntimeError(
-                "the first launch of a kernel loads it, which a CUDA graph cannot capture: "
-                "run the same call once before the capture (see torch.cuda.graph: warm up)"
-            )
+        if torch._C._cuda_isCurrentStreamCapturing():
+            self._check_loaded(device)
+            plan.captured = True  # its arrays must stay where they are
         counter = torch.zeros(2, dtype=torch.int32, device=device)
         parts = self._parts(plan.num_parts, device)
         arguments = (*plan.lists, counter, *parts, *plan.combine, plan.num_ctas)
         with contextlib.nullcontext() if device.index in self.loaded else self._lock:
             self.function(*inputs, *arguments, *scalars)
             self.loaded.add(device.index)
+
+    def _check_loaded(self, device: torch.device) -> None:
+        if device.index not in self.loaded:
+            raise RuntimeError(
+                "the first launch of a kernel loads it, which a CUDA graph cannot capture: "
+                "run the same call once before the capture (see torch.cuda.graph: warm up)"
+            )
 
     def _parts(self, number: int, device: torch.device) -> list[Tensor]:
         """Split buffers for this many parts."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -18,7 +18,6 @@ from sparse_flash.kernels.config import KernelConfig
 from sparse_flash.kernels.device import DeviceFacts
 from sparse_flash.kernels.launch import Kernel
 from sparse_flash.kernels.schedule import (
-    ARRAYS,
     CostModel,
     Schedule,
     backward_schedule,
@@ -26,7 +25,7 @@ from sparse_flash.kernels.schedule import (
     schedule,
 )
 from sparse_flash.masks.layout import BlockLayout
-from torch import Tensor, inference_mode
+from torch import inference_mode
 
 Config = TypeVar("Config", bound=KernelConfig)
 _lock = threading.Lock()  # threads that ask for the same plan get one
@@ -54,6 +53,7 @@ class Plan(Generic[Config]):
     schedule: Schedule
     reschedule: Callable[[BlockLayout], Schedule] | None = field(default=None, repr=False)
     kernel: Kernel | None = field(default=None, repr=False)
+    captured: bool = False  # a CUDA graph reads the arrays
 
     def __post_init__(self) -> None:
         # What a launch takes, gathered once: `follow` changes the contents of arrays, no array.

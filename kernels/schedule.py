@@ -121,15 +121,6 @@ class Schedule:
         """The arrays in the order of `ARRAYS`."""
         return [self.work, self.tiles, self.bits, self.combine, self.kv_lens, self.counts]
 
-    @classmethod
-    def from_arrays(
-        cls, arrays: Sequence[Tensor], tile: tuple[int, int], num_parts: int, num_ctas: int
-    ) -> Schedule:
-        """A schedule of these arrays, in the order of `ARRAYS`; they are not copied."""
-        work, tiles, bits, combine, kv_lens, counts = arrays
-        lists = (work, tiles, bits, combine, kv_lens, counts)
-        return cls(*lists, len(bits), num_parts, num_ctas, tile)
-
     def update_(self, other: Schedule) -> None:
         """Take over another schedule in place, so that captured CUDA graphs follow it.
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -21,14 +21,14 @@ class Record:
     """What was derived from a mask. Equal masks share one.
 
     layouts: By lengths and device.
-    calls: What was found out about calls of attention, by what they look like; see `api`.
-    pinned: A captured CUDA graph reads the layouts, so they must stay where they are.
+    calls: What was found out about calls of attention, by what they look like; see `prepare`.
+    used: When it was last looked up.
     """
 
     def __init__(self) -> None:
         self.layouts: dict[Hashable, BlockLayout] = {}
         self.calls: dict[Hashable, Any] = {}
-        self.pinned = False
+        self.used = 0
         self.lock = threading.RLock()
 
     def layout(self, key: Hashable, build: Callable[[], BlockLayout]) -> BlockLayout:
@@ -46,6 +46,15 @@ class Record:
         """Memory of all layouts and of what was derived from them."""
         return sum(layout.nbytes for layout in list(self.layouts.values()))
 
+    @property
+    def pinned(self) -> bool:
+        """Whether a captured CUDA graph reads what was derived: it must stay where it is."""
+        return any(
+            getattr(value, "captured", False)
+            for layout in list(self.layouts.values())
+            for value in list(layout.derived.values())
+        )
+
     def clear(self) -> None:
         """Forget everything."""
         self.layouts, self.calls = {}, {}
@@ -59,9 +68,10 @@ class RecordCache:
     together take more than `limit` bytes. Records of captured CUDA graphs are never given up.
     """
 
-    def __init__(self, limit: int = 4 * GIBIBYTE) -> None:
+    def __init__(self, limit: int = GIBIBYTE) -> None:
         self.limit = limit
-        self._recent: OrderedDict[Mask, Record] = OrderedDict()
+        self._recent: dict[Mask, Record] = {}
+        self._ticks = itertools.count()
         self._all: weakref.WeakSet[Record] = weakref.WeakSet()
         self._lock = threading.RLock()
 
@@ -71,15 +81,16 @@ class RecordCache:
         return self._share(mask) if found is None else found
 
     def _share(self, mask: Mask) -> Record:
-        with self._lock:
-            record = self._recent.get(mask)
-            if record is None:
-                record = self._recent[mask] = Record()
-                self._all.add(record)
-            else:
-                self._recent.move_to_end(mask)
-            object.__setattr__(mask, "_record", record)
-            return record
+        record = self._recent.get(mask)
+        if record is None:
+            with self._lock:
+                record = self._recent.get(mask)
+                if record is None:
+                    record = self._recent[mask] = Record()
+                    self._all.add(record)
+        record.used = next(self._ticks)
+        object.__setattr__(mask, "_record", record)
+        return record
 
     @property
     def nbytes(self) -> int:
@@ -91,7 +102,8 @@ class RecordCache:
         with self._lock:
             sizes = {mask: record.nbytes for mask, record in self._recent.items()}
             total = sum(sizes.values())
-            for mask in list(self._recent)[:-1]:
+            oldest_first = sorted(self._recent, key=lambda mask: self._recent[mask].used)
+            for mask in oldest_first[:-1]:
                 if total <= self.limit:
                     return
                 if not self._recent[mask].pinned:
@@ -101,7 +113,7 @@ class RecordCache:
     def clear(self) -> None:
         """Forget everything that no captured CUDA graph reads, of masks that are in use too."""
         with self._lock:
-            self._recent = OrderedDict((m, r) for m, r in self._recent.items() if r.pinned)
+            self._recent = {m: r for m, r in self._recent.items() if r.pinned}
             for record in list(self._all):
                 if not record.pinned:
                     record.clear()
@@ -125,14 +137,14 @@ def set_cache_limit(nbytes: int) -> None:
     """Set how much memory layouts and schedules of masks may take that nobody holds any longer.
 
     Args:
-        nbytes: Bytes, over all devices; 4 GiB at first. 0 keeps only the latest.
+        nbytes: Bytes, over all devices; 1 GiB at first. 0 keeps only the latest.
 
     Raises:
         TypeError: It is no int.
         ValueError: It is negative.
 
     >>> import sparse_flash
-    >>> sparse_flash.set_cache_limit(4 << 30)
+    >>> sparse_flash.set_cache_limit(1 << 30)
     """
     if not isinstance(nbytes, int) or isinstance(nbytes, bool):
         raise TypeError(f"the limit must be an int, a number of bytes, got {nbytes!r}")

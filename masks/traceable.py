@@ -19,6 +19,7 @@ import weakref
 from typing import Any, Self
 
 import torch
+from sparse_flash.masks.modes import plain_torch
 from torch import Tensor
 from torch._library.opaque_object import get_opaque_type_name, register_opaque_type
 from torch._opaque_base import OpaqueBaseMeta
@@ -41,8 +42,13 @@ class _ByHandle:
         """Give the object its handle: torch.compile must find it on every object."""
         new = super().__new__(cls)
         number = next(_numbers)
-        with torch.inference_mode(False), torch.device("cpu"):
-            object.__setattr__(new, "_handle", torch.tensor(number, dtype=torch.int64))
+        modes = torch._C._len_torch_function_stack() + torch._C._len_torch_dispatch_stack()
+        if modes or torch.is_inference_mode_enabled():
+            with plain_torch():
+                handle = torch.tensor(number)
+        else:  # several times as fast
+            handle = torch.tensor(number)
+        object.__setattr__(new, "_handle", handle)
         _objects[number] = new  # type: ignore[assignment]
         return new
 
@@ -73,7 +79,15 @@ else:
 
 def to_operator(source: Traceable) -> Any:
     """The argument of an operator that stands for a mask or a layout."""
-    return source._handle if HANDLES else source
+    if not HANDLES:
+        return source
+    if torch.compiler.is_compiling():
+        return source._handle
+    # A new one, made under the modes that are active (FakeTensorMode), which keeps the object alive
+    # as long as autograd keeps it.
+    handle: Any = torch.tensor(int(source._handle), device="cpu")
+    handle.source = source
+    return handle
 
 
 def from_operator(argument: Any) -> Any:
@@ -84,6 +98,8 @@ def from_operator(argument: Any) -> Any:
     """
     if not HANDLES:
         return argument
+    if hasattr(argument, "source"):
+        return argument.source
     found = _objects.get(int(argument))
     if found is None:
         raise RuntimeError(

@@ -115,10 +115,10 @@ def block_sparse_attention(
     >>> torch.allclose(out, dense.transpose(1, 2), atol=1e-6)
     True
     """
-    check_are_tensors(q, k, v)
-    q, k, v = _autocast(q, k, v)
+    if torch._C._is_any_autocast_enabled():
+        check_are_tensors(q, k, v)
+        q, k, v = _autocast(q, k, v)
     options = Options(check_options(softmax_scale, dropout_p), deterministic, impl)
-    needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     tensors = (q, k, v, kv_lens, q_offset, kv_starts)
     if torch.compiler.is_compiling() or _is_watched(q, k, v):
         check_mask(mask)
@@ -126,6 +126,8 @@ def block_sparse_attention(
         tensors = with_positions(tensors, mask)
         out, lse = operators.attention(*tensors, to_operator(mask), *options)
     else:
+        needs_grad = q.requires_grad or k.requires_grad or v.requires_grad
+        needs_grad = needs_grad and torch.is_grad_enabled()
         call = prepare(tensors, mask, options, needs_grad=needs_grad)
         out, lse = autograd.attend(*call)
     return (out, lse) if return_lse else out
@@ -133,12 +135,11 @@ def block_sparse_attention(
 
 def _is_watched(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether something wants to see an operator, or has tensors without numbers."""
-    return torch._C._len_torch_dispatch_stack() > 0 or not (
-        type(q) in _ORDINARY and type(k) in _ORDINARY and type(v) in _ORDINARY and not q.is_meta
-    )
-
-
-_ORDINARY = (Tensor, torch.nn.Parameter)
+    if type(q) is type(k) is type(v) is Tensor:
+        return torch._C._len_torch_dispatch_stack() > 0 or q.is_meta
+    check_are_tensors(q, k, v)
+    ordinary = {type(q), type(k), type(v)} <= {Tensor, torch.nn.Parameter}
+    return not ordinary or torch._C._len_torch_dispatch_stack() > 0 or q.is_meta
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

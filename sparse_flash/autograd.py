@@ -6,7 +6,6 @@ implementation has, are refused instead of being silently zero.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -43,7 +42,9 @@ def attend(call: AttentionCall, implementation: Implementation) -> tuple[Tensor,
     """(out, lse), differentiable where an input requires gradients."""
     if torch.autograd.forward_ad._current_level >= 0:
         _check_no_tangents(call)
-    if call.needs_grad or torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return _Transformed.apply(call, implementation, *call.tensors)
+    if call.needs_grad:
         return _Attention.apply(call, implementation, *call.tensors)
     return implementation.attend(call)
 
@@ -54,41 +55,66 @@ def _check_no_tangents(call: AttentionCall) -> None:
             refuse_forward_mode()
 
 
+def _save(
+    ctx: Any,
+    call: AttentionCall,
+    implementation: Implementation,
+    tensors: tuple[Tensor | None, ...],
+    output: Tensors,
+) -> None:
+    ctx.call, ctx.implementation = call.without_tensors(), implementation
+    ctx.save_for_backward(*output, *tensors)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+    """The gradients of (call, implementation, *tensors)."""
+    out, lse, *tensors = ctx.saved_tensors
+    rest = (None,) * (len(tensors) - 3)
+    if dout is None and dlse is None:
+        return (None,) * 5 + rest
+    dout = torch.zeros_like(out) if dout is None else dout
+    inputs = (ctx.call, ctx.implementation, out, lse, dout, dlse, *tensors)
+    if torch.is_grad_enabled():  # create_graph=True
+        return None, None, *_Gradients.apply(*inputs), *rest
+    return None, None, *_Gradients.forward(*inputs), *rest
+
+
 class _Attention(torch.autograd.Function):
     """(out, lse) of the tensors of a call."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, call: AttentionCall, implementation: Implementation, *tensors: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        output = implementation.attend(call)
+        _save(ctx, call, implementation, tensors, output)
+        return output
+
+    backward = staticmethod(_backward)
+    jvp = staticmethod(refuse_forward_mode)
+
+
+class _Transformed(torch.autograd.Function):
+    """The same for torch.func, whose form of a Function costs the host several times as much."""
 
     @staticmethod
     def forward(
         call: AttentionCall, implementation: Implementation, *tensors: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        if not all(map(operator.is_, tensors, call.tensors)):  # torch.func has unwrapped some
-            call = call.with_tensors(tensors)
-        return implementation.attend(call)
+        return implementation.attend(call.with_tensors(tensors))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
-        call, ctx.implementation, *tensors = inputs
-        ctx.call = call.without_tensors()
-        ctx.save_for_backward(*output, *tensors)
-        ctx.set_materialize_grads(False)
+        call, implementation, *tensors = inputs
+        _save(ctx, call, implementation, tuple(tensors), output)
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        out, lse, *tensors = ctx.saved_tensors
-        dout, dlse = grads
-        rest = (None,) * (len(tensors) - 3)
-        if dout is None and dlse is None:
-            return (None,) * 5 + rest
-        dout = torch.zeros_like(out) if dout is None else dout
-        apply = _Gradients.apply if torch.is_grad_enabled() else _Gradients.forward
-        inputs = (ctx.call, ctx.implementation, out, lse, dout, dlse, *tensors)
-        return None, None, *apply(*inputs), *rest
-
+    backward = staticmethod(_backward)
     jvp = staticmethod(refuse_forward_mode)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Tensors, tuple[int, ...]]:
-        return one_by_one(_Attention.apply, info.batch_size, in_dims, inputs)
+        return one_by_one(_Transformed.apply, info.batch_size, in_dims, inputs)
 
 
 class _Gradients(torch.autograd.Function):

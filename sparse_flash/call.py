@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -23,6 +24,7 @@ class AttentionCall:
     kv_starts: Tensor | None  # first valid key per batch entry, int32 (b,); None for 0
     TENSORS: ClassVar = ("q", "k", "v", "kv_lens", "q_offset", "kv_starts")  # autograd saves them
     layout: BlockLayout  # tiles to compute, on the device of the inputs
+    plan: Any  # what `Implementation.plan` made for calls like this one
     softmax_scale: float  # factor of the logits
     deterministic: bool  # whether gradients must be bitwise repeatable
     needs_grad: bool  # whether gradients may be asked for
@@ -33,7 +35,7 @@ class AttentionCall:
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         """All tensor arguments, in the order of `TENSORS`."""
-        return tuple(getattr(self, name) for name in self.TENSORS)
+        return _tensors_of(self)
 
     def with_tensors(self, tensors: Iterable[Tensor | None]) -> AttentionCall:
         """The same call of other tensors; faster than dataclasses.replace."""
@@ -45,3 +47,6 @@ class AttentionCall:
     def without_tensors(self) -> AttentionCall:
         """The options alone, for a graph that saves the tensors elsewhere."""
         return self.with_tensors((None,) * len(self.TENSORS))
+
+
+_tensors_of = operator.attrgetter(*AttentionCall.TENSORS)

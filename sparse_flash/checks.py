@@ -72,6 +72,8 @@ def warn_of_heads_first(k: Tensor) -> None:
 
 def check_options(softmax_scale: float | None, dropout_p: float) -> float | None:
     """The scale as a number."""
+    if softmax_scale is None and dropout_p == 0:
+        return None
     if isinstance(softmax_scale, Tensor):
         raise TypeError(
             "softmax_scale must be a number, got a tensor: no gradient would reach it. Multiply q "

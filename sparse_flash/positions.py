@@ -32,7 +32,9 @@ def with_positions(tensors: tuple[Any, ...], mask: Mask | BlockLayout) -> tuple[
         ValueError: They have another shape, or are negative (where the host has the values).
     """
     q, k, v, kv_lens, q_offset, kv_starts = tensors
-    if kv_starts is None and (q_offset is None or _is_plain(q, k, mask, q_offset)):
+    if q_offset is kv_starts is None:
+        return tensors
+    if kv_starts is None and _is_plain(q, k, mask, q_offset):
         return q, k, v, kv_lens, None, None
     offset = _per_entry("q_offset", 0 if q_offset is None else q_offset, q)
     starts = None if kv_starts is None else _per_entry("kv_starts", kv_starts, q)
@@ -83,13 +85,16 @@ def lengths_of(tensors: tuple[Any, ...], mask: Mask | BlockLayout) -> tuple[int,
         ValueError: The layout, or the mask's own lengths, do not cover all positions.
     """
     q, k, _, _, q_offset, kv_starts = tensors
-    if kv_starts is None and (q_offset is None or _is_plain(q, k, mask, q_offset)):
-        if q.shape[1] != k.shape[1] and q_offset is None:
-            _warn_of_alignment(mask, q.shape[1], k.shape[1])
-        return q.shape[1], k.shape[1]
+    lengths = q.shape[1], k.shape[1]
+    if q_offset is kv_starts is None:
+        if lengths[0] != lengths[1]:
+            _warn_of_alignment(mask, *lengths)
+        return lengths
+    if kv_starts is None and _is_plain(q, k, mask, q_offset):
+        return lengths
     end = _end_of(q, 0 if q_offset is None else q_offset, kv_starts)
     if isinstance(mask, Mask):
-        least = max(q.shape[1], k.shape[1]) if end is None else end
+        least = max(lengths) if end is None else end
         q_len, kv_len = (
             _power_of_two(needed) if own is None else own
             for own, needed in zip(mask.extents(), (least, k.shape[1]), strict=True)

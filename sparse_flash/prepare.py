@@ -33,9 +33,10 @@ class Options(NamedTuple):
 
 
 class _Known(NamedTuple):
-    """What was found out about a call like this one."""
+    """What was found out about calls like this one."""
 
     layout: BlockLayout
+    plan: Any
     implementation: Implementation
 
 
@@ -57,44 +58,42 @@ def prepare(
     """
     lengths = lengths_of(tensors, mask)
     tensors = with_positions(tensors, mask)
-    q, k, v, kv_lens = tensors[:4]
+    q, k, v, kv_lens, q_offset, kv_starts = tensors
     scale, deterministic, impl = options
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
     rest = (scale, deterministic, needs_grad, transient)
     calls, state = _calls_of(mask)
-    given = tuple(x is None for x in tensors[3:])
-    features = (needs_grad, deterministic, given, lengths, impl)
-    like = (*_kind(q), *_kind(k), *_kind(v), state, features)
+    # All that checks and implementations look at: not the numbers.
+    given = (kv_lens is None, q_offset is None, kv_starts is None)
+    sizes = (lengths, q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride())
+    offset = (q.storage_offset() | k.storage_offset() | v.storage_offset()) % 8
+    types = (q.dtype, k.dtype, v.dtype, q.device, k.device, v.device)
+    like = (state, impl, needs_grad, deterministic, offset, given, sizes, types)
     known = calls.get(like)
     if known is None:
         check_tensors(q, k, v)
         warn_of_heads_first(k)
-        layout = layout_of(mask, q, lengths) if isinstance(mask, Mask) else mask
+        layout = mask if isinstance(mask, BlockLayout) else layout_of(mask, q, lengths)
         check_layout(layout, q, lengths)
-        known = _Known(layout, choose(impl, AttentionCall(*tensors, layout, *rest)))
+        call = AttentionCall(*tensors, layout, None, *rest)
+        implementation = choose(impl, call)
+        known = _Known(layout, implementation.plan(call), implementation)
         if len(calls) >= _MOST_CALLS:
             calls.clear()
         calls[like] = known
     if kv_lens is not None:
         check_kv_lens(kv_lens, q.shape[0], k.shape[1])
-    return AttentionCall(*tensors, known.layout, *rest), known.implementation
+    layout, plan, implementation = known
+    return AttentionCall(*tensors, layout, plan, *rest), implementation
 
 
 def _calls_of(mask: Mask | BlockLayout) -> tuple[dict[Any, _Known], Any]:
     """Where known calls with this mask are kept, and what the mask depends on now."""
-    if isinstance(mask, Mask):
-        record = CACHE.of(mask)
-        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
-            record.pinned = True
-        return record.calls, mask.state()
+    if type(mask) is BlockLayout:  # isinstance takes longer
+        return mask.calls, None
     check_mask(mask)
-    return mask.calls, None
-
-
-def _kind(x: Tensor) -> tuple[Any, ...]:
-    """All that checks and implementations look at: not the numbers."""
-    return x.shape, x.stride(), x.storage_offset() % 8, x.dtype, x.device
+    return CACHE.of(mask).calls, mask.state()
 
 
 def layout_of(mask: Mask, q: Tensor, lengths: tuple[int, int]) -> BlockLayout:

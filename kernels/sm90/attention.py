@@ -44,10 +44,6 @@ class BackwardPlans(NamedTuple):
     dkdv: Plan[BackwardConfig]
     dq: Plan[QueriesConfig] | None = None
 
-    def plans(self) -> list[Plan[Any]]:
-        """The plans that there are, for `pack`; `BackwardPlans(*unpack(...))` is the inverse."""
-        return [self.dkdv] if self.dq is None else [self.dkdv, self.dq]
-
 
 def _planners(
     configs_of: Callable[[str, int], tuple[Config, ...]],
@@ -160,7 +156,7 @@ def forward(
         q: Queries `(b, s, h, d)`, bfloat16 or float16, with strides as in `is_aligned`.
         k: Keys `(b, s_kv, h_kv, d)`.
         v: Values, shaped as the keys.
-        plan: Of `forward_plan`, or unpacked.
+        plan: Of `forward_plan`.
         kv_lens: Number of valid keys per batch entry, int `(b,)`, on any device. None: all.
         softmax_scale: Factor of the logits, of any sign.
         transient: As in `Kernel.launch`.
@@ -207,7 +203,7 @@ def backward(
         v: Values.
         out: Output of `forward`.
         lse: Output of `forward`.
-        plans: Of `backward_plans`, or unpacked.
+        plans: Of `backward_plans`.
         kv_lens: Number of valid keys per batch entry.
         softmax_scale: Factor of the logits.
         transient: As in `Kernel.launch`.

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from sparse_flash.kernels.config import parse_config
 from sparse_flash.kernels.schedule import CostModel
 
 
@@ -257,21 +255,6 @@ class QueriesConfig:
 
 
 Config = ForwardConfig | BackwardConfig | QueriesConfig
-
-
-@functools.cache
-def config_from_text(text: str) -> Config:
-    """The config whose repr this is. One text always gives the same object.
-
-    Raises:
-        ValueError: It is not the repr of a config.
-
-    >>> config = forward_configs("float16", 64)[1]
-    >>> config_from_text(repr(config)) == config
-    True
-    """
-    classes: tuple[type[Config], ...] = (ForwardConfig, BackwardConfig, QueriesConfig)
-    return parse_config(text, classes)
 
 
 # From speeds on an H200. Two random densities give `item` (1.0 at head_dim 64, 1.9 at 128), masks

@@ -84,6 +84,7 @@ class PositionPlan(Generic[Config]):
     num_ctas: int
     rebuild: Callable[[BlockLayout], PositionPlan[Config]] | None = field(default=None, repr=False)
     kernel: Kernel | None = field(default=None, repr=False)
+    captured: bool = False  # a CUDA graph reads the arrays
     num_parts: int = 0  # in the sense of `Plan`: split rows have arrays of their own here
     combine: tuple[Tensor, ...] = ()
 
@@ -389,7 +390,7 @@ def backward_at(
     given = lse if dlse is None else dlse.contiguous()
     scales = (softmax_scale, softmax_scale * _LOG2_E)
     inputs = (q, k, v, out, dout, lse, given, dq, dk, dv, done, bounds, dq_sum, stats)
-    launched = _Listed((lists.work, lists.tiles, plan.bits), (lists.counts,), plan.num_ctas)
+    launched = _Listed(plan, (lists.work, lists.tiles, plan.bits), (lists.counts,))
     scalars = (0 if dlse is None else 1, *scales)
     kernel = plan.kernel or _bind(plan)
     inputs = (*inputs, lens, lists.q_pad, starts)
@@ -402,13 +403,28 @@ def backward_at(
     return dq, dk, dv
 
 
-class _Listed(NamedTuple):
+@dataclass(eq=False)
+class _Listed:
     """What `Kernel.launch` reads of a plan, for the lists of one call."""
 
+    plan: PositionPlan[BackwardConfig]
     lists: tuple[Tensor, ...]
     combine: tuple[Tensor, ...]
-    num_ctas: int
     num_parts: int = 0
+
+    @property
+    def num_ctas(self) -> int:
+        """Number of CTAs to launch."""
+        return self.plan.num_ctas
+
+    @property
+    def captured(self) -> bool:
+        """Whether a CUDA graph reads the plan's arrays."""
+        return self.plan.captured
+
+    @captured.setter
+    def captured(self, value: bool) -> None:
+        self.plan.captured = value
 
 
 class UncountedKernel(Kernel):
@@ -420,13 +436,11 @@ class UncountedKernel(Kernel):
         if index != torch._C._cuda_getDevice():
             with torch.cuda.device(device):
                 return self.launch(inputs, plan, scalars, device, transient)
+        if torch._C._cuda_isCurrentStreamCapturing():
+            self._check_loaded(device)
+            plan.captured = True
         if index in self.loaded:
             return self.function(*inputs, *plan.lists, *scalars)
-        if torch._C._cuda_isCurrentStreamCapturing():
-            raise RuntimeError(
-                "the first launch of a kernel loads it, which a CUDA graph cannot capture: "
-                "run the same call once before the capture (see torch.cuda.graph: warm up)"
-            )
         with self._lock:
             self.function(*inputs, *plan.lists, *scalars)
             self.loaded.add(index)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -16,14 +16,17 @@ from sparse_flash.implementations.sm90 import Sm90
 class Implementation(Protocol):
     """One way to compute attention.
 
-    A call that it cannot run is refused by `unsupported_reason`; `attend` and `gradients` take only
-    calls that it can. Neither records anything for autograd.
+    A call that it cannot run is refused by `unsupported_reason`; the other methods take only calls
+    that it can. None of them records anything for autograd.
     """
 
     name: str
 
     def unsupported_reason(self, call: AttentionCall) -> str | None:
         """Why this implementation cannot run the call, with the way out; None where it can."""
+
+    def plan(self, call: AttentionCall) -> Any:
+        """What is worth keeping for calls like this one; they find it in `call.plan`."""
 
     def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
         """Output `(b, q_len, h, d)` and logsumexp `(b, h, q_len)`."""

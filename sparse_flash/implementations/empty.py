@@ -17,6 +17,9 @@ class EmptyBatch:
         """It runs calls without batch entries only."""
         return None if call.q.shape[0] == 0 else "it computes nothing, and there are batch entries"
 
+    def plan(self, call: AttentionCall) -> None:
+        """Nothing is kept."""
+
     def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
         """(out, lse) of shapes `(0, q_len, h, d)` and `(0, h, q_len)`."""
         b, s, h, _ = call.q.shape

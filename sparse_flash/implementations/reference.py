@@ -329,6 +329,9 @@ class Reference:
         """It runs all."""
         return None
 
+    def plan(self, call: AttentionCall) -> None:
+        """Nothing is kept."""
+
     def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
         """(out, lse), lse in the dtype that is computed in."""
         problem, q = _Problem(call), call.q

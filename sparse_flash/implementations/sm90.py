@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 from torch import Tensor
 
 from sparse_flash.call import AttentionCall
-from sparse_flash.kernels.sm90 import attention
+from sparse_flash.kernels.sm90 import attention, positions
+
+
+class Plans(NamedTuple):
+    """The plans of both passes; `backward` is None where no gradients are needed."""
+
+    forward: Any
+    backward: Any
 
 
 class Sm90:
@@ -15,22 +24,38 @@ class Sm90:
 
     def unsupported_reason(self, call: AttentionCall) -> str | None:
         """Dtype, device, head_dim, the DSL, and strides decide."""
-        if call.q_offset is not None:
-            return "it does not take q_offset or kv_starts"
         return attention.unsupported_reason(call.q, call.k, call.v)
+
+    def plan(self, call: AttentionCall) -> Plans:
+        """Configs and schedules: made now, and not within somebody's CUDA graph of the backward."""
+        layout, q, k = call.layout, call.q, call.k
+        forward = positions.forward_plan_at if _at_positions(call) else attention.forward_plan
+        backward = positions if call.q_offset is not None else attention
+        if not call.needs_grad:
+            return Plans(forward(layout, q, k), None)
+        make = backward.backward_plans_at if backward is positions else backward.backward_plans
+        return Plans(forward(layout, q, k), make(layout, q, k, call.deterministic))
 
     def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
         """(out, lse), lse in float32."""
-        plan = attention.forward_plan(call.layout, call.q, call.k)
-        if call.needs_grad:  # now, and not within somebody's CUDA graph of the backward
-            attention.backward_plans(call.layout, call.q, call.k, call.deterministic)
-        inputs = (call.q, call.k, call.v, plan, call.kv_lens, call.softmax_scale)
-        return attention.forward(*inputs, transient=call.transient)
+        inputs, plan, scale = (call.q, call.k, call.v), call.plan.forward, call.softmax_scale
+        if _at_positions(call):
+            given = (call.kv_lens, call.q_offset, call.kv_starts, scale)
+            return positions.forward_at(*inputs, plan, *given, transient=call.transient)
+        return attention.forward(*inputs, plan, call.kv_lens, scale, transient=call.transient)
 
     def gradients(
         self, call: AttentionCall, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(dq, dk, dv)."""
-        plans = attention.backward_plans(call.layout, call.q, call.k, call.deterministic)
-        inputs = (call.q, call.k, call.v, out, lse, plans, call.kv_lens, call.softmax_scale)
-        return attention.backward(dout, dlse, *inputs, transient=call.transient)
+        inputs = (dout, dlse, call.q, call.k, call.v, out, lse, call.plan.backward, call.kv_lens)
+        scale, transient = call.softmax_scale, call.transient
+        if call.q_offset is None:
+            return attention.backward(*inputs, scale, transient=transient)
+        given = (call.q_offset, call.kv_starts)
+        return positions.backward_at(*inputs, *given, scale, transient=transient)
+
+
+def _at_positions(call: AttentionCall) -> bool:
+    """Whether the kernels for positions run the forward pass; one query takes the decoding one."""
+    return call.q_offset is not None or call.q.shape[1] == 1

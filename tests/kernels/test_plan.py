@@ -11,22 +11,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 from sparse_flash.kernels import compile as compiling
-from sparse_flash.kernels.config import parse_config
 from sparse_flash.kernels.device import DeviceFacts
-from sparse_flash.kernels.plan import Plan, PlanKey, Planner, pack, plan_of, unpack
-from sparse_flash.kernels.schedule import ARRAYS
+from sparse_flash.kernels.plan import Plan, PlanKey, Planner, plan_of
 from sparse_flash.kernels.sm90 import attention as sm90
 from sparse_flash.kernels.sm90.config import (
     DTYPES,
     FORWARD_COSTS,
-    BackwardVariant,
     ForwardConfig,
     all_configs,
     backward_configs,
-    config_from_text,
     forward_configs,
     queries_config,
-    variant_config,
 )
 
 from sparse_flash import kernels, masks
@@ -39,39 +34,8 @@ def key_of(planner, batch=1, heads=2, kv_heads=2, facts=H200):
     return PlanKey(planner, batch, heads, kv_heads, facts)
 
 
-@pytest.mark.parametrize("index", range(len(CONFIGS)))
-def test_a_config_is_its_text(index):
-    config = CONFIGS[index]
-    again = config_from_text(repr(config))
-    assert again == config
-    assert type(again) is type(config)
-    assert repr(again) == repr(config)
-    assert config_from_text(repr(config)) is again
-    assert config.shared_memory <= H200.shared_memory
-
-
 def test_configs_are_distinct_keys():
     assert len({repr(config) for config in CONFIGS}) == len(CONFIGS)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "ForwardConfig",
-        "ForwardConfig()",
-        "ForwardConfig('bfloat16', 64, 128)",
-        "ForwardConfig(dtype='bfloat16', head_dim=64, tile_m=128, other=1)",
-        "ForwardConfig(dtype='bfloat16', head_dim=__import__('os').getpid(), tile_m=128)",
-        "ForwardConfig(**{'dtype': 'bfloat16', 'head_dim': 64, 'tile_m': 128})",
-        "dict(dtype='bfloat16')",
-        "a.ForwardConfig(dtype='bfloat16', head_dim=64, tile_m=128)",
-        "ForwardConfig(dtype=",
-    ],
-)
-def test_other_texts_are_no_configs(text):
-    with pytest.raises(ValueError, match="pass the repr of one of ForwardConfig, BackwardConfig"):
-        config_from_text(text)
 
 
 def test_the_candidates_of_every_call(monkeypatch):
@@ -137,28 +101,6 @@ def test_configs_that_do_not_fit_the_gpu_are_not_taken():
     facts = replace(facts, shared_memory=small.shared_memory - 1)
     with pytest.raises(ValueError, match=r"need \d+ bytes of shared memory, but this GPU"):
         plan_of(layout, key_of(planner, facts=facts))
-
-
-@pytest.mark.parametrize("variant", list(BackwardVariant))
-def test_packing(variant):
-    config = variant_config(variant, "float16", 128)
-    layout = (masks.causal() | masks.global_tokens(9)).layout(700, 5000)
-    plans = [
-        plan_of(layout, key_of(Planner((config,), FORWARD_COSTS, 256, transposed=True))),
-        plan_of(layout, key_of(sm90.DQ[torch.float16, 128], facts=replace(H200, num_sms=9999))),
-    ]
-    for some in (plans, plans[:1], plans[1:]):
-        arrays, sizes, configs = pack(some)
-        assert all(type(size) is int for size in sizes)
-        again = unpack(arrays, sizes, configs, config_from_text)
-        for a, b in zip(again, some, strict=True):
-            assert (a.config, a.num_parts, a.num_ctas) == (b.config, b.num_parts, b.num_ctas)
-            assert a.schedule.tile == b.schedule.tile
-            for name in ARRAYS:
-                assert getattr(a.schedule, name) is getattr(b.schedule, name)
-            assert all(x is y for x, y in zip(a.lists, b.lists, strict=True))
-            assert all(x is y for x, y in zip(a.combine, b.combine, strict=True))
-        assert pack(again)[1:] == (sizes, configs)
 
 
 def test_threads_that_ask_for_a_plan_get_one():
@@ -263,7 +205,6 @@ def test_threads_compile_a_config_once(monkeypatch):
     for thread in threads:
         thread.join()
     assert asked == [("example-sm_1-bfloat16-64-64x32", repr(ExampleConfig()), 64)]
-    assert parse_config(repr(ExampleConfig()).split(".")[-1], [ExampleConfig]) == ExampleConfig()
 
 
 def test_what_all_architectures_share_knows_none():

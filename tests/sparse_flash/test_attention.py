@@ -191,7 +191,7 @@ def test_kv_lens_beyond_the_keys_are_clamped_where_they_are_not_checked():
     wrong, right = (
         Reference().attend(
             AttentionCall(
-                q, k, v, torch.tensor(lens), None, None, layout, 0.5, False, needs_grad=False
+                q, k, v, torch.tensor(lens), None, None, layout, None, 0.5, False, needs_grad=False
             )
         )[0]
         for lens in ([99, -3], [40, 0])

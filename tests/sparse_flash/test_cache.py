@@ -7,6 +7,7 @@ import gc
 import pickle
 import threading
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -89,13 +90,14 @@ def test_clearing_forgets_all(built):
 def test_what_a_captured_graph_reads_stays(built):
     held = masks.local(5)
     attend(held)
-    CACHE.of(held).pinned = True
+    (layout,) = CACHE.of(held).layouts.values()
+    layout.derived["plan"] = SimpleNamespace(captured=True, nbytes=1 << 40)
     sparse_flash.clear_cache()
     sparse_flash.set_cache_limit(0)
     attend(masks.local(6))
     attend(masks.local(5))
     assert [m.window[0] for m in built] == [5, 6]
-    CACHE.of(held).pinned = False
+    layout.derived.clear()
 
 
 def test_limits_are_checked():
