@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 from sparse_flash.masks.arguments import integer
 from sparse_flash.masks.bits import unpack
-from sparse_flash.masks.exchange import Lengths
 from sparse_flash.masks.modes import unreadable
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from sparse_flash.masks.exchange import Lengths
     from sparse_flash.masks.layout import BlockLayout
 
 MAX_LENGTH = 2**31 - 1  # indices are int32

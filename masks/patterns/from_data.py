@@ -108,8 +108,10 @@ class from_blocks(Pattern):
         i, j = q // self.block, kv // self.block
         if isinstance(i, Interval):
             return self._summary.classify(i, j)
-        bit = i * self.table.shape[1] + j
-        return (self._bytes(bit >> 3) >> (~bit & 7)) & 1 == 1
+        rows, cols = self.table.shape
+        dtype = torch.int32 if rows * cols < 1 << 31 else torch.int64
+        bit = (i * cols).to(dtype) + j.to(dtype)
+        return self._bytes(bit >> 3) << (bit & 7).to(torch.uint8) >= 128  # the wanted bit on top
 
     @derived
     def _bytes(self) -> IndexTable:

@@ -56,6 +56,7 @@ torch.set_num_threads(1)
 from sparse_flash import masks
 from sparse_flash.experiments.machine import PeakMemory
 mask = {mask}
+masks.local(5).layout(300)
 mask.layout(1, 1024)
 with PeakMemory() as memory:
     layout = mask.layout(1, 524416)
