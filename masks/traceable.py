@@ -12,9 +12,9 @@ torch.compile compiles anew for every other int that an nn.Module holds.)
 
 from __future__ import annotations
 
-import itertools
 import os
 import secrets
+import threading
 import weakref
 from typing import Any, Self
 
@@ -28,9 +28,35 @@ _RELEASE = tuple(int(part) for part in torch.__version__.split(".")[:2])
 # SPARSE_FLASH_HANDLES=1: as with an older torch, so that tests see both.
 HANDLES = _RELEASE < (2, 13) or os.environ.get("SPARSE_FLASH_HANDLES") == "1"
 
-# Handles start at a random number: those of an exported program name nothing in another process.
-_numbers = itertools.count(secrets.randbits(62))
 _objects: weakref.WeakValueDictionary[int, Traceable] = weakref.WeakValueDictionary()
+_AT_ONCE = 256  # handles to make in one go: one by one each takes several microseconds
+
+
+@plain_torch()
+def _more_handles() -> list[tuple[int, Tensor]]:
+    """Numbers that nobody has. They start anew at random, so that those of an exported program name
+    nothing in another process.
+    """
+    first = secrets.randbits(62)
+    numbers = range(first, first + _AT_ONCE)
+    tensor = torch.arange(first, first + _AT_ONCE, dtype=torch.int64, device="cpu")
+    return list(zip(numbers, tensor.unbind(), strict=True))
+
+
+class _Handles(threading.local):
+    """Handles that this thread has not given to an object yet."""
+
+    def __init__(self) -> None:
+        self.spare: list[tuple[int, Tensor]] = []
+
+    def take(self) -> tuple[int, Tensor]:
+        """A handle that nobody else has."""
+        if not self.spare:
+            self.spare = _more_handles()
+        return self.spare.pop()
+
+
+_handles = _Handles()
 
 
 class _ByHandle:
@@ -41,13 +67,7 @@ class _ByHandle:
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Give the object its handle: torch.compile must find it on every object."""
         new = super().__new__(cls)
-        number = next(_numbers)
-        modes = torch._C._len_torch_function_stack() + torch._C._len_torch_dispatch_stack()
-        if modes or torch.is_inference_mode_enabled():
-            with plain_torch():
-                handle = torch.tensor(number)
-        else:  # several times as fast
-            handle = torch.tensor(number)
+        number, handle = _handles.take()
         object.__setattr__(new, "_handle", handle)
         _objects[number] = new  # type: ignore[assignment]
         return new

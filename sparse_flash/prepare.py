@@ -33,10 +33,9 @@ class Options(NamedTuple):
 
 
 class _Known(NamedTuple):
-    """What was found out about calls like this one."""
+    """What was found out about calls like this one, and the call but for its tensors."""
 
-    layout: BlockLayout
-    plan: Any
+    call: AttentionCall
     implementation: Implementation
 
 
@@ -69,7 +68,7 @@ def prepare(
     sizes = (lengths, q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride())
     offset = (q.storage_offset() | k.storage_offset() | v.storage_offset()) % 8
     types = (q.dtype, k.dtype, v.dtype, q.device, k.device, v.device)
-    like = (state, impl, needs_grad, deterministic, offset, given, sizes, types)
+    like = (state, impl, rest, offset, given, sizes, types)
     known = calls.get(like)
     if known is None:
         check_tensors(q, k, v)
@@ -78,14 +77,14 @@ def prepare(
         check_layout(layout, q, lengths)
         call = AttentionCall(*tensors, layout, None, *rest)
         implementation = choose(impl, call)
-        known = _Known(layout, implementation.plan(call), implementation)
+        planned = AttentionCall(*tensors, layout, implementation.plan(call), *rest)
+        known = _Known(planned.without_tensors(), implementation)
         if len(calls) >= _MOST_CALLS:
             calls.clear()
         calls[like] = known
     if kv_lens is not None:
         check_kv_lens(kv_lens, q.shape[0], k.shape[1])
-    layout, plan, implementation = known
-    return AttentionCall(*tensors, layout, plan, *rest), implementation
+    return known.call.with_tensors(tensors), known.implementation
 
 
 def _calls_of(mask: Mask | BlockLayout) -> tuple[dict[Any, _Known], Any]:
