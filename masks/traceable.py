@@ -63,11 +63,13 @@ class _ByHandle:
     """Base of what an operator takes by its handle."""
 
     _handle: Tensor
+    _number: int
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Give the object its handle: torch.compile must find it on every object."""
         new = super().__new__(cls)
         number, handle = _handles.take()
+        object.__setattr__(new, "_number", number)
         object.__setattr__(new, "_handle", handle)
         _objects[number] = new  # type: ignore[assignment]
         return new
@@ -83,7 +85,7 @@ _Base: Any = _ByHandle if HANDLES else _Opaque
 class Traceable(_Base):
     """A mask or a layout. Copies and pickles contain its fields and nothing that was derived."""
 
-    _derived: tuple[str, ...] = ("_handle",)  # attributes that belong to this object alone
+    _derived: tuple[str, ...] = ("_handle", "_number")  # attributes that belong to this object alone
 
     def __getstate__(self) -> dict[str, Any]:
         """Fields only."""
@@ -105,7 +107,7 @@ def to_operator(source: Traceable) -> Any:
         return source._handle
     # A new one, made under the modes that are active (FakeTensorMode), which keeps the object alive
     # as long as autograd keeps it.
-    handle: Any = torch.tensor(int(source._handle), device="cpu")
+    handle: Any = torch.tensor(source._number, device="cpu")
     handle.source = source
     return handle
 
