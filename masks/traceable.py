@@ -12,6 +12,7 @@ torch.compile compiles anew for every other int that an nn.Module holds.)
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import threading
@@ -85,7 +86,10 @@ _Base: Any = _ByHandle if HANDLES else _Opaque
 class Traceable(_Base):
     """A mask or a layout. Copies and pickles contain its fields and nothing that was derived."""
 
-    _derived: tuple[str, ...] = ("_handle", "_number")  # attributes that belong to this object alone
+    _derived: tuple[str, ...] = (
+        "_handle",
+        "_number",
+    )  # attributes that belong to this object alone
 
     def __getstate__(self) -> dict[str, Any]:
         """Fields only."""
@@ -99,16 +103,18 @@ else:
     SCHEMA_TYPE = get_opaque_type_name(Traceable)
 
 
-def to_operator(source: Traceable) -> Any:
-    """The argument of an operator that stands for a mask or a layout."""
+def to_operator(source: Traceable, like: Tensor) -> Any:
+    """The argument of an operator that stands for a mask or a layout.
+
+    like: Another argument of the operator: a fake tensor cannot meet one that is not.
+    """
     if not HANDLES:
         return source
     if torch.compiler.is_compiling():
         return source._handle
-    # A new one, made under the modes that are active (FakeTensorMode), which keeps the object alive
-    # as long as autograd keeps it.
-    handle: Any = torch.tensor(source._number, device="cpu")
-    handle.source = source
+    with getattr(like, "fake_mode", contextlib.nullcontext()):
+        handle: Any = torch.tensor(source._number, device="cpu")
+    handle.source = source  # stays alive as long as autograd keeps the handle
     return handle
 
 

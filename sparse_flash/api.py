@@ -124,7 +124,7 @@ def block_sparse_attention(
         check_mask(mask)
         check_tensors(q, k, v)
         tensors = with_positions(tensors, mask)
-        out, lse = operators.attention(*tensors, to_operator(mask), *options)
+        out, lse = operators.attention(*tensors, to_operator(mask, q), *options)
     else:
         needs_grad = q.requires_grad or k.requires_grad or v.requires_grad
         needs_grad = needs_grad and torch.is_grad_enabled()

@@ -212,8 +212,8 @@ class BackwardSm90:
         else:
             cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
             buffers = (s_q, s_do, s_k, s_v, s_ds, s_dq, s_results, s_stats, s_tiles)
-            signals, lists = (ds_shared, rooms), (items, bits, offsets)
-            outside = (buffers, pipes, signals, lists, results[::2], scales)
+            given = (buffers, pipes, (ds_shared, rooms), (items, bits, offsets))
+            outside = (*given, results[::2], scales)
             BackwardConsumer(config, self.dtype, products, *outside).run()
 
     def _results_in(self, s_dq, layout):

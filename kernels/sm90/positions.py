@@ -17,7 +17,7 @@ import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Generic, NamedTuple, TypeVar, cast
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import torch
 from sparse_flash.kernels.device import DeviceFacts
@@ -230,7 +230,7 @@ class Offsets(NamedTuple):
 
 
 def offsets_of(
-    plan: PositionPlan[Config],
+    plan: PositionPlan[Any],
     kv_lens: Tensor | None,
     q_offset: Tensor | int | None,
     kv_starts: Tensor | None,
@@ -305,7 +305,7 @@ def forward_at(
     return out, lse
 
 
-def pack_of(plan: PositionPlan[Config], heads: int, kv_heads: int) -> int:
+def pack_of(plan: PositionPlan[Any], heads: int, kv_heads: int) -> int:
     """Query heads of a CTA of the decoding kernel: those of a kv head, if they share a pattern.
 
     Above the rows of a tile it is their largest divisor that fits.
@@ -319,7 +319,7 @@ def _pack(group: int) -> int:
     return max(n for n in fitting if group % n == 0)
 
 
-def splits_of(plan: PositionPlan[Config], b: int, s: int, h: int, s_kv: int, kv_heads: int) -> int:
+def splits_of(plan: PositionPlan[Any], b: int, s: int, h: int, s_kv: int, kv_heads: int) -> int:
     """Into how many parts each row is split, by what the host knows: shapes and the longest row."""
     config, tile_n = plan.config, plan.config.tile[1]
     tiles = min(plan.longest, -(-s_kv // tile_n))
@@ -389,11 +389,11 @@ def backward_at(
     stats = lse.new_empty((b, h, 2, row_tiles * config.tile_m))
     given = lse if dlse is None else dlse.contiguous()
     scales = (softmax_scale, softmax_scale * _LOG2_E)
-    inputs = (q, k, v, out, dout, lse, given, dq, dk, dv, done, bounds, dq_sum, stats)
+    tensors = (q, k, v, out, dout, lse, given, dq, dk, dv, done, bounds, dq_sum, stats)
     launched = _Listed(plan, (lists.work, lists.tiles, plan.bits), (lists.counts,))
     scalars = (0 if dlse is None else 1, *scales)
     kernel = plan.kernel or _bind(plan)
-    inputs = (*inputs, lens, lists.q_pad, starts)
+    inputs: tuple[Tensor, ...] = (*tensors, lens, lists.q_pad, starts)
     kernel.launch(inputs, launched, scalars, device, transient)  # type: ignore[arg-type]
     if plans.dq is not None:
         numbers = (base, plans.dq.num_positions, *scales)
@@ -450,7 +450,7 @@ class UncountedKernel(Kernel):
 _kernels: dict[PositionConfig, Kernel] = {}
 
 
-def _bind(plan: PositionPlan[Config]) -> Kernel:
+def _bind(plan: PositionPlan[Any]) -> Kernel:
     """Load or compile the kernel of a plan's config, and keep it with the plan."""
     config = plan.config
     kernel = _kernels.get(config)

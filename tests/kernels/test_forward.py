@@ -250,7 +250,7 @@ class TestAsPartOfTorch:
 
         q, k, v = tensors(2, 300, 2, 64)
         mask = self.mask if what == "mask" else self.mask.layout(300, device="cuda")
-        options = (None, None, None, to_operator(mask), 0.125, False, "sm90")
+        options = (None, None, None, to_operator(mask, q), 0.125, False, "sm90")
         torch.library.opcheck(attention, (q, k, v, *options))
 
     @pytest.mark.parametrize("grad", [False, True])

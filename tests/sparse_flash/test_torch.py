@@ -25,7 +25,7 @@ def test_opcheck(device, lens, what):
     k, v = (torch.randn_like(q[:, :, :2], requires_grad=True) for _ in "kv")
     mask = MASK if what == "mask" else MASK.layout(50, block=(16, 16), device=device)
     lens = torch.tensor([50, 17], device=device) if lens else None
-    options = (lens, None, None, to_operator(mask), 0.3, True, "auto")
+    options = (lens, None, None, to_operator(mask, q), 0.3, True, "auto")
     torch.library.opcheck(operators.attention, (q, k, v, *options))
     out, lse = (x.detach() for x in operators.attention(q, k, v, *options))
     tensors = [x.detach() for x in (q, k, v)]
