@@ -76,8 +76,16 @@ class EncoderAttention(SelfAttention):
             for linear in (self.to_q, self.to_k):
                 linear.bias[channels] = (head_dim**0.5 / (2 * fall)).sqrt()
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, kv_lens: Tensor | None) -> Tensor:
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        kv_lens: Tensor | None,
+        q_offset: int | Tensor | None = None,
+    ) -> Tensor:
         """Rotate, and attend; timed where a clock is set."""
+        assert q_offset is None  # an encoder sees all tokens at once
         if self.waves is not None:
             q, k = rotate(q, self.waves), rotate(k, self.waves)
         attend = super().attend if self.core is None else self.core

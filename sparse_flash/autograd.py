@@ -84,7 +84,7 @@ class _Attention(torch.autograd.Function):
     """(out, lse) of the tensors of a call."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, call: AttentionCall, implementation: Implementation, *tensors: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         output = implementation.attend(call)
@@ -92,7 +92,7 @@ class _Attention(torch.autograd.Function):
         return output
 
     backward = staticmethod(_backward)
-    jvp = staticmethod(refuse_forward_mode)
+    jvp: Any = staticmethod(refuse_forward_mode)
 
 
 class _Transformed(torch.autograd.Function):
@@ -110,7 +110,7 @@ class _Transformed(torch.autograd.Function):
         _save(ctx, call, implementation, tuple(tensors), output)
 
     backward = staticmethod(_backward)
-    jvp = staticmethod(refuse_forward_mode)
+    jvp: Any = staticmethod(refuse_forward_mode)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Tensors, tuple[int, ...]]:
@@ -136,8 +136,8 @@ class _Gradients(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
         pass
 
-    backward = staticmethod(refuse_second_derivative)
-    jvp = staticmethod(refuse_forward_mode)
+    backward: Any = staticmethod(refuse_second_derivative)
+    jvp: Any = staticmethod(refuse_forward_mode)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Tensors, tuple[int, ...]]:

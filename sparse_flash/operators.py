@@ -56,7 +56,7 @@ def _attention_backward(
 
 def _fake_attention(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     check_tensors(q, k, v)
-    b, s, h, _ = q.shape
+    b, s, h = q.shape[:3]
     dtype = torch.promote_types(q.dtype, torch.float32)
     return q.new_empty(q.shape), q.new_empty((b, h, s), dtype=dtype)
 

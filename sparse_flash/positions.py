@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 import warnings
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -127,7 +127,7 @@ def _end_of(q: Tensor, q_offset: int | Tensor, kv_starts: Tensor | None) -> int 
     return int(first.max()) + q.shape[1]
 
 
-def _is_readable(x: Any) -> bool:
+def _is_readable(x: Any) -> TypeGuard[Tensor]:
     """Whether it is a tensor with values on the host."""
     return (
         isinstance(x, Tensor)

@@ -61,7 +61,7 @@ def prepare(
     scale, deterministic, impl = options
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
-    rest = (scale, deterministic, needs_grad, transient)
+    rest: Any = (scale, deterministic, needs_grad, transient)
     calls, state = _calls_of(mask)
     # All that checks and implementations look at: not the numbers.
     given = (kv_lens is None, q_offset is None, kv_starts is None)

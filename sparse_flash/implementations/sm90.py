@@ -40,8 +40,8 @@ class Sm90:
         """(out, lse), lse in float32."""
         inputs, plan, scale = (call.q, call.k, call.v), call.plan.forward, call.softmax_scale
         if _at_positions(call):
-            given = (call.kv_lens, call.q_offset, call.kv_starts, scale)
-            return positions.forward_at(*inputs, plan, *given, transient=call.transient)
+            given = (call.kv_lens, call.q_offset, call.kv_starts)
+            return positions.forward_at(*inputs, plan, *given, scale, transient=call.transient)
         return attention.forward(*inputs, plan, call.kv_lens, scale, transient=call.transient)
 
     def gradients(
