@@ -18,6 +18,8 @@ from sparse_flash.experiments.bench import steps
 from sparse_flash.experiments.compare import compare
 from sparse_flash.experiments.config import compared
 from sparse_flash.experiments.curriculum import Curriculum, follow
+from sparse_flash.experiments.data.listops import ListOps
+from sparse_flash.experiments.data.pathfinder import Pathfinder
 from sparse_flash.experiments.lock import LOCK, FolderInUseError, exclusive
 from sparse_flash.experiments.logger import LogError
 from sparse_flash.experiments.lra import LraConfig
@@ -55,8 +57,10 @@ def test_a_second_process_is_refused_at_once(owner, tiny_config, capsys, monkeyp
         "choose another folder with --out"
     )
     before = sorted(folder.iterdir())
+    for task in (ListOps, Pathfinder):
+        monkeypatch.setattr(task, "load", lambda _: pytest.fail("data was loaded"))
     with pytest.raises(FolderInUseError, match=refused):
-        train(tiny_config, folder, "cpu", lambda: pytest.fail("data was loaded"))
+        train(tiny_config, folder, "cpu")
     with pytest.raises(FolderInUseError, match=refused):
         compare(compared(tiny_config, "sdpa", "dense"), folder, "cpu")
     with pytest.raises(FolderInUseError, match=refused):
@@ -108,12 +112,13 @@ def test_only_one_thread_has_a_folder(tmp_path):
 
 
 def test_the_file_of_an_owner_that_just_ended_is_not_the_lock(tmp_path, monkeypatch):
-    """Between `open` and the lock, the owner ends, and removes its file."""
+    """Between `open` and the lock, the owner ends and removes its file; another makes a new one."""
     lock, removed = fcntl.flock, []
 
     def late(handle, operation):
         if not removed:
             removed.append((tmp_path / LOCK).unlink())
+            (tmp_path / LOCK).touch()
         lock(handle, operation)
 
     monkeypatch.setattr(fcntl, "flock", late)

@@ -79,7 +79,7 @@ def scalars(folder, tag):
     return [(e.step, e.value) for e in events.Scalars(tag)]
 
 
-def tested(config, data, folder):
+def of_the_best(config, data, folder):
     """Accuracy and loss on the test set by the checkpoint of the lowest validation loss."""
     model = Encoder.for_task(config.model, config.task, config.attention, config.block)
     model.load_state_dict(checkpoint.load(folder / CHECKPOINT)["best"])
@@ -106,7 +106,9 @@ def test_a_run_learns_and_logs(tiny_config, tiny_data, tmp_path):
     assert sum(losses[-5:]) / 5 < losses[0] - 0.2
     assert result == json.loads((tmp_path / "result.json").read_text())
     metrics = result["metrics"]
-    assert (metrics["test_accuracy"], metrics["test_loss"]) == tested(config, tiny_data, tmp_path)
+    assert (metrics["test_accuracy"], metrics["test_loss"]) == of_the_best(
+        config, tiny_data, tmp_path
+    )
     assert 0 < metrics["attention_share"] < 1
     assert metrics["peak_memory_MiB"] > 0
     assert 0 < metrics["density"] < 1
