@@ -140,7 +140,7 @@ def _check(config: LraConfig, out: Path, by_task: Mapping[str, Callable[[], RunC
         runs = [config.run(base, task, attention, seed) for seed, attention in config.grid()]
         ahead = [r for r in runs if finished(r, _folder(out, task, r.attention, r.seed)) is None]
         check_models(ahead)
-        if ahead and getattr(ahead[0].task, "source", ""):
+        if ahead and vars(ahead[0].task).get("source"):
             ahead[0].task.load()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -61,7 +62,7 @@ def prepare(
     scale, deterministic, impl = options
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
-    rest: Any = (scale, deterministic, needs_grad, transient)
+    rest = (scale, deterministic, needs_grad, transient)
     calls, state = _calls_of(mask)
     # All that checks and implementations look at: not the numbers.
     given = (kv_lens is None, q_offset is None, kv_starts is None)
@@ -75,9 +76,9 @@ def prepare(
         warn_of_heads_first(k)
         layout = mask if isinstance(mask, BlockLayout) else layout_of(mask, q, lengths)
         check_layout(layout, q, lengths)
-        call = AttentionCall(*tensors, layout, None, *rest)
+        call = AttentionCall(q, k, v, kv_lens, q_offset, kv_starts, layout, None, *rest)
         implementation = choose(impl, call)
-        planned = AttentionCall(*tensors, layout, implementation.plan(call), *rest)
+        planned = replace(call, plan=implementation.plan(call))
         known = _Known(planned.without_tensors(), implementation)
         if len(calls) >= _MOST_CALLS:
             calls.clear()
