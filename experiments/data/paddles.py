@@ -3,11 +3,18 @@
 After Linsley et al., Learning long-range spatial dependencies with horizontal gated recurrent units
 (2018), whose images Long Range Arena took over. A curve is a chain of paddles, line segments of
 length L with gaps of 2 m between them. Compiled by numba; an image depends on its seed alone.
+
+Two long curves that must both fit are drawn by trial and error: on a canvas of 128 pixels, 14 paddles
+of 5 pixels with a margin of 3 take some 4,000 attempts. So an attempt must be cheap: all that depends
+on a paddle's direction alone (the pixels it covers, the directions that may follow) is tabulated, and
+a failed attempt takes back its own pixels instead of clearing the canvas.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import NamedTuple
 
 import numba
 import numpy as np
@@ -16,11 +23,13 @@ from numpy.typing import NDArray
 FIELDS = 4  # of a paddle, in pixels: row and column of its pivot, and of its head from there
 _TRIES = 3  # for a paddle, before its curve is given up
 _ATTEMPTS = 1000  # for a short curve, before its image is begun anew
+_RESTARTS = 1_000_000  # of an image, before it is given up: tens of seconds
+_COVERED = 1.8  # coverage of two paddles together from which they overlap
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """How images of one size are drawn; lengths are in pixels."""
+    """How images are drawn; lengths are in pixels."""
 
     paddle: int
     margins: tuple[int, ...]  # one is drawn for each image
@@ -39,32 +48,83 @@ DRAWINGS = {
     128: Drawing(5, (2, 3), 1.5, 3.0, 20, 1, 1.8, 35, 0.9),
     256: Drawing(5, (3,), 2.0, 5.0, 27, 22, 1.8, 30, 1.0),
 }
+"""By the size of published images."""
 
+# Seed distance and distractors on canvases that borrow the geometry of another size.
+_CANVASES = {32: (7.0, 4), 64: (14.0, 8), 128: (20.0, 20), 256: (27.0, 30), 512: (38.0, 40)}
+SIZES = tuple(_CANVASES)
 
 DISTANCES = 46  # that are told apart where markers are placed: 32nds of the width
 
 
-def number_of_paddles(size: int, contour: int) -> int:
+def drawing(size: int, geometry: int | None = None) -> Drawing:
+    """How a canvas of `size` pixels is drawn with the geometry of another size.
+
+    Paddles, margins, thickness, markers, continuity and contrast are those of `geometry`; the seed
+    distance and the number of distractors are scaled to the canvas, and only one pixel stays free
+    at the border.
+
+    Raises:
+        ValueError: The geometry is unknown, or the size has none of its own.
+
+    >>> drawing(256) == drawing(256, 256) == DRAWINGS[256]
+    True
+    >>> drawing(64, 256).margins, drawing(64, 256).seed_distance, drawing(64, 256).distractors
+    ((3,), 14.0, 8)
+    """
+    own = size if geometry is None else geometry
+    if own not in DRAWINGS:
+        raise ValueError(
+            f"no geometry is known for {own} pixels: choose one of {tuple(DRAWINGS)} with geometry"
+        )
+    if own == size:
+        return DRAWINGS[size]
+    if size not in _CANVASES:
+        raise ValueError(f"a canvas must have {SIZES} pixels a side, got {size}")
+    distance, distractors = _CANVASES[size]
+    return replace(DRAWINGS[own], seed_distance=distance, distractors=distractors, padding=1)
+
+
+def number_of_paddles(size: int, contour: int, geometry: int | None = None) -> int:
     """Of an image: two curves of `contour` paddles, and short ones of a third of it."""
-    return 2 * contour + DRAWINGS[size].distractors // 4 * (contour // 3)
+    return 2 * contour + drawing(size, geometry).distractors // 4 * (contour // 3)
 
 
 def curves(
-    size: int, contour: int, seeds: NDArray[np.int64]
+    size: int, contour: int, seeds: NDArray[np.int64], geometry: int | None = None
 ) -> tuple[NDArray[np.int16], NDArray[np.float32]]:
     """The curves of the images with these seeds.
+
+    Args:
+        size: Pixels a side of the canvas.
+        contour: Paddles of a long curve.
+        seeds: One an image, (n,).
+        geometry: Size of the published images whose paddles are drawn; None: `size`.
 
     Returns:
         paddles int16 (n, paddles, FIELDS); ends float32 (n, 2, 2, 2): of each of the two long
         curves the first and the last end, row and column.
+
+    Raises:
+        ValueError: Such long curves do not fit on the canvas.
     """
-    d = DRAWINGS[size]
-    paddles = np.zeros((len(seeds), number_of_paddles(size, contour), FIELDS), np.int16)
+    d = drawing(size, geometry)
+    paddles = np.zeros((len(seeds), number_of_paddles(size, contour, geometry), FIELDS), np.int16)
     ends = np.zeros((len(seeds), 2, 2, 2), np.float32)
-    margins = np.array(d.margins)
-    numbers = (size, contour, d.paddle, d.thickness, d.seed_distance, d.padding, d.continuity)
+    tables = tuple(_tables(d.paddle, m, d.thickness, d.continuity) for m in d.margins)
+    mask = np.zeros(size * size, np.float32)
+    most = paddles.shape[1] * max(t.rows.shape[1] for t in tables)
+    log = _Log(np.zeros(most, np.int32), np.zeros(most, np.float32))
+    steps = np.zeros(paddles.shape[1], np.int64)
+    numbers = (size, contour, d.seed_distance, d.padding, d.distractors // 4)
     for i, seed in enumerate(seeds):
-        _image(seed, *numbers, d.distractors // 4, margins, paddles[i], ends[i])
+        margin = _begin(seed, len(tables))
+        if not _image(tables[margin], mask, log, steps, *numbers, paddles[i], ends[i]):
+            raise ValueError(
+                f"two curves of {contour} paddles do not fit on {size} x {size} pixels with the "
+                f"geometry of {geometry or size}-pixel images ({_RESTARTS:,} attempts failed): "
+                "choose a smaller contour, a larger size or the geometry of smaller images"
+            )
     return paddles, ends
 
 
@@ -131,188 +191,255 @@ def _mark(ends, size, seed, markers, labels):  # type: ignore[no-untyped-def]
                 break
 
 
+class _Tables(NamedTuple):
+    """What depends on a paddle's direction alone; k directions, lengths in pixels.
+
+    - `steps` (k, 2) head from pivot, the integer offsets at length + margin; row and column
+    - `ahead` (k, 2) next paddle's pivot from this one's, before it is rounded up
+    - `follow` (k, most) directions that may follow, `weights` (k, most) how likely, `follows` (k,)
+      how many they are
+    - `rows`, `columns`, `coverage` (k, most) pixels of the dilated paddle and how much of each it
+      covers, 0..1; the first `cores[k]` can overlap with another paddle, and `sprites[k]` are all
+    - `half` half of the dilated paddle's width, `tip` the first end from the pivot, as a part of
+      the way to the head
+    """
+
+    steps: NDArray[np.int64]
+    ahead: NDArray[np.float64]
+    follow: NDArray[np.int64]
+    weights: NDArray[np.float64]
+    follows: NDArray[np.int64]
+    rows: NDArray[np.int64]
+    columns: NDArray[np.int64]
+    coverage: NDArray[np.float64]
+    cores: NDArray[np.int64]
+    sprites: NDArray[np.int64]
+    half: float
+    tip: float
+
+
+class _Log(NamedTuple):
+    """Which pixels of the mask were changed, and what they were before."""
+
+    pixels: NDArray[np.int32]
+    values: NDArray[np.float32]
+
+
+@cache
+def _tables(length: int, margin: int, thickness: float, continuity: float) -> _Tables:
+    """The tables of one paddle."""
+    radius, half = length + margin, thickness / 2 + margin
+    around = range(-radius, radius + 1)
+    steps = np.array(
+        [(y, x) for y in around for x in around if round(np.sqrt(y * y + x * x)) == radius]
+    )
+    angles = np.arctan2(steps[:, 0].astype(float), steps[:, 1].astype(float))
+    turns = abs((angles[None] - angles[:, None] + np.pi) % (2 * np.pi) - np.pi)
+    straight = np.maximum(np.cos(np.minimum(continuity * turns, np.pi / 2)), 0.0) ** 2
+    follow, follows = _ragged([np.flatnonzero(row > 1e-30) for row in straight], np.int64)
+    weights = np.take_along_axis(straight, follow, 1)
+    reach = np.sqrt(steps[:, 0].astype(float) ** 2 + steps[:, 1].astype(float) ** 2)
+    ahead = ((length + 2 * margin) / reach)[:, None] * steps
+    tip = margin / (length + margin)
+    wide = np.arange(-radius - int(half) - 2, radius + int(half) + 3)
+    y, x = (grid.ravel() for grid in np.meshgrid(wide, wide, indexing="ij"))
+    pixels, cores = [], []
+    for step in steps:
+        cover = _coverage(step, y, x, tip, half)
+        core = cover >= _COVERED - 1 - 1e-6  # the rest meets nothing: a mask is at most 1
+        order = np.concatenate([np.flatnonzero(core), np.flatnonzero(~core & (cover > 0))])
+        pixels.append((y[order], x[order], cover[order]))
+        cores.append(core.sum())
+    rows, sprites = _ragged([p[0] for p in pixels], np.int64)
+    columns, _ = _ragged([p[1] for p in pixels], np.int64)
+    coverage, _ = _ragged([p[2] for p in pixels], np.float64)
+    some = (rows, columns, coverage, np.array(cores), sprites)
+    return _Tables(steps, ahead, follow, weights, follows, *some, half, tip)
+
+
+def _ragged(rows, dtype):  # type: ignore[no-untyped-def]
+    """Rows of different lengths as one array, filled up with zeros; and their lengths."""
+    lengths = np.array([len(row) for row in rows])
+    array = np.zeros((len(rows), lengths.max()), dtype)
+    for row, values in zip(array, rows, strict=True):
+        row[: len(values)] = values
+    return array, lengths
+
+
+def _coverage(step, y, x, tip, half):  # type: ignore[no-untyped-def]
+    """How much of each pixel a dilated paddle from pivot (0, 0) covers, by its distance: 0..1."""
+    ay, ax = tip * step[0], tip * step[1]
+    dy, dx = (1 - tip) * step[0], (1 - tip) * step[1]
+    t = (((y - ay) * dy + (x - ax) * dx) / (dy * dy + dx * dx)).clip(0.0, 1.0)
+    distance = np.sqrt((y - ay - t * dy) ** 2 + (x - ax - t * dx) ** 2)
+    return (half + 0.5 - distance).clip(0.0, 1.0)
+
+
+@numba.njit(cache=True, nogil=True)
+def _begin(seed, margins):  # type: ignore[no-untyped-def]
+    """Seed the generator; which margin the image has."""
+    np.random.seed(seed)
+    return np.random.randint(margins)
+
+
 @numba.njit(cache=True, nogil=True)
 def _image(  # type: ignore[no-untyped-def]
-    seed, size, contour, length, thickness, distance, padding, continuity, shorts, margins,
-    paddles, ends,
+    tables, mask, log, steps, size, contour, distance, padding, shorts, paddles, ends
 ):  # fmt: skip
-    """Fill in paddles and ends."""
-    np.random.seed(seed)
-    margin = margins[np.random.randint(len(margins))]
-    reach = length + margin
-    circle = _circle(reach)
-    mask = np.zeros((size, size), np.float32)
-    half = thickness / 2 + margin  # of a paddle, dilated
-    done = False
-    while not done:
-        mask[:] = 0
-        done = _long_curves(
-            mask, paddles, contour, circle, length, margin, half, distance, padding, continuity
+    """Fill in paddles and ends; False where no attempt succeeds. The mask is left empty.
+
+    mask: Coverage so far, flat (size^2,). steps: Scratch, the direction of each paddle.
+    """
+    used, done = 0, False
+    for _ in range(_RESTARTS):
+        used = _undo(mask, log, used, 0)
+        used, done = _long_curves(
+            tables, mask, log, used, steps, size, contour, distance, padding, paddles
         )
-        used = 2 * contour
+        first = 2 * contour
         for _ in range(shorts):
             if done:
                 done = False
+                last = first + contour // 3
                 for _ in range(_ATTEMPTS):
-                    part = paddles[used : used + contour // 3]
-                    if _short_curve(mask, part, circle, length, margin, half, padding, continuity):
-                        done = True
+                    some = (steps[first:last], size, padding, paddles[first:last])
+                    used, done = _short_curve(tables, mask, log, used, *some)
+                    if done:
                         break
-                used += contour // 3
+                first = last
+        if done:
+            break
+    _undo(mask, log, used, 0)
     for curve in range(2):
-        p = paddles[curve * contour]
+        p, q = paddles[curve * contour], paddles[curve * contour + contour - 1]
         for axis in range(2):
-            ends[curve, 0, axis] = p[axis] + p[2 + axis] * margin / reach
-        p = paddles[curve * contour + contour - 1]
-        for axis in range(2):
-            ends[curve, 1, axis] = p[axis] + p[2 + axis]
-
-
-@numba.njit(cache=True, nogil=True)
-def _circle(radius):  # type: ignore[no-untyped-def]
-    """The integer offsets at this distance, rounded, and their angles."""
-    found = []
-    for y in range(-radius, radius + 1):
-        for x in range(-radius, radius + 1):
-            if round(np.sqrt(y * y + x * x)) == radius:
-                found.append((float(y), float(x), np.arctan2(float(y), float(x))))
-    return np.array(found)
+            ends[curve, 0, axis] = p[axis] + p[2 + axis] * tables.tip
+            ends[curve, 1, axis] = q[axis] + q[2 + axis]
+    return done
 
 
 @numba.njit(cache=True, nogil=True)
 def _long_curves(  # type: ignore[no-untyped-def]
-    mask, paddles, contour, circle, length, margin, half, distance, padding, continuity
+    tables, mask, log, used, steps, size, contour, distance, padding, paddles
 ):  # fmt: skip
-    """Both long curves, a paddle of each in turn; False where there is no way on."""
-    size = mask.shape[0]
+    """Both long curves, a paddle of each in turn; not done where there is no way on."""
     border = min(0.4 * size, padding + 2 * distance)
     y, x = (
         np.random.uniform(border, size - 1 - border),
         np.random.uniform(border, size - 1 - border),
     )
-    if not _seed(mask, paddles[0], y, x, circle, padding, half, length, margin):
-        return False
+    if not _seed(tables, mask, steps, 0, size, padding, paddles, y, x):
+        return used, False
     turn = np.random.uniform(0, 2 * np.pi)
     y, x = y + distance * np.sin(turn), x + distance * np.cos(turn)
-    if not _seed(mask, paddles[contour], y, x, circle, padding, half, length, margin):
-        return False
+    if not _seed(tables, mask, steps, contour, size, padding, paddles, y, x):
+        return used, False
     for i in range(1, contour):
         for snake in range(2):
-            chain = paddles[snake * contour : (snake + 1) * contour]
-            if not _extend(mask, chain, i, circle, length, margin, half, padding, continuity):
-                return False
+            new = snake * contour + i
+            used, good = _extend(tables, mask, log, used, steps, new, size, padding, paddles)
+            if not good:
+                return used, False
     for snake in range(2):
-        _stamp(mask, paddles[snake * contour + contour - 1], length, margin, half)
-    return True
+        last = snake * contour + contour - 1
+        used = _stamp(tables, mask, log, used, steps[last], size, paddles[last])
+    return used, True
 
 
 @numba.njit(cache=True, nogil=True)
-def _short_curve(mask, chain, circle, length, margin, half, padding, continuity):  # type: ignore[no-untyped-def]
+def _short_curve(tables, mask, log, used, steps, size, padding, chain):  # type: ignore[no-untyped-def]
     """A curve anywhere; leaves the mask alone where it fails."""
-    size = mask.shape[0]
     y, x = (
         np.random.uniform(padding, size - 1 - padding),
         np.random.uniform(padding, size - 1 - padding),
     )
-    if mask[int(y), int(x)] > 0.5:
-        return False
-    if not _seed(mask, chain[0], y, x, circle, padding, half, length, margin):
-        return False
-    before, good = mask.copy(), True
+    if mask[int(y) * size + int(x)] > 0.5:
+        return used, False
+    if not _seed(tables, mask, steps, 0, size, padding, chain, y, x):
+        return used, False
+    before = used
     for i in range(1, len(chain)):
-        good = good and _extend(mask, chain, i, circle, length, margin, half, padding, continuity)
-    if good:
-        _stamp(mask, chain[-1], length, margin, half)
-    else:
-        mask[:] = before
-    return good
+        used, good = _extend(tables, mask, log, used, steps, i, size, padding, chain)
+        if not good:
+            return _undo(mask, log, used, before), False
+    return _stamp(tables, mask, log, used, steps[len(chain) - 1], size, chain[-1]), True
 
 
 @numba.njit(cache=True, nogil=True)
-def _seed(mask, paddle, y, x, circle, padding, half, length, margin):  # type: ignore[no-untyped-def]
+def _seed(tables, mask, steps, i, size, padding, paddles, y, x):  # type: ignore[no-untyped-def]
     """A curve's first paddle, in any direction."""
-    step = circle[np.random.randint(len(circle))]
-    paddle[0], paddle[1], paddle[2], paddle[3] = round(y), round(x), step[0], step[1]
-    return _inside(mask, paddle, padding) and not _overlaps(mask, paddle, length, margin, half)
-
-
-@numba.njit(cache=True, nogil=True)
-def _extend(mask, chain, i, circle, length, margin, half, padding, continuity):  # type: ignore[no-untyped-def]
-    """Paddle i of a curve; the mask grows by the one before it."""
-    last, new = chain[i - 1], chain[i]
-    reach = np.sqrt(float(last[2]) ** 2 + float(last[3]) ** 2)
-    angle = np.arctan2(float(last[2]), float(last[3]))
-    ahead = (length + 2 * margin) / reach
-    new[0], new[1] = np.ceil(last[0] + ahead * last[2]), np.ceil(last[1] + ahead * last[3])
-    weights = np.zeros(len(circle))
-    for k in range(len(circle)):
-        new[2], new[3] = circle[k, 0], circle[k, 1]
-        if _inside(mask, new, padding):
-            turn = abs((circle[k, 2] - angle + np.pi) % (2 * np.pi) - np.pi)
-            straight = max(np.cos(min(continuity * turn, np.pi / 2)), 0.0) ** 2
-            weights[k] = (1 - mask[new[0] + new[2], new[1] + new[3]]) * straight
-    sums = np.cumsum(weights)
-    if sums[-1] < 1e-9:
-        return False
-    for _ in range(_TRIES):
-        k = np.searchsorted(sums, np.random.random() * sums[-1], side="right")
-        new[2], new[3] = circle[k, 0], circle[k, 1]
-        if not _overlaps(mask, new, length, margin, half):
-            _stamp(mask, last, length, margin, half)
-            return True
-    return False
-
-
-@numba.njit(cache=True, nogil=True)
-def _inside(mask, paddle, padding):  # type: ignore[no-untyped-def]
-    """Whether pivot and head keep off the border."""
-    low, high = padding, mask.shape[0] - 1 - padding
+    k = np.random.randint(len(tables.steps))
+    steps[i], paddle = k, paddles[i]
+    paddle[0], paddle[1] = round(y), round(x)
+    paddle[2], paddle[3] = tables.steps[k, 0], tables.steps[k, 1]
+    low, high = padding, size - 1 - padding
     y, x = paddle[0] + paddle[2], paddle[1] + paddle[3]
     pivot = low <= paddle[0] <= high and low <= paddle[1] <= high
-    return pivot and low <= y <= high and low <= x <= high
+    if not (pivot and low <= y <= high and low <= x <= high):
+        return False
+    return not _overlaps(tables, mask, k, size, paddle[0], paddle[1])
 
 
 @numba.njit(cache=True, nogil=True)
-def _coverage(paddle, y, x, length, margin, half):  # type: ignore[no-untyped-def]
-    """How much of a pixel the paddle covers, from its distance: 0..1."""
-    scale = margin / (length + margin)
-    ay, ax = paddle[0] + scale * paddle[2], paddle[1] + scale * paddle[3]
-    dy, dx = (1 - scale) * paddle[2], (1 - scale) * paddle[3]
-    t = ((y - ay) * dy + (x - ax) * dx) / (dy * dy + dx * dx)
-    t = min(max(t, 0.0), 1.0)
-    distance = np.sqrt((y - ay - t * dy) ** 2 + (x - ax - t * dx) ** 2)
-    return min(max(half + 0.5 - distance, 0.0), 1.0)
+def _extend(tables, mask, log, used, steps, i, size, padding, paddles):  # type: ignore[no-untyped-def]
+    """Paddle i of a curve; the mask grows by the one before it."""
+    last, before = paddles[i - 1], steps[i - 1]
+    y = int(np.ceil(last[0] + tables.ahead[before, 0]))
+    x = int(np.ceil(last[1] + tables.ahead[before, 1]))
+    low, high = padding, size - 1 - padding
+    if not (low <= y <= high and low <= x <= high):
+        return used, False
+    number, total = tables.follows[before], 0.0
+    sums = np.empty(64)
+    for j in range(number):
+        k = tables.follow[before, j]
+        head, side = y + tables.steps[k, 0], x + tables.steps[k, 1]
+        if low <= head <= high and low <= side <= high:
+            total += (1 - mask[head * size + side]) * tables.weights[before, j]
+        sums[j] = total
+    if total < 1e-9:
+        return used, False
+    for _ in range(_TRIES):
+        goal, j = np.random.random() * total, 0
+        while j < number - 1 and sums[j] <= goal:
+            j += 1
+        k = tables.follow[before, j]
+        if not _overlaps(tables, mask, k, size, y, x):
+            steps[i], paddle = k, paddles[i]
+            paddle[0], paddle[1] = y, x
+            paddle[2], paddle[3] = tables.steps[k, 0], tables.steps[k, 1]
+            return _stamp(tables, mask, log, used, before, size, last), True
+    return used, False
 
 
 @numba.njit(cache=True, nogil=True)
-def _box(mask, paddle, half):  # type: ignore[no-untyped-def]
-    """The pixels that a paddle may touch."""
-    more, size = int(half) + 2, mask.shape[0]
-    y, x = paddle[0] + paddle[2], paddle[1] + paddle[3]
-    return (
-        max(min(paddle[0], y) - more, 0),
-        min(max(paddle[0], y) + more + 1, size),
-        max(min(paddle[1], x) - more, 0),
-        min(max(paddle[1], x) + more + 1, size),
-    )
-
-
-@numba.njit(cache=True, nogil=True)
-def _overlaps(mask, paddle, length, margin, half):  # type: ignore[no-untyped-def]
-    """Whether the dilated paddle meets what is there."""
-    top, bottom, left, right = _box(mask, paddle, half)
-    for y in range(top, bottom):
-        for x in range(left, right):
-            if mask[y, x] > 0.8 - 1e-6:
-                if mask[y, x] + _coverage(paddle, y, x, length, margin, half) >= 1.8:
-                    return True
+def _overlaps(tables, mask, k, size, y, x):  # type: ignore[no-untyped-def]
+    """Whether the dilated paddle in direction k from (y, x) meets what is there."""
+    for j in range(tables.cores[k]):
+        row, column = y + tables.rows[k, j], x + tables.columns[k, j]
+        if 0 <= row < size and 0 <= column < size:
+            if mask[row * size + column] + tables.coverage[k, j] >= _COVERED:
+                return True
     return False
 
 
 @numba.njit(cache=True, nogil=True)
-def _stamp(mask, paddle, length, margin, half):  # type: ignore[no-untyped-def]
-    """Add the dilated paddle."""
-    top, bottom, left, right = _box(mask, paddle, half)
-    for y in range(top, bottom):
-        for x in range(left, right):
-            mask[y, x] = max(mask[y, x], _coverage(paddle, y, x, length, margin, half))
+def _stamp(tables, mask, log, used, k, size, paddle):  # type: ignore[no-untyped-def]
+    """Add the dilated paddle to the mask; how many entries of the log are used then."""
+    for j in range(tables.sprites[k]):
+        row, column = paddle[0] + tables.rows[k, j], paddle[1] + tables.columns[k, j]
+        if 0 <= row < size and 0 <= column < size:
+            pixel = row * size + column
+            if tables.coverage[k, j] > mask[pixel]:
+                log.pixels[used], log.values[used] = pixel, mask[pixel]
+                used += 1
+                mask[pixel] = tables.coverage[k, j]
+    return used
+
+
+@numba.njit(cache=True, nogil=True)
+def _undo(mask, log, used, before):  # type: ignore[no-untyped-def]
+    """Take back what was stamped since `before` entries of the log were used; returns `before`."""
+    for i in range(used - 1, before - 1, -1):
+        mask[log.pixels[i]] = log.values[i]
+    return before
