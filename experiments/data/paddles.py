@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -111,15 +111,13 @@ def curves(
     d = drawing(size, geometry)
     paddles = np.zeros((len(seeds), number_of_paddles(size, contour, geometry), FIELDS), np.int16)
     ends = np.zeros((len(seeds), 2, 2, 2), np.float32)
-    tables = tuple(_tables(d.paddle, m, d.thickness, d.continuity) for m in d.margins)
-    mask = np.zeros(size * size, np.float32)
-    most = paddles.shape[1] * max(t.rows.shape[1] for t in tables)
-    log = _Log(np.zeros(most, np.int32), np.zeros(most, np.float32))
-    steps = np.zeros(paddles.shape[1], np.int64)
+    directions = np.zeros(paddles.shape[1], np.int32)
     numbers = (size, contour, d.seed_distance, d.padding, d.distractors // 4)
     for i, seed in enumerate(seeds):
-        margin = _begin(seed, len(tables))
-        if not _image(tables[margin], mask, log, steps, *numbers, paddles[i], ends[i]):
+        margin = d.margins[_begin(seed, len(d.margins))]
+        tables = _tables(d.paddle, margin, d.thickness, d.continuity, size)
+        tip = margin / (d.paddle + margin)
+        if not _image(tables, directions, paddles[i], ends[i], tip, *numbers):
             raise ValueError(
                 f"two curves of {contour} paddles do not fit on {size} x {size} pixels with the "
                 f"geometry of {geometry or size}-pixel images ({_RESTARTS:,} attempts failed): "
@@ -192,42 +190,34 @@ def _mark(ends, size, seed, markers, labels):  # type: ignore[no-untyped-def]
 
 
 class _Tables(NamedTuple):
-    """What depends on a paddle's direction alone; k directions, lengths in pixels.
+    """What depends on a paddle's direction alone, of k directions; lengths in pixels."""
 
-    - `steps` (k, 2) head from pivot, the integer offsets at length + margin; row and column
-    - `ahead` (k, 2) next paddle's pivot from this one's, before it is rounded up
-    - `follow` (k, most) directions that may follow, `weights` (k, most) how likely, `follows` (k,)
-      how many they are
-    - `rows`, `columns`, `coverage` (k, most) pixels of the dilated paddle and how much of each it
-      covers, 0..1; the first `cores[k]` can overlap with another paddle, and `sprites[k]` are all
-    - `half` half of the dilated paddle's width, `tip` the first end from the pivot, as a part of
-      the way to the head
-    """
-
-    steps: NDArray[np.int64]
+    steps: NDArray[np.int32]
+    """(k, 2) head from pivot, the integer offsets at length + margin; row and column."""
     ahead: NDArray[np.float64]
-    follow: NDArray[np.int64]
+    """(k, 2) the next paddle's pivot from this one's, before it is rounded up."""
+    follow: NDArray[np.int32]
+    """(k, most) directions that may follow."""
     weights: NDArray[np.float64]
+    """(k, most) how likely they are, as bends go."""
     follows: NDArray[np.int64]
-    rows: NDArray[np.int64]
-    columns: NDArray[np.int64]
-    coverage: NDArray[np.float64]
+    """(k,) how many they are."""
+    pixels: NDArray[np.int64]
+    """(k, most) pixels that may overlap, from the pivot, as distances in a flat mask."""
+    covers: NDArray[np.float64]
+    """(k, most) how much of each is covered, 0..1."""
     cores: NDArray[np.int64]
-    sprites: NDArray[np.int64]
-    half: float
-    tip: float
-
-
-class _Log(NamedTuple):
-    """Which pixels of the mask were changed, and what they were before."""
-
-    pixels: NDArray[np.int32]
-    values: NDArray[np.float32]
+    """(k,) how many they are."""
+    spans: NDArray[np.int32]
+    """(k, rows, 2) first column that the dilated paddle covers in each row, and the one after the
+    last, both as columns of `coverage`."""
+    coverage: NDArray[np.float32]
+    """(k, rows, rows) how much of each pixel it covers, 0..1, the pivot in the middle."""
 
 
 @cache
-def _tables(length: int, margin: int, thickness: float, continuity: float) -> _Tables:
-    """The tables of one paddle."""
+def _tables(length: int, margin: int, thickness: float, continuity: float, size: int) -> _Tables:
+    """The tables of one paddle on one canvas."""
     radius, half = length + margin, thickness / 2 + margin
     around = range(-radius, radius + 1)
     steps = np.array(
@@ -236,31 +226,39 @@ def _tables(length: int, margin: int, thickness: float, continuity: float) -> _T
     angles = np.arctan2(steps[:, 0].astype(float), steps[:, 1].astype(float))
     turns = abs((angles[None] - angles[:, None] + np.pi) % (2 * np.pi) - np.pi)
     straight = np.maximum(np.cos(np.minimum(continuity * turns, np.pi / 2)), 0.0) ** 2
-    follow, follows = _ragged([np.flatnonzero(row > 1e-30) for row in straight], np.int64)
-    weights = np.take_along_axis(straight, follow, 1)
+    follow, follows = _ragged([np.flatnonzero(row > 1e-30) for row in straight])
     reach = np.sqrt(steps[:, 0].astype(float) ** 2 + steps[:, 1].astype(float) ** 2)
     ahead = ((length + 2 * margin) / reach)[:, None] * steps
-    tip = margin / (length + margin)
-    wide = np.arange(-radius - int(half) - 2, radius + int(half) + 3)
-    y, x = (grid.ravel() for grid in np.meshgrid(wide, wide, indexing="ij"))
-    pixels, cores = [], []
-    for step in steps:
-        cover = _coverage(step, y, x, tip, half)
-        core = cover >= _COVERED - 1 - 1e-6  # the rest meets nothing: a mask is at most 1
-        order = np.concatenate([np.flatnonzero(core), np.flatnonzero(~core & (cover > 0))])
-        pixels.append((y[order], x[order], cover[order]))
-        cores.append(core.sum())
-    rows, sprites = _ragged([p[0] for p in pixels], np.int64)
-    columns, _ = _ragged([p[1] for p in pixels], np.int64)
-    coverage, _ = _ragged([p[2] for p in pixels], np.float64)
-    some = (rows, columns, coverage, np.array(cores), sprites)
-    return _Tables(steps, ahead, follow, weights, follows, *some, half, tip)
+    extent = radius + int(half) + 1
+    wide = np.arange(-extent, extent + 1)
+    y, x = np.meshgrid(wide, wide, indexing="ij")
+    tip = margin / radius
+    shapes = np.stack([_coverage(step, y, x, tip, half) for step in steps])
+    inner = [shape >= _COVERED - 1 - 1e-6 for shape in shapes]  # a mask is at most 1
+    stride = size + 2 * extent
+    pixels, cores = _ragged([stride * y[some] + x[some] for some in inner])
+    covers, _ = _ragged([shape[some] for shape, some in zip(shapes, inner, strict=True)])
+    covered = shapes > 0
+    first, last = covered.argmax(2), len(wide) - covered[:, :, ::-1].argmax(2)
+    spans = np.stack([first, np.where(covered.any(2), last, 0)], 2).astype(np.int32)
+    return _Tables(
+        steps=steps.astype(np.int32),
+        ahead=ahead,
+        follow=follow.astype(np.int32),
+        weights=np.take_along_axis(straight, follow, 1),
+        follows=follows,
+        pixels=pixels,
+        covers=covers,
+        cores=cores,
+        spans=spans,
+        coverage=shapes.astype(np.float32),
+    )
 
 
-def _ragged(rows, dtype):  # type: ignore[no-untyped-def]
+def _ragged(rows: list[NDArray[Any]]) -> tuple[NDArray[Any], NDArray[np.int64]]:
     """Rows of different lengths as one array, filled up with zeros; and their lengths."""
     lengths = np.array([len(row) for row in rows])
-    array = np.zeros((len(rows), lengths.max()), dtype)
+    array = np.zeros((len(rows), lengths.max()), rows[0].dtype)
     for row, values in zip(array, rows, strict=True):
         row[: len(values)] = values
     return array, lengths
@@ -284,162 +282,172 @@ def _begin(seed, margins):  # type: ignore[no-untyped-def]
 
 @numba.njit(cache=True, nogil=True)
 def _image(  # type: ignore[no-untyped-def]
-    tables, mask, log, steps, size, contour, distance, padding, shorts, paddles, ends
+    tables, directions, paddles, ends, tip, size, contour, distance, padding, shorts
 ):  # fmt: skip
-    """Fill in paddles and ends; False where no attempt succeeds. The mask is left empty.
+    """Fill in paddles and ends; False where no attempt succeeds.
 
-    mask: Coverage so far, flat (size^2,). steps: Scratch, the direction of each paddle.
+    directions: Scratch, a paddle each. tip: First end, as a part of the way from pivot to head.
     """
-    used, done = 0, False
+    stride, done, more = size + tables.coverage.shape[1] - 1, False, contour // 3
+    mask = np.zeros(stride * stride, np.float32)  # coverage so far, with an empty border
     for _ in range(_RESTARTS):
-        used = _undo(mask, log, used, 0)
-        used, done = _long_curves(
-            tables, mask, log, used, steps, size, contour, distance, padding, paddles
-        )
-        first = 2 * contour
-        for _ in range(shorts):
-            if done:
-                done = False
-                last = first + contour // 3
-                for _ in range(_ATTEMPTS):
-                    some = (steps[first:last], size, padding, paddles[first:last])
-                    used, done = _short_curve(tables, mask, log, used, *some)
-                    if done:
-                        break
-                first = last
+        done = _long_curves(tables, mask, directions, paddles, size, contour, distance, padding)
+        for short in range(shorts if done else 0):
+            first, done = 2 * contour + short * more, False
+            for _ in range(_ATTEMPTS):
+                done = _short_curve(
+                    tables, mask, directions, paddles, size, first, first + more, padding
+                )
+                if done:
+                    break
+            if not done:
+                mask[:] = 0
+                break
         if done:
             break
-    _undo(mask, log, used, 0)
     for curve in range(2):
-        p, q = paddles[curve * contour], paddles[curve * contour + contour - 1]
+        first, last = curve * contour, (curve + 1) * contour - 1
         for axis in range(2):
-            ends[curve, 0, axis] = p[axis] + p[2 + axis] * tables.tip
-            ends[curve, 1, axis] = q[axis] + q[2 + axis]
+            ends[curve, 0, axis] = paddles[first, axis] + paddles[first, 2 + axis] * tip
+            ends[curve, 1, axis] = paddles[last, axis] + paddles[last, 2 + axis]
     return done
 
 
 @numba.njit(cache=True, nogil=True)
-def _long_curves(  # type: ignore[no-untyped-def]
-    tables, mask, log, used, steps, size, contour, distance, padding, paddles
-):  # fmt: skip
-    """Both long curves, a paddle of each in turn; not done where there is no way on."""
+def _long_curves(tables, mask, directions, paddles, size, contour, distance, padding):  # type: ignore[no-untyped-def]
+    """Both long curves, a paddle of each in turn; False, and an empty mask, if there is no way."""
     border = min(0.4 * size, padding + 2 * distance)
     y, x = (
         np.random.uniform(border, size - 1 - border),
         np.random.uniform(border, size - 1 - border),
     )
-    if not _seed(tables, mask, steps, 0, size, padding, paddles, y, x):
-        return used, False
+    if not _seed(tables, mask, directions, paddles, size, 0, padding, y, x):
+        return False
     turn = np.random.uniform(0, 2 * np.pi)
     y, x = y + distance * np.sin(turn), x + distance * np.cos(turn)
-    if not _seed(tables, mask, steps, contour, size, padding, paddles, y, x):
-        return used, False
+    if not _seed(tables, mask, directions, paddles, size, contour, padding, y, x):
+        return False
     for i in range(1, contour):
         for snake in range(2):
-            new = snake * contour + i
-            used, good = _extend(tables, mask, log, used, steps, new, size, padding, paddles)
-            if not good:
-                return used, False
+            if not _extend(tables, mask, directions, paddles, size, snake * contour + i, padding):
+                for stamped in range(i - 1 + (snake == 1)):
+                    _clear(tables, mask, directions, paddles, size, stamped)
+                for stamped in range(contour, contour + i - 1):
+                    _clear(tables, mask, directions, paddles, size, stamped)
+                return False
+            _stamp(tables, mask, directions, paddles, size, snake * contour + i - 1)
     for snake in range(2):
-        last = snake * contour + contour - 1
-        used = _stamp(tables, mask, log, used, steps[last], size, paddles[last])
-    return used, True
+        _stamp(tables, mask, directions, paddles, size, (snake + 1) * contour - 1)
+    return True
 
 
 @numba.njit(cache=True, nogil=True)
-def _short_curve(tables, mask, log, used, steps, size, padding, chain):  # type: ignore[no-untyped-def]
+def _short_curve(tables, mask, directions, paddles, size, first, end, padding):  # type: ignore[no-untyped-def]
     """A curve anywhere; leaves the mask alone where it fails."""
     y, x = (
         np.random.uniform(padding, size - 1 - padding),
         np.random.uniform(padding, size - 1 - padding),
     )
-    if mask[int(y) * size + int(x)] > 0.5:
-        return used, False
-    if not _seed(tables, mask, steps, 0, size, padding, chain, y, x):
-        return used, False
-    before = used
-    for i in range(1, len(chain)):
-        used, good = _extend(tables, mask, log, used, steps, i, size, padding, chain)
-        if not good:
-            return _undo(mask, log, used, before), False
-    return _stamp(tables, mask, log, used, steps[len(chain) - 1], size, chain[-1]), True
-
-
-@numba.njit(cache=True, nogil=True)
-def _seed(tables, mask, steps, i, size, padding, paddles, y, x):  # type: ignore[no-untyped-def]
-    """A curve's first paddle, in any direction."""
-    k = np.random.randint(len(tables.steps))
-    steps[i], paddle = k, paddles[i]
-    paddle[0], paddle[1] = round(y), round(x)
-    paddle[2], paddle[3] = tables.steps[k, 0], tables.steps[k, 1]
-    low, high = padding, size - 1 - padding
-    y, x = paddle[0] + paddle[2], paddle[1] + paddle[3]
-    pivot = low <= paddle[0] <= high and low <= paddle[1] <= high
-    if not (pivot and low <= y <= high and low <= x <= high):
+    if mask[_pixel(tables, size, int(y), int(x))] > 0.5:
         return False
-    return not _overlaps(tables, mask, k, size, paddle[0], paddle[1])
+    if not _seed(tables, mask, directions, paddles, size, first, padding, y, x):
+        return False
+    before = mask.copy()
+    for i in range(first + 1, end):
+        if not _extend(tables, mask, directions, paddles, size, i, padding):
+            mask[:] = before
+            return False
+        _stamp(tables, mask, directions, paddles, size, i - 1)
+    _stamp(tables, mask, directions, paddles, size, end - 1)
+    return True
 
 
 @numba.njit(cache=True, nogil=True)
-def _extend(tables, mask, log, used, steps, i, size, padding, paddles):  # type: ignore[no-untyped-def]
-    """Paddle i of a curve; the mask grows by the one before it."""
-    last, before = paddles[i - 1], steps[i - 1]
-    y = int(np.ceil(last[0] + tables.ahead[before, 0]))
-    x = int(np.ceil(last[1] + tables.ahead[before, 1]))
-    low, high = padding, size - 1 - padding
+def _pixel(tables, size, y, x):  # type: ignore[no-untyped-def]
+    """A pixel's index in the flat mask, whose border is as wide as a paddle reaches.
+
+    Unsigned: numba would take a negative one from the end, which costs time in each loop.
+    """
+    rows = tables.coverage.shape[1]
+    return np.uint64((y + rows // 2) * (size + rows - 1) + x + rows // 2)
+
+
+@numba.njit(cache=True, nogil=True)
+def _seed(tables, mask, directions, paddles, size, i, padding, y, x):  # type: ignore[no-untyped-def]
+    """A curve's first paddle, in any direction."""
+    k, low, high = np.random.randint(len(tables.steps)), padding, size - 1 - padding
+    top, left = round(y), round(x)
+    down, right = tables.steps[k, 0], tables.steps[k, 1]
+    directions[i] = k
+    paddles[i, 0], paddles[i, 1], paddles[i, 2], paddles[i, 3] = top, left, down, right
+    if not (low <= top <= high and low <= left <= high):
+        return False
+    if not (low <= top + down <= high and low <= left + right <= high):
+        return False
+    return not _overlaps(tables, mask, k, _pixel(tables, size, top, left))
+
+
+@numba.njit(cache=True, nogil=True)
+def _extend(tables, mask, directions, paddles, size, i, padding):  # type: ignore[no-untyped-def]
+    """Paddle i of a curve, after the one before it, which is not in the mask yet."""
+    low, high, before = padding, size - 1 - padding, directions[i - 1]
+    y = int(np.ceil(paddles[i - 1, 0] + tables.ahead[before, 0]))
+    x = int(np.ceil(paddles[i - 1, 1] + tables.ahead[before, 1]))
     if not (low <= y <= high and low <= x <= high):
-        return used, False
-    number, total = tables.follows[before], 0.0
+        return False
+    total, number = 0.0, tables.follows[before]
     sums = np.empty(64)
     for j in range(number):
         k = tables.follow[before, j]
-        head, side = y + tables.steps[k, 0], x + tables.steps[k, 1]
-        if low <= head <= high and low <= side <= high:
-            total += (1 - mask[head * size + side]) * tables.weights[before, j]
+        row, column = y + tables.steps[k, 0], x + tables.steps[k, 1]
+        if low <= row <= high and low <= column <= high:
+            empty = 1 - mask[_pixel(tables, size, row, column)]
+            total += empty * tables.weights[before, j]
         sums[j] = total
     if total < 1e-9:
-        return used, False
+        return False
     for _ in range(_TRIES):
         goal, j = np.random.random() * total, 0
-        while j < number - 1 and sums[j] <= goal:
+        while sums[j] <= goal and j < number - 1:
             j += 1
         k = tables.follow[before, j]
-        if not _overlaps(tables, mask, k, size, y, x):
-            steps[i], paddle = k, paddles[i]
-            paddle[0], paddle[1] = y, x
-            paddle[2], paddle[3] = tables.steps[k, 0], tables.steps[k, 1]
-            return _stamp(tables, mask, log, used, before, size, last), True
-    return used, False
-
-
-@numba.njit(cache=True, nogil=True)
-def _overlaps(tables, mask, k, size, y, x):  # type: ignore[no-untyped-def]
-    """Whether the dilated paddle in direction k from (y, x) meets what is there."""
-    for j in range(tables.cores[k]):
-        row, column = y + tables.rows[k, j], x + tables.columns[k, j]
-        if 0 <= row < size and 0 <= column < size:
-            if mask[row * size + column] + tables.coverage[k, j] >= _COVERED:
-                return True
+        if not _overlaps(tables, mask, k, _pixel(tables, size, y, x)):
+            directions[i], paddles[i, 0], paddles[i, 1] = k, y, x
+            paddles[i, 2], paddles[i, 3] = tables.steps[k, 0], tables.steps[k, 1]
+            return True
     return False
 
 
 @numba.njit(cache=True, nogil=True)
-def _stamp(tables, mask, log, used, k, size, paddle):  # type: ignore[no-untyped-def]
-    """Add the dilated paddle to the mask; how many entries of the log are used then."""
-    for j in range(tables.sprites[k]):
-        row, column = paddle[0] + tables.rows[k, j], paddle[1] + tables.columns[k, j]
-        if 0 <= row < size and 0 <= column < size:
-            pixel = row * size + column
-            if tables.coverage[k, j] > mask[pixel]:
-                log.pixels[used], log.values[used] = pixel, mask[pixel]
-                used += 1
-                mask[pixel] = tables.coverage[k, j]
-    return used
+def _overlaps(tables, mask, k, pivot):  # type: ignore[no-untyped-def]
+    """Whether the dilated paddle in direction k meets what is there; pivot: its index."""
+    meets = False
+    for j in range(tables.cores[k]):  # without an end before the last, which takes more time
+        pixel = np.uint64(np.int64(pivot) + tables.pixels[k, j])
+        meets |= mask[pixel] + tables.covers[k, j] >= _COVERED
+    return meets
 
 
 @numba.njit(cache=True, nogil=True)
-def _undo(mask, log, used, before):  # type: ignore[no-untyped-def]
-    """Take back what was stamped since `before` entries of the log were used; returns `before`."""
-    for i in range(used - 1, before - 1, -1):
-        mask[log.pixels[i]] = log.values[i]
-    return before
+def _stamp(tables, mask, directions, paddles, size, i):  # type: ignore[no-untyped-def]
+    """Add paddle i, dilated, to the mask."""
+    rows, k = tables.coverage.shape[1], directions[i]
+    top, left = paddles[i, 0] - rows // 2, paddles[i, 1] - rows // 2
+    for row in range(max(0, -top), min(rows, size - top)):
+        start, end = tables.spans[k, row, 0], tables.spans[k, row, 1]
+        corner = _pixel(tables, size, top + row, left)
+        for column in range(max(start, -left), min(end, size - left)):
+            pixel, new = corner + np.uint64(column), tables.coverage[k, row, column]
+            mask[pixel] = new if new > mask[pixel] else mask[pixel]
+
+
+@numba.njit(cache=True, nogil=True)
+def _clear(tables, mask, directions, paddles, size, i):  # type: ignore[no-untyped-def]
+    """Empty the mask where paddle i, dilated, is."""
+    rows, k = tables.spans.shape[1], directions[i]
+    top, left = paddles[i, 0] - rows // 2, paddles[i, 1] - rows // 2
+    for row in range(max(0, -top), min(rows, size - top)):
+        start, end = tables.spans[k, row, 0], tables.spans[k, row, 1]
+        corner = _pixel(tables, size, top + row, left)
+        for column in range(max(start, -left), min(end, size - left)):
+            mask[corner + np.uint64(column)] = 0
