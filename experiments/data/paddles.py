@@ -362,7 +362,7 @@ def _short_curve(tables, mask, directions, paddles, size, first, end, padding): 
     return True
 
 
-@numba.njit(cache=True, nogil=True)
+@numba.njit(cache=True, nogil=True, inline="always")
 def _pixel(tables, size, y, x):  # type: ignore[no-untyped-def]
     """A pixel's index in the flat mask, whose border is as wide as a paddle reaches.
 
@@ -372,7 +372,7 @@ def _pixel(tables, size, y, x):  # type: ignore[no-untyped-def]
     return np.uint64((y + rows // 2) * (size + rows - 1) + x + rows // 2)
 
 
-@numba.njit(cache=True, nogil=True)
+@numba.njit(cache=True, nogil=True, inline="always")
 def _seed(tables, mask, directions, paddles, size, i, padding, y, x):  # type: ignore[no-untyped-def]
     """A curve's first paddle, in any direction."""
     k, low, high = np.random.randint(len(tables.steps)), padding, size - 1 - padding
@@ -387,7 +387,7 @@ def _seed(tables, mask, directions, paddles, size, i, padding, y, x):  # type: i
     return not _overlaps(tables, mask, k, _pixel(tables, size, top, left))
 
 
-@numba.njit(cache=True, nogil=True)
+@numba.njit(cache=True, nogil=True, inline="always")
 def _extend(tables, mask, directions, paddles, size, i, padding):  # type: ignore[no-untyped-def]
     """Paddle i of a curve, after the one before it, which is not in the mask yet."""
     low, high, before = padding, size - 1 - padding, directions[i - 1]
@@ -418,7 +418,7 @@ def _extend(tables, mask, directions, paddles, size, i, padding):  # type: ignor
     return False
 
 
-@numba.njit(cache=True, nogil=True)
+@numba.njit(cache=True, nogil=True, inline="always")
 def _overlaps(tables, mask, k, pivot):  # type: ignore[no-untyped-def]
     """Whether the dilated paddle in direction k meets what is there; pivot: its index."""
     meets = False
@@ -428,7 +428,7 @@ def _overlaps(tables, mask, k, pivot):  # type: ignore[no-untyped-def]
     return meets
 
 
-@numba.njit(cache=True, nogil=True)
+@numba.njit(cache=True, nogil=True, inline="always")
 def _stamp(tables, mask, directions, paddles, size, i):  # type: ignore[no-untyped-def]
     """Add paddle i, dilated, to the mask."""
     rows, k = tables.coverage.shape[1], directions[i]
@@ -441,7 +441,7 @@ def _stamp(tables, mask, directions, paddles, size, i):  # type: ignore[no-untyp
             mask[pixel] = new if new > mask[pixel] else mask[pixel]
 
 
-@numba.njit(cache=True, nogil=True)
+@numba.njit(cache=True, nogil=True, inline="always")
 def _clear(tables, mask, directions, paddles, size, i):  # type: ignore[no-untyped-def]
     """Empty the mask where paddle i, dilated, is."""
     rows, k = tables.spans.shape[1], directions[i]
