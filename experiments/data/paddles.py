@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 FIELDS = 4  # of a paddle, in pixels: row and column of its pivot, and of its head from there
 _TRIES = 3  # for a paddle, before its curve is given up
 _ATTEMPTS = 1000  # for a short curve, before its image is begun anew
-_RESTARTS = 1_000_000  # of an image, before it is given up: tens of seconds
+_RESTARTS = 300_000  # of an image, before it is given up: about a second
 _COVERED = 1.8  # coverage of two paddles together from which they overlap
 
 
@@ -111,18 +111,15 @@ def curves(
     d = drawing(size, geometry)
     paddles = np.zeros((len(seeds), number_of_paddles(size, contour, geometry), FIELDS), np.int16)
     ends = np.zeros((len(seeds), 2, 2, 2), np.float32)
-    directions = np.zeros(paddles.shape[1], np.int32)
+    tables = tuple(_tables(d.paddle, m, d.thickness, d.continuity, size) for m in d.margins)
+    tips = tuple(m / (d.paddle + m) for m in d.margins)
     numbers = (size, contour, d.seed_distance, d.padding, d.distractors // 4)
-    for i, seed in enumerate(seeds):
-        margin = d.margins[_begin(seed, len(d.margins))]
-        tables = _tables(d.paddle, margin, d.thickness, d.continuity, size)
-        tip = margin / (d.paddle + margin)
-        if not _image(tables, directions, paddles[i], ends[i], tip, *numbers):
-            raise ValueError(
-                f"two curves of {contour} paddles do not fit on {size} x {size} pixels with the "
-                f"geometry of {geometry or size}-pixel images ({_RESTARTS:,} attempts failed): "
-                "choose a smaller contour, a larger size or the geometry of smaller images"
-            )
+    if not _images(seeds, tables, tips, paddles, ends, *numbers):
+        raise ValueError(
+            f"two curves of {contour} paddles do not fit on {size} x {size} pixels with the "
+            f"geometry of {geometry or size}-pixel images ({_RESTARTS:,} attempts failed): "
+            "choose a smaller contour, a larger size or the geometry of smaller images"
+        )
     return paddles, ends
 
 
@@ -274,20 +271,26 @@ def _coverage(step, y, x, tip, half):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, nogil=True)
-def _begin(seed, margins):  # type: ignore[no-untyped-def]
-    """Seed the generator; which margin the image has."""
-    np.random.seed(seed)
-    return np.random.randint(margins)
+def _images(seeds, tables, tips, paddles, ends, size, contour, distance, padding, shorts):  # type: ignore[no-untyped-def]
+    """Fill in paddles and ends of all images; False where one cannot be drawn.
+
+    tables, tips: A margin each; a tip is the first end, as a part of the way from pivot to head.
+    """
+    directions = np.zeros(paddles.shape[1], np.int32)  # scratch, a paddle each
+    numbers = (size, contour, distance, padding, shorts)
+    for i in range(len(seeds)):
+        np.random.seed(seeds[i])
+        margin = np.random.randint(len(tables))
+        if not _image(tables[margin], directions, paddles[i], ends[i], tips[margin], *numbers):
+            return False
+    return True
 
 
 @numba.njit(cache=True, nogil=True)
 def _image(  # type: ignore[no-untyped-def]
     tables, directions, paddles, ends, tip, size, contour, distance, padding, shorts
 ):  # fmt: skip
-    """Fill in paddles and ends; False where no attempt succeeds.
-
-    directions: Scratch, a paddle each. tip: First end, as a part of the way from pivot to head.
-    """
+    """Fill in paddles and ends; False where no attempt succeeds."""
     stride, done, more = size + tables.coverage.shape[1] - 1, False, contour // 3
     mask = np.zeros(stride * stride, np.float32)  # coverage so far, with an empty border
     for _ in range(_RESTARTS):
@@ -396,7 +399,7 @@ def _extend(tables, mask, directions, paddles, size, i, padding):  # type: ignor
     if not (low <= y <= high and low <= x <= high):
         return False
     total, number = 0.0, tables.follows[before]
-    sums = np.empty(64)
+    sums = np.empty(number)
     for j in range(number):
         k = tables.follow[before, j]
         row, column = y + tables.steps[k, 0], x + tables.steps[k, 1]
