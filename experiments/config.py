@@ -118,7 +118,7 @@ class Common:
         return json.loads(json.dumps(settings))
 
 
-def _check_attention(attention: str, length: int) -> None:
+def check_attention(attention: str, length: int) -> None:
     mask = Kind.of(attention).mask
     made_for = () if mask is None else mask.extents()
     if any(extent not in (None, length) for extent in made_for):
@@ -142,7 +142,7 @@ class RunConfig(Common):
 
     def __post_init__(self) -> None:
         """Refuse a mask that cannot be read, or is made for other lengths, before any work."""
-        _check_attention(self.attention, self.task.length + (self.model.pooling == "cls"))
+        check_attention(self.attention, self.task.length + (self.model.pooling == "cls"))
 
     def completed(self, saved: dict[str, Any]) -> dict[str, Any]:
         """Settings that an older version saved, with the defaults of those that it did not know."""

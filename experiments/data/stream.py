@@ -91,9 +91,9 @@ def held_out(
         more *= 2
 
 
-def workers() -> ThreadPoolExecutor:
-    """The threads that draw, one a core but for two."""
-    return ThreadPoolExecutor(max(1, (os.cpu_count() or 1) - 2), "draw")
+def workers(part: float = 1.0) -> ThreadPoolExecutor:
+    """Threads that draw: a part of the cores, two of which are left to training."""
+    return ThreadPoolExecutor(max(1, round(part * ((os.cpu_count() or 1) - 2))), "draw")
 
 
 class Stream:
@@ -151,14 +151,19 @@ class Stream:
         self.pools: dict[tuple[int, int], Future[Drawings]] = {}
         self.mixed: tuple[tuple[int, ...], Mirrored, list[int], list[int]] | None = None
 
-    def prepare(self, step: int) -> None:
-        """Begin to draw what this step and the next ones need; returns at once."""
+    def prepare(
+        self, step: int, ahead: int = _AHEAD, threads: ThreadPoolExecutor | None = None
+    ) -> None:
+        """Begin to draw what this step needs, and more pools of each contour; returns at once.
+
+        threads: That draw, if others than the stream's.
+        """
         for which, steps in enumerate(self.steps):
             first = step // steps
-            for number in range(first, first + 1 + _AHEAD):
+            for number in range(first, first + 1 + ahead):
                 if (which, number) not in self.pools:
-                    pool = self._pool(which, number)
-                    self.pools[which, number] = self.assemblers.submit(pool.draw, self.threads)
+                    draw, by = self._pool(which, number).draw, threads or self.threads
+                    self.pools[which, number] = self.assemblers.submit(draw, by)
             for old in [k for k in self.pools if k[0] == which and k[1] < first]:
                 self.pools.pop(old).cancel()
 
