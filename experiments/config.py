@@ -119,6 +119,7 @@ class Common:
 
 
 def check_attention(attention: str, length: int) -> None:
+    """Raise ValueError where a mask cannot be read, or is made for sequences of other lengths."""
     mask = Kind.of(attention).mask
     made_for = () if mask is None else mask.extents()
     if any(extent not in (None, length) for extent in made_for):

@@ -4,10 +4,10 @@ After Linsley et al., Learning long-range spatial dependencies with horizontal g
 (2018), whose images Long Range Arena took over. A curve is a chain of paddles, line segments of
 length L with gaps of 2 m between them. Compiled by numba; an image depends on its seed alone.
 
-Two long curves that must both fit are drawn by trial and error: on a canvas of 128 pixels, 14 paddles
-of 5 pixels with a margin of 3 take some 4,000 attempts. So an attempt must be cheap: all that depends
-on a paddle's direction alone (the pixels it covers, the directions that may follow) is tabulated, and
-a failed attempt takes back its own pixels instead of clearing the canvas.
+Curves are drawn by trial and error: on a canvas of 128 pixels, two of 14 paddles of 5 pixels with a
+margin of 3 take some 4,000 attempts. So an attempt must be cheap. All that depends on a paddle's
+direction alone is tabulated: the pixels it covers, and the directions that may follow. A failed
+attempt clears its own pixels, not the canvas.
 """
 
 from __future__ import annotations
@@ -441,7 +441,7 @@ def _stamp(tables, mask, directions, paddles, size, i):  # type: ignore[no-untyp
         corner = _pixel(tables, size, top + row, left)
         for column in range(max(start, -left), min(end, size - left)):
             pixel, new = corner + np.uint64(column), tables.coverage[k, row, column]
-            mask[pixel] = new if new > mask[pixel] else mask[pixel]
+            mask[pixel] = max(mask[pixel], new)
 
 
 @numba.njit(cache=True, nogil=True, inline="always")

@@ -77,10 +77,13 @@ def held_out(
     """Images that no stream trains on, whatever its seed.
 
     Args:
-        threads: That draw them.
-        size, contour, geometry, order: As of `Pathfinder`.
-        count: How many.
-        number: 0..7, of the set: two sets have no image in common.
+        threads: Threads that draw them.
+        size: Pixels a side of the canvas.
+        contour: Paddles of a long curve.
+        geometry: Size of the published images whose paddles are drawn; None: `size`.
+        order: Order of the pixels.
+        count: Number of images.
+        number: Number of the set, 0..7: two sets have no image in common.
     """
     more = count + count // 8 + 64  # some are left out
     while True:
@@ -103,14 +106,16 @@ class Stream:
     at random. All is drawn from `seed` and the number of the step.
 
     Args:
-        size, geometry, order: As of `Pathfinder`.
+        size: Pixels a side of the canvas.
+        geometry: Size of the published images whose paddles are drawn; None: `size`.
+        order: Order of the pixels.
         contours: Paddles of the long curves.
-        weights: How often each contour is drawn; need not add up to one.
+        weights: Relative frequency of each contour.
         batch_size: Images a step.
-        seed: Of images, their order and their mixture.
-        reuse: How often an image is shown on average, in one of eight ways each time.
-        device: Where images are rendered.
-        threads: That draw the geometry.
+        seed: Seed of the images, their order and their mixture.
+        reuse: How often an image is shown on average, in one of eight orientations each time.
+        device: Device that renders the images.
+        threads: Threads that draw the geometry.
         share: Rank and number of the processes that share each batch.
 
     Raises:
@@ -156,7 +161,10 @@ class Stream:
     ) -> None:
         """Begin to draw what this step needs, and more pools of each contour; returns at once.
 
-        threads: That draw, if others than the stream's.
+        Args:
+            step: Step of the run.
+            ahead: Pools of each contour to draw before they are needed.
+            threads: Threads that draw, if others than the stream's.
         """
         for which, steps in enumerate(self.steps):
             first = step // steps
