@@ -59,8 +59,8 @@ class Pool:
         lines, ends = (np.concatenate(parts) for parts in zip(*made, strict=True))
         markers, labels = geometry.mark(ends, self.size, self.seed)
         kept = labels >= 0
-        arrays = (torch.from_numpy(x[kept]) for x in (lines, markers, labels))
-        images = Drawings(*arrays, self.size, self.order, self.geometry)
+        lines, markers, labels = (torch.from_numpy(x[kept]) for x in (lines, markers, labels))
+        images = Drawings(lines, markers, labels, self.size, self.order, self.geometry)
         nothing = images.subset(torch.arange(0))
         return Splits(images, nothing, nothing)
 
@@ -200,7 +200,7 @@ class Stream:
             counts = [len(pool) for pool in pools]
             starts = [sum(counts[:i]) for i in range(len(counts))]
             images = joined(pools).on(self.device)
-            mixed = Mirrored(images, images.order, images.size)
+            mixed = Mirrored(images, self.firsts[0].order, images.size)
             self.mixed = numbers, mixed, starts, counts
         return self.mixed[1:]
 
