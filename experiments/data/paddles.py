@@ -55,6 +55,7 @@ _CANVASES = {32: (7.0, 4), 64: (14.0, 8), 128: (20.0, 20), 256: (27.0, 30), 512:
 SIZES = tuple(_CANVASES)
 
 DISTANCES = 46  # that are told apart where markers are placed: 32nds of the width
+SECTORS = 16  # directions from one marker to the other that are told apart
 
 
 def drawing(size: int, geometry: int | None = None) -> Drawing:
@@ -129,8 +130,9 @@ def mark(
     """Which ends to mark: one curve's first, and its own last one or the other curve's.
 
     Where the ends of one curve lie is not where those of two do: labels drawn at random could be
-    guessed, better than by chance, from the places of the markers and from their distance. Here, of
-    each pair of places and each distance, there are about as many of both labels.
+    guessed, better than by chance, from the places of the markers, their distance and direction.
+    Here, of each pair of places, each distance and each direction, there are about as many of both
+    labels.
 
     Returns:
         markers float32 (n, 2, 2); labels int64 (n,): 1 where one curve joins the markers, -1 where
@@ -167,8 +169,10 @@ def _place(one, two, size):  # type: ignore[no-untyped-def]
 @numba.njit(cache=True, nogil=True)
 def _mark(ends, size, seed, markers, labels):  # type: ignore[no-untyped-def]
     np.random.seed(seed)
-    # How many more ones than zeros: by place, and by distance alone, lest small excesses add up.
+    # How many more ones than zeros: by place, and by distance and by direction alone, lest small
+    # excesses add up. Pivots are rounded up, so short curves lean towards one corner.
     excess, together = np.zeros(64 * 64 * DISTANCES, np.int64), np.zeros(DISTANCES, np.int64)
+    directions = np.zeros(SECTORS, np.int64)
     for i in range(len(ends)):
         labels[i] = -1
         start = np.random.randint(4)
@@ -179,9 +183,13 @@ def _mark(ends, size, seed, markers, labels):  # type: ignore[no-untyped-def]
             place = _place(one, two, size)
             change = 1 if label == 1 else -1
             distance = place % DISTANCES
-            if abs(excess[place] + change) <= 1 and abs(together[distance] + change) <= 4:
+            turn = np.arctan2(one[0] - two[0], one[1] - two[1]) / (2 * np.pi) + 0.5
+            sector = int(turn * SECTORS) % SECTORS
+            balanced = abs(excess[place] + change) <= 1 and abs(together[distance] + change) <= 4
+            if balanced and abs(directions[sector] + change) <= 4:
                 excess[place] += change
                 together[distance] += change
+                directions[sector] += change
                 markers[i, 0], markers[i, 1], labels[i] = one, two, label
                 break
 

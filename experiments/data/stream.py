@@ -59,8 +59,14 @@ class Pool:
         lines, ends = (np.concatenate(parts) for parts in zip(*made, strict=True))
         markers, labels = geometry.mark(ends, self.size, self.seed)
         kept = labels >= 0
-        lines, markers, labels = (torch.from_numpy(x[kept]) for x in (lines, markers, labels))
-        images = Drawings(lines, markers, labels, self.size, self.order, self.geometry)
+        images = Drawings(
+            torch.from_numpy(lines[kept]),
+            torch.from_numpy(markers[kept]),
+            torch.from_numpy(labels[kept]),
+            self.size,
+            self.order,
+            self.geometry,
+        )
         nothing = images.subset(torch.arange(0))
         return Splits(images, nothing, nothing)
 
