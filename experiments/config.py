@@ -123,7 +123,8 @@ class Common:
         return json.loads(json.dumps(settings))
 
 
-def _check_attention(attention: str, length: int) -> None:
+def check_attention(attention: str, length: int) -> None:
+    """Raise ValueError where a mask cannot be read, or is made for sequences of other lengths."""
     mask = Kind.of(attention).mask
     made_for = () if mask is None else mask.extents()
     if any(extent not in (None, length) for extent in made_for):
@@ -147,7 +148,7 @@ class RunConfig(Common):
 
     def __post_init__(self) -> None:
         """Refuse a mask that cannot be read, or is made for other lengths, before any work."""
-        _check_attention(self.attention, self.length)
+        check_attention(self.attention, self.length)
 
     def completed(self, saved: dict[str, Any]) -> dict[str, Any]:
         """Settings that an older version saved, with the defaults of those that it did not know."""

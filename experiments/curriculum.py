@@ -1,103 +1,160 @@
-"""Pathfinder from easy to hard: longer curves, then larger images, each stage from the one before.
+"""A curriculum: stages of growing canvases and curves, each from the weights of the one before.
 
-Attention that begins with the hard images often stays at chance; with rotary positions in pixels,
-what was learned of curves on small images holds on large ones.
+From scratch, Path-256 stays at chance. Small canvases with short curves, drawn with the paddles and
+gaps of 256-pixel images, are learned in a minute. With rotary positions in pixels, a model keeps on
+larger canvases what it learned there. A stage ends when held-out images of its longest curves are
+judged well enough, or when its images are used up.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from pathlib import Path
+import json
+import math
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from sparse_flash.experiments import recipes
-from sparse_flash.experiments.config import RunConfig
+from sparse_flash.experiments.config import ModelConfig, TrainConfig, check_attention
 from sparse_flash.experiments.data.pathfinder import Pathfinder
-from sparse_flash.experiments.lock import exclusive
-from sparse_flash.experiments.train import train
 
-Size = Literal[32, 64, 128, 256]
+Size = Literal[32, 64, 128, 256, 512]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Images of one canvas and some contours, until they are learned."""
+
+    size: Size
+    """Pixels a side of the canvas."""
+    contours: tuple[int, ...]
+    """Paddles of the long curves; the last is evaluated."""
+    weights: tuple[float, ...]
+    """How often each contour is shown."""
+    batch_size: int
+    """Images a step."""
+    lr: float
+    """Peak learning rate of AdamW: linear warm-up, then a cosine over all images to a tenth."""
+    images: int
+    """Images after which the stage ends at the latest."""
+    target: float = 1.0
+    """Validation accuracy at which the stage ends."""
+    reuse: float = 1.0
+    """How often an image is shown on average, turned or mirrored."""
+    evaluations: int = 20
+    """How often the stage is evaluated at most."""
+
+    def __post_init__(self) -> None:
+        """Refuse what no stage can be made of."""
+        if not self.contours or len(self.contours) != len(self.weights):
+            raise ValueError(
+                f"a stage needs contours and a weight for each, got {self.contours} with weights "
+                f"{self.weights}"
+            )
+        if min(self.weights) <= 0 or self.reuse <= 0 or not self.lr > 0:
+            raise ValueError(f"weights, reuse and lr must be positive, got {self}")
+        if self.batch_size < 1 or self.evaluations < 1 or self.steps < self.evaluations:
+            raise ValueError(
+                f"a stage needs at least a step for each evaluation, got {self.images} images in "
+                f"batches of {self.batch_size} with {self.evaluations} evaluations"
+            )
+        for contour in self.contours:
+            Pathfinder(self.size, contour, geometry=256)  # refuses what cannot be drawn
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps at most: a whole number for each evaluation."""
+        return self.images // self.batch_size // self.evaluations * self.evaluations
+
+    @property
+    def eval_every(self) -> int:
+        """Steps between evaluations."""
+        return self.steps // self.evaluations
+
+    def learning_rate(self, step: int, warmup: int) -> float:
+        """Of a step (from 0) of the stage."""
+        done = max(0, step - warmup) / max(1, self.steps - warmup)
+        cosine = 0.55 + 0.45 * math.cos(math.pi * done)
+        return self.lr * min(1.0, (step + 1) / max(1, warmup)) * cosine
 
 
 @dataclass(frozen=True)
 class Curriculum:
-    """The stages, and what they share. Stage i has `sizes[i]`, `contours[i]` and `steps[i]`."""
+    """The stages of a run, and what they share."""
 
-    sizes: tuple[Size, ...] = (64, 64, 64, 128, 256)
-    """Pixels a side."""
-    contours: tuple[int, ...] = (6, 9, 14, 14, 14)
-    """Paddles of a long curve."""
-    steps: tuple[int, ...] = (5_000, 10_000, 30_000, 30_000, 30_000)
-    """Optimiser steps."""
-    images: int = 160_000
-    """Training images of each stage."""
+    stages: tuple[Stage, ...]
+    """In this order."""
+    geometry: Literal[32, 64, 128, 256] = 256
+    """Size of the published images whose paddles are drawn on every canvas."""
     attention: str = ""
-    """A mask, if not 3 x 3 patches and a butterfly; PIXELS stands for the size."""
+    """As of a single run; PIXELS stands for the canvas. Empty: 3 x 3 patches and a butterfly."""
+    block: int = 128
+    """Granularity of layouts, in tokens."""
+    model: ModelConfig = field(
+        default_factory=lambda: ModelConfig(
+            positions="rotary2d", reach=(3.0, 10.0), pooling="max", dropout=0.0
+        )
+    )
+    """The model, the same in all stages."""
+    average: float = 0.998
+    """Weights are evaluated as a moving average, of which a step leaves this part."""
+    warmup: int = 200
+    """Steps of linear warm-up of each stage."""
+    weight_decay: float = 0.01
+    """On matrices."""
+    clip: float = 1.0
+    """Largest norm of the gradient."""
+    val: int = 1_000
+    """Images to evaluate a stage on."""
+    test: int = 4_000
+    """Images to evaluate the last stage on in the end."""
+    compile: bool = True
+    """Run the model through torch.compile."""
+    graph: bool = True
+    """On a GPU, run a step as one CUDA graph."""
     seed: int = 0
-    """Seed of images, weights and their order."""
-    budget: float = float("inf")
-    """Seconds of training for each stage."""
+    """Seed of weights, training images and their order."""
 
     def __post_init__(self) -> None:
-        """All stages must be there, and possible."""
-        lengths = {len(self.sizes), len(self.contours), len(self.steps)}
-        if len(lengths) > 1 or not self.sizes:
+        """Refuse what cannot be trained, before any work."""
+        if not self.stages or min(self.val, self.test) < 1:
+            raise ValueError(f"a curriculum needs stages and images to evaluate on, got {self}")
+        if self.model.positions == "learned":
             raise ValueError(
-                "sizes, contours and steps must be as many as there are stages, got "
-                f"{len(self.sizes)}, {len(self.contours)} and {len(self.steps)}"
+                "learned positions are of one canvas: a curriculum needs positions 'rotary2d' (or "
+                "'rotary')"
             )
-        for stage in range(len(self.sizes)):
-            self.run(stage, "")
+        if not 0 <= self.average < 1:
+            raise ValueError(f"average must be in 0..1, got {self.average}")
+        for size in {stage.size for stage in self.stages}:
+            check_attention(self.mask(size), size * size + (self.model.pooling == "cls"))
 
-    def run(self, stage: int, init: str) -> RunConfig:
-        """One stage, from the weights of the run `init`."""
-        size, seed = self.sizes[stage], self.seed
-        by_size = {64: recipes.path_64, 128: recipes.path_x, 256: recipes.path_256}
-        base = by_size.get(size, recipes.path_64)()
-        attention = self.attention.replace("PIXELS", str(size))
-        if not attention:
-            attention = recipes.patches_and_butterfly(size)
-        held_out = min(2_000, self.images)
-        assert isinstance(base.task, Pathfinder)
-        task = replace(
-            base.task,
-            size=size,
-            contour=self.contours[stage],
-            easier=(),
-            train=self.images,
-            val=held_out,
-            test=held_out,
-            seed=seed,
+    def mask(self, size: int) -> str:
+        """The attention on a canvas."""
+        return self.attention.replace("PIXELS", str(size)) or patches_and_butterfly(size)
+
+    def training(self, stage: Stage) -> TrainConfig:
+        """The settings of a stage's optimiser steps."""
+        return TrainConfig(
+            steps=stage.steps,
+            batch_size=stage.batch_size,
+            lr=stage.lr,
+            warmup=self.warmup,
+            weight_decay=self.weight_decay,
+            clip=self.clip,
+            compile=self.compile,
+            graph=self.graph,
         )
-        steps = self.steps[stage]
-        schedule = replace(base.train, steps=steps, warmup=min(base.train.warmup, steps // 5))
-        return replace(base, task=task, attention=attention, train=schedule, seed=seed, init=init)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as it is saved with checkpoints and results."""
+        settings: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return settings
 
 
-def follow(
-    curriculum: Curriculum, out: Path, device: str = "auto", **changes: Any
-) -> list[dict[str, Any]]:
-    """Train stage after stage, a folder each; the same call resumes. Returns their results.
+def patches_and_butterfly(size: int) -> str:
+    """The mask for images in Morton order: 3 x 3 patches of 8 x 16 pixels, and far ones.
 
-    changes: To the settings of every stage's run.
-
-    Raises:
-        FolderInUseError: Another process writes to the folder.
+    A block of 128 tokens is such a patch; a butterfly's distances of 2^k blocks are distances of
+    2^(k / 2) patches.
     """
-    with exclusive(out):
-        return _follow(curriculum, out, device, changes)
-
-
-def _follow(
-    curriculum: Curriculum, out: Path, device: str, changes: dict[str, Any]
-) -> list[dict[str, Any]]:
-    results: list[dict[str, Any]] = []
-    init = ""
-    for stage, (size, contour) in enumerate(
-        zip(curriculum.sizes, curriculum.contours, strict=True)
-    ):
-        run = replace(curriculum.run(stage, init), **changes)
-        folder = out / f"{stage + 1}-{size}px-contour{contour}"
-        results.append(train(run, folder, device, budget=curriculum.budget))
-        init = str(folder)
-    return results
+    order = f"morton({size}, {size})"
+    return f"through(patches({size}, {size}, (8, 16), 1), {order}) | butterfly(128)"

@@ -14,6 +14,7 @@ from sparse_flash.experiments.config import (
     TrainConfig,
     compared,
 )
+from sparse_flash.experiments.curriculum import Curriculum, Stage, patches_and_butterfly
 from sparse_flash.experiments.data.images import Image
 from sparse_flash.experiments.data.listops import ListOps
 from sparse_flash.experiments.data.pathfinder import Pathfinder
@@ -94,16 +95,6 @@ def pathfinder() -> RunConfig:
     )
 
 
-def patches_and_butterfly(size: int) -> str:
-    """The mask for images in Morton order: 3 x 3 patches of 8 x 16 pixels, and far ones.
-
-    A block of 128 tokens is such a patch; a butterfly's distances of 2^k blocks are distances of
-    2^(k / 2) patches.
-    """
-    order = f"morton({size}, {size})"
-    return f"through(patches({size}, {size}, (8, 16), 1), {order}) | butterfly(128)"
-
-
 def _path(size: Literal[64, 128, 256], batch: int, steps: int) -> RunConfig:
     """Every pixel a token, in Morton order, with rotary positions in pixels and max pooling.
 
@@ -140,14 +131,45 @@ def path_64() -> RunConfig:
     return _path(64, 256, 9_000)
 
 
-def path_x() -> RunConfig:
-    """Path-X: Pathfinder with 128 x 128 pixels, 16,384 tokens."""
+def path_x_direct() -> RunConfig:
+    """Path-X without stages: Pathfinder with 128 x 128 pixels, 16,384 tokens."""
     return _path(128, 64, 36_000)
 
 
-def path_256() -> RunConfig:
-    """Path-256: Pathfinder with 256 x 256 pixels, 65,536 tokens."""
+def path_256_direct() -> RunConfig:
+    """Path-256 without stages, which stays at chance: 256 x 256 pixels, 65,536 tokens."""
     return _path(256, 16, 72_000)
+
+
+def _first_stages() -> tuple[Stage, ...]:
+    """Canvases of 64 and of 128 pixels with curves of up to 9 paddles."""
+    return (
+        Stage(64, (3,), (1.0,), 256, 1e-3, 400_000, target=0.95, reuse=2),
+        Stage(64, (3, 4, 5), (1.0, 1.0, 2.0), 256, 1e-3, 1_000_000, target=0.975, reuse=4),
+        Stage(128, (4, 6), (1.0, 1.0), 64, 1e-3, 120_000, target=0.93, reuse=2, evaluations=10),
+        Stage(128, (4, 6, 9), (1.0, 2.0, 4.0), 64, 1e-3, 300_000, target=0.9, reuse=2),
+    )
+
+
+def path_x() -> Curriculum:
+    """Path-X by stages: Pathfinder with 128 x 128 pixels, 16,384 tokens."""
+    last = Stage(
+        128, (6, 9, 12, 14), (1.0, 2.0, 2.0, 3.0), 64, 1e-3, 3_000_000, reuse=4, evaluations=60
+    )
+    return Curriculum((*_first_stages(), last), geometry=128)
+
+
+def path_256() -> Curriculum:
+    """Path-256 by stages: Pathfinder with 256 x 256 pixels, 65,536 tokens."""
+    return Curriculum(
+        (
+            *_first_stages(),
+            Stage(
+                128, (6, 9, 12, 14), (1.0, 2.0, 2.0, 3.0), 64, 1e-3, 700_000, target=0.92, reuse=4
+            ),
+            Stage(256, (9, 12, 14), (1.0, 1.0, 3.0), 16, 7e-4, 1_000_000, evaluations=40),
+        )
+    )
 
 
 def _replica(size: Literal[64, 128, 256], init: str) -> RunConfig:
@@ -238,13 +260,14 @@ RUNS: dict[str, Callable[[], RunConfig]] = {
     **SMALL,
     **{f"{name}-strong": strong(recipe) for name, recipe in SMALL.items()},
     "path-64": path_64,
-    "path-x": path_x,
-    "path-256": path_256,
+    "path-x-direct": path_x_direct,
+    "path-256-direct": path_256_direct,
     "path-64-replica": path_64_replica,
     "path-x-replica": path_x_replica,
     "path-256-replica": path_256_replica,
     "listops-short": listops_short,
 }
+CURRICULA: dict[str, Callable[[], Curriculum]] = {"path-x": path_x, "path-256": path_256}
 COMPARISONS: dict[str, Callable[[], CompareConfig]] = {
     "listops": compare_listops,
     "listops-short": compare_listops_short,

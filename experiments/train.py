@@ -196,7 +196,7 @@ class _Run:
     def run(self) -> dict[str, Any]:
         """Train to the end, evaluate, and write the result."""
         train = self.config.train
-        with self.log, _stop_on_signals() as stop:
+        with self.log, stop_on_signals() as stop:
             self._describe()
             with tqdm(
                 total=train.steps,
@@ -479,7 +479,7 @@ def _check_settings(path: Path, saved: dict[str, Any], config: RunConfig) -> Non
 
 
 @contextlib.contextmanager
-def _stop_on_signals() -> Iterator[list[int]]:
+def stop_on_signals() -> Iterator[list[int]]:
     """A list that receives SIGTERM and SIGINT; empty (false) as long as the run may go on."""
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():

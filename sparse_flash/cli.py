@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +15,9 @@ from sparse_flash.experiments.bench import run as benchmark
 from sparse_flash.experiments.bench import steps
 from sparse_flash.experiments.compare import compare, picture, table
 from sparse_flash.experiments.config import CompareConfig, RunConfig
-from sparse_flash.experiments.curriculum import Curriculum, follow
+from sparse_flash.experiments.curriculum import Curriculum
 from sparse_flash.experiments.lra import LraConfig
+from sparse_flash.experiments.staged import follow
 from sparse_flash.experiments.train import Interrupted, TrainingError, train
 from sparse_flash.masks import parse
 
@@ -132,25 +134,29 @@ def compare_lra(
     _point_to_tensorboard(out)
 
 
-def curriculum(
-    config: Annotated[Curriculum, *Flat] = Curriculum(),  # noqa: B008 - the defaults are shown
-    out: Path = Path("runs/train/curriculum"),
-    device: str = "auto",
-) -> None:
-    """Pathfinder from easy to hard, to Path-256; the same command resumes.
+def _stager(name: str, recipe: Callable[[], Curriculum]) -> Callable[..., None]:
+    """The command that trains by a curriculum."""
 
-    Args:
-        config: The stages.
-        out: Folder: a folder a stage.
-        device: auto (a GPU if there is one), cpu, cuda, cuda:1, ...
-    """
-    for run in follow(config, out, device):
-        task, metrics = run["config"]["task"], run["metrics"]
-        print(
-            f"{task['size']} pixels, contour {task['contour']}: {metrics['test_accuracy']:.1%} "
-            f"after {metrics['steps']} steps"
-        )
-    _point_to_tensorboard(out)
+    def run(
+        config: Annotated[Curriculum, *Flat] = recipe(),  # noqa: B008 - the recipe is the default
+        out: Path = Path("runs/train") / name,
+        device: str = "auto",
+        budget: float = math.inf,
+    ) -> None:
+        """Train stage after stage; the same command resumes, on another machine as well.
+
+        Args:
+            config: The stages, and what they share.
+            out: Folder of this run: checkpoint, TensorBoard events, result.json.
+            device: auto (a GPU if there is one), cpu, cuda, cuda:1, ...
+            budget: Seconds from now after which the run stops with a checkpoint.
+        """
+        result = follow(config, out, device, budget)
+        for metric, value in result["metrics"].items():
+            print(f"{metric:>20}: {value:.4g}")
+        _point_to_tensorboard(out)
+
+    return run
 
 
 def bench(
@@ -204,7 +210,8 @@ def _application() -> tyro.extras.SubcommandApp:
     for name, pair in recipes.COMPARISONS.items():
         compare_.command(name=name, help=pair.__doc__)(_comparer(name, pair))
     compare_.command(name="lra")(compare_lra)
-    train_.command(name="curriculum")(curriculum)
+    for name, stages in recipes.CURRICULA.items():
+        train_.command(name=name, help=stages.__doc__)(_stager(name, stages))
     app.command(mask, name="mask", help="Look at masks.")
     app.command(train_, name="train", help="Train one model on a task.")
     app.command(compare_, name="compare", help="Compare kinds of attention on a task.")

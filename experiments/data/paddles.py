@@ -3,11 +3,18 @@
 After Linsley et al., Learning long-range spatial dependencies with horizontal gated recurrent units
 (2018), whose images Long Range Arena took over. A curve is a chain of paddles, line segments of
 length L with gaps of 2 m between them. Compiled by numba; an image depends on its seed alone.
+
+Curves are drawn by trial and error: on a canvas of 128 pixels, two of 14 paddles of 5 pixels with a
+margin of 3 take some 4,000 attempts. So an attempt must be cheap. All that depends on a paddle's
+direction alone is tabulated: the pixels it covers, and the directions that may follow. A failed
+attempt clears its own pixels, not the canvas.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -16,11 +23,13 @@ from numpy.typing import NDArray
 FIELDS = 4  # of a paddle, in pixels: row and column of its pivot, and of its head from there
 _TRIES = 3  # for a paddle, before its curve is given up
 _ATTEMPTS = 1000  # for a short curve, before its image is begun anew
+_RESTARTS = 300_000  # of an image, before it is given up: about a second
+_COVERED = 1.8  # coverage of two paddles together from which they overlap
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """How images of one size are drawn; lengths are in pixels."""
+    """How images are drawn; lengths are in pixels."""
 
     paddle: int
     margins: tuple[int, ...]  # one is drawn for each image
@@ -39,32 +48,79 @@ DRAWINGS = {
     128: Drawing(5, (2, 3), 1.5, 3.0, 20, 1, 1.8, 35, 0.9),
     256: Drawing(5, (3,), 2.0, 5.0, 27, 22, 1.8, 30, 1.0),
 }
+"""By the size of published images."""
 
+# Seed distance and distractors on canvases that borrow the geometry of another size.
+_CANVASES = {32: (7.0, 4), 64: (14.0, 8), 128: (20.0, 20), 256: (27.0, 30), 512: (38.0, 40)}
+SIZES = tuple(_CANVASES)
 
 DISTANCES = 46  # that are told apart where markers are placed: 32nds of the width
+SECTORS = 16  # directions from one marker to the other that are told apart
 
 
-def number_of_paddles(size: int, contour: int) -> int:
+def drawing(size: int, geometry: int | None = None) -> Drawing:
+    """How a canvas of `size` pixels is drawn with the geometry of another size.
+
+    Paddles, margins, thickness, markers, continuity and contrast are those of `geometry`; the seed
+    distance and the number of distractors are scaled to the canvas, and only one pixel stays free
+    at the border.
+
+    Raises:
+        ValueError: The geometry is unknown, or the size has none of its own.
+
+    >>> drawing(256) == drawing(256, 256) == DRAWINGS[256]
+    True
+    >>> drawing(64, 256).margins, drawing(64, 256).seed_distance, drawing(64, 256).distractors
+    ((3,), 14.0, 8)
+    """
+    own = size if geometry is None else geometry
+    if own not in DRAWINGS:
+        raise ValueError(
+            f"no geometry is known for {own} pixels: choose one of {tuple(DRAWINGS)} with geometry"
+        )
+    if own == size:
+        return DRAWINGS[size]
+    if size not in _CANVASES:
+        raise ValueError(f"a canvas must have {SIZES} pixels a side, got {size}")
+    distance, distractors = _CANVASES[size]
+    return replace(DRAWINGS[own], seed_distance=distance, distractors=distractors, padding=1)
+
+
+def number_of_paddles(size: int, contour: int, geometry: int | None = None) -> int:
     """Of an image: two curves of `contour` paddles, and short ones of a third of it."""
-    return 2 * contour + DRAWINGS[size].distractors // 4 * (contour // 3)
+    return 2 * contour + drawing(size, geometry).distractors // 4 * (contour // 3)
 
 
 def curves(
-    size: int, contour: int, seeds: NDArray[np.int64]
+    size: int, contour: int, seeds: NDArray[np.int64], geometry: int | None = None
 ) -> tuple[NDArray[np.int16], NDArray[np.float32]]:
     """The curves of the images with these seeds.
+
+    Args:
+        size: Pixels a side of the canvas.
+        contour: Paddles of a long curve.
+        seeds: One an image, (n,).
+        geometry: Size of the published images whose paddles are drawn; None: `size`.
 
     Returns:
         paddles int16 (n, paddles, FIELDS); ends float32 (n, 2, 2, 2): of each of the two long
         curves the first and the last end, row and column.
+
+    Raises:
+        ValueError: Such long curves do not fit on the canvas.
     """
-    d = DRAWINGS[size]
-    paddles = np.zeros((len(seeds), number_of_paddles(size, contour), FIELDS), np.int16)
+    d = drawing(size, geometry)
+    paddles = np.zeros((len(seeds), number_of_paddles(size, contour, geometry), FIELDS), np.int16)
     ends = np.zeros((len(seeds), 2, 2, 2), np.float32)
-    margins = np.array(d.margins)
-    numbers = (size, contour, d.paddle, d.thickness, d.seed_distance, d.padding, d.continuity)
-    for i, seed in enumerate(seeds):
-        _image(seed, *numbers, d.distractors // 4, margins, paddles[i], ends[i])
+    tables = tuple(_tables(d.paddle, m, d.thickness, d.continuity, size) for m in d.margins)
+    tips = tuple(m / (d.paddle + m) for m in d.margins)
+    numbers = (size, contour, d.seed_distance, d.padding, d.distractors // 4)
+    if not _images(seeds, tables, tips, paddles, ends, *numbers):
+        raise ValueError(
+            f"two curves of {contour} paddles do not fit on {size} x {size} pixels with the "
+            f"geometry of {geometry or size}-pixel images ({_RESTARTS:,} attempts failed): "
+            "choose a smaller contour, a larger size or the geometry of smaller images"
+        )
     return paddles, ends
 
 
@@ -74,8 +130,9 @@ def mark(
     """Which ends to mark: one curve's first, and its own last one or the other curve's.
 
     Where the ends of one curve lie is not where those of two do: labels drawn at random could be
-    guessed, better than by chance, from the places of the markers and from their distance. Here, of
-    each pair of places and each distance, there are about as many of both labels.
+    guessed, better than by chance, from the places of the markers, their distance and direction.
+    Here, of each pair of places, each distance and each direction, there are about as many of both
+    labels.
 
     Returns:
         markers float32 (n, 2, 2); labels int64 (n,): 1 where one curve joins the markers, -1 where
@@ -112,8 +169,10 @@ def _place(one, two, size):  # type: ignore[no-untyped-def]
 @numba.njit(cache=True, nogil=True)
 def _mark(ends, size, seed, markers, labels):  # type: ignore[no-untyped-def]
     np.random.seed(seed)
-    # How many more ones than zeros: by place, and by distance alone, lest small excesses add up.
+    # How many more ones than zeros: by place, and by distance and by direction alone, lest small
+    # excesses add up. Pivots are rounded up, so short curves lean towards one corner.
     excess, together = np.zeros(64 * 64 * DISTANCES, np.int64), np.zeros(DISTANCES, np.int64)
+    directions = np.zeros(SECTORS, np.int64)
     for i in range(len(ends)):
         labels[i] = -1
         start = np.random.randint(4)
@@ -124,195 +183,282 @@ def _mark(ends, size, seed, markers, labels):  # type: ignore[no-untyped-def]
             place = _place(one, two, size)
             change = 1 if label == 1 else -1
             distance = place % DISTANCES
-            if abs(excess[place] + change) <= 1 and abs(together[distance] + change) <= 4:
+            turn = np.arctan2(one[0] - two[0], one[1] - two[1]) / (2 * np.pi) + 0.5
+            sector = int(turn * SECTORS) % SECTORS
+            balanced = abs(excess[place] + change) <= 1 and abs(together[distance] + change) <= 4
+            if balanced and abs(directions[sector] + change) <= 4:
                 excess[place] += change
                 together[distance] += change
+                directions[sector] += change
                 markers[i, 0], markers[i, 1], labels[i] = one, two, label
                 break
 
 
+class _Tables(NamedTuple):
+    """What depends on a paddle's direction alone, of k directions; lengths in pixels."""
+
+    steps: NDArray[np.int32]
+    """(k, 2) head from pivot, the integer offsets at length + margin; row and column."""
+    ahead: NDArray[np.float64]
+    """(k, 2) the next paddle's pivot from this one's, before it is rounded up."""
+    follow: NDArray[np.int32]
+    """(k, most) directions that may follow."""
+    weights: NDArray[np.float64]
+    """(k, most) how likely they are, as bends go."""
+    follows: NDArray[np.int64]
+    """(k,) how many they are."""
+    pixels: NDArray[np.int64]
+    """(k, most) pixels that may overlap, from the pivot, as distances in a flat mask."""
+    covers: NDArray[np.float64]
+    """(k, most) how much of each is covered, 0..1."""
+    cores: NDArray[np.int64]
+    """(k,) how many they are."""
+    spans: NDArray[np.int32]
+    """(k, rows, 2) first column that the dilated paddle covers in each row, and the one after the
+    last, both as columns of `coverage`."""
+    coverage: NDArray[np.float32]
+    """(k, rows, rows) how much of each pixel it covers, 0..1, the pivot in the middle."""
+
+
+@cache
+def _tables(length: int, margin: int, thickness: float, continuity: float, size: int) -> _Tables:
+    """The tables of one paddle on one canvas."""
+    radius, half = length + margin, thickness / 2 + margin
+    around = range(-radius, radius + 1)
+    steps = np.array(
+        [(y, x) for y in around for x in around if round(np.sqrt(y * y + x * x)) == radius]
+    )
+    angles = np.arctan2(steps[:, 0].astype(float), steps[:, 1].astype(float))
+    turns = abs((angles[None] - angles[:, None] + np.pi) % (2 * np.pi) - np.pi)
+    straight = np.maximum(np.cos(np.minimum(continuity * turns, np.pi / 2)), 0.0) ** 2
+    follow, follows = _ragged([np.flatnonzero(row > 1e-30) for row in straight])
+    reach = np.sqrt(steps[:, 0].astype(float) ** 2 + steps[:, 1].astype(float) ** 2)
+    ahead = ((length + 2 * margin) / reach)[:, None] * steps
+    extent = radius + int(half) + 1
+    wide = np.arange(-extent, extent + 1)
+    y, x = np.meshgrid(wide, wide, indexing="ij")
+    tip = margin / radius
+    shapes = np.stack([_coverage(step, y, x, tip, half) for step in steps])
+    inner = [shape >= _COVERED - 1 - 1e-6 for shape in shapes]  # a mask is at most 1
+    stride = size + 2 * extent
+    pixels, cores = _ragged([stride * y[some] + x[some] for some in inner])
+    covers, _ = _ragged([shape[some] for shape, some in zip(shapes, inner, strict=True)])
+    covered = shapes > 0
+    first, last = covered.argmax(2), len(wide) - covered[:, :, ::-1].argmax(2)
+    spans = np.stack([first, np.where(covered.any(2), last, 0)], 2).astype(np.int32)
+    return _Tables(
+        steps=steps.astype(np.int32),
+        ahead=ahead,
+        follow=follow.astype(np.int32),
+        weights=np.take_along_axis(straight, follow, 1),
+        follows=follows,
+        pixels=pixels,
+        covers=covers,
+        cores=cores,
+        spans=spans,
+        coverage=shapes.astype(np.float32),
+    )
+
+
+def _ragged(rows: list[NDArray[Any]]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """Rows of different lengths as one array, filled up with zeros; and their lengths."""
+    lengths = np.array([len(row) for row in rows])
+    array = np.zeros((len(rows), lengths.max()), rows[0].dtype)
+    for row, values in zip(array, rows, strict=True):
+        row[: len(values)] = values
+    return array, lengths
+
+
+def _coverage(step, y, x, tip, half):  # type: ignore[no-untyped-def]
+    """How much of each pixel a dilated paddle from pivot (0, 0) covers, by its distance: 0..1."""
+    ay, ax = tip * step[0], tip * step[1]
+    dy, dx = (1 - tip) * step[0], (1 - tip) * step[1]
+    t = (((y - ay) * dy + (x - ax) * dx) / (dy * dy + dx * dx)).clip(0.0, 1.0)
+    distance = np.sqrt((y - ay - t * dy) ** 2 + (x - ax - t * dx) ** 2)
+    return (half + 0.5 - distance).clip(0.0, 1.0)
+
+
+@numba.njit(cache=True, nogil=True)
+def _images(seeds, tables, tips, paddles, ends, size, contour, distance, padding, shorts):  # type: ignore[no-untyped-def]
+    """Fill in paddles and ends of all images; False where one cannot be drawn.
+
+    tables, tips: A margin each; a tip is the first end, as a part of the way from pivot to head.
+    """
+    directions = np.zeros(paddles.shape[1], np.int32)  # scratch, a paddle each
+    numbers = (size, contour, distance, padding, shorts)
+    for i in range(len(seeds)):
+        np.random.seed(seeds[i])
+        margin = np.random.randint(len(tables))
+        if not _image(tables[margin], directions, paddles[i], ends[i], tips[margin], *numbers):
+            return False
+    return True
+
+
 @numba.njit(cache=True, nogil=True)
 def _image(  # type: ignore[no-untyped-def]
-    seed, size, contour, length, thickness, distance, padding, continuity, shorts, margins,
-    paddles, ends,
+    tables, directions, paddles, ends, tip, size, contour, distance, padding, shorts
 ):  # fmt: skip
-    """Fill in paddles and ends."""
-    np.random.seed(seed)
-    margin = margins[np.random.randint(len(margins))]
-    reach = length + margin
-    circle = _circle(reach)
-    mask = np.zeros((size, size), np.float32)
-    half = thickness / 2 + margin  # of a paddle, dilated
-    done = False
-    while not done:
-        mask[:] = 0
-        done = _long_curves(
-            mask, paddles, contour, circle, length, margin, half, distance, padding, continuity
-        )
-        used = 2 * contour
-        for _ in range(shorts):
-            if done:
-                done = False
-                for _ in range(_ATTEMPTS):
-                    part = paddles[used : used + contour // 3]
-                    if _short_curve(mask, part, circle, length, margin, half, padding, continuity):
-                        done = True
-                        break
-                used += contour // 3
+    """Fill in paddles and ends; False where no attempt succeeds."""
+    stride, done, more = size + tables.coverage.shape[1] - 1, False, contour // 3
+    mask = np.zeros(stride * stride, np.float32)  # coverage so far, with an empty border
+    for _ in range(_RESTARTS):
+        done = _long_curves(tables, mask, directions, paddles, size, contour, distance, padding)
+        for short in range(shorts if done else 0):
+            first, done = 2 * contour + short * more, False
+            for _ in range(_ATTEMPTS):
+                done = _short_curve(
+                    tables, mask, directions, paddles, size, first, first + more, padding
+                )
+                if done:
+                    break
+            if not done:
+                mask[:] = 0
+                break
+        if done:
+            break
     for curve in range(2):
-        p = paddles[curve * contour]
+        first, last = curve * contour, (curve + 1) * contour - 1
         for axis in range(2):
-            ends[curve, 0, axis] = p[axis] + p[2 + axis] * margin / reach
-        p = paddles[curve * contour + contour - 1]
-        for axis in range(2):
-            ends[curve, 1, axis] = p[axis] + p[2 + axis]
+            ends[curve, 0, axis] = paddles[first, axis] + paddles[first, 2 + axis] * tip
+            ends[curve, 1, axis] = paddles[last, axis] + paddles[last, 2 + axis]
+    return done
 
 
 @numba.njit(cache=True, nogil=True)
-def _circle(radius):  # type: ignore[no-untyped-def]
-    """The integer offsets at this distance, rounded, and their angles."""
-    found = []
-    for y in range(-radius, radius + 1):
-        for x in range(-radius, radius + 1):
-            if round(np.sqrt(y * y + x * x)) == radius:
-                found.append((float(y), float(x), np.arctan2(float(y), float(x))))
-    return np.array(found)
-
-
-@numba.njit(cache=True, nogil=True)
-def _long_curves(  # type: ignore[no-untyped-def]
-    mask, paddles, contour, circle, length, margin, half, distance, padding, continuity
-):  # fmt: skip
-    """Both long curves, a paddle of each in turn; False where there is no way on."""
-    size = mask.shape[0]
+def _long_curves(tables, mask, directions, paddles, size, contour, distance, padding):  # type: ignore[no-untyped-def]
+    """Both long curves, a paddle of each in turn; False, and an empty mask, if there is no way."""
     border = min(0.4 * size, padding + 2 * distance)
     y, x = (
         np.random.uniform(border, size - 1 - border),
         np.random.uniform(border, size - 1 - border),
     )
-    if not _seed(mask, paddles[0], y, x, circle, padding, half, length, margin):
+    if not _seed(tables, mask, directions, paddles, size, 0, padding, y, x):
         return False
     turn = np.random.uniform(0, 2 * np.pi)
     y, x = y + distance * np.sin(turn), x + distance * np.cos(turn)
-    if not _seed(mask, paddles[contour], y, x, circle, padding, half, length, margin):
+    if not _seed(tables, mask, directions, paddles, size, contour, padding, y, x):
         return False
     for i in range(1, contour):
         for snake in range(2):
-            chain = paddles[snake * contour : (snake + 1) * contour]
-            if not _extend(mask, chain, i, circle, length, margin, half, padding, continuity):
+            if not _extend(tables, mask, directions, paddles, size, snake * contour + i, padding):
+                for stamped in range(i - 1 + (snake == 1)):
+                    _clear(tables, mask, directions, paddles, size, stamped)
+                for stamped in range(contour, contour + i - 1):
+                    _clear(tables, mask, directions, paddles, size, stamped)
                 return False
+            _stamp(tables, mask, directions, paddles, size, snake * contour + i - 1)
     for snake in range(2):
-        _stamp(mask, paddles[snake * contour + contour - 1], length, margin, half)
+        _stamp(tables, mask, directions, paddles, size, (snake + 1) * contour - 1)
     return True
 
 
 @numba.njit(cache=True, nogil=True)
-def _short_curve(mask, chain, circle, length, margin, half, padding, continuity):  # type: ignore[no-untyped-def]
+def _short_curve(tables, mask, directions, paddles, size, first, end, padding):  # type: ignore[no-untyped-def]
     """A curve anywhere; leaves the mask alone where it fails."""
-    size = mask.shape[0]
     y, x = (
         np.random.uniform(padding, size - 1 - padding),
         np.random.uniform(padding, size - 1 - padding),
     )
-    if mask[int(y), int(x)] > 0.5:
+    if mask[_pixel(tables, size, int(y), int(x))] > 0.5:
         return False
-    if not _seed(mask, chain[0], y, x, circle, padding, half, length, margin):
+    if not _seed(tables, mask, directions, paddles, size, first, padding, y, x):
         return False
-    before, good = mask.copy(), True
-    for i in range(1, len(chain)):
-        good = good and _extend(mask, chain, i, circle, length, margin, half, padding, continuity)
-    if good:
-        _stamp(mask, chain[-1], length, margin, half)
-    else:
-        mask[:] = before
-    return good
+    before = mask.copy()
+    for i in range(first + 1, end):
+        if not _extend(tables, mask, directions, paddles, size, i, padding):
+            mask[:] = before
+            return False
+        _stamp(tables, mask, directions, paddles, size, i - 1)
+    _stamp(tables, mask, directions, paddles, size, end - 1)
+    return True
 
 
-@numba.njit(cache=True, nogil=True)
-def _seed(mask, paddle, y, x, circle, padding, half, length, margin):  # type: ignore[no-untyped-def]
+@numba.njit(cache=True, nogil=True, inline="always")
+def _pixel(tables, size, y, x):  # type: ignore[no-untyped-def]
+    """A pixel's index in the flat mask, whose border is as wide as a paddle reaches.
+
+    Unsigned: numba would take a negative one from the end, which costs time in each loop.
+    """
+    rows = tables.coverage.shape[1]
+    return np.uint64((y + rows // 2) * (size + rows - 1) + x + rows // 2)
+
+
+@numba.njit(cache=True, nogil=True, inline="always")
+def _seed(tables, mask, directions, paddles, size, i, padding, y, x):  # type: ignore[no-untyped-def]
     """A curve's first paddle, in any direction."""
-    step = circle[np.random.randint(len(circle))]
-    paddle[0], paddle[1], paddle[2], paddle[3] = round(y), round(x), step[0], step[1]
-    return _inside(mask, paddle, padding) and not _overlaps(mask, paddle, length, margin, half)
+    k, low, high = np.random.randint(len(tables.steps)), padding, size - 1 - padding
+    top, left = round(y), round(x)
+    down, right = tables.steps[k, 0], tables.steps[k, 1]
+    directions[i] = k
+    paddles[i, 0], paddles[i, 1], paddles[i, 2], paddles[i, 3] = top, left, down, right
+    if not (low <= top <= high and low <= left <= high):
+        return False
+    if not (low <= top + down <= high and low <= left + right <= high):
+        return False
+    return not _overlaps(tables, mask, k, _pixel(tables, size, top, left))
 
 
-@numba.njit(cache=True, nogil=True)
-def _extend(mask, chain, i, circle, length, margin, half, padding, continuity):  # type: ignore[no-untyped-def]
-    """Paddle i of a curve; the mask grows by the one before it."""
-    last, new = chain[i - 1], chain[i]
-    reach = np.sqrt(float(last[2]) ** 2 + float(last[3]) ** 2)
-    angle = np.arctan2(float(last[2]), float(last[3]))
-    ahead = (length + 2 * margin) / reach
-    new[0], new[1] = np.ceil(last[0] + ahead * last[2]), np.ceil(last[1] + ahead * last[3])
-    weights = np.zeros(len(circle))
-    for k in range(len(circle)):
-        new[2], new[3] = circle[k, 0], circle[k, 1]
-        if _inside(mask, new, padding):
-            turn = abs((circle[k, 2] - angle + np.pi) % (2 * np.pi) - np.pi)
-            straight = max(np.cos(min(continuity * turn, np.pi / 2)), 0.0) ** 2
-            weights[k] = (1 - mask[new[0] + new[2], new[1] + new[3]]) * straight
-    sums = np.cumsum(weights)
-    if sums[-1] < 1e-9:
+@numba.njit(cache=True, nogil=True, inline="always")
+def _extend(tables, mask, directions, paddles, size, i, padding):  # type: ignore[no-untyped-def]
+    """Paddle i of a curve, after the one before it, which is not in the mask yet."""
+    low, high, before = padding, size - 1 - padding, directions[i - 1]
+    y = int(np.ceil(paddles[i - 1, 0] + tables.ahead[before, 0]))
+    x = int(np.ceil(paddles[i - 1, 1] + tables.ahead[before, 1]))
+    if not (low <= y <= high and low <= x <= high):
+        return False
+    total, number = 0.0, tables.follows[before]
+    sums = np.empty(number)
+    for j in range(number):
+        k = tables.follow[before, j]
+        row, column = y + tables.steps[k, 0], x + tables.steps[k, 1]
+        if low <= row <= high and low <= column <= high:
+            empty = 1 - mask[_pixel(tables, size, row, column)]
+            total += empty * tables.weights[before, j]
+        sums[j] = total
+    if total < 1e-9:
         return False
     for _ in range(_TRIES):
-        k = np.searchsorted(sums, np.random.random() * sums[-1], side="right")
-        new[2], new[3] = circle[k, 0], circle[k, 1]
-        if not _overlaps(mask, new, length, margin, half):
-            _stamp(mask, last, length, margin, half)
+        goal, j = np.random.random() * total, 0
+        while sums[j] <= goal and j < number - 1:
+            j += 1
+        k = tables.follow[before, j]
+        if not _overlaps(tables, mask, k, _pixel(tables, size, y, x)):
+            directions[i], paddles[i, 0], paddles[i, 1] = k, y, x
+            paddles[i, 2], paddles[i, 3] = tables.steps[k, 0], tables.steps[k, 1]
             return True
     return False
 
 
-@numba.njit(cache=True, nogil=True)
-def _inside(mask, paddle, padding):  # type: ignore[no-untyped-def]
-    """Whether pivot and head keep off the border."""
-    low, high = padding, mask.shape[0] - 1 - padding
-    y, x = paddle[0] + paddle[2], paddle[1] + paddle[3]
-    pivot = low <= paddle[0] <= high and low <= paddle[1] <= high
-    return pivot and low <= y <= high and low <= x <= high
+@numba.njit(cache=True, nogil=True, inline="always")
+def _overlaps(tables, mask, k, pivot):  # type: ignore[no-untyped-def]
+    """Whether the dilated paddle in direction k meets what is there; pivot: its index."""
+    meets = False
+    for j in range(tables.cores[k]):  # without an end before the last, which takes more time
+        pixel = np.uint64(np.int64(pivot) + tables.pixels[k, j])
+        meets |= mask[pixel] + tables.covers[k, j] >= _COVERED
+    return meets
 
 
-@numba.njit(cache=True, nogil=True)
-def _coverage(paddle, y, x, length, margin, half):  # type: ignore[no-untyped-def]
-    """How much of a pixel the paddle covers, from its distance: 0..1."""
-    scale = margin / (length + margin)
-    ay, ax = paddle[0] + scale * paddle[2], paddle[1] + scale * paddle[3]
-    dy, dx = (1 - scale) * paddle[2], (1 - scale) * paddle[3]
-    t = ((y - ay) * dy + (x - ax) * dx) / (dy * dy + dx * dx)
-    t = min(max(t, 0.0), 1.0)
-    distance = np.sqrt((y - ay - t * dy) ** 2 + (x - ax - t * dx) ** 2)
-    return min(max(half + 0.5 - distance, 0.0), 1.0)
+@numba.njit(cache=True, nogil=True, inline="always")
+def _stamp(tables, mask, directions, paddles, size, i):  # type: ignore[no-untyped-def]
+    """Add paddle i, dilated, to the mask."""
+    rows, k = tables.coverage.shape[1], directions[i]
+    top, left = paddles[i, 0] - rows // 2, paddles[i, 1] - rows // 2
+    for row in range(max(0, -top), min(rows, size - top)):
+        start, end = tables.spans[k, row, 0], tables.spans[k, row, 1]
+        corner = _pixel(tables, size, top + row, left)
+        for column in range(max(start, -left), min(end, size - left)):
+            pixel, new = corner + np.uint64(column), tables.coverage[k, row, column]
+            mask[pixel] = max(mask[pixel], new)
 
 
-@numba.njit(cache=True, nogil=True)
-def _box(mask, paddle, half):  # type: ignore[no-untyped-def]
-    """The pixels that a paddle may touch."""
-    more, size = int(half) + 2, mask.shape[0]
-    y, x = paddle[0] + paddle[2], paddle[1] + paddle[3]
-    return (
-        max(min(paddle[0], y) - more, 0),
-        min(max(paddle[0], y) + more + 1, size),
-        max(min(paddle[1], x) - more, 0),
-        min(max(paddle[1], x) + more + 1, size),
-    )
-
-
-@numba.njit(cache=True, nogil=True)
-def _overlaps(mask, paddle, length, margin, half):  # type: ignore[no-untyped-def]
-    """Whether the dilated paddle meets what is there."""
-    top, bottom, left, right = _box(mask, paddle, half)
-    for y in range(top, bottom):
-        for x in range(left, right):
-            if mask[y, x] > 0.8 - 1e-6:
-                if mask[y, x] + _coverage(paddle, y, x, length, margin, half) >= 1.8:
-                    return True
-    return False
-
-
-@numba.njit(cache=True, nogil=True)
-def _stamp(mask, paddle, length, margin, half):  # type: ignore[no-untyped-def]
-    """Add the dilated paddle."""
-    top, bottom, left, right = _box(mask, paddle, half)
-    for y in range(top, bottom):
-        for x in range(left, right):
-            mask[y, x] = max(mask[y, x], _coverage(paddle, y, x, length, margin, half))
+@numba.njit(cache=True, nogil=True, inline="always")
+def _clear(tables, mask, directions, paddles, size, i):  # type: ignore[no-untyped-def]
+    """Empty the mask where paddle i, dilated, is."""
+    rows, k = tables.spans.shape[1], directions[i]
+    top, left = paddles[i, 0] - rows // 2, paddles[i, 1] - rows // 2
+    for row in range(max(0, -top), min(rows, size - top)):
+        start, end = tables.spans[k, row, 0], tables.spans[k, row, 1]
+        corner = _pixel(tables, size, top + row, left)
+        for column in range(max(start, -left), min(end, size - left)):
+            mask[corner + np.uint64(column)] = 0

@@ -47,10 +47,13 @@ class Pathfinder:
         ValueError: Numbers with which no image can be drawn.
     """
 
-    size: Literal[32, 64, 128, 256] = 32
+    size: Literal[32, 64, 128, 256, 512] = 32
     """Pixels a side."""
     contour: int = 14
     """Paddles of a long curve: 14 is Long Range Arena's, 9 and 6 are easier."""
+    geometry: Literal[32, 64, 128, 256] | None = None
+    """Size of the published images whose paddles, gaps, thickness and markers are drawn; None: that
+    of `size`. What is learned on small canvases holds on large ones drawn alike."""
     easier: tuple[int, ...] = ()
     """Contours of the images to begin training with, `train` of each: what is learned of short
     curves holds for longer ones."""
@@ -78,8 +81,20 @@ class Pathfinder:
     pairs = False
 
     def __post_init__(self) -> None:
-        if self.size not in (32, 64, 128, 256):
-            raise ValueError(f"size must be 32, 64, 128 or 256 pixels, got {self.size}")
+        if self.size not in (32, 64, 128, 256, 512):
+            raise ValueError(f"size must be 32, 64, 128, 256 or 512 pixels, got {self.size}")
+        if self.geometry not in (None, 32, 64, 128, 256):
+            raise ValueError(f"geometry must be 32, 64, 128, 256 or None, got {self.geometry}")
+        if self.size == 512 and self.geometry is None:
+            raise ValueError(
+                "no images of 512 pixels were published: say whose paddles to draw with geometry "
+                "(--task.geometry 256)"
+            )
+        if self.source and self.geometry is not None:
+            raise ValueError(
+                f"geometry is of images that are generated, not of those in {self.source!r}: leave "
+                "out geometry or source"
+            )
         if not 3 <= self.contour <= 20:
             raise ValueError(f"contour must be in 3..20, got {self.contour}")
         if any(not 3 <= contour <= 20 for contour in self.easier):
@@ -140,7 +155,7 @@ class Pathfinder:
         with tqdm(total=total, desc=f"{self.size}-pixel Pathfinder", disable=None) as bar:
             parts = [self._drawings(i, count, self.contour, bar) for i, count in enumerate(counts)]
             easier = [self._drawings(0, self.train, contour, bar) for contour in self.easier]
-        return Splits(*parts, first=_joined(easier) if easier else None)
+        return Splits(*parts, first=joined(easier) if easier else None)
 
     def _drawings(self, split: int, count: int, contour: int, bar: tqdm[None]) -> Drawings:
         """The images of a split; no other split has a seed of theirs."""
@@ -150,7 +165,7 @@ class Pathfinder:
 
         def make(chunk: int) -> tuple[np.ndarray, np.ndarray]:
             seeds = start + np.arange(chunk * _CHUNK, (chunk + 1) * _CHUNK)
-            made = geometry.curves(self.size, contour, seeds % 2**32)
+            made = geometry.curves(self.size, contour, seeds % 2**32, self.geometry)
             bar.update(_CHUNK)
             return made
 
@@ -166,7 +181,7 @@ class Pathfinder:
                 made += pool.map(make, range(len(made), len(made) + -(-chunks // 20)))
         lines, markers, labels = lines[kept], markers[kept], labels[kept]
         arrays = (torch.tensor(lines), torch.tensor(markers), torch.tensor(labels))
-        return Drawings(*arrays, self.size, self.order)
+        return Drawings(*arrays, self.size, self.order, self.geometry)
 
     def _read(self, source: Source) -> Splits:
         metadata = release.find_metadata(source, self.size, self.contour)
@@ -234,22 +249,32 @@ class Drawings(Examples):
     """
 
     def __init__(
-        self, paddles: Tensor, markers: Tensor, labels: Tensor, size: int, order: str
+        self,
+        paddles: Tensor,
+        markers: Tensor,
+        labels: Tensor,
+        size: int,
+        order: str,
+        geometry: int | None = None,
     ) -> None:
         self.paddles, self.markers, self.labels = paddles, markers, labels
-        self.size, self.order = size, order
+        self.size, self.order, self.geometry = size, order, geometry
         self.permutation = token_order(order, size).permutation.to(labels.device)
 
     def state(self) -> tuple[Tensor | int | str | None, ...]:
         """The arguments that make it again."""
-        return self.paddles, self.markers, self.labels, self.size, self.order
+        return self.paddles, self.markers, self.labels, self.size, self.order, self.geometry
 
     def to(self, device: torch.device) -> Examples:
         """The same images on another device."""
-        moved = (self.paddles.to(device), self.markers.to(device), self.labels.to(device))
-        drawings = Drawings(*moved, self.size, self.order)
+        drawings = self.on(device)
         small = len(self) * self.size**2 <= _KEPT
         return drawings.drawn() if small and device.type == "cuda" else drawings
+
+    def on(self, device: torch.device) -> Drawings:
+        """The same geometry on another device."""
+        moved = (self.paddles.to(device), self.markers.to(device), self.labels.to(device))
+        return Drawings(*moved, self.size, self.order, self.geometry)
 
     def drawn(self) -> Split:
         """All images as pixels."""
@@ -260,7 +285,7 @@ class Drawings(Examples):
     def subset(self, index: Tensor) -> Drawings:
         """Some of the images."""
         some = (self.paddles[index], self.markers[index], self.labels[index])
-        return Drawings(*some, self.size, self.order)
+        return Drawings(*some, self.size, self.order, self.geometry)
 
     def take(self, index: Tensor) -> Batch:
         """The images at these indices."""
@@ -269,26 +294,27 @@ class Drawings(Examples):
 
     def _pixels(self, index: Tensor) -> Tensor:
         """Images in the order of their tokens: uint8 (b, s)."""
-        images = draw(self.paddles[index], self.markers[index], self.size)
+        images = draw(self.paddles[index], self.markers[index], self.size, self.geometry)
         return images.flatten(1)[:, self.permutation]
 
 
-def _joined(parts: list[Drawings]) -> Drawings:
+def joined(parts: list[Drawings]) -> Drawings:
     """All images of the parts; those of fewer paddles get some that lie far outside."""
     most = max(part.paddles.shape[1] for part in parts)
     paddles = [pad(p.paddles, (0, 0, 0, most - p.paddles.shape[1]), value=_OUTSIDE) for p in parts]
     markers, labels = (torch.cat([getattr(p, n) for p in parts]) for n in ("markers", "labels"))
-    return Drawings(torch.cat(paddles), markers, labels, parts[0].size, parts[0].order)
+    first = parts[0]
+    return Drawings(torch.cat(paddles), markers, labels, first.size, first.order, first.geometry)
 
 
-def draw(paddles: Tensor, markers: Tensor, size: int) -> Tensor:
+def draw(paddles: Tensor, markers: Tensor, size: int, geometry: int | None = None) -> Tensor:
     """Images uint8 (b, size, size), at twice the size and scaled down; the brightest pixel is 255.
 
     The margin of an image follows from its paddles, whose reach is length plus margin.
     """
-    from sparse_flash.experiments.data.paddles import DRAWINGS
+    from sparse_flash.experiments.data.paddles import drawing
 
-    d, side = DRAWINGS[size], 2 * size
+    d, side = drawing(size, geometry), 2 * size
     pivot, offset = paddles[..., :2].float(), paddles[..., 2:].float()
     reach = offset.norm(dim=-1, keepdim=True).clamp(min=1e-6)
     head, along = pivot + offset, offset / reach * d.paddle

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 
 import numpy as np
@@ -64,11 +65,86 @@ def test_paddles_form_chains(size):
         assert abs(first - d.seed_distance) < 1.5
 
 
+# Curves as they were drawn before the generator was made faster: it must draw the same images.
+RECORDED = {
+    (32, 14, None): "e0efafa63b9e2a4b",
+    (64, 9, None): "67d61b4bd5611314",
+    (64, 14, None): "32bb62ba8e159668",
+    (128, 14, None): "f0ec8f418bd926db",
+    (256, 14, None): "de2ee3c044fec3c7",
+    (64, 3, 256): "30225b1ea24bed6f",
+    (64, 5, 256): "41719f73bf17b3f4",
+    (128, 9, 256): "e2dabb99059bf32f",
+}
+
+
+@pytest.mark.parametrize("case", RECORDED)
+def test_seeds_draw_the_images_that_they_always_drew(case):
+    size, contour, geometry = case
+    count = 30 if case == (64, 14, None) else 60
+    found, ends = paddles.curves(size, contour, np.arange(500, 500 + count), geometry)
+    assert hashlib.sha256(found.tobytes() + ends.tobytes()).hexdigest()[:16] == RECORDED[case]
+
+
+def test_a_canvas_with_the_geometry_of_another_size():
+    splits = task(64, contour=5, geometry=256).load()
+    d = paddles.drawing(64, 256)
+    assert (d.paddle, d.margins, d.thickness, d.marker, d.contrast) == (5, (3,), 2.0, 5.0, 1.0)
+    assert (d.seed_distance, d.distractors, d.padding) == (14, 8, 1)
+    assert splits.train.paddles.shape[1] == 2 * 5 + 8 // 4 * (5 // 3)
+    reach = splits.train.paddles[:, :10, 2:].float().norm(dim=-1)
+    assert ((reach - 8).abs() <= 0.5).all()  # paddle and margin of 256 pixels
+    again = task(64, contour=5, geometry=256).load().train  # from the cache
+    assert again.geometry == 256
+    index = torch.arange(10)
+    assert torch.equal(again.take(index).tokens, splits.train.take(index).tokens)
+    images = splits.train.take(index).tokens.view(10, 64, 64)
+    for image, markers in zip(images, splits.train.markers[:10], strict=True):
+        for y, x in markers.round().int().tolist():  # discs with a radius of 5 pixels
+            assert image[max(0, y - 3) : y + 4, max(0, x - 3) : x + 4].min() > 200
+    assert not torch.equal(task(64, contour=5).load().train.take(index).tokens, images.flatten(1))
+    assert (
+        task(256)
+        .load()
+        .train.take(index)
+        .tokens.equal(task(256, geometry=256).load().train.take(index).tokens)
+    )
+
+
+def test_curves_that_do_not_fit_are_refused(monkeypatch):
+    with pytest.raises(ValueError, match="two curves of 20 paddles do not fit on 64 x 64 pixels"):
+        paddles.curves(64, 20, np.arange(1), 256)
+    with pytest.raises(ValueError, match="no geometry is known for 512 pixels"):
+        paddles.drawing(512)
+    with pytest.raises(ValueError, match="a canvas must have .* pixels a side, got 96"):
+        paddles.drawing(96, 256)
+    assert paddles.drawing(512, 256).margins == (3,)
+    with pytest.raises(ValueError, match="say whose paddles to draw with geometry"):
+        task(512)
+    with pytest.raises(ValueError, match="geometry must be 32, 64, 128, 256 or None, got 48"):
+        task(64, geometry=48)
+    with pytest.raises(ValueError, match="leave out geometry or source"):
+        task(64, geometry=256, source="somewhere")
+
+
+def test_a_failed_attempt_leaves_nothing_behind():
+    """An image does not depend on those drawn before it in the same call."""
+    together, _ = paddles.curves(128, 9, np.arange(40), 256)
+    for seed in (0, 17, 39):
+        alone, _ = paddles.curves(128, 9, np.array([seed]), 256)
+        assert np.array_equal(alone[0], together[seed])
+
+
+# Canvas, contour, geometry; those of 64 and 128 pixels are the curriculum's.
+CANVASES = [(32, 14, None), (64, 5, 256), (64, 14, None), (128, 9, 256), (256, 14, None)]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [32, 256])
-def test_labels_cannot_be_read_off_simple_statistics(size):
+@pytest.mark.parametrize("canvas", CANVASES)
+def test_labels_cannot_be_read_off_simple_statistics(canvas):
     """A guess by bins of a statistic, learned on one half, is right on the other half by chance."""
-    splits = task(size, train=4000, contour=14).load()
+    size, contour, geometry = canvas
+    splits = task(size, train=4000, contour=contour, geometry=geometry).load()
     train = splits.train
     assert isinstance(train, Drawings)
     images = torch.cat([b.tokens.view(-1, size * size) for b in train.batches(500)])

@@ -1,4 +1,4 @@
-"""Beginning with another run's weights, and the curriculum made of that."""
+"""Beginning with another run's weights."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import pytest
 import torch
 from sparse_flash.experiments.checkpoint import CheckpointError
 from sparse_flash.experiments.config import ModelConfig, RunConfig, TrainConfig
-from sparse_flash.experiments.curriculum import Curriculum, follow
 from sparse_flash.experiments.data.images import places
 from sparse_flash.experiments.data.pathfinder import Pathfinder
 from sparse_flash.experiments.model import Encoder
@@ -77,19 +76,3 @@ def test_a_resumed_run_keeps_its_own_weights(tmp_path):
     assert (
         whole["metrics"]["test_loss"] != train(run, tmp_path / "x", "cpu")["metrics"]["test_loss"]
     )
-
-
-def test_a_curriculum_goes_from_stage_to_stage(tmp_path):
-    stages = Curriculum((32, 32), (6, 9), (2, 2), images=8, attention="block_local(128, 1)")
-    sizes = ModelConfig(16, 2, 1, 16, positions="rotary2d", pooling="max")
-    results = follow(stages, tmp_path, "cpu", model=sizes, train=SCHEDULE)
-    assert [r["config"]["task"]["contour"] for r in results] == [6, 9]
-    assert results[1]["config"]["init"] == str(tmp_path / "1-32px-contour6")
-    assert follow(stages, tmp_path, "cpu", model=sizes, train=SCHEDULE) == results
-
-
-def test_bad_curricula():
-    with pytest.raises(ValueError, match="as many as there are stages, got 5, 5 and 1"):
-        Curriculum(steps=(10,))
-    with pytest.raises(ValueError, match="contour must be"):
-        Curriculum((64,), (99,), (10,))

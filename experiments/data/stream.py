@@ -1,0 +1,216 @@
+"""Fresh Pathfinder images without end, drawn in the background while a model trains.
+
+Images come in pools of some thousand: markers are balanced over all images of a pool, and a pool is
+kept on disk with a checksum. What a step sees depends on the settings and the step alone, so a run
+that is resumed, here or on another machine, sees what one that never stopped would have seen.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from sparse_flash.experiments.data.dataset import Batch, Splits
+from sparse_flash.experiments.data.files import cached
+from sparse_flash.experiments.data.images import Mirrored, Order
+from sparse_flash.experiments.data.pathfinder import Drawings, joined
+
+POOL = 8_192  # images that are drawn for a pool; some are left out, see `paddles.mark`
+_CHUNK = 256  # images that a thread draws at a time
+_AHEAD = 2  # pools that are drawn before they are needed
+_HELD_OUT = 1 << 31  # seeds from here on are never trained on
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Images that are drawn together; equal pools hold equal images."""
+
+    size: int
+    contour: int
+    geometry: int | None
+    order: Order
+    seed: int
+    """Seed of the first image; the others follow."""
+    count: int = POOL
+    """Images to draw; fewer are kept."""
+
+    def draw(self, threads: ThreadPoolExecutor) -> Drawings:
+        """The images; from the disk where they were drawn before.
+
+        Raises:
+            ValueError: Such curves do not fit on such a canvas.
+        """
+        splits = cached(self, (), lambda: self._build(threads), Drawings)
+        assert isinstance(splits.train, Drawings)
+        return splits.train
+
+    def _build(self, threads: ThreadPoolExecutor) -> Splits:
+        from sparse_flash.experiments.data import paddles as geometry
+
+        seeds = self.seed + np.arange(self.count)
+        chunks = np.array_split(seeds, -(-self.count // _CHUNK))
+        made = threads.map(  # numba lets go of the interpreter
+            lambda some: geometry.curves(self.size, self.contour, some, self.geometry), chunks
+        )
+        lines, ends = (np.concatenate(parts) for parts in zip(*made, strict=True))
+        markers, labels = geometry.mark(ends, self.size, self.seed)
+        kept = labels >= 0
+        images = Drawings(
+            torch.from_numpy(lines[kept]),
+            torch.from_numpy(markers[kept]),
+            torch.from_numpy(labels[kept]),
+            self.size,
+            self.order,
+            self.geometry,
+        )
+        nothing = images.subset(torch.arange(0))
+        return Splits(images, nothing, nothing)
+
+
+def held_out(
+    threads: ThreadPoolExecutor,
+    size: int,
+    contour: int,
+    geometry: int | None,
+    order: Order,
+    count: int,
+    number: int,
+) -> Drawings:
+    """Images that no stream trains on, whatever its seed.
+
+    Args:
+        threads: Threads that draw them.
+        size: Pixels a side of the canvas.
+        contour: Paddles of a long curve.
+        geometry: Size of the published images whose paddles are drawn; None: `size`.
+        order: Order of the pixels.
+        count: Number of images.
+        number: Number of the set, 0..7: two sets have no image in common.
+    """
+    more = count + count // 8 + 64  # some are left out
+    while True:
+        pool = Pool(size, contour, geometry, order, _HELD_OUT + (number << 28), more)
+        images = pool.draw(threads)
+        if len(images) >= count:
+            return images.subset(torch.arange(count))
+        more *= 2
+
+
+def workers(part: float = 1.0) -> ThreadPoolExecutor:
+    """Threads that draw: a part of the cores, two of which are left to training."""
+    return ThreadPoolExecutor(max(1, round(part * ((os.cpu_count() or 1) - 2))), "draw")
+
+
+class Stream:
+    """Batches of fresh images of several contours, in a fixed order.
+
+    Each image of a batch has one of the contours, drawn by their weights, and is turned or mirrored
+    at random. All is drawn from `seed` and the number of the step.
+
+    Args:
+        size: Pixels a side of the canvas.
+        geometry: Size of the published images whose paddles are drawn; None: `size`.
+        order: Order of the pixels.
+        contours: Paddles of the long curves.
+        weights: Relative frequency of each contour.
+        batch_size: Images a step.
+        seed: Seed of the images, their order and their mixture.
+        reuse: How often an image is shown on average, in one of eight orientations each time.
+        device: Device that renders the images.
+        threads: Threads that draw the geometry.
+        share: Rank and number of the processes that share each batch.
+
+    Raises:
+        ValueError: The batch cannot be shared out evenly.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        geometry: int | None,
+        order: Order,
+        contours: Sequence[int],
+        weights: Sequence[float],
+        batch_size: int,
+        seed: int,
+        reuse: float,
+        device: torch.device,
+        threads: ThreadPoolExecutor,
+        share: tuple[int, int] = (0, 1),
+    ) -> None:
+        if batch_size % share[1]:
+            raise ValueError(
+                f"batch_size={batch_size} must be a multiple of the {share[1]} workers' number"
+            )
+        self.contours, self.weights = tuple(contours), torch.tensor(weights, dtype=torch.float64)
+        self.batch_size, self.seed, self.device, self.share = batch_size, seed, device, share
+        self.threads = threads
+        each = self.weights / self.weights.sum() * batch_size
+        self.steps = [max(1, round(POOL * reuse / count)) for count in each.tolist()]
+        """Steps for which a pool of each contour is used."""
+        start = seed * 2_654_435_761
+        self.firsts = [
+            Pool(size, contour, geometry, order, (start + (contour << 26)) % _HELD_OUT)
+            for contour in contours
+        ]
+        # One at a time for each contour: they wait for the threads that do the work.
+        self.assemblers = ThreadPoolExecutor(len(self.firsts), "pool")
+        self.pools: dict[tuple[int, int], Future[Drawings]] = {}
+        self.mixed: tuple[tuple[int, ...], Mirrored, list[int], list[int]] | None = None
+
+    def prepare(
+        self, step: int, ahead: int = _AHEAD, threads: ThreadPoolExecutor | None = None
+    ) -> None:
+        """Begin to draw what this step needs, and more pools of each contour; returns at once.
+
+        Args:
+            step: Step of the run.
+            ahead: Pools of each contour to draw before they are needed.
+            threads: Threads that draw, if others than the stream's.
+        """
+        for which, steps in enumerate(self.steps):
+            first = step // steps
+            for number in range(first, first + 1 + ahead):
+                if (which, number) not in self.pools:
+                    draw, by = self._pool(which, number).draw, threads or self.threads
+                    self.pools[which, number] = self.assemblers.submit(draw, by)
+            for old in [k for k in self.pools if k[0] == which and k[1] < first]:
+                self.pools.pop(old).cancel()
+
+    def _pool(self, which: int, number: int) -> Pool:
+        first = self.firsts[which]
+        return replace(first, seed=(first.seed + number * POOL) % _HELD_OUT)
+
+    def batch(self, step: int) -> Batch:
+        """The batch of this step (from 0)."""
+        self.prepare(step)
+        images, starts, counts = self._images(step)
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + step) % 2**63)
+        n = self.batch_size
+        contour = torch.multinomial(self.weights, n, replacement=True, generator=generator)
+        places, ways = torch.rand(2, n, dtype=torch.float64, generator=generator)
+        index = torch.tensor(starts)[contour] + (places * torch.tensor(counts)[contour]).long()
+        index += len(images.images) * (8 * ways).long()
+        rank, size = self.share
+        return images.take(index[rank::size].to(self.device))
+
+    def _images(self, step: int) -> tuple[Mirrored, list[int], list[int]]:
+        """The images of this step's pools; where those of each contour begin, and their number."""
+        numbers = tuple(step // steps for steps in self.steps)
+        if self.mixed is None or self.mixed[0] != numbers:
+            pools = [self.pools[key].result() for key in enumerate(numbers)]
+            counts = [len(pool) for pool in pools]
+            starts = [sum(counts[:i]) for i in range(len(counts))]
+            images = joined(pools).on(self.device)
+            mixed = Mirrored(images, self.firsts[0].order, images.size)
+            self.mixed = numbers, mixed, starts, counts
+        return self.mixed[1:]
+
+    def close(self) -> None:
+        """Draw nothing that has not been begun."""
+        self.assemblers.shutdown(wait=False, cancel_futures=True)
+        self.pools.clear()

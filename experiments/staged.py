@@ -1,0 +1,398 @@
+"""Training by a curriculum: stage after stage, each from the weights of the one before."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from sparse_flash.experiments import checkpoint
+from sparse_flash.experiments.curriculum import Curriculum, Stage
+from sparse_flash.experiments.data.dataset import Examples
+from sparse_flash.experiments.data.images import places
+from sparse_flash.experiments.data.pathfinder import Pathfinder
+from sparse_flash.experiments.data.stream import Stream, held_out, workers
+from sparse_flash.experiments.lock import exclusive
+from sparse_flash.experiments.logger import Logger
+from sparse_flash.experiments.machine import describe
+from sparse_flash.experiments.model import Encoder
+from sparse_flash.experiments.parallel import Workers
+from sparse_flash.experiments.step import TrainingStep
+from sparse_flash.experiments.train import (
+    RESULT,
+    Interrupted,
+    TrainingError,
+    pick_device,
+    stop_on_signals,
+)
+from sparse_flash.experiments.warm_start import CHECKPOINT
+from sparse_flash.masks.files import atomic_write
+
+VALIDATION, TEST = 0, 1  # which sets of held-out images
+_AGREE_EVERY = 20  # steps between looks at the clock and at signals
+
+
+@dataclass
+class _Progress:
+    """What a run has done so far; saved with the checkpoint."""
+
+    stage: int = 0
+    step: int = 0  # of the stage
+    images: int = 0  # of all stages
+    seconds: float = 0.0  # with the device: start-up, training and evaluation
+    training_seconds: float = 0.0  # of training steps alone
+    curve: list[list[float]] = field(default_factory=list)  # see `follow`
+
+
+def follow(
+    curriculum: Curriculum, folder: Path, device: str = "auto", budget: float = math.inf
+) -> dict[str, Any]:
+    """Train stage after stage; the same call resumes, from a copy of the folder as well.
+
+    Args:
+        curriculum: All that decides the numbers.
+        folder: Of this run alone: checkpoint, TensorBoard events, result.json.
+        device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", ...
+        budget: Seconds from now after which the run stops with a checkpoint and is tested as it is;
+            a later call goes on.
+
+    Returns:
+        What result.json holds: settings, machine, metrics, and the curve: of each evaluation stage
+        (from 0), step of the stage, images seen in all stages, seconds in all, seconds of training,
+        training loss and accuracy, validation accuracy on the stage's longest contour.
+
+    Raises:
+        TrainingError: The loss is no number.
+        CheckpointError: The folder holds another run, or something damaged.
+        FolderInUseError: Another process trains there.
+        Interrupted: After SIGTERM or SIGINT.
+    """
+    path = folder / RESULT
+    if path.exists():
+        result = json.loads(path.read_text())
+        if result["metrics"]["finished"]:
+            _check(path, result["config"], curriculum)
+            return result
+    with exclusive(folder):
+        return _Run(curriculum, folder, pick_device(device), budget).run()
+
+
+def _check(path: Path, saved: dict[str, Any], curriculum: Curriculum) -> None:
+    mine = curriculum.to_dict()
+    wrong = sorted(k for k in mine.keys() | saved.keys() if mine.get(k) != saved.get(k))
+    if wrong:
+        raise checkpoint.CheckpointError(
+            f"{path} belongs to a run with other settings (different: {', '.join(wrong)}): choose "
+            "another folder with --out, or delete it"
+        )
+
+
+class _Run:
+    """The state of one run: model, optimiser, streams of images, progress, log."""
+
+    def __init__(
+        self, curriculum: Curriculum, folder: Path, device: torch.device, budget: float
+    ) -> None:
+        self.began = time.perf_counter()
+        self.workers = Workers.join(device)
+        self.curriculum, self.folder, self.device = curriculum, folder, self.workers.device
+        self.budget = budget
+        share = 1 / self.workers.size
+        self.threads, self.spare = workers(0.75 * share), workers(0.25 * share)
+        self.streams: dict[int, Stream] = {}
+        self.sets: dict[tuple[int, int, int], Examples] = {}
+        self.progress, self.saved = _Progress(), None
+        path = folder / CHECKPOINT
+        if path.exists():
+            self.saved = checkpoint.load(path)
+            _check(path, self.saved["config"], curriculum)
+            self.progress = _Progress(**self.saved["progress"])
+        history = [tuple(r) for r in self.saved["history"]] if self.saved else ()
+        self.log = Logger(folder if self.workers.first else None, history)
+        self.before = self.progress.seconds
+        self.built: Stage | None = None
+
+    @property
+    def stage(self) -> Stage:
+        """The stage in progress; the last one in the end."""
+        return self.curriculum.stages[min(self.progress.stage, len(self.curriculum.stages) - 1)]
+
+    def run(self) -> dict[str, Any]:
+        """Train to the end or to the end of the budget, test, write the result."""
+        try:
+            with self.log, stop_on_signals() as stop:
+                self._describe()
+                while self.progress.stage < len(self.curriculum.stages):
+                    self._build()
+                    if not self._train_stage(stop):
+                        break
+                self._build()
+                return self._finish()
+        finally:
+            for stream in self.streams.values():
+                stream.close()
+            for threads in (self.threads, self.spare):
+                threads.shutdown(wait=False, cancel_futures=True)
+
+    def _seconds(self) -> float:
+        return self.before + time.perf_counter() - self.began
+
+    def _stream(self, number: int) -> Stream:
+        """The images of a stage."""
+        if number not in self.streams:
+            c, stage = self.curriculum, self.curriculum.stages[number]
+            self.streams[number] = Stream(
+                stage.size,
+                c.geometry,
+                "morton",
+                stage.contours,
+                stage.weights,
+                stage.batch_size,
+                c.seed * 1009 + number,
+                stage.reuse,
+                self.device,
+                self.threads,
+                (self.workers.rank, self.workers.size),
+            )
+        return self.streams[number]
+
+    def _set(self, stage: Stage, count: int, number: int) -> Examples:
+        key = (stage.size, stage.contours[-1], number)
+        if key not in self.sets:
+            images = held_out(
+                self.threads,
+                stage.size,
+                stage.contours[-1],
+                self.curriculum.geometry,
+                "morton",
+                count,
+                number,
+            )
+            self.sets[key] = images.on(self.device)
+        return self.sets[key]
+
+    def _build(self) -> None:
+        """Model and optimiser for the stage, with the weights and moments of the one before."""
+        stage, c = self.stage, self.curriculum
+        last = self.built
+        self.built = stage
+        if last is not None and (last.size, last.batch_size) == (stage.size, stage.batch_size):
+            return
+        if last is None:
+            torch.manual_seed(c.seed)
+        state = None if last is None else self._state()
+        if last is None and self.saved is not None:
+            state, self.saved = {k: self.saved[k] for k in self._state_names}, None
+        self.train_step: TrainingStep | None = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        torch._dynamo.reset()  # another canvas is another program, not one of dynamic shapes
+        length = stage.size**2
+        self.model = Encoder(
+            c.model,
+            Pathfinder.vocabulary,
+            Pathfinder.classes,
+            length,
+            c.mask(stage.size),
+            c.block,
+            places("morton", stage.size),
+        ).to(self.device)
+        self.train_step = TrainingStep(self.model, c.training(stage), self.device, self.workers)
+        self.weights = [p.detach() for p in self.model.parameters()]  # share their memory
+        self.average = [w.clone() for w in self.weights]
+        if state is not None:
+            self.model.load_state_dict(state["model"])
+            for mine, other in zip(self.average, state["average"], strict=True):
+                mine.copy_(other)
+            if state["optimizer"]["state"]:
+                self.train_step.restore(state["optimizer"])
+
+    _state_names = ("model", "average", "optimizer")
+
+    def _state(self) -> dict[str, Any]:
+        assert self.train_step is not None
+        return {
+            "model": {n: x.detach().clone() for n, x in self.model.state_dict().items()},
+            "average": [x.clone() for x in self.average],
+            "optimizer": self.train_step.optimizer.state_dict(),
+        }
+
+    def _train_stage(self, stop: list[int]) -> bool:
+        """Train until the stage is learned or used up; False where the budget ended before."""
+        stage, progress = self.stage, self.progress
+        self._stream(progress.stage).prepare(progress.step)
+        self._set(stage, self.curriculum.val, VALIDATION)  # drawn before the clock starts
+        self.sums, self.counted = torch.zeros(2, device=self.device), 0
+        learned, start = False, time.perf_counter()
+        while progress.step < stage.steps and not learned:
+            self._step(stage)
+            due = progress.step % stage.eval_every == 0
+            late, stopped = self._agreed(bool(stop))
+            if not (due or late or stopped):
+                continue
+            loss, right = (self.sums / self.counted).tolist()
+            progress.training_seconds += time.perf_counter() - start
+            self._check_finite(loss)
+            if due:
+                learned = self._evaluate(stage, loss, right / stage.batch_size)
+                self.sums.zero_()
+                self.counted = 0
+            if not learned and progress.step < stage.steps:
+                self._save()
+                if stopped:
+                    raise Interrupted(
+                        f"stopped in stage {progress.stage + 1} at step {progress.step}; run the "
+                        "same command to resume"
+                    )
+                if late:
+                    return False
+            start = time.perf_counter()
+        self._leave()
+        self._save()
+        return True
+
+    def _step(self, stage: Stage) -> None:
+        """One optimiser step."""
+        progress, c = self.progress, self.curriculum
+        assert self.train_step is not None
+        batch = self._stream(progress.stage).batch(progress.step)
+        outcome = self.train_step(batch, stage.learning_rate(progress.step, c.warmup))
+        self.sums += torch.stack([outcome.loss.float(), outcome.correct.float()])
+        self.counted += 1
+        progress.step += 1
+        progress.images += stage.batch_size
+        # A step of the moving average, larger at the beginning.
+        part = 1 - min(c.average, (1 + progress.step) / (10 + progress.step))
+        torch._foreach_lerp_(self.average, self.weights, part)
+        if progress.step == 50 and progress.stage + 1 < len(c.stages):
+            self._stream(progress.stage + 1).prepare(0, ahead=0, threads=self.spare)
+
+    def _agreed(self, stop: bool) -> list[bool]:
+        """Whether the budget is used up, and whether to stop, as any of the workers sees it."""
+        if self.progress.step % _AGREE_EVERY:
+            return [False, False]
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        late = time.perf_counter() - self.began >= self.budget
+        return [total > 0 for total in self.workers.sums(float(late), float(stop))]
+
+    def _leave(self) -> None:
+        """Go on to the next stage."""
+        stream = self.streams.pop(self.progress.stage, None)
+        if stream is not None:
+            stream.close()
+        self.progress.stage += 1
+        self.progress.step = 0
+
+    def _check_finite(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"{self.folder}: in stage {self.progress.stage + 1} before step "
+                f"{self.progress.step} the loss is {loss}; the last checkpoint is from before: try "
+                "a lower lr of the stage"
+            )
+
+    def _evaluate(self, stage: Stage, loss: float, accuracy: float) -> bool:
+        """Measure, record, and say whether the stage is learned."""
+        progress = self.progress
+        validation = self._measure(self._set(stage, self.curriculum.val, VALIDATION), stage)
+        progress.seconds = self._seconds()
+        row = [progress.stage, progress.step, progress.images, progress.seconds]
+        progress.curve.append([*row, progress.training_seconds, loss, accuracy, validation])
+        values = {
+            "train/loss": loss,
+            "train/accuracy": accuracy,
+            "eval/accuracy": validation,
+            "curriculum/stage": progress.stage + 1,
+            "curriculum/pixels": stage.size,
+            "curriculum/contour": stage.contours[-1],
+        }
+        self.log.scalars({f"by_images/{n}": v for n, v in values.items()}, progress.images)
+        by_time = {f"by_gpu_second/{n}": v for n, v in values.items()}
+        self.log.scalars(by_time, round(progress.seconds))
+        self.log.flush()
+        if not self.workers.first:
+            return validation >= stage.target
+        print(
+            f"{self.folder.name}: stage {progress.stage + 1} ({stage.size} pixels, "
+            f"{stage.contours[-1]} paddles), step {progress.step}/{stage.steps}, "
+            f"{progress.images:,} images, {progress.seconds:.0f} GPU s, loss {loss:.3f}, "
+            f"train {accuracy:.1%}, held out {validation:.1%}, {self._speed(stage):.0f} images/s",
+            flush=True,
+        )
+        return validation >= stage.target
+
+    def _speed(self, stage: Stage) -> float:
+        """Images a second since the evaluation before, of training alone."""
+        rows = self.progress.curve[-2:]
+        if len(rows) < 2:
+            rows = [[0.0] * len(rows[0]), *rows]
+        return (rows[1][2] - rows[0][2]) / max(1e-9, rows[1][4] - rows[0][4])
+
+    @torch.no_grad()
+    def _measure(self, images: Examples, stage: Stage) -> float:
+        """Accuracy of the averaged weights."""
+        assert self.train_step is not None
+        kept = [w.clone() for w in self.weights]
+        torch._foreach_copy_(self.weights, self.average)
+        self.model.eval()
+        right = torch.zeros((), device=self.device)
+        for number, batch in enumerate(images.batches(2 * stage.batch_size)):
+            if number % self.workers.size == self.workers.rank:
+                right += self.train_step.loss(batch)[1]
+        torch._foreach_copy_(self.weights, kept)
+        self.model.train()
+        return self.workers.sums(right.item())[0] / len(images)
+
+    def _finish(self) -> dict[str, Any]:
+        """Test on the longest curves of the stage in progress; write result.json."""
+        c, progress, stage = self.curriculum, self.progress, self.stage
+        finished = progress.stage >= len(c.stages)
+        accuracy = self._measure(self._set(stage, c.test, TEST), stage)
+        progress.seconds = self._seconds()
+        self._save()
+        metrics = {
+            "test_accuracy": accuracy,
+            "test_images": c.test,
+            "finished": finished,
+            "stage": progress.stage + (not finished),
+            "pixels": stage.size,
+            "contour": stage.contours[-1],
+            "images": progress.images,
+            "gpu_seconds": progress.seconds,
+            "training_seconds": progress.training_seconds,
+            "parameters": sum(w.numel() for w in self.weights),
+        }
+        result = {
+            "config": c.to_dict(),
+            "machine": describe(self.device),
+            "metrics": metrics,
+            "curve": progress.curve,
+        }
+        if self.workers.first:
+            with atomic_write(self.folder / RESULT) as file:
+                file.write(json.dumps(result, indent=2).encode())
+        return self.workers.gather(result)[0]
+
+    def _describe(self) -> None:
+        """What TensorBoard should show of the run before its first step."""
+        settings = json.dumps(self.curriculum.to_dict(), indent=2)
+        self.log.text("config", "\n".join(f"    {line}" for line in settings.splitlines()))
+        facts = describe(self.device).items()
+        self.log.text("machine", "\n".join(f"    {name}: {value}" for name, value in facts))
+
+    def _save(self) -> None:
+        self.progress.seconds = self._seconds()
+        if not self.workers.first:
+            return
+        state = {
+            "config": self.curriculum.to_dict(),
+            "progress": vars(self.progress),
+            "history": [list(record) for record in self.log.history],
+            **self._state(),
+        }
+        checkpoint.save(self.folder / CHECKPOINT, state)
