@@ -29,15 +29,18 @@ _RELEASE = tuple(int(part) for part in torch.__version__.split(".")[:2])
 # SPARSE_FLASH_HANDLES=1: as with an older torch, so that tests see both.
 HANDLES = _RELEASE < (2, 13) or os.environ.get("SPARSE_FLASH_HANDLES") == "1"
 
-_objects: weakref.WeakValueDictionary[int, Traceable] = weakref.WeakValueDictionary()
+_objects: dict[int, weakref.ref[Traceable]] = {}  # by their handles
 _AT_ONCE = 256  # handles to make in one go: one by one each takes several microseconds
 
 
 @plain_torch()
 def _more_handles() -> list[tuple[int, Tensor]]:
     """Numbers that nobody has. They start anew at random, so that those of an exported program name
-    nothing in another process.
+    nothing in another process. Those of objects that are gone are forgotten.
     """
+    for number, reference in list(_objects.items()):
+        if reference() is None:
+            _objects.pop(number, None)
     first = secrets.randbits(62)
     numbers = range(first, first + _AT_ONCE)
     tensor = torch.arange(first, first + _AT_ONCE, dtype=torch.int64, device="cpu")
@@ -72,7 +75,7 @@ class _ByHandle:
         number, handle = _handles.take()
         object.__setattr__(new, "_number", number)
         object.__setattr__(new, "_handle", handle)
-        _objects[number] = new  # type: ignore[assignment]
+        _objects[number] = weakref.ref(new)  # type: ignore[assignment]
         return new
 
 
@@ -128,7 +131,8 @@ def from_operator(argument: Any) -> Any:
         return argument
     if hasattr(argument, "source"):
         return argument.source
-    found = _objects.get(int(argument))
+    reference = _objects.get(int(argument))
+    found = None if reference is None else reference()
     if found is None:
         raise RuntimeError(
             "the mask or layout of this compiled or exported program is gone: keep a reference to "

@@ -43,10 +43,17 @@ def attend(call: AttentionCall, implementation: Implementation) -> tuple[Tensor,
     if torch.autograd.forward_ad._current_level >= 0:
         _check_no_tangents(call)
     if torch._C._functorch.peek_interpreter_stack() is not None:
-        return _Transformed.apply(call, implementation, *call.tensors)
+        return _Transformed.apply((call, implementation), *call.tensors)
     if call.needs_grad:
-        return _Attention.apply(call, implementation, *call.tensors)
+        q, k, v, *given = call.tensors
+        if given == _NONE_GIVEN:  # fewer tensors cost the host less
+            return _apply((call, implementation), q, k, v)
+        return _apply((call, implementation), q, k, v, *given)
     return implementation.attend(call)
+
+
+_NONE_GIVEN = [None] * (len(AttentionCall.TENSORS) - 3)
+Bound = tuple[AttentionCall, Implementation]
 
 
 def _check_no_tangents(call: AttentionCall) -> None:
@@ -55,59 +62,54 @@ def _check_no_tangents(call: AttentionCall) -> None:
             refuse_forward_mode()
 
 
-def _save(
-    ctx: Any,
-    call: AttentionCall,
-    implementation: Implementation,
-    tensors: tuple[Tensor | None, ...],
-    output: Tensors,
-) -> None:
-    ctx.call, ctx.implementation = call.without_tensors(), implementation
-    ctx.save_for_backward(*output, *tensors)
-    ctx.set_materialize_grads(False)
-
-
 def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
-    """The gradients of (call, implementation, *tensors)."""
+    """The gradients of (bound, *tensors)."""
     out, lse, *tensors = ctx.saved_tensors
     rest = (None,) * (len(tensors) - 3)
     if dout is None and dlse is None:
-        return (None,) * 5 + rest
+        return (None,) * 4 + rest
     dout = torch.zeros_like(out) if dout is None else dout
-    inputs = (ctx.call, ctx.implementation, out, lse, dout, dlse, *tensors)
+    inputs = (ctx.bound, out, lse, dout, dlse, *tensors)
     if torch.is_grad_enabled():  # create_graph=True
-        return None, None, *_Gradients.apply(*inputs), *rest
-    return None, None, *_Gradients.forward(*inputs), *rest
+        return None, *_Gradients.apply(*inputs), *rest
+    return None, *_Gradients.forward(*inputs), *rest
 
 
 class _Attention(torch.autograd.Function):
-    """(out, lse) of the tensors of a call."""
+    """(out, lse) of the tensors of a call; those at its end may be left out where all are None."""
 
     @staticmethod
-    def forward(
-        ctx: Any, call: AttentionCall, implementation: Implementation, *tensors: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        output = implementation.attend(call)
-        _save(ctx, call, implementation, tensors, output)
-        return output
+    def forward(ctx: Any, bound: Bound, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+        call, implementation = bound
+        out, lse = implementation.attend(call)
+        ctx.bound = call.without_tensors(), implementation
+        ctx.save_for_backward(out, lse, *tensors)
+        ctx.set_materialize_grads(False)
+        return out, lse
 
     backward = staticmethod(_backward)
     jvp: Any = staticmethod(refuse_forward_mode)
+
+
+# torch.autograd.Function.apply first looks for transforms of torch.func, of which there are none
+# here, and takes several microseconds for it.
+_apply: Any = super(torch.autograd.Function, _Attention).apply
 
 
 class _Transformed(torch.autograd.Function):
     """The same for torch.func, whose form of a Function costs the host several times as much."""
 
     @staticmethod
-    def forward(
-        call: AttentionCall, implementation: Implementation, *tensors: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(bound: Bound, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+        call, implementation = bound
         return implementation.attend(call.with_tensors(tensors))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
-        call, implementation, *tensors = inputs
-        _save(ctx, call, implementation, tuple(tensors), output)
+        (call, implementation), *tensors = inputs
+        ctx.bound = call.without_tensors(), implementation
+        ctx.save_for_backward(*output, *tensors)
+        ctx.set_materialize_grads(False)
 
     backward = staticmethod(_backward)
     jvp: Any = staticmethod(refuse_forward_mode)
@@ -122,14 +124,14 @@ class _Gradients(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        call: AttentionCall,
-        implementation: Implementation,
+        bound: Bound,
         out: Tensor,
         lse: Tensor,
         dout: Tensor,
         dlse: Tensor | None,
         *tensors: Tensor | None,
     ) -> Tensors:
+        call, implementation = bound
         return implementation.gradients(call.with_tensors(tensors), out, lse, dout, dlse)
 
     @staticmethod
@@ -154,7 +156,8 @@ def one_by_one(
     results = []
     for i in range(size):
         entries = (
-            x if dim is None else x.select(dim, i) for x, dim in zip(inputs, in_dims, strict=True)
+            x.select(dim, i) if isinstance(dim, int) else x
+            for x, dim in zip(inputs, in_dims, strict=True)
         )
         results.append(apply(*entries))
     stacked = tuple(torch.stack(parts) for parts in zip(*results, strict=True))

@@ -38,10 +38,13 @@ class AttentionCall:
         return _tensors_of(self)
 
     def with_tensors(self, tensors: Iterable[Tensor | None]) -> AttentionCall:
-        """The same call of other tensors; faster than dataclasses.replace."""
+        """The same call of other tensors, the last of which may be left out where they are None.
+
+        Faster than dataclasses.replace.
+        """
         new = object.__new__(AttentionCall)
         new.__dict__.update(self.__dict__)
-        new.__dict__.update(zip(self.TENSORS, tensors, strict=True))
+        new.__dict__.update(zip(self.TENSORS, tensors, strict=False))
         return new
 
     def without_tensors(self) -> AttentionCall:

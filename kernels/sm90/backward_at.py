@@ -104,5 +104,5 @@ class QueriesAtSm90(QueriesSm90):
             (b, s_q, h, cute.size(k, mode=[1])),
         )
         lists, scales = (kv_lens, None, tiles, bits, counter, None), (softmax_scale, scale_log2)
-        inputs = (stats, parts, q_pad)
+        inputs = (stats, parts, q_pad, dq)
         self.launch((q, k, v, dout, dq), lists, positions, inputs, num_ctas, scales, stream)

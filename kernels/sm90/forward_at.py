@@ -49,7 +49,8 @@ class ForwardAtSm90(ForwardSm90):
             (q_base, num_positions, num_splits),
             (b, s_q, h, cute.size(k, mode=[1])),
         )
-        lists, results = (kv_lens, None, tiles, bits, counter, None), (lse, out_parts, lse_parts)
+        lists = (kv_lens, None, tiles, bits, counter, None)
+        results = (lse, out_parts, lse_parts, out)
         self.launch((q, k, v, out), lists, positions, results, num_ctas, scale_log2, stream)
         if num_splits > 1:
             combine = SplitCombine(self.config.head_dim, self.dtype)

@@ -15,7 +15,13 @@ from cutlass.cute.nvgpu import cpasync, warp, warpgroup
 from sparse_flash.kernels.sm90 import online_softmax as online
 from sparse_flash.kernels.sm90.forward_producer import FULL_BEYOND
 from sparse_flash.kernels.sm90.items import ForwardBarrier, PositionItem, RowItem
-from sparse_flash.kernels.sm90.primitives import check_arrivals, hold, multiply, rows_from
+from sparse_flash.kernels.sm90.primitives import (
+    check_arrivals,
+    hold,
+    multiply,
+    pair_of,
+    store_pairs,
+)
 from sparse_flash.masks.layout import FULL_TILE
 
 CONSUMER = pipeline.PipelineUserType.Consumer
@@ -38,7 +44,9 @@ class Consumer:
         self.s_q, s_k, self.s_v, self.s_o, self.s_tiles = buffers
         self.q_pipe, self.k_pipe, self.v_pipe = pipes
         self.store = store
-        self.lse, self.out_parts, self.lse_parts = results
+        self.lse, self.out_parts, self.lse_parts, *others = results
+        if const_expr(config.offsets):
+            (self.out,) = others
         self.thread = cute.arch.thread_idx()[0] % 128
         self.group = cute.arch.make_warp_uniform(cute.arch.thread_idx()[0] // 128 - 1)
         # V as the second operand of O += P V: (head_dim, keys).
@@ -214,7 +222,7 @@ class Consumer:
         """Write what is normalised: to the output, or as the part of all rows of this number."""
         lse, out_parts, lse_parts = self.lse, self.out_parts, self.lse_parts
         if item.part < 0:
-            self.store_out(item)
+            self.store_rows(self.out, item)
         for r in cutlass.range_constexpr(2):
             q_idx = item.start + self.row(r)
             if q_idx >= 0 and q_idx < cute.size(lse, mode=[2]):
@@ -248,16 +256,23 @@ class Consumer:
                     lse_parts[part, row + 8 * r] = log_sums[r]
 
     @cute.jit
+    def store_rows(self, tensor, item):
+        """The warpgroup's 64 rows from registers: TMA does not store at negative rows."""
+        for r in cutlass.range_constexpr(2):
+            starts = range(2 * r, cute.size(self.acc_o), 4)
+            pairs = [pair_of(self.acc_o[n], self.acc_o[n + 1], self.dtype) for n in starts]
+            place = (item.batch, item.start + self.row(r), item.head, 0)
+            store_pairs(tensor, place, pairs, any_row=True)
+
+    @cute.jit
     def store_out(self, item):
         """The warpgroup's 64 rows through shared memory; TMA leaves out rows beyond the end."""
         (o_atom, o_tma), columns = self.store, self.config.o_columns
         stmatrix = cute.make_copy_atom(warp.StMatrix8x8x16bOp(num_matrices=4), self.dtype)
         copy = cute.make_tiled_copy_C(stmatrix, self.chunk).get_slice(self.thread)
         mine = self.s_o[None, None, self.group]
-        block, rows = item.m_block * self.config.warpgroups + self.group, None
-        if const_expr(self.config.offsets):
-            block, rows = self.group, item.start
-        target = rows_from(o_tma[None, None, item.head, item.batch], rows)
+        block = item.m_block * self.config.warpgroups + self.group
+        target = o_tma[None, None, item.head, item.batch]
         target = cute.local_tile(target, (64, columns), (None, None))
         source, goal = cpasync.tma_partition(
             o_atom,

@@ -31,7 +31,7 @@ class QueriesConsumer(Consumer):
         self.store = store
         self.stats, self.parts, *others = inputs
         if const_expr(config.offsets):
-            (self.q_pad,) = others
+            self.q_pad, self.dq = others
         self.thread = cute.arch.thread_idx()[0] % 128
         self.group = cute.arch.make_warp_uniform(cute.arch.thread_idx()[0] // 128 - 1)
         scores, of_queries = self.scores.get_slice(0), self.of_queries.get_slice(0)
@@ -148,7 +148,9 @@ class QueriesConsumer(Consumer):
         part, parts = item.part, self.parts
         for i in cutlass.range_constexpr(cute.size(self.acc_o)):
             self.acc_o[i] = self.acc_o[i] * self.scale
-        if part < 0:
+        if const_expr(self.config.offsets):  # rows are not split
+            self.store_rows(self.dq, item)
+        elif part < 0:
             self.store_out(item)
         else:
             for i in cutlass.range_constexpr(cute.size(self.acc_o)):
