@@ -1,22 +1,12 @@
 """The kernels for queries at positions, compiled for Hopper on whatever machine this is."""
 
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 from sparse_flash.kernels.sm90.config import BackwardConfig
 from sparse_flash.kernels.sm90.position_config import DecodeConfig, all_position_configs
 
 pytest.importorskip("cutlass.cute")
-
-COMPILE = """
-import sys
-from sparse_flash.kernels.sm90.position_compile import compile_position_config
-from sparse_flash.kernels.sm90.position_config import all_position_configs
-compile_position_config(all_position_configs()[int(sys.argv[1])])
-"""
 CONFIGS = all_position_configs()
 
 
@@ -35,20 +25,12 @@ def kernels_of(config):
 
 
 @pytest.mark.parametrize("index", range(len(CONFIGS)), ids=lambda i: name(CONFIGS[i]))
-def test_compiles_well(index, tmp_path):
+def test_compiles_well(compiler, index, tmp_path):
     """No spills, no stack; products by WGMMA, and not one after the other."""
     config = CONFIGS[index]
-    env = {
-        **os.environ,
-        "CUTE_DSL_ARCH": "sm_90a",  # or there is no SASS
-        "CUTE_DSL_KEEP": "cubin,sass",
-        "CUTE_DSL_DUMP_DIR": str(tmp_path),
-        "CUTE_DSL_COMPILER_OPT": "remarks{ptx}",
-    }
-    command = [sys.executable, "-c", COMPILE, str(index)]
-    run = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    log = run.stdout + run.stderr
-    assert run.returncode == 0, log
+    status = compiler(tmp_path, "positions", index)
+    log = (tmp_path / "log").read_text()
+    assert status == 0, log
     spills = re.findall(
         r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log
     )
