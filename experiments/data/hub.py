@@ -7,7 +7,6 @@ optional; it downloads, goes on where a download was interrupted, and verifies.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 from sparse_flash.experiments.data.files import HUB, DataError
-from sparse_flash.experiments.data.source import originals
+from sparse_flash.experiments.data.source import digest, originals
 from sparse_flash.kernels.cache import cache_dir, locked
 
 if TYPE_CHECKING:
@@ -179,7 +178,8 @@ def _copies_by_content(paths: list[Path]) -> Iterator[tuple[Path, str]]:
     counts = Counter(_likeness(file) for file in paths)
     for file in paths:
         if counts[_likeness(file)] > 1:
-            key = (_likeness(file), hashlib.sha256(file.read_bytes()).digest())
+            with file.open("rb") as stream:
+                key = (_likeness(file), digest(stream))
             if key in known:
                 yield file, known[key]
             known[key] = str(file)

@@ -160,11 +160,8 @@ class Source(abc.ABC):
                 contents[file[len(root) :]] = hashlib.sha256(content).hexdigest()
         else:
             for file in files:
-                digest = hashlib.sha256()
                 with self.open(file) as stream:
-                    while content := stream.read(1 << 20):
-                        digest.update(content)
-                contents[file[len(root) :]] = digest.hexdigest()
+                    contents[file[len(root) :]] = digest(stream)
         return repr(sorted(contents.items()))
 
 
@@ -283,6 +280,14 @@ def find_tables(source: Source, names: list[str]) -> list[str]:
 
     folder = posixpath.dirname(source.find(files_of, names[0])[0])
     return [join(folder, name) for name in names]
+
+
+def digest(stream: BinaryIO) -> str:
+    """The SHA-256 of a file of any size."""
+    found = hashlib.sha256()
+    while content := stream.read(1 << 20):
+        found.update(content)
+    return found.hexdigest()
 
 
 def join(folder: str, name: str) -> str:
