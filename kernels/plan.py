@@ -25,7 +25,7 @@ from sparse_flash.kernels.schedule import (
     schedule,
 )
 from sparse_flash.masks.layout import BlockLayout
-from torch import inference_mode
+from sparse_flash.masks.modes import plain_torch
 
 Config = TypeVar("Config", bound=KernelConfig)
 _lock = threading.Lock()  # threads that ask for the same plan get one
@@ -149,7 +149,7 @@ def _build(layout: BlockLayout, key: PlanKey) -> Plan[Any]:
             f"the kernels need {least} bytes of shared memory, but this GPU ({key.facts.arch}) has "
             f"{capacity}: use impl='reference'"
         )
-    with inference_mode(False):  # inference tensors could not be saved for a backward pass
+    with plain_torch():  # the plan outlives the modes and transforms of the call that asks for it
         several = len(configs) > 1 and planner.transposed
         config = best_config(layout.transpose() if several else layout, configs)
         reschedule = functools.partial(_schedule, key, config, split_last_wave=False)
@@ -161,7 +161,7 @@ def _schedule(
 ) -> Schedule:
     """The schedule of a layout; parts for the last wave may not fit where a plan follows."""
     planner, facts = key.planner, key.facts
-    with inference_mode(False):
+    with plain_torch():
         if not planner.transposed:
             size = planner.token_bytes * layout.kv_len
             sizes = (key.batch, key.heads)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from sparse_flash.masks.layout import BlockLayout
     from sparse_flash.masks.orders import TokenOrder
+    from sparse_flash.masks.records import Record
 
 
 class Mask(Traceable):
@@ -53,6 +54,7 @@ class Mask(Traceable):
 
     by_head: ClassVar[bool] = False  # whether it is several masks, by batch entry and head
     _derived = (*Traceable._derived, "_record")
+    _record: Record | None = None  # what was derived from it, see `RecordCache`
     changeable: bool = False  # whether `state()` can change
 
     def allowed(self, q: Index, kv: Index) -> Truth:

@@ -77,8 +77,7 @@ class RecordCache:
 
     def of(self, mask: Mask) -> Record:
         """The record of a mask."""
-        found = mask.__dict__.get("_record")
-        return self._share(mask) if found is None else found
+        return mask._record or self._share(mask)
 
     def _share(self, mask: Mask) -> Record:
         record = self._recent.get(mask)

@@ -45,14 +45,12 @@ def attend(call: AttentionCall, implementation: Implementation) -> tuple[Tensor,
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return _Transformed.apply((call, implementation), *call.tensors)
     if call.needs_grad:
-        q, k, v, *given = call.tensors
-        if given == _NONE_GIVEN:  # fewer tensors cost the host less
-            return _apply((call, implementation), q, k, v)
-        return _apply((call, implementation), q, k, v, *given)
+        if call.kv_lens is call.q_offset is call.kv_starts is None:  # fewer cost the host less
+            return _apply((call, implementation), call.q, call.k, call.v)
+        return _apply((call, implementation), *call.tensors)
     return implementation.attend(call)
 
 
-_NONE_GIVEN = [None] * (len(AttentionCall.TENSORS) - 3)
 Bound = tuple[AttentionCall, Implementation]
 
 
@@ -62,15 +60,20 @@ def _check_no_tangents(call: AttentionCall) -> None:
             refuse_forward_mode()
 
 
+_is_transformed = torch._C._functorch.is_functorch_wrapped_tensor
+
+
 def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
     """The gradients of (bound, *tensors)."""
     out, lse, *tensors = ctx.saved_tensors
     rest = (None,) * (len(tensors) - 3)
     if dout is None and dlse is None:
         return (None,) * 4 + rest
+    given = (out, dlse) if dout is None else (out, dout) if dlse is None else (out, dout, dlse)
     dout = torch.zeros_like(out) if dout is None else dout
     inputs = (ctx.bound, out, lse, dout, dlse, *tensors)
-    if torch.is_grad_enabled():  # create_graph=True
+    # create_graph=True; torch.func; is_grads_batched=True
+    if torch.is_grad_enabled() or any(map(_is_transformed, given)):
         return None, *_Gradients.apply(*inputs), *rest
     return None, *_Gradients.forward(*inputs), *rest
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -43,13 +43,17 @@ class AttentionCall:
         Faster than dataclasses.replace.
         """
         new = object.__new__(AttentionCall)
-        new.__dict__.update(self.__dict__)
-        new.__dict__.update(zip(self.TENSORS, tensors, strict=False))
+        attributes = new.__dict__
+        attributes.update(self.__dict__)
+        attributes.update(zip(self.TENSORS, tensors, strict=False))
+        if "_options" not in attributes:
+            attributes["_options"] = self if self.q is None else self.without_tensors()
         return new
 
     def without_tensors(self) -> AttentionCall:
         """The options alone, for a graph that saves the tensors elsewhere."""
-        return self.with_tensors((None,) * len(self.TENSORS))
+        found: AttentionCall | None = self.__dict__.get("_options")
+        return replace(self, **dict.fromkeys(self.TENSORS)) if found is None else found
 
 
 _tensors_of = operator.attrgetter(*AttentionCall.TENSORS)

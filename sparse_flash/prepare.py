@@ -92,8 +92,11 @@ def _calls_of(mask: Mask | BlockLayout) -> tuple[dict[Any, _Known], Any]:
     """Where known calls with this mask are kept, and what the mask depends on now."""
     if type(mask) is BlockLayout:  # isinstance takes longer
         return mask.calls, None
-    check_mask(mask)
-    return CACHE.of(mask).calls, mask.state()
+    record = getattr(mask, "_record", None)
+    if record is None:
+        check_mask(mask)
+        record = CACHE.of(mask)
+    return record.calls, mask.state() if mask.changeable else ()
 
 
 def layout_of(mask: Mask, q: Tensor, lengths: tuple[int, int]) -> BlockLayout:

@@ -37,6 +37,7 @@ from sparse_flash.kernels.sm90.position_config import (
 )
 from sparse_flash.kernels.sm90.position_lists import backward_lists
 from sparse_flash.masks.layout import BlockLayout
+from sparse_flash.masks.modes import plain_torch
 from sparse_flash.masks.retile import retile
 from torch import Tensor
 from torch.nn.functional import pad
@@ -191,7 +192,7 @@ def _plan_of(layout: BlockLayout, config: Config, q: Tensor, k: Tensor) -> Posit
 def build_plan(layout: BlockLayout, key: PositionKey) -> PositionPlan[PositionConfig]:
     """The plan of a layout of any granularity."""
     config = key.config
-    with torch.inference_mode(False):  # inference tensors could not be saved for a backward pass
+    with plain_torch():  # the plan outlives the modes and transforms of the call that asks for it
         if isinstance(config, BackwardConfig):
             tiled = retile(layout.transpose(), config.tile)
             tiled = stack_heads(tiled, key.heads // key.kv_heads)
@@ -321,32 +322,36 @@ def _pack(group: int) -> int:
 
 def splits_of(plan: PositionPlan[Any], b: int, s: int, h: int, s_kv: int, kv_heads: int) -> int:
     """Into how many parts each row is split, by what the host knows: shapes and the longest row."""
-    config, tile_n = plan.config, plan.config.tile[1]
+    config, tile_n, sms = plan.config, plan.config.tile[1], plan.num_ctas
     tiles = min(plan.longest, -(-s_kv // tile_n))
-    if isinstance(config, DecodeConfig):
-        rows, slots = b * h // pack_of(plan, h, kv_heads), plan.num_ctas * config.ctas_per_sm
-        splits = num_splits(rows, tiles * config.steps, slots, 1.5)
+    if isinstance(config, DecodeConfig):  # as much as memory gives: one CTA on each SM takes it all
+        rows, slots = b * h // pack_of(plan, h, kv_heads), sms * config.ctas_per_sm
+        splits = num_splits(rows, tiles * config.steps, slots, sms, 1.5)
     else:
-        splits = num_splits(b * h * -(-s // config.tile[0]), tiles, plan.num_ctas, 2.5)
+        splits = num_splits(b * h * -(-s // config.tile[0]), tiles, sms, sms, 2.5)
     return max(1, min(splits, _SPLIT_BYTES // max(1, 4 * b * s * h * config.head_dim)))
 
 
 @functools.lru_cache(maxsize=4096)
-def num_splits(rows: int, steps: int, slots: int, overhead: float) -> int:
-    """The number of parts of each of `rows` rows of `steps` steps that `slots` CTAs end first.
+def num_splits(rows: int, steps: int, slots: int, saturating: int, overhead: float) -> int:
+    """The number of parts of each of `rows` rows of `steps` steps that end first.
 
-    Rounds of CTAs, each as long as a part and the overhead of an item; then the combination. CTAs
-    that start together do not end together: the last one is late by some part of an item.
+    `slots` CTAs run together, each at full speed where they are at most `saturating`. They run in
+    rounds, each as long as a part and the overhead of an item; then comes the combination. The
+    constants are in steps, from times of 1 to 66 splits on an H200.
 
-    >>> num_splits(8, 1024, 264, 1.5), num_splits(4096, 1024, 264, 1.5), num_splits(8, 1, 264, 1.5)
-    (33, 1, 1)
+    >>> num_splits(8, 1024, 264, 132, 1.5), num_splits(256, 64, 264, 132, 1.5)
+    (16, 1)
     """
-    combination, lateness = 2.0, 0.03
+    combination, by_part, lateness = 2.0, 0.12, 0.01
     best, least = 1, math.inf
-    for n in sorted({1, *(min(steps, i * slots // max(rows, 1)) for i in range(1, 9))} - {0}):
+    fitting = (i * n // max(rows, 1) for i in range(1, 9) for n in (slots, saturating))
+    for n in sorted({1, *(min(steps, n) for n in fitting)} - {0}):
         part = -(-steps // n)
-        cost = -(-rows * n // slots) * (part + overhead) + lateness * part
-        cost += combination if n > 1 else 0.0
+        rounds, rest = divmod(rows * n, slots)
+        slowed = rounds * slots / saturating + (max(1.0, rest / saturating) if rest else 0.0)
+        cost = slowed * (part + overhead) + lateness * part
+        cost += combination + by_part * n if n > 1 else 0.0
         best, least = (n, cost) if cost < least else (best, least)
     return best
 

@@ -454,14 +454,17 @@ class TestCosts:
                 "mask": lambda: block_sparse_attention(q, k, v, mask),
                 "layout": lambda: block_sparse_attention(q, k, v, layout),
                 "new mask": lambda: block_sparse_attention(q, k, v, masks.causal()),
-                "making it": masks.causal,
+                "mask, and making one": lambda: (
+                    masks.causal(),
+                    block_sparse_attention(q, k, v, mask),
+                ),
             }
         )
         with capsys.disabled():
             print("\nhost microseconds:", {name: round(1e6 * t, 1) for name, t in times.items()})
         assert times["mask"] <= 1.5 * times["sdpa"]
         assert times["layout"] <= 1.5 * times["sdpa"]
-        assert times["new mask"] - times["making it"] - times["mask"] <= 0.2 * times["sdpa"]
+        assert times["new mask"] - times["mask, and making one"] <= 0.2 * times["sdpa"]
 
     @pytest.mark.parametrize(
         "spec", ["local({}) | global_tokens(64) | butterfly(128)", "causal({})"]

@@ -37,7 +37,12 @@ def calls(monkeypatch):
     """Launches, of dense attention; with "auto" every call comes by the Hopper implementation."""
     seen = []
 
+    def check_are_plain(*tensors):
+        """A launch takes addresses: no tensors of torch.func."""
+        assert not any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors))
+
     def forward(q, k, v, plan, kv_lens, scale, *, transient=False):
+        check_are_plain(q, k, v, *plan.lists, *plan.combine, plan.schedule.kv_lens)
         seen.append(Call(q.shape, plan.config, transient))
         heads_first = (x.transpose(1, 2) for x in (q, k, v))
         out = scaled_dot_product_attention(*heads_first, scale=scale).transpose(1, 2).contiguous()
@@ -47,6 +52,7 @@ def calls(monkeypatch):
     def backward(dout, dlse, q, k, v, out, lse, plans, kv_lens, scale, *, transient=False):
         seen.append(Call(q.shape, plans.dkdv.config, transient))
         assert (plans.dq is None) == plans.dkdv.config.dq
+        check_are_plain(dout, q, k, v, out, lse, *plans.dkdv.lists, *plans.dkdv.combine)
         q_, k_, v_, dout_ = (x.float() for x in (q, k, v, dout))
         p = (torch.einsum("bqhd,bkhd->bhqk", q_, k_) * scale - lse[..., None]).exp()
         delta = (out.float() * dout_).sum(-1).transpose(1, 2)
@@ -284,3 +290,40 @@ def test_gradient_penalties_are_refused(calls):
     (dq,) = torch.autograd.grad(out.float().square().mean(), q, create_graph=True)
     with pytest.raises(NotImplementedError, match="second derivative"):
         (out.float().mean() + dq.float().square().sum()).backward()
+
+
+def loss(q, k, v):
+    return block_sparse_attention(q, k, v, masks.local(31)).float().sin().sum()
+
+
+@pytest.mark.parametrize("way", ["grad", "grad without grad mode", "vjp", "vmap of grad"])
+def test_launches_see_no_tensors_of_transforms(calls, way):
+    """Nor do plans, which outlive the transform that first asks for them."""
+    import sparse_flash
+
+    sparse_flash.clear_cache()
+    q, k, v = tensors(grad=False)
+    gradients = torch.func.grad(loss, argnums=(0, 1, 2))
+    if way == "vmap of grad":
+        got = torch.func.vmap(gradients)(*(x[:, None] for x in (q, k, v)))
+        got = [x[:, 0] for x in got]
+    elif way == "vjp":
+        got = torch.func.vjp(loss, q, k, v)[1](torch.tensor(1.0))
+    else:
+        with torch.set_grad_enabled(way == "grad"):
+            got = gradients(q, k, v)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    for a, b in zip(got, torch.autograd.grad(loss(*leaves), leaves), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("output", [0, 1])
+def test_batches_of_gradients(calls, output):
+    q, k, v = tensors(grad=True)
+    result = block_sparse_attention(q, k, v, masks.local(31), return_lse=True)[output]
+    given = torch.randn(3, *result.shape, dtype=result.dtype)
+    keep = {"retain_graph": True}
+    got = torch.autograd.grad(result, (q, k, v), given, is_grads_batched=True, **keep)
+    for i in range(3):
+        for a, b in zip(got, torch.autograd.grad(result, (q, k, v), given[i], **keep), strict=True):
+            torch.testing.assert_close(a[i], b)
