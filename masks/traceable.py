@@ -17,7 +17,7 @@ import os
 import secrets
 import threading
 import weakref
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from sparse_flash.masks.modes import plain_torch
@@ -54,7 +54,9 @@ class _Handles(threading.local):
         self.spare: list[tuple[int, Tensor]] = []
 
     def take(self) -> tuple[int, Tensor]:
-        """A handle that nobody else has."""
+        """A handle that nobody else has; a compiled graph would give the same one every time."""
+        if torch.compiler.is_compiling():
+            torch._dynamo.graph_break()
         if not self.spare:
             self.spare = _more_handles()
         return self.spare.pop()
@@ -75,7 +77,7 @@ class _ByHandle:
         number, handle = _handles.take()
         object.__setattr__(new, "_number", number)
         object.__setattr__(new, "_handle", handle)
-        _objects[number] = weakref.ref(new)  # type: ignore[assignment]
+        _objects[number] = weakref.ref(cast("Traceable", new))
         return new
 
 

@@ -38,6 +38,15 @@ def refuse_forward_mode(*_: Any) -> NoReturn:
     )
 
 
+def refuse_batches_of_gradients() -> NoReturn:
+    """Raise: PyTorch's older vmap, which does not know functions with a backward of their own."""
+    raise NotImplementedError(
+        "block_sparse_attention takes no batches of gradients (is_grads_batched=True, "
+        "torch.autograd.functional.jacobian with vectorize=True): use torch.func.jacrev, or "
+        "torch.func.vmap over the function of torch.func.vjp"
+    )
+
+
 def attend(call: AttentionCall, implementation: Implementation) -> tuple[Tensor, Tensor]:
     """(out, lse), differentiable where an input requires gradients."""
     if torch.autograd.forward_ad._current_level >= 0:
@@ -60,6 +69,7 @@ def _check_no_tangents(call: AttentionCall) -> None:
             refuse_forward_mode()
 
 
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
 _is_transformed = torch._C._functorch.is_functorch_wrapped_tensor
 
 
@@ -67,13 +77,15 @@ def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, 
     """The gradients of (bound, *tensors)."""
     out, lse, *tensors = ctx.saved_tensors
     rest = (None,) * (len(tensors) - 3)
-    if dout is None and dlse is None:
+    given = [x for x in (dout, dlse) if x is not None]
+    if not given:
         return (None,) * 4 + rest
-    given = (out, dlse) if dout is None else (out, dout) if dlse is None else (out, dout, dlse)
+    if any(map(_is_batched, given)):
+        refuse_batches_of_gradients()
     dout = torch.zeros_like(out) if dout is None else dout
     inputs = (ctx.bound, out, lse, dout, dlse, *tensors)
-    # create_graph=True; torch.func; is_grads_batched=True
-    if torch.is_grad_enabled() or any(map(_is_transformed, given)):
+    # create_graph=True; torch.func
+    if torch.is_grad_enabled() or any(map(_is_transformed, (out, *given))):
         return None, *_Gradients.apply(*inputs), *rest
     return None, *_Gradients.forward(*inputs), *rest
 
@@ -82,7 +94,7 @@ class _Attention(torch.autograd.Function):
     """(out, lse) of the tensors of a call; those at its end may be left out where all are None."""
 
     @staticmethod
-    def forward(ctx: Any, bound: Bound, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, bound: Bound, *tensors: Any) -> tuple[Tensor, Tensor]:
         call, implementation = bound
         out, lse = implementation.attend(call)
         ctx.bound = call.without_tensors(), implementation
@@ -103,9 +115,9 @@ class _Transformed(torch.autograd.Function):
     """The same for torch.func, whose form of a Function costs the host several times as much."""
 
     @staticmethod
-    def forward(bound: Bound, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(bound: Bound, *tensors: Any) -> tuple[Tensor, Tensor]:
         call, implementation = bound
-        return implementation.attend(call.with_tensors(tensors))
+        return implementation.attend(call.with_tensors(*tensors))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
@@ -132,10 +144,10 @@ class _Gradients(torch.autograd.Function):
         lse: Tensor,
         dout: Tensor,
         dlse: Tensor | None,
-        *tensors: Tensor | None,
+        *tensors: Any,
     ) -> Tensors:
         call, implementation = bound
-        return implementation.gradients(call.with_tensors(tensors), out, lse, dout, dlse)
+        return implementation.gradients(call.with_tensors(*tensors), out, lse, dout, dlse)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:

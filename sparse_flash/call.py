@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -37,23 +36,33 @@ class AttentionCall:
         """All tensor arguments, in the order of `TENSORS`."""
         return _tensors_of(self)
 
-    def with_tensors(self, tensors: Iterable[Tensor | None]) -> AttentionCall:
-        """The same call of other tensors, the last of which may be left out where they are None.
-
-        Faster than dataclasses.replace.
-        """
+    def with_tensors(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        kv_lens: Tensor | None = None,
+        q_offset: Tensor | None = None,
+        kv_starts: Tensor | None = None,
+    ) -> AttentionCall:
+        """The same call of other tensors. Faster than dataclasses.replace."""
         new = object.__new__(AttentionCall)
         attributes = new.__dict__
         attributes.update(self.__dict__)
-        attributes.update(zip(self.TENSORS, tensors, strict=False))
-        if "_options" not in attributes:
-            attributes["_options"] = self if self.q is None else self.without_tensors()
+        attributes["q"], attributes["k"], attributes["v"] = q, k, v
+        attributes["kv_lens"], attributes["q_offset"] = kv_lens, q_offset
+        attributes["kv_starts"] = kv_starts
+        if self.q is None:
+            attributes["_options"] = self
         return new
 
     def without_tensors(self) -> AttentionCall:
         """The options alone, for a graph that saves the tensors elsewhere."""
         found: AttentionCall | None = self.__dict__.get("_options")
-        return replace(self, **dict.fromkeys(self.TENSORS)) if found is None else found
+        if found is None:
+            nothing: dict[str, Any] = dict.fromkeys(self.TENSORS)
+            return replace(self, **nothing)
+        return found
 
 
 _tensors_of = operator.attrgetter(*AttentionCall.TENSORS)

@@ -85,16 +85,11 @@ def lengths_of(tensors: tuple[Any, ...], mask: Mask | BlockLayout) -> tuple[int,
         ValueError: The layout, or the mask's own lengths, do not cover all positions.
     """
     q, k, _, _, q_offset, kv_starts = tensors
-    lengths = q.shape[1], k.shape[1]
-    if q_offset is kv_starts is None:
-        if lengths[0] != lengths[1]:
-            _warn_of_alignment(mask, *lengths)
-        return lengths
-    if kv_starts is None and _is_plain(q, k, mask, q_offset):
-        return lengths
+    if kv_starts is None and (q_offset is None or _is_plain(q, k, mask, q_offset)):
+        return q.shape[1], k.shape[1]
     end = _end_of(q, 0 if q_offset is None else q_offset, kv_starts)
     if isinstance(mask, Mask):
-        least = max(lengths) if end is None else end
+        least = max(q.shape[1], k.shape[1]) if end is None else end
         q_len, kv_len = (
             _power_of_two(needed) if own is None else own
             for own, needed in zip(mask.extents(), (least, k.shape[1]), strict=True)
@@ -141,12 +136,12 @@ def _power_of_two(least: int) -> int:
     return 1 << (max(least, _LEAST_LENGTH) - 1).bit_length()
 
 
-def _warn_of_alignment(mask: Mask | BlockLayout, q_len: int, kv_len: int) -> None:
+def warn_of_alignment(mask: Mask | BlockLayout, q_len: int, kv_len: int) -> None:
     """Warn of queries that may be the last ones where a mask depends on distances."""
-    if isinstance(mask, Mask) and mask.relative:
+    if q_len != kv_len and isinstance(mask, Mask) and mask.relative:
+        last = f"where they are the last ones, as in a KV cache, pass q_offset={kv_len - q_len}; "
         warnings.warn(
-            f"q has {q_len} tokens and k has {kv_len}: query i is taken to have position i. Where "
-            f"the queries are the last ones, as in a KV cache, pass q_offset={kv_len - q_len}; to "
-            "confirm that they are the first, pass q_offset=0",
-            stacklevel=4,
+            f"q has {q_len} tokens and k has {kv_len}: query i is taken to have position i; "
+            f"{last if q_len < kv_len else ''}to confirm that they are the first, pass q_offset=0",
+            stacklevel=4,  # where block_sparse_attention is called
         )

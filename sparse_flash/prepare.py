@@ -19,7 +19,7 @@ from sparse_flash.checks import (
 from sparse_flash.implementations import Implementation, choose
 from sparse_flash.masks import BlockLayout, Mask
 from sparse_flash.masks.records import CACHE
-from sparse_flash.positions import lengths_of, with_positions
+from sparse_flash.positions import lengths_of, warn_of_alignment, with_positions
 
 _MOST_CALLS = 4096  # kinds of calls to remember for a mask or a layout
 Tensors = tuple[Any, ...]  # as AttentionCall.TENSORS
@@ -56,9 +56,14 @@ def prepare(
         TypeError: An argument of the wrong type or dtype.
         ValueError: Shapes, devices or lengths that do not fit, or no implementation runs the call.
     """
-    lengths = lengths_of(tensors, mask)
-    tensors = with_positions(tensors, mask)
     q, k, v, kv_lens, q_offset, kv_starts = tensors
+    q_shape, k_shape = q.shape, k.shape
+    if q_offset is kv_starts is None:
+        lengths = q_shape[1], k_shape[1]
+    else:
+        lengths = lengths_of(tensors, mask)
+        tensors = with_positions(tensors, mask)
+        *_, q_offset, kv_starts = tensors
     scale, deterministic, impl = options
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
@@ -66,7 +71,7 @@ def prepare(
     calls, state = _calls_of(mask)
     # All that checks and implementations look at: not the numbers.
     given = (kv_lens is None, q_offset is None, kv_starts is None)
-    sizes = (lengths, q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride())
+    sizes = (lengths, q_shape, q.stride(), k_shape, k.stride(), v.shape, v.stride())
     offset = (q.storage_offset() | k.storage_offset() | v.storage_offset()) % 8
     types = (q.dtype, k.dtype, v.dtype, q.device, k.device, v.device)
     like = (state, impl, rest, offset, given, sizes, types)
@@ -74,6 +79,8 @@ def prepare(
     if known is None:
         check_tensors(q, k, v)
         warn_of_heads_first(k)
+        if q_offset is None:
+            warn_of_alignment(mask, *lengths)
         layout = mask if isinstance(mask, BlockLayout) else layout_of(mask, q, lengths)
         check_layout(layout, q, lengths)
         call = AttentionCall(q, k, v, kv_lens, q_offset, kv_starts, layout, None, *rest)
@@ -84,8 +91,8 @@ def prepare(
             calls.clear()
         calls[like] = known
     if kv_lens is not None:
-        check_kv_lens(kv_lens, q.shape[0], k.shape[1])
-    return known.call.with_tensors(tensors), known.implementation
+        check_kv_lens(kv_lens, q_shape[0], k_shape[1])
+    return known.call.with_tensors(*tensors), known.implementation
 
 
 def _calls_of(mask: Mask | BlockLayout) -> tuple[dict[Any, _Known], Any]:

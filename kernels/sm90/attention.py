@@ -171,7 +171,7 @@ def forward(
         softmax_scale = -softmax_scale or 1.0
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     assert out.data_ptr(), "meta and fake tensors have no memory to launch on"
-    lse = torch.empty((b, h, s), dtype=torch.float32, device=device)
+    lse = torch.empty(b, h, s, dtype=torch.float32, device=device)
     lens = plan.schedule.kv_lens if kv_lens is None else _clamped(kv_lens, k)
     inputs = (q, k, v, out, lse, lens)
     kernel = plan.kernel or bind(plan)

@@ -290,7 +290,7 @@ def forward_at(
     decoding = isinstance(config, DecodeConfig)
     splits = splits_of(plan, b, s, h, k.shape[1], k.shape[2])
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = torch.empty((b, h, s), dtype=torch.float32, device=q.device)
+    lse = torch.empty(b, h, s, dtype=torch.float32, device=q.device)
     if not out.numel() or not k.shape[1]:
         return out.zero_(), lse.fill_(-torch.inf)
     used = splits if splits > 1 else 0

@@ -73,7 +73,7 @@ def _best(call: AttentionCall) -> Implementation:
             if reasons and call.q.is_cuda:
                 name = implementation.name
                 warnings.warn(
-                    f"impl='auto' takes {name!r}, which is slow: {reasons[0]}", stacklevel=3
+                    f"impl='auto' takes {name!r}, which is slow: {reasons[0]}", stacklevel=5
                 )
             return implementation
         reasons.append(reason)

@@ -302,7 +302,7 @@ def test_command_line_mask(capsys, tmp_path):
     assert cli.main(["mask", "show", "lokal(3)"]) == 1
     assert "did you mean 'local'?" in capsys.readouterr().err
     assert cli.main(["mask", "show", "causal()", "--length", "0"]) == 1
-    assert "q_len must be in 1.." in capsys.readouterr().err
+    assert "q_len must be at least 1, got 0" in capsys.readouterr().err
 
 
 def test_command_line_train_and_compare(capsys, tmp_path):

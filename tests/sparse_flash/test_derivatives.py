@@ -141,3 +141,20 @@ def test_saved_tensors_go_through_hooks():
     with torch.no_grad():
         q.add_(1)
     torch.autograd.grad(out.sum(), k)
+
+
+@pytest.mark.parametrize("output", [0, 1])
+def test_batches_of_gradients_are_refused_with_a_way_out(output):
+    q, k, v = (torch.randn(1, 9, 1, 8, dtype=torch.float64, requires_grad=True) for _ in "qkv")
+
+    def attend(q):
+        return block_sparse_attention(q, k, v, masks.local(2), return_lse=True)[output]
+
+    result = attend(q)
+    given = torch.randn(3, *result.shape, dtype=result.dtype)
+    with pytest.raises(NotImplementedError, match="use torch.func.jacrev, or torch.func.vmap over"):
+        torch.autograd.grad(result, q, given, is_grads_batched=True, retain_graph=True)
+    got = torch.func.vmap(torch.func.vjp(attend, q)[1])(given)[0]
+    for i in range(3):
+        expected = torch.autograd.grad(result, q, given[i], retain_graph=True)[0]
+        torch.testing.assert_close(got[i], expected)

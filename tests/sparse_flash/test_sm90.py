@@ -315,15 +315,3 @@ def test_launches_see_no_tensors_of_transforms(calls, way):
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     for a, b in zip(got, torch.autograd.grad(loss(*leaves), leaves), strict=True):
         torch.testing.assert_close(a, b)
-
-
-@pytest.mark.parametrize("output", [0, 1])
-def test_batches_of_gradients(calls, output):
-    q, k, v = tensors(grad=True)
-    result = block_sparse_attention(q, k, v, masks.local(31), return_lse=True)[output]
-    given = torch.randn(3, *result.shape, dtype=result.dtype)
-    keep = {"retain_graph": True}
-    got = torch.autograd.grad(result, (q, k, v), given, is_grads_batched=True, **keep)
-    for i in range(3):
-        for a, b in zip(got, torch.autograd.grad(result, (q, k, v), given[i], **keep), strict=True):
-            torch.testing.assert_close(a[i], b)
