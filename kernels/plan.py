@@ -66,6 +66,7 @@ class Plan(Generic[Config]):
         """Memory of the schedule's arrays."""
         return self.schedule.nbytes
 
+    @plain_torch()
     def follow(self, layout: BlockLayout) -> Callable[[], None]:
         """The step that makes this the plan of another layout, in place; nothing changes before.
 
@@ -140,6 +141,7 @@ def plan_of(layout: BlockLayout, key: PlanKey) -> Plan[Any]:
     return plan
 
 
+@plain_torch()  # a plan outlives the modes and transforms of the call that asks for it
 def _build(layout: BlockLayout, key: PlanKey) -> Plan[Any]:
     planner, capacity = key.planner, key.facts.shared_memory
     configs = [c for c in planner.configs if c.shared_memory <= capacity]
@@ -149,11 +151,10 @@ def _build(layout: BlockLayout, key: PlanKey) -> Plan[Any]:
             f"the kernels need {least} bytes of shared memory, but this GPU ({key.facts.arch}) has "
             f"{capacity}: use impl='reference'"
         )
-    with plain_torch():  # the plan outlives the modes and transforms of the call that asks for it
-        several = len(configs) > 1 and planner.transposed
-        config = best_config(layout.transpose() if several else layout, configs)
-        reschedule = functools.partial(_schedule, key, config, split_last_wave=False)
-        return Plan(config, _schedule(key, config, layout), reschedule)
+    several = len(configs) > 1 and planner.transposed
+    config = best_config(layout.transpose() if several else layout, configs)
+    reschedule = functools.partial(_schedule, key, config, split_last_wave=False)
+    return Plan(config, _schedule(key, config, layout), reschedule)
 
 
 def _schedule(
@@ -161,15 +162,12 @@ def _schedule(
 ) -> Schedule:
     """The schedule of a layout; parts for the last wave may not fit where a plan follows."""
     planner, facts = key.planner, key.facts
-    with plain_torch():
-        if not planner.transposed:
-            size = planner.token_bytes * layout.kv_len
-            sizes = (key.batch, key.heads)
-            return schedule(
-                layout, *sizes, config.tile, facts, planner.costs, size, split_last_wave
-            )
-        size = planner.token_bytes * layout.q_len * key.heads // key.kv_heads
-        heads = (key.heads, key.kv_heads)
-        return backward_schedule(
-            layout, key.batch, heads, config.tile, facts, planner.costs, size, split_last_wave
-        )
+    if not planner.transposed:
+        size = planner.token_bytes * layout.kv_len
+        sizes = (key.batch, key.heads)
+        return schedule(layout, *sizes, config.tile, facts, planner.costs, size, split_last_wave)
+    size = planner.token_bytes * layout.q_len * key.heads // key.kv_heads
+    heads = (key.heads, key.kv_heads)
+    return backward_schedule(
+        layout, key.batch, heads, config.tile, facts, planner.costs, size, split_last_wave
+    )
