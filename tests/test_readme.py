@@ -17,10 +17,13 @@ def test_python_examples_run(capsys):
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len(blocks) >= 3
     names: dict[str, object] = {}
+    shapes = []  # of y, after each block
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
+        shapes.append(tuple(getattr(names.get("y"), "shape", ())))
     assert names["out"].shape == names["q"].shape
-    assert names["y"].shape == (2, 4096, 256)
+    assert (2, 4096, 256) in shapes, "a model"
+    assert (1, 1, 256) in shapes, "token by token"
 
 
 def test_every_pattern_is_in_the_table():

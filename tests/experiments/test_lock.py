@@ -12,17 +12,17 @@ import sys
 import threading
 
 import pytest
-from sparse_flash.experiments import lra
+from sparse_flash.experiments import lra, recipes
 from sparse_flash.experiments.bench import run as bench
 from sparse_flash.experiments.bench import steps
 from sparse_flash.experiments.compare import compare
 from sparse_flash.experiments.config import compared
-from sparse_flash.experiments.curriculum import Curriculum, follow
 from sparse_flash.experiments.data.listops import ListOps
 from sparse_flash.experiments.data.pathfinder import Pathfinder
 from sparse_flash.experiments.lock import LOCK, FolderInUseError, exclusive
 from sparse_flash.experiments.logger import LogError
 from sparse_flash.experiments.lra import LraConfig
+from sparse_flash.experiments.staged import follow
 from sparse_flash.experiments.train import train
 
 from sparse_flash import cli
@@ -66,7 +66,7 @@ def test_a_second_process_is_refused_at_once(owner, tiny_config, capsys, monkeyp
     with pytest.raises(FolderInUseError, match=refused):
         lra.lra(LraConfig(), folder, "cpu")
     with pytest.raises(FolderInUseError, match=refused):
-        follow(Curriculum(), folder, "cpu")
+        follow(recipes.path_256(), folder, "cpu")
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     with pytest.raises(FolderInUseError, match=refused):
         bench.bench("quick", folder)
