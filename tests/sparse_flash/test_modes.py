@@ -127,8 +127,11 @@ class Watch(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_dispatch_modes_see_an_operator():
+@pytest.mark.parametrize("kind", [torch.Tensor, torch.nn.Parameter])
+def test_dispatch_modes_see_an_operator(kind):
     mask, tensors = masks.local(9), make()
+    if kind is torch.nn.Parameter:
+        tensors = [torch.nn.Parameter(x.detach()) for x in tensors]
     ref = torch.autograd.grad(block_sparse_attention(*tensors, mask).sum(), tensors)
     with Watch() as watch:
         out = block_sparse_attention(*tensors, mask)

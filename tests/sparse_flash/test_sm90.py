@@ -296,7 +296,10 @@ def loss(q, k, v):
     return block_sparse_attention(q, k, v, masks.local(31)).float().sin().sum()
 
 
-@pytest.mark.parametrize("way", ["grad", "grad without grad mode", "vjp", "vmap of grad"])
+WAYS = ["grad", "vjp", "vmap of grad", "grad without grad mode", "vjp without grad mode"]
+
+
+@pytest.mark.parametrize("way", WAYS)
 def test_launches_see_no_tensors_of_transforms(calls, way):
     """Nor do plans, which outlive the transform that first asks for them."""
     import sparse_flash
@@ -307,11 +310,11 @@ def test_launches_see_no_tensors_of_transforms(calls, way):
     if way == "vmap of grad":
         got = torch.func.vmap(gradients)(*(x[:, None] for x in (q, k, v)))
         got = [x[:, 0] for x in got]
-    elif way == "vjp":
-        got = torch.func.vjp(loss, q, k, v)[1](torch.tensor(1.0))
-    else:
-        with torch.set_grad_enabled(way == "grad"):
+    with torch.set_grad_enabled("without" not in way):
+        if way.startswith("grad"):
             got = gradients(q, k, v)
+        elif way.startswith("vjp"):
+            got = torch.func.vjp(loss, q, k, v)[1](torch.tensor(1.0))
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     for a, b in zip(got, torch.autograd.grad(loss(*leaves), leaves), strict=True):
         torch.testing.assert_close(a, b)
