@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from sparse_flash.api import block_sparse_attention
 from sparse_flash.masks import BlockLayout, Mask
+from sparse_flash.positions import end_of
 
 
 class KVCache:
@@ -20,6 +21,9 @@ class KVCache:
         head_dim: Width of a head.
         dtype: Of keys and values; default: torch's default dtype.
         device: Where they live; default: torch's default device.
+
+    Raises:
+        ValueError: A size is below 1.
 
     >>> import torch
     >>> from sparse_flash import masks
@@ -42,6 +46,10 @@ class KVCache:
         device: torch.device | str | None = None,
     ) -> None:
         shape = (batch, capacity, kv_heads, head_dim)
+        if min(shape) < 1:
+            raise ValueError(
+                f"batch, capacity, kv_heads and head_dim must be at least 1, got {shape}"
+            )
         self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in "kv")
 
     @property
@@ -65,7 +73,9 @@ class KVCache:
 
         Raises:
             RuntimeError: Gradients would be needed.
-            ValueError: There is no space, or a shape does not fit.
+            TypeError: q_offset is neither an int nor an int tensor.
+            ValueError: There is no space (an error of CUDA where q_offset is on a GPU), q_offset is
+                negative, or a shape does not fit. Nothing is stored then.
         """
         if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
             raise RuntimeError(
@@ -73,19 +83,19 @@ class KVCache:
                 "torch.inference_mode(), or pass q_offset to block_sparse_attention yourself"
             )
         (b, _, *width), s = self.keys.shape, k.shape[1]
-        if (b, s, *width) != k.shape:
-            raise ValueError(
-                f"the cache is for keys ({b}, s, {width[0]}, {width[1]}), got {tuple(k.shape)}"
-            )
-        if isinstance(q_offset, Tensor):
+        for name, x in (("keys", k), ("values", v)):
+            if (b, s, *width) != x.shape:
+                fits = f"({b}, s, {width[0]}, {width[1]})"
+                raise ValueError(f"the cache is for {name} {fits}, got {tuple(x.shape)}")
+        end = end_of(k, q_offset)
+        if end is not None and end > self.capacity:
+            raise ValueError(f"the cache has space for {self.capacity} tokens, not for {end}")
+        if isinstance(q_offset, Tensor):  # on a GPU, indexing refuses what has no space
             places = q_offset.to(k.device, torch.int64)[:, None] + torch.arange(s, device=k.device)
             entries = torch.arange(b, device=k.device)[:, None]
             self.keys[entries, places], self.values[entries, places] = k, v
             kv_lens = q_offset + s if kv_lens is None else kv_lens
             return self.keys, self.values, kv_lens
-        end = q_offset + s
-        if end > self.capacity:
-            raise ValueError(f"the cache has space for {self.capacity} tokens, not for {end}")
         self.keys[:, q_offset:end], self.values[:, q_offset:end] = k, v
         return self.keys[:, :end], self.values[:, :end], kv_lens
 
@@ -154,6 +164,7 @@ class SelfAttention(nn.Module):
             cache: Keys and values of earlier tokens; those of x are stored in it.
 
         Raises:
+            TypeError: cache is no KVCache.
             ValueError: An offset without a cache, or more tokens than the cache has space for.
         """
         q, k, v = (
@@ -164,6 +175,8 @@ class SelfAttention(nn.Module):
             if isinstance(q_offset, Tensor) or q_offset:
                 raise ValueError("q_offset is the number of tokens in a cache: pass cache=, too")
             out = self.attend(q, k, v, kv_lens)
+        elif not isinstance(cache, KVCache):
+            raise TypeError(f"cache must be a KVCache, got {type(cache).__name__}")
         else:
             out = self.attend(q, *cache.update(k, v, q_offset, kv_lens), q_offset)
         return self.to_out(rearrange(out, "b s h d -> b s (h d)"))

@@ -16,6 +16,7 @@ from torch import Tensor
 from sparse_flash.masks import BlockLayout, Mask
 
 _LEAST_LENGTH = 128  # for which a mask is laid out
+_MOST = 2**31 - 1  # of a position
 
 
 def with_positions(tensors: tuple[Any, ...], mask: Mask | BlockLayout) -> tuple[Any, ...]:
@@ -66,8 +67,8 @@ def _number(name: str, value: Any, batch: int) -> int:
     number = isinstance(value, int) or hasattr(value, "__index__")
     if isinstance(value, bool) or not number:
         raise TypeError(f"{name} must be an int or an int tensor ({batch},), got {value!r}")
-    if value < 0:
-        raise ValueError(f"{name} must be at least 0, got {value}")
+    if not 0 <= value <= _MOST:
+        raise ValueError(f"{name} must be in 0..{_MOST}, got {value}")
     return value if torch.compiler.is_compiling() else operator.index(value)
 
 
@@ -109,11 +110,30 @@ def lengths_of(tensors: tuple[Any, ...], mask: Mask | BlockLayout) -> tuple[int,
     return q_len, kv_len
 
 
+def end_of(q: Tensor, q_offset: int | Tensor) -> int | None:
+    """One more than the last position of any query, at most; None where the host does not know it.
+
+    Args:
+        q: Queries, or keys of the same tokens, `(b, s, ...)`.
+        q_offset: Position of the first, int or int `(b,)`.
+
+    Raises:
+        TypeError: q_offset is neither an int nor an int tensor.
+        ValueError: It has another shape, or is negative.
+    """
+    if isinstance(q_offset, Tensor):
+        _per_entry("q_offset", q_offset, q)
+        if torch.compiler.is_compiling():
+            return None
+    return _end_of(q, q_offset, None)
+
+
 def _end_of(q: Tensor, q_offset: int | Tensor, kv_starts: Tensor | None) -> int | None:
     """One more than the last position of a query, at most; None where only a GPU knows."""
     for name, x in (("q_offset", q_offset), ("kv_starts", kv_starts)):
-        if _is_readable(x) and int(x.min()) < 0:
-            raise ValueError(f"{name} must be at least 0, got {int(x.min())}")
+        if _is_readable(x) and not 0 <= int(x.min()) <= int(x.max()) <= _MOST:
+            given = f"{int(x.min())}..{int(x.max())}"
+            raise ValueError(f"{name} must be in 0..{_MOST}, got {given}")
     if not isinstance(q_offset, Tensor):
         return _number("q_offset", q_offset, q.shape[0]) + q.shape[1]
     if not _is_readable(q_offset):

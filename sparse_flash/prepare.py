@@ -58,9 +58,12 @@ def prepare(
     """
     q, k, v, kv_lens, q_offset, kv_starts = tensors
     q_shape, k_shape = q.shape, k.shape
+    if len(q_shape) != 4 or len(k_shape) != 4:
+        check_tensors(q, k, v)
     if q_offset is kv_starts is None:
         lengths = q_shape[1], k_shape[1]
     else:
+        check_mask(mask)
         lengths = lengths_of(tensors, mask)
         tensors = with_positions(tensors, mask)
         *_, q_offset, kv_starts = tensors

@@ -214,6 +214,11 @@ X = torch.randn(2, 32, 4, 8)
         ({"q": X.tolist()}, TypeError, "q must be a torch.Tensor"),
         ({"k": X[0]}, ValueError, r"k must be \(batch, sequence, heads, head_dim\)"),
         ({"q": X[:, :0]}, ValueError, "all but the batch at least 1"),
+        *(
+            ({name: X[0, :, 0, 0]}, ValueError, rf"{name} must be \(batch, sequence")
+            for name in "qkv"
+        ),
+        *(({name: X.sum()}, ValueError, rf"{name} must be \(batch, sequence") for name in "qkv"),
         ({"v": X.int()}, TypeError, "v has dtype torch.int32; allowed are float64, float32"),
         ({"k": X.half()}, TypeError, "k has dtype torch.float16, but q has torch.float32"),
         ({"v": X[..., :4]}, ValueError, "must have one shape"),

@@ -63,3 +63,34 @@ def test_refusals(layer):
             layer(torch.randn(2, 3, 32), cache=cache)
         with pytest.raises(ValueError, match="pass cache="):
             layer(x, q_offset=3)
+
+
+@pytest.mark.parametrize(
+    ("q_offset", "error", "words"),
+    [
+        (-5, ValueError, "q_offset must be in 0"),
+        (torch.tensor([0, -1]), ValueError, r"q_offset must be in 0\.\..*got -1\.\.0"),
+        (7, ValueError, "the cache has space for 8 tokens, not for 9"),
+        (torch.tensor([0, 7]), ValueError, "the cache has space for 8 tokens, not for 9"),
+        (1.5, TypeError, "q_offset must be an int or an int tensor"),
+        ("1", TypeError, "q_offset must be an int or an int tensor"),
+        (torch.tensor([1.0, 0.0]), TypeError, "float32"),
+        (torch.tensor([1]), ValueError, r"shape \(2,\)"),
+    ],
+)
+def test_nothing_is_stored_where_the_offset_is_refused(q_offset, error, words):
+    cache, k = KVCache(2, 8, 2, 4), torch.ones(2, 2, 2, 4)
+    with pytest.raises(error, match=words):
+        cache.update(k, k, q_offset)
+    with pytest.raises(ValueError, match="the cache is for values"):
+        cache.update(k, k[..., :3], 0)
+    assert not cache.keys.any()
+    assert not cache.values.any()
+
+
+def test_what_is_no_cache_is_refused():
+    layer, x = SelfAttention(16, 2, mask=masks.causal()), torch.randn(2, 8, 16)
+    with pytest.raises(TypeError, match="cache must be a KVCache, got dict"):
+        layer(x, cache={})
+    with pytest.raises(ValueError, match="must be at least 1"):
+        KVCache(2, 0, 2, 8)

@@ -149,14 +149,29 @@ def test_an_offset_of_zero_is_none():
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
-        ({"q_offset": -1}, ValueError, "q_offset must be at least 0, got -1"),
-        ({"q_offset": torch.tensor([3, -2])}, ValueError, "q_offset must be at least 0, got -2"),
+        ({"q_offset": -1}, ValueError, r"q_offset must be in 0\.\.2147483647, got -1"),
+        (
+            {"q_offset": torch.tensor([3, -2])},
+            ValueError,
+            r"q_offset must be in 0\.\..*, got -2\.\.3",
+        ),
+        ({"q_offset": 2**31}, ValueError, "got 2147483648"),
+        ({"q_offset": torch.tensor([0, 2**32])}, ValueError, r"got 0\.\.4294967296"),
+        ({"kv_starts": torch.tensor([0, 2**32])}, ValueError, r"got 0\.\.4294967296"),
+        *(
+            ({"mask": bad, "q_offset": 3}, TypeError, "mask must be a Mask")
+            for bad in ("causal", None)
+        ),
         ({"q_offset": 1.5}, TypeError, r"int or an int tensor \(2,\), got 1.5"),
         ({"q_offset": True}, TypeError, "got True"),
         ({"q_offset": torch.ones(2)}, TypeError, "float32"),
         ({"q_offset": torch.tensor(3)}, ValueError, r"shape \(2,\), got \(\)"),
         ({"kv_starts": torch.tensor([1])}, ValueError, r"kv_starts must have shape \(2,\)"),
-        ({"kv_starts": torch.tensor([1, -1])}, ValueError, "kv_starts must be at least 0"),
+        (
+            {"kv_starts": torch.tensor([1, -1])},
+            ValueError,
+            r"kv_starts must be in 0\.\..*, got -1\.\.1",
+        ),
         ({"q_offset": 90}, ValueError, "position 99, but the layout or mask is for 99 queries"),
         ({"q_offset": torch.tensor([90, 0])}, ValueError, "must be for 100 or more"),
     ],
@@ -164,7 +179,7 @@ def test_an_offset_of_zero_is_none():
 def test_bad_positions(options, error, words):
     q = torch.randn(2, 10, 1, 4)
     with pytest.raises(error, match=words):
-        block_sparse_attention(q, q, q, masks.causal().layout(99), **options)
+        block_sparse_attention(q, q, q, **{"mask": masks.causal().layout(99), **options})
 
 
 def test_a_layout_must_cover_all_keys():
