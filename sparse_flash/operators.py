@@ -51,7 +51,8 @@ def _attention_backward(
     call, implementation = prepare(
         tuple(tensors), from_operator(mask), options, needs_grad=True, transient=True
     )
-    return implementation.gradients(call, out, lse, dout, dlse)
+    dq, dk, dv = implementation.gradients(call, out, lse, dout, dlse)
+    return dq.contiguous(), dk.contiguous(), dv.contiguous()  # as `_fake_backward` says
 
 
 def _fake_attention(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
