@@ -77,19 +77,20 @@ class RecordCache:
 
     def of(self, mask: Mask) -> Record:
         """The record of a mask."""
-        return mask._record or self._share(mask)
-
-    def _share(self, mask: Mask) -> Record:
-        record = self._recent.get(mask)
-        if record is None:
-            with self._lock:
-                record = self._recent.get(mask)
-                if record is None:
-                    record = self._recent[mask] = Record()
-                    self._all.add(record)
-        record.used = next(self._ticks)
-        object.__setattr__(mask, "_record", record)
+        record = mask._record
+        if record is None:  # quick, for masks written anew in every call
+            record = self._recent.get(mask) or self._new_record(mask)
+            record.used = next(self._ticks)
+            mask.__dict__["_record"] = record
         return record
+
+    def _new_record(self, mask: Mask) -> Record:
+        with self._lock:
+            record = self._recent.get(mask)
+            if record is None:
+                record = self._recent[mask] = Record()
+                self._all.add(record)
+            return record
 
     @property
     def nbytes(self) -> int:

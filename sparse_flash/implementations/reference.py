@@ -26,6 +26,20 @@ _LOG2_E = math.log2(math.e)
 
 
 @dataclass(frozen=True)
+class _Heads:
+    """The heads (of any batch entries) of a part, n of them: where their tokens and blocks begin."""
+
+    count: int
+    q_tokens: Tensor  # (n, 1, 1) first query among tokens (b * q_len * h)
+    kv_tokens: Tensor  # (n, 1, 1, 1) first key among tokens (b * kv_len * h_kv)
+    q_blocks: Tensor  # (n, 1) block of position 0 among blocks (b * h * nq)
+    kv_blocks: Tensor  # (n, 1, 1) first among blocks (b * h_kv * nk)
+    q_shift: Tensor  # (n, 1, 1) position of the first query
+    kv_shift: Tensor  # (n, 1, 1, 1) index of the first valid key
+    limits: Tensor  # (n, 1, 1, 1) number of keys
+
+
+@dataclass(frozen=True)
 class _Part:
     """Some block rows of equal length, for some heads (of any batch entries) that share them.
 
@@ -77,6 +91,9 @@ class _Problem:
         limits = whole if call.kv_lens is None else call.kv_lens.to(device, torch.int64)
         self.limits = limits.clamp(0, self.kv_len)
         self.shortest = int((self.limits - self.kv_shift).min())
+        self.shifted = self.at_positions or call.kv_starts is not None
+        self.beyond = -(-tiles.kv_len // tiles.block[1]) * tiles.block[1] > self.shortest
+        self.partial = tiles.num_partial > 0
         if self.at_positions and self.batch:
             self._check_positions()
         self.within = [torch.arange(block, device=device) for block in tiles.block]
@@ -118,10 +135,10 @@ class _Problem:
             rows = _rows_at(rows, index)
         return rows[:, :, : self.kv_len].transpose(1, 2)
 
-    def parts(self) -> Iterator[_Part]:
-        """All the work, in pieces of about a chunk; slices of the same rows follow each other."""
+    def parts(self, logits: int) -> Iterator[_Part]:
+        """All the work, in pieces of about that many logits; slices of rows follow each other."""
         t = self.tiles
-        chunk = max(1, _chunk(self.q) // (t.block[0] * t.block[1]))  # in tiles
+        chunk = max(1, logits // (t.block[0] * t.block[1]))  # in tiles
         idle = (self.limits <= self.kv_shift)[:, None]  # sequences without keys
         owners = t.pattern_map.expand(self.batch, self.heads).masked_fill(idle, -1)
         cols, entries = t.col_indices.long(), t.bit_tile_indices.long()
@@ -136,47 +153,61 @@ class _Problem:
                 if not degree:
                     continue
                 rows = (degrees[first:end] == degree).nonzero() + first
+                tiles = (starts[rows] + torch.arange(degree, device="cpu")).to(cols.device)
+                work = (rows.to(cols.device), cols[tiles], entries[tiles])
                 width = min(degree, chunk)
-                for heads in mine.split(chunk // width):
-                    for some in rows.split(max(1, chunk // (width * len(heads)))):
-                        tiles = starts[some] + torch.arange(degree, device="cpu")
+                for heads in map(self._heads, mine.split(chunk // width)):
+                    size = max(1, chunk // (width * heads.count))
+                    for some in zip(*(x.split(size) for x in work), strict=True):
                         for i in range(0, degree, width):
-                            piece = tiles[:, i : i + width].to(cols.device)
-                            ends = (i == 0, i + width >= degree)
-                            yield self._part(heads, some, cols[piece], entries[piece], ends)
+                            piece = (x[:, i : i + width] for x in some[1:])
+                            yield self._part(heads, some[0], *piece, i == 0, i + width >= degree)
+
+    def _heads(self, index: Tensor) -> _Heads:
+        """Of heads among b * h."""
+        batch, head = index // self.heads, index % self.heads
+        kv_head = head // (self.heads // self.kv_heads)
+        return _Heads(
+            len(index),
+            (batch * self.q_len * self.heads + head)[:, None, None],
+            (batch * self.kv_len * self.kv_heads + kv_head)[:, None, None, None],
+            (index * self.nq - self.base[batch])[:, None],
+            ((batch * self.kv_heads + kv_head) * self.nk)[:, None, None],
+            self.q_shift[batch][:, None, None],
+            self.kv_shift[batch][:, None, None, None],
+            self.limits[batch][:, None, None, None],
+        )
 
     def _part(
-        self, heads: Tensor, rows: Tensor, cols: Tensor, entries: Tensor, ends: tuple[bool, bool]
+        self, heads: _Heads, rows: Tensor, cols: Tensor, entries: Tensor, first: bool, last: bool
     ) -> _Part:
-        """Of heads (n,), block rows (r, 1), and tiles (r, c): their columns and bit tiles."""
-        heads, rows = heads[:, None, None], rows.to(cols.device)
-        batch, head = heads // self.heads, heads % self.heads
-        kv_head = head // (self.heads // self.kv_heads)
+        """Of block rows (r, 1), and tiles (r, c): their columns and bit tiles."""
         block_q, block_kv = self.tiles.block
-        # Positions become indices of tokens: (n, r, block_q) and (n, r, c, block_kv).
-        query = rows * block_q + self.within[0] - self.q_shift[batch]
-        key = cols[..., None] * block_kv + self.within[1] + self.kv_shift[batch[..., None]]
+        query = rows * block_q + self.within[0]  # (r, block_q)
+        key = (cols * block_kv)[..., None] + self.within[1]  # (r, c, block_kv)
+        if self.shifted:  # positions become indices, other ones for each batch entry
+            query, key = query - heads.q_shift, key + heads.kv_shift
         after_q = after_kv = None
         if self.nq * block_q > self.q_len:
-            after_q = (query < 0) | (query >= self.q_len)
+            after_q = ((query < 0) | (query >= self.q_len)).expand(heads.count, -1, -1)
             query = query.clamp(0, self.q_len - 1)
-        if (int(cols.max()) + 1) * block_kv > self.shortest:
-            limits = self.limits[batch[..., None]]
-            after_kv = key >= limits
-            key = torch.minimum(key, limits - 1)
-        blocks = cols.clamp(max=self.nk - 1)  # of tiles beyond the keys, whose weights are 0
-        partial = (entries != FULL_TILE).any(0).nonzero().flatten().tolist()
+        if self.beyond and (int(cols.max()) + 1) * block_kv > self.shortest:
+            after_kv = key >= heads.limits
+            key = torch.minimum(key, heads.limits - 1)
+            cols = cols.clamp(max=self.nk - 1)  # of tiles beyond the keys, whose weights are 0
+        partial = (entries != FULL_TILE).any(0).nonzero().flatten().tolist() if self.partial else []
         return _Part(
-            (len(heads), *cols.shape),
-            ((batch * self.q_len + query) * self.heads + head).flatten(),
-            ((batch[..., None] * self.kv_len + key) * self.kv_heads + kv_head[..., None]).flatten(),
-            ((batch * self.heads + head) * self.nq + rows - self.base[batch]).flatten(),
-            ((batch * self.kv_heads + kv_head) * self.nk + blocks).flatten(),
+            (heads.count, *cols.shape),
+            (query * self.heads + heads.q_tokens).flatten(),
+            (key * self.kv_heads + heads.kv_tokens).flatten(),
+            (rows[:, 0] + heads.q_blocks).flatten(),
+            (cols + heads.kv_blocks).flatten(),
             partial,
-            entries[:, partial],
+            entries[:, partial] if partial else entries[:, :0],
             after_q,
             after_kv,
-            *ends,
+            first,
+            last,
         )
 
     def rows(self, part: _Part, *tensors: Tensor) -> list[Tensor]:
@@ -211,15 +242,15 @@ class _Problem:
         return logits
 
 
-def _chunk(q: Tensor) -> int:
-    """Logits to hold at a time.
+def _chunk(q: Tensor, share: int) -> int:
+    """Logits to hold at a time: `q.numel() / share` where a problem is large.
 
     As many as fill a GPU; on a CPU, many where a problem is small and calls are what costs, few
     where it is large, so that temporaries stay a fraction of its inputs and in the caches.
     """
     if q.device.type != "cpu":
         return 1 << 26
-    return 1 << 19 if q.numel() <= 1 << 20 else max(1 << 16, q.numel() // 16)
+    return 1 << 19 if q.numel() <= 1 << 20 else max(1 << 16, q.numel() // share)
 
 
 def _bias(forbidden: Tensor, dtype: torch.dtype) -> Tensor:
@@ -257,7 +288,7 @@ def _forward(problem: _Problem, q: Tensor) -> tuple[Tensor, Tensor]:
     p = problem
     out = p.query_blocks(q)
     lse = torch.full_like(out[:, :, 0], -torch.inf)
-    for part in p.parts():
+    for part in p.parts(_chunk(q, share=8)):  # no gradients are held: twice those of _backward
         (queries,), (keys, values) = p.rows(part, p.q), p.keys(part, p.k, p.v)
         logits = p.logits(part, None, queries, keys)
         if part.first:
@@ -306,7 +337,7 @@ def _backward(
         _add(dq, part.q_blocks, torch.bmm(ds, keys), deterministic)
         _add(dk, part.kv_blocks, torch.bmm(ds.transpose(1, 2), queries), deterministic)
 
-    for part in p.parts():
+    for part in p.parts(_chunk(q, share=16)):
         accumulate(part)
     return [dq, dk, dv]
 

@@ -176,7 +176,7 @@ def test_self_attention_refuses():
 
 @pytest.mark.slow
 def test_faster_and_smaller_than_dense(two_threads):
-    """s = 8192, 4 heads, d 64, density 5 %: at least 3 times faster than SDPA, in less memory."""
+    """s = 8192, 4 heads, d 64, density 5 %: at least 4 times faster than SDPA, in less memory."""
     import time
 
     from sparse_flash.experiments.machine import tensor_peak
@@ -207,9 +207,9 @@ def test_faster_and_smaller_than_dense(two_threads):
     ours = theirs = float("inf")
     for rounds in range(20):
         ours, theirs = min(ours, seconds(sparse)), min(theirs, seconds(dense))
-        if rounds >= 3 and theirs >= 3 * ours:
+        if rounds >= 3 and theirs >= 4 * ours:
             break
     peaks = tensor_peak(sparse), tensor_peak(dense)
     print(f"sparse {ours:.3f} s, dense {theirs:.3f} s; MiB {peaks[0]:.1f}, {peaks[1]:.1f}")
-    assert theirs >= 3 * ours
+    assert theirs >= 4 * ours
     assert peaks[0] < peaks[1]
