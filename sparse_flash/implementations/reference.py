@@ -27,7 +27,7 @@ _LOG2_E = math.log2(math.e)
 
 @dataclass(frozen=True)
 class _Heads:
-    """The heads (of any batch entries) of a part, n of them: where their tokens and blocks begin."""
+    """The heads of a part, n of them, of any batch entries: where their tokens and blocks begin."""
 
     count: int
     q_tokens: Tensor  # (n, 1, 1) first query among tokens (b * q_len * h)
