@@ -321,8 +321,8 @@ class BackwardConsumer:
     def zero_beyond(self, state, remaining):
         """Clear keys beyond the length, which dQ would multiply with 0: 0 times NaN is NaN.
 
-        Both warpgroups clear them all, after all threads have read what was there before, and
-        before any reads what is there now.
+        Both warpgroups clear all of them, between the last read of the old tile and the first
+        read of the new one.
         """
         width, height, s_k = self.config.head_dim, self.config.tile_n, self.s_k
         if remaining < height:

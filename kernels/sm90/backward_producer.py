@@ -99,9 +99,9 @@ class BackwardStorer:
     """Adds what a warpgroup puts into shared memory, its part of dQ of tile after tile, to sums in
     32 bits in memory; and stores its part of dV and dK before dQ of an item's last tile.
 
-    Who comes first to a chunk of sums stores instead of adding, so that nobody needs to clear it;
-    whether that is under way or done stands in memory. Those who come meanwhile wait for it: it
-    has its results, and waits for nobody.
+    The first CTA at a chunk of sums stores instead of adding, so that no chunk needs clearing. A
+    flag in memory says whether that store has begun or is done. Later CTAs wait for it; the first
+    one never waits, so there is no deadlock.
     """
 
     def __init__(self, config, stores, dq_sum, done, buffers, rooms, items, inputs, group):

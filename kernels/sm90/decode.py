@@ -64,7 +64,7 @@ class DecodeSm90:
         q_base: Int32,  # added to q_offset
         num_positions: Int32,  # q_len of the layout
         num_splits: Int32,
-        pack: Int32,  # heads of a CTA: a divisor of those that share a kv head, at most 64
+        pack: Int32,  # heads of a CTA: a divisor of the query heads of a kv head, at most 64
         scale_log2: Float32,
         stream,
     ):

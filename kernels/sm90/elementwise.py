@@ -158,8 +158,9 @@ def fixed_point(bound):
 
 
 class Bounds:
-    """Of each kv head the largest norm of a value, and the largest number in a key, as the bits of
-    float32. Of the keys that some tile has, that is, and of what is finite: others may be anything.
+    """The largest norm of a value and the largest number in a key, per kv head, as bits of float32.
+
+    Only keys of stored tiles and finite numbers count.
     """
 
     def __init__(self, config) -> None:

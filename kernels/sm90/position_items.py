@@ -20,7 +20,7 @@ from sparse_flash.kernels.sm90.items import Load, PositionItem
 class PositionArrays(NamedTuple):
     """Arrays that say where queries and keys lie, all int32."""
 
-    kv_lens: cute.Tensor  # (b,): keys from here on are not read; cut to those that there are
+    kv_lens: cute.Tensor  # (b,): keys from here on are not read; at most the number of keys
     q_offset: cute.Tensor  # (b,)
     kv_starts: cute.Tensor  # (b,)
     rows: cute.Tensor  # (patterns, block rows + 1): first tile of each row, and the end

@@ -55,7 +55,7 @@ def _issue(product, acc, a, b, stage, clear: cutlass.Constexpr, steps: cutlass.C
 def hold(product, tensor, registers, thread):
     """The first columns of a tile in shared memory (64, columns) into registers, as operand a.
 
-    A product that is done many times over reads shared memory less, which others need too.
+    A product that is repeated then reads shared memory less often.
     """
     columns = 16 * cute.size(registers, mode=[2])
     ldmatrix = cute.make_copy_atom(warp.LdMatrix8x8x16bOp(num_matrices=4), tensor.element_type)
@@ -216,7 +216,7 @@ def barriers(stages):
 
 
 def check_arrivals(barrier, roles, expected):
-    """Assert, while tracing, that the threads of all roles are those that a barrier waits for.
+    """Assert, while tracing, that all roles together have the arrivals that a barrier expects.
 
     roles: Number of arriving threads of each role, by the role's name.
     """
