@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import functools
 import hashlib
@@ -218,7 +219,9 @@ def _warn(trouble: str, error: OSError, cost: str, folder: str) -> None:
         where = str(cache_dir())
     except OSError:
         where = "the user's cache folder"
+    reason = os.strerror(error.errno) if error.errno else str(error)
+    full = "free space there, or " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
     warnings.warn(
-        f"{trouble} in {where} ({error}): {cost}; set {CACHE_VARIABLE} to a folder {folder}",
+        f"{trouble} in {where} ({reason}): {cost}; {full}set {CACHE_VARIABLE} to a folder {folder}",
         stacklevel=4,
     )

@@ -4,13 +4,13 @@
 >>> mask = masks.local(256) | masks.global_tokens(64) | masks.butterfly(block=128)
 >>> layout = mask.layout(65536, block=(128, 128))
 >>> layout.num_tiles, layout.num_partial, layout.num_bit_tiles
-(7142, 2032, 4)
+(7142, 1512, 4)
 """
 
 from sparse_flash.masks.heads import HeadMasks, per_batch, per_head
 from sparse_flash.masks.layout import BlockLayout
 from sparse_flash.masks.mask import Mask, shift, through
-from sparse_flash.masks.orders import TokenOrder, hilbert, morton, raster
+from sparse_flash.masks.orders import TokenOrder, hilbert, morton, order, raster
 from sparse_flash.masks.parser import parse
 from sparse_flash.masks.patterns import (
     axial,
@@ -68,6 +68,7 @@ __all__ = [
     "longnet",
     "morton",
     "neighbourhood",
+    "order",
     "parse",
     "patches",
     "per_batch",
@@ -83,3 +84,8 @@ __all__ = [
     "strided",
     "through",
 ]
+
+
+def __dir__() -> list[str]:
+    """The public names, without the modules that they come from."""
+    return __all__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -18,6 +19,8 @@ def pack(tiles: Tensor) -> Tensor:
     >>> pack(torch.tensor([[[True, False, True, False, False, False, False, False, True]]]))
     tensor([[[5, 1]]], dtype=torch.uint8)
     """
+    if tiles.device.type == "cpu":
+        return torch.from_numpy(np.packbits(tiles.contiguous().numpy(), axis=-1, bitorder="little"))
     n, rows, cols = tiles.shape
     padded = tiles.new_zeros(n, rows, -(-cols // 8) * 8)
     padded[..., :cols] = tiles
@@ -39,25 +42,35 @@ def unpack(packed: Tensor, block_kv: int) -> Tensor:
 def deduplicate(packed: Tensor) -> tuple[Tensor, Tensor]:
     """Distinct tiles of uint8 `(n, r, c)`, and for each tile the index of its twin, int64 `(n,)`.
 
-    Tiles are compared by a 64-bit hash, and the result is checked byte by byte: it is exact.
-
     >>> tiles = torch.tensor([[[7]], [[1]], [[7]]], dtype=torch.uint8)
     >>> distinct, index = deduplicate(tiles)
     >>> len(distinct), torch.equal(distinct[index], tiles)
     (2, True)
     """
-    n = len(packed)
-    if n == 0:
-        return packed, torch.empty(0, dtype=torch.int64, device=packed.device)
-    flat = packed.reshape(n, -1)
+    flat = packed.reshape(len(packed), packed.shape[1] * packed.shape[2])
     words = pad(flat, (0, -flat.shape[1] % 8)).contiguous().view(torch.int64)
+    first, index = distinct_rows(words)
+    return packed[first], index
+
+
+def distinct_rows(words: Tensor) -> tuple[Tensor, Tensor]:
+    """The first row of each kind in int64 `(n, w)`, and for each row the kind that it is of.
+
+    Rows are compared by a 64-bit hash, and the result is checked word by word: it is exact.
+
+    >>> distinct_rows(torch.tensor([[7, 1], [5, 5], [7, 1]]))[0].sort().values
+    tensor([0, 1])
+    """
+    n = len(words)
+    if n == 0:
+        return (torch.empty(0, dtype=torch.int64, device=words.device),) * 2
     for seed in range(8):
         factors = _factors(words.shape[1], seed).to(words.device)
         _, index = torch.unique(_mix(words, factors), return_inverse=True)
-        first = torch.full((int(index.max()) + 1,), n, dtype=torch.int64, device=packed.device)
-        first.scatter_reduce_(0, index, torch.arange(n, device=packed.device), "amin")
-        if torch.equal(packed[first[index]], packed):
-            return packed[first], index
+        first = torch.full((int(index.max()) + 1,), n, dtype=torch.int64, device=words.device)
+        first.scatter_reduce_(0, index, torch.arange(n, device=words.device), "amin")
+        if torch.equal(words[first[index]], words):
+            return first, index
     raise AssertionError("eight independent 64-bit hashes collided")
 
 

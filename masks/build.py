@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
 
 import torch
-from sparse_flash.masks import bits
+from sparse_flash.masks.elements import EMPTY_TILE, Predicate, evaluate
 from sparse_flash.masks.exchange import Lengths
 from sparse_flash.masks.layout import FULL_TILE, BlockLayout
+from sparse_flash.masks.memory import require_memory
 from sparse_flash.masks.modes import plain_torch
+from sparse_flash.masks.tables import TableLookups
 from sparse_flash.masks.ternary import FULL, UNKNOWN, Blocks
 from torch import Tensor
-from torch.nn.functional import pad
 
-_EMPTY_TILE = -2  # of an evaluated tile: nothing is allowed in it
+_INSTEAD = (  # of a layout with too many tiles, 120 bytes each while it is made
+    "larger blocks, as block=(512, 512); where all is allowed, "
+    "torch.nn.functional.scaled_dot_product_attention needs no layout"
+)
 _FAN = 8  # an unknown rectangle of blocks is split into _FAN parts along its longer sides
-
-
-class Predicate(Protocol):
-    """What the builder needs of a mask."""
-
-    def classify(self, blocks: Blocks) -> Tensor:
-        """EMPTY, UNKNOWN or FULL for each rectangle, int8."""
-
-    def __call__(self, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        """The truth for each element."""
 
 
 @plain_torch()
@@ -38,7 +31,8 @@ def build_layout(
     """The exact layout of `patterns`, element for element.
 
     Blocks are classified from the whole matrix down, so the work grows with the stored tiles, not
-    with s^2; tiles that three-valued logic cannot decide are evaluated in chunks.
+    with s^2. Of the tiles that three-valued logic cannot decide, those of equal signature are
+    evaluated once.
 
     Args:
         patterns: One predicate for each distinct pattern.
@@ -55,12 +49,13 @@ def build_layout(
     packed: list[Tensor] = []
     num_bit_tiles, num_block_rows = 0, -(-lengths[0] // lengths[2][0])
     for number, predicate in enumerate(patterns):
-        full, unknown = _classify(predicate, lengths, device)
+        with TableLookups():
+            full, unknown = _classify(predicate, lengths, device)
+            index, tiles = evaluate(predicate, *unknown, lengths)
         rows.append(full[0] + number * num_block_rows)
         cols.append(full[1])
         entries.append(torch.full_like(full[0], FULL_TILE))
-        index, tiles = _evaluate(predicate, *unknown, lengths)
-        some = index != _EMPTY_TILE
+        some = index != EMPTY_TILE
         rows.append(unknown[0][some] + number * num_block_rows)
         cols.append(unknown[1][some])
         entries.append(index[some] + num_bit_tiles)
@@ -121,6 +116,7 @@ def _rectangles(
             ((rows + sides[0]) * block_q).clamp(max=q_len) - 1,
             cols * block_kv,
             ((cols + sides[1]) * block_kv).clamp(max=kv_len) - 1,
+            max(q_len, kv_len),
         )
 
 
@@ -140,56 +136,9 @@ def _split(
     counts = down * across
     ends = counts.cumsum(0)
     total = int(ends[-1]) if len(ends) else 0
+    require_memory(f"a layout of {total:,} tiles", 120 * total, counts.device, _INSTEAD)
     owner = torch.repeat_interleave(counts, output_size=total)
     place = torch.arange(total, dtype=torch.int64, device=counts.device) - (ends - counts)[owner]
     across = across[owner]
     rows = cells[0][owner] + place // across * parts[0]
     return rows, cells[1][owner] + place % across * parts[1]
-
-
-def _evaluate(
-    predicate: Predicate, rows: Tensor, cols: Tensor, lengths: Lengths
-) -> tuple[Tensor, Tensor]:
-    """The index of each tile's bit tile, or _EMPTY_TILE; bit tiles, repeated at most once a chunk.
-
-    What outlives a chunk goes into two long-lived tensors: many small ones between the large
-    temporaries would break up the heap, and the process would grow to several times its need.
-    """
-    block_q, block_kv = lengths[2]
-    area = min(block_q, lengths[0]) * min(block_kv, lengths[1])
-    chunk = max(1, (1 << (21 if rows.is_cuda else 20)) // area)
-    entries = torch.empty_like(rows)
-    store = torch.empty(256, block_q, -(-block_kv // 8), dtype=torch.uint8, device=rows.device)
-    count = 0
-    for i in range(0, len(rows), chunk):
-        part = slice(i, i + chunk)
-        distinct, index = _distinct_tiles(predicate, rows[part], cols[part], lengths)
-        while count + len(distinct) > len(store):
-            store = torch.cat([store, torch.empty_like(store)])
-        store[count : count + len(distinct)] = distinct
-        some = (distinct != 0).flatten(1).any(1)
-        entries[part] = torch.where(some[index], index + count, _EMPTY_TILE)
-        count += len(distinct)
-    return entries, store[:count]
-
-
-def _distinct_tiles(
-    predicate: Predicate, rows: Tensor, cols: Tensor, lengths: Lengths
-) -> tuple[Tensor, Tensor]:
-    """The distinct bit tiles among those at these blocks, and which one each of them is."""
-    q_len, kv_len, (block_q, block_kv) = lengths
-    height, width = min(block_q, q_len), min(block_kv, kv_len)  # of one query, one row is looked at
-    q = rows[:, None, None] * block_q + _count_to(height, rows.device)[:, None]
-    kv = cols[:, None, None] * block_kv + _count_to(width, rows.device)
-    if q_len % height == 0 and kv_len % width == 0:
-        truth = predicate(q, kv)
-    else:  # predicates see only indices that exist
-        truth = predicate(q.clamp(max=q_len - 1), kv.clamp(max=kv_len - 1))
-        truth = truth & (q < q_len) & (kv < kv_len)
-    packed = bits.pack(truth)
-    beyond = (0, -(-block_kv // 8) - packed.shape[2], 0, block_q - height)
-    return bits.deduplicate(pad(packed, beyond) if any(beyond) else packed)
-
-
-def _count_to(n: int, device: torch.device) -> Tensor:
-    return torch.arange(n, dtype=torch.int64, device=device)

@@ -23,12 +23,52 @@ def checked_lengths(q_len: int, kv_len: int, block: tuple[int, int]) -> Lengths:
     for name, value in (("q_len", q_len), ("kv_len", kv_len)):
         if value > MAX_LENGTH:
             raise ValueError(f"{name} must be in 1..{MAX_LENGTH}, got {value}")
+    return q_len, kv_len, checked_block("block", block)
+
+
+def checked_block(name: str, block: tuple[int, int]) -> tuple[int, int]:
+    """(rows, columns) of a tile as plain ints; raise unless they are positive, and not too many."""
     if not (isinstance(block, tuple | list) and len(block) == 2):
-        raise TypeError(f"block must be a pair of ints (block_q, block_kv), got {block!r}")
-    block_q, block_kv = (integer("layout", "block", b, None) for b in block)
+        pair = f"; write {name}=({block}, {block})" if type(block) is int else ""
+        raise TypeError(f"{name} must be a pair of ints, (queries, keys), got {block!r}{pair}")
+    block_q, block_kv = (integer("layout", name, b, None) for b in block)
     if min(block_q, block_kv) < 1 or block_q * block_kv > 2**24:
-        raise ValueError(f"block sizes must be positive, at most 2^24 elements a tile, got {block}")
-    return q_len, kv_len, (block_q, block_kv)
+        raise ValueError(
+            f"{name} sizes must be positive, at most 2^24 elements a tile, got {block}"
+        )
+    return block_q, block_kv
+
+
+def checked_device(device: torch.device | str | int) -> torch.device:
+    """A device that can hold a layout; raise unless it is known, present, and has data.
+
+    Raises:
+        TypeError: It is no device and no name of one.
+        ValueError: The name is unknown, the device is not there, or it is "meta".
+
+    >>> checked_device("gpu")
+    Traceback (most recent call last):
+    ...
+    ValueError: device 'gpu' is unknown: write 'cuda' for a GPU, or 'cpu'
+    """
+    if not isinstance(device, torch.device | str | int) or isinstance(device, bool):
+        raise TypeError(f"device must be a torch.device or its name, as 'cuda', got {device!r}")
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise ValueError(
+            f"device {device!r} is unknown: write 'cuda' for a GPU, or 'cpu'"
+        ) from None
+    if found.type == "meta":
+        raise ValueError("a layout needs tensors with data, and cannot go to 'meta': take 'cpu'")
+    if found.type == "cuda":
+        count = torch.cuda.device_count()
+        if (found.index or 0) >= count:
+            there = (
+                f"CUDA devices are 0..{count - 1}" if count else "PyTorch finds no CUDA GPU here"
+            )
+            raise ValueError(f"there is no device {str(found)!r}: {there}; take 'cpu'")
+    return found
 
 
 def check_layout(layout: BlockLayout) -> None:

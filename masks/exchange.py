@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import os
 import zipfile
-import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from sparse_flash.masks.files import atomic_write
+from sparse_flash.masks.memory import require_memory
 from torch import Tensor
+
+from sparse_flash.extras import require
 
 if TYPE_CHECKING:
     from scipy.sparse import bsr_array
+    from sparse_flash.masks.layout import BlockLayout
 
 _FORMAT = "sparse_flash BlockLayout 1"
 Lengths = tuple[int, int, tuple[int, int]]  # q_len, kv_len, block
@@ -33,22 +36,66 @@ def read_npz(path: str | os.PathLike[str], names: list[str]) -> tuple[Lengths, d
     """Read what `write_npz` wrote; ValueError where the file is another's, or damaged."""
     if not Path(path).exists():
         raise FileNotFoundError(f"no layout file at {path}")
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"{path} is a folder: give the name of a layout file in it")
     try:
         with np.load(path, allow_pickle=False) as file:
             if "format" not in file or str(file["format"]) != _FORMAT:
-                raise ValueError(f"it is not marked {_FORMAT!r}")
+                raise _NoLayoutError(f"it is not marked {_FORMAT!r}")
             q_len, kv_len, block_q, block_kv = (int(n) for n in file["lengths"])
             arrays = {name: torch.from_numpy(file[name]) for name in names}
-    except (ValueError, TypeError, KeyError, OSError, EOFError, AttributeError, NotImplementedError,
-            zipfile.BadZipFile, zlib.error) as error:  # fmt: skip
+    except Exception as error:
+        if isinstance(error, PermissionError):
+            raise
         raise ValueError(
-            f"{path} is not a readable layout file ({error}); write one with layout.save(path)"
-        ) from error
+            f"{path} is not a readable layout file ({_damage(path, error)}); write one with "
+            "layout.save(path)"
+        ) from None
     return (q_len, kv_len, (block_q, block_kv)), arrays
+
+
+class _NoLayoutError(ValueError):
+    """The file is sound, and something else."""
+
+
+def _damage(path: str | os.PathLike[str], error: Exception) -> str:
+    """What is wrong with a file; numpy would advise to unpickle it, which runs what is in it."""
+    if isinstance(error, _NoLayoutError):
+        return str(error)
+    if not Path(path).stat().st_size:
+        return "it is empty"
+    if not zipfile.is_zipfile(path):
+        return "it is no npz archive, or was cut off"
+    if isinstance(error, KeyError):
+        return f"it has no array {error}"
+    return "its content is damaged"
+
+
+def to_dense(layout: BlockLayout) -> Tensor:
+    """Every element of each pattern: bool `(num_patterns, q_len, kv_len)`.
+
+    Raises:
+        ValueError: The memory that is available does not suffice.
+    """
+    (bq, bk), nq, nk = layout.block, layout.num_block_rows, layout.num_block_cols
+    padded = nq * bq * nk * bk
+    results = layout.num_patterns + (layout.pattern_map.numel() if layout.num_patterns > 1 else 0)
+    require_memory(
+        f"to_dense() of {layout.q_len:,} x {layout.kv_len:,} elements",
+        (layout.num_patterns + results) * padded + 2 * layout.num_tiles * bq * bk,
+        layout.device,
+        "layout.coverage(256) for a grid of exact fractions, layout.plot() for a picture, "
+        "layout.tiles(select) for the elements of some tiles, or layout.to_scipy()",
+    )
+    grid = torch.zeros(layout.num_patterns * nq, nk, bq, bk, dtype=torch.bool, device=layout.device)
+    grid[layout.tile_rows, layout.col_indices.long()] = layout.tiles()
+    dense = grid.view(-1, nq, nk, bq, bk).transpose(2, 3).reshape(-1, nq * bq, nk * bk)
+    return dense[:, : layout.q_len, : layout.kv_len]
 
 
 def to_bsr(lengths: Lengths, crow_indices: Tensor, col_indices: Tensor, tiles: Tensor) -> bsr_array:
     """One pattern's tiles, bool `(n, block_q, block_kv)`, as a matrix padded to whole blocks."""
+    require("scipy")
     from scipy.sparse import bsr_array
 
     q_len, kv_len, (block_q, block_kv) = lengths
@@ -59,6 +106,7 @@ def to_bsr(lengths: Lengths, crow_indices: Tensor, col_indices: Tensor, tiles: T
 
 def elements(matrix: Any) -> tuple[Tensor, Tensor, tuple[int, int]]:
     """Rows and columns (int64) of the nonzero elements of a scipy.sparse matrix, and its shape."""
+    require("scipy")
     from scipy.sparse import coo_array, issparse
 
     if not issparse(matrix) or matrix.ndim != 2:

@@ -18,9 +18,12 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     the old content or the new, whole.
 
     Raises:
-        OSError: The folder cannot be made or written, or the disk is full; `path` is as it was.
+        OSError: `path` is a folder, its folder cannot be made or written, or the disk is full;
+            `path` is as it was.
     """
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: give the name of a file in it")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NoReturn
 
@@ -96,7 +96,10 @@ class HeadMasks(Mask):
             ("heads", len(self.grid[0]), len(other.grid[0])),
         ):
             if mine != theirs and 1 not in (mine, theirs):
-                raise ValueError(f"cannot combine masks for {mine} and for {theirs} {name}")
+                raise ValueError(
+                    f"cannot combine masks for {mine} and for {theirs} {name}: give both the same "
+                    "number, or one mask for all"
+                )
             shape.append(max(mine, theirs))
         rows = (
             tuple(meet(_entry(self, b, h), _entry(other, b, h)) for h in range(shape[1]))
@@ -128,12 +131,13 @@ def per_head(masks: Sequence[Mask]) -> HeadMasks:
     >>> layout.num_patterns, layout.pattern_map
     (2, tensor([[0, 0, 1, 1]], dtype=torch.int32))
     """
-    row = tuple(masks)
-    if not row:
-        raise ValueError("per_head needs at least one mask")
-    for mask in row:
-        if not isinstance(mask, Mask) or isinstance(mask, HeadMasks):
-            raise TypeError(f"per_head takes masks without heads of their own, got {mask!r}")
+    row = _listed("per_head", masks, "query head")
+    for head, mask in enumerate(row):
+        if isinstance(mask, HeadMasks):
+            raise TypeError(
+                f"per_head takes masks without heads of their own, got {mask!r} for head {head}: "
+                "per_batch([per_head([...]), ...]) has masks by batch entry and head"
+            )
     merge_extents("per_head", row)
     return HeadMasks((row,))
 
@@ -152,14 +156,32 @@ def per_batch(masks: Sequence[Mask]) -> HeadMasks:
             [1]], dtype=torch.int32)
     """
     rows: list[tuple[Mask, ...]] = []
-    for mask in masks:
-        if not isinstance(mask, Mask) or (isinstance(mask, HeadMasks) and len(mask.grid) > 1):
+    for mask in _listed("per_batch", masks, "batch entry"):
+        if isinstance(mask, HeadMasks) and len(mask.grid) > 1:
             raise TypeError(f"per_batch takes masks or per_head([...]), got {mask!r}")
         rows.append(mask.grid[0] if isinstance(mask, HeadMasks) else (mask,))
-    heads = max((len(row) for row in rows), default=0)
-    if not rows or any(len(row) not in (1, heads) for row in rows):
+    heads = max(len(row) for row in rows)
+    if any(len(row) not in (1, heads) for row in rows):
         raise ValueError(
-            f"per_batch needs entries of one number of heads, got {[len(r) for r in rows]}"
+            f"per_batch needs entries of one number of heads, got {[len(r) for r in rows]}: give "
+            f"each per_head([...]) {heads} masks, or an entry one mask for all heads"
         )
     merge_extents("per_batch", tuple(m for row in rows for m in row))
     return HeadMasks(tuple(row * (heads // len(row)) for row in rows))
+
+
+def _listed(name: str, masks: Sequence[Mask], each: str) -> tuple[Mask, ...]:
+    """The masks as a tuple; raise unless they are a list of at least one."""
+    example = f"{name}([mask_a, mask_b]) with one mask for each {each}"
+    if isinstance(masks, Mask | str) or not isinstance(masks, Iterable):
+        raise TypeError(f"{name} takes a list of masks, got {masks!r}: write {example}")
+    row = tuple(masks)
+    if not row:
+        raise ValueError(f"{name} needs at least one mask: write {example}")
+    for index, mask in enumerate(row):
+        if not isinstance(mask, Mask):
+            raise TypeError(
+                f"{name} takes masks, got {mask!r} for {each} {index}; masks.parse makes a mask "
+                "of text"
+            )
+    return row

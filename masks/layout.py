@@ -8,7 +8,10 @@ from dataclasses import InitVar, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from sparse_flash.masks import bits, check, exchange, picture
+from sparse_flash.masks import assemble, bits, check, coverage, exchange, notebook, picture
+from sparse_flash.masks.arguments import integer
+from sparse_flash.masks.assemble import extent
+from sparse_flash.masks.memory import require_memory
 from sparse_flash.masks.modes import derived as derived_property
 from sparse_flash.masks.modes import plain_torch
 from sparse_flash.masks.traceable import Traceable
@@ -19,7 +22,7 @@ if TYPE_CHECKING:
     from scipy.sparse import bsr_array
 
 ARRAYS = ["crow_indices", "col_indices", "bit_tile_indices", "bit_tiles", "pattern_map"]
-FULL_TILE = -1  # in bit_tile_indices: every element of the tile is allowed
+FULL_TILE = assemble.FULL_TILE  # -1 in bit_tile_indices: every element of the tile is allowed
 
 
 @dataclass(eq=False, repr=False)
@@ -49,7 +52,8 @@ class BlockLayout(Traceable):
     >>> from sparse_flash import masks
     >>> layout = masks.causal().layout(256, 256, block=(128, 128))
     >>> layout
-    BlockLayout(256 x 256, block 128 x 128, 3 tiles, 2 partial, 1 bit tiles, density 0.502, cpu)
+    BlockLayout(256 x 256, block 128 x 128, 3 tiles, 2 partial, 1 bit tiles, density 0.502, \
+tile density 0.75, computed 0.75, cpu)
     >>> layout.crow_indices, layout.col_indices
     (tensor([[0, 1, 3]], dtype=torch.int32), tensor([0, 0, 1], dtype=torch.int32))
     """
@@ -124,7 +128,8 @@ class BlockLayout(Traceable):
         follow = [value.follow(other) for value in list(self.derived.values())]  # which may refuse
         for name in (*ARRAYS, "ccol_indices", "row_indices", "transpose_order"):
             setattr(self, name, getattr(other, name))
-        for name in ("num_partial", "pattern_densities"):  # what was computed of the old arrays
+        # What was computed of the old arrays.
+        for name in ("num_partial", "pattern_densities", "_computed"):
             self.__dict__.pop(name, None)
         for step in follow:
             step()
@@ -197,8 +202,8 @@ class BlockLayout(Traceable):
     @plain_torch()
     def tile_counts(self) -> Tensor:
         """Allowed elements in each tile, int64 `(T,)`."""
-        heights = _extent(self.tile_rows % self.num_block_rows, self.q_len, self.block[0])
-        widths = _extent(self.col_indices.long(), self.kv_len, self.block[1])
+        heights = extent(self.tile_rows % self.num_block_rows, self.q_len, self.block[0])
+        widths = extent(self.col_indices.long(), self.kv_len, self.block[1])
         if not self.num_bit_tiles:
             return heights * widths
         partial = bits.count(self.bit_tiles)[self.bit_tile_indices.clamp(min=0).long()]
@@ -213,29 +218,74 @@ class BlockLayout(Traceable):
         return (kept.double() / (self.q_len * self.kv_len)).cpu()
 
     @property
-    @plain_torch()
     def density(self) -> float:
         """Kept fraction of all (q, kv) elements, 0..1, exact; the mean over batch and heads."""
-        return float(self.pattern_densities[self.pattern_map.flatten().cpu().long()].mean())
+        return self._mean(self.pattern_densities)
+
+    @property
+    @plain_torch()
+    def tile_density(self) -> float:
+        """Stored tiles / (block rows x block columns), 0..1; the mean over batch and heads.
+
+        A ragged tile counts as a whole one.
+
+        >>> from sparse_flash import masks
+        >>> masks.causal().layout(256).tile_density   # 3 of 4 tiles
+        0.75
+        """
+        tiles = self.crow_indices[:, -1] - self.crow_indices[:, 0]
+        return self._mean(tiles.double().cpu() / (self.num_block_rows * self.num_block_cols))
+
+    @plain_torch()
+    def computed_density(self, tile: tuple[int, int] = (128, 128)) -> float:
+        """Fraction of all elements, 0..1, that lie in tiles of this size with an allowed element.
+
+        A kernel computes whole tiles: this number predicts the time, relative to dense attention.
+        Of a ragged tile the elements within the lengths count. The mean over batch and heads.
+        `sparse_flash.computed_density` finds the tile that a kernel takes.
+
+        Args:
+            tile: (rows, columns) of the tiles, in tokens; they may cut the layout's blocks.
+
+        Raises:
+            TypeError: tile is no pair of ints.
+            ValueError: A side of the tile is below 1.
+
+        >>> from sparse_flash import masks
+        >>> layout = masks.random_blocks(0.1, block=32).layout(16384, block=(32, 32))
+        >>> [round(x, 2) for x in (layout.density, layout.tile_density, layout.computed_density())]
+        [0.1, 0.1, 0.82]
+        """
+        tile = check.checked_block("tile", tile)
+        if tile not in self._computed:
+            self._computed[tile] = coverage.computed_fractions(self, tile)
+        return self._mean(self._computed[tile])
+
+    @derived_property
+    def _computed(self) -> dict[tuple[int, int], Tensor]:
+        """What `computed_density` has found, by tile: float64 `(P,)`."""
+        return {}
+
+    @plain_torch()
+    def _mean(self, of_patterns: Tensor) -> float:
+        """The mean over batch entries and heads of a number of each pattern `(P,)`."""
+        return float(of_patterns[self.pattern_map.flatten().cpu().long()].mean())
 
     def __repr__(self) -> str:
         shape = f"{self.q_len} x {self.kv_len}, block {self.block[0]} x {self.block[1]}"
         shared = "" if self.num_patterns == 1 else f"{self.num_patterns} patterns, "
         return (
             f"BlockLayout({shape}, {shared}{self.num_tiles} tiles, {self.num_partial} partial, "
-            f"{self.num_bit_tiles} bit tiles, density {self.density:.3g}, {self.device})"
+            f"{self.num_bit_tiles} bit tiles, density {self.density:.3g}, tile density "
+            f"{self.tile_density:.3g}, computed {self.computed_density():.3g}, {self.device})"
         )
 
     @plain_torch()
     def equal(self, other: BlockLayout) -> bool:
         """Whether both describe the same tiles with the same arrays, wherever they live."""
-        return (self.q_len, self.kv_len, self.block) == (
-            other.q_len,
-            other.kv_len,
-            other.block,
-        ) and all(
-            torch.equal(a.cpu(), b.cpu())
-            for a, b in zip(self.arrays().values(), other.arrays().values(), strict=True)
+        pairs = zip(self.arrays().values(), other.arrays().values(), strict=True)
+        return self.lengths == other.lengths and all(
+            torch.equal(mine.cpu(), theirs.cpu()) for mine, theirs in pairs
         )
 
     def arrays(self) -> dict[str, Tensor]:
@@ -244,12 +294,10 @@ class BlockLayout(Traceable):
 
     def to(self, device: torch.device | str) -> BlockLayout:
         """The same layout on another device; itself where it is already there."""
-        device = torch.device(device)
+        device = check.checked_device(device)
         if device == self.device or device == torch.device("cpu") == self.device:
             return self
         with plain_torch():
-            if device.type == "meta":
-                raise ValueError("a layout needs tensors with data, and cannot go to 'meta'")
             if torch.empty(0, dtype=torch.uint8, device=device).device == self.device:
                 return self  # "cuda" is the current device
             arrays: dict[str, Any] = {n: array.to(device) for n, array in self.arrays().items()}
@@ -303,11 +351,14 @@ class BlockLayout(Traceable):
     def tiles(self, select: Tensor | slice = slice(None)) -> Tensor:
         """The elements of the selected tiles (default: all): bool `(n, block_q, block_kv)`.
 
-        Elements beyond the lengths are False.
+        Elements beyond the lengths are False. ValueError if there is too little memory.
         """
         entries = self.bit_tile_indices[select]
-        height = _extent(self.tile_rows[select] % self.num_block_rows, self.q_len, self.block[0])
-        width = _extent(self.col_indices[select].long(), self.kv_len, self.block[1])
+        nbytes = 3 * len(entries) * self.block[0] * self.block[1]
+        instead = "tiles(select) for some of them, or coverage() for a grid of fractions"
+        require_memory(f"tiles() of {len(entries):,} tiles", nbytes, self.device, instead)
+        height = extent(self.tile_rows[select] % self.num_block_rows, self.q_len, self.block[0])
+        width = extent(self.col_indices[select].long(), self.kv_len, self.block[1])
         rows = torch.arange(self.block[0], device=self.device) < height[:, None]
         cols = torch.arange(self.block[1], device=self.device) < width[:, None]
         tiles = rows[:, :, None] & cols[:, None, :]
@@ -320,6 +371,9 @@ class BlockLayout(Traceable):
         """Every element: bool `(q_len, kv_len)`, or `(batch or 1, heads or 1, q_len, kv_len)`
         where there are several patterns. For inspection and tests: this one is O(s^2).
 
+        Raises:
+            ValueError: There is too little memory.
+
         >>> from sparse_flash import masks
         >>> masks.local(1).layout(4, 4).to_dense().int()
         tensor([[1, 1, 0, 0],
@@ -327,11 +381,7 @@ class BlockLayout(Traceable):
                 [0, 1, 1, 1],
                 [0, 0, 1, 1]], dtype=torch.int32)
         """
-        (bq, bk), nq, nk = self.block, self.num_block_rows, self.num_block_cols
-        grid = torch.zeros(self.num_patterns * nq, nk, bq, bk, dtype=torch.bool, device=self.device)
-        grid[self.tile_rows, self.col_indices.long()] = self.tiles()
-        dense = grid.view(-1, nq, nk, bq, bk).transpose(2, 3).reshape(-1, nq * bq, nk * bk)
-        dense = dense[:, : self.q_len, : self.kv_len]
+        dense = exchange.to_dense(self)
         return dense[0] if self.pattern_map.numel() == 1 else dense[self.pattern_map.long()]
 
     @plain_torch()
@@ -340,30 +390,26 @@ class BlockLayout(Traceable):
 
         A cell is a whole number of blocks, or a whole fraction of one, so that nothing is sampled.
         """
-        one = self.pattern(pattern)
-        shape = (self.q_len, self.kv_len)
-        cells = [picture.cell_size(n, b, size) for n, b in zip(shape, self.block, strict=True)]
-        sizes = [-(-n // c) for n, c in zip(shape, cells, strict=True)]
-        grid = torch.zeros(sizes, dtype=torch.float64, device=self.device)
-        rows, cols = one.tile_rows, one.col_indices.long()
-        if all(cell >= block for cell, block in zip(cells, self.block, strict=True)):
-            picture.accumulate(grid, cells, self.block, rows, cols, one.tile_counts[:, None, None])
-        else:  # a tile has parts in several cells: its elements are counted
-            chunk = max(1, (1 << 22) // (self.block[0] * self.block[1]))
-            for part in torch.arange(one.num_tiles, device=self.device).split(chunk):
-                counts = picture.count_parts(one.tiles(part), cells)
-                picture.accumulate(grid, cells, self.block, rows[part], cols[part], counts)
-        return (grid / picture.areas(shape, cells).to(grid)).float()
+        return coverage.grid_of(self, size, pattern)
 
     @plain_torch()
-    def plot(self, pattern: int = 0, title: str | None = None) -> Figure:
-        """A picture of one pattern: white is empty, the darker the fuller. Needs matplotlib."""
-        title = title or f"{self.q_len} x {self.kv_len}, density {self.density:.3%}"
-        return picture.draw(self.coverage(384, pattern).cpu(), (self.q_len, self.kv_len), title)
+    def plot(self, pattern: int | None = None, title: str | None = None) -> Figure:
+        """A picture: white is empty, darker is fuller. Needs matplotlib.
+
+        Args:
+            pattern: Index of the only pattern to draw; default: the first 8, a panel each, with
+                their heads and densities.
+            title: Title of the whole; default: lengths and block.
+        """
+        return picture.figure(self, pattern, title)
 
     @plain_torch()
-    def text(self, width: int = 48, pattern: int = 0) -> str:
-        """A picture of one pattern for the terminal.
+    def text(self, width: int = 48, pattern: int | None = None) -> str:
+        """A picture for the terminal.
+
+        Args:
+            width: About this many cells each way, 1..256; a cell is two characters wide.
+            pattern: Index of the only pattern to draw; default: the first 4, with their heads.
 
         >>> from sparse_flash import masks
         >>> print(masks.causal().layout(1024, 1024).text(width=4))
@@ -374,7 +420,11 @@ class BlockLayout(Traceable):
         │██████▒▒│
         └────────┘
         """
-        return picture.text(self.coverage(width, pattern).cpu())
+        if integer("text", "width", width, None) not in range(1, 257):
+            raise ValueError(f"width must be in 1..256 cells, got {width}")
+        return picture.text(self, width, pattern)
+
+    _repr_html_, _repr_png_ = notebook.layout_html, notebook.layout_png
 
     @plain_torch()
     def to_scipy(self, pattern: int = 0) -> bsr_array:
@@ -421,27 +471,11 @@ class BlockLayout(Traceable):
             entries: For each tile its bit tile, or -1 where it is full; default: one bit tile each.
             pattern_map: As in the class; default: one pattern, shared by all.
         """
-        q_len, kv_len, block = lengths
-        nq, nk = -(-q_len // block[0]), -(-kv_len // block[1])
-        device = rows.device
-        if entries is None:
-            entries = torch.arange(len(rows), device=device)
         if pattern_map is None:
-            pattern_map = torch.zeros(1, 1, dtype=torch.int32, device=device)
-        order = torch.argsort(rows * nk + cols)
-        rows, cols, entries = rows[order], cols[order], entries[order]
-        area = _extent(rows % nq, q_len, block[0]) * _extent(cols, kv_len, block[1])
-        if len(packed):
-            full = (entries < 0) | (bits.count(packed)[entries.clamp(min=0)] == area)
-            entries = torch.where(full, FULL_TILE, entries)
-        distinct, entries = _renumber(packed, entries)
-        starts = torch.searchsorted(
-            rows, torch.arange((int(pattern_map.max()) + 1) * nq + 1, device=device)
-        )
-        first = torch.arange(int(pattern_map.max()) + 1, device=device)[:, None] * nq
-        crow = starts[first + torch.arange(nq + 1, device=device)]
-        arrays = (crow.int(), cols.int(), entries.int(), distinct, pattern_map)
-        return cls(q_len, kv_len, block, *arrays, validate=False)
+            pattern_map = torch.zeros(1, 1, dtype=torch.int32, device=rows.device)
+        patterns = int(pattern_map.max()) + 1
+        arrays = assemble.arrays_of_tiles(lengths, patterns, rows, cols, packed, entries)
+        return cls(*lengths, *arrays, pattern_map, validate=False)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write to a compressed npz file, atomically; read it back with `BlockLayout.load`."""
@@ -455,30 +489,10 @@ class BlockLayout(Traceable):
             FileNotFoundError: There is no such file.
             ValueError: The file is no layout, or damaged.
         """
+        device = check.checked_device(device)
         with plain_torch():
             lengths, arrays = exchange.read_npz(path, ARRAYS)
         try:
             return cls(*lengths, **arrays).to(device)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path} holds no valid layout: {error}") from error
-
-
-def _renumber(packed: Tensor, entries: Tensor) -> tuple[Tensor, Tensor]:
-    """Keep the distinct bit tiles that are in use, in the order of their first use."""
-    partial = entries >= 0
-    if not bool(partial.any()):
-        return packed[:0], entries
-    used, index = torch.unique(entries[partial], return_inverse=True)
-    distinct, twin = bits.deduplicate(packed[used])
-    index = twin[index]
-    first = torch.full((len(distinct),), len(index), device=index.device)
-    first.scatter_reduce_(0, index, torch.arange(len(index), device=index.device), "amin")
-    order = torch.argsort(first)
-    entries = entries.clone()
-    entries[partial] = torch.argsort(order)[index]
-    return distinct[order], entries
-
-
-def _extent(index: Tensor, length: int, block: int) -> Tensor:
-    """How many of the indices of each block exist: `block`, or less at a ragged end."""
-    return (length - index * block).clamp(max=block)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, ClassVar, TypeVar, dataclass_transform
 
 import torch
-from sparse_flash.masks import build, check
+from sparse_flash.masks import build, check, notebook, reach
 from sparse_flash.masks.arguments import integer
 from sparse_flash.masks.extents import (
     Extents,
@@ -18,8 +18,9 @@ from sparse_flash.masks.extents import (
     merge_extents,
     require_extents,
 )
+from sparse_flash.masks.kleene import NotUnderstoodError, Symbol
 from sparse_flash.masks.modes import plain_torch, reduce_without_derived
-from sparse_flash.masks.reach import layers_to_reach
+from sparse_flash.masks.registry import Registry
 from sparse_flash.masks.ternary import Blocks, Index, Truth
 from sparse_flash.masks.traceable import Traceable
 from torch import Tensor
@@ -114,7 +115,7 @@ class Mask(Traceable):
         """
         q, kv = index_tensor("q_idx", q_idx), index_tensor("kv_idx", kv_idx)
         check_indices(self, q, kv)
-        return self.allowed(q, kv).expand(torch.broadcast_shapes(q.shape, kv.shape))
+        return self.allowed(q, kv).expand(torch.broadcast_tensors(q, kv)[0].shape)
 
     def classify(self, blocks: Blocks) -> Tensor:
         """EMPTY, UNKNOWN or FULL for each rectangle of indices, int8.
@@ -122,6 +123,20 @@ class Mask(Traceable):
         EMPTY and FULL are certain; UNKNOWN may be anything.
         """
         return self.allowed(blocks.q, blocks.kv).value.expand(blocks.q_lo.shape)
+
+    def signature(self, blocks: Blocks) -> Tensor | None:
+        """A few integers for each rectangle, int64 `(n, k)`, of which equal ones mean equal truth.
+
+        Rectangles that are compared have one size; their elements are counted from their first.
+        None where the rule does not tell.
+        """
+        try:
+            columns = self.allowed(blocks.q, blocks.kv).columns()
+        except NotUnderstoodError:
+            return None
+        shape = blocks.q_lo.shape
+        none = blocks.q_lo.new_empty(*shape, 0)
+        return torch.cat([none, *(column.long().expand(shape)[:, None] for column in columns)], 1)
 
     def __or__(self, other: Mask) -> Mask:
         return _combine(Or, self, other)
@@ -210,12 +225,12 @@ class Mask(Traceable):
         >>> from sparse_flash import masks
         >>> masks.butterfly(128).layout(65536)
         BlockLayout(65536 x 65536, block 128 x 128, 5120 tiles, 0 partial, 0 bit tiles, \
-density 0.0195, cpu)
+density 0.0195, tile density 0.0195, computed 0.0195, cpu)
         """
         kv_len = q_len if kv_len is None else kv_len
         lengths = check.checked_lengths(q_len, kv_len, block)
         self.check_lengths(*lengths[:2])
-        return build.build_layout(*self.patterns(), lengths, device)
+        return build.build_layout(*self.patterns(), lengths, check.checked_device(device))
 
     def density(self, q_len: int, kv_len: int | None = None) -> float:
         """The kept fraction of all (q, kv) elements, 0..1, counted exactly.
@@ -230,26 +245,53 @@ density 0.0195, cpu)
         """Layers until every token can influence every other; None if that never happens.
 
         Each layer passes on what a token saw (residual connection) and what the mask lets it see.
-        Computed on all pairs: `length` x stored elements operations a layer.
+        Where no stored element lies above the diagonal, the past cannot see the future: there,
+        every token must influence every later one. Exact: tiles decide most pairs of tokens, the
+        others are followed element by element.
+
+        Raises:
+            ValueError: That would take minutes; the message has the bounds by tiles.
 
         >>> from sparse_flash import masks
         >>> masks.local(1).reach(64), masks.butterfly(8).reach(64), masks.causal().reach(64)
-        (63, 3, None)
+        (63, 3, 1)
+        >>> masks.block_diagonal(8).reach(64)
         """
-        one = functools.reduce(operator.or_, self.patterns()[0])  # heads are mixed by a layer
-        return layers_to_reach(one.layout(length, block=(64, 64)))
+        return reach.layers_to_reach(self._for_reach(length, 64))
+
+    def reach_bounds(self, length: int) -> tuple[int | float, int | None]:
+        """Bounds of `reach`, from tiles alone: (least, most), seconds at any length.
+
+        least: Layers below this are not enough; `math.inf` where no number of layers is.
+        most: So many layers are enough; None where tiles do not show that any number is.
+
+        >>> from sparse_flash import masks
+        >>> masks.butterfly(128).reach_bounds(65536), masks.local(1024).reach_bounds(65536)
+        ((9, 9), (64, 64))
+        """
+        return reach.reach_bounds(self._for_reach(length, 16))
+
+    def _for_reach(self, length: int, block: int) -> BlockLayout:
+        """All heads together, as a layer mixes them, in blocks that are not too many."""
+        length = integer("reach", "length", length)
+        while -(-length // block) > reach.MAX_BLOCKS:
+            block *= 2
+        union = functools.reduce(operator.or_, self.patterns()[0])
+        return union.layout(length, block=(block, block))
 
     def plot(self, q_len: int, kv_len: int | None = None, title: str | None = None) -> Figure:
         """A picture (matplotlib) at these lengths; see `BlockLayout.plot`."""
-        layout = self.layout(q_len, kv_len)
-        return layout.plot(title=title or f"{self!r}\n{layout.density:.3%} kept")
+        return self.layout(q_len, kv_len).plot(title=title or repr(self))
+
+    _repr_html_, _repr_png_ = notebook.mask_html, notebook.mask_png
 
     def text(self, q_len: int, kv_len: int | None = None, width: int = 48) -> str:
         """A picture for the terminal at these lengths; see `BlockLayout.text`."""
         return self.layout(q_len, kv_len).text(width)
 
 
-PATTERNS: dict[str, Callable[..., object]] = {}  # every name that may stand in a mask's text
+# Every name that may stand in a mask's text.
+PATTERNS: Registry[Callable[..., object]] = Registry("pattern", "sparse_flash.masks")
 T = TypeVar("T", bound=Callable[..., object])
 
 
@@ -353,6 +395,11 @@ class through(Pattern):  # noqa: N801 - used like a function, as the patterns ar
 
     def __post_init__(self) -> None:
         """Both must cover the same tokens."""
+        if not isinstance(self.mask, Mask) or not hasattr(type(self.order), "table"):
+            raise TypeError(
+                "through takes a mask and a token order, as masks.morton(height, width), got "
+                f"{self.mask!r} and {self.order!r}"
+            )
         n = len(self.order)
         if any(e not in (None, n) for e in self.mask.extents()):
             raise ValueError(f"{self.mask!r} does not have the {n} tokens of {self.order!r}")
@@ -404,7 +451,7 @@ class Shifted(Mask):
     def allowed(self, q: Index, kv: Index) -> Truth:
         """The mask's rule at the shifted indices."""
         q, kv = q + self.by_q, kv + self.by_kv
-        if isinstance(q, Tensor):
+        if not isinstance(q, Symbol):
             check_indices(self.mask, q, kv)
         return self.mask.allowed(q, kv)
 

@@ -1,34 +1,110 @@
-"""Token orders for images: which pixel is the p-th token.
+"""Token orders: which position of the original sequence is the p-th token.
 
 In raster order a block of 128 tokens is half a line of a 256-pixel image; in Morton order it is a
 patch of 8 x 16 pixels, so that what is near in the image is near in the sequence.
+
+A mask that is seen through an order (`mask.through(order)`) expects q, k and v in that order.
+Attention does not move them: the model permutes its tokens once, after embedding them and adding
+their positions, and brings its output back at the end, with `order.permute(x)` and
+`order.restore(x)`. Everything between works on permuted tokens; layers that act on each token alone
+need not know.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
-from sparse_flash.masks.arguments import integer
+from sparse_flash.masks.arguments import integer, sizes
 from sparse_flash.masks.check import MAX_LENGTH
+from sparse_flash.masks.data import Data
 from sparse_flash.masks.mask import named
-from sparse_flash.masks.modes import derived, reduce_without_derived
+from sparse_flash.masks.modes import derived, plain_torch, reduce_without_derived, unreadable
 from sparse_flash.masks.tables import IndexTable
 from torch import Tensor
 
 
-@dataclass(frozen=True, repr=False)
 class TokenOrder:
-    """A permutation of the pixels of an image of `height` x `width`.
+    """A permutation of the tokens: made by `raster`, `morton`, `hilbert` and `order`.
 
     >>> from sparse_flash import masks
     >>> masks.morton(2, 4).permutation
     tensor([0, 1, 4, 5, 2, 3, 6, 7])
-    >>> image = torch.arange(8) * 10
-    >>> tokens = image[masks.morton(2, 4).permutation]   # raster to token order
-    >>> tokens[masks.morton(2, 4).inverse].equal(image)  # and back
+    >>> image = torch.arange(8)[None, :, None] * 10  # (batch, tokens, dim) in raster order
+    >>> tokens = masks.morton(2, 4).permute(image)
+    >>> tokens[0, :, 0]
+    tensor([ 0, 10, 40, 50, 20, 30, 60, 70])
+    >>> masks.morton(2, 4).restore(tokens).equal(image)
     True
     """
+
+    __reduce_ex__ = reduce_without_derived
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def _make(self) -> Tensor:
+        """The permutation, int64 on the CPU."""
+        raise NotImplementedError
+
+    @derived
+    def permutation(self) -> Tensor:
+        """int64 `(n,)`: the original position (of pixels: row * width + column) of each token."""
+        return self._make()
+
+    @derived
+    def inverse(self) -> Tensor:
+        """int64 `(n,)`: the token at each original position."""
+        return torch.argsort(self.permutation)
+
+    @derived
+    def table(self) -> IndexTable:
+        """The permutation as a table that masks look indices up in."""
+        return IndexTable(self.permutation)
+
+    @derived
+    def inverse_table(self) -> IndexTable:
+        """The inverse likewise."""
+        return IndexTable(self.inverse)
+
+    def permute(self, x: Tensor, dim: int = 1) -> Tensor:
+        """Tokens in this order: result[p] = x[permutation[p]] along `dim`.
+
+        Args:
+            x: Tensor with one entry a token along `dim`, such as (b, s, h, d); differentiable.
+            dim: The dimension of the tokens; default 1.
+
+        Raises:
+            ValueError: x has another number of tokens.
+        """
+        return self._select(x, dim, self.table)
+
+    def restore(self, x: Tensor, dim: int = 1) -> Tensor:
+        """The inverse of `permute`: result[permutation[p]] = x[p] along `dim`.
+
+        Args and errors: As of `permute`.
+        """
+        return self._select(x, dim, self.inverse_table)
+
+    def _select(self, x: Tensor, dim: int, table: IndexTable) -> Tensor:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
+        if not -x.ndim <= dim < x.ndim:
+            raise ValueError(f"x of shape {tuple(x.shape)} has no dimension {dim}: pass dim=")
+        if x.shape[dim] != len(self):
+            raise ValueError(
+                f"{self!r} orders {len(self)} tokens, but x of shape {tuple(x.shape)} has "
+                f"{x.shape[dim]} along dim {dim}: pass dim= the dimension of the tokens"
+            )
+        return x.index_select(dim, table.on(x.device))
+
+
+@dataclass(frozen=True, repr=False)
+class ImageOrder(TokenOrder):
+    """An order of the pixels of an image of `height` x `width`."""
 
     name: str
     height: int
@@ -44,32 +120,107 @@ class TokenOrder:
         if len(self) > MAX_LENGTH:
             raise ValueError(f"{self!r} has more than {MAX_LENGTH} pixels")
 
-    __reduce_ex__ = reduce_without_derived
-
     def __len__(self) -> int:
         return self.height * self.width
 
     def __repr__(self) -> str:
         return f"{self.name}({self.height}, {self.width})"
 
-    @derived
-    def permutation(self) -> Tensor:
-        """int64 `(height * width,)`: the raster index (row * width + column) of each token."""
+    def _make(self) -> Tensor:
         raster = torch.arange(len(self), device="cpu")
         key = {"raster": _raster_key, "morton": _morton_key, "hilbert": _hilbert_key}[self.name]
         return torch.argsort(
             key(raster // self.width, raster % self.width, self.width), stable=True
         )
 
-    @derived
-    def inverse(self) -> Tensor:
-        """int64 `(height * width,)`: the token position of each raster index."""
-        return torch.argsort(self.permutation)
 
-    @derived
-    def table(self) -> IndexTable:
-        """The permutation as a table that masks look indices up in."""
-        return IndexTable(self.permutation)
+@dataclass(frozen=True, repr=False)
+class OwnOrder(TokenOrder):
+    """An order given as a permutation; made by `order`. Compares by content and name."""
+
+    data: Data
+    name: str | None = None
+
+    def __len__(self) -> int:
+        return self.data.shape[1]
+
+    def __repr__(self) -> str:
+        return f"order({self.data!r}{'' if self.name is None else f', {self.name!r}'})"
+
+    def _make(self) -> Tensor:
+        return torch.from_numpy(self.data.content.astype(np.int64))
+
+
+@named
+def order(
+    permutation: Tensor | np.ndarray | Sequence[int] | str, name: str | None = None
+) -> OwnOrder:
+    """An order of your own: the p-th token stands at position permutation[p] of the original.
+
+    Masks are written for original positions and seen through it: allowed(p, r) =
+    mask(permutation[p], permutation[r]). You permute q, k and v, or rather the tokens that they are
+    computed from, by `order.permute(x)`, and undo it by `order.restore(x)`.
+
+    Args:
+        permutation: Each of 0..n-1 once, `(n,)`: a tensor (of any device) or array of integers, a
+            list, or the text that repr prints. Copied. (A repr of more than 1 MiB of data is
+            abbreviated, and says so: it does not evaluate.)
+        name: What pictures and tables show; orders of different names are different.
+
+    Raises:
+        TypeError: No integers, or a tensor without values.
+        ValueError: An entry is missing, repeated or out of range; or damaged text.
+
+    >>> from sparse_flash import masks
+    >>> by_score = masks.order(torch.tensor([2, 0, 3, 1]), name="by score")
+    >>> mask = masks.local(1).through(by_score)
+    >>> mask == eval(repr(mask), vars(masks)), len(by_score)
+    (True, 4)
+    >>> x = torch.tensor([10, 20, 30, 40])
+    >>> by_score.permute(x, dim=0), by_score.restore(by_score.permute(x, dim=0), dim=0).equal(x)
+    (tensor([30, 10, 40, 20]), True)
+    """
+    if name is not None and not isinstance(name, str):
+        raise TypeError(f"order: name must be a str, got {name!r}")
+    if isinstance(permutation, str):
+        content = Data.from_text("order", permutation, np.int32).content
+    else:
+        content = _integers(permutation)
+    n = len(content)
+    if not 1 <= n <= MAX_LENGTH:
+        raise ValueError(f"order: the permutation must have 1..{MAX_LENGTH} entries, got {n}")
+    outside = content[(content < 0) | (content >= n)]
+    if len(outside):
+        raise ValueError(
+            f"order: {int(outside[0])} is not in 0..{n - 1}: a permutation of {n} tokens holds "
+            f"each of 0..{n - 1} once"
+        )
+    counts = np.bincount(content, minlength=n)
+    if counts.max() > 1:
+        raise ValueError(
+            f"order: {int(counts.argmax())} occurs {int(counts.max())} times and "
+            f"{int(counts.argmin())} never: a permutation holds each of 0..{n - 1} once; "
+            "torch.argsort(key, stable=True) makes one from any key"
+        )
+    return OwnOrder(Data((1, n), content.astype(np.int32)), name)
+
+
+def _integers(values: Any) -> np.ndarray:
+    """A one-dimensional array of integers."""
+    if isinstance(values, Tensor):
+        reason = unreadable(values)
+        if reason:
+            raise TypeError(f"order: the permutation must hold integers, and {reason}")
+        with plain_torch():
+            values = values.detach().cpu().numpy()
+    elif not isinstance(values, np.ndarray):
+        values = np.asarray(sizes("order", "permutation", values, 0))
+    if values.dtype.kind not in "iu" or values.ndim != 1:
+        raise TypeError(
+            "order: the permutation must be one-dimensional integers, got shape "
+            f"{values.shape} of {values.dtype}"
+        )
+    return values.astype(np.int64)
 
 
 def _raster_key(row: Tensor, col: Tensor, width: int) -> Tensor:
@@ -107,19 +258,19 @@ def _hilbert_key(row: Tensor, col: Tensor, width: int) -> Tensor:
 
 
 @named
-def raster(height: int, width: int) -> TokenOrder:
+def raster(height: int, width: int) -> ImageOrder:
     """Line by line: the p-th token is pixel (p // width, p % width)."""
-    return TokenOrder("raster", height, width)
+    return ImageOrder("raster", height, width)
 
 
 @named
-def morton(height: int, width: int) -> TokenOrder:
+def morton(height: int, width: int) -> ImageOrder:
     """Z-order, by interleaving the bits of row and column: aligned runs of 4^k are squares."""
-    return TokenOrder("morton", height, width)
+    return ImageOrder("morton", height, width)
 
 
 @named
-def hilbert(height: int, width: int) -> TokenOrder:
+def hilbert(height: int, width: int) -> ImageOrder:
     """The Hilbert curve: like Morton, and neighbours in sequence are neighbours in the image.
 
     (Where the image is no square of 2^k pixels, the parts of the curve outside it are left out,
@@ -130,4 +281,4 @@ def hilbert(height: int, width: int) -> TokenOrder:
     >>> bool(((order % 8).diff().abs() + (order // 8).diff().abs() == 1).all())
     True
     """
-    return TokenOrder("hilbert", height, width)
+    return ImageOrder("hilbert", height, width)

@@ -63,6 +63,9 @@ class _Stored:
         block_q, block_kv = self.layout.block
         return self.table.classify(blocks.q // block_q, blocks.kv // block_kv).value
 
+    def signature(self, blocks: Blocks) -> None:
+        """None: stored bits may differ everywhere."""
+
     def __call__(self, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         """The stored bit of each element."""
         layout, (block_q, block_kv) = self.layout, self.layout.block

@@ -2,14 +2,102 @@
 
 from __future__ import annotations
 
+import math
+import operator
+from collections.abc import Callable
+from typing import Any
+
 import torch
-from sparse_flash.masks.modes import is_fake, plain_torch
-from sparse_flash.masks.ternary import Index, Indirect, Interval, RangeTable, Ternary
+from sparse_flash.masks.kleene import Columns, NotUnderstoodError, Symbol, columns_of
+from sparse_flash.masks.modes import is_fake, plain_torch, unreadable
+from sparse_flash.masks.ternary import (
+    Form,
+    Index,
+    Interval,
+    Ternary,
+    Unknown,
+    bit_length,
+    operand,
+    symbols,
+)
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+_INT32 = torch.iinfo(torch.int32)
+_CELLS = 1 << 24  # the largest two-dimensional table that is summed up
+
+
+class RangeTable:
+    """Minimum and maximum of `table[lo..hi]` for many ranges, each in O(1): a sparse table.
+
+    Memory: 2 n log2(n) integers. Source: Bender & Farach-Colton, The LCA Problem Revisited, 2000.
+
+    >>> table = RangeTable(torch.tensor([3, 1, 4, 1, 5]))
+    >>> table.bounds(torch.tensor([2]), torch.tensor([4]))
+    (tensor([1]), tensor([5]))
+    """
+
+    def __init__(self, table: Tensor) -> None:
+        least, most = (x.item() for x in table.aminmax())
+        if not table.is_floating_point():
+            small = _INT32.min <= least and most <= _INT32.max
+            table = table.to(torch.int32 if small else torch.int64)
+        self.largest = 0 if table.is_floating_point() else int(max(abs(least), abs(most)))
+        lows, highs = [table], [table]
+        for k in range(len(table).bit_length() - 1):
+            n = len(table) - (2 << k) + 1  # starts from which 2^(k+1) entries fit
+            lows.append(_pad(torch.minimum(lows[k][:n], lows[k][1 << k :][:n]), len(table)))
+            highs.append(_pad(torch.maximum(highs[k][:n], highs[k][1 << k :][:n]), len(table)))
+        self.low, self.high = torch.stack(lows), torch.stack(highs)
+
+    def bounds(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
+        """Least and largest value in `table[lo..hi]`, bounds inclusive; integers as int64."""
+        low, high = self.low.to(lo.device), self.high.to(lo.device)
+        k = bit_length(hi - lo + 1) - 1
+        second = hi + 1 - (1 << k)  # two overlapping ranges of 2^k cover lo..hi
+        least = torch.minimum(low[k, lo], low[k, second])
+        most = torch.maximum(high[k, lo], high[k, second])
+        return (least, most) if least.is_floating_point() else (least.long(), most.long())
+
+
+def _pad(x: Tensor, n: int) -> Tensor:
+    return torch.nn.functional.pad(x, (0, n - len(x)))
+
+
+class Indirect(Interval):
+    """The values of a table at an index, remembering the table, so that `//` and `%` stay tight.
+
+    Without the table, a 16 x 8 pixel patch in Morton order would be known only by its smallest and
+    largest raster index, and its columns not at all.
+    """
+
+    def __init__(self, tables: Callable[[str, int], RangeTable], index: Interval) -> None:
+        self.tables, self.index = tables, index
+        table = tables("//", 1)
+        super().__init__(*table.bounds(index.lo, index.hi), table.largest, _of_index(index))
+
+    def __floordiv__(self, n: Any) -> Any:
+        return self._look_up("//", n) if type(n) is int and n > 0 else super().__floordiv__(n)
+
+    def __mod__(self, n: Any) -> Any:
+        return self._look_up("%", n) if type(n) is int and n > 0 else super().__mod__(n)
+
+    def _look_up(self, op: str, n: int) -> Interval:
+        table, index = self.tables(op, n), self.index
+        return Interval(*table.bounds(index.lo, index.hi), table.largest, _of_index(index))
+
+
+def _of_index(index: Interval) -> Callable[[int], Form]:
+    """The form of what an index determines in no way that is known."""
+    return lambda modulus: (torch.zeros_like(index.lo), index.columns())
 
 
 class IndexTable:
     """`table[index]` for index tensors and for intervals, on any device.
+
+    Args:
+        table: Integers, one-dimensional.
+        ascending: The values never decrease; then bounds need no further tables.
 
     >>> table = IndexTable(torch.tensor([5, 3, 8, 1]))
     >>> table(torch.tensor([2, 0]))
@@ -19,22 +107,30 @@ class IndexTable:
     (tensor([1]), tensor([8]))
     """
 
-    def __init__(self, table: Tensor) -> None:
-        self.table = table
+    def __init__(self, table: Tensor, ascending: bool = False) -> None:
+        self.table, self.ascending = table, ascending
         self._tables = {table.device: table}
         self._ranges: dict[tuple[str, int, torch.device], RangeTable] = {}
 
     def __call__(self, index: Index) -> Index:
         """The values at these indices."""
         if isinstance(index, Interval):
-            device = index.lo.device
-            return Indirect(lambda op, n: self._range(op, n, device), index.lo, index.hi)
+            return self._bounds(index)
         if is_fake(index):
             table = index.fake_mode.from_tensor(self.table).to(index.device)
         else:
             table = self.on(index.device)
         # Not table[index], which takes a negative index from the end.
         return table.index_select(0, index.flatten()).view(index.shape)
+
+    def _bounds(self, index: Interval) -> Interval:
+        device = index.lo.device
+        if not self.ascending:
+            return Indirect(lambda op, n: self._range(op, n, device), index)
+        table = self.on(device)
+        lo, hi = (table.index_select(0, end).long() for end in (index.lo, index.hi))
+        largest = max(abs(int(self.table[0])), abs(int(self.table[-1])))
+        return Interval(lo, hi, largest, _of_index(index))
 
     def on(self, device: torch.device) -> Tensor:
         """The table on a device, where it stays."""
@@ -80,4 +176,180 @@ class RectangleTable:
             t[i.hi + 1, j.hi + 1] - t[i.lo, j.hi + 1] - t[i.hi + 1, j.lo] + t[i.lo, j.lo]
             for t in (self.some.to(i.lo.device), self.every.to(i.lo.device))
         )
-        return Ternary.of(every == area, some > 0)
+        return Ternary.of(every == area, some > 0, columns_of((rows, cols)))
+
+
+class Narrow(Symbol):
+    """Integers of fewer than 64 bits: exact in comparisons, and beside int64, which they become.
+
+    Among themselves, and with numbers, their arithmetic may wrap around: nothing is known of it.
+    """
+
+    def __init__(self, wide: Interval, dtype: torch.dtype) -> None:
+        self.wide, self.like = wide, wide.like
+        self.dtype, self._limits = dtype, torch.iinfo(dtype)
+
+    def columns(self) -> Columns:
+        """Those of the same values in int64."""
+        return self.wide.columns()
+
+    def widened(self) -> Interval:
+        """The same integers as int64."""
+        return self.wide
+
+    def _arithmetic(self, *others: Any) -> Any:
+        if any(isinstance(other, Interval) for other in others):
+            return NotImplemented  # the interval takes it as its own
+        return Unknown(self, *symbols(*others))
+
+    def _limit(self, other: Any) -> Any:
+        other = other if isinstance(other, Symbol) else operand(other, floats=True)
+        if isinstance(other, int) and not self._limits.min <= other <= self._limits.max:
+            raise NotUnderstoodError(f"{self.dtype} compared with {other}")
+        return other
+
+    def __lt__(self, other: Any) -> Any:
+        return self.wide < self._limit(other)
+
+    def __le__(self, other: Any) -> Any:
+        return self.wide <= self._limit(other)
+
+    def __gt__(self, other: Any) -> Any:
+        return self.wide > self._limit(other)
+
+    def __ge__(self, other: Any) -> Any:
+        return self.wide >= self._limit(other)
+
+    def __eq__(self, other: object) -> Any:
+        return self.wide == self._limit(other)
+
+    def __ne__(self, other: object) -> Any:
+        return self.wide != self._limit(other)
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _arithmetic
+    __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __truediv__ = __rtruediv__ = _arithmetic
+    __and__ = __rand__ = __or__ = __ror__ = __xor__ = __rxor__ = _arithmetic
+    __lshift__ = __rlshift__ = __rshift__ = __rrshift__ = __pow__ = __rpow__ = _arithmetic
+    __neg__ = __abs__ = __invert__ = __pos__ = _arithmetic
+    __hash__ = None
+
+
+class Floats(Symbol):
+    """Entries of a table of floats, from `lo` to `hi`: only comparisons are understood."""
+
+    def __init__(self, lo: Tensor, hi: Tensor, index: Interval) -> None:
+        self.lo, self.hi, self.like, self._index = lo, hi, index.like, index
+
+    def columns(self) -> Columns:
+        """Those of the index."""
+        return self._index.columns()
+
+    def _compare(self, other: Any, states: Callable[[Any, Any], tuple[Tensor, Tensor]]) -> Any:
+        if isinstance(other, Floats) and other.lo.dtype == self.lo.dtype:
+            lo, hi = other.lo, other.hi
+        elif type(other) in (int, float) and not math.isnan(other):
+            lo = hi = other  # compared by torch, as the entries would be
+        else:
+            return Unknown(self)._compare(other)
+        return Ternary.of(*states(lo, hi), columns_of([self, *symbols(other)]))
+
+    def __lt__(self, other: Any) -> Any:
+        return self._compare(other, lambda lo, hi: (self.hi < lo, self.lo < hi))
+
+    def __le__(self, other: Any) -> Any:
+        return self._compare(other, lambda lo, hi: (self.hi <= lo, self.lo <= hi))
+
+    def __gt__(self, other: Any) -> Any:
+        return self._compare(other, lambda lo, hi: (self.lo > hi, self.hi > lo))
+
+    def __ge__(self, other: Any) -> Any:
+        return self._compare(other, lambda lo, hi: (self.lo >= hi, self.hi >= lo))
+
+    def __eq__(self, other: object) -> Any:
+        never = torch.zeros_like(self.like, dtype=torch.bool)
+        return self._compare(other, lambda lo, hi: (never, (self.lo <= hi) & (self.hi >= lo)))
+
+    def __ne__(self, other: object) -> Any:
+        return ~(self == other)
+
+    def _arithmetic(self, *others: Any) -> Unknown:
+        return Unknown(self, *symbols(*others))
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _arithmetic
+    __truediv__ = __rtruediv__ = __neg__ = __abs__ = _arithmetic
+    __hash__ = None
+
+
+_NARROW = (torch.uint8, torch.int8, torch.int16, torch.int32)
+
+
+class TableLookups(TorchFunctionMode):
+    """While active, tensors may be indexed by intervals: `table[q]`, `table[q // 8, kv // 8]`.
+
+    What is computed of a table is kept until the mode ends: the table must not change before.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._kept: dict[Any, tuple[Tensor, Any]] = {}  # the tensor keeps its id from others
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Take over indexing where the index is a symbol."""
+        if func is Tensor.__getitem__:
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            if any(isinstance(i, Symbol) for i in index):
+                return self._look_up(args[0], index)
+        return func(*args, **(kwargs or {}))
+
+    def _look_up(self, table: Tensor, index: tuple[Any, ...]) -> Any:
+        intervals: list[Any] = [i.widened() for i in index if isinstance(i, Symbol)]
+        fixed = tuple(None if isinstance(i, Symbol) else operator.index(i) for i in index)
+        if any(isinstance(i, Narrow) and i.dtype != torch.int32 for i in index):
+            raise NotUnderstoodError("an index that is neither int64 nor int32")
+        if len(index) != table.ndim or unreadable(table):
+            raise NotUnderstoodError(
+                f"a table of shape {tuple(table.shape)} at {len(index)} indices"
+            )
+        if not all(isinstance(i, Interval) for i in intervals):
+            return Unknown(*intervals)
+        rest = table.detach()[tuple(slice(None) if i is None else i for i in fixed)]
+        if not all(
+            bool(((i.lo >= 0) & (i.hi < n)).all())
+            for i, n in zip(intervals, rest.shape, strict=True)
+        ):
+            return Unknown(*intervals)  # from the end, or an error
+        if rest.ndim == 2 and rest.dtype == torch.bool and rest.numel() <= _CELLS:
+            key = (id(table), fixed)
+            return self._keep(key, table, lambda: RectangleTable(rest, rest, 1)).classify(
+                *intervals
+            )
+        if rest.ndim != 1:
+            return Unknown(*intervals)
+        return self._values(table, fixed, rest, intervals[0])
+
+    def _values(self, table: Tensor, fixed: tuple[Any, ...], rest: Tensor, index: Interval) -> Any:
+        """Entries of a one-dimensional table."""
+
+        def ranges(op: str, n: int) -> RangeTable:
+            divided = rest if (op, n) == ("//", 1) else rest // n if op == "//" else rest % n
+            return self._keep((id(table), fixed, op, n), table, lambda: RangeTable(divided))
+
+        if rest.dtype == torch.int64:
+            return Indirect(ranges, index)
+        if rest.dtype in _NARROW:
+            return Narrow(Indirect(ranges, index), rest.dtype)
+        if rest.dtype == torch.bool:
+            key = (id(table), fixed)
+            made = self._keep(key, table, lambda: RangeTable(rest.int()))
+            least, most = made.bounds(index.lo, index.hi)
+            return Ternary.of(least == 1, most == 1, index.columns)
+        if rest.is_floating_point() and not bool(rest.isnan().any()):
+            return Floats(*ranges("//", 1).bounds(index.lo, index.hi), index)
+        return Unknown(index)
+
+    def _keep(self, key: Any, table: Tensor, make: Callable[[], Any]) -> Any:
+        if key not in self._kept:
+            self._kept[key] = (table, make())
+        return self._kept[key][1]

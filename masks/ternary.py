@@ -5,31 +5,53 @@ the rule gives booleans. Given `Interval`s (all indices of a block at once), the
 Kleene's strong three-valued logic: EMPTY (false everywhere), FULL (true everywhere), or UNKNOWN.
 Interval arithmetic (Moore, Interval Analysis, 1966) is conservative: it answers UNKNOWN too often,
 never EMPTY or FULL wrongly.
+
+Besides its bounds, a value knows its form inside a block: value(u, v) = base + g(u, v), where u
+and v count from the start of the block, and a few parameters determine g. Of `q - kv < 5` the
+difference of the bases is all that matters, so blocks on one diagonal have one signature; of
+`q % 7` it is the base modulo 7. Nothing is sampled: forms follow from the operators, as the bounds
+do.
 """
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from sparse_flash.masks.kleene import (
+    EMPTY,
+    FULL,
+    UNKNOWN,
+    Columns,
+    NotUnderstoodError,
+    Symbol,
+    Ternary,
+    columns_of,
+)
 from torch import Tensor
 
-# Ordered so that "or" is the maximum, "and" the minimum, "not" the reflection.
-EMPTY, UNKNOWN, FULL = 0, 1, 2
+__all__ = ["EMPTY", "FULL", "UNKNOWN", "Blocks", "Index", "Interval", "Ternary", "Truth"]
 
 _FAR = 1 << 62  # below every index, also below those of shifted masks
+_NONE = -(1 << 63)  # in place of parameters where a value is constant
+_LARGEST = 2**31 - 1  # no index is larger
 
-# What a rule computes with: an index tensor, an Interval, or an Indirect.
+# What a rule computes with: an index tensor, or an Interval.
 Index = Any
 # What a rule returns: a bool tensor, or a Ternary.
 Truth = Any
+Form = tuple[Tensor, Columns]  # base and parameters, one entry a block
 
 
 @dataclass(frozen=True)
 class Blocks:
     """A batch of rectangles of (q, kv) indices, bounds inclusive; four int64 tensors of one shape.
+
+    `largest`: A bound of all indices' absolute values, by which overflows are foreseen.
 
     >>> tile = Blocks(*map(torch.tensor, ([0, 128], [127, 255], [0, 0], [127, 127])))
     >>> tile.q_hi
@@ -40,98 +62,343 @@ class Blocks:
     q_hi: Tensor
     kv_lo: Tensor
     kv_hi: Tensor
+    largest: int = _LARGEST
 
     @property
     def q(self) -> Interval:
         """The query indices of each rectangle."""
-        return Interval(self.q_lo, self.q_hi)
+        return Interval(self.q_lo, self.q_hi, self.largest)
 
     @property
     def kv(self) -> Interval:
         """The key indices of each rectangle."""
-        return Interval(self.kv_lo, self.kv_hi)
+        return Interval(self.kv_lo, self.kv_hi, self.largest)
 
-    def __getitem__(self, index: Tensor) -> Blocks:
-        return Blocks(self.q_lo[index], self.q_hi[index], self.kv_lo[index], self.kv_hi[index])
-
-
-class Ternary:
-    """A tensor of truth values EMPTY, UNKNOWN, FULL (int8) with Kleene's `&`, `|`, `~`.
-
-    >>> a, b = Ternary(torch.tensor([0, 1, 2])), Ternary(torch.tensor([1, 1, 1]))
-    >>> (a | b).value, (a & b).value, (~a).value
-    (tensor([1, 1, 2]), tensor([0, 1, 1]), tensor([2, 1, 0]))
-    """
-
-    def __init__(self, value: Tensor) -> None:
-        self.value = value
-
-    @classmethod
-    def of(cls, surely: Tensor, possibly: Tensor) -> Ternary:
-        """FULL where `surely`, UNKNOWN where only `possibly`, EMPTY elsewhere."""
-        return cls(surely.to(torch.int8) + (surely | possibly).to(torch.int8))
-
-    def __and__(self, other: Ternary) -> Ternary:
-        return Ternary(torch.minimum(self.value, other.value))
-
-    def __or__(self, other: Ternary) -> Ternary:
-        return Ternary(torch.maximum(self.value, other.value))
-
-    def __invert__(self) -> Ternary:
-        return Ternary(FULL - self.value)
+    def __getitem__(self, index: Tensor | slice) -> Blocks:
+        ends = (self.q_lo[index], self.q_hi[index], self.kv_lo[index], self.kv_hi[index])
+        return Blocks(*ends, self.largest)
 
 
-class Interval:
+class Unknown(Symbol):
+    """A value of which nothing is known but what determines it: of a float, after an overflow."""
+
+    def __init__(self, *sources: Symbol) -> None:
+        self.like, self._sources = sources[0].like, sources
+
+    def columns(self) -> Columns:
+        """What determines the value: all that it was computed from."""
+        return columns_of(self._sources)()
+
+    def _with(self, *others: Any) -> Unknown:
+        return Unknown(self, *symbols(*others))
+
+    def _compare(self, other: Any) -> Ternary:
+        value = torch.full_like(self.like, UNKNOWN, dtype=torch.int8)
+        made = self._with(other)
+        return Ternary(value, lambda: [value.long(), *made.columns()])
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _with
+    __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __truediv__ = __rtruediv__ = _with
+    __and__ = __rand__ = __or__ = __ror__ = __xor__ = __rxor__ = _with
+    __lshift__ = __rlshift__ = __rshift__ = __rrshift__ = __pow__ = __rpow__ = _with
+    __neg__ = __abs__ = __invert__ = __pos__ = _with
+    __lt__ = __le__ = __gt__ = __ge__ = __eq__ = __ne__ = _compare  # type: ignore[assignment]
+    __hash__ = None
+
+
+class Interval(Symbol):
     """Every integer from `lo` to `hi`, inclusive: what an index inside a block may be.
+
+    Args:
+        lo: Least value in each block, int64.
+        hi: Largest value in each block, int64.
+        largest: A bound of the absolute value in all blocks. Arithmetic that could leave int64
+            gives an `Unknown`, because tensors would wrap around.
+        form: Gives (base, parameters); with a modulus other than 0, only the value's residue must
+            be determined by them. Default: base lo, no parameters, as of an index.
 
     >>> q, kv = Interval(*torch.tensor([[128], [255]])), Interval(*torch.tensor([[0], [127]]))
     >>> (q - kv).lo, (q - kv).hi
     (tensor([1]), tensor([255]))
     >>> (kv <= q).value, (kv <= q - 100).value, (kv > q).value  # FULL, UNKNOWN, EMPTY
     (tensor([2], dtype=torch.int8), tensor([1], dtype=torch.int8), tensor([0], dtype=torch.int8))
+    >>> (q ^ kv).lo, ((q - kv) * 3 % 1000).hi, (q >> 7 << 3).lo, abs(kv - q).lo
+    (tensor([128]), tensor([765]), tensor([8]), tensor([1]))
     """
 
-    def __init__(self, lo: Tensor, hi: Tensor) -> None:
-        self.lo, self.hi = lo, hi
+    def __init__(
+        self,
+        lo: Tensor,
+        hi: Tensor,
+        largest: int = _LARGEST,
+        form: Callable[[int], Form] | None = None,
+    ) -> None:
+        self.lo, self.hi, self.largest, self._form = lo, hi, largest, form
+        self.like = lo
 
-    def __add__(self, other: Interval | int) -> Interval:
-        lo, hi = _bounds(other)
-        return Interval(self.lo + lo, self.hi + hi)
+    @property
+    def device(self) -> torch.device:
+        """Where the tensor that this stands for would be."""
+        return self.lo.device
 
-    def __sub__(self, other: Interval | int) -> Interval:
-        lo, hi = _bounds(other)
-        return Interval(self.lo - hi, self.hi - lo)
+    def form(self, modulus: int = 0) -> Form:
+        """Base and parameters of each block."""
+        if self._form is None:
+            return self.lo, []
+        base, parameters = self._form(modulus)
+        if parameters:  # none matter where the value is constant
+            constant = self.lo == self.hi
+            base = torch.where(constant, self.lo, base)
+            parameters = [torch.where(constant, _NONE, p) for p in parameters]
+        return base, parameters
 
-    def __floordiv__(self, n: int) -> Interval:
-        return Interval(self.lo // n, self.hi // n)
+    def columns(self) -> Columns:
+        """The base, and what determines the rest."""
+        base, parameters = self.form()
+        return [base, *parameters]
 
-    def __mod__(self, n: int) -> Interval:
-        same = self.lo // n == self.hi // n  # otherwise it wraps around: any remainder
-        return Interval(torch.where(same, self.lo % n, 0), torch.where(same, self.hi % n, n - 1))
+    def __add__(self, other: Any) -> Any:
+        return self._linear(other, operator.add)
 
-    def __le__(self, other: Interval | int) -> Ternary:
-        lo, hi = _bounds(other)
-        return Ternary.of(self.hi <= lo, self.lo <= hi)
+    def __sub__(self, other: Any) -> Any:
+        return self._linear(other, operator.sub)
 
-    def __lt__(self, other: Interval | int) -> Ternary:
-        lo, hi = _bounds(other)
-        return Ternary.of(self.hi < lo, self.lo < hi)
+    def __rsub__(self, other: Any) -> Any:
+        return -self + other
 
-    def __ge__(self, other: Interval | int) -> Ternary:
+    def __neg__(self) -> Any:
+        return self * -1
+
+    def __pos__(self) -> Interval:
+        return self
+
+    def __invert__(self) -> Any:
+        return -1 - self
+
+    def _linear(self, other: Any, operation: Callable[[Any, Any], Any]) -> Any:
+        other = operand(other)
+        if isinstance(other, Unknown):
+            return Unknown(self, other)
+        lo, hi = bounds(other)
+        largest = self.largest + magnitude(other)
+        if largest >= _FAR:
+            return Unknown(self, *symbols(other))
+        if operation is operator.sub:
+            lo, hi = hi, lo
+
+        def form(modulus: int) -> Form:
+            (a, p), (b, r) = self.form(modulus), form_of(other, modulus)
+            return operation(a, b), p + r
+
+        return Interval(operation(self.lo, lo), operation(self.hi, hi), largest, form)
+
+    def __mul__(self, other: Any) -> Any:
+        other = operand(other)
+        if isinstance(other, Unknown):
+            return Unknown(self, other)
+        largest = self.largest * magnitude(other)
+        if largest >= _FAR:
+            return Unknown(self, *symbols(other))
+        if isinstance(other, int):
+            ends = (self.lo * other, self.hi * other)
+
+            def scaled(modulus: int) -> Form:
+                base, parameters = self.form(modulus)
+                return base * other, parameters
+
+            return Interval(*(ends if other >= 0 else ends[::-1]), largest, scaled)
+
+        def form(modulus: int) -> Form:
+            (a, p), (b, r) = self.form(modulus), other.form(modulus)
+            factors = [a % modulus, b % modulus] if modulus else [a, b]
+            return torch.zeros_like(a), p + r + factors
+
+        return Interval(*corners(operator.mul, self, other), largest, form)
+
+    def __floordiv__(self, n: Any) -> Any:
+        n = operand(n)
+        if not isinstance(n, int) or n == 0:
+            return self._by_interval(n, operator.floordiv)
+        if n < 0:
+            return -self // -n
+
+        def form(modulus: int) -> Form:
+            base, parameters = self.form(modulus * n if modulus * n < _FAR else 0)
+            return floor_divide(base, n), [*parameters, remainder(base, n)]
+
+        ends = (floor_divide(self.lo, n), floor_divide(self.hi, n))
+        return Interval(*ends, self.largest // n + 1, form)
+
+    def __mod__(self, n: Any) -> Any:
+        n = operand(n)
+        if not isinstance(n, int) or n == 0:
+            return self._by_interval(n, operator.mod)
+        if n < 0:
+            return -(-self % -n)
+
+        first, width = remainder(self.lo, n), self.hi - self.lo
+        same = width < n - first  # otherwise it wraps around: any remainder
+        lo, hi = torch.where(same, first, 0), torch.where(same, first + width, n - 1)
+
+        def form(modulus: int) -> Form:
+            if modulus and n % modulus == 0:
+                base, parameters = self.form(modulus)
+                return base if self.largest < n else remainder(base, modulus), parameters
+            base, parameters = self.form(modulus)
+            start = base - self.lo if not modulus else remainder(base - self.lo, modulus)
+            inside = [torch.where(same, p, _NONE) for p in (*parameters, start)]
+            base, parameters = self.form(n)
+            around = [torch.where(same, _NONE, p) for p in (*parameters, remainder(base, n))]
+            return torch.where(same, first, 0), inside + around
+
+        return Interval(lo, hi, n - 1, form)
+
+    def _by_interval(self, n: Any, operation: Callable[[Any, Any], Any]) -> Any:
+        """Divide by a value that may vary, and is positive."""
+        if not isinstance(n, Interval) or not bool((n.lo > 0).all()):
+            raise NotUnderstoodError("a divisor that may be 0 or negative")
+        form = _exact_form(self, n)
+        if operation is operator.floordiv:
+            return Interval(*corners(operation, self, n), self.largest, form)
+        same = (n.lo == n.hi) & (self.lo // n.lo == self.hi // n.lo)
+        lo = torch.where(same, self.lo % n.lo, 0)
+        return Interval(lo, torch.where(same, self.hi % n.lo, n.hi - 1), n.largest, form)
+
+    def __rshift__(self, k: Any) -> Any:
+        k = shift_operand(k)
+        if isinstance(k, int):
+            return self // (1 << k)
+        return Interval(*corners(operator.rshift, self, k), self.largest, _exact_form(self, k))
+
+    def __lshift__(self, k: Any) -> Any:
+        k = shift_operand(k)
+        if isinstance(k, int):
+            return self * (1 << k)
+        most = int(k.hi.max()) if k.hi.numel() else 0
+        if self.largest << most >= _FAR:
+            return Unknown(self, k)
+        form = _exact_form(self, k)
+        return Interval(*corners(operator.lshift, self, k), self.largest << most, form)
+
+    def __rfloordiv__(self, other: Any) -> Any:
+        return self._constant(other) // self
+
+    def __rmod__(self, other: Any) -> Any:
+        return self._constant(other) % self
+
+    def __rlshift__(self, other: Any) -> Any:
+        return self._constant(other) << self
+
+    def __rrshift__(self, other: Any) -> Any:
+        return self._constant(other) >> self
+
+    def _constant(self, value: Any) -> Interval:
+        value = operand(value)
+        if not isinstance(value, int):
+            raise NotUnderstoodError(f"an index combined with {type(value).__name__}")
+        everywhere = torch.full_like(self.lo, value)
+        return Interval(everywhere, everywhere, abs(value))
+
+    def __abs__(self) -> Interval:
+        positive, negative = self.lo >= 0, self.hi <= 0
+        lo = torch.where(positive, self.lo, torch.where(negative, -self.hi, 0))
+        hi = torch.maximum(-self.lo, self.hi)
+
+        def form(modulus: int) -> Form:
+            base, parameters = self.form()
+            sign = torch.where(positive, 1, torch.where(negative, -1, 0))
+            return base * sign, [*parameters, sign, torch.where(sign == 0, base, 0)]
+
+        return Interval(lo, hi, self.largest, form)
+
+    def __and__(self, other: Any) -> Any:
+        return self._bitwise(other, operator.and_)
+
+    def __or__(self, other: Any) -> Any:
+        return self._bitwise(other, operator.or_)
+
+    def __xor__(self, other: Any) -> Any:
+        return self._bitwise(other, operator.xor)
+
+    def _bitwise(self, other: Any, operation: Callable[[Any, Any], Any]) -> Any:
+        """Above some bit, both are constant in a block; below, every combination may occur."""
+        other = operand(other)
+        if isinstance(other, Unknown):
+            return Unknown(self, other)
+        if isinstance(other, int):
+            other = self._constant(other)
+        vary = (self.lo ^ self.hi) | (other.lo ^ other.hi)
+        low = torch.where(vary < 0, 63, bit_length(vary.clamp(min=0)))  # crossing 0 varies the sign
+        span = torch.where(low == 63, 2**63 - 1, (1 << low.clamp(max=62)) - 1)
+        lo = torch.where(low == 63, -(2**63), operation(self.lo, other.lo) & ~span)
+        hi = torch.where(low == 63, 2**63 - 1, lo + span)
+        if operation is operator.and_:  # no more than either, where neither is negative
+            hi = torch.where(self.lo >= 0, torch.minimum(hi, self.hi), hi)
+            hi = torch.where(other.lo >= 0, torch.minimum(hi, other.hi), hi)
+            lo = torch.where((self.lo >= 0) | (other.lo >= 0), lo.clamp(min=0), lo)
+
+        def form(modulus: int) -> Form:
+            (a, p), (b, r) = self.form(), other.form()
+            below = [a - (self.lo & ~span), b - (other.lo & ~span), low]
+            base = torch.where(low == 63, 0, operation(self.lo, other.lo) & ~span)
+            return base, p + r + below
+
+        largest = (1 << max(self.largest, other.largest).bit_length()) - 1
+        edge = largest + 1  # a negative number has all bits above those of its size
+        return Interval(lo.clamp(min=-edge), hi.clamp(max=largest), edge, form)
+
+    __radd__, __rmul__, __rand__, __ror__, __rxor__ = __add__, __mul__, __and__, __or__, __xor__
+
+    def __pow__(self, n: Any) -> Any:
+        n = operand(n)
+        if not isinstance(n, int) or not 1 <= n <= 64:
+            raise NotUnderstoodError("a power other than of a positive int")
+        power: Any = self
+        for _ in range(n - 1):
+            power = power * self
+        return power
+
+    def __truediv__(self, other: Any) -> Unknown:
+        return Unknown(self, *symbols(operand(other)))
+
+    __rtruediv__ = __truediv__
+
+    def __le__(self, other: Any) -> Any:
+        return self._compare(other, lambda lo, hi: (self.hi <= lo, self.lo <= hi))
+
+    def __lt__(self, other: Any) -> Any:
+        return self._compare(other, lambda lo, hi: (self.hi < lo, self.lo < hi))
+
+    def __ge__(self, other: Any) -> Any:
         return ~(self < other)
 
-    def __gt__(self, other: Interval | int) -> Ternary:
+    def __gt__(self, other: Any) -> Any:
         return ~(self <= other)
 
-    def __eq__(self, other: object) -> Ternary:  # type: ignore[override]
-        lo, hi = _bounds(other)
-        meet = (self.lo <= hi) & (self.hi >= lo)
-        return Ternary.of(meet & (self.lo == self.hi) & (lo == hi), meet)
+    def __eq__(self, other: object) -> Any:
+        def states(lo: Any, hi: Any) -> tuple[Tensor, Tensor]:
+            meet = (self.lo <= hi) & (self.hi >= lo)
+            return meet & (self.lo == self.hi) & (lo == hi), meet
 
-    def __ne__(self, other: object) -> Ternary:  # type: ignore[override]
+        return self._compare(other, states)
+
+    def __ne__(self, other: object) -> Any:
         return ~(self == other)
 
-    __hash__ = None  # type: ignore[assignment]
+    __hash__ = None
+
+    def _compare(self, other: Any, states: Callable[[Any, Any], tuple[Tensor, Tensor]]) -> Ternary:
+        other = operand(other, floats=True)
+        if isinstance(other, Unknown):
+            return other._compare(self)
+
+        def decided_by() -> Columns:
+            if isinstance(other, float) or self.largest + magnitude(other) >= 1 << 63:
+                return [*self.columns(), *(c for s in symbols(other) for c in s.columns())]
+            (a, p), (b, r) = self.form(), form_of(other)
+            return [a - b, *p, *r]  # of a comparison only the difference matters
+
+        return Ternary.of(*states(*bounds(other)), decided_by)
 
 
 def always(index: Index) -> Truth:
@@ -144,61 +411,83 @@ def never(index: Index) -> Truth:
     return index < -_FAR
 
 
-def _bounds(x: Any) -> tuple[Any, Any]:
+def operand(x: Any, floats: bool = False) -> Any:
+    """An Interval, an Unknown, an int; with `floats`, a float: other values are not understood."""
+    x = x.widened() if isinstance(x, Symbol) else x
+    if isinstance(x, Interval | Unknown) or type(x) is int:
+        return x
+    if isinstance(x, Tensor):
+        if x.ndim or x.is_complex() or x.dtype == torch.bool:
+            raise NotUnderstoodError(f"a tensor of shape {tuple(x.shape)} and {x.dtype}")
+        if x.is_floating_point():
+            raise NotUnderstoodError("a tensor of floats")
+        return int(x)
+    if isinstance(x, float) and floats and not math.isnan(x):
+        return x
+    if hasattr(x, "__index__") and not isinstance(x, bool):
+        return operator.index(x)
+    raise NotUnderstoodError(f"an index combined with {type(x).__name__}")
+
+
+def shift_operand(k: Any) -> Any:
+    """How far bits are shifted: 0..62; tensors beyond that differ between devices."""
+    k = operand(k)
+    inside = 0 <= k <= 62 if isinstance(k, int) else isinstance(k, Interval)
+    if isinstance(k, Interval):
+        inside = bool(((k.lo >= 0) & (k.hi <= 62)).all())
+    if not inside:
+        raise NotUnderstoodError("a shift by a number of bits that is not in 0..62")
+    return k
+
+
+def symbols(*values: Any) -> tuple[Symbol, ...]:
+    """Those of the values that depend on indices; the others must be numbers."""
+    for value in values:
+        if isinstance(value, Tensor) and not isinstance(value, Symbol) and value.ndim:
+            raise NotUnderstoodError(
+                f"a tensor of shape {tuple(value.shape)} combined with an index"
+            )
+    return tuple(value for value in values if isinstance(value, Symbol))
+
+
+def bounds(x: Any) -> tuple[Any, Any]:
+    """Least and largest value."""
     return (x.lo, x.hi) if isinstance(x, Interval) else (x, x)
 
 
-class RangeTable:
-    """Minimum and maximum of `table[lo..hi]` for many ranges, each in O(1): a sparse table.
-
-    Memory: 2 n log2(n) integers. Source: Bender & Farach-Colton, The LCA Problem Revisited, 2000.
-
-    >>> table = RangeTable(torch.tensor([3, 1, 4, 1, 5]))
-    >>> bounds = table.bounds(torch.tensor([2]), torch.tensor([4]))
-    >>> bounds.lo, bounds.hi
-    (tensor([1]), tensor([5]))
-    """
-
-    def __init__(self, table: Tensor) -> None:
-        lows, highs = [table.to(torch.int32)], [table.to(torch.int32)]
-        for k in range(len(table).bit_length() - 1):
-            n = len(table) - (2 << k) + 1  # starts from which 2^(k+1) entries fit
-            lows.append(_pad(torch.minimum(lows[k][:n], lows[k][1 << k :][:n]), len(table)))
-            highs.append(_pad(torch.maximum(highs[k][:n], highs[k][1 << k :][:n]), len(table)))
-        self.low, self.high = torch.stack(lows), torch.stack(highs)
-
-    def bounds(self, lo: Tensor, hi: Tensor) -> Interval:
-        """The interval of values in `table[lo..hi]`, bounds inclusive."""
-        low, high = self.low.to(lo.device), self.high.to(lo.device)
-        k = bit_length(hi - lo + 1) - 1
-        second = hi + 1 - (1 << k)  # two overlapping ranges of 2^k cover lo..hi
-        return Interval(
-            torch.minimum(low[k, lo], low[k, second]).long(),
-            torch.maximum(high[k, lo], high[k, second]).long(),
-        )
+def magnitude(x: Any) -> int:
+    """A bound of the absolute value."""
+    return x.largest if isinstance(x, Interval) else abs(x)
 
 
-def _pad(x: Tensor, n: int) -> Tensor:
-    return torch.nn.functional.pad(x, (0, n - len(x)))
+def form_of(x: Any, modulus: int = 0) -> tuple[Any, Columns]:
+    """Base and parameters, of a number too."""
+    return x.form(modulus) if isinstance(x, Interval) else (x, [])
 
 
-class Indirect(Interval):
-    """The values `table[lo..hi]`, remembering the table, so that `//` and `%` stay tight.
+def _exact_form(*values: Interval) -> Callable[[int], Form]:
+    """The form of a value of which only what determines it is known."""
+    made = columns_of(values)
+    return lambda modulus: (torch.zeros_like(values[0].lo), made())
 
-    Without the table, a 16 x 8 pixel patch in Morton order would be known only by its smallest and
-    largest raster index, and its columns not at all.
-    """
 
-    def __init__(self, tables: Callable[[str, int], RangeTable], lo: Tensor, hi: Tensor) -> None:
-        self.tables, self.source = tables, (lo, hi)
-        values = tables("//", 1).bounds(lo, hi)
-        super().__init__(values.lo, values.hi)
+def corners(operation: Callable[[Any, Any], Any], a: Interval, b: Interval) -> tuple[Any, Any]:
+    """Bounds of an operation that is monotone in each of its operands."""
+    values = [operation(x, y) for x in (a.lo, a.hi) for y in (b.lo, b.hi)]
+    least, most = values[0], values[0]
+    for value in values[1:]:
+        least, most = torch.minimum(least, value), torch.maximum(most, value)
+    return least, most
 
-    def __floordiv__(self, n: int) -> Interval:
-        return self.tables("//", n).bounds(*self.source)
 
-    def __mod__(self, n: int) -> Interval:
-        return self.tables("%", n).bounds(*self.source)
+def floor_divide(x: Tensor, n: int) -> Tensor:
+    """Floor of x / n for n > 0; by a shift where that will do, which is several times faster."""
+    return x >> (n.bit_length() - 1) if n & (n - 1) == 0 else x // n
+
+
+def remainder(x: Tensor, n: int) -> Tensor:
+    """Remainder x % n for n > 0; by a bit mask where that will do."""
+    return x & (n - 1) if n & (n - 1) == 0 else x % n
 
 
 def bit_length(x: Tensor) -> Tensor:

@@ -67,4 +67,4 @@ def _classify(i: Interval, j: Interval, limit: int) -> Ternary:
     differ = (i.lo ^ j.lo) >> m
     at_most_one_bit = (differ & (differ - 1) == 0) & (differ << m < limit)
     at_most_one_bit = at_most_one_bit | (m == 63)
-    return Ternary.of(at_most_one_bit & (m == 0), at_most_one_bit)
+    return Ternary.of(at_most_one_bit & (m == 0), at_most_one_bit, (i ^ j).columns)

@@ -11,7 +11,7 @@ class causal(Pattern):
 
     With fewer queries than keys, `offset=kv_len - q_len` aligns the last query with the last key;
     an offset other than 0 states the alignment, so such a mask is not `relative`.
-    Density for n tokens: (n + 1) / 2n. Reach: never (None), the past does not see the future.
+    Density for n tokens: (n + 1) / 2n. Reach: 1 (every earlier token; see `Mask.reach`).
 
     >>> print(causal().text(1024, width=4))
     ┌────────┐

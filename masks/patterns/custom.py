@@ -6,14 +6,57 @@ import inspect
 import types
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import torch
+from sparse_flash.masks import functions  # noqa: F401 - torch's functions of intervals
+from sparse_flash.masks.kleene import Symbol, columns_of
 from sparse_flash.masks.mask import Mask, named
-from sparse_flash.masks.modes import tensors_made_on, unreadable
+from sparse_flash.masks.modes import derived, tensors_made_on, unreadable
 from sparse_flash.masks.patterns.reads import state_of
 from sparse_flash.masks.ternary import UNKNOWN, Index, Interval, Ternary, Truth
 from torch import Tensor
+
+
+class Unused:
+    """What a `mask_mod` is given as its batch entry or head: it may pass it on, but not use it."""
+
+    def __init__(self, name: str, owner: str, device: torch.device) -> None:
+        self._name, self._owner, self.device = name, owner, device
+
+    def new_ones(self, size: Any = (), **options: Any) -> Tensor:
+        """Ones, as torch's `and_masks` starts with; the value of the argument plays no part."""
+        return torch.ones(size, **{"device": self.device, **options})
+
+    def new_zeros(self, size: Any = (), **options: Any) -> Tensor:
+        """Zeros, as torch's `or_masks` starts with."""
+        return torch.zeros(size, **{"device": self.device, **options})
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
+        one = "per_head" if self._name == "h" else "per_batch"
+        name = self._name
+        call = "mask_mod(0, h, q, kv)" if name == "h" else "mask_mod(b, 0, q, kv)"
+        count = "heads" if name == "h" else "batch"
+        raise TypeError(
+            f"{self._owner}: the mask_mod reads its argument {name!r}, so it is several "
+            f"masks: write masks.{one}([masks.custom(lambda q, kv, {name}={name}: {call}) "
+            f"for {name} in range({count})])"
+        )
+
+    __getattr__ = __index__ = __int__ = __float__ = __bool__ = __iter__ = __len__ = _refuse
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = _refuse
+    __rtruediv__ = __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __pow__ = __rpow__ = _refuse
+    __and__ = __rand__ = __or__ = __ror__ = __xor__ = __rxor__ = __invert__ = __neg__ = _refuse
+    __lshift__ = __rlshift__ = __rshift__ = __rrshift__ = __abs__ = __getitem__ = _refuse
+    __lt__ = __le__ = __gt__ = __ge__ = __eq__ = __ne__ = __hash__ = _refuse
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> NoReturn:
+        """Refuse what torch is to do with it."""
+        given = [x for arg in args for x in (arg if isinstance(arg, tuple | list) else (arg,))]
+        next(x for x in (*given, *(kwargs or {}).values()) if isinstance(x, Unused))._refuse()
 
 
 @named
@@ -21,8 +64,15 @@ from torch import Tensor
 class custom(Mask):
     """allowed(q, kv) = fn(q, kv), any fn from broadcasting int64 index tensors to a bool tensor.
 
-    Every tile is evaluated element by element, in chunks: exact, memory in proportion to the tiles
-    kept. Two customs are equal if their functions are the same object.
+    To lay it out, fn is first called with intervals of indices, which decide most tiles as a whole:
+    all operators of Python (`+ - * // % << >> & | ^ ~ abs`, comparisons), `torch.where`, `minimum`,
+    `clamp` and the like, and tables (`numbers[q]`, `blocks[q // 128, kv // 128]`). Tiles that they
+    leave open, or all of them where fn does something else, are evaluated element by element, each
+    kind of tile once: the layout is exact either way. Two customs are equal if their functions are
+    the same object.
+
+    A FlexAttention `mask_mod(b, h, q_idx, kv_idx)` that makes no use of b and h is taken as it is;
+    one that does needs a mask for each head or batch entry, see the error's text.
 
     fn may read tensors, arrays and numbers from outside: closure, defaults, globals, attributes.
     In layouts that are cached, changes of those are noticed (see `state`). Tensors that fn makes
@@ -39,13 +89,15 @@ class custom(Mask):
     fn: Callable[[Tensor, Tensor], Tensor]
     changeable = True
     relative = True
+    not_understood: ClassVar[str] = ""  # why intervals could not do; of the latest call
+    _derived = (*Mask._derived, "not_understood")
 
     def __post_init__(self) -> None:
         if not callable(self.fn):
             raise TypeError(f"custom: fn must be a function of (q_idx, kv_idx), got {self.fn!r}")
         if isinstance(self.fn, types.FunctionType):
             needed = self.fn.__code__.co_argcount - len(self.fn.__defaults__ or ())
-            if needed > 2:
+            if needed > 2 and not self._arity:
                 self._refuse_arguments()
 
     def __eq__(self, other: object) -> bool:
@@ -63,12 +115,12 @@ class custom(Mask):
         return state_of(self.fn)
 
     def allowed(self, q: Index, kv: Index) -> Truth:
-        """What the function says; nothing is known of whole blocks."""
+        """What the function says; of intervals, as far as it can be called with them."""
         if isinstance(q, Interval):
-            return Ternary(torch.full_like(q.lo, UNKNOWN, dtype=torch.int8))
+            return self._of_intervals(q, kv)
         try:
             with tensors_made_on(q.device):
-                truth = self.fn(q, kv)
+                truth = self._call(q, kv)
         except RuntimeError as error:
             if "Boolean value of Tensor" not in str(error):
                 raise
@@ -76,11 +128,38 @@ class custom(Mask):
                 f"{self!r} uses `and`, `or`, `not` or `if` on tensors: write &, |, ~ or torch.where"
             ) from error
         except TypeError:
-            if not _takes_two(self.fn):
+            if not self._arity:
                 self._refuse_arguments()
             raise
         self._check(truth, q, kv)
         return truth
+
+    def _call(self, q: Index, kv: Index) -> Any:
+        if self._arity != 4:
+            return self.fn(q, kv)
+        entry, head = (Unused(name, repr(self), q.device) for name in ("b", "h"))
+        mask_mod: Any = self.fn
+        return mask_mod(entry, head, q, kv)
+
+    @derived
+    def _arity(self) -> int:
+        """How many arguments the function takes: 2, 4 as a `mask_mod`, or 0 for others."""
+        return next((n for n in (2, 4) if _takes(self.fn, n)), 0)
+
+    def _of_intervals(self, q: Interval, kv: Interval) -> Ternary:
+        """UNKNOWN all over where the function does something that intervals cannot."""
+        try:
+            with tensors_made_on(q.device):
+                truth = self._call(q, kv)
+            if isinstance(truth, Ternary):
+                return truth
+            if not isinstance(truth, Symbol) and truth.ndim == 0 and truth.dtype == torch.bool:
+                return Ternary(torch.zeros_like(q.lo, dtype=torch.int8), list) | truth
+        except Exception as error:
+            # Whatever it is: evaluating elements raises it again if it is an error of the function.
+            object.__setattr__(self, "not_understood", f" (intervals cannot do: {error})")
+        unknown = torch.full_like(q.lo, UNKNOWN, dtype=torch.int8)
+        return Ternary(unknown, columns_of((q, kv)))
 
     def _check(self, truth: object, q: Tensor, kv: Tensor) -> None:
         if not isinstance(truth, Tensor) or truth.dtype != torch.bool:
@@ -89,7 +168,7 @@ class custom(Mask):
         reason = None if unreadable(q) or unreadable(kv) else unreadable(truth)
         if reason:
             raise TypeError(f"{self!r} must return a tensor with data, but {reason}")
-        shape = torch.broadcast_shapes(q.shape, kv.shape)
+        shape = torch.broadcast_tensors(q, kv)[0].shape
         if truth.ndim > len(shape) or any(
             n not in (1, m) for n, m in zip(truth.shape[::-1], shape[::-1], strict=False)
         ):
@@ -100,11 +179,8 @@ class custom(Mask):
 
     def _refuse_arguments(self) -> NoReturn:
         raise TypeError(
-            f"{self!r} must take two arguments, fn(q_idx, kv_idx), not {_arguments(self.fn)}. For "
-            "a FlexAttention mask_mod(b, h, q_idx, kv_idx) write "
-            "custom(lambda q, kv: mask_mod(0, 0, q, kv)); where it differs between heads, "
-            "per_head([custom(lambda q, kv, h=h: mask_mod(0, h, q, kv)) for h in range(heads)]), "
-            "and likewise per_batch"
+            f"{self!r} must take two arguments, fn(q_idx, kv_idx), or four as FlexAttention's "
+            f"mask_mod(b, h, q_idx, kv_idx), not {_arguments(self.fn)}"
         ) from None
 
     def __repr__(self) -> str:
@@ -118,9 +194,9 @@ def _identity(fn: Callable[..., object]) -> Hashable:
     return id(fn)
 
 
-def _takes_two(fn: Callable[..., object]) -> bool:
+def _takes(fn: Callable[..., object], count: int) -> bool:
     try:
-        inspect.signature(fn).bind(None, None)
+        inspect.signature(fn).bind(*[None] * count)
     except ValueError:  # a builtin without a signature
         return True
     except TypeError:

@@ -64,7 +64,7 @@ class documents(Pattern):
     @derived
     def _document(self) -> IndexTable:
         numbers = np.repeat(np.arange(len(self.lengths)), self.lengths)
-        return IndexTable(torch.from_numpy(numbers))
+        return IndexTable(torch.from_numpy(numbers), ascending=True)
 
     def allowed(self, q: Index, kv: Index) -> Truth:
         """In the same document."""

@@ -2,55 +2,19 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import zlib
 from typing import Any
 
 import numpy as np
 import torch
 from sparse_flash.masks import exchange
 from sparse_flash.masks.arguments import integers, normalise
+from sparse_flash.masks.data import Data
 from sparse_flash.masks.extents import Extents
 from sparse_flash.masks.mask import Mask, Pattern, named, pattern
 from sparse_flash.masks.modes import derived
 from sparse_flash.masks.patterns.table_values import truth_table
 from sparse_flash.masks.tables import IndexTable, RectangleTable
 from sparse_flash.masks.ternary import Index, Interval, Truth
-
-_TEXT_LIMIT = 1 << 20  # bytes of data beyond which a repr abbreviates
-
-
-class _Data:
-    """Immutable arrays that compare by content; small ones print as text that makes them again."""
-
-    def __init__(self, shape: tuple[int, int], content: np.ndarray) -> None:
-        self.shape, self.content = shape, content
-        self.digest = hashlib.sha256(f"{shape}".encode() + content.tobytes()).hexdigest()
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Data) and self.digest == other.digest
-
-    def __hash__(self) -> int:
-        return hash(self.digest)
-
-    def __repr__(self) -> str:
-        rows, cols = self.shape
-        if self.content.nbytes > _TEXT_LIMIT:
-            return f"<{rows} x {cols}, sha256 {self.digest[:12]}>"
-        return repr(
-            f"{rows}x{cols}:{base64.b64encode(zlib.compress(self.content.tobytes())).decode()}"
-        )
-
-    @classmethod
-    def from_text(cls, name: str, text: str, dtype: type[np.generic]) -> _Data:
-        try:
-            size, _, code = text.partition(":")
-            rows, cols = map(int, size.split("x"))
-            raw = zlib.decompress(base64.b64decode(code, validate=True))
-            return cls((rows, cols), np.frombuffer(raw, dtype))
-        except (ValueError, zlib.error) as error:
-            raise ValueError(f"{name}: {text[:40]!r} is no text that repr() printed") from error
 
 
 @pattern
@@ -159,7 +123,7 @@ def from_dense(table: Any) -> Mask:
     tensor([[1, 0],
             [1, 1]], dtype=torch.int32)
     """
-    if not isinstance(table, str | _Data):
+    if not isinstance(table, str | Data):
         table = _packed(truth_table("from_dense", table))
     return from_blocks(table, 1)
 
@@ -183,12 +147,12 @@ class from_scipy(Pattern):
 
     def __post_init__(self) -> None:
         if isinstance(self.matrix, str):
-            data = _Data.from_text("from_scipy", self.matrix, np.int64)
-        elif isinstance(self.matrix, _Data):
+            data = Data.from_text("from_scipy", self.matrix, np.int64)
+        elif isinstance(self.matrix, Data):
             data = self.matrix
         else:
             rows, cols, shape = exchange.elements(self.matrix)
-            data = _Data(shape, np.sort((rows * shape[1] + cols).numpy()))
+            data = Data(shape, np.sort((rows * shape[1] + cols).numpy()))
         normalise(self, matrix=data)
 
     def __repr__(self) -> str:
@@ -224,12 +188,12 @@ class from_scipy(Pattern):
         return self.matrix.shape
 
 
-def _bits(name: str, table: Any) -> _Data:
+def _bits(name: str, table: Any) -> Data:
     """Nested lists, an array, a tensor, or text, as packed bits."""
-    if isinstance(table, _Data):
+    if isinstance(table, Data):
         return table
     if isinstance(table, str):
-        data = _Data.from_text(name, table, np.uint8)
+        data = Data.from_text(name, table, np.uint8)
         if data.content.nbytes != -(-data.shape[0] * data.shape[1] // 8):
             raise ValueError(
                 f"{name}: the text holds {data.content.nbytes} bytes, not a {data.shape} table"
@@ -238,5 +202,5 @@ def _bits(name: str, table: Any) -> _Data:
     return _packed(truth_table(name, table))
 
 
-def _packed(table: np.ndarray) -> _Data:
-    return _Data((table.shape[0], table.shape[1]), np.packbits(table))
+def _packed(table: np.ndarray) -> Data:
+    return Data((table.shape[0], table.shape[1]), np.packbits(table))

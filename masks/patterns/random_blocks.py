@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from sparse_flash.masks.arguments import fraction, integers, normalise
 from sparse_flash.masks.extents import Extents
+from sparse_flash.masks.kleene import columns_of
 from sparse_flash.masks.mask import Pattern, pattern
 from sparse_flash.masks.modes import derived
 from sparse_flash.masks.tables import IndexTable
@@ -44,7 +45,7 @@ class random_blocks(Pattern):
         if not isinstance(i, Interval):
             return self._coin(i, j)
         heads, one = self._coin(i.lo, j.lo), (i.lo == i.hi) & (j.lo == j.hi)
-        return Ternary.of(one & heads, ~one | heads)
+        return Ternary.of(one & heads, ~one | heads, columns_of((i, j)))
 
     def _coin(self, i: Tensor, j: Tensor) -> Tensor:
         mixed = _mix(_mix(i + (self.seed << 32)) ^ j)

@@ -172,6 +172,8 @@ def test_folder_that_is_missing_full_or_read_only(run, tmp_path, folder, before,
     assert err.count("UserWarning") == 1
     assert "cannot be kept" in err
     assert reason in err
+    assert "[Errno" not in err
+    assert ("free space there, or set" in err) == (reason == "No space left")
     assert cache.CACHE_VARIABLE in err
 
 

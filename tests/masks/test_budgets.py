@@ -100,3 +100,61 @@ def test_rectangles_are_cut_to_the_grid_before_they_are_split():
         layout = masks.full().layout(q_len, kv_len)
         assert layout.num_tiles == -(-q_len // 128) * -(-kv_len // 128)
         assert layout.num_partial == 0
+
+
+RATIOS = """
+import json, time
+import numpy as np
+import torch
+torch.set_num_threads(1)
+from sparse_flash import masks
+numbers = np.random.default_rng(0).integers(0, 1 << 62, 1 << 22)
+lengths = tuple(np.diff(np.linspace(0, 65536, 65).astype(int) // 7 * 7, append=65536)[1:].tolist())
+lengths = (65536 - sum(lengths), *lengths)
+make = {mask}
+def fastest(run, times):
+    taken = []
+    for _ in range(times):
+        start = time.process_time()
+        run()
+        taken.append(time.process_time() - start)
+    return min(taken)
+make().layout(1024) if {short} else None
+print(json.dumps([fastest(lambda: make().layout({length}), {times}),
+                  fastest(lambda: np.sort(numbers), 5)]))
+"""
+CURVE = "lambda: masks.custom(lambda q, kv: (q - kv) * (q - kv) < q * 100)"
+DOCUMENTS = "lambda: masks.documents(torch.tensor(lengths)) & masks.causal()"
+LONGNET = "lambda: masks.longnet((2048, 4096, 8192, 16384, 32768), (1, 2, 4, 6, 12))"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mask", "length", "sorts"),
+    [
+        (CURVE, 65536, 25),
+        ("lambda: masks.custom(lambda q, kv: (q - kv) % 3 != 1)", 65536, 25),
+        ("lambda: masks.custom(lambda q, kv: torch.sin((q - kv).float()) > 0.9)", 65536, 25),
+        ("lambda: masks.custom(lambda q, kv: (q * 7 + kv * kv) % 5 != 1)", 65536, 25),
+        ("lambda: masks.strided(128)", 65536, 25),
+        (DOCUMENTS, 65536, 0.6),
+        ("lambda: " + COMPOSED, 65536, 2.5),
+        (LONGNET, 1048576, 470),
+    ],
+)
+def test_layouts_in_units_of_a_sort(mask, length, sorts):
+    """CPU time, in units of numpy's sort of 4 Mi integers in the same process (about 40 ms)."""
+    script = RATIOS.format(
+        mask=mask,
+        length=length,
+        short="lengths" not in mask,
+        times=1 if length > 65536 else 3,
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    took, sort = json.loads(done.stdout.splitlines()[-1])
+    print(
+        f"{mask} at {length}: {took * 1e3:.0f} ms, {took / sort:.1f} sorts of {sort * 1e3:.0f} ms"
+    )
+    assert took <= sorts * sort

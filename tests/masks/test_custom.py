@@ -11,6 +11,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from torch.nn.attention.flex_attention import and_masks, noop_mask, or_masks
 
 from sparse_flash import masks
 
@@ -278,14 +279,39 @@ class FourArguments:
     "fn",
     [
         lambda b, h, q, kv: q >= kv,
-        lambda score, b, h, q, kv: score,
         FourArguments(),
         functools.partial(lambda x, b, h, q, kv: q >= kv, 3),
-        lambda q: q > 3,
+        and_masks(lambda b, h, q, kv: q >= kv, or_masks(noop_mask, lambda b, h, q, kv: kv < 3)),
     ],
 )
+def test_mask_mods_that_use_neither_batch_nor_head(fn):
+    assert masks.custom(fn).layout(300).equal(masks.causal().layout(300))
+    assert torch.equal(masks.custom(fn)(I, J), I >= J)
+
+
+@pytest.mark.parametrize(
+    ("fn", "name", "way_out"),
+    [
+        (lambda b, h, q, kv: q - kv >= h, "h", "per_head"),
+        (lambda b, h, q, kv: GLOBAL[h] + q >= kv, "h", "per_head"),
+        (lambda b, h, q, kv: (q >= kv) & (h == 0), "h", "per_head"),
+        (lambda b, h, q, kv: kv < b * 3, "b", "per_batch"),
+        (lambda b, h, q, kv: kv < GLOBAL[b, h], "b", "per_batch"),
+        (lambda b, h, q, kv: torch.where(b > 0, q, kv) > 3, "b", "per_batch"),
+        (lambda b, h, q, kv: kv < (5 if b else 3), "b", "per_batch"),
+        (lambda b, h, q, kv: kv < b.item(), "b", "per_batch"),
+        (lambda b, h, q, kv: torch.sin(b) < kv, "b", "per_batch"),
+    ],
+)
+def test_mask_mods_that_use_batch_or_head_are_refused(fn, name, way_out):
+    for evaluate in (lambda: masks.custom(fn).layout(8), lambda: masks.custom(fn)(I, J)):
+        with pytest.raises(TypeError, match=rf"reads its argument '{name}'.*masks.{way_out}\("):
+            evaluate()
+
+
+@pytest.mark.parametrize("fn", [lambda score, b, h, q, kv: score, lambda q: q > 3])
 def test_functions_of_other_arguments(fn):
-    with pytest.raises(TypeError, match=r"two arguments, fn\(q_idx, kv.*mask_mod\(0, 0, q, kv\)"):
+    with pytest.raises(TypeError, match=r"two arguments, fn\(q_idx, kv.*mask_mod\(b, h, q_idx"):
         masks.custom(fn).layout(8)
 
 

@@ -1,0 +1,238 @@
+"""Functions of torch, as far as they are understood of intervals: `torch.where`, `q.clamp(min=3)`.
+
+Other pointwise functions are not understood, but what determines their values is: a function of
+`q - kv` is still evaluated once a diagonal.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from sparse_flash.masks.kleene import FULL, UNKNOWN, Columns, NotUnderstoodError, Symbol
+from sparse_flash.masks.ternary import (
+    Interval,
+    Ternary,
+    Unknown,
+    bounds,
+    form_of,
+    magnitude,
+    operand,
+    symbols,
+)
+from torch import Tensor
+
+_PLAIN: dict[str, Callable[..., Any]] = {
+    "add": operator.add, "sub": operator.sub, "subtract": operator.sub, "mul": operator.mul,
+    "multiply": operator.mul, "floor_divide": operator.floordiv, "floordiv": operator.floordiv,
+    "remainder": operator.mod, "mod": operator.mod, "neg": operator.neg, "negative": operator.neg,
+    "abs": abs, "absolute": abs, "eq": operator.eq, "ne": operator.ne,
+    "not_equal": operator.ne, "lt": operator.lt, "less": operator.lt, "le": operator.le,
+    "less_equal": operator.le, "gt": operator.gt, "greater": operator.gt, "ge": operator.ge,
+    "greater_equal": operator.ge, "bitwise_and": operator.and_, "and": operator.and_,
+    "bitwise_or": operator.or_, "or": operator.or_, "bitwise_xor": operator.xor,
+    "xor": operator.xor, "bitwise_not": operator.invert, "invert": operator.invert,
+    "bitwise_left_shift": operator.lshift, "lshift": operator.lshift,
+    "bitwise_right_shift": operator.rshift, "rshift": operator.rshift,
+}  # fmt: skip
+_SWAPPED = {"rsub": operator.sub, "rfloordiv": operator.floordiv, "rmod": operator.mod}
+
+
+def _simple(operation: Callable[..., Any]) -> Callable[..., Any]:
+    def apply(*values: Any, **options: Any) -> Any:
+        if options or len(values) > 2:
+            raise NotUnderstoodError(f"{operation.__name__} with options")
+        return operation(*map(_number, values))
+
+    return apply
+
+
+def _swapped(operation: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda a, b: operation(_number(b), _number(a))
+
+
+def _number(x: Any) -> Any:
+    """A symbol or a number; of a tensor of one element its value."""
+    if isinstance(x, Symbol) or not isinstance(x, Tensor):
+        return x
+    if x.ndim == 0 and x.dtype == torch.bool:
+        return bool(x)
+    return operand(x)
+
+
+def _truth(x: Any) -> Ternary:
+    """A value as bools: integers other than 0 are true."""
+    if isinstance(x, Ternary):
+        return x
+    if isinstance(x, Symbol):
+        nonzero: Any = x != 0
+        return nonzero
+    raise NotUnderstoodError(f"{type(x).__name__} as a truth value")
+
+
+def _integer(x: Any) -> Any:
+    """A value as int64."""
+    if not isinstance(x, Ternary):
+        return operand(x)
+
+    def form(modulus: int) -> tuple[Tensor, Columns]:
+        return torch.zeros_like(x.value, dtype=torch.int64), x.columns()
+
+    return Interval((x.value == FULL).long(), (x.value >= UNKNOWN).long(), 1, form)
+
+
+def _converted(x: Any, *args: Any, **kwargs: Any) -> Any:
+    """`x.to(...)`: another device changes nothing, int64 and bool are understood."""
+    given = [*args, *kwargs.values()]
+    dtypes = [a for a in given if isinstance(a, torch.dtype)]
+    if any(isinstance(a, Tensor | Symbol) for a in given):
+        raise NotUnderstoodError(".to(another tensor)")
+    if dtypes == [torch.int64]:
+        return _integer(x)
+    if dtypes == [torch.bool]:
+        return _truth(x)
+    return Unknown(x) if dtypes else x
+
+
+def _least(a: Any, b: Any) -> Any:
+    return _either(a, b, torch.minimum)
+
+
+def _most(a: Any, b: Any) -> Any:
+    return _either(a, b, torch.maximum)
+
+
+def _either(a: Any, b: Any, choose: Callable[[Tensor, Tensor], Tensor]) -> Any:
+    """The smaller or the larger of two values: what matters is how far they are apart."""
+    if _all_narrow(a, b):
+        return Unknown(*symbols(a, b))
+    a, b = operand(a), operand(b)
+    if not isinstance(a, Interval):
+        a, b = b, a
+    if not isinstance(a, Interval) or isinstance(b, Unknown):
+        return Unknown(*symbols(a, b))
+    ends = zip(bounds(a), bounds(b), strict=True)
+    lo, hi = (choose(x, y if isinstance(y, Tensor) else torch.full_like(x, y)) for x, y in ends)
+
+    def form(modulus: int) -> tuple[Tensor, Columns]:
+        (base, p), (other, r) = a.form(), form_of(b)
+        return base, [*p, *r, other - base]
+
+    return Interval(lo, hi, max(a.largest, magnitude(b)), form)
+
+
+def _all_narrow(*values: Any) -> bool:
+    """Whether the result has fewer than 64 bits: later arithmetic could wrap around."""
+    narrow = any(isinstance(x, Symbol) and x.widened() is not x for x in values)
+    return narrow and not any(isinstance(x, Interval) for x in values)
+
+
+def _symbol(x: Any) -> Symbol:
+    if not isinstance(x, Symbol):
+        raise NotUnderstoodError("a reduction over a dimension")
+    return x
+
+
+def _clamp(x: Any, min: Any = None, max: Any = None) -> Any:  # noqa: A002 - torch's names
+    x = x if min is None else _most(x, min)
+    return x if max is None else _least(x, max)
+
+
+def _where(condition: Any, a: Any, b: Any) -> Any:
+    condition = _truth(condition)
+    if any(isinstance(x, Ternary | bool) for x in map(_number, (a, b))):
+        a, b = (_number(x) for x in (a, b))
+        return (condition & a) | (~condition & b)
+    narrow = _all_narrow(a, b)
+    a, b = operand(a), operand(b)
+    if narrow or isinstance(a, Unknown) or isinstance(b, Unknown):
+        return Unknown(condition, *symbols(a, b))
+    (a_lo, a_hi), (b_lo, b_hi) = (_tensors(x, condition.value) for x in (a, b))
+    surely, possibly = condition.value == FULL, condition.value >= UNKNOWN
+    lo = torch.where(surely, a_lo, torch.where(possibly, torch.minimum(a_lo, b_lo), b_lo))
+    hi = torch.where(surely, a_hi, torch.where(possibly, torch.maximum(a_hi, b_hi), b_hi))
+
+    def form(modulus: int) -> tuple[Tensor, Columns]:
+        (x, p), (y, r) = form_of(a), form_of(b)
+        both = [torch.full_like(lo, z) if isinstance(z, int) else z for z in (x, y)]
+        return torch.zeros_like(lo), [*condition.columns(), *p, *r, *both]
+
+    return Interval(lo, hi, max(magnitude(a), magnitude(b)), form)
+
+
+def _tensors(x: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+    if isinstance(x, Interval):
+        return x.lo, x.hi
+    both = torch.full_like(like, x, dtype=torch.int64)
+    return both, both
+
+
+def _new(value: bool | int) -> Callable[..., Tensor]:
+    """`q.new_ones(())`, as combinators of mask_mods start with: numbers, not of the index."""
+
+    def make(x: Any, *size: Any, **options: Any) -> Tensor:
+        if size not in ((), ((),)) or tuple(options.pop("size", ())):
+            raise NotUnderstoodError("new tensors of a shape")
+        options.pop("device", None)
+        dtype = options.pop("dtype", torch.int64)
+        return torch.full((), value, dtype=dtype, device=x.like.device)
+
+    return make
+
+
+def _divide(a: Any, b: Any, rounding_mode: str | None = None) -> Any:
+    return _number(a) // _number(b) if rounding_mode == "floor" else Unknown(*symbols(a, b))
+
+
+def _otherwise(function: Any, *args: Any, **kwargs: Any) -> Unknown:
+    """A function that only its arguments determine, element by element."""
+    name = getattr(function, "__name__", str(function)).strip("_")
+    operator_ = getattr(torch.ops.aten, {"pow": "pow", "truediv": "div"}.get(name, name), None)
+    tags = (
+        [t for o in operator_.overloads() for t in getattr(operator_, o).tags] if operator_ else []
+    )
+    given = [*args, *kwargs.values()]
+    if (
+        torch.Tag.pointwise not in tags
+        or torch.Tag.nondeterministic_seeded in tags
+        or "out" in kwargs
+        or any(isinstance(a, list | tuple) for a in given)
+    ):
+        raise NotUnderstoodError(f"torch's {name}")
+    return Unknown(*symbols(*given))
+
+
+Symbol.functions.update({name: _simple(operation) for name, operation in _PLAIN.items()})
+Symbol.functions.update({name: _swapped(operation) for name, operation in _SWAPPED.items()})
+Symbol.functions.update(
+    {
+        "where": _where,
+        "minimum": _least,
+        "maximum": _most,
+        "min": lambda a, b: _least(
+            _symbol(a), _symbol(b)
+        ),  # with a number, torch reduces a dimension
+        "max": lambda a, b: _most(_symbol(a), _symbol(b)),
+        "div": _divide,
+        "divide": _divide,
+        "clamp": _clamp,
+        "clip": _clamp,
+        "clamp_min": _most,
+        "clamp_max": _least,
+        "logical_and": lambda a, b: _truth(a) & _truth(b),
+        "logical_or": lambda a, b: _truth(a) | _truth(b),
+        "logical_xor": lambda a, b: _truth(a) ^ _truth(b),
+        "logical_not": lambda a: ~_truth(a),
+        "bool": _truth,
+        "long": _integer,
+        "to": _converted,
+        "float": Unknown,
+        "double": Unknown,
+        "int": Unknown,
+        "new_ones": _new(1),
+        "new_zeros": _new(0),
+    }
+)
+Symbol.otherwise = staticmethod(_otherwise)

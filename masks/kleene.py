@@ -1,0 +1,185 @@
+"""Three-valued logic, and what else stands for a tensor while a rule is applied to whole blocks.
+
+A rule that is given `Symbol`s in place of index tensors says two things about each block: its truth
+(Kleene, 1938: EMPTY, UNKNOWN or FULL), and a signature, a few integers of which equal ones mean the
+same elements. Blocks that logic cannot decide are evaluated once for each distinct signature.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar, NoReturn
+
+import torch
+from torch import Tensor
+
+# Ordered so that "or" is the maximum, "and" the minimum, "not" the reflection.
+EMPTY, UNKNOWN, FULL = 0, 1, 2
+
+Columns = list[Tensor]
+
+
+class NotUnderstoodError(TypeError):
+    """A rule uses symbols in a way that has no meaning for whole blocks: elements must decide."""
+
+
+class Symbol:
+    """What stands for a tensor of values in each of many blocks.
+
+    Functions of torch that are given a symbol are looked up in `functions`, by their name.
+    """
+
+    functions: ClassVar[dict[str, Callable[..., Any]]] = {}
+    otherwise: ClassVar[Callable[..., Any] | None] = None  # for functions that are not listed
+    __array_ufunc__ = None  # numpy leaves operators to this class
+    __hash__ = None  # type: ignore[assignment]
+    like: Tensor  # one entry a block
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """For functions that tell tensors from numbers by isinstance."""
+        return Tensor
+
+    def columns(self) -> Columns:
+        """Integer tensors, one entry a block: equal entries mean equal values, index by index.
+
+        An index counts from the start of its block; blocks that are compared have one size.
+        """
+        raise NotImplementedError
+
+    def widened(self) -> Symbol:
+        """The same integers as int64."""
+        return self
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Torch's functions, by name: `torch.where(q > kv, q, kv)`, `tensor + q`."""
+        name = getattr(func, "__name__", str(func))
+        known = Symbol.functions.get(name.strip("_"))
+        if func is Tensor.where or is_in_place(name):
+            raise NotUnderstoodError(f"Tensor.{name}")  # `where` has its condition in another place
+        if known is not None:
+            return known(*args, **(kwargs or {}))
+        if Symbol.otherwise is not None:
+            return Symbol.otherwise(func, *args, **(kwargs or {}))
+        raise NotUnderstoodError(f"torch's {name}")
+
+    def __getattr__(self, name: str) -> Any:
+        """Methods of tensors that are functions of torch."""
+        if name.startswith("__"):
+            raise AttributeError(name)
+        known = Symbol.functions.get(name)
+        if known is not None and name != "where":
+            return functools.partial(known, self)
+        method = getattr(Tensor, name, None)
+        if callable(method) and Symbol.otherwise is not None and not is_in_place(name):
+            return functools.partial(Symbol.otherwise, method, self)
+        raise NotUnderstoodError(f".{name}")
+
+    def __bool__(self) -> bool:
+        raise NotUnderstoodError("`and`, `or`, `not` or `if`")
+
+    def __iter__(self) -> NoReturn:
+        raise NotUnderstoodError("iteration")
+
+    def __getitem__(self, index: object) -> NoReturn:
+        raise NotUnderstoodError("indexing of an index")
+
+
+def is_in_place(name: str) -> bool:
+    """Whether this is the name of a method that changes its tensor: `add_`."""
+    return name.endswith("_") and not name.endswith("__")
+
+
+class Ternary(Symbol):
+    """A tensor of truth values EMPTY, UNKNOWN, FULL (int8) with Kleene's `&`, `|`, `~`, `^`.
+
+    Args:
+        value: The truth values, int8.
+        decided_by: Makes the columns that tell undecided blocks apart; without it there are none.
+
+    >>> a, b = Ternary(torch.tensor([0, 1, 2])), Ternary(torch.tensor([1, 1, 1]))
+    >>> (a | b).value, (a & b).value, (~a).value
+    (tensor([1, 1, 2]), tensor([0, 1, 1]), tensor([2, 1, 0]))
+    """
+
+    def __init__(self, value: Tensor, decided_by: Callable[[], Columns] | None = None) -> None:
+        self.value, self._decided_by = value, decided_by
+        self.like = value
+
+    @classmethod
+    def of(
+        cls, surely: Tensor, possibly: Tensor, decided_by: Callable[[], Columns] | None = None
+    ) -> Ternary:
+        """FULL where `surely`, UNKNOWN where only `possibly`, EMPTY elsewhere."""
+        value = surely.to(torch.int8) + (surely | possibly).to(torch.int8)
+        if decided_by is None:
+            return cls(value)
+        return cls(
+            value, lambda: [value.long(), *decided_by()]
+        )  # an undecided leaf has a 1 in a column
+
+    def columns(self) -> Columns:
+        """As of every symbol; what decides an undecided block does not matter for a decided one.
+
+        Raises:
+            NotUnderstoodError: What decides was not stated.
+        """
+        if self._decided_by is None:
+            raise NotUnderstoodError("a truth value of unknown origin")
+        undecided = self.value == UNKNOWN
+        return [torch.where(undecided, c, self.value).long() for c in self._decided_by()]
+
+    def __and__(self, other: Any) -> Ternary:
+        return self._combine(other, torch.minimum)
+
+    def __or__(self, other: Any) -> Ternary:
+        return self._combine(other, torch.maximum)
+
+    def __xor__(self, other: Any) -> Ternary:
+        other = self._operand(other)
+        return (self & ~other) | (~self & other)
+
+    def __invert__(self) -> Ternary:
+        return Ternary(FULL - self.value, self._decided_by and self.columns)
+
+    def __eq__(self, other: object) -> Ternary:  # type: ignore[override]
+        return ~(self ^ other)
+
+    def __ne__(self, other: object) -> Ternary:  # type: ignore[override]
+        return self ^ other
+
+    __hash__ = None
+    __rand__, __ror__, __rxor__ = __and__, __or__, __xor__
+    __mul__ = __rmul__ = __and__  # of bools, as in torch
+    __add__ = __radd__ = __or__
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensor that this stands for would be."""
+        return self.value.device
+
+    def _combine(self, other: Any, operation: Callable[[Tensor, Tensor], Tensor]) -> Ternary:
+        other = self._operand(other)
+        both = (self, other)
+        known = None not in (self._decided_by, other._decided_by)
+        columns = (lambda: [c for side in both for c in side.columns()]) if known else None
+        return Ternary(operation(self.value, other.value), columns)
+
+    def _operand(self, other: Any) -> Ternary:
+        if isinstance(other, Ternary):
+            return other
+        if isinstance(other, Tensor) and other.ndim == 0 and other.dtype == torch.bool:
+            other = bool(other)
+        if isinstance(other, bool):
+            return Ternary(torch.full_like(self.value, FULL if other else EMPTY), list)
+        raise NotUnderstoodError(f"a truth value combined with {type(other).__name__}")
+
+
+def columns_of(symbols: Iterable[Symbol]) -> Callable[[], Columns]:
+    """The columns of all symbols together, made when they are asked for."""
+    return lambda: functools.reduce(operator.iadd, (symbol.columns() for symbol in symbols), [])

@@ -1,0 +1,79 @@
+"""Objects by name: those of the source, and those of installed packages that declare them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from importlib.metadata import EntryPoint, entry_points
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+class Registry(dict[str, T]):
+    """A dict of named objects that falls back on the entry points of a group.
+
+    An installed package adds names in its pyproject.toml, without any change here:
+
+        [project.entry-points."sparse_flash.masks"]
+        banded = "my_package.patterns:banded"
+
+    A name of the source wins over an entry point. The package is imported when its name is looked
+    up, not before.
+
+    Args:
+        what: What the objects are, for messages: "pattern", "task".
+        group: Group of entry points.
+
+    Raises:
+        KeyError: From a look-up: nobody declares the name.
+        ValueError: From a look-up: the package that declares the name cannot be imported.
+
+    >>> numbers = Registry("number", "example.numbers")
+    >>> numbers["one"] = 1
+    >>> numbers["one"], "two" in numbers, numbers.names()
+    (1, False, ['one'])
+    """
+
+    def __init__(self, what: str, group: str) -> None:
+        super().__init__()
+        self.what, self.group = what, group
+
+    def installed(self) -> dict[str, EntryPoint]:
+        """The entry points of installed packages by name, not imported."""
+        return {point.name: point for point in entry_points(group=self.group)}
+
+    def names(self) -> list[str]:
+        """All names, those of the source first."""
+        return [*self, *sorted(self.installed().keys() - self.keys())]
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) or name in self.installed()
+
+    def __missing__(self, name: str) -> T:
+        point = self.installed().get(name)
+        if point is None:
+            raise KeyError(name)
+        try:
+            self[name] = point.load()
+        except Exception as error:
+            package = "" if point.dist is None else f" of the package {point.dist.name}"
+            raise ValueError(
+                f"the {self.what} {name!r}{package} cannot be loaded from {point.value}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        return self[name]
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the nearest known one, or all of them.
+
+    >>> suggestion("lokal", ["local", "full"])
+    "did you mean 'local'?"
+    >>> suggestion("x", ["local", "full"])
+    'known are full, local'
+    """
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, 1, 0.5)
+    close = close or difflib.get_close_matches(name.lower(), names, 1, 0.5)
+    return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(names)}"
