@@ -1,7 +1,8 @@
 """The kinds of attention that a model can be given by name, ours and those it is compared with.
 
 Each is a module from q, k, v `(b, s, h, d)` and kv_lens (b,), or None where nothing is padding, to
-`(b, s, h, d)`.
+`(b, s, h, d)`. A new one is a class with the decorator `attention`; an installed package adds one
+by an entry point of the group `sparse_flash.attentions`.
 """
 
 from __future__ import annotations
@@ -9,63 +10,201 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
+from sparse_flash.experiments.user_attention import check_user_attention, is_module, user_module
+from sparse_flash.experiments.user_code import load, read_mask
 from sparse_flash.masks import BlockLayout, Mask
 from sparse_flash.masks.layout import FULL_TILE
+from sparse_flash.masks.mask import PATTERNS
+from sparse_flash.masks.operands import references, split_reference
+from sparse_flash.masks.records import CACHE
+from sparse_flash.masks.registry import Registry, suggestion
 from torch import Tensor, nn
 from torch.nn.functional import elu, scaled_dot_product_attention
 
 from sparse_flash import masks
 
-OTHERS = "standard, sdpa, linear, performer(256), linformer(256), flex: MASK"
-_SHAPED = re.compile(r"(performer|linformer)\((\d+)\)$")
+_NAMED = re.compile(r"([A-Za-z_]\w*)\s*(?:\((\d*)\))?")
+_MODULE = "module:"
+# Names of the same attention elsewhere.
+_ALSO_CALLED = {
+    "flash": "sdpa",
+    "flashattention": "sdpa",
+    "scaleddotproductattention": "sdpa",
+    "softmax": "standard",
+    "vanilla": "standard",
+    "full": "dense",
+    "none": "dense",
+}
+
+
+@dataclass(frozen=True)
+class AttentionType:
+    """What a kind of attention other than ours is made by.
+
+    make: From (length, heads, head_dim, size) to the module.
+    sized: Whether its name has a size, as in performer(256).
+    matrix: Whether it computes a matrix of all queries and keys.
+    flops: From (length, head_dim, size) to the operations of one head, forward and backward; see
+        `flops.attention_flops`. None: those of the attention matrix.
+    """
+
+    make: Callable[[int, int, int, int], nn.Module]
+    sized: bool = False
+    matrix: bool = True
+    flops: Callable[[int, int, int], float] | None = None
+
+
+# An AttentionType of ours; of an installed package a class or function as `user_attention` says.
+ATTENTIONS: Registry[Any] = Registry("attention", "sparse_flash.attentions")
+
+
+def attention(
+    name: str,
+    make: Callable[[int, int, int, int], nn.Module],
+    *,
+    sized: bool = False,
+    matrix: bool = True,
+    flops: Callable[[int, int, int], float] | None = None,
+) -> Callable[[type[nn.Module]], type[nn.Module]]:
+    """Let a class of attention be chosen by its name; see `AttentionType`."""
+    ATTENTIONS[name] = AttentionType(make, sized, matrix, flops)
+    return lambda cls: cls
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What the name of an attention says.
+    """A kind of attention: what its name says, or the object that was given instead.
 
-    name: "ours", or that of a peer.
+    name: "ours", "flex", "module" (a user's), or a name of `ATTENTIONS`.
     mask: None where there is none.
     size: Random features of a Performer, or the rank of a Linformer.
+    text: Text as it was given; empty for objects.
+    user: Class or function of a user or of an installed package.
 
     >>> Kind.of("dense").mask, Kind.of("flex: local(9)"), Kind.of("linformer(64)").size
     (full(), Kind(name='flex', mask=local((9, 9)), size=0), 64)
+    >>> Kind.of(masks.local(3) | masks.sinks(1)).label
+    'local((3, 3)) | sinks(1)'
     """
 
     name: str
     mask: Mask | None = None
     size: int = 0
+    text: str = field(default="", repr=False)
+    user: Any = field(default=None, repr=False)
 
     @classmethod
-    def of(cls, attention: str) -> Kind:
-        """Read a name.
+    def of(cls, attention: Attention) -> Kind:
+        """Read a name, or take a Mask, a class or a function.
 
         Raises:
-            ValueError: It is neither a mask nor one of the others.
+            TypeError: It is none of these.
+            ValueError: A name that is neither a mask nor another kind; a class or function that
+                cannot be used as attention.
         """
-        text = attention.strip()
-        if text in ("standard", "sdpa", "linear"):
-            return cls(text)
-        shaped = _SHAPED.match(text)
-        if shaped:
-            if int(shaped[2]) < 1:
-                raise ValueError(f"{text} must have a size of at least 1, as in {shaped[1]}(256)")
-            return cls(shaped[1], size=int(shaped[2]))
+        if isinstance(attention, Kind):
+            return attention
+        if isinstance(attention, Mask):
+            return cls("ours", attention)
+        if isinstance(attention, str):
+            return cls._read(attention.strip())
+        if callable(attention):
+            check_user_attention(attention, _qualified(attention))
+            return cls("module", user=attention)
+        raise TypeError(
+            "attention must be a name such as 'sdpa' or 'local(256)', a Mask, an nn.Module class "
+            f"or a function of q, k, v, kv_lens, got {attention!r}"
+        )
+
+    @classmethod
+    def _read(cls, text: str) -> Kind:
+        if text.startswith(_MODULE):
+            reference = text.removeprefix(_MODULE).strip()
+            if split_reference(reference) is None:
+                raise ValueError(f"{text!r} must be module:path/to/file.py:NAME")
+            user = load(reference)
+            check_user_attention(user, reference)
+            return cls("module", text=text, user=user)
+        named = _NAMED.fullmatch(text)
+        if named and PATTERNS.get(named[1]) is None and named[1] in ATTENTIONS:
+            return cls._named(named[1], named[2], text)
         try:
             if text.startswith("flex:"):
-                return cls("flex", _mask(text.removeprefix("flex:").strip()))
-            return cls("ours", _mask(text))
+                return cls("flex", _mask(text.removeprefix("flex:").strip()), text=text)
+            return cls("ours", _mask(text), text=text)
         except ValueError as error:
-            raise ValueError(f"{error} (attention may also be dense, or one of {OTHERS})") from None
+            others = ["dense", *ATTENTIONS.names()]
+            word = text.rstrip("()").lower()
+            near = ""
+            if word.isidentifier():
+                near = suggestion(_ALSO_CALLED.get(word.replace("_", ""), word), others)
+            if near.startswith("did"):
+                raise ValueError(f"unknown attention {text!r}; {near}") from None
+            operands = references(text.removeprefix("flex:"))
+            if operands == [text] and is_module(load(text)):
+                raise ValueError(f"{text} is an nn.Module: write {_MODULE}{text}") from None
+            if operands:
+                raise
+            raise ValueError(f"{error} (attention may also be {_choices()})") from None
+
+    @classmethod
+    def _named(cls, name: str, size: str | None, text: str) -> Kind:
+        """One of `ATTENTIONS`."""
+        found = ATTENTIONS[name]
+        if not isinstance(found, AttentionType):
+            if size is not None:
+                raise ValueError(f"{text}: {name} takes no size, write {name}")
+            check_user_attention(found, name)
+            return cls("module", text=text, user=found)
+        if not found.sized:
+            if size:
+                raise ValueError(f"{text}: {name} takes no size, write {name}")
+            return cls(name, text=text)
+        if not size or int(size) < 1:
+            raise ValueError(f"{text} must have a size of at least 1, as in {name}(256)")
+        return cls(name, size=int(size), text=text)
+
+    @property
+    def label(self) -> str:
+        """The text that was given; of an object what it prints as."""
+        if self.text:
+            return self.text
+        if self.name == "module":
+            return _MODULE + _qualified(self.user)
+        if self.mask is None:
+            return f"{self.name}({self.size})" if self.size else self.name
+        return f"flex: {self.mask!r}" if self.name == "flex" else repr(self.mask)
+
+    @property
+    def type(self) -> AttentionType | None:
+        """How it is made; None for ours, flex and those of users."""
+        return None if self.name in ("ours", "flex", "module") else ATTENTIONS[self.name]
+
+    def layout(self, length: int, block: int = 128) -> BlockLayout:
+        """The layout of its mask on the CPU; built once, for all layers and records.
+
+        Raises:
+            ValueError: The kind has no mask, or one that is made for other lengths.
+        """
+        mask = self.mask
+        if mask is None:
+            raise ValueError(f"{self.label} has no mask")
+        try:
+            key = (length, block, mask.state())
+        except TypeError:  # reads data whose changes cannot be noticed
+            return mask.layout(length, block=(block, block))
+        record = CACHE.of(mask)
+        return record.layout(key, lambda: mask.layout(length, block=(block, block)))
 
     def density(self, length: int, block: int = 128) -> float | None:
         """The kept fraction of the attention matrix at this length, 0..1, counted exactly.
 
         1 for standard and sdpa; None for linear, performer and linformer, which have no matrix of
-        queries and keys.
+        queries and keys, and for attention of a user, of which it is not known.
 
         block: Granularity of the layout by which it is counted; has no influence on the result.
 
@@ -75,12 +214,28 @@ class Kind:
         True
         """
         if self.mask is not None:
-            return self.mask.layout(length, block=(block, block)).density
-        return 1.0 if self.name in ("standard", "sdpa") else None
+            return self.layout(length, block).density
+        return 1.0 if self.type and self.type.matrix else None
+
+
+if TYPE_CHECKING:
+    Attention = str | Mask | Kind | Callable[..., Any]
+else:
+    Attention = str  # what the command line reads
 
 
 def _mask(text: str) -> Mask:
-    return masks.full() if text == "dense" else masks.parse(text)
+    return masks.full() if text == "dense" else read_mask(text)
+
+
+def _choices() -> str:
+    sized = {name: f"{name}(256)" for name, found in ATTENTIONS.items() if found.sized}
+    names = [sized.get(name, name) for name in ATTENTIONS.names()]
+    return f"dense, or one of {', '.join(names)}, flex: MASK, module:path/to/file.py:NAME"
+
+
+def _qualified(value: Any) -> str:
+    return getattr(value, "__qualname__", None) or type(value).__qualname__
 
 
 def core(
@@ -90,11 +245,25 @@ def core(
     if kind.name == "flex":
         assert layout is not None
         return Flex(layout)
-    if kind.name == "performer":
-        return Performer(heads, head_dim, kind.size)
-    if kind.name == "linformer":
-        return Linformer(length, kind.size)
-    return {"standard": Standard, "sdpa": Sdpa, "linear": LinearAttention}[kind.name]()
+    if kind.type is None:
+        return user_module(kind.user, kind.label.removeprefix(_MODULE), length, heads, head_dim)
+    return kind.type.make(length, heads, head_dim, kind.size)
+
+
+def check_trainable(kind: Kind, device: torch.device) -> None:
+    """Raise ValueError where the attention cannot be trained on the device."""
+    if kind.name == "flex" and device.type == "cpu":
+        mask = kind.label.partition(":")[2].strip()
+        raise ValueError(
+            f"{kind.label} cannot be trained on a CPU: PyTorch's FlexAttention has no "
+            f"backward pass there; write {mask} for the same mask by our implementation, or take a "
+            "GPU with --device cuda"
+        )
+
+
+def _features_flops(length: int, head_dim: int, features: int) -> int:
+    """Forward: K'^T V, Q' of it, and the normalizer."""
+    return 4 * length * features * head_dim + 2 * length * features
 
 
 def real_keys(k: Tensor, kv_lens: Tensor | None) -> Tensor | None:
@@ -104,6 +273,7 @@ def real_keys(k: Tensor, kv_lens: Tensor | None) -> Tensor | None:
     return torch.arange(k.shape[1], device=k.device) < kv_lens[:, None]
 
 
+@attention("standard", lambda *_: Standard())
 class Standard(nn.Module):
     """softmax(Q K^T / sqrt(d)) V with the s x s matrix in memory, as before FlashAttention."""
 
@@ -116,6 +286,7 @@ class Standard(nn.Module):
         return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1).to(v.dtype), v)
 
 
+@attention("sdpa", lambda *_: Sdpa())
 class Sdpa(nn.Module):
     """PyTorch's scaled_dot_product_attention, dense."""
 
@@ -206,6 +377,12 @@ def _by_features(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None) -> Tensor
     return numerator / torch.einsum("bqhf,bhf->bqh", q, k.sum(1))[..., None]
 
 
+@attention(
+    "linear",
+    lambda *_: LinearAttention(),
+    matrix=False,
+    flops=lambda n, d, _: 3.0 * _features_flops(n, d, d),
+)
 class LinearAttention(nn.Module):
     """Attention with the features elu(x) + 1 (Katharopoulos et al., 2020)."""
 
@@ -217,6 +394,13 @@ class LinearAttention(nn.Module):
         return out.to(v.dtype)
 
 
+@attention(
+    "performer",
+    lambda length, heads, head_dim, size: Performer(heads, head_dim, size),
+    sized=True,
+    matrix=False,
+    flops=lambda n, d, size: 3.0 * _features_flops(n, d, size) + 8.0 * n * size * d,
+)
 class Performer(nn.Module):
     """Attention with positive orthogonal random features, FAVOR+ (Choromanski et al., 2021).
 
@@ -256,6 +440,13 @@ class Performer(nn.Module):
         return torch.einsum("bshd,hfd->bshf", x, self.features) - x.square().sum(-1)[..., None] / 2
 
 
+@attention(
+    "linformer",
+    lambda length, heads, head_dim, size: Linformer(length, size),
+    sized=True,
+    matrix=False,
+    flops=lambda n, d, size: 24.0 * n * size * d,
+)
 class Linformer(nn.Module):
     """Attention to `size` learned mixtures of keys and of values (Wang et al., 2020).
 

@@ -6,6 +6,7 @@ import hashlib
 import io
 import pickle
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from sparse_flash.masks.files import atomic_write
 
+_SHOWN = 6  # settings that a message names
 _MAGIC = b"sparse_flash checkpoint 2\n"
 
 
@@ -34,15 +36,20 @@ def save(path: Path, state: dict[str, Any]) -> None:
         file.write(data)
 
 
-def load(path: Path) -> dict[str, Any]:
+def load(
+    path: Path, way_out: str = "delete it (or choose another folder) to start anew"
+) -> dict[str, Any]:
     """Read what `save` wrote, onto the CPU.
+
+    Args:
+        path: The file.
+        way_out: What the user can do where it cannot be read, for the message.
 
     Raises:
         CheckpointError: It is no checkpoint of ours, or it is damaged.
     """
     content = path.read_bytes()
     header, digest = len(_MAGIC), hashlib.sha256().digest_size
-    way_out = "delete it (or choose another folder) to start anew"
     if content[:header] != _MAGIC:
         raise CheckpointError(f"{path} is no checkpoint of sparse_flash: {way_out}")
     data = content[header + digest :]
@@ -52,6 +59,27 @@ def load(path: Path) -> dict[str, Any]:
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}): {way_out}") from error
+
+
+def check_same(path: Path, different: Sequence[str]) -> None:
+    """Refuse to resume a run with other settings.
+
+    Args:
+        path: File of the run.
+        different: Settings that differ, as `provenance.differences` says.
+
+    Raises:
+        CheckpointError: There are some.
+    """
+    if different:
+        shown = sorted(different, key=lambda name: not name.startswith("task.name"))[:_SHOWN]
+        if len(different) > _SHOWN:
+            shown.append(f"and {len(different) - _SHOWN} more")
+        raise CheckpointError(
+            f"{path} belongs to a run with other settings (different: {'; '.join(shown)}). To "
+            "resume it, give its settings again; to train with these, choose another folder with "
+            f"--out, or delete {path.parent}"
+        )
 
 
 def random_state() -> dict[str, Any]:

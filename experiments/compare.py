@@ -3,34 +3,40 @@
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
-import re
-import statistics
-from collections.abc import Iterable, Sequence
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from sparse_flash.experiments.attention import Kind
-from sparse_flash.experiments.config import CompareConfig, RunConfig
+from sparse_flash.experiments import report
+from sparse_flash.experiments.attention import Attention, check_trainable
+from sparse_flash.experiments.config import CompareConfig, RunConfig, check_grid
+from sparse_flash.experiments.curriculum import Curriculum, patches_and_butterfly
+from sparse_flash.experiments.device import pick_device
 from sparse_flash.experiments.lock import exclusive
-from sparse_flash.experiments.logger import Logger, make_writable
-from sparse_flash.experiments.machine import as_list
 from sparse_flash.experiments.model import Encoder
-from sparse_flash.experiments.train import train
-from sparse_flash.masks.files import atomic_write
+from sparse_flash.experiments.naming import run_folder, slug
+from sparse_flash.experiments.report import as_table, markdown, picture, table
+from sparse_flash.experiments.staged import check_canvases, follow
+from sparse_flash.experiments.train import TrainingError, train
+from tqdm import tqdm
 
-REPORT = "comparison"
+__all__ = ["as_table", "check_models", "compare", "compare_stages", "markdown", "picture", "slug",
+           "table"]  # fmt: skip
+REWRITE_SECONDS = 60.0  # the report is written anew while runs are trained, but not more often
+_SPEED = ("step_ms", "tokens_per_second", "density", "peak_memory_MiB")  # of a stage
 
 
 def compare(config: CompareConfig, folder: Path, device: str = "auto") -> dict[str, Any]:
     """Train every variant with every seed, and report; finished runs are not trained again.
 
     Args:
-        config: What is common, the variants, the seeds.
+        config: What is common, the variants, the seeds, seconds of training for each run.
         folder: A folder a run inside it; comparison.md and comparison.json beside them, and what
-            TensorBoard shows of these in the folder report.
+            TensorBoard shows of these in the folder _report.
         device: As for `train`.
 
     Returns:
@@ -40,10 +46,12 @@ def compare(config: CompareConfig, folder: Path, device: str = "auto") -> dict[s
         ValueError: A variant's model cannot be built; nothing has been trained then.
         FolderInUseError: Another process writes to the folder.
         LogError: The folder cannot be written.
+        TrainingError: No run has a result: all diverged.
     """
     with exclusive(folder):
-        check_models(config.run(attention, config.seeds[0]) for attention in config.attentions)
-        make_writable(folder / "report")
+        check_models(config.run(kind, config.seeds[0]) for kind in config.kinds)
+        for kind in config.kinds:
+            check_trainable(kind, pick_device(device))
         return _compare(config, folder, device)
 
 
@@ -58,133 +66,154 @@ def check_models(runs: Iterable[RunConfig]) -> None:
     with torch.random.fork_rng(devices=[]):
         for run in runs:
             try:
-                Encoder.for_task(run.model, run.task, run.attention, run.block)
+                Encoder.for_task(run.model, run.task, run.kind, run.block)
             except ValueError as error:
-                raise ValueError(f"attention {run.attention!r}: {error}") from error
+                raise ValueError(f"attention {run.attention_label!r}: {error}") from error
 
 
 def _compare(config: CompareConfig, folder: Path, device: str) -> dict[str, Any]:
     load = functools.cache(config.task.load)
-    runs = []
+    compared = _comparison(config)
+    report.begin(compared, folder)
+    runs: list[report.Run] = []
+    written = time.monotonic()
     for seed in config.seeds:  # seed by seed: something to compare as early as possible
-        for attention in config.attentions:
-            name = f"{slug(attention)}-seed{seed}"
-            result = train(config.run(attention, seed), folder / name, device, load)
-            runs.append({"name": name, **result})
-    rows = [_row(attention, runs) for attention in config.attentions]
-    for row in rows:
-        row["speedup"] = rows[0]["step_ms"] / row["step_ms"]
-    report = {
-        "machine": runs[0]["machine"],
-        "settings": config.to_dict(),
-        "length": config.length,
-        "rows": rows,
-        "runs": runs,
-    }
-    with atomic_write(folder / f"{REPORT}.json") as file:
-        file.write(json.dumps(report, indent=2).encode())
-    text = markdown(report)
-    with atomic_write(folder / f"{REPORT}.md") as file:
-        file.write(text.encode())
-    with Logger(folder / "report") as log:
-        log.text(REPORT, text)
-    return report
+        for kind, label in zip(config.kinds, config.labels, strict=True):
+            path, run = run_folder(folder, label, seed), config.run(kind, seed)
+            trained = functools.partial(
+                train, run, path, device, load, config.budget, in_comparison=True
+            )
+            runs.append(report.record(path.name, label, seed, _result(trained, path)))
+            if time.monotonic() > written + REWRITE_SECONDS:
+                report.write(compared, runs, folder)
+                written = time.monotonic()
+    return _finish(compared, runs, folder)
 
 
-def markdown(report: dict[str, Any]) -> str:
-    """The report as a document: the machine, the table, what the columns mean."""
-    settings, chance = report["settings"], report["rows"][0]["chance"]
-    train_settings, seeds = settings["train"], settings["seeds"]
-    model = ", ".join(f"{name} {value}" for name, value in settings["model"].items())
-    return (
-        "# Dense against block-sparse attention\n\n"
-        f"{table(report)}\n\n"
-        f"Always giving the most frequent answer: {chance:.1%}. Seeds: {seeds}; "
-        f"{train_settings['steps']} steps of {train_settings['batch_size']} sequences. "
-        f"Model: {model}. Density: kept part of the attention matrix; - where there is no such "
-        "matrix. Attention share: part of a training step that attention takes, forward "
-        "and backward; empty where a step is one CUDA graph. Memory: of forward and backward, "
-        "above the model. Tokens: padding included. Speed-up: of a training step, against the "
-        "first row.\n\n"
-        f"## Machine\n\n{as_list(report['machine'])}\n"
+def _comparison(config: CompareConfig) -> report.Comparison:
+    """What the report must know of the settings."""
+    trained = f"{config.train.steps} steps of {config.train.batch_size} sequences"
+    if not math.isinf(config.budget):
+        trained += f", at most {config.budget:g} s a run"
+    return report.Comparison(
+        config.to_dict(),
+        dict(zip(config.labels, config.kinds, strict=True)),
+        config.length,
+        config.block,
+        config.model.dim // config.model.heads,
+        {"training": trained},
     )
 
 
-def table(report: dict[str, Any]) -> str:
-    """One line a variant, in markdown that is also readable in a terminal."""
-    head = ["attention", "density", "test accuracy", "test loss", "step ms", "tokens/s",
-            "attention share", "memory MiB", "speed-up"]  # fmt: skip
-    lines = [
-        [
-            row["attention"],
-            f"{row['density']:.1%}" if row["density"] is not None else "-",
-            f"{row['test_accuracy']:.1%}"
-            + (f" ± {row['spread']:.1%}" if len(report["settings"]["seeds"]) > 1 else ""),
-            f"{row['test_loss']:.3f}",
-            f"{row['step_ms']:.1f}",
-            f"{row['tokens_per_second']:,.0f}",
-            f"{row['attention_share']:.0%}" if "attention_share" in row else "",
-            f"{row['peak_memory_MiB']:.0f}",
-            f"{row['speedup']:.2f}x",
-        ]
-        for row in report["rows"]
-    ]
-    return as_table([head, *lines])
+def _result(run: Callable[[], dict[str, Any]], folder: Path) -> dict[str, Any]:
+    """What a run returns; where it diverges or does not fit, `{"error": message}`."""
+    try:
+        return run()
+    except (TrainingError, torch.OutOfMemoryError) as error:
+        if torch.distributed.is_initialized():  # others may be waiting for this worker
+            raise
+        tqdm.write(f"{folder.name}: no result: {error}")
+        return {"error": str(error)}
 
 
-def picture(report: dict[str, Any], width: int = 32) -> str:
-    """The sparsest mask at the task's length, for a terminal; empty where nothing is masked.
+def _finish(compared: report.Comparison, runs: list[report.Run], folder: Path) -> dict[str, Any]:
+    """Write the report; refuse one in which no run has a result."""
+    made = report.write(compared, runs, folder)
+    failed = report.failed_runs(made)
+    if len(failed) == len(runs):
+        raise TrainingError("no run has a result: " + "; ".join(failed))
+    return made
+
+
+def compare_stages(
+    curriculum: Curriculum,
+    folder: Path,
+    device: str = "auto",
+    attentions: Sequence[Attention] = (),
+    seeds: Sequence[int] = (0,),
+    budget: float = math.inf,
+) -> dict[str, Any]:
+    """Train by a curriculum with every attention and seed, and report; the same call resumes.
+
+    Step times, memory and density are of the last stage that all runs reached, so that they are of
+    the same problem. A run that its budget ended is tested as it is, on its own stage.
 
     Args:
-        report: What `compare` returned.
-        width: About this many cells, each way.
+        curriculum: The stages, and what they share.
+        folder: As for `compare`.
+        device: As for `train`.
+        attentions: Variants, in which PIXELS stands for the canvas; the first is what the others
+            are compared with. Default: sdpa, dense and the curriculum's own.
+        seeds: Each variant is trained once a seed.
+        budget: Seconds for each run.
+
+    Returns:
+        What comparison.json holds; as `compare`.
+
+    Raises:
+        ValueError: A variant's model cannot be built, or a repeated variant or seed; nothing has
+            been trained then.
+        FolderInUseError: Another process writes to the folder.
+        LogError: The folder cannot be written.
+        TrainingError: No run has a result: all diverged.
     """
-    masked = [row for row in report["rows"] if row["density"] not in (None, 1)]
-    if not masked:
-        return ""
-    attention = min(masked, key=lambda row: row["density"])["attention"]
-    mask, block = Kind.of(attention).mask, report["settings"]["block"]
-    assert mask is not None
-    length = report["length"]
-    shown = mask.layout(length, block=(block, block)).text(width)
-    return f"{attention} at {length} tokens:\n{shown}"
+    own = curriculum.attention or patches_and_butterfly("PIXELS")
+    chosen = tuple(attentions) or tuple(dict.fromkeys(("sdpa", "dense", own)))
+    variants = [replace(curriculum, attention=attention) for attention in chosen]
+    labels = tuple(variant.attention_label for variant in variants)
+    check_grid(labels, tuple(seeds), budget)
+    with exclusive(folder):
+        for variant in variants:
+            check_canvases(variant)
+            check_trainable(variant.kind(variant.stages[0].size), pick_device(device))
+
+        def compared(size: int, facts: Mapping[str, str]) -> report.Comparison:
+            kinds = {label: v.kind(size) for label, v in zip(labels, variants, strict=True)}
+            head_dim = curriculum.model.dim // curriculum.model.heads
+            return report.Comparison(settings, kinds, size**2, curriculum.block, head_dim, facts)
+
+        settings = curriculum.to_dict() | {"attentions": list(labels), "seeds": list(seeds)}
+        settings["budget"] = None if math.isinf(budget) else budget
+        report.begin(compared(curriculum.stages[-1].size, {}), folder)
+        runs: list[report.Run] = []
+        for seed in seeds:
+            for variant, label in zip(variants, labels, strict=True):
+                path = run_folder(folder, label, seed)
+                trained = functools.partial(follow, variant.with_seed(seed), path, device, budget)
+                result = _result(trained, path)
+                if "config" in result:
+                    result["config"]["attention"] = label
+                runs.append(report.record(path.name, label, seed, result))
+        facts = _common_stage(curriculum, runs)
+        return _finish(compared(math.isqrt(facts.pop("length")), facts), runs, folder)
 
 
-def as_table(lines: Sequence[Sequence[str]]) -> str:
-    """Cells as a markdown table whose columns are aligned; the first line is its head.
+def _common_stage(curriculum: Curriculum, every: list[report.Run]) -> dict[str, Any]:
+    """Give each run the speed of the last stage that all reached; say which one that is.
 
-    >>> print(as_table([["a", "b"], ["local(3)", "1"]]))
-    | a        | b |
-    | -------- | - |
-    | local(3) | 1 |
+    Returns:
+        length, training and note of the report.
     """
-    escaped = [[cell.replace("|", "\\|") for cell in line] for line in lines]
-    widths = [max(len(cell) for cell in column) for column in zip(*escaped, strict=True)]
-    rows = [" | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in escaped]
-    rule = " | ".join("-" * width for width in widths)
-    return "\n".join(f"| {row} |" for row in [rows[0], rule, *rows[1:]])
-
-
-def _row(attention: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Means over the seeds, and the standard deviation of the accuracy.
-
-    A metric that some run lacks is left out; it may be of an older version, or of a machine without
-    a GPU.
-    """
-    metrics = [run["metrics"] for run in runs if run["config"]["attention"] == attention]
-    accuracies = [m["test_accuracy"] for m in metrics]
-    names = [name for name in metrics[0] if all(name in m for m in metrics)]
+    runs = [run for run in every if report.failure(run) is None]
+    if not runs:
+        size = curriculum.stages[-1].size
+        return {"length": size * size, "training": f"{len(curriculum.stages)} stages"}
+    number = min(len(run["stages"]) for run in runs)
+    size = curriculum.stages[number - 1].size
+    for run in runs:
+        run["metrics"] |= {k: v for k, v in run["stages"][number - 1].items() if k in _SPEED}
+        run["metrics"] = {k: v for k, v in run["metrics"].items() if v is not None}
+    reached = "; ".join(
+        f"{run['name']} stage {run['metrics']['stage']}"
+        + ("" if run["metrics"]["finished"] else ", not finished")
+        + f" ({run['metrics']['pixels']} x {run['metrics']['pixels']} pixels)"
+        for run in runs
+    )
     return {
-        "attention": attention,
-        "density": None,
-        **{name: statistics.fmean(m[name] for m in metrics) for name in names},
-        "spread": statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0,
+        "length": size * size,
+        "training": f"{len(curriculum.stages)} stages",
+        "note": (
+            f"Step times, density and memory are of stage {number}, {size} x {size} pixels, the "
+            f"last that all runs reached. Each run is tested on its own last stage: {reached}."
+        ),
     }
-
-
-def slug(attention: str) -> str:
-    """A folder name: the letters and digits of the mask, and a digest of all of it."""
-    if attention.isalnum():
-        return attention
-    words = re.sub(r"[^A-Za-z0-9]+", "_", attention).strip("_")[:50]
-    return f"{words}-{hashlib.sha256(attention.encode()).hexdigest()[:6]}"

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from sparse_flash.experiments.attention import Kind
-from sparse_flash.experiments.data.images import Image
+from sparse_flash.experiments import provenance
+from sparse_flash.experiments.attention import Attention, Kind
+from sparse_flash.experiments.data.dataset import Task, check_task
 from sparse_flash.experiments.data.listops import ListOps
-from sparse_flash.experiments.data.pathfinder import Pathfinder
-from sparse_flash.experiments.data.text import Retrieval, Text
 
-Task = ListOps | Text | Retrieval | Image | Pathfinder
+LARGEST_BLOCK = 4096  # a tile has at most 2^24 elements
 
 
 @dataclass(frozen=True)
@@ -39,10 +40,11 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         """Refuse sizes that do not fit each other."""
-        if self.dim % self.heads or min(self.dim, self.heads, self.layers, self.ffn) < 1:
-            raise ValueError(
-                f"dim={self.dim} must be a multiple of heads={self.heads}, all sizes positive"
-            )
+        for name in ("dim", "heads", "layers", "ffn"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.dim % self.heads:
+            raise ValueError(f"dim={self.dim} must be a multiple of heads={self.heads}")
         step = {"learned": 1, "rotary": 2, "rotary2d": 4}[self.positions]
         if self.dim // self.heads % step:
             raise ValueError(
@@ -92,10 +94,14 @@ class TrainConfig:
         for name in counts:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not self.lr > 0 or not self.clip > 0 or self.warmup < 0 or self.weight_decay < 0:
-            raise ValueError(
-                f"lr and clip must be positive, warmup and weight_decay not negative: {self}"
-            )
+        for name in ("lr", "clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
+        for name in ("warmup", "weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(
+                    f"{name} must be 0 or positive and finite, got {getattr(self, name)}"
+                )
 
 
 @dataclass(frozen=True)
@@ -117,78 +123,204 @@ class Common:
         return self.task.length + (self.model.pooling == "cls")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, as it is saved with checkpoints and results."""
-        settings = dataclasses.asdict(self)
+        """Plain data, as it is saved with checkpoints and results; attention as text."""
+        settings = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
         settings["task"] = {"name": type(self.task).__name__.lower()} | settings["task"]
-        return json.loads(json.dumps(settings))
+        return json.loads(json.dumps(settings, default=str))
 
 
-def check_attention(attention: str, length: int) -> None:
+def check_block(block: int) -> None:
+    """Raise ValueError where layouts cannot have blocks of this many tokens."""
+    if not 1 <= block <= LARGEST_BLOCK:
+        raise ValueError(f"block must be 1 to {LARGEST_BLOCK} tokens, got {block}")
+
+
+def check_seed(seed: int) -> None:
+    """Raise ValueError where random generators would not take it."""
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"a seed must be 0 to 2^32 - 1, got {seed}")
+
+
+def label_of(kind: Kind, length: int, block: int = 128, unique: bool = True) -> str:
+    """The text of an attention; of an object with a digest where what it prints as is no name.
+
+    Args:
+        kind: The attention.
+        length: Tokens of the layout whose digest it is.
+        block: Granularity of that layout.
+        unique: Whether no other attention prints alike.
+    """
+    if kind.text or kind.mask is None or (unique and "<" not in kind.label):
+        return kind.label
+    digest = provenance.layout_digest(kind.layout(length, block))
+    return f"{kind.label} [{digest[:6]}]"
+
+
+def _plain(value: Any) -> Any:
+    is_instance = dataclasses.is_dataclass(value) and not isinstance(value, type)
+    return dataclasses.asdict(value) if is_instance else value
+
+
+def check_attention(attention: Attention, length: int) -> None:
     """Raise ValueError where a mask cannot be read, or is made for sequences of other lengths."""
-    mask = Kind.of(attention).mask
-    made_for = () if mask is None else mask.extents()
+    kind = Kind.of(attention)
+    made_for = () if kind.mask is None else kind.mask.extents()
     if any(extent not in (None, length) for extent in made_for):
         raise ValueError(
-            f"{attention!r} is made for {made_for}, but sequences have {length} tokens"
+            f"{kind.label!r} is made for {made_for}, but sequences have {length} tokens"
         )
 
 
 @dataclass(frozen=True)
 class RunConfig(Common):
-    """Everything that decides a run's numbers."""
+    """Everything that decides a run's numbers.
 
-    attention: str = "dense"
-    """'dense' (ours, all-true mask), a mask such as 'local(256) | global_tokens(16)', the same by
-    FlexAttention ('flex: local(256) | global_tokens(16)'), 'sdpa' (PyTorch's), 'standard' (with the
-    matrix in memory), 'linear', 'performer(256)', 'linformer(256)'."""
+    >>> from sparse_flash import masks
+    >>> run = RunConfig(attention=masks.local(64) | masks.custom(lambda q, kv: (q - kv) % 99 == 0))
+    >>> run.attention_label.rpartition(" ")[0]
+    'local((64, 64)) | custom(<lambda>)'
+    """
+
+    attention: Attention = "dense"
+    """'dense' (ours, all-true mask), a mask such as 'local(256) | global_tokens(16)', one of your
+    file ('my_masks.py:banded', also within a mask's text), either by FlexAttention ('flex:
+    local(256)'), 'sdpa' (PyTorch's), 'standard' (with the matrix in memory), 'linear',
+    'performer(256)', 'linformer(256)', your own ('module:my.py:Attend', an nn.Module class called
+    with length, heads, head_dim, or a function of q, k, v, kv_lens). From Python also the objects
+    themselves: a Mask, a class, a function."""
     seed: int = 0
     """Seed of the weights, dropout and the order of the data."""
     init: str = ""
     """Folder of a run to begin with the weights of: of smaller images, say."""
 
     def __post_init__(self) -> None:
-        """Refuse a mask that cannot be read, or is made for other lengths, before any work."""
-        check_attention(self.attention, self.length)
+        """Refuse what no run is possible with, before any work."""
+        check_seed(self.seed)
+        check_block(self.block)
+        check_task(self.task)
+        check_attention(self.kind, self.length)
+
+    @functools.cached_property
+    def kind(self) -> Kind:
+        """The attention, read once: a file that is edited later has no influence."""
+        return Kind.of(self.attention)
+
+    @functools.cached_property
+    def attention_label(self) -> str:
+        """Text of the attention, for tables, folders and records."""
+        return label_of(self.kind, self.length, self.block)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as it is saved with checkpoints and results; attention as text."""
+        object_free = dataclasses.replace(self, attention="dense")
+        return super(RunConfig, object_free).to_dict() | {"attention": self.attention_label}
+
+    @functools.cached_property
+    def record(self) -> dict[str, Any]:
+        """`to_dict()`, and under "provenance" what decides on resuming; see `provenance`."""
+        origin = {
+            "attention": provenance.of_attention(self.kind, self.length, self.block),
+            "task": provenance.of_task(self.task),
+        }
+        return self.to_dict() | {"provenance": origin}
 
     def completed(self, saved: dict[str, Any]) -> dict[str, Any]:
         """Settings that an older version saved, with the defaults of those that it did not know."""
-        defaults = RunConfig(task=type(self.task)()).to_dict()
+        known = {name: _plain(value) for name, value in _defaults(RunConfig).items()}
+        known["task"] = _defaults(type(self.task))
+        known = json.loads(json.dumps(known, default=str))
         return {
-            name: defaults.get(name, {}) | value if isinstance(value, dict) else value
-            for name, value in (defaults | saved).items()
+            name: known.get(name, {}) | value if isinstance(value, dict) else value
+            for name, value in (known | saved).items()
         }
 
     def flat(self) -> dict[str, int | float | str | bool]:
         """One level, with dotted names, for TensorBoard's table of hyperparameters."""
-        items: dict[str, Any] = {}
-        for key, value in self.to_dict().items():
-            nested = value if isinstance(value, dict) else {"": value}
-            items.update({f"{key}.{name}".rstrip("."): v for name, v in nested.items()})
-        return {name: str(v) if isinstance(v, list) else v for name, v in items.items()}
+        items = provenance.flat(self.to_dict())
+        return {
+            name: v if isinstance(v, int | float | str) else str(v) for name, v in items.items()
+        }
+
+
+def _defaults(cls: type) -> dict[str, Any]:
+    """The fields that have a default, and the defaults."""
+    found = {}
+    for each in dataclasses.fields(cls):
+        if each.default is not dataclasses.MISSING:
+            found[each.name] = each.default
+        elif each.default_factory is not dataclasses.MISSING:
+            found[each.name] = each.default_factory()
+    return found
 
 
 @dataclass(frozen=True)
 class CompareConfig(Common):
     """Several kinds of attention under the same seeds and budget."""
 
-    attentions: tuple[str, ...] = ("sdpa", "dense", "local(256) | global_tokens(16)")
+    attentions: tuple[Attention, ...] = ("sdpa", "dense", "local(256) | global_tokens(16)")
     """Variants, each as `attention` of a run. The first is what the others are compared with."""
     seeds: tuple[int, ...] = (0,)
     """Each variant is trained once a seed."""
+    budget: float = math.inf
+    """Seconds of training for each run; what is not done by then is evaluated as it is."""
+    init: str = ""
+    """Folder of a run to begin with the weights of."""
 
     def __post_init__(self) -> None:
         """There must be something to compare, each once."""
-        for name, values in (("attentions", self.attentions), ("seeds", self.seeds)):
-            if not values or len(set(values)) != len(values):
-                raise ValueError(f"{name} must be different values, at least one, got {values}")
-        for attention in self.attentions:
-            self.run(attention, self.seeds[0])
+        check_task(self.task)
+        check_block(self.block)
+        check_grid(self.labels, self.seeds, self.budget)
+        for kind in self.kinds:
+            check_attention(kind, self.length)
 
-    def run(self, attention: str, seed: int) -> RunConfig:
+    @functools.cached_property
+    def kinds(self) -> tuple[Kind, ...]:
+        """The variants, read once: a file that is edited later has no influence."""
+        return tuple(map(Kind.of, self.attentions))
+
+    @functools.cached_property
+    def labels(self) -> tuple[str, ...]:
+        """Texts of the variants, for tables, folders and records."""
+        plain = [kind.label for kind in self.kinds]
+        return tuple(
+            label_of(kind, self.length, self.block, plain.count(kind.label) == 1)
+            for kind in self.kinds
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as it is saved with the report; attention as text."""
+        object_free = dataclasses.replace(self, attentions=("dense",))
+        return super(CompareConfig, object_free).to_dict() | {
+            "attentions": list(self.labels),
+            "budget": None if math.isinf(self.budget) else self.budget,
+        }
+
+    def run(self, attention: Attention, seed: int) -> RunConfig:
         """One run of the comparison."""
-        return RunConfig(self.task, self.block, self.model, self.train, attention, seed)
+        kind = Kind.of(attention)
+        if kind in self.kinds:
+            kind = dataclasses.replace(kind, text=self.labels[self.kinds.index(kind)])
+        common = (self.task, self.block, self.model, self.train)
+        return RunConfig(*common, kind, seed, self.init)
 
 
-def compared(run: RunConfig, *attentions: str) -> CompareConfig:
-    """A comparison whose runs are as `run`, but for the attention."""
-    return CompareConfig(run.task, run.block, run.model, run.train, attentions, (run.seed,))
+def check_grid(labels: tuple[str, ...], seeds: tuple[int, ...], budget: float) -> None:
+    """Raise ValueError unless there are variants and seeds, each once, and time for them."""
+    for name, values in (("attentions", labels), ("seeds", seeds)):
+        if not values or len(set(values)) != len(values):
+            raise ValueError(f"{name} must be different values, at least one, got {values}")
+    for seed in seeds:
+        check_seed(seed)
+    if not budget > 0:
+        raise ValueError(f"budget must be a positive number of seconds, got {budget}")
+
+
+def compared(run: RunConfig, *attentions: Attention) -> CompareConfig:
+    """A comparison whose runs are as `run`, but for the attention.
+
+    attentions: Default: sdpa, dense, and the run's own.
+    """
+    chosen = attentions or tuple(dict.fromkeys(("sdpa", "dense", run.attention)))
+    common = (run.task, run.block, run.model, run.train)
+    return CompareConfig(*common, chosen, (run.seed,), init=run.init)

@@ -8,12 +8,21 @@ judged well enough, or when its images are used up.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-from sparse_flash.experiments.config import ModelConfig, TrainConfig, check_attention
+from sparse_flash.experiments import provenance
+from sparse_flash.experiments.attention import Attention, Kind
+from sparse_flash.experiments.config import (
+    ModelConfig,
+    TrainConfig,
+    check_attention,
+    check_block,
+    check_seed,
+)
 from sparse_flash.experiments.data.pathfinder import Pathfinder
 
 Size = Literal[32, 64, 128, 256, 512]
@@ -50,7 +59,10 @@ class Stage:
                 f"{self.weights}"
             )
         if min(self.weights) <= 0 or self.reuse <= 0 or not self.lr > 0:
-            raise ValueError(f"weights, reuse and lr must be positive, got {self}")
+            raise ValueError(
+                f"weights, reuse and lr must be positive in a stage, got weights={self.weights}, "
+                f"reuse={self.reuse}, lr={self.lr}"
+            )
         if self.batch_size < 1 or self.evaluations < 1 or self.steps < self.evaluations:
             raise ValueError(
                 f"a stage needs at least a step for each evaluation, got {self.images} images in "
@@ -84,7 +96,7 @@ class Curriculum:
     """In this order."""
     geometry: Literal[32, 64, 128, 256] = 256
     """Size of the published images whose paddles are drawn on every canvas."""
-    attention: str = ""
+    attention: Attention = ""
     """As of a single run; PIXELS stands for the canvas. Empty: 3 x 3 patches and a butterfly."""
     block: int = 128
     """Granularity of layouts, in tokens."""
@@ -116,7 +128,12 @@ class Curriculum:
     def __post_init__(self) -> None:
         """Refuse what cannot be trained, before any work."""
         if not self.stages or min(self.val, self.test) < 1:
-            raise ValueError(f"a curriculum needs stages and images to evaluate on, got {self}")
+            raise ValueError(
+                "a curriculum needs stages, and val and test images to evaluate on, got "
+                f"{len(self.stages)} stages, val={self.val}, test={self.test}"
+            )
+        check_seed(self.seed)
+        check_block(self.block)
         if self.model.positions == "learned":
             raise ValueError(
                 "learned positions are of one canvas: a curriculum needs positions 'rotary2d' (or "
@@ -125,11 +142,36 @@ class Curriculum:
         if not 0 <= self.average < 1:
             raise ValueError(f"average must be in 0..1, got {self.average}")
         for size in {stage.size for stage in self.stages}:
-            check_attention(self.mask(size), size * size + (self.model.pooling == "cls"))
+            check_attention(self.kind(size), size * size + (self.model.pooling == "cls"))
 
-    def mask(self, size: int) -> str:
+    def mask(self, size: int) -> Attention:
         """The attention on a canvas."""
+        if not isinstance(self.attention, str):
+            return self.attention
         return self.attention.replace("PIXELS", str(size)) or patches_and_butterfly(size)
+
+    def kind(self, size: int) -> Kind:
+        """The attention on a canvas, read once: a file that is edited later has no influence."""
+        if size not in self._kinds:
+            self._kinds[size] = Kind.of(self.mask(size))
+        return self._kinds[size]
+
+    def with_seed(self, seed: int) -> Curriculum:
+        """The same run with another seed, and the attention as it was read."""
+        other = replace(self, seed=seed)
+        other._kinds.update(self._kinds)
+        return other
+
+    @functools.cached_property
+    def _kinds(self) -> dict[int, Kind]:
+        return {}
+
+    @property
+    def attention_label(self) -> str:
+        """Text of the attention, for tables, folders and records."""
+        if isinstance(self.attention, str):
+            return self.attention
+        return Kind.of(self.attention).label
 
     def training(self, stage: Stage) -> TrainConfig:
         """The settings of a stage's optimiser steps."""
@@ -145,12 +187,23 @@ class Curriculum:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, as it is saved with checkpoints and results."""
-        settings: dict[str, Any] = json.loads(json.dumps(asdict(self)))
-        return settings
+        """Plain data, as it is saved with checkpoints and results; attention as text."""
+        settings: dict[str, Any] = asdict(replace(self, attention=""))
+        settings["attention"] = self.attention_label
+        return json.loads(json.dumps(settings))
+
+    @functools.cached_property
+    def record(self) -> dict[str, Any]:
+        """`to_dict()`, and under "provenance" what decides on resuming; see `provenance`."""
+        cls = self.model.pooling == "cls"
+        origins = [
+            provenance.of_attention(self.kind(size), size * size + cls, self.block)
+            for size in sorted({stage.size for stage in self.stages})
+        ]
+        return self.to_dict() | {"provenance": {"attention": provenance.together(origins)}}
 
 
-def patches_and_butterfly(size: int) -> str:
+def patches_and_butterfly(size: int | str) -> str:
     """The mask for images in Morton order: 3 x 3 patches of 8 x 16 pixels, and far ones.
 
     A block of 128 tokens is such a patch; a butterfly's distances of 2^k blocks are distances of

@@ -4,29 +4,41 @@ from __future__ import annotations
 
 from sparse_flash.experiments.attention import Kind
 from sparse_flash.experiments.config import RunConfig
+from sparse_flash.experiments.data.dataset import has_pairs
+from sparse_flash.experiments.densities import attention_densities
 
 
 def density(config: RunConfig) -> float | None:
     """The kept fraction of a run's attention matrix, 0..1; see `Kind.density`."""
-    return Kind.of(config.attention).density(config.length, config.block)
+    return config.kind.density(config.length, config.block)
 
 
-def step_flops(config: RunConfig) -> float:
+def step_flops(config: RunConfig) -> float | None:
     """Operations of the matrix products of a training step, 2 for a multiplication and addition.
 
     Of a token, forward and backward, 6 for each weight of the layers; of a sequence, layer and
-    head, those of `attention_flops`. Embeddings and the classifier are not counted.
+    head, those of `attention_flops`. Embeddings and the classifier are not counted. None where
+    those of the attention are not known.
     """
     model, length = config.model, config.length
-    sequences = config.train.batch_size * (2 if config.task.pairs else 1)
+    sequences = config.train.batch_size * (2 if has_pairs(config.task) else 1)
     weights = 4 * model.dim**2 + 2 * model.dim * model.ffn
-    kind = Kind.of(config.attention)
-    kept = kind.density(length, config.block)
-    attention = model.heads * attention_flops(kind, length, model.dim // model.heads, kept)
-    return sequences * model.layers * (6.0 * weights * length + attention)
+    kept = density(config)
+    head = attention_flops(config.kind, length, model.dim // model.heads, kept)
+    if head is None:
+        return None
+    return sequences * model.layers * (6.0 * weights * length + model.heads * head)
 
 
-def attention_flops(kind: Kind, length: int, head_dim: int, kept: float | None) -> float:
+def known_metrics(config: RunConfig) -> dict[str, float]:
+    """step_gflops and the three densities of a run, without those that its attention lacks."""
+    operations, head_dim = step_flops(config), config.model.dim // config.model.heads
+    found = attention_densities(config.kind, config.length, config.block, head_dim)
+    found["step_gflops"] = None if operations is None else 1e-9 * operations
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def attention_flops(kind: Kind, length: int, head_dim: int, kept: float | None) -> float | None:
     """Operations of one head's attention to one sequence, forward and backward.
 
     With n tokens, head_dim d, and the kept fraction p of the attention matrix:
@@ -37,6 +49,9 @@ def attention_flops(kind: Kind, length: int, head_dim: int, kept: float | None) 
         performer, f = size    as linear, and 4 n f d each way for the features of Q and K: they
                                are not trained, so that their own gradient is not computed
         linformer, r = size    8 n r d forward (mixtures of K and V; S, O), twice that backward
+
+    Attention of a user counts its own by a static method `flops(length, head_dim)` of its class;
+    without one, None is returned.
 
     S that is computed again in the backward pass is not counted, nor are elements of stored tiles
     that the mask excludes.
@@ -52,18 +67,10 @@ def attention_flops(kind: Kind, length: int, head_dim: int, kept: float | None) 
     >>> attention_flops(Kind.of("linear"), 100, 8, None)
     81600.0
     """
-    match kind.name:
-        case "linear":
-            return 3.0 * _by_features(length, head_dim, head_dim)
-        case "performer":
-            return 3.0 * _by_features(length, head_dim, kind.size) + (
-                8.0 * length * kind.size * head_dim
-            )
-        case "linformer":
-            return 24.0 * length * kind.size * head_dim
+    if kind.type is not None and kind.type.flops is not None:
+        return kind.type.flops(length, head_dim, kind.size)
+    if kind.name == "module":
+        counted = getattr(kind.user, "flops", None)
+        return None if counted is None else float(counted(length, head_dim))
     assert kept is not None
     return 12.0 * kept * length**2 * head_dim
-
-
-def _by_features(length: int, head_dim: int, features: int) -> int:
-    return 4 * length * features * head_dim + 2 * length * features

@@ -16,13 +16,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from sparse_flash.experiments import recipes
-from sparse_flash.experiments.attention import Kind
-from sparse_flash.experiments.compare import as_table, check_models, slug
-from sparse_flash.experiments.config import RunConfig
+from sparse_flash.experiments.attention import Attention, Kind, check_trainable
+from sparse_flash.experiments.compare import check_models
+from sparse_flash.experiments.config import RunConfig, check_seed, label_of
+from sparse_flash.experiments.densities import DENSITIES, attention_densities
+from sparse_flash.experiments.device import pick_device
+from sparse_flash.experiments.figures import lra_figures
 from sparse_flash.experiments.lock import exclusive
 from sparse_flash.experiments.logger import Logger, make_writable
 from sparse_flash.experiments.machine import as_list
+from sparse_flash.experiments.naming import REPORT_RUN, run_folder
+from sparse_flash.experiments.report import (
+    SHOWN,
+    as_table,
+    discard_old_report,
+    log_mask,
+    write_session,
+)
 from sparse_flash.experiments.train import finished, train
 from sparse_flash.masks.files import atomic_write
 
@@ -30,6 +42,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TaskName = Literal["listops", "text", "retrieval", "image", "pathfinder"]
+_SHORTEST = 1_024  # tokens of the shortest task
 TIMED_STEPS = 100  # of attention that is only timed
 
 
@@ -39,13 +52,13 @@ class LraConfig:
 
     tasks: tuple[TaskName, ...] = ("listops", "text", "image", "pathfinder")
     """Retrieval, too, where its data is there."""
-    attentions: tuple[str, ...] = (
+    attentions: tuple[Attention, ...] = (
         "sdpa",
         "dense",
         "local(128) | global_tokens(16) | butterfly(128)",
     )
     """Kinds of attention; see `sparse-flash train listops --help`."""
-    timed: tuple[str, ...] = ("standard",)
+    timed: tuple[Attention, ...] = ("standard",)
     """Kinds of attention whose steps are only timed, being slow. The first kind of all, those timed
     before those trained, is what speed-ups are relative to."""
     seeds: tuple[int, ...] = (0,)
@@ -63,8 +76,8 @@ class LraConfig:
 
     def __post_init__(self) -> None:
         """There must be something to compare, each once, and attention that exists."""
-        for name in ("tasks", "attentions", "seeds"):
-            values = getattr(self, name)
+        trained = {"tasks": self.tasks, "attentions": self.trained, "seeds": self.seeds}
+        for name, values in trained.items():
             if not values or len(set(values)) != len(values):
                 raise ValueError(f"{name} must be different values, at least one, got {values}")
         if not 0 < self.share <= 1 or not self.budget > 0:
@@ -76,28 +89,47 @@ class LraConfig:
                 f"timed and attentions must be different kinds, got {self.kinds}: name each once, "
                 "as one to time or as one to train"
             )
-        for attention in self.kinds:
-            Kind.of(attention)
+        for seed in self.seeds:
+            check_seed(seed)
+
+    @functools.cached_property
+    def variants(self) -> tuple[tuple[str, Kind], ...]:
+        """Label and kind of each attention, the baseline first; files are read once."""
+        kinds = [Kind.of(attention) for attention in (*self.timed, *self.attentions)]
+        return tuple((label_of(kind, _SHORTEST), kind) for kind in kinds)
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """All kinds of attention, the baseline first."""
-        return (*self.timed, *self.attentions)
+        """Labels of all kinds of attention, the baseline first."""
+        return tuple(label for label, _ in self.variants)
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """Labels of the kinds of attention that are trained."""
+        return self.kinds[len(self.timed) :]
+
+    @property
+    def only_timed(self) -> tuple[str, ...]:
+        """Labels of the kinds of attention whose steps are only timed."""
+        return self.kinds[: len(self.timed)]
 
     def grid(self) -> Iterator[tuple[int, str]]:
         """Seed and kind of a task's runs; what is only timed needs no second seed."""
         for number, seed in enumerate(self.seeds):
-            yield from ((seed, kind) for kind in (self.attentions if number else self.kinds))
+            yield from ((seed, kind) for kind in (self.trained if number else self.kinds))
 
     def run(self, base: RunConfig, task: str, attention: str, seed: int) -> RunConfig:
         """One run: the recipe's, with this attention, seed and number of steps."""
         source = {"text": self.text, "image": self.image, "retrieval": self.retrieval}.get(task)
-        data = base.task if source is None else replace(base.task, source=source)
+        data: Any = base.task
+        data = data if source is None else replace(data, source=source)
         steps = max(1, round(self.share * base.train.steps))
-        if attention in self.timed:
+        if attention in self.only_timed:
             steps = min(steps, TIMED_STEPS)
         schedule = replace(base.train, steps=steps, warmup=min(base.train.warmup, steps // 5))
-        return replace(base, task=data, train=schedule, attention=attention, seed=seed)
+        kind = dict(self.variants).get(attention) or Kind.of(attention)
+        chosen = replace(kind, text=attention)
+        return replace(base, task=data, train=schedule, attention=chosen, seed=seed)
 
 
 def lra(
@@ -112,7 +144,7 @@ def lra(
     Args:
         config: The grid.
         out: A folder for each task and in it for each run; lra.md, lra.json, lra.png beside them,
-            and what TensorBoard shows of these in the folder report.
+            and what TensorBoard shows of these in the folder _report.
         device: As for `train`.
         by_task: The settings of each task.
         only_report: Train nothing: report what is finished.
@@ -128,24 +160,33 @@ def lra(
     if only_report:  # beside a process that trains, too: reports are replaced as a whole
         return _lra(config, out, device, by_task, only_report)
     with exclusive(out):
-        _check(config, out, by_task)
-        make_writable(out / "report")
+        _check(config, out, by_task, pick_device(device))
+        make_writable(out / REPORT_RUN)
         return _lra(config, out, device, by_task, only_report)
 
 
-def _check(config: LraConfig, out: Path, by_task: Mapping[str, Callable[[], RunConfig]]) -> None:
+def _check(
+    config: LraConfig,
+    out: Path,
+    by_task: Mapping[str, Callable[[], RunConfig]],
+    device: torch.device,
+) -> None:
     """Build every model that is to be trained, and read the data that comes from elsewhere."""
     for task in config.tasks:
         base = by_task[task]()
         runs = [config.run(base, task, attention, seed) for seed, attention in config.grid()]
-        ahead = [r for r in runs if finished(r, _folder(out, task, r.attention, r.seed)) is None]
+        ahead = [
+            r for r in runs if finished(r, _folder(out, task, r.attention_label, r.seed)) is None
+        ]
         check_models(ahead)
+        for run in ahead:
+            check_trainable(run.kind, device)
         if ahead and vars(ahead[0].task).get("source"):
             ahead[0].task.load()
 
 
 def _folder(out: Path, task: str, attention: str, seed: int) -> Path:
-    return out / task / f"{slug(attention)}-seed{seed}"
+    return run_folder(out / task, attention, seed)
 
 
 def _lra(
@@ -159,14 +200,14 @@ def _lra(
     report: dict[str, Any] = {}
     for task in config.tasks:
         base = by_task[task]()
-        load = functools.cache(config.run(base, task, config.attentions[0], 0).task.load)
+        load = functools.cache(config.run(base, task, config.trained[0], 0).task.load)
         for seed, attention in config.grid():
             run = config.run(base, task, attention, seed)
             folder = _folder(out, task, attention, seed)
             result = (
                 finished(run, folder)
                 if only_report
-                else train(run, folder, device, load, config.budget)
+                else train(run, folder, device, load, config.budget, in_comparison=True)
             )
             if result is None:
                 continue
@@ -175,16 +216,17 @@ def _lra(
             runs.append(facts | result)
             report = _report(config, runs)
             if not only_report:  # after each run, lest an interruption lose it
-                _write(out, report)
+                _write(config, out, report, by_task)
     if not report:
         raise ValueError(f"no run of this grid was finished in {out}: leave out --only-report")
     if only_report:
-        _write(out, report)
+        _write(config, out, report, by_task)
     return report
 
 
 def _report(config: LraConfig, runs: list[dict[str, Any]]) -> dict[str, Any]:
-    settings = dataclasses.asdict(config)
+    settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    settings |= {"attentions": config.trained, "timed": config.only_timed}
     settings["budget"] = None if math.isinf(config.budget) else config.budget
     rows = [_row(attention, runs, config) for attention in config.kinds]
     return {"settings": settings, "machine": runs[0]["machine"], "rows": rows, "runs": runs}
@@ -202,7 +244,7 @@ def _row(attention: str, runs: list[dict[str, Any]], config: LraConfig) -> dict[
         names = ("step_ms", "peak_memory_MiB", "chance")
         tasks[task] = {"density": metrics[0].get("density")}  # the same for each seed
         tasks[task] |= {name: statistics.fmean(m[name] for m in metrics) for name in names}
-        if attention not in config.timed:
+        if attention not in config.only_timed:
             tasks[task] |= {
                 "accuracy": statistics.fmean(accuracies),
                 "spread": statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0,
@@ -218,7 +260,7 @@ def _row(attention: str, runs: list[dict[str, Any]], config: LraConfig) -> dict[
         "attention": attention,
         "tasks": tasks,
         "average": statistics.fmean(t["accuracy"] for t in tasks.values())
-        if whole and attention not in config.timed
+        if whole and attention not in config.only_timed
         else None,
         "speedup": statistics.geometric_mean(t["speedup"] for t in tasks.values())
         if whole and all("speedup" in t for t in tasks.values())
@@ -301,9 +343,10 @@ def plot(report: dict[str, Any]) -> Figure:
             color = f"C{attentions.index(run['attention'])}"
             first = run["seed"] == settings["seeds"][0]
             label = run["attention"] if first else None
-            operations = [run["metrics"]["step_gflops"] * step / 1e6 for step in steps]
             axes[0, column].plot(seconds, accuracy, color=color, label=label)
-            axes[1, column].plot(operations, accuracy, color=color)
+            if "step_gflops" in run["metrics"]:  # not of every attention of a user
+                operations = [run["metrics"]["step_gflops"] * step / 1e6 for step in steps]
+                axes[1, column].plot(operations, accuracy, color=color)
         axes[0, column].set(title=task, xlabel="seconds of training")
         axes[1, column].set(xlabel="PFLOP of training")
     for row in range(2):
@@ -314,7 +357,12 @@ def plot(report: dict[str, Any]) -> Figure:
     return figure
 
 
-def _write(out: Path, report: dict[str, Any]) -> None:
+def _write(
+    config: LraConfig,
+    out: Path,
+    report: dict[str, Any],
+    by_task: Mapping[str, Callable[[], RunConfig]],
+) -> None:
     """The report's files, each of which replaces the one before as a whole, and TensorBoard's."""
     with atomic_write(out / "lra.json") as file:
         file.write(json.dumps(report, indent=1).encode())
@@ -323,6 +371,45 @@ def _write(out: Path, report: dict[str, Any]) -> None:
         file.write(text.encode())
     with atomic_write(out / "lra.png") as file:
         figure.savefig(file, format="png", dpi=110)
-    with Logger(out / "report") as log:
-        log.text("lra", text)
-        log.figure("lra", figure)
+    _write_events(config, out, report, by_task, {"lra": figure}, text)
+
+
+def _write_events(
+    config: LraConfig,
+    out: Path,
+    report: dict[str, Any],
+    by_task: Mapping[str, Callable[[], RunConfig]],
+    figures: Mapping[str, Figure],
+    text: str,
+) -> None:
+    """TensorBoard's report run, and the lines of all runs in HPARAMS."""
+    discard_old_report(out)
+    settings: dict[tuple[str, str], dict[str, Any]] = {}  # of each task and attention
+    columns: dict[str, list[str] | None] = {"task": [*config.tasks]}
+    columns |= {"attention": [*config.trained]}
+    columns |= {name.replace("_", " "): None for name in DENSITIES}
+    if len(config.seeds) > 1:
+        columns["seed"] = [*map(str, config.seeds)]
+    with Logger(out / REPORT_RUN) as log:
+        for name, figure in (lra_figures(report) | dict(figures)).items():
+            log.figure(f"0 report/{name}", figure)
+        log.text("0 report/lra", text)
+        log.hparams_experiment(columns, SHOWN)
+        for task in config.tasks:
+            base = by_task[task]()
+            for attention in config.kinds:
+                run = config.run(base, task, attention, config.seeds[0])
+                shape = (run.kind, run.length, run.block)
+                log_mask(log, f"{task}: {attention}", attention, *shape)
+                kept = attention_densities(*shape, run.model.dim // run.model.heads)
+                kept = {name.replace("_", " "): value for name, value in kept.items()}
+                settings[task, attention] = {"task": task, "attention": attention} | kept
+    baseline = report["rows"][0]["tasks"]
+    for result in report["runs"]:
+        task, attention, seed = result["task"], result["attention"], result["seed"]
+        if attention not in config.trained:
+            continue  # its accuracy is that of a model that was hardly trained
+        shown = settings[task, attention] | {"seed": str(seed)}
+        shown = {name: shown[name] for name in columns}
+        step_ms = baseline.get(task, {}).get("step_ms")
+        write_session(_folder(out, task, attention, seed), shown, result["metrics"], step_ms)

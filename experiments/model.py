@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 from einops import rearrange
-from sparse_flash.experiments.attention import Kind, core
+from sparse_flash.experiments.attention import Attention, Kind, core
 from sparse_flash.experiments.clock import AttentionClock
 from sparse_flash.experiments.config import ModelConfig
-from sparse_flash.experiments.data.dataset import Task
+from sparse_flash.experiments.data.dataset import Task, has_pairs, places_of
 from torch import Tensor, nn
 
 from sparse_flash import masks
@@ -19,7 +19,7 @@ EMBEDDING_STD = 0.02
 
 
 class EncoderAttention(SelfAttention):
-    """Self-attention of a kind given by name, with rotary positions on request, and a clock.
+    """Self-attention of any kind, with rotary positions on request, and a clock.
 
     Args:
         config: Sizes.
@@ -35,11 +35,16 @@ class EncoderAttention(SelfAttention):
     waves: Tensor | None
 
     def __init__(
-        self, config: ModelConfig, length: int, attention: str, block: int, waves: Tensor | None
+        self,
+        config: ModelConfig,
+        length: int,
+        attention: Attention,
+        block: int,
+        waves: Tensor | None,
     ) -> None:
         kind = Kind.of(attention)
-        mask = masks.full() if kind.mask is None else kind.mask
-        layout = mask.layout(length, block=(block, block))
+        ours = kind if kind.mask is not None else Kind("ours", masks.full())
+        layout = ours.layout(length, block)
         entries, heads = layout.pattern_map.shape
         if entries > 1 or heads not in (1, config.heads):
             raise ValueError(
@@ -48,8 +53,9 @@ class EncoderAttention(SelfAttention):
             )
         super().__init__(config.dim, config.heads, mask=layout)
         head_dim = config.dim // config.heads
-        ours = kind.name == "ours"
-        self.core = None if ours else core(kind, layout, length, config.heads, head_dim)
+        self.core = (
+            None if kind.name == "ours" else core(kind, layout, length, config.heads, head_dim)
+        )
         self.clock: AttentionClock | None = None
         self.register_buffer("waves", waves, persistent=False)
         if waves is not None and config.reach:
@@ -143,7 +149,12 @@ class Layer(nn.Module):
     """Pre-norm: x + attention(norm(x)), then x + feed-forward(norm(x))."""
 
     def __init__(
-        self, config: ModelConfig, length: int, attention: str, block: int, waves: Tensor | None
+        self,
+        config: ModelConfig,
+        length: int,
+        attention: Attention,
+        block: int,
+        waves: Tensor | None,
     ) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(config.dim), nn.LayerNorm(config.dim)
@@ -169,7 +180,7 @@ class Encoder(nn.Module):
         vocabulary: Number of tokens.
         classes: Number of labels.
         length: s, the padded length.
-        attention: See `attention.Kind`: 'dense', a mask as text, 'sdpa', ...
+        attention: See `attention.Kind`: 'dense', a mask as text, 'sdpa', a Mask, ...
         block: Granularity of layouts.
         places: Where on a grid the tokens lie (s, 2), for positions 'rotary2d'.
         pairs: Whether examples are pairs.
@@ -188,7 +199,7 @@ class Encoder(nn.Module):
         vocabulary: int,
         classes: int,
         length: int,
-        attention: str = "dense",
+        attention: Attention = "dense",
         block: int = 128,
         places: Tensor | None = None,
         pairs: bool = False,
@@ -212,10 +223,10 @@ class Encoder(nn.Module):
             self.head = nn.Sequential(hidden, nn.ReLU(), nn.Linear(config.ffn, classes))
 
     @classmethod
-    def for_task(cls, config: ModelConfig, task: Task, attention: str, block: int) -> Encoder:
+    def for_task(cls, config: ModelConfig, task: Task, attention: Attention, block: int) -> Encoder:
         """The model for a task."""
         sizes = (task.vocabulary, task.classes, task.length)
-        return cls(config, *sizes, attention, block, task.places(), task.pairs)
+        return cls(config, *sizes, attention, block, places_of(task), has_pairs(task))
 
     def forward(self, tokens: Tensor, lengths: Tensor | None) -> Tensor:
         """Logits; what lies beyond a sequence's length has no influence on them."""

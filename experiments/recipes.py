@@ -7,14 +7,12 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from sparse_flash.experiments.config import (
-    CompareConfig,
     ModelConfig,
     RunConfig,
-    Task,
     TrainConfig,
-    compared,
 )
 from sparse_flash.experiments.curriculum import Curriculum, Stage, patches_and_butterfly
+from sparse_flash.experiments.data.dataset import Task, places_of
 from sparse_flash.experiments.data.images import Image
 from sparse_flash.experiments.data.listops import ListOps
 from sparse_flash.experiments.data.pathfinder import Pathfinder
@@ -223,16 +221,13 @@ def listops_short() -> RunConfig:
     )
 
 
-def compare_listops() -> CompareConfig:
-    """ListOps at full length: PyTorch's attention, ours dense, ours block-sparse."""
-    run = listops()
-    return compared(run, "sdpa", "dense", run.attention)
+def for_task(task: Task | None = None) -> RunConfig:
+    """The small model, and a window with some global tokens, for a task that has no recipe.
 
-
-def compare_listops_short() -> CompareConfig:
-    """Short ListOps: what `make demo` runs."""
-    run = listops_short()
-    return compared(run, "sdpa", "dense", run.attention)
+    task: Default: ListOps.
+    """
+    train = TrainConfig(steps=2_000, warmup=100, eval_every=200)
+    return RunConfig(task or ListOps(), train=train, attention="local(64) | global_tokens(4)")
 
 
 def strong(recipe: Callable[[], RunConfig]) -> Callable[[], RunConfig]:
@@ -241,11 +236,11 @@ def strong(recipe: Callable[[], RunConfig]) -> Callable[[], RunConfig]:
     def run() -> RunConfig:
         small = recipe()
         larger = ModelConfig(dim=128, heads=4, layers=6, ffn=512, positions="rotary")
-        if small.task.places() is not None:
+        if places_of(small.task) is not None:
             larger = replace(larger, positions="rotary2d")
         return replace(small, model=larger)
 
-    run.__doc__ = f"{recipe.__doc__} With a stronger encoder: 6 layers, d 128, rotary positions."
+    run.__doc__ = f"A larger encoder (6 layers, d 128, rotary positions). {recipe.__doc__}"
     return run
 
 
@@ -268,7 +263,3 @@ RUNS: dict[str, Callable[[], RunConfig]] = {
     "listops-short": listops_short,
 }
 CURRICULA: dict[str, Callable[[], Curriculum]] = {"path-x": path_x, "path-256": path_256}
-COMPARISONS: dict[str, Callable[[], CompareConfig]] = {
-    "listops": compare_listops,
-    "listops-short": compare_listops_short,
-}

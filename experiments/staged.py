@@ -11,24 +11,23 @@ from typing import Any
 
 import torch
 from sparse_flash.experiments import checkpoint
+from sparse_flash.experiments.attention import check_trainable
 from sparse_flash.experiments.curriculum import Curriculum, Stage
-from sparse_flash.experiments.data.dataset import Examples
+from sparse_flash.experiments.data.dataset import Batch, Examples
 from sparse_flash.experiments.data.images import places
 from sparse_flash.experiments.data.pathfinder import Pathfinder
 from sparse_flash.experiments.data.stream import Stream, held_out, workers
+from sparse_flash.experiments.densities import attention_densities
+from sparse_flash.experiments.device import pick_device
 from sparse_flash.experiments.lock import exclusive
 from sparse_flash.experiments.logger import Logger
-from sparse_flash.experiments.machine import describe
+from sparse_flash.experiments.machine import describe, tensor_peak
 from sparse_flash.experiments.model import Encoder
 from sparse_flash.experiments.parallel import Workers
-from sparse_flash.experiments.step import TrainingStep
-from sparse_flash.experiments.train import (
-    RESULT,
-    Interrupted,
-    TrainingError,
-    pick_device,
-    stop_on_signals,
-)
+from sparse_flash.experiments.provenance import differences
+from sparse_flash.experiments.step import START_UP, TrainingStep
+from sparse_flash.experiments.stopping import Interrupted, announce, check_budget, stop_on_signals
+from sparse_flash.experiments.train import RESULT, TrainingError
 from sparse_flash.experiments.warm_start import CHECKPOINT
 from sparse_flash.masks.files import atomic_write
 
@@ -45,6 +44,8 @@ class _Progress:
     images: int = 0  # of all stages
     seconds: float = 0.0  # with the device: start-up, training and evaluation
     training_seconds: float = 0.0  # of training steps alone
+    # Of each stage: steps and their seconds after start-up, and of all steps; MiB of a step.
+    times: list[list[float]] = field(default_factory=list)
     curve: list[list[float]] = field(default_factory=list)  # see `follow`
 
 
@@ -70,24 +71,64 @@ def follow(
         CheckpointError: The folder holds another run, or something damaged.
         FolderInUseError: Another process trains there.
         Interrupted: After SIGTERM or SIGINT.
+
+    The result's "stages" have for each stage that was trained: pixels, number of steps, step_ms,
+    tokens_per_second, the three densities, peak_memory_MiB.
     """
+    check_budget(budget)
     path = folder / RESULT
     if path.exists():
         result = json.loads(path.read_text())
         if result["metrics"]["finished"]:
-            _check(path, result["config"], curriculum)
+            checkpoint.check_same(path, differences(result["config"], curriculum.record))
+            announce(f"{folder} holds this run, finished: nothing to train")
             return result
+    kind, where = curriculum.kind(curriculum.stages[0].size), pick_device(device)
+    check_trainable(kind, where)
+    if kind.mask is None:  # with a mask all weights are ours
+        check_canvases(curriculum)
     with exclusive(folder):
-        return _Run(curriculum, folder, pick_device(device), budget).run()
+        return _Run(curriculum, folder, where, budget).run()
 
 
-def _check(path: Path, saved: dict[str, Any], curriculum: Curriculum) -> None:
-    mine = curriculum.to_dict()
-    wrong = sorted(k for k in mine.keys() | saved.keys() if mine.get(k) != saved.get(k))
+def canvas_model(curriculum: Curriculum, size: int) -> Encoder:
+    """The model for a canvas of size x size pixels.
+
+    Raises:
+        ValueError: Attention and sizes do not fit each other.
+    """
+    return Encoder(
+        curriculum.model,
+        Pathfinder.vocabulary,
+        Pathfinder.classes,
+        size**2,
+        curriculum.kind(size),
+        curriculum.block,
+        places("morton", size),
+    )
+
+
+def check_canvases(curriculum: Curriculum) -> None:
+    """Build the model of each canvas once, so that what is impossible is refused before training.
+
+    Raises:
+        ValueError: Attention and sizes do not fit each other, or weights depend on the canvas.
+    """
+    label = curriculum.attention_label
+    sizes = sorted({stage.size for stage in curriculum.stages})
+    shapes = []
+    with torch.random.fork_rng(devices=[]):
+        for size in sizes:
+            try:
+                weights = canvas_model(curriculum, size).state_dict()
+            except ValueError as error:
+                raise ValueError(f"attention {label!r}: {error}") from error
+            shapes.append({name: weight.shape for name, weight in weights.items()})
+    wrong = [name for shape in shapes for name in shape if shape[name] != shapes[0].get(name)]
     if wrong:
-        raise checkpoint.CheckpointError(
-            f"{path} belongs to a run with other settings (different: {', '.join(wrong)}): choose "
-            "another folder with --out, or delete it"
+        raise ValueError(
+            f"attention {label!r} has weights whose shape depends on the canvas, {wrong[0]} say: a "
+            f"curriculum carries weights from {sizes[0]} to {sizes[-1]} pixels"
         )
 
 
@@ -109,8 +150,11 @@ class _Run:
         path = folder / CHECKPOINT
         if path.exists():
             self.saved = checkpoint.load(path)
-            _check(path, self.saved["config"], curriculum)
+            different = differences(self.saved["config"], curriculum.record)
+            checkpoint.check_same(path, different)
             self.progress = _Progress(**self.saved["progress"])
+            at = f"stage {self.progress.stage + 1}, step {self.progress.step}"
+            announce(f"resuming at {at} from {path}")
         history = [tuple(r) for r in self.saved["history"]] if self.saved else ()
         self.log = Logger(folder if self.workers.first else None, history)
         self.before = self.progress.seconds
@@ -191,16 +235,7 @@ class _Run:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         torch._dynamo.reset()  # another canvas is another program, not one of dynamic shapes
-        length = stage.size**2
-        self.model = Encoder(
-            c.model,
-            Pathfinder.vocabulary,
-            Pathfinder.classes,
-            length,
-            c.mask(stage.size),
-            c.block,
-            places("morton", stage.size),
-        ).to(self.device)
+        self.model = canvas_model(c, stage.size).to(self.device)
         self.train_step = TrainingStep(self.model, c.training(stage), self.device, self.workers)
         self.weights = [p.detach() for p in self.model.parameters()]  # share their memory
         self.average = [w.clone() for w in self.weights]
@@ -210,6 +245,24 @@ class _Run:
                 mine.copy_(other)
             if state["optimizer"]["state"]:
                 self.train_step.restore(state["optimizer"])
+        self.memory = self._step_memory(stage)
+
+    def _step_memory(self, stage: Stage) -> float:
+        """MiB that forward and backward take above the model; leaves no trace in the run."""
+        assert self.train_step is not None
+        train_step, random = self.train_step, checkpoint.random_state()
+        count = stage.batch_size // self.workers.size
+        tokens = torch.zeros(count, stage.size**2, dtype=torch.int64, device=self.device)
+        batch = Batch(tokens, None, torch.zeros(count, dtype=torch.int64, device=self.device))
+
+        def forward_backward() -> None:
+            train_step.loss(batch)[0].backward()
+            train_step.optimizer.zero_grad(set_to_none=True)
+
+        self.model.train()
+        peak = tensor_peak(forward_backward, self.device)
+        checkpoint.restore_random_state(random)
+        return peak
 
     _state_names = ("model", "average", "optimizer")
 
@@ -227,7 +280,7 @@ class _Run:
         self._stream(progress.stage).prepare(progress.step)
         self._set(stage, self.curriculum.val, VALIDATION)  # drawn before the clock starts
         self.sums, self.counted = torch.zeros(2, device=self.device), 0
-        learned, start = False, time.perf_counter()
+        learned, start, first = False, time.perf_counter(), progress.step
         while progress.step < stage.steps and not learned:
             self._step(stage)
             due = progress.step % stage.eval_every == 0
@@ -235,7 +288,7 @@ class _Run:
             if not (due or late or stopped):
                 continue
             loss, right = (self.sums / self.counted).tolist()
-            progress.training_seconds += time.perf_counter() - start
+            self._record_time(progress.step - first, time.perf_counter() - start)
             self._check_finite(loss)
             if due:
                 learned = self._evaluate(stage, loss, right / stage.batch_size)
@@ -246,14 +299,55 @@ class _Run:
                 if stopped:
                     raise Interrupted(
                         f"stopped in stage {progress.stage + 1} at step {progress.step}; run the "
-                        "same command to resume"
+                        "same command to resume",
+                        stop,
                     )
                 if late:
                     return False
-            start = time.perf_counter()
+            start, first = time.perf_counter(), progress.step
         self._leave()
         self._save()
         return True
+
+    def _record_time(self, steps: int, seconds: float) -> None:
+        """Add steps of the stage, and the time that they took, to what was measured before."""
+        assert self.train_step is not None
+        progress = self.progress
+        progress.training_seconds += seconds
+        while len(progress.times) <= progress.stage:
+            progress.times.append([0, 0.0, 0, 0.0, 0.0])
+        times = progress.times[progress.stage]
+        if self.train_step.steps - steps >= START_UP:
+            times[0] += steps
+            times[1] += seconds
+        times[2] += steps
+        times[3] += seconds
+        times[4] = self.memory
+
+    def _stages(self) -> list[dict[str, float | None]]:
+        """What was measured of each stage, for the result."""
+        c = self.curriculum
+        rows: list[dict[str, float | None]] = []
+        for stage, (settled, settled_s, steps, seconds, memory) in zip(
+            c.stages, self.progress.times, strict=False
+        ):
+            if not steps:  # trained by a version that did not record it
+                rows.append({"pixels": stage.size, "steps": 0})
+                continue
+            each = settled_s / settled if settled else seconds / steps
+            rows.append(
+                {
+                    "pixels": stage.size,
+                    "steps": steps,
+                    "step_ms": 1000 * each,
+                    "tokens_per_second": stage.batch_size * stage.size**2 / each,
+                    **attention_densities(
+                        c.kind(stage.size), stage.size**2, c.block, c.model.dim // c.model.heads
+                    ),
+                    "peak_memory_MiB": memory,
+                }
+            )
+        return rows
 
     def _step(self, stage: Stage) -> None:
         """One optimiser step."""
@@ -273,7 +367,8 @@ class _Run:
 
     def _agreed(self, stop: bool) -> list[bool]:
         """Whether the budget is used up, and whether to stop, as any of the workers sees it."""
-        if self.progress.step % _AGREE_EVERY:
+        waits = self.device.type == "cuda" or self.workers.size > 1
+        if waits and self.progress.step % _AGREE_EVERY:
             return [False, False]
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -299,7 +394,7 @@ class _Run:
     def _evaluate(self, stage: Stage, loss: float, accuracy: float) -> bool:
         """Measure, record, and say whether the stage is learned."""
         progress = self.progress
-        validation = self._measure(self._set(stage, self.curriculum.val, VALIDATION), stage)
+        _, validation = self._measure(self._set(stage, self.curriculum.val, VALIDATION), stage)
         progress.seconds = self._seconds()
         row = [progress.stage, progress.step, progress.images, progress.seconds]
         progress.curve.append([*row, progress.training_seconds, loss, accuracy, validation])
@@ -334,29 +429,34 @@ class _Run:
         return (rows[1][2] - rows[0][2]) / max(1e-9, rows[1][4] - rows[0][4])
 
     @torch.no_grad()
-    def _measure(self, images: Examples, stage: Stage) -> float:
-        """Accuracy of the averaged weights."""
+    def _measure(self, images: Examples, stage: Stage) -> tuple[float, float]:
+        """Mean loss and accuracy of the averaged weights."""
         assert self.train_step is not None
         kept = [w.clone() for w in self.weights]
         torch._foreach_copy_(self.weights, self.average)
         self.model.eval()
-        right = torch.zeros((), device=self.device)
+        sums = torch.zeros(2, device=self.device)
         for number, batch in enumerate(images.batches(2 * stage.batch_size)):
             if number % self.workers.size == self.workers.rank:
-                right += self.train_step.loss(batch)[1]
+                loss, right = self.train_step.loss(batch)
+                sums += torch.stack([loss.float() * len(batch.labels), right.float()])
         torch._foreach_copy_(self.weights, kept)
         self.model.train()
-        return self.workers.sums(right.item())[0] / len(images)
+        total, correct = self.workers.sums(*sums.tolist())
+        return total / len(images), correct / len(images)
 
     def _finish(self) -> dict[str, Any]:
         """Test on the longest curves of the stage in progress; write result.json."""
         c, progress, stage = self.curriculum, self.progress, self.stage
         finished = progress.stage >= len(c.stages)
-        accuracy = self._measure(self._set(stage, c.test, TEST), stage)
+        test = self._set(stage, c.test, TEST)
+        loss, accuracy = self._measure(test, stage)
         progress.seconds = self._seconds()
         self._save()
         metrics = {
             "test_accuracy": accuracy,
+            "test_loss": loss,
+            "chance": test.most_frequent,
             "test_images": c.test,
             "finished": finished,
             "stage": progress.stage + (not finished),
@@ -368,9 +468,10 @@ class _Run:
             "parameters": sum(w.numel() for w in self.weights),
         }
         result = {
-            "config": c.to_dict(),
+            "config": c.record,
             "machine": describe(self.device),
             "metrics": metrics,
+            "stages": self._stages(),
             "curve": progress.curve,
         }
         if self.workers.first:
@@ -390,7 +491,7 @@ class _Run:
         if not self.workers.first:
             return
         state = {
-            "config": self.curriculum.to_dict(),
+            "config": self.curriculum.record,
             "progress": vars(self.progress),
             "history": [list(record) for record in self.log.history],
             **self._state(),

@@ -2,35 +2,43 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import math
-import signal
 import statistics
 import sys
-import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from sparse_flash.experiments import checkpoint
-from sparse_flash.experiments.attention import Kind
+from sparse_flash.experiments.attention import check_trainable
 from sparse_flash.experiments.clock import AttentionClock
 from sparse_flash.experiments.config import RunConfig, TrainConfig
-from sparse_flash.experiments.data.dataset import Batch, Examples, Sampler, Splits, Stages
-from sparse_flash.experiments.flops import density, step_flops
+from sparse_flash.experiments.data.dataset import (
+    Batch,
+    Examples,
+    Sampler,
+    Splits,
+    Stages,
+    check_splits,
+    places_of,
+)
+from sparse_flash.experiments.device import pick_device
+from sparse_flash.experiments.flops import known_metrics, step_flops
 from sparse_flash.experiments.lock import exclusive
 from sparse_flash.experiments.logger import Logger, Record
 from sparse_flash.experiments.machine import describe, matrix_peak, tensor_peak
 from sparse_flash.experiments.model import Encoder
 from sparse_flash.experiments.parallel import Workers
+from sparse_flash.experiments.provenance import differences
 from sparse_flash.experiments.step import START_UP, TrainingStep
-from sparse_flash.experiments.warm_start import CHECKPOINT, begin_with
+from sparse_flash.experiments.stopping import Interrupted, announce, check_budget, stop_on_signals
+from sparse_flash.experiments.warm_start import CHECKPOINT, begin_with, find_checkpoint
 from sparse_flash.masks.files import atomic_write
 from torch import Tensor
 from tqdm import tqdm
@@ -42,10 +50,6 @@ LEARNED = ("train/loss", "train/accuracy")  # what is logged of the batches them
 
 class TrainingError(RuntimeError):
     """A run that cannot go on: its loss is no number."""
-
-
-class Interrupted(KeyboardInterrupt):
-    """SIGTERM or SIGINT came; the checkpoint is written, and the run can be resumed."""
 
 
 @dataclass
@@ -76,6 +80,7 @@ def train(
     device: str = "auto",
     data: Splits | Callable[[], Splits] | None = None,
     budget: float = math.inf,
+    in_comparison: bool = False,
 ) -> dict[str, Any]:
     """Train as `config` says, logging to `folder`; resume where an earlier call stopped.
 
@@ -88,6 +93,8 @@ def train(
         data: The task's data, where it is loaded already, or what loads it, where it is needed.
         budget: Seconds of training after which the run is evaluated as it is; a later call with a
             larger budget goes on.
+        in_comparison: Leave the picture of the mask and the line in HPARAMS to a comparison, which
+            records them once for all seeds, and with the settings that differ alone.
 
     Returns:
         What result.json holds: config, machine, metrics, the curve: of each evaluation step,
@@ -101,15 +108,20 @@ def train(
         FolderInUseError: Another process writes to the folder.
         Interrupted: After SIGTERM or SIGINT.
     """
+    check_budget(budget)
     done = finished(config, folder)
     if done is not None:
         metrics = done["metrics"]
         if metrics["steps"] >= config.train.steps or metrics["training_seconds"] >= budget:
+            ended = metrics["steps"] >= config.train.steps
+            why = "finished" if ended else f"its budget of {budget:g} s is used up"
+            announce(f"{folder} holds this run, {why}: nothing to train")
             return done
-    load = data if callable(data) else (lambda: data or config.task.load())
     where = pick_device(device)
+    check_trainable(config.kind, where)
+    load = data if callable(data) else (lambda: data or config.task.load())
     with exclusive(folder):
-        return _Run(config, folder, where, load, budget).run()
+        return _Run(config, folder, where, load, budget, in_comparison).run()
 
 
 def finished(config: RunConfig, folder: Path) -> dict[str, Any] | None:
@@ -123,20 +135,9 @@ def finished(config: RunConfig, folder: Path) -> dict[str, Any] | None:
         raise checkpoint.CheckpointError(
             f"{path} is no readable result ({error}): delete it, and the run is evaluated again"
         ) from error
-    _check_settings(path, result["config"], config)
+    checkpoint.check_same(path, differences(config.completed(result["config"]), config.record))
+    result["config"]["attention"] = config.attention_label  # whose digest is the recorded one
     return result
-
-
-def pick_device(name: str) -> torch.device:
-    """The device by name; "auto" prefers a GPU."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            f"--device {name}: no CUDA GPU can be used here; leave it at auto, or say cpu"
-        )
-    return device
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -157,7 +158,9 @@ class _Run:
         device: torch.device,
         load: Callable[[], Splits],
         budget: float,
+        in_comparison: bool = False,
     ) -> None:
+        self.in_comparison = in_comparison
         self.workers = Workers.join(device)
         self.device = device = self.workers.device
         self.config, self.folder, self.budget = config, folder, budget
@@ -165,14 +168,17 @@ class _Run:
         resumable = self._read_checkpoint()
         history = [tuple(r) for r in resumable["history"]] if resumable else ()
         self.log = Logger(folder if self.workers.first else None, history)
+        if config.init and resumable is None:
+            find_checkpoint(config.init)  # before data is made
         data = load()
+        check_splits(task, data)
         self.chance = data.test.most_frequent
         self.val, self.test = data.val.to(device), data.test.to(device)
         self.sampler = self._sampler(data)
         torch.manual_seed(config.seed)
-        self.model = Encoder.for_task(config.model, task, config.attention, config.block).to(device)
+        self.model = Encoder.for_task(config.model, task, config.kind, config.block).to(device)
         if config.init and resumable is None:
-            begin_with(self.model, config.init, task.places())
+            begin_with(self.model, config.init, places_of(task))
         if not self.workers.first:
             torch.manual_seed(config.seed + 1_000_003 * self.workers.rank)  # other dropout
         self.train_step = TrainingStep(self.model, config.train, device, self.workers)
@@ -180,6 +186,8 @@ class _Run:
         self.best: dict[str, Tensor] | None = None  # the weights that did best in evaluation
         if resumable is not None:
             self._restore(resumable)
+            of = f"step {self.progress.step} of {config.train.steps}"
+            announce(f"resuming at {of} from {folder / CHECKPOINT}")
 
     def _sampler(self, data: Splits) -> Sampler | Stages:
         """What gives each step its batch."""
@@ -218,7 +226,9 @@ class _Run:
                         self._check()
                         self._save()
                     if stopped:
-                        raise Interrupted(f"stopped at step {step}; run the same command to resume")
+                        raise Interrupted(
+                            f"stopped at step {step}; run the same command to resume", stop
+                        )
             return self._finish()
 
     def _agreed(self, *mine: bool) -> list[bool]:
@@ -271,8 +281,8 @@ class _Run:
             return
         raise TrainingError(
             f"{self.folder}: at step {self.progress.step} the loss is {loss} and the norm "
-            f"of the gradient {norm}. The last checkpoint is from before; try a lower --lr "
-            f"(now {self.config.train.lr}) or a longer --warmup."
+            f"of the gradient {norm}. The last checkpoint is from before; try a lower "
+            f"--train.lr (now {self.config.train.lr}) or a longer --train.warmup."
         )
 
     def _record(self, batch: Batch, lr: float, seconds: float, bar: tqdm[Any]) -> None:
@@ -346,21 +356,20 @@ class _Run:
             "step_ms": 1000 * progress.step_seconds(),
             "tokens_per_second": progress.tokens / progress.seconds,
             "peak_memory_MiB": progress.peak_mebibytes,
-            "step_gflops": 1e-9 * step_flops(config),
             "examples_per_second": config.train.batch_size / progress.step_seconds(),
             "workers": self.workers.size,
         }
         if not math.isnan(progress.attention_share):
             metrics["attention_share"] = progress.attention_share
-        kept = density(config)
-        if kept is not None:
-            metrics["density"] = kept
-        metrics |= self._of_matrix_peak()
+        metrics |= known_metrics(config) | self._of_matrix_peak()
         shown = {f"final/{name}": v for name, v in metrics.items()}
-        self.log.hyperparameters(config.flat(), shown)
+        if self.in_comparison:
+            self.log.scalars(shown, 0)
+        else:
+            self.log.hyperparameters(config.flat(), shown)
         self.log.flush()
         result = {
-            "config": config.to_dict(),
+            "config": config.record,
             "machine": describe(self.device),
             "metrics": metrics,
             "curve": progress.curve,
@@ -383,7 +392,10 @@ class _Run:
         except (ImportError, torch.OutOfMemoryError) as error:
             warnings.warn(f"the matrix peak was not measured: {error}", stacklevel=2)
             return {}
-        speed = step_flops(self.config) / self.progress.step_seconds() / self.workers.size
+        operations = step_flops(self.config)
+        if operations is None:
+            return {}
+        speed = operations / self.progress.step_seconds() / self.workers.size
         return {"of_matrix_peak": 1e-12 * speed / peak}
 
     def _describe(self) -> None:
@@ -395,10 +407,9 @@ class _Run:
         if self.progress.step == 0:
             self.progress.peak_mebibytes = self._step_memory()
             self.log.scalars({"speed/peak_memory_MiB": self.progress.peak_mebibytes}, 0)
-        mask = Kind.of(config.attention).mask
-        if mask is not None:
-            layout = mask.layout(config.length, block=(config.block, config.block))
-            title = f"{config.attention}\n{config.length} tokens, density {layout.density:.2%}"
+        if config.kind.mask is not None and not self.in_comparison:
+            layout = config.kind.layout(config.length, config.block)
+            title = f"{config.attention_label}\n{config.length} tokens"
             self.log.figure("mask", layout.plot(title=title))
 
     def _step_memory(self) -> float:
@@ -420,7 +431,7 @@ class _Run:
         if not self.workers.first:
             return
         state = {
-            "config": self.config.to_dict(),
+            "config": self.config.record,
             "progress": vars(self.progress),
             "model": self.model.state_dict(),
             "best": self.best,
@@ -436,7 +447,8 @@ class _Run:
         if not path.exists():
             return None
         state = checkpoint.load(path)
-        _check_settings(path, state["config"], self.config)
+        saved = self.config.completed(state["config"])
+        checkpoint.check_same(path, differences(saved, self.config.record))
         return state
 
     def _restore(self, state: dict[str, Any]) -> None:
@@ -466,29 +478,3 @@ def training_curve(history: Sequence[Record], steps: Sequence[float]) -> list[li
         if all(logged):
             rows.append([end, *(round(statistics.fmean(values), 6) for values in logged)])
     return rows
-
-
-def _check_settings(path: Path, saved: dict[str, Any], config: RunConfig) -> None:
-    found, mine = config.completed(saved), config.to_dict()
-    names = sorted(k for k in mine.keys() | found.keys() if mine.get(k) != found.get(k))
-    if names:
-        raise checkpoint.CheckpointError(
-            f"{path} belongs to a run with other settings (different: {', '.join(names)}): "
-            "choose another folder with --out, or delete it"
-        )
-
-
-@contextlib.contextmanager
-def stop_on_signals() -> Iterator[list[int]]:
-    """A list that receives SIGTERM and SIGINT; empty (false) as long as the run may go on."""
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received  # Python delivers signals to the main thread alone
-        return
-    names = (signal.SIGTERM, signal.SIGINT)
-    before = [signal.signal(name, lambda number, _: received.append(number)) for name in names]
-    try:
-        yield received
-    finally:
-        for name, handler in zip(names, before, strict=True):
-            signal.signal(name, handler)

@@ -28,13 +28,8 @@ def begin_with(model: Encoder, source: str, places: Tensor | None) -> None:
     Raises:
         CheckpointError: There is none, or it is of a model with other sizes.
     """
-    path = Path(source)
-    path = path / CHECKPOINT if path.is_dir() else path
-    if not path.exists():
-        raise checkpoint.CheckpointError(
-            f"there is no checkpoint {path} to begin with: give the folder of a run with --init"
-        )
-    state = checkpoint.load(path)
+    path = find_checkpoint(source)
+    state = checkpoint.load(path, "give the folder of another run with --init")
     weights, mine = state["model"], model.state_dict()
     if "positions" in mine and "positions" in weights and mine["positions"].shape[0] > 0:
         weights["positions"] = _tiled(weights["positions"], mine["positions"], state, places, path)
@@ -46,6 +41,35 @@ def begin_with(model: Encoder, source: str, places: Tensor | None) -> None:
             f"(different: {', '.join(wrong[:4])}): --init wants the same layers and widths"
         )
     model.load_state_dict(weights)
+
+
+def find_checkpoint(source: str) -> Path:
+    """The checkpoint of a run.
+
+    Args:
+        source: The run's folder, its checkpoint, or a folder with the folder of that one run.
+
+    Raises:
+        CheckpointError: There is none, or there are several runs.
+    """
+    path = Path(source)
+    if not path.is_dir():
+        if path.exists():
+            return path
+        raise checkpoint.CheckpointError(
+            f"there is no checkpoint {path} to begin with: give the folder of a run with --init"
+        )
+    if (path / CHECKPOINT).exists():
+        return path / CHECKPOINT
+    below = sorted(path.glob(f"*/{CHECKPOINT}"))
+    if len(below) == 1:
+        return below[0]
+    found = ", ".join(str(run.parent) for run in below[:4])
+    raise checkpoint.CheckpointError(
+        f"{path} has the runs {found}: choose one with --init"
+        if below
+        else f"there is no {path / CHECKPOINT} to begin with: give the folder of a run with --init"
+    )
 
 
 def _shape(weight: Tensor | None) -> tuple[int, ...] | None:

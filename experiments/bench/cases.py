@@ -5,26 +5,40 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from sparse_flash.masks import Mask, parse
+from sparse_flash.experiments.user_code import read_mask
+from sparse_flash.masks import Mask, causal, full
 from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Case:
-    """One problem: self-attention under a mask."""
+    """One problem: self-attention under a mask.
+
+    mask: Mask, or its text.
+    length: Number of queries and keys.
+    kv_heads: Number of key heads, which divides `heads`; None for as many.
+    dtype: Name of a torch dtype.
+    """
 
     name: str
-    mask: str
+    mask: str | Mask
     length: int
     heads: int
     head_dim: int
     batch: int = 1
     block: int = 128
+    kv_heads: int | None = None
+    dtype: str = "bfloat16"
 
     @property
     def pattern(self) -> Mask:
         """The mask itself."""
-        return parse(self.mask)
+        return self.mask if isinstance(self.mask, Mask) else read_mask(self.mask)
+
+    @property
+    def built_in(self) -> str | None:
+        """The argument of dense kernels that means this mask: "full", "causal", or none."""
+        return {full(): "full", causal(): "causal"}.get(self.pattern)
 
     @property
     def label(self) -> str:

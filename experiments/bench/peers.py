@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from sparse_flash.experiments.attention import tile_lists
 from sparse_flash.experiments.bench.cases import PREDICATES, Case
 from sparse_flash.masks import BlockLayout
 from sparse_flash.masks.layout import FULL_TILE
@@ -25,6 +24,9 @@ from sparse_flash import block_sparse_attention
 
 Result = Tensor | tuple[Tensor, ...]
 Call = Callable[[], Any]  # a Result
+
+
+LARGEST_MATRIX = 1 << 32  # elements of a mask, a byte each
 
 
 class UnsupportedError(ValueError):
@@ -59,21 +61,26 @@ def _flash_attention_4(case: Case, layout: BlockLayout, q: Tensor, k: Tensor, v:
     from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
     from flash_attn.cute.interface import flash_attn_func
 
-    if case.mask in ("full()", "causal()"):  # it has these built in
-        causal = case.mask == "causal()"
+    if case.built_in:
+        causal = case.built_in == "causal"
         return lambda: _first(flash_attn_func(q, k, v, causal=causal))
     if layout.num_partial:
         raise UnsupportedError("partial tiles need a predicate compiled into its kernel")
 
     def tensors(layout: BlockLayout) -> Any:
         full = layout.bit_tile_indices == FULL_TILE
-        lists = (*tile_lists(layout, ~full), *tile_lists(layout, full))
+        lists = (*_lists(layout, ~full), *_lists(layout, full))
         return BlockSparseTensorsTorch(*lists, block_size=layout.block)
 
     sparse = {"block_sparse_tensors": tensors(layout)}
     if q.requires_grad:
         sparse["block_sparse_tensors_bwd"] = tensors(layout.transpose())
     return lambda: _first(flash_attn_func(q, k, v, **sparse))
+
+
+def _grouped(q: Tensor, k: Tensor) -> bool:
+    """Whether several query heads share a key head."""
+    return q.shape[2] != k.shape[2]
 
 
 def _first(result: Tensor | tuple[Tensor, ...]) -> Tensor:
@@ -84,14 +91,15 @@ def _flex_attention(case: Case, layout: BlockLayout, q: Tensor, k: Tensor, v: Te
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
     partial = layout.bit_tile_indices != FULL_TILE
-    kinds = (*tile_lists(layout, partial), *tile_lists(layout, ~partial))
+    kinds = (*_lists(layout, partial), *_lists(layout, ~partial))
 
-    exact = PREDICATES.get(case.mask)
-    if layout.num_partial and exact is None:
-        raise UnsupportedError("no predicate is written for this mask")
+    exact = PREDICATES.get(str(case.mask))
+    bits = _bits(layout) if layout.num_partial else None
 
     def predicate(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return exact(q_idx, kv_idx) if exact else q_idx >= 0
+        if exact:
+            return exact(q_idx, kv_idx)
+        return bits(b, h, q_idx, kv_idx) if bits else q_idx >= 0
 
     lengths = (case.length, case.length)
     blocks = BlockMask.from_kv_blocks(
@@ -99,7 +107,40 @@ def _flex_attention(case: Case, layout: BlockLayout, q: Tensor, k: Tensor, v: Te
     )
     heads_first = [x.transpose(1, 2) for x in (q, k, v)]
     compiled = _compiled(flex_attention)
-    return lambda: compiled(*heads_first, block_mask=blocks).transpose(1, 2)
+    gqa = _grouped(q, k)
+    return lambda: compiled(*heads_first, block_mask=blocks, enable_gqa=gqa).transpose(1, 2)
+
+
+def _lists(layout: BlockLayout, keep: Tensor) -> tuple[Tensor, Tensor]:
+    """Padded lists of the kept tiles, by the layout's map of (batch or 1, heads or 1) to patterns.
+
+    Returns:
+        counts (batch or 1, heads or 1, rows); block columns, the same and (columns,).
+    """
+    nq, nk, device = layout.num_block_rows, layout.num_block_cols, layout.device
+    rows = layout.tile_rows[keep].long()  # those of all patterns, one after the other
+    counts = rows.bincount(minlength=layout.num_patterns * nq)
+    rank = torch.arange(len(rows), device=device) - (counts.cumsum(0) - counts)[rows]
+    columns = torch.zeros(layout.num_patterns * nq, nk, dtype=torch.int32, device=device)
+    columns[rows, rank] = layout.col_indices[keep]
+    patterns = layout.pattern_map.long()
+    return counts.view(-1, nq)[patterns].int(), columns.view(-1, nq, nk)[patterns]
+
+
+def _bits(layout: BlockLayout) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """The mask of a layout's partial tiles, looked up in its bit tiles: exact for any mask."""
+    nq, nk = layout.num_block_rows, layout.num_block_cols
+    entries = torch.zeros(layout.num_patterns * nq, nk, dtype=torch.int32, device=layout.device)
+    entries[layout.tile_rows.long(), layout.col_indices.long()] = layout.bit_tile_indices
+    (height, width), tiles, patterns = layout.block, layout.bit_tiles, layout.pattern_map.long()
+    batch, heads = (int(size > 1) for size in patterns.shape)
+
+    def allowed(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        row = patterns[b * batch, h * heads] * nq + q_idx // height
+        tile = entries[row, kv_idx // width]
+        return (tiles[tile, q_idx % height, kv_idx % width // 8] >> (kv_idx % 8)) & 1 > 0
+
+    return allowed
 
 
 @functools.cache
@@ -111,6 +152,8 @@ def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _cudnn(case: Case, layout: BlockLayout, q: Tensor, k: Tensor, v: Tensor) -> Call:
+    if layout.num_patterns > 1:
+        raise UnsupportedError("its intervals are those of a mask that all heads share")
     from cudnn.flex_attention import create_mask_plan, flex_attn_func
 
     intervals = _intervals(case, layout.device).repeat(1, 1, case.batch)
@@ -143,18 +186,35 @@ def _intervals(case: Case, device: torch.device) -> Tensor:
 
 def _sdpa(backend: attention.SDPBackend) -> Callable[..., Call]:
     def prepare(case: Case, layout: BlockLayout, q: Tensor, k: Tensor, v: Tensor) -> Call:
-        if case.mask not in ("full()", "causal()"):
+        if case.built_in is None:
             raise UnsupportedError("dense and causal only")
         q_, k_, v_ = (x.transpose(1, 2) for x in (q, k, v))
 
         def call() -> Tensor:
             with attention.sdpa_kernel(backend):
-                out = scaled_dot_product_attention(q_, k_, v_, is_causal=case.mask == "causal()")
+                out = scaled_dot_product_attention(
+                    q_, k_, v_, is_causal=case.built_in == "causal", enable_gqa=_grouped(q, k)
+                )
             return out.transpose(1, 2)
 
         return call
 
     return prepare
+
+
+def _reference(case: Case, layout: BlockLayout, q: Tensor, k: Tensor, v: Tensor) -> Call:
+    return lambda: block_sparse_attention(q, k, v, layout, impl="reference")
+
+
+def _sdpa_matrix(case: Case, layout: BlockLayout, q: Tensor, k: Tensor, v: Tensor) -> Call:
+    if case.length**2 * layout.num_patterns > LARGEST_MATRIX:
+        raise UnsupportedError("the mask as a matrix of booleans takes more than 4 GiB")
+    allowed = layout.to_dense()
+    if allowed.ndim == 2:
+        allowed = allowed[None, None]
+    q_, k_, v_ = (x.transpose(1, 2) for x in (q, k, v))
+    arguments: dict[str, Any] = {"attn_mask": allowed, "enable_gqa": _grouped(q, k)}
+    return lambda: scaled_dot_product_attention(q_, k_, v_, **arguments).transpose(1, 2)
 
 
 PEERS = (
@@ -165,3 +225,7 @@ PEERS = (
     Peer("SDPA cuDNN", "torch", "torch", _sdpa(attention.SDPBackend.CUDNN_ATTENTION)),
     Peer("SDPA flash", "torch", "torch", _sdpa(attention.SDPBackend.FLASH_ATTENTION)),
 )
+
+# For a case of the user's: also ours without kernels, and SDPA with any mask.
+REFERENCE = Peer("ours, reference", "sparse-flash", "sparse_flash", _reference)
+MATRIX = Peer("SDPA, mask as a matrix", "torch", "torch", _sdpa_matrix)

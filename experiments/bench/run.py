@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from sparse_flash.experiments.bench.cases import SUITES
+from sparse_flash.experiments.bench.cases import SUITES, Case
 from sparse_flash.experiments.bench.measure import Row, measure
 from sparse_flash.experiments.bench.peers import PEERS
 from sparse_flash.experiments.lock import exclusive
@@ -25,26 +26,45 @@ PASSES = ("forward", "backward")
 
 
 def bench(
-    suite: str, out: Path, rounds: int = 3, passes: tuple[str, ...] = PASSES
+    suite: str | Sequence[Case], out: Path, rounds: int = 3, passes: tuple[str, ...] = PASSES
 ) -> dict[str, Any]:
     """Measure every case of a suite with every peer that is installed; write the report into `out`.
+
+    Args:
+        suite: Name in `SUITES`, or cases of your own, whose masks may be Mask objects.
+        out: Folder of the report.
+        rounds: Number of measurements of each peer, at least 1.
+        passes: "forward", "backward".
 
     Raises:
         ValueError: No such suite or pass, or no Hopper GPU.
         FolderInUseError: Another process writes to the folder.
     """
-    if suite not in SUITES:
+    if isinstance(suite, str) and suite not in SUITES:
         raise ValueError(f"unknown suite {suite!r}; there are {', '.join(map(repr, SUITES))}")
+    check_rounds(rounds)
     for which in passes:
         if which not in PASSES:
             raise ValueError(f"unknown pass {which!r}; there are {', '.join(map(repr, PASSES))}")
     if not torch.cuda.is_available():
-        raise ValueError("the benchmark needs a CUDA GPU: torch sees none here")
+        raise ValueError(
+            "the suites need a CUDA GPU: torch sees none here. One case can be timed on a CPU: "
+            "sparse-flash bench --mask SPEC"
+        )
+    name, cases = (suite, SUITES[suite]) if isinstance(suite, str) else ("own", list(suite))
     with exclusive(out):
-        return _bench(suite, out, rounds, passes)
+        return _bench(name, cases, out, rounds, passes)
 
 
-def _bench(suite: str, out: Path, rounds: int, passes: tuple[str, ...]) -> dict[str, Any]:
+def check_rounds(rounds: int) -> None:
+    """Raise ValueError where there is nothing to take a median of."""
+    if rounds < 1:
+        raise ValueError(f"rounds must be at least 1, got {rounds}")
+
+
+def _bench(
+    suite: str, cases: list[Case], out: Path, rounds: int, passes: tuple[str, ...]
+) -> dict[str, Any]:
     versions = {peer.name: peer.version for peer in PEERS}
     for name, version in versions.items():
         if version is None:
@@ -57,7 +77,7 @@ def _bench(suite: str, out: Path, rounds: int, passes: tuple[str, ...]) -> dict[
         "matrix_peak_tflops": matrix_peak(),
         "rows": [],
     }
-    work = [(which, case) for which in passes for case in SUITES[suite]]
+    work = [(which, case) for which in passes for case in cases]
     for which, case in tqdm(work, desc="cases", unit="case"):
         rows = measure(case, which, installed, rounds)
         report["rows"] += rows

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sparse_flash.experiments.attention import Kind
-from sparse_flash.experiments.config import ModelConfig, TrainConfig
+from sparse_flash.experiments.attention import Attention, Kind
+from sparse_flash.experiments.config import ModelConfig, TrainConfig, check_attention
 from sparse_flash.experiments.data.dataset import Batch
 from sparse_flash.experiments.lock import exclusive
 from sparse_flash.experiments.machine import as_list, describe, tensor_peak
 from sparse_flash.experiments.model import Encoder
 from sparse_flash.experiments.step import WARM_UP, TrainingStep
+from sparse_flash.masks import Mask
 from sparse_flash.masks.files import atomic_write
 from tqdm import tqdm
 
@@ -37,14 +38,18 @@ class StepCase:
     model: ModelConfig
     batch: int
     length: int
-    mask: str
+    mask: str | Mask
     standard: bool = True  # whether the s x s matrices fit in memory
 
     @property
-    def attentions(self) -> tuple[str, ...]:
+    def attentions(self) -> tuple[Kind, ...]:
         """The kinds that are compared, ours first."""
-        rest = (self.mask, f"flex: {self.mask}", "dense", "sdpa")
-        return (*rest, "standard") if self.standard else rest
+        ours = Kind.of(self.mask)
+        if ours.mask is None or ours.name != "ours":
+            raise ValueError(f"mask must be a mask, got {ours.label!r}")
+        flex = Kind("flex", ours.mask, text=f"flex: {ours.label}")
+        rest = (ours, flex, Kind.of("dense"), Kind.of("sdpa"))
+        return (*rest, Kind.of("standard")) if self.standard else rest
 
 
 _SMALL = ModelConfig(dim=64, heads=2, layers=2, ffn=128)
@@ -75,31 +80,48 @@ STEPS = {
 
 
 def bench_steps(
-    cases: tuple[str, ...], modes: tuple[str, ...], out: Path, seconds: float = 2.0
+    cases: tuple[str | StepCase, ...],
+    modes: tuple[str, ...],
+    out: Path,
+    seconds: float = 2.0,
+    mask: str | Mask | None = None,
 ) -> dict[str, Any]:
-    """Time the steps of each case, attention and mode for about so long; write the report.
+    """Time the steps of each case, attention and mode; write the report.
+
+    Args:
+        cases: Encoders and lengths: names of `STEPS`, or cases of your own.
+        modes: How a step runs: names of `MODES`.
+        out: Folder of the report.
+        seconds: Each variant is timed for about so long.
+        mask: Mask, or its text, in place of the cases' own.
 
     Raises:
         ValueError: No such case or mode, or no GPU.
         FolderInUseError: Another process writes to the folder.
     """
     for given, known in ((cases, STEPS), (modes, MODES)):
-        unknown = [name for name in given if name not in known]
+        unknown = [name for name in given if isinstance(name, str) and name not in known]
         if unknown:
             raise ValueError(f"unknown {unknown}; there are {', '.join(known)}")
+    chosen = [case if isinstance(case, StepCase) else STEPS[case] for case in cases]
+    if mask is not None:
+        chosen = [replace(case, mask=mask) for case in chosen]
+    for case in chosen:
+        for kind in case.attentions:
+            check_attention(kind, case.length)
     if not torch.cuda.is_available():
         raise ValueError("training steps are timed on a CUDA GPU: torch sees none here")
     with exclusive(out):
-        return _bench_steps(cases, modes, out, seconds)
+        return _bench_steps(chosen, modes, out, seconds)
 
 
 def _bench_steps(
-    cases: tuple[str, ...], modes: tuple[str, ...], out: Path, seconds: float
+    cases: list[StepCase], modes: tuple[str, ...], out: Path, seconds: float
 ) -> dict[str, Any]:
     report: dict[str, Any] = {"machine": describe("cuda"), "rows": []}
-    work = [(STEPS[c], m, a) for c in cases for m in modes for a in STEPS[c].attentions]
+    work = [(case, m, a) for case in cases for m in modes for a in case.attentions]
     for case, mode, attention in tqdm(work, desc="training steps", unit="variant"):
-        row = {"case": case.name, "mode": mode, "attention": attention}
+        row = {"case": case.name, "mode": mode, "attention": attention.label}
         try:
             row |= measure_step(case, attention, MODES[mode], torch.device("cuda"), seconds)
         except torch.OutOfMemoryError:
@@ -114,7 +136,7 @@ def _bench_steps(
 
 
 def measure_step(
-    case: StepCase, attention: str, config: TrainConfig, device: torch.device, seconds: float
+    case: StepCase, attention: Attention, config: TrainConfig, device: torch.device, seconds: float
 ) -> Row:
     """Median milliseconds of a step, examples and tokens a second, MiB above the model's."""
     torch.manual_seed(0)

@@ -1,1 +1,5 @@
-"""Tasks as tokens: how they are made or read, and how batches are drawn."""
+"""Tasks and their data. `Task` says how to write one."""
+
+from sparse_flash.experiments.data.dataset import Split, Splits, Task
+
+__all__ = ["Split", "Splits", "Task"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Protocol
@@ -139,21 +140,152 @@ class Splits:
 
 
 class Task(Protocol):
-    """What a task must say of itself; its settings are a frozen dataclass."""
+    """A task of classification: sizes, and the data.
+
+    A task is a frozen dataclass whose fields are its settings; the command line makes them options,
+    `--task.length`. It needs no base class, but
+
+    - `vocabulary` and `classes`: ints, the number of different tokens and of labels;
+    - `length`: an int, tokens of an example, padding included: a field or a property;
+    - `load()`: returns `Splits` of examples to train with, to evaluate on and to test;
+
+    and where that applies
+
+    - `pairs = True`: examples are pairs of documents;
+    - `places()`: row and column of each token of an image, int64 (length, 2), for positions
+      "rotary2d".
+
+    Data is drawn from a seed of its own, so that all runs see the same. Copy this, and train it by
+    `sparse-flash train my_task.py:Needle --task.length 512`:
+
+    >>> from dataclasses import dataclass
+    >>> import torch
+    >>> from sparse_flash.experiments.data import Split, Splits
+    >>> @dataclass(frozen=True)
+    ... class Needle:
+    ...     "Which of ten needles, tokens 11 to 20, lies in straw of tokens 1 to 10?"
+    ...     length: int = 256
+    ...     train: int = 2_000
+    ...     vocabulary, classes = 21, 10
+    ...
+    ...     def load(self):
+    ...         generator = torch.Generator().manual_seed(0)
+    ...         return Splits(*(self.draw(n, generator) for n in (self.train, 200, 500)))
+    ...
+    ...     def draw(self, count, generator):
+    ...         tokens = torch.randint(1, 11, (count, self.length), generator=generator)
+    ...         place = torch.randint(self.length, (count,), generator=generator)
+    ...         labels = torch.randint(10, (count,), generator=generator)
+    ...         tokens[torch.arange(count), place] = 11 + labels
+    ...         return Split(tokens.to(torch.uint8), None, labels)
+    >>> check_task(Needle())
+    >>> splits = Needle(length=16).load()
+    >>> check_splits(Needle(length=16), splits)
+    >>> splits.train.tokens.shape, splits.val.labels.shape
+    (torch.Size([2000, 16]), torch.Size([200]))
+    """
 
     vocabulary: int
     classes: int
-    pairs: bool
 
     @property
     def length(self) -> int:
         """Tokens per example, or document of a pair, padding included."""
 
-    def places(self) -> Tensor | None:
-        """The (row, column) of each token of an image: (length, 2); None of what is no image."""
-
     def load(self) -> Splits:
         """Read or make the data."""
+
+
+def has_pairs(task: Task) -> bool:
+    """Whether examples are pairs of documents; False where the task does not say."""
+    return bool(getattr(task, "pairs", False))
+
+
+def places_of(task: Task) -> Tensor | None:
+    """The (row, column) of each token of an image: (length, 2); None of what is no image."""
+    places: Tensor | None = task.places() if hasattr(task, "places") else None
+    return places
+
+
+def check_task(task: Task) -> None:
+    """Refuse what is no task, before any work.
+
+    Raises:
+        ValueError: Something of the protocol is missing, or no positive int.
+    """
+    name = type(task).__name__
+    if not dataclasses.is_dataclass(task) or isinstance(task, type):
+        raise ValueError(
+            "a task must be an instance of a dataclass, whose fields are its settings; got "
+            f"{task!r}"
+        )
+    for size in ("vocabulary", "classes", "length"):
+        try:
+            value = getattr(task, size)
+        except AttributeError as error:
+            if error.name != size or error.obj is not task:
+                raise
+            raise ValueError(
+                f"the task {name} needs an int `{size}`; see the example of "
+                "sparse_flash.experiments.data.Task"
+            ) from None
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"the {size} of the task {name} must be a positive int, got {value!r}")
+    if not callable(getattr(task, "load", None)):
+        raise ValueError(f"the task {name} needs a method `load()` that returns Splits")
+
+
+def check_splits(task: Task, splits: object) -> None:
+    """Refuse data that does not fit its task, which would fail later inside the model.
+
+    Raises:
+        ValueError: It is no `Splits`; shapes, dtypes, tokens, lengths or labels do not fit.
+    """
+    name = f"{type(task).__name__}.load()"
+    if not isinstance(splits, Splits):
+        raise ValueError(
+            f"{name} must return Splits(train, val, test) of Split(tokens, lengths, labels), got "
+            f"{type(splits).__name__}"
+        )
+    for part in ("train", "val", "test", "first"):
+        split = getattr(splits, part)
+        if split is None and part == "first":
+            continue
+        if not isinstance(split, Examples):
+            raise ValueError(f"{name}: {part} must be a Split, got {type(split).__name__}")
+        if not len(split):
+            raise ValueError(f"{name}: {part} has no examples")
+        if isinstance(split, Split):
+            for wrong in _wrong(task, split):
+                raise ValueError(f"{name}: {part} {wrong}")
+
+
+def _wrong(task: Task, split: Split) -> Iterator[str]:
+    """What does not fit the task."""
+    n, pair = len(split), (2,) if has_pairs(task) else ()
+    tokens, lengths, labels = split.tokens, split.lengths, split.labels
+    for what, values, shape in (
+        ("tokens", tokens, (n, *pair, task.length)),
+        ("lengths", lengths, (n, *pair)),
+        ("labels", labels, (n,)),
+    ):
+        if values is None and what == "lengths":
+            continue
+        if not isinstance(values, Tensor) or tuple(values.shape) != shape:
+            got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            yield f"must have {what} of shape {shape}, got {got}"
+        elif values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
+            yield f"must have {what} of an integer dtype, got {values.dtype}"
+        elif what == "labels" and values.dtype != torch.int64:
+            yield f"must have labels of dtype torch.int64, got {values.dtype}"
+    for what, found, least, most in (
+        ("tokens", tokens, 0, task.vocabulary - 1),
+        ("lengths", lengths, 1, task.length),
+        ("labels", labels, 0, task.classes - 1),
+    ):
+        if found is not None and not least <= found.min() <= found.max() <= most:
+            low, high = found.min().item(), found.max().item()
+            yield f"must have {what} in {least}..{most}, got {low}..{high}"
 
 
 class Sampler:

@@ -103,7 +103,8 @@ def walk(folder: str) -> Iterator[Path]:
         count += 1 + len(files)
         if count > MOST_FILES:
             raise DataError(
-                f"{folder} holds more than {MOST_FILES:,} files: give the folder of the data alone"
+                f"{folder} holds more than {MOST_FILES:,} files: give the folder of the data "
+                "itself with --task.source"
             )
         yield from (Path(here) / name for name in files if not name.startswith("."))
 

@@ -99,6 +99,8 @@ def _open(source: str, where: str) -> DatasetDict:
             f"'sparse-flash[hub]', or give files instead; {where}"
         ) from error
     path = source.removeprefix(HUB)
+    if not path.strip("@ "):
+        raise DataError(f"{source!r} needs the name of a data set after 'hf:'; {where}")
     name, _, revision = path.partition("@")
     try:
         if (Path(path) / "dataset_dict.json").exists():  # what save_to_disk has written

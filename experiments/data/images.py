@@ -150,7 +150,10 @@ class Image:
                 )
         train, test = (self._split(images) for images in found.values())
         if not 0 < self.val < len(train):
-            raise ValueError(f"val must be in 1..{len(train) - 1}, got {self.val}")
+            raise DataError(
+                f"{self.source} has {len(train)} images to train with, of which --task.val must "
+                f"leave some: 1..{len(train) - 1}, got {self.val}"
+            )
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
         return Splits(train.subset(order[self.val :]), train.subset(order[: self.val]), test)
 
@@ -213,7 +216,7 @@ def _find_images(source: Source) -> list[str]:
             )
         return files or images or None
 
-    return source.find(files_of, "data_batch_* and test_batch, or {train,test}/CLASS/*.{png,jpg},")
+    return source.find(files_of, "data_batch_* and test_batch, or {train,test}/CLASS/*.{png,jpg}")
 
 
 def _pictures(source: Source, look: Look, folder: str) -> list[str]:

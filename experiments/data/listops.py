@@ -76,11 +76,20 @@ class ListOps:
     def __post_init__(self) -> None:
         """Refuse what cannot be generated."""
         if not 0 < self.min_length + 2 < self.max_length:
-            raise ValueError(f"ListOps needs min_length + 2 < max_length, got {self}")
+            raise ValueError(
+                "ListOps needs min_length + 2 < max_length, got "
+                f"min_length={self.min_length}, max_length={self.max_length}"
+            )
         if self.max_depth < 2 or self.max_args < 2:
-            raise ValueError(f"ListOps needs max_depth and max_args of at least 2, got {self}")
+            raise ValueError(
+                "ListOps needs max_depth and max_args of at least 2, got "
+                f"max_depth={self.max_depth}, max_args={self.max_args}"
+            )
         if min(self.train, self.val, self.test) < 1:
-            raise ValueError(f"ListOps needs at least one example in each split, got {self}")
+            raise ValueError(
+                "ListOps needs at least one example in each split, got "
+                f"train={self.train}, val={self.val}, test={self.test}"
+            )
         # Longer ones might be among those that are tested: they are made from the same seeds.
         longest = self.min_length + 1
         if any(not 5 <= length <= longest for length in self.easier):

@@ -106,7 +106,10 @@ class Pathfinder:
             )
         check_share(self.easier_share)
         if min(self.train, self.val, self.test) < 1:
-            raise ValueError(f"Pathfinder needs at least one image in each split, got {self}")
+            raise ValueError(
+                "Pathfinder needs at least one image in each split, got "
+                f"train={self.train}, val={self.val}, test={self.test}"
+            )
 
     @property
     def length(self) -> int:

@@ -13,6 +13,7 @@ import os
 import posixpath
 import re
 import stat
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -359,8 +360,8 @@ class _Search:
             except OverflowError:
                 raise DataError(
                     f"{self.source.name} is too large to search, with more than {MOST_NAMES:,} "
-                    f"files and folders: give the folder that holds the data with --task.source; "
-                    f"{self.source.where}"
+                    f"files and folders{self._largest(folder)}: give the folder of the data itself "
+                    f"with --task.source; {self.source.where}"
                 ) from None
             except OSError as error:
                 raise _UnreadableError(
@@ -369,3 +370,11 @@ class _Search:
             self.left -= 1 + len(listing.folders) + len(listing.files)
             self.known[folder] = listing
         return self.known[folder]
+
+    def _largest(self, last: str) -> str:
+        """The folder directly below the source with most names, in words; `last` has the rest."""
+        counts = Counter({last.partition("/")[0]: self.left})
+        for folder, listing in self.known.items():
+            counts[folder.partition("/")[0]] += len(listing.folders) + len(listing.files)
+        largest = counts.most_common(1)[0][0]
+        return f", most of them below {self.source.at(largest)}" if largest else ""

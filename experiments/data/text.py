@@ -104,7 +104,10 @@ class Text(_Bytes):
                 )
         train, test = (Split.from_sequences(x, self.max_length) for x in examples.values())
         if not 0 < self.val < len(train):
-            raise ValueError(f"val must be in 1..{len(train) - 1}, got {self.val}")
+            raise DataError(
+                f"{self.source} has {len(train)} reviews to train with, of which --task.val must "
+                f"leave some: 1..{len(train) - 1}, got {self.val}"
+            )
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
         return Splits(train.subset(order[self.val :]), train.subset(order[: self.val]), test)
 

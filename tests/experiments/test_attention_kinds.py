@@ -92,7 +92,18 @@ def test_flex_has_one_mask_for_all_heads():
 
 
 def test_unknown_names_say_what_there_is():
-    with pytest.raises(ValueError, match=r"unknown pattern .*standard, sdpa, linear"):
-        Kind.of("linformer")
+    for text, words in {
+        "linformer": r"linformer must have a size of at least 1, as in linformer\(256\)",
+        "linformer()": r"as in linformer\(256\)",
+        "sdpa(3)": "sdpa takes no size, write sdpa",
+        "standrd": "unknown attention 'standrd'; did you mean 'standard'",
+        "denze": "did you mean 'dense'",
+        "spda": "did you mean 'sdpa'",
+        "gone(3)": r"unknown pattern .*dense, or one of standard, sdpa, linear, performer\(256\)",
+    }.items():
+        with pytest.raises(ValueError, match=words):
+            Kind.of(text)
+    with pytest.raises(TypeError, match="attention must be a name such as 'sdpa'.*got 3"):
+        Kind.of(3)
     with pytest.raises(ValueError, match=r"unknown pattern .*flex: MASK"):
         Kind.of("flex: lokal(3)")

@@ -89,7 +89,7 @@ def test_predicates_mean_their_masks(spec):
 def test_lists_of_tiles():
     layout = masks.parse("local(100) | global_tokens(64)").layout(1000, block=(128, 128))
     for keep in (layout.bit_tile_indices < 0, layout.bit_tile_indices >= 0):
-        counts, columns = peers.tile_lists(layout, keep)
+        counts, columns = peers._lists(layout, keep)
         table = torch.zeros(layout.num_block_rows, layout.num_block_cols, dtype=torch.bool)
         for row, (count, of_row) in enumerate(zip(counts[0, 0], columns[0, 0], strict=True)):
             table[row, of_row[:count].long()] = True

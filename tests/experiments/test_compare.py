@@ -10,7 +10,6 @@ import sys
 import time
 import urllib.request
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from sparse_flash.experiments import compare as module
@@ -56,7 +55,7 @@ def test_report(comparison):
     assert saved == report
     assert saved["machine"]["cpu"]
     text = (folder / "comparison.md").read_text()
-    assert text == markdown(report)
+    assert text.startswith(markdown(report))
     assert "local(6) \\| global_tokens(2)" in text
     assert text.count(" ± ") == 3
     assert report["machine"]["torch"] in text
@@ -103,7 +102,7 @@ def test_nothing_fails_once_all_is_trained(comparison, tmp_path, monkeypatch, sp
     attentions = (*others, sparsest) if sparsest else others
     config = replace(config, attentions=attentions, model=replace(config.model, pooling="cls"))
 
-    def trained(run, *_):
+    def trained(run, *_, **__):
         metrics = {k: v for k, v in report["runs"][0]["metrics"].items() if k != "density"}
         kept = density(run)
         metrics |= {} if kept is None else {"density": kept}
@@ -111,10 +110,12 @@ def test_nothing_fails_once_all_is_trained(comparison, tmp_path, monkeypatch, sp
         return {**report["runs"][0], "config": run.to_dict(), "metrics": metrics}
 
     monkeypatch.setattr(module, "train", trained)
+    monkeypatch.setattr(module, "check_trainable", lambda *_: None)  # flex: as on a GPU
     made = compare(config, tmp_path, "cpu")
     assert "of_matrix_peak" not in made["rows"][0]
     shown = module.picture(made, 8)
-    assert shown.startswith(f"{sparsest} at 48 tokens:\n┌" if sparsest else "")
+    assert shown.startswith(f"{sparsest} at 48 tokens:\n" if sparsest else "")
+    assert not sparsest or "┌" in shown
     assert bool(shown) == bool(sparsest)
 
 
@@ -122,7 +123,7 @@ def test_what_is_impossible_is_refused_before_anything_is_trained(
     comparison, tmp_path, monkeypatch
 ):
     config, _, _ = comparison
-    monkeypatch.setattr(module, "train", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr(module, "train", lambda *_, **__: pytest.fail("trained"))
     for attention, words in [
         ("flex: per_head([local(3), full()])", "'flex: per_head.*masks that all heads share"),
         ("per_head([local(3), full(), full()])", "1 batch entries and 3 heads; .* its 2 heads"),
@@ -132,10 +133,10 @@ def test_what_is_impossible_is_refused_before_anything_is_trained(
     for attention in ("performer(0)", "linformer(0)"):
         with pytest.raises(ValueError, match="must have a size of at least 1"):
             replace(config, attentions=("sdpa", attention))
-    with pytest.raises(ValueError, match="block sizes must be positive"):
+    with pytest.raises(ValueError, match="block must be 1 to 4096 tokens, got 0"):
         compare(replace(config, block=0), tmp_path, "cpu")
     assert list(tmp_path.iterdir()) == [], "nothing was written"
-    (tmp_path / "report").write_text("in the way of the last thing that is written")
+    (tmp_path / "_report").write_text("in the way of the last thing that is written")
     with pytest.raises(LogError, match="cannot write to the log folder"):
         compare(config, tmp_path, "cpu")
 
@@ -145,12 +146,19 @@ def test_finished_runs_are_not_trained_again(comparison, monkeypatch):
     trained = []
     original = module.train
     monkeypatch.setattr(
-        module, "train", lambda run, *rest: trained.append(run.attention) or original(run, *rest)
+        module,
+        "train",
+        lambda run, *rest, **more: trained.append(run) or original(run, *rest, **more),
     )
     (folder / "dense-seed1" / "result.json").unlink()
     again = compare(config, folder, "cpu")
     assert len(trained) == 6
     assert again["rows"][0] == report["rows"][0]
+    for name in ("dense-seed1", "sdpa-seed0"):
+        events = EventAccumulator(str(folder / name)).Reload()
+        for metric in ("test_accuracy", "step_ms", "speedup"):
+            assert len(events.Scalars(f"final/{metric}")) == 1, "nothing is logged twice"
+        assert "mask" not in events.Tags()["images"], "the report has it, once for all seeds"
     assert again["rows"][1]["test_loss"] == report["rows"][1]["test_loss"]
 
 
@@ -190,9 +198,9 @@ def test_tensorboard_shows_the_comparison_in_a_browser(comparison, tmp_path):
 
     _, folder, _ = comparison
     port = free_port()
-    board = Path(sys.executable).parent / "tensorboard"
     server = subprocess.Popen(
-        [str(board), "--logdir", str(folder), "--port", str(port), "--host", "127.0.0.1"],
+        [sys.executable, "-m", "tensorboard.main", "--logdir", str(folder), "--port", str(port),
+         "--host", "127.0.0.1"],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     options = webdriver.ChromeOptions()
@@ -200,7 +208,7 @@ def test_tensorboard_shows_the_comparison_in_a_browser(comparison, tmp_path):
     for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic",
                  "--no-first-run",
                  "--disable-background-networking", "--disable-component-update", "--disable-sync",
-                 "--disable-dev-shm-usage", "--window-size=1600,1400",
+                 "--disable-dev-shm-usage", "--window-size=1600,1200",
                  f"--user-data-dir={tmp_path / 'profile'}"):  # fmt: skip
         options.add_argument(flag)
     browser = None
@@ -208,17 +216,21 @@ def test_tensorboard_shows_the_comparison_in_a_browser(comparison, tmp_path):
         wait_until(lambda: reachable(f"http://127.0.0.1:{port}/"), 60)
         wait_until(lambda: len(runs(port)) == 7, 60)  # six, and the report
         browser = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
-        for page, words in PAGES.items():
+        for number, (page, words, absent, pictures) in enumerate(PAGES):
             browser.get(f"http://127.0.0.1:{port}/{page}")
             browser.refresh()  # a new fragment alone does not reload
             missing = [
                 w for w in words if not wait_until(lambda w=w: w in everything(browser), 40, False)
             ]
-            picture = tmp_path / f"{page.partition('#')[2]}.png"
+            drawn = wait_until(lambda n=pictures: len(loaded_pictures(browser)) >= n, 40, False)
+            picture = tmp_path / f"{number}.png"
             browser.save_screenshot(str(picture))
             assert not missing, f"{page} does not show {missing}; see {picture}"
-        browser.get(f"http://127.0.0.1:{port}/#images")
-        assert wait_until(lambda: loaded_pictures(browser), 40, False), "no picture was drawn"
+            assert drawn, f"{page} shows {loaded_pictures(browser)}; see {picture}"
+            unwanted = [word for word in absent if word in everything(browser)]
+            assert not unwanted, f"{page} shows {unwanted}; see {picture}"
+            if not page:
+                check_first_view(browser)
     finally:
         if browser is not None:
             browser.quit()
@@ -226,18 +238,43 @@ def test_tensorboard_shows_the_comparison_in_a_browser(comparison, tmp_path):
         server.wait(20)
 
 
-PAGES = {
-    "?tagFilter=accuracy#timeseries": ["eval/accuracy", "by_training_millisecond/eval/accuracy"],
-    "?tagFilter=attention_share#timeseries": ["speed/attention_share", "final/attention_share"],
-    "?tagFilter=memory#timeseries": ["speed/peak_memory_MiB", "final/peak_memory_MiB"],
-    "#images": ["mask"],
-    "#text": ["comparison/text_summary", "report"],  # the table itself is in a frame
-    "#hparams": ["attention", "final/test_accuracy", "sdpa", "global_tokens"],
-}
+def check_first_view(browser):
+    """What is seen without a click: the report's four pictures, before all else."""
+    text, height = everything(browser), browser.execute_script("return innerHeight")
+    assert text.index("_report") < min(text.index(run) for run in ("dense-seed0", "sdpa-seed0"))
+    groups = ["0report", "1masks", "by_training_millisecond", "eval"]
+    places = [text.index(group) for group in groups]
+    assert places == sorted(places)
+    seen = [p for p in loaded_pictures(browser) if p["top"] > 0 and p["bottom"] < height]
+    assert len(seen) == 4
+    # At most halved, with the same shape: its letters stay legible.
+    assert all((p["width"], p["height"]) == (706, 430) for p in seen)
+    assert all(abs(p["shownWidth"] / p["shownHeight"] - 706 / 430) < 0.05 for p in seen)
+    assert all(p["shownHeight"] >= 205 for p in seen)
+
+
+# Page, words that it shows, words that it does not, and how many pictures at least.
+PAGES = [
+    ("", ["0report/1accuracyagainsttrainingtime", "0report/2accuracyagainststeptime",
+          "0report/3speed-up", "0report/4memory", "local(6)+global_tokens(2)-seed0"], ["mask/"], 4),
+    ("?tagFilter=eval/accuracy#timeseries",
+     ["eval/accuracy", "by_training_millisecond/eval/accuracy"], [], 0),
+    ("?tagFilter=attention_share#timeseries",
+     ["speed/attention_share", "final/attention_share"], [], 0),
+    ("?tagFilter=memory_MiB#timeseries",
+     ["speed/peak_memory_MiB", "final/peak_memory_MiB"], [], 0),
+    ("#scalars", ["eval/accuracy", "by_training_millisecond", "_report"], [], 0),
+    ("#images", ["1masks/dense", "1masks/local(6)|global_tokens(2)"], [], 6),
+    ("#text", ["0report/comparison/text_summary", "Speed:astepof", "thespeedofsdpa",
+               "tiledensity", "±", "local(6)|global_tokens(2)"], [], 0),
+    ("#hparams", ["attention", "density", "seed", "testaccuracy", "stepms", "speed-up",
+                  "local(6)|global_tokens(2)"], ["model.dim", "train.lr", "task.", "final/"], 0),
+]  # fmt: skip
 EVERYTHING = """
 const texts = [];
 const walk = (node) => {
   if (node.shadowRoot) walk(node.shadowRoot);
+  if (node.contentDocument) walk(node.contentDocument.body);
   for (const child of node.childNodes) {
     if (child.nodeType === 3) texts.push(child.textContent);
     else if (!['SCRIPT', 'STYLE'].includes(child.nodeName)) walk(child);
@@ -249,7 +286,11 @@ return texts.join('');
 PICTURES = """
 const found = [];
 const walk = (node) => {
-  if (node.nodeName === 'IMG' && node.naturalWidth > 100) found.push(node.src);
+  if (node.nodeName === 'IMG' && node.naturalWidth > 100) {
+    const box = node.getBoundingClientRect();
+    found.push({src: node.src, width: node.naturalWidth, height: node.naturalHeight,
+                top: box.top, bottom: box.bottom, shownWidth: box.width, shownHeight: box.height});
+  }
   if (node.shadowRoot) walk(node.shadowRoot);
   for (const child of node.children || []) walk(child);
 };
@@ -264,7 +305,7 @@ def everything(browser):
 
 
 def loaded_pictures(browser):
-    return [src for src in browser.execute_script(PICTURES) if "plugin" in src]
+    return [found for found in browser.execute_script(PICTURES) if "plugin" in found["src"]]
 
 
 def reachable(url):
@@ -302,7 +343,7 @@ def test_command_line_mask(capsys, tmp_path):
     assert cli.main(["mask", "show", "lokal(3)"]) == 1
     assert "did you mean 'local'?" in capsys.readouterr().err
     assert cli.main(["mask", "show", "causal()", "--length", "0"]) == 1
-    assert "q_len must be at least 1, got 0" in capsys.readouterr().err
+    assert "--length must be at least 1 token, got 0" in capsys.readouterr().err
 
 
 def test_command_line_train_and_compare(capsys, tmp_path):
@@ -318,7 +359,7 @@ def test_command_line_train_and_compare(capsys, tmp_path):
     assert (
         cli.main(["train", "listops-short", "--attention", "local(6)", "--out", out, *small]) == 1
     )
-    assert "other settings (different: attention)" in capsys.readouterr().err
+    assert "other settings (different: attention: local(5) -> local(6))" in capsys.readouterr().err
     out = str(tmp_path / "compare")
     assert (
         cli.main(
@@ -329,7 +370,7 @@ def test_command_line_train_and_compare(capsys, tmp_path):
     output = capsys.readouterr().out
     assert "local(5) at 39 tokens:\n┌" in output
     assert "| attention " in output
-    assert "tensorboard --logdir" in output
+    assert f"--logdir {out}" in output
     assert cli.main(["compare", "listops-short", "--out", out, "--attentions", "sdpa", "sdpa"]) == 1
     assert "different values" in capsys.readouterr().err
 

@@ -135,7 +135,7 @@ def test_a_run_in_pieces_is_as_one_without_a_stop(tmp_path, monkeypatch):
     assert pieces["metrics"]["test_accuracy"] == whole["metrics"]["test_accuracy"]
     assert whole["metrics"]["images"] == 32 + 16 + 8
     assert follow(TINY, tmp_path / "whole", "cpu") == whole
-    with pytest.raises(CheckpointError, match="other settings .different: warmup"):
+    with pytest.raises(CheckpointError, match=r"other settings .different: warmup: \d+ -> 3"):
         follow(replace(TINY, warmup=3), tmp_path / "whole", "cpu")
 
 
@@ -149,6 +149,18 @@ def test_a_stage_ends_when_it_is_learned(tmp_path):
     assert seen == [row[2] for row in result["curve"]]
     by_time = [v for tag, v, _, _ in history if tag == "by_gpu_second/curriculum/pixels"]
     assert by_time == [32, 32, 32, 64, 64]
+
+
+def test_a_budget_ends_a_stage_at_once_on_a_cpu(tmp_path):
+    one = replace(TINY, stages=TINY.stages[:1])
+    result = follow(one, tmp_path, "cpu", budget=1e-9)
+    assert result["metrics"]["images"] == 4
+    assert not result["metrics"]["finished"]
+    assert 0 < result["metrics"]["test_loss"] < 9
+    (stage,) = result["stages"]
+    assert (stage["pixels"], stage["steps"]) == (32, 1)
+    assert min(stage["step_ms"], stage["tokens_per_second"], stage["peak_memory_MiB"]) > 0
+    assert stage["density"] == pytest.approx(22 / 64)
 
 
 def test_checkpoints_of_the_recipes_are_small():

@@ -87,9 +87,11 @@ def test_every_task_from_end_to_end(tmp_path, config, recipes):
     assert "listops 40%" in text
     assert json.loads((out / "lra.json").read_text())["settings"]["budget"] is None
     assert (out / "lra.png").stat().st_size > 10_000
-    events = EventAccumulator(str(out / "report")).Reload()
-    assert events.Tags()["images"] == ["lra"]
-    (shown,) = events.Tensors("lra/text_summary")
+    events = EventAccumulator(str(out / "_report")).Reload()
+    masks = [f"1 masks/{task}: local(16)" for task in TASKS]
+    reported = [f"0 report/{name}" for name in ("1 speed-up", "2 average accuracy", "lra")]
+    assert sorted(events.Tags()["images"]) == sorted([*reported, *masks])
+    (shown,) = events.Tensors("0 report/lra/text_summary")
     assert shown.tensor_proto.string_val[0].decode() == text
     curve = report["runs"][0]["curve"]
     assert [point[0] for point in curve] == [2, 4]
@@ -107,11 +109,11 @@ def test_a_grid_that_is_stopped_goes_on(tmp_path, config, recipes, monkeypatch):
     config = replace(config, tasks=("listops", "pathfinder"))
     done = []
 
-    def some(run, *arguments):
+    def some(run, *arguments, **more):
         if len(done) == 2:
             raise KeyboardInterrupt
         done.append(run)
-        return train(run, *arguments)
+        return train(run, *arguments, **more)
 
     monkeypatch.setattr(lra, "train", some)
     with pytest.raises(KeyboardInterrupt):
@@ -162,11 +164,13 @@ def test_slow_attention_is_only_timed(tmp_path, config, recipes, monkeypatch):
     text = (tmp_path / "lra.md").read_text()
     assert "listops 40%" in text
     assert "against standard" in text
+    lines = sorted(path.parent.name for path in tmp_path.rglob("*.comparison"))
+    assert lines == ["dense-seed0", "dense-seed1"], "HPARAMS shows no accuracy of timed attention"
 
 
 def test_several_seeds_have_a_spread(tmp_path, config, recipes, monkeypatch):
-    def trained(run, *arguments):
-        result = train(run, *arguments)
+    def trained(run, *arguments, **more):
+        result = train(run, *arguments, **more)
         result["metrics"]["test_accuracy"] = (0.25, 0.5)[run.seed]
         return result
 
@@ -191,7 +195,7 @@ def test_what_has_no_attention_matrix_has_no_density(tmp_path, config, recipes):
 def test_what_is_impossible_is_refused_before_anything_is_trained(
     tmp_path, config, recipes, monkeypatch
 ):
-    monkeypatch.setattr(lra, "train", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr(lra, "train", lambda *_, **__: pytest.fail("trained"))
     monkeypatch.setattr(ListOps, "load", lambda _: pytest.fail("generated"))
     missing = replace(config, image=str(tmp_path / "nowhere"))
     with pytest.raises(DataError, match="nowhere"):

@@ -89,7 +89,7 @@ def test_damaged_reviews(tmp_path):
     binary = REVIEWS | {"aclImdb/test/pos/3_7.txt": b"a\0b"}
     with pytest.raises(DataError, match="is no text"):
         Text(archive(tmp_path / "binary.tar.gz", binary)).load()
-    with pytest.raises(ValueError, match=r"val must be in 1\.\.7, got 8"):
+    with pytest.raises(ValueError, match=r"must leave some: 1\.\.7, got 8"):
         Text(whole, val=8).load()
     Text(whole, val=3).load()
 
@@ -224,7 +224,7 @@ def test_damaged_images(tmp_path):
     del contents[first]
     with pytest.raises(DataError, match="images a class to train"):
         Image(write(tmp_path / "fewer", contents)).load()
-    with pytest.raises(ValueError, match=r"val must be in 1..29"):
+    with pytest.raises(ValueError, match=r"must leave some: 1..29"):
         Image(write(tmp_path / "all", image_folder()), val=30).load()
 
 

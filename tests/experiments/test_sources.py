@@ -221,6 +221,8 @@ def test_a_folder_too_large_to_search(tmp_path, monkeypatch):
     write(tmp_path / "data/deep/down", REVIEWS)
     with pytest.raises(DataError, match=r"too large to search, with more than 100 .*task.source"):
         Text(str(tmp_path / "data")).load()
+    with pytest.raises(DataError, match=r"folders, most of them below .*/data/other: give the fo"):
+        Text(str(tmp_path / "data")).load()
     assert counts(Text(str(tmp_path / "data/deep"), val=3)) == (5, 3, 8)
     monkeypatch.setattr(files, "MOST_FILES", 10)
     with pytest.raises(DataError, match="more than 10 files"):

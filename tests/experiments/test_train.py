@@ -250,7 +250,7 @@ def poison(monkeypatch, step):
 
 def test_nan_stops_the_run_and_spares_the_checkpoint(tiny_config, tiny_data, tmp_path, monkeypatch):
     poison(monkeypatch, step=13)
-    with pytest.raises(TrainingError, match=r"at step 16 the loss is nan.* lower --lr"):
+    with pytest.raises(TrainingError, match=r"at step 16 the loss is nan.* lower --train.lr"):
         train(tiny_config, tmp_path, "cpu", tiny_data)
     kept = checkpoint.load(tmp_path / CHECKPOINT)
     assert kept["progress"]["step"] == 12
@@ -285,7 +285,7 @@ def test_foreign_and_damaged_checkpoints(tiny_config, tiny_data, tmp_path):
         assert path.read_bytes() == bad, "nothing is overwritten"
     path.write_bytes(good)
     other = replace(tiny_config, seed=1)
-    with pytest.raises(CheckpointError, match=r"other settings \(different: seed\)"):
+    with pytest.raises(CheckpointError, match=r"other settings \(different: seed: 0 -> 1\)"):
         train(other, tmp_path, "cpu", tiny_data)
     assert train(tiny_config, tmp_path, "cpu", tiny_data)["metrics"]["step_ms"] > 0
 
@@ -318,10 +318,14 @@ def test_settings_that_an_older_version_did_not_know(tiny_config, tiny_data, tmp
     again = train(tiny_config, tmp_path, "cpu", tiny_data)
     assert again["metrics"]["test_loss"] == result["metrics"]["test_loss"]
     without("train", "steps")  # is not
-    with pytest.raises(CheckpointError, match=r"result.json .* \(different: train\)"):
+    with pytest.raises(
+        CheckpointError, match=r"result.json .* \(different: train.steps: 5000 -> 24\)"
+    ):
         train(tiny_config, tmp_path, "cpu", tiny_data)
     path.unlink()
-    with pytest.raises(CheckpointError, match=r"checkpoint.pt .* \(different: train\)"):
+    with pytest.raises(
+        CheckpointError, match=r"checkpoint.pt .* \(different: train.steps: 5000 -> 24\)"
+    ):
         train(tiny_config, tmp_path, "cpu", tiny_data)
 
 

@@ -12,7 +12,7 @@ from sparse_flash.experiments.data.images import places
 from sparse_flash.experiments.data.pathfinder import Pathfinder
 from sparse_flash.experiments.model import Encoder
 from sparse_flash.experiments.train import train
-from sparse_flash.experiments.warm_start import begin_with
+from sparse_flash.experiments.warm_start import begin_with, find_checkpoint
 
 SCHEDULE = TrainConfig(
     steps=2, batch_size=2, lr=1e-3, warmup=0, eval_every=2, log_every=1, checkpoint_every=2
@@ -76,3 +76,25 @@ def test_a_resumed_run_keeps_its_own_weights(tmp_path):
     assert (
         whole["metrics"]["test_loss"] != train(run, tmp_path / "x", "cpu")["metrics"]["test_loss"]
     )
+
+
+def test_the_folder_of_the_only_run_inside(tmp_path):
+    run = run_of()
+    train(run, tmp_path / "all" / "sdpa-seed0", "cpu")
+    path = tmp_path / "all" / "sdpa-seed0" / "checkpoint.pt"
+    for given in (path, path.parent, path.parent.parent):
+        assert find_checkpoint(str(given)) == path
+    (tmp_path / "all" / "b").mkdir()
+    (tmp_path / "all" / "b" / "checkpoint.pt").write_text("")
+    with pytest.raises(CheckpointError, match="has the runs .*/b, .*/sdpa-seed0: choose one with"):
+        find_checkpoint(str(tmp_path / "all"))
+    with pytest.raises(CheckpointError, match="no checkpoint .*/c to begin with"):
+        find_checkpoint(str(tmp_path / "c"))
+    with pytest.raises(CheckpointError, match="is no checkpoint .* another run with --init"):
+        train(replace(run, init=str(tmp_path / "all" / "b")), tmp_path / "d", "cpu")
+
+
+def test_a_missing_run_is_noticed_before_data_is_made(tmp_path):
+    run = replace(run_of(), init=str(tmp_path / "none"))
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        train(run, tmp_path / "a", "cpu", lambda: pytest.fail("data was loaded"))
