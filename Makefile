@@ -4,13 +4,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO ?= runs/demo
 
-.PHONY: install install-dev demo test lint types imports unit format clean
+.PHONY: install install-dev demo docs prose test lint types imports unit format clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo     compare dense with block-sparse attention on short ListOps (CPU, minutes)"
 	@echo "make test     linters, types, import rules and all tests"
-	@echo "make install  the package alone, in $(VENV)"
+	@echo "make docs     the documentation as a site, in site/"
+	@echo "make install  the package and its command line, in $(VENV)"
 	@echo "make format   let ruff format and fix what it can"
 	@echo "make clean    remove the environment and everything made"
 
@@ -19,7 +20,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install -q -c constraints.txt -e .
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[experiments]'
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
@@ -32,18 +33,43 @@ install-dev: $(VENV)/.installed-dev
 demo: install
 	$(BIN)/sparse-flash compare listops-short --out $(DEMO)
 
-test: lint types imports unit
+test: lint prose types imports unit
 
 lint: install-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# Spelling of everything, style of the pages, and the form of files for GitHub.
+CHECK_FORM := $(BIN)/check-jsonschema --builtin-schema
+prose: install-dev
+	$(CHECK_FORM) vendor.github-workflows .github/workflows/*.yml
+	$(CHECK_FORM) vendor.github-issue-forms $(filter-out %config.yml,$(wildcard .github/ISSUE_TEMPLATE/*.yml))
+	$(CHECK_FORM) vendor.citation-file-format CITATION.cff
+	$(BIN)/codespell
+	$(BIN)/proselint --config .proselintrc.json check README.md CONTRIBUTING.md docs/*.md
+	$(BIN)/python -m tools.prose
+
+$(VENV)/.installed-docs: $(VENV)/.installed-dev
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
+	@touch $@
+
+# Pages, tables and pictures must be those of the recorded results; links must lead somewhere.
+docs: $(VENV)/.installed-docs sources
+	$(BIN)/python -m tools.report --check
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict -q
+	$(BIN)/python -m pytest tests/test_docs.py -k outside
+	@echo "open site/index.html"
+
 # mypy does not follow setuptools' package-dir mapping: show it the folders as one package.
-types: install-dev
+types: install-dev sources
+	$(BIN)/mypy
+
+.PHONY: sources
+sources:
+	@rm -rf .typecheck/sparse_flash
 	@mkdir -p .typecheck/sparse_flash
 	@for part in masks kernels experiments; do ln -sfn ../../$$part .typecheck/sparse_flash/$$part; done
 	@for file in sparse_flash/*; do ln -sfn ../../$$file .typecheck/sparse_flash/$$(basename $$file); done
-	$(BIN)/mypy
 
 # Nor does import-linter, which wants real folders.
 imports: install-dev
@@ -62,4 +88,4 @@ format: install-dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .typecheck build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache runs
+	rm -rf $(VENV) .typecheck site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache runs

@@ -9,10 +9,31 @@
 torch.Size([2, 300, 4, 32])
 """
 
+from pathlib import Path
+
+from sparse_flash.install import check_one_install, folders
+
+check_one_install(Path(__file__).resolve().parent, folders())
+
 from sparse_flash import masks
 from sparse_flash.api import block_sparse_attention
+from sparse_flash.density import Densities, computed_density, densities
 from sparse_flash.masks import BlockLayout
 from sparse_flash.masks.records import clear_cache, set_cache_limit
 
-__version__ = "0.1.0"
-__all__ = ["BlockLayout", "block_sparse_attention", "clear_cache", "masks", "set_cache_limit"]
+__version__ = "0.1.0"  # the only place: pyproject.toml reads it
+__all__ = [
+    "BlockLayout",
+    "Densities",
+    "block_sparse_attention",
+    "clear_cache",
+    "computed_density",
+    "densities",
+    "masks",
+    "set_cache_limit",
+]
+
+
+def __dir__() -> list[str]:
+    """The public names, without the modules that they come from."""
+    return [*__all__, "__version__"]

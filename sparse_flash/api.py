@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from sparse_flash import autograd, operators
-from sparse_flash.checks import check_are_tensors, check_mask, check_options, check_tensors
+from sparse_flash.checks import (
+    check_are_tensors,
+    check_mask,
+    check_options,
+    check_tensors,
+    refuse_arguments,
+)
 from sparse_flash.masks import BlockLayout, Mask
 from sparse_flash.masks.traceable import to_operator
 from sparse_flash.positions import with_positions
@@ -55,7 +61,7 @@ def block_sparse_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: Mask | BlockLayout,
+    mask: Mask | BlockLayout | None = None,
     *,
     softmax_scale: float | None = None,
     kv_lens: Tensor | None = None,
@@ -65,6 +71,7 @@ def block_sparse_attention(
     return_lse: bool = False,
     deterministic: bool = False,
     impl: str = "auto",
+    **unknown: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Exact attention restricted to a mask: softmax(scale q k^T, where allowed) v.
 
@@ -96,12 +103,14 @@ def block_sparse_attention(
         deterministic: Gradients are bitwise repeatable; also on with
             torch.use_deterministic_algorithms.
         impl: "auto", or the name of an implementation, which then never falls back to another.
+        **unknown: Refused; arguments of other functions by what to write instead.
 
     Returns:
         Output `(b, q_len, h, d)` in the inputs' dtype; with return_lse, (output, lse).
 
     Raises:
-        TypeError: An argument of the wrong type or dtype.
+        TypeError: An argument of the wrong type or dtype, an unknown argument (is_causal, attn_mask
+            and so on, with what to write instead), or no mask.
         ValueError: Shapes, devices or lengths that do not fit, or kv_lens out of range.
 
     >>> import torch
@@ -115,6 +124,8 @@ def block_sparse_attention(
     >>> torch.allclose(out, dense.transpose(1, 2), atol=1e-6)
     True
     """
+    if mask is None or unknown:
+        refuse_arguments(unknown)
     if torch._C._is_any_autocast_enabled():
         check_are_tensors(q, k, v)
         q, k, v = _autocast(q, k, v)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -11,6 +12,32 @@ from torch import Tensor
 from sparse_flash.masks import BlockLayout, Mask
 from sparse_flash.masks.traceable import Traceable
 
+# Arguments of SDPA, FlashAttention and FlexAttention, and what to write instead.
+_CAUSAL = "pass the mask masks.causal(), or mask & masks.causal()"
+_SCALE = "write softmax_scale"
+_DROPOUT = "write dropout_p, which must be 0.0 for now"
+_LENGTHS = "packed sequences are one sequence with the mask masks.documents(lengths)"
+_OTHERS = {
+    "is_causal": _CAUSAL,
+    "causal": _CAUSAL,
+    "attn_mask": "pass masks.from_dense(attn_mask) as the mask",
+    "block_mask": "pass a Mask or a BlockLayout as the mask: masks.custom(fn) takes a predicate",
+    "mask_mod": "pass masks.custom(fn) as the mask, with fn(q_idx, kv_idx)",
+    "score_mod": "logits can only be scaled: softmax_scale",
+    "alibi_slopes": "logits can only be scaled: softmax_scale",
+    "softcap": "logits can only be scaled: softmax_scale",
+    "window_size": "pass the mask masks.local((left, right))",
+    "scale": _SCALE,
+    "sm_scale": _SCALE,
+    "dropout": _DROPOUT,
+    "p_dropout": _DROPOUT,
+    "enable_gqa": "leave it out: k and v may have fewer heads than q",
+    "cu_seqlens": _LENGTHS,
+    "cu_seqlens_q": _LENGTHS,
+    "cu_seqlens_k": _LENGTHS,
+    "key_padding_mask": "write kv_lens, the number of valid keys per batch entry",
+    "cache_seqlens": "write q_offset, the position of the first query",
+}
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -26,7 +53,19 @@ def check_mask(mask: Mask | BlockLayout) -> None:
     if not isinstance(mask, Traceable):
         raise TypeError(
             f"mask must be a Mask or a BlockLayout, got {type(mask).__name__}; "
-            "masks.parse makes one from text, masks.from_dense from bools"
+            "masks.parse makes one from text, masks.from_dense from bools, masks.custom from a "
+            "function"
+        )
+
+
+def check_heads(mask: Mask | BlockLayout, heads: int) -> None:
+    """ValueError where a mask or layout has patterns for another number of heads."""
+    pattern_map = mask.pattern_map if isinstance(mask, BlockLayout) else mask.patterns()[1]
+    size = pattern_map.shape[1]
+    if size not in (1, heads):
+        raise ValueError(
+            f"the mask has patterns for {size} heads, but there are {heads}: give "
+            f"masks.per_head([...]) {heads} masks, one for each query head, or one mask for all"
         )
 
 
@@ -80,17 +119,46 @@ def check_options(softmax_scale: float | None, dropout_p: float) -> float | None
             "by a learned scale and pass softmax_scale=1.0; otherwise pass scale.item()"
         )
     if softmax_scale is not None:
-        if isinstance(softmax_scale, str | bool):
-            raise TypeError(f"softmax_scale must be a number, got {softmax_scale!r}")
+        if isinstance(softmax_scale, bool) or not hasattr(softmax_scale, "__float__"):
+            raise TypeError(
+                f"softmax_scale must be a number, got {softmax_scale!r}"
+                + _as_number("softmax_scale", softmax_scale)
+            )
         if not math.isfinite(softmax_scale):
             raise ValueError(f"softmax_scale must be finite, got {softmax_scale}")
         softmax_scale = float(softmax_scale)
+    if isinstance(dropout_p, bool) or not hasattr(dropout_p, "__float__"):
+        raise TypeError(f"dropout_p must be 0.0, a number, got {dropout_p!r}")
     if dropout_p != 0:
         raise ValueError(
             f"dropout_p={dropout_p}: dropout of attention weights is not implemented; pass 0.0, "
             "and apply torch.nn.Dropout to the output of attention instead"
         )
     return softmax_scale
+
+
+def _as_number(name: str, value: object) -> str:
+    """The way out where text is a number."""
+    try:
+        return f": write {name}={float(value):g}" if isinstance(value, str) else ""
+    except ValueError:
+        return ""
+
+
+def refuse_arguments(unknown: dict[str, Any]) -> NoReturn:
+    """TypeError for a call without a mask, or with arguments of other functions of attention."""
+    for name, value in unknown.items():
+        way_out = _OTHERS.get(name, "see help(block_sparse_attention)")
+        raise TypeError(f"block_sparse_attention has no argument {name}={_brief(value)}: {way_out}")
+    raise TypeError(
+        "mask must be a Mask or a BlockLayout, got None: pass masks.causal(), or masks.full() for "
+        "dense attention"
+    )
+
+
+def _brief(value: object) -> str:
+    """A value in a message: of a tensor the shape."""
+    return f"tensor of {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)[:60]
 
 
 def check_layout(layout: BlockLayout, q: Tensor, lengths: tuple[int, int]) -> None:
@@ -117,7 +185,12 @@ def check_layout(layout: BlockLayout, q: Tensor, lengths: tuple[int, int]) -> No
         ("batch entries", "heads"), layout.pattern_map.shape, (q.shape[0], q.shape[2]), strict=True
     ):
         if size not in (1, given) and q.shape[0]:
-            raise ValueError(f"the layout has patterns for {size} {name}, but q has {given}")
+            maker = "per_head" if name == "heads" else "per_batch"
+            each = "query head" if name == "heads" else "batch entry"
+            raise ValueError(
+                f"the layout has patterns for {size} {name}, but q has {given} {name}: give "
+                f"masks.{maker}([...]) {given} masks, one for each {each}, or one mask for all"
+            )
 
 
 def check_kv_lens(kv_lens: Tensor, batch: int, kv_len: int) -> None:

@@ -3,95 +3,125 @@
 from __future__ import annotations
 
 import math
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
+import torch
 import tyro
 
-from sparse_flash.experiments import lra, recipes
+from sparse_flash.command import main
+from sparse_flash.command_tree import Commands, Folder, Number, Text
+from sparse_flash.density import densities
+from sparse_flash.experiments import lra, registry
+from sparse_flash.experiments.bench import own, steps
 from sparse_flash.experiments.bench import run as benchmark
-from sparse_flash.experiments.bench import steps
-from sparse_flash.experiments.compare import compare, picture, table
+from sparse_flash.experiments.compare import compare, compare_stages, picture, table
 from sparse_flash.experiments.config import CompareConfig, RunConfig
 from sparse_flash.experiments.curriculum import Curriculum
+from sparse_flash.experiments.folders import folder_of_run
 from sparse_flash.experiments.lra import LraConfig
+from sparse_flash.experiments.options import options, settings
 from sparse_flash.experiments.staged import follow
-from sparse_flash.experiments.train import Interrupted, TrainingError, train
-from sparse_flash.masks import parse
+from sparse_flash.experiments.train import train
+from sparse_flash.experiments.user_code import read_mask
+from sparse_flash.info import info
+from sparse_flash.masks.notebook import lengths_of
+from sparse_flash.masks.operands import split_reference
+from sparse_flash.masks.picture import save_figure
+from sparse_flash.show import check_length, list_of_masks, words_of_reach
 
+__all__ = ["application", "main", "run"]
 # --attention, not --config.attention; and the recipe says which task, not a subcommand.
 Flat = (tyro.conf.arg(name=""), tyro.conf.AvoidSubcommands)
 
 
 def show_mask(
     spec: tyro.conf.Positional[str],
-    length: int = 4096,
+    length: Number = None,
     block: int = 128,
+    head_dim: int = 64,
     width: int = 32,
     reach: bool = False,
-    png: Path | None = None,
+    png: Folder = None,
 ) -> None:
-    """Show a mask: a picture in the terminal, its tiles, its density, and on request its reach.
+    """Show a mask: a picture in the terminal, its tiles, its densities, and on request its reach.
 
     Args:
-        spec: The mask, for example "local(256) | global_tokens(64) | butterfly(128)".
-        length: Number of queries and keys.
+        spec: The mask, for example "local(256) | global_tokens(64) | butterfly(128)", or of a file,
+            "my_masks.py:banded".
+        length: Number of queries and keys; default: the mask's own, or 4096.
         block: Tokens per block.
-        width: About this many cells in the picture, each way.
+        head_dim: Width of a head, on which the tiles of the kernel depend.
+        width: About this many cells in the picture, each way, 1 to 256.
         reach: Also compute how many layers it takes until every token can influence every other
             (by all pairs: slow beyond some ten thousand tokens).
         png: Also save a picture here.
     """
-    mask = parse(spec)
-    layout = mask.layout(length, block=(block, block))
-    print(layout.text(width))
-    print(f"{mask!r}\n{length} x {length}, density {layout.density:.4%}")
+    mask = read_mask(spec)
+    q_len, kv_len = lengths_of(mask) if length is None else (length, length)
+    check_length(max(q_len, kv_len), block)
+    layout = mask.layout(q_len, kv_len, block=(block, block))
+    found, shown = densities(layout, head_dim), layout.text(width)
+    if png:
+        save_figure(layout.plot(title=repr(mask)), png)
+    print(shown)
+    print(f"{mask!r}\n{q_len} x {kv_len}, {found}")
     print(
         f"{layout.num_tiles} tiles of {block} x {block}, {layout.num_partial} of them partial, "
         f"made of {layout.num_bit_tiles} distinct bit tiles"
     )
+    if found.hint:
+        print(f"hint: {found.hint}")
     if reach:
-        layers = mask.reach(length)
-        print("reach: never" if layers is None else f"reach: {layers} layers")
+        print(f"reach: {words_of_reach(mask, q_len)}")
     if png:
-        png.parent.mkdir(parents=True, exist_ok=True)
-        layout.plot(title=f"{mask!r}\n{layout.density:.3%} kept").savefig(png)
         print(f"picture: {png}")
 
 
-def _trainer(name: str, recipe: Callable[[], RunConfig]) -> Callable[..., None]:
+def list_masks() -> None:
+    """List all patterns: how each is written, and what it allows."""
+    print(list_of_masks())
+
+
+def _trainer(name: str, recipe: RunConfig | CompareConfig | type) -> Callable[..., None]:
     """The command that trains by a recipe."""
+    chosen = options(recipe, RunConfig)
 
     def run(
-        config: Annotated[RunConfig, *Flat] = recipe(),  # noqa: B008 - the recipe is the default
-        out: Path = Path("runs/train") / name,
+        config: Any,
+        out: Folder = None,
         device: str = "auto",
+        budget: float = math.inf,
     ) -> None:
         """Train one model; the same command resumes a run that was interrupted.
 
         Args:
             config: The recipe's settings.
-            out: Folder of this run: checkpoint, TensorBoard events, result.json.
+            out: Folder of this run: checkpoint, TensorBoard events, result.json. By default
+                runs/train/TASK/ATTENTION-seedSEED.
             device: auto (a GPU if there is one), cpu, cuda, cuda:1, ...
+            budget: Seconds of training after which the run is evaluated as it is; the same command
+                with more goes on.
         """
-        result = train(config, out, device)
+        run_config = settings(config)
+        out = out or folder_of_run(_folder(name), run_config.attention_label, run_config.seed)
+        result = train(run_config, out, device, budget=budget)
         for metric, value in result["metrics"].items():
             print(f"{metric:>20}: {value:.4g}")
         _point_to_tensorboard(out)
 
+    run.__annotations__["config"] = Annotated[chosen, *Flat]
     return run
 
 
-def _comparer(name: str, recipe: Callable[[], CompareConfig]) -> Callable[..., None]:
+def _comparer(name: str, recipe: RunConfig | CompareConfig | type) -> Callable[..., None]:
     """The command that compares by a recipe."""
+    chosen, folder = options(recipe, CompareConfig), Path("runs/compare") / _folder(name)
 
-    def run(
-        config: Annotated[CompareConfig, *Flat] = recipe(),  # noqa: B008 - the recipe is the default
-        out: Path = Path("runs/compare") / name,
-        device: str = "auto",
-    ) -> None:
+    def run(config: Any, out: Path = folder, device: str = "auto") -> None:
         """Train several kinds of attention under the same seeds and budget; print one table.
 
         The same command resumes a comparison that was interrupted.
@@ -101,15 +131,60 @@ def _comparer(name: str, recipe: Callable[[], CompareConfig]) -> Callable[..., N
             out: Folder: a folder a run, and the report in comparison.md and comparison.json.
             device: auto (a GPU if there is one), cpu, cuda, cuda:1, ...
         """
-        report = compare(config, out, device)
-        print(f"\n{table(report)}\n")
-        print(f"always the most frequent answer: {report['rows'][0]['chance']:.1%}")
-        if shown := picture(report):
-            print(f"\n{shown}")
-        print(f"\nreport: {out / 'comparison.md'} and {out / 'comparison.json'}")
-        _point_to_tensorboard(out)
+        compared = settings(config)
+        report = compare(compared, out, device)
+        kinds = dict(zip(compared.labels, compared.kinds, strict=True))
+        _show_comparison(report, picture(report, kinds=kinds), out)
+
+    run.__annotations__["config"] = Annotated[chosen, *Flat]
+    return run
+
+
+def _stage_comparer(name: str, recipe: Curriculum) -> Callable[..., None]:
+    """The command that compares by a curriculum."""
+    folder = Path("runs/compare") / _folder(name)
+
+    def run(
+        config: Annotated[Curriculum, *Flat] = recipe,
+        attentions: tuple[str, ...] = (),
+        seeds: tuple[int, ...] = (0,),
+        budget: float = math.inf,
+        out: Path = folder,
+        device: str = "auto",
+    ) -> None:
+        """Train by stages with several kinds of attention; print one table.
+
+        The same command resumes a comparison that was interrupted.
+
+        Args:
+            config: The stages, and what they share.
+            attentions: Variants, in which PIXELS stands for the canvas; the first is what the
+                others are compared with. Default: sdpa, dense and --attention.
+            seeds: Each variant is trained once a seed.
+            budget: Seconds for each run, after which it is tested as it is.
+            out: Folder: a folder a run, and the report in comparison.md and comparison.json.
+            device: auto (a GPU if there is one), cpu, cuda, cuda:1, ...
+        """
+        report = compare_stages(config, out, device, attentions, seeds, budget)
+        _show_comparison(report, picture(report), out)
+        print(f"\n{report['note']}")
 
     return run
+
+
+def _show_comparison(report: dict[str, Any], shown: str, out: Path) -> None:
+    print(f"\n{table(report)}\n")
+    print(f"always the most frequent answer: {report['rows'][0]['chance']:.1%}")
+    if shown:
+        print(f"\n{shown}")
+    print(f"\nreport: {out / 'comparison.md'} and {out / 'comparison.json'}")
+    _point_to_tensorboard(out)
+
+
+def _folder(name: str) -> str:
+    """The folder of a recipe's results: the name of an object in a file."""
+    parts = split_reference(name)
+    return f"{Path(parts[0]).stem}-{parts[1]}" if parts else name
 
 
 def compare_lra(
@@ -134,12 +209,12 @@ def compare_lra(
     _point_to_tensorboard(out)
 
 
-def _stager(name: str, recipe: Callable[[], Curriculum]) -> Callable[..., None]:
+def _stager(name: str, recipe: Curriculum) -> Callable[..., None]:
     """The command that trains by a curriculum."""
 
     def run(
-        config: Annotated[Curriculum, *Flat] = recipe(),  # noqa: B008 - the recipe is the default
-        out: Path = Path("runs/train") / name,
+        config: Annotated[Curriculum, *Flat] = recipe,
+        out: Folder = None,
         device: str = "auto",
         budget: float = math.inf,
     ) -> None:
@@ -147,10 +222,14 @@ def _stager(name: str, recipe: Callable[[], Curriculum]) -> Callable[..., None]:
 
         Args:
             config: The stages, and what they share.
-            out: Folder of this run: checkpoint, TensorBoard events, result.json.
+            out: Folder of this run: checkpoint, TensorBoard events, result.json. By default
+                runs/train/TASK/ATTENTION-seedSEED.
             device: auto (a GPU if there is one), cpu, cuda, cuda:1, ...
             budget: Seconds from now after which the run stops with a checkpoint.
         """
+        out = out or folder_of_run(
+            _folder(name), config.attention_label if config.attention else "", config.seed
+        )
         result = follow(config, out, device, budget)
         for metric, value in result["metrics"].items():
             print(f"{metric:>20}: {value:.4g}")
@@ -161,27 +240,60 @@ def _stager(name: str, recipe: Callable[[], Curriculum]) -> Callable[..., None]:
 
 def bench(
     suite: Literal["quick", "standard"] = "standard",
+    mask: Text = None,
+    length: Number = None,
+    heads: int = 8,
+    kv_heads: Number = None,
+    head_dim: int = 64,
+    batch: int = 1,
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto",
     out: Path = Path("runs/bench"),
     rounds: int = 3,
     which: Literal["both", "forward", "backward"] = "both",
 ) -> None:
-    """Measure the speed of attention: ours and the peers that are installed, on the same inputs.
+    """Measure the speed of attention: ours and the installed baselines, on the same inputs.
+
+    Without --mask a suite of cases is measured, on a GPU. With --mask one case of yours.
 
     Args:
         suite: quick is three cases; standard is lengths, patterns, densities and head_dims.
-        out: Folder of the report: bench.json, bench.md, bench.png, TensorBoard events.
+        mask: Mask to time instead of a suite; the baselines that cannot compute it say why.
+        length: Number of queries and keys, of --mask; by default the length that the mask is made
+            for, or 16,384 on a GPU and 2,048 on a CPU.
+        heads: Query heads, of --mask.
+        kv_heads: Key heads, of --mask; by default as many as query heads.
+        head_dim: Width of a head, of --mask.
+        batch: Batch size, of --mask.
+        dtype: Of --mask; auto is bfloat16 on a GPU, float32 on a CPU.
+        out: Folder of the report: bench.json, bench.md, bench.png, TensorBoard events; own.json and
+            own.md of --mask.
         rounds: Each implementation is measured so often, in turns.
         which: The passes to measure.
     """
     passes = benchmark.PASSES if which == "both" else (which,)
-    report = benchmark.bench(suite, out, rounds, passes)
-    print(f"\n{benchmark.table(report)}\nreport: {out / 'bench.md'} and {out / 'bench.json'}")
-    _point_to_tensorboard(out)
+    if mask is None:
+        given = (length, heads, kv_heads, head_dim, batch, dtype)
+        if given != (None, 8, None, 64, 1, "auto"):
+            raise ValueError(
+                "--length, --heads, --kv-heads, --head-dim, --batch and --dtype are those of "
+                "--mask SPEC; a suite has its own"
+            )
+        report = benchmark.bench(suite, out, rounds, passes)
+        print(f"\n{benchmark.table(report)}\nreport: {out / 'bench.md'} and {out / 'bench.json'}")
+        _point_to_tensorboard(out)
+        return
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    chosen = None if dtype == "auto" else dtype
+    case = own.own_case(mask, length, heads, kv_heads, head_dim, batch, chosen, device)
+    check_length(case.length, case.block)
+    report = own.bench_case(case, out, rounds, passes, device)
+    print(f"{report['case']}\n{own.table(report)}\n\nreport: {out / 'own.md'}")
 
 
 def bench_steps(
     cases: tuple[str, ...] = tuple(steps.STEPS),
     modes: tuple[str, ...] = tuple(steps.MODES),
+    mask: str | None = None,
     out: Path = Path("runs/bench-steps"),
 ) -> None:
     """Time whole training steps of encoders: ours, FlexAttention, SDPA, the materialised matrix.
@@ -189,46 +301,60 @@ def bench_steps(
     Args:
         cases: Encoders and lengths.
         modes: eager, compiled (torch.compile), graph (that as one CUDA graph).
+        mask: Mask in place of the cases' own, also of a file: "my_masks.py:banded".
         out: Folder of the report: steps.json and steps.md.
     """
-    steps.bench_steps(cases, modes, out)
+    steps.bench_steps(cases, modes, out, mask=mask)
     print(f"report: {out / 'steps.md'} and {out / 'steps.json'}")
 
 
 def _point_to_tensorboard(folder: Path) -> None:
-    tensorboard = Path(sys.executable).parent / "tensorboard"
-    print(f"see it in TensorBoard:\n    {tensorboard} --logdir {folder}")
+    script = Path(sys.executable).parent / "tensorboard"
+    command = script if script.exists() else f"{sys.executable} -m tensorboard.main"
+    print(f"see it in TensorBoard:\n    {command} --logdir {shlex.quote(str(folder))}")
 
 
-def _application() -> tyro.extras.SubcommandApp:
+def _train_command(name: str, recipe: registry.Recipe | type) -> Callable[..., None]:
+    return _stager(name, recipe) if isinstance(recipe, Curriculum) else _trainer(name, recipe)
+
+
+def _compare_command(name: str, recipe: registry.Recipe | type) -> Callable[..., None]:
+    if isinstance(recipe, Curriculum):
+        return _stage_comparer(name, recipe)
+    return _comparer(name, recipe)
+
+
+def _tasks(make: Callable[[str, Any], Callable[..., None]]) -> Commands:
+    """A command for each recipe; those of files and installed packages are found by their name."""
+
+    def find(name: str) -> Callable[..., None]:
+        return make(name, registry.find_recipe(name))
+
+    own = "A task of your own is my_task.py:Needle; see --help"
+    group = Commands("task", own, epilog=registry.installed_help(), find=find)
+    for name, recipe in registry.OURS.items():
+        group.command(name=name, help=recipe.__doc__)(make(name, recipe()))
+    return group
+
+
+def application() -> Commands:
     """The tree of commands; every recipe is one, with its values as defaults."""
-    app = tyro.extras.SubcommandApp()
-    mask, train_, compare_ = (tyro.extras.SubcommandApp() for _ in range(3))
+    app = Commands(options={"--version": "Show the version."})
+    mask = Commands()
+    train_, compare_ = _tasks(_train_command), _tasks(_compare_command)
     mask.command(name="show")(show_mask)
-    for name, run in recipes.RUNS.items():
-        train_.command(name=name, help=run.__doc__)(_trainer(name, run))
-    for name, pair in recipes.COMPARISONS.items():
-        compare_.command(name=name, help=pair.__doc__)(_comparer(name, pair))
+    mask.command(name="list")(list_masks)
     compare_.command(name="lra")(compare_lra)
-    for name, stages in recipes.CURRICULA.items():
-        train_.command(name=name, help=stages.__doc__)(_stager(name, stages))
     app.command(mask, name="mask", help="Look at masks.")
     app.command(train_, name="train", help="Train one model on a task.")
     app.command(compare_, name="compare", help="Compare kinds of attention on a task.")
     app.command(name="bench")(bench)
     app.command(name="bench-steps")(bench_steps)
+    app.command(name="info")(info)
     return app
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The `sparse-flash` command; returns its exit code: 0, 1 for errors, 143 when stopped."""
+def run(arguments: list[str]) -> None:
+    """Run a command line; errors are raised. `main` turns them into messages and exit codes."""
     description = "Block-sparse attention: look at masks, train, compare dense with block-sparse."
-    try:
-        _application().cli(prog="sparse-flash", description=description, args=arguments)
-    except Interrupted as stop:
-        print(f"sparse-flash: {stop}", file=sys.stderr)
-        return 143
-    except (ValueError, TypeError, OSError, TrainingError) as error:
-        print(f"sparse-flash: {error}", file=sys.stderr)
-        return 1
-    return 0
+    application().cli(prog="sparse-flash", description=description, args=arguments)

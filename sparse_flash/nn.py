@@ -7,7 +7,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from sparse_flash.api import block_sparse_attention
+from sparse_flash.checks import check_heads, check_mask
 from sparse_flash.masks import BlockLayout, Mask
+from sparse_flash.masks.arguments import integer
 from sparse_flash.positions import end_of
 
 
@@ -89,7 +91,10 @@ class KVCache:
                 raise ValueError(f"the cache is for {name} {fits}, got {tuple(x.shape)}")
         end = end_of(k, q_offset)
         if end is not None and end > self.capacity:
-            raise ValueError(f"the cache has space for {self.capacity} tokens, not for {end}")
+            raise ValueError(
+                f"the cache has space for {self.capacity} tokens, not for {end}: make a "
+                f"KVCache with a capacity of at least {end}, or begin again at q_offset=0"
+            )
         if isinstance(q_offset, Tensor):  # on a GPU, indexing refuses what has no space
             places = q_offset.to(k.device, torch.int64)[:, None] + torch.arange(s, device=k.device)
             entries = torch.arange(b, device=k.device)[:, None]
@@ -112,7 +117,9 @@ class SelfAttention(nn.Module):
         bias: Whether the projections have one.
 
     Raises:
-        ValueError: dim, heads and kv_heads do not divide each other.
+        TypeError: A size is no int, or mask is neither a Mask nor a BlockLayout.
+        ValueError: dim, heads and kv_heads do not divide each other, or the mask has patterns for
+            another number of heads.
 
     >>> import torch
     >>> from sparse_flash import masks
@@ -131,12 +138,14 @@ class SelfAttention(nn.Module):
     ) -> None:
         super().__init__()
         kv_heads = heads if kv_heads is None else kv_heads
-        if heads < 1 or dim % heads or kv_heads < 1 or heads % kv_heads:
+        sizes = (("dim", dim), ("heads", heads), ("kv_heads", kv_heads))
+        dim, heads, kv_heads = (integer("SelfAttention", *size, least=1) for size in sizes)
+        if dim % heads or heads % kv_heads:
             raise ValueError(
                 f"dim={dim} must be a multiple of heads={heads}, and heads of kv_heads={kv_heads}"
             )
-        if not isinstance(mask, Mask | BlockLayout):
-            raise TypeError(f"mask must be a Mask or a BlockLayout, got {type(mask).__name__}")
+        check_mask(mask)
+        check_heads(mask, heads)
         self.head_dim, self.heads, self.kv_heads = dim // heads, heads, kv_heads
         self.mask = mask
         self.to_q = nn.Linear(dim, dim, bias)
@@ -164,9 +173,11 @@ class SelfAttention(nn.Module):
             cache: Keys and values of earlier tokens; those of x are stored in it.
 
         Raises:
-            TypeError: cache is no KVCache.
-            ValueError: An offset without a cache, or more tokens than the cache has space for.
+            TypeError: x is no tensor, or cache is no KVCache.
+            ValueError: x is not (b, s, dim), an offset comes without a cache, or there are more
+                tokens than the cache has space for.
         """
+        self._check_input(x)
         q, k, v = (
             rearrange(project(x), "b s (h d) -> b s h d", d=self.head_dim)
             for project in (self.to_q, self.to_k, self.to_v)
@@ -180,6 +191,27 @@ class SelfAttention(nn.Module):
         else:
             out = self.attend(q, *cache.update(k, v, q_offset, kv_lens), q_offset)
         return self.to_out(rearrange(out, "b s h d -> b s (h d)"))
+
+    def _check_input(self, x: Tensor) -> None:
+        """Raise unless x is (b, s, dim)."""
+        dim = self.heads * self.head_dim
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x must be a torch.Tensor (b, s, {dim}), got {type(x).__name__}")
+        if x.ndim == 3 and x.shape[2] == dim and x.shape[1]:
+            return
+        way_out = ""
+        if x.ndim == 2 and x.shape[1] == dim:
+            way_out = ": x[None] makes a batch of one"
+        elif x.ndim == 3 and x.shape[1] == dim:
+            way_out = ": x.transpose(1, 2) has the channels last"
+        elif x.ndim == 4:
+            way_out = ": a layer takes tokens; block_sparse_attention takes (b, s, heads, head_dim)"
+        elif x.ndim == 3 and x.shape[2] != dim:
+            way_out = f": the layer was made with dim={dim}"
+        raise ValueError(
+            f"x must be (batch, sequence, dim) = (b, s, {dim}), s at least 1, "
+            f"got {tuple(x.shape)}{way_out}"
+        )
 
     def attend(
         self,

@@ -1,54 +1,182 @@
-"""What the pages in docs/ show was recorded, and what they point to exists."""
+"""Pages: every block of code runs, links lead somewhere, claims are generated from results."""
 
 from __future__ import annotations
 
+import ast
+import itertools
 import json
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 from sparse_flash.experiments.data.listops import OPERATORS, ListOps, generate
 
-ROOT = Path(__file__).parent.parent
+from sparse_flash import cli
+from tests.docpages import PAGES, ROOT, SHELL, blocks
+from tools import figures, gallery, report
+
 SPLITS = ("train", "val", "test")
-PAGES = sorted((ROOT / "docs").glob("*.md"))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def by_name(page: Path) -> str:
+    return page.stem
+
+
+@pytest.mark.parametrize("page", PAGES, ids=by_name)
+def test_code_runs(page, tmp_path, monkeypatch, capsys):
+    """One namespace a page: later blocks use names of earlier ones."""
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {"__name__": page.stem}
+    for block in blocks(page):
+        if block.language != "python":
+            assert block.language in SHELL, f"{page.name}:{block.line}: {block.language!r}"
+            continue
+        filled = "\n" * block.line + block.code  # tracebacks show the page's line
+        code = compile(filled, str(page), "exec", dont_inherit=True)
+        if block.pending or block.foreign or (block.needs_gpu and not torch.cuda.is_available()):
+            continue
+        exec(code, names)
+
+
+def test_no_block_is_overlooked():
+    for page in PAGES:
+        fences = re.findall(r"^ *```", page.read_text(), re.MULTILINE)
+        assert len(fences) == 2 * len(blocks(page)), page.name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=by_name)
 def test_links_lead_somewhere(page):
-    links = re.findall(r"\]\(([^)#]+)", page.read_text())
-    assert links
+    links = re.findall(r"\]\(([^)\s]+)\)", page.read_text())
     for link in links:
-        assert "://" in link or (page.parent / link).exists(), link
+        path, _, anchor = link.partition("#")
+        if "://" in link:
+            continue
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        if anchor and not anchor.startswith("only-"):
+            assert anchor in anchors(target), link
 
 
-def test_the_lra_table_is_a_recorded_result():
-    recorded = (ROOT / "experiments" / "results" / "lra-h200" / "lra.md").read_text().splitlines()
-    page = (ROOT / "docs" / "lra.md").read_text().splitlines()
-    table = [line for line in page if line.startswith("|")]
-    assert len(table) >= 5
-    assert table == recorded[2 : 2 + len(table)]
+def anchors(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def test_pathfinders_second_seed_was_recorded():
-    runs = ROOT / "experiments" / "results" / "lra-h200" / "pathfinder"
-    page = " ".join((ROOT / "docs" / "lra.md").read_text().split())
-    sdpa, dense = (
-        json.loads((runs / f"{name}-seed1" / "result.json").read_text())["metrics"]["test_accuracy"]
-        for name in ("sdpa", "dense")
-    )
-    reached = f"SDPA reaches {100 * sdpa:.1f} % and ours dense {100 * dense:.1f} %"
-    assert f"with another seed {reached}" in page
+@pytest.mark.parametrize("page", PAGES, ids=by_name)
+def test_regenerating_changes_no_page(page):
+    assert report.regenerated(page.read_text()) == page.read_text(), "run python -m tools.report"
+
+
+def test_regenerating_changes_no_figure():
+    for path, data in figures.FIGURES.items():
+        assert figures.stored_data(path) == data(), f"{path.name}: run python -m tools.report"
+
+
+def test_pages_use_every_generated_text():
+    used = set(re.findall(r"<!-- report: ([\w-]+) -->", "".join(p.read_text() for p in PAGES)))
+    assert used == set(report.TEXTS)
+
+
+def test_a_changed_number_is_noticed():
+    text = "x <!-- report: demo-speed -->9.99<!-- end --> y"
+    assert report.regenerated(text) != text
+    with pytest.raises(KeyError, match="nothing"):
+        report.regenerated("<!-- report: nothing --><!-- end -->")
+
+
+def test_the_gallery_has_every_pattern():
+    from sparse_flash.masks import patterns
+
+    shown = {name for names in gallery.GROUPS.values() for name in names}
+    assert shown == set(gallery.EXAMPLES)
+    text = (ROOT / "docs" / "gallery.md").read_text()
+    for name in patterns.__all__:
+        assert f"`{name}`" in text or f"`{name}(" in text, name
+    for name in shown:
+        source = gallery.describe(name)["source"]
+        assert source != "common" or name in ("full", "causal"), name
+
+
+@pytest.mark.parametrize("name", sorted(gallery.EXAMPLES))
+def test_a_picture_shows_its_mask(name):
+    """Index 2 is an allowed element, 1 the rest of a stored tile."""
+    path = gallery.PICTURES / f"{name}.png"
+    assert figures.stored_data(path) == gallery.picture_data(name)
+    with Image.open(path) as image:
+        shown = torch.from_numpy(np.array(image)[:: gallery.SCALE, :: gallery.SCALE])
+    layout = gallery.layout_of_picture(name)
+    assert torch.equal(shown == 2, layout.to_dense())
+    assert int((shown > 0).sum()) == layout.num_tiles * gallery.PICTURE_BLOCK**2
+
+
+def test_every_page_is_in_the_navigation():
+    config = (ROOT / "mkdocs.yml").read_text()
+    for page in (ROOT / "docs").glob("*.md"):
+        assert f": {page.name}\n" in config, page.name
+
+
+def test_the_site_asks_for_nothing_outside(tmp_path):
+    """Fonts, scripts and styles of the site lie in its folder."""
+    pytest.importorskip("mkdocstrings_handlers")
+    out = tmp_path / "site"
+    subprocess.run(["make", "-s", "-o", "install-dev", "sources"], cwd=ROOT, check=True)
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-d", str(out)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=120)
+    for page in out.glob("*.html"):
+        text = page.read_text()
+        loaded = re.findall(r"<(?:script|img|iframe)[^>]*\ssrc=\"?(https?:[^\s\">]*)", text)
+        loaded += re.findall(r"<link[^>]*rel=\"?(?:stylesheet|preconnect)[^>]*https?:[^>]*", text)
+        assert not loaded, (page.name, loaded)
+        assert r"\|" not in re.sub(r"<pre>.*?</pre>", "", text, flags=re.DOTALL), page.name
+
+
+def test_ten_questions_are_answered():
+    """Each has an answer of its own, which ends in the page that says more, or needs none."""
+    text = (ROOT / "docs" / "faq.md").read_text().partition("## Limits")[0]
+    questions = re.split(r"^### ", text, flags=re.MULTILINE)[1:]
+    assert len(questions) == 10
+    assert all(question.partition("\n")[0].endswith("?") for question in questions)
+    assert sum("](" in question for question in questions) >= 8
+
+
+def commands() -> list[list[str]]:
+    """Words of the `sparse-flash` commands on all pages; those of a user's own files excepted."""
+    text = "\n".join(b.code for p in PAGES for b in blocks(p) if b.language == "console")
+    lines = re.findall(r"sparse-flash (.*)", text.replace("\\\n", " "))
+    words = [shlex.split(line, comments=True) for line in lines]
+    return [given for given in words if given and not any(".py:" in word for word in given)]
+
+
+def test_commands_and_their_options_exist(capsys):
+    """The names before the first option are a command, and its help has all options."""
+    asked: dict[tuple[str, ...], set[str]] = {}
+    for given in commands():
+        names = [*itertools.takewhile(lambda word: re.fullmatch(r"[a-z0-9-]+", word), given)]
+        names = [*itertools.takewhile(lambda word: not word.startswith("--"), names)]
+        options = {word for word in given if word.startswith("--")}
+        asked.setdefault(tuple(names), set()).update(options)
+    assert len(asked) >= 8
+    for names, options in asked.items():
+        with pytest.raises(SystemExit) as stop:
+            cli.main([*names, "--help"])
+        shown = capsys.readouterr().out
+        assert stop.value.code in (0, None), names
+        for option in options:
+            # `--train.no-graph` is shown with its opposite.
+            assert option.replace("no-", "") in shown.replace("no-", ""), (names, option)
 
 
 def test_what_listops_outermost_operator_tells():
-    """The page shows the record, and the first training examples agree with it."""
-    record = json.loads((ROOT / "experiments" / "results" / "listops-operators.json").read_text())
-    page = " ".join((ROOT / "docs" / "lra.md").read_text().split())
+    """The first training examples agree with the record."""
+    recorded = ROOT / "experiments" / "results" / "listops-operators.json"
+    record = json.loads(recorded.read_text())
     rate = {name: record[name]["right"] / record[name]["examples"] for name in SPLITS}
-    train, val, test = (f"{rate[name]:.1%}".replace("%", " %") for name in SPLITS)
-    assert f"{train} of the training examples, {val} of those" in page
-    assert f"{test} of the test examples" in page
     few = generate(ListOps(train=3000, val=1, test=1)).train
     guess = {11 + i: record["guess"][name] for i, name in enumerate(OPERATORS)}
     roots, labels = few.tokens[:, 0], few.labels
@@ -59,28 +187,9 @@ def test_what_listops_outermost_operator_tells():
     assert abs(right / len(few) - rate["train"]) < 3 * (rate["train"] / len(few)) ** 0.5
 
 
-def test_what_path_256_learns_of_shorter_curves_was_recorded():
-    page = " ".join((ROOT / "docs" / "pathfinder.md").read_text().split())
-    recorded = ROOT / "experiments" / "results" / "path-h200" / "path-256-seed0" / "result.json"
-    curve = {row[0]: row[2] for row in json.loads(recorded.read_text())["training_curve"]}
-    first, fourth, fifth = (f"{curve[step]:.0%}".replace("%", " %") for step in (1000, 4000, 5000))
-    assert f"it is right in {first} of them in the first 1,000 steps, in {fourth} from" in page
-    assert f"step 3,000 to 4,000 and in {fifth} from step 4,000 to 5,000" in page
-
-
-def test_the_pathfinder_table_is_of_recorded_runs():
-    recorded = ROOT / "experiments" / "results" / "path-h200"
-    page = (ROOT / "docs" / "pathfinder.md").read_text().splitlines()
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page if line[:1] == "|"]
-    shown = {row[0]: row[1:] for row in rows[2:]}
-    assert set(shown) == {path.parent.name for path in recorded.glob("*/result.json")}
-    for name, row in shown.items():
-        result = json.loads((recorded / name / "result.json").read_text())
-        metrics = result["metrics"]
-        assert row == [
-            f"{result['config']['task']['size'] ** 2}",
-            f"{metrics['steps']}",
-            f"{metrics['training_seconds']:.0f}",
-            f"{metrics['examples_per_second']:.0f}",
-            f"{100 * metrics['test_accuracy']:.1f}",
-        ]
+def test_blocks_are_python_or_shell():
+    """A block that is parsed, not run, has a title that says so."""
+    for page in PAGES:
+        for block in blocks(page):
+            if block.language == "python":
+                ast.parse(block.code)

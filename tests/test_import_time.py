@@ -11,7 +11,7 @@ import pytest
 
 # What only some uses need. torch._dynamo is PyTorch's compiler, as costly as PyTorch itself.
 HEAVY = {"cutlass", "datasets", "matplotlib", "numba", "PIL", "scipy", "sympy", "torch._dynamo",
-         "torch._inductor", "triton"}  # fmt: skip
+         "torch._inductor", "transformers", "triton"}  # fmt: skip
 
 
 def cpu_seconds(module):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import importlib
 import pkgutil
+import re
 import subprocess
 import sys
 import tomllib
@@ -16,6 +17,7 @@ import sparse_flash
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text())
+EXTRAS = SETTINGS["project"]["optional-dependencies"]
 FOLDERS = {"sparse_flash": "sparse_flash"} | {
     name: f"sparse_flash.{name}" for name in ("masks", "kernels", "experiments")
 }
@@ -40,22 +42,58 @@ def test_declared_packages_are_the_folders():
     assert found == set(SETTINGS["tool"]["setuptools"]["packages"])
 
 
-def test_version_is_one():
-    assert sparse_flash.__version__ == SETTINGS["project"]["version"]
+def name_of(requirement):
+    return re.match(r"[A-Za-z0-9-]+", requirement)[0]
+
+
+def packages_of(extra):
+    """Names of the packages that an extra installs, those of the extras in it included."""
+    found = set()
+    for requirement in EXTRAS[extra]:
+        if match := re.match(r"sparse-flash\[(.*)\]", requirement):
+            found.update(*(packages_of(name) for name in match[1].split(",")))
+        else:
+            found.add(name_of(requirement))
+    return found
 
 
 def test_every_dependency_is_pinned():
-    import re
-
-    def name(requirement):
-        return re.match(r"[A-Za-z0-9-]+", requirement)[0]
-
     pinned = {
-        name(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line
+        name_of(line)
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if "==" in line
     }
-    project = SETTINGS["project"]
-    needed = {name(r) for r in project["dependencies"] + project["optional-dependencies"]["dev"]}
-    assert needed <= pinned
+    assert {name_of(r) for r in SETTINGS["project"]["dependencies"]} | packages_of("dev") <= pinned
+
+
+def test_the_core_needs_little():
+    core = {name_of(r) for r in SETTINGS["project"]["dependencies"]}
+    assert core == {"torch", "numpy", "einops", "nvidia-cutlass-dsl", "apache-tvm-ffi"}
+
+
+def test_extras():
+    from sparse_flash.extras import EXTRA_OF
+
+    named = {"experiments", "plot", "scipy", "hub", "transformers", "baselines"}
+    assert packages_of("peers") == packages_of("baselines")
+    assert packages_of("all") == set().union(*map(packages_of, named))
+    assert packages_of("all") - packages_of("baselines") <= packages_of("dev")
+    distributions = {"PIL": "pillow"}
+    for module, extra in EXTRA_OF.items():
+        assert distributions.get(module, module) in packages_of(extra), module
+
+
+def test_make_demo_installs_what_it_needs():
+    makefile = (ROOT / "Makefile").read_text()
+    assert "demo: install\n" in makefile
+    assert "-c constraints.txt -e '.[experiments]'" in makefile
+
+
+def test_dir_shows_public_names_only():
+    from sparse_flash import masks
+
+    assert dir(masks) == sorted(masks.__all__)
+    assert dir(sparse_flash) == sorted([*sparse_flash.__all__, "__version__"])
 
 
 @pytest.mark.parametrize("name", modules())

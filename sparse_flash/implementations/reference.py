@@ -158,10 +158,19 @@ class _Problem:
                 width = min(degree, chunk)
                 for heads in map(self._heads, mine.split(chunk // width)):
                     size = max(1, chunk // (width * heads.count))
-                    for some in zip(*(x.split(size) for x in work), strict=True):
+                    for some, columns, bit_tiles in zip(
+                        *(x.split(size) for x in work), strict=True
+                    ):
                         for i in range(0, degree, width):
-                            piece = (x[:, i : i + width] for x in some[1:])
-                            yield self._part(heads, some[0], *piece, i == 0, i + width >= degree)
+                            piece = slice(i, i + width)
+                            yield self._part(
+                                heads,
+                                some,
+                                columns[:, piece],
+                                bit_tiles[:, piece],
+                                i == 0,
+                                i + width >= degree,
+                            )
 
     def _heads(self, index: Tensor) -> _Heads:
         """Of heads among b * h."""
