@@ -1,0 +1,1 @@
+"""Scripts for the documentation: tables, figures and the gallery, from recorded results."""

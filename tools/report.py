@@ -1,0 +1,105 @@
+"""Tables and figures of README and docs/, from recorded results.
+
+    python -m tools.report            # write them
+    python -m tools.report --check    # exit 1 if a file would change
+
+A page marks the place of a text, on lines of its own or within a sentence:
+
+    <!-- report: NAME -->
+    ...
+    <!-- end -->
+
+Everything between the markers is generated. `TEXTS` names the generators. Figures carry their
+numbers in the PNG field `data`: the check compares these numbers, not pixels, because the pixels
+depend on the version of matplotlib.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from tools import figures, gallery, tables
+
+ROOT = Path(__file__).parent.parent
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+TEXTS: dict[str, Callable[[], str]] = {
+    "demo": tables.demo,
+    "demo-speed": lambda: tables.demo_speed("listops-short-cpu"),
+    "demo-speed-intel": lambda: tables.demo_speed("listops-short-cpu-intel"),
+    "speed": tables.speed,
+    "speed-forward": lambda: tables.all_cases("forward"),
+    "speed-backward": lambda: tables.all_cases("backward"),
+    "range-forward": lambda: tables.ratio_range("forward"),
+    "range-forward-wall": lambda: tables.ratio_range("forward", wall=True),
+    "range-backward": lambda: tables.ratio_range("backward"),
+    "range-backward-wall": lambda: tables.ratio_range("backward", wall=True),
+    "range-flex": tables.flex_range,
+    "steps": lambda: tables.steps("h200-steps"),
+    "steps-lra": lambda: tables.steps("h200-lra-steps"),
+    "lra": tables.lra,
+    "lra-ms": tables.lra_milliseconds,
+    "lra-seconds": tables.lra_seconds,
+    "lra-gain-text": lambda: tables.lra_gain("text"),
+    "lra-gain-image": lambda: tables.lra_gain("image"),
+    "lra-gain-pathfinder": lambda: tables.lra_gain("pathfinder"),
+    "lra-lowest-text": lambda: tables.lra_lowest("text"),
+    "lra-lowest-image": lambda: tables.lra_lowest("image"),
+    "lra-pathfinder-14000": lambda: tables.lra_pathfinder(14000),
+    "lra-pathfinder-16000": lambda: tables.lra_pathfinder(16000),
+    "path-64-4500": lambda: tables.path_64(4500),
+    "path-64-5000": lambda: tables.path_64(5000),
+    "lra-second-seed": tables.lra_second_seed,
+    "listops-operators": tables.listops_operators,
+    "path": tables.path,
+    "path-256-curve": tables.path_256_curve,
+    "path-256-curriculum": tables.path_256_curriculum,
+    "path-256-tests": tables.path_256_tests,
+    "gallery": gallery.markdown,
+}
+_MARKED = re.compile(r"(<!-- report: ([\w-]+) -->)(\n?).*?(\n?<!-- end -->)", re.DOTALL)
+
+
+def regenerated(page: str) -> str:
+    """The page with all its marked texts made anew.
+
+    Raises:
+        KeyError: A marker names no text.
+
+    >>> regenerated("about <!-- report: demo-speed -->?<!-- end --> times")
+    'about <!-- report: demo-speed -->1.08<!-- end --> times'
+    """
+    return _MARKED.sub(lambda m: f"{m[1]}{m[3]}{TEXTS[m[2]]()}{m[4]}", page)
+
+
+def main(arguments: list[str]) -> int:
+    """Write or check all pages and figures; returns the exit code."""
+    check = "--check" in arguments
+    changed = []
+    for path in PAGES:
+        before = path.read_text()
+        after = regenerated(before)
+        if after != before:
+            changed.append(path.relative_to(ROOT))
+            if not check:
+                path.write_text(after)
+    for path, data in figures.FIGURES.items():
+        if figures.stored_data(path) != data():
+            changed.append(path.relative_to(ROOT))
+            if not check:
+                figures.write(path)
+    for name in gallery.EXAMPLES:
+        path = gallery.PICTURES / f"{name}.png"
+        if figures.stored_data(path) != gallery.picture_data(name):
+            changed.append(path.relative_to(ROOT))
+            if not check:
+                gallery.write_picture(name)
+    for path in changed:
+        print(f"{'differs' if check else 'written'}: {path}")
+    return 1 if check and changed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
