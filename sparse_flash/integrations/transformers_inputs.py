@@ -175,7 +175,8 @@ def _padding(
     run = (places >= starts[:, None]) & (places < ends[:, None])
     message = (
         "attention_mask has zeros between ones: padding must be on the left or on the right of a "
-        "row. In generate(), pad prompts on the left: tokenizer.padding_side='left'"
+        "row. In generate(), pad prompts on the left (tokenizer.padding_side='left') and pass "
+        "attention_mask: without it, each pad_token_id in a prompt counts as padding"
     )
     if compiling:
         torch._assert_async((run == valid).all(), message)
