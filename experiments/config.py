@@ -13,6 +13,7 @@ from sparse_flash.experiments import provenance
 from sparse_flash.experiments.attention import Attention, Kind
 from sparse_flash.experiments.data.dataset import Task, check_task
 from sparse_flash.experiments.data.listops import ListOps
+from sparse_flash.experiments.stopping import check_budget
 
 LARGEST_BLOCK = 4096  # a tile has at most 2^24 elements
 
@@ -312,8 +313,7 @@ def check_grid(labels: tuple[str, ...], seeds: tuple[int, ...], budget: float) -
             raise ValueError(f"{name} must be different values, at least one, got {values}")
     for seed in seeds:
         check_seed(seed)
-    if not budget > 0:
-        raise ValueError(f"budget must be a positive number of seconds, got {budget}")
+    check_budget(budget)
 
 
 def compared(run: RunConfig, *attentions: Attention) -> CompareConfig:

@@ -31,7 +31,7 @@ def step_flops(config: RunConfig) -> float | None:
 
 
 def known_metrics(config: RunConfig) -> dict[str, float]:
-    """step_gflops and the three densities of a run, without those that its attention lacks."""
+    """step_gflops and the densities of a run; a number that its attention lacks is left out."""
     operations, head_dim = step_flops(config), config.model.dim // config.model.heads
     found = attention_densities(config.kind, config.length, config.block, head_dim)
     found["step_gflops"] = None if operations is None else 1e-9 * operations

@@ -188,7 +188,7 @@ class _NoText(ast.NodeTransformer):
 
 
 def differences(found: Record, mine: Record) -> list[str]:
-    """The settings that differ, as "train.steps: 30 -> 60"; those that decide, see this module.
+    """The settings that differ, as "train.steps: 30 -> 60"; the module says which ones decide.
 
     Args:
         found: Recorded settings; older ones have no "provenance".

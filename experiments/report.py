@@ -198,7 +198,7 @@ def write(comparison: Comparison, runs: Sequence[Run], folder: Path) -> Report:
 
 
 def columns(report: Report) -> dict[str, list[str] | None]:
-    """The settings that HPARAMS shows: those that differ between the runs, and the attention.
+    """The settings in HPARAMS: the attention, and each setting that differs between the runs.
 
     Returns:
         Name to all values, where they are text; to None where they are numbers.

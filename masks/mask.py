@@ -257,7 +257,7 @@ density 0.0195, tile density 0.0195, computed 0.0195, cpu)
         (63, 3, 1)
         >>> masks.block_diagonal(8).reach(64)
         """
-        return reach.layers_to_reach(self._for_reach(length, 64))
+        return reach.layers_to_reach(reach.union_layout(self.patterns()[0], length, 64))
 
     def reach_bounds(self, length: int) -> tuple[int | float, int | None]:
         """Bounds of `reach`, from tiles alone: (least, most), seconds at any length.
@@ -269,15 +269,7 @@ density 0.0195, tile density 0.0195, computed 0.0195, cpu)
         >>> masks.butterfly(128).reach_bounds(65536), masks.local(1024).reach_bounds(65536)
         ((9, 9), (64, 64))
         """
-        return reach.reach_bounds(self._for_reach(length, 16))
-
-    def _for_reach(self, length: int, block: int) -> BlockLayout:
-        """All heads together, as a layer mixes them, in blocks that are not too many."""
-        length = integer("reach", "length", length)
-        while -(-length // block) > reach.MAX_BLOCKS:
-            block *= 2
-        union = functools.reduce(operator.or_, self.patterns()[0])
-        return union.layout(length, block=(block, block))
+        return reach.reach_bounds(reach.union_layout(self.patterns()[0], length, 16))
 
     def plot(self, q_len: int, kv_len: int | None = None, title: str | None = None) -> Figure:
         """A picture (matplotlib) at these lengths; see `BlockLayout.plot`."""

@@ -28,7 +28,7 @@ _DARK = (8, 48, 107)
 
 
 def lengths_of(mask: Mask, default: int = LENGTH) -> tuple[int, int]:
-    """(q_len, kv_len) to show a mask at: those that it is made for, else `default`.
+    """(q_len, kv_len) to show a mask at: its own lengths, else `default`.
 
     >>> from sparse_flash import masks
     >>> lengths_of(masks.causal()), lengths_of(masks.documents((30, 70)))

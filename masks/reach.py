@@ -2,20 +2,41 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from sparse_flash.masks import bits
+from sparse_flash.masks.arguments import integer
 from sparse_flash.masks.layout import FULL_TILE, BlockLayout
 from sparse_flash.masks.modes import plain_torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+if TYPE_CHECKING:
+    from sparse_flash.masks.mask import Mask
+
 Bounds = tuple[int | float, int | None]
 MAX_BLOCKS = 512  # blocks a side of which bounds are computed
 _WORK = 4e10  # words of 64 sources that an exact reach may combine, about a minute's work
 _GROUP = 8  # rows of which all unions are tabulated
+
+
+def union_layout(heads: Sequence[Mask], length: int, block: int) -> BlockLayout:
+    """All heads together, as a layer mixes them.
+
+    Args:
+        heads: The distinct masks.
+        length: Number of tokens.
+        block: Smallest size of a block; doubled until there are at most MAX_BLOCKS a side.
+    """
+    length = integer("reach", "length", length)
+    while -(-length // block) > MAX_BLOCKS:
+        block *= 2
+    return functools.reduce(operator.or_, heads).layout(length, block=(block, block))
 
 
 @plain_torch()

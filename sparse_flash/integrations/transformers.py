@@ -207,8 +207,8 @@ class BlockSparseAttention:
             scaling: Factor of the logits; default d ** -0.5.
             dropout: Must be 0.
             is_causal: Pattern where there is no attention_mask; default: as the module says.
-            **options: Other arguments of the model's layers; those that change the result are
-                refused.
+            **options: Other arguments of the model's layers, refused where they change the
+                result.
 
         Returns:
             Output `(b, q_len, h, d)`, and None for the weights.
