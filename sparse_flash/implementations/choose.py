@@ -10,6 +10,7 @@ from torch import Tensor
 from sparse_flash.call import AttentionCall
 from sparse_flash.implementations.empty import EmptyBatch
 from sparse_flash.implementations.reference import Reference
+from sparse_flash.implementations.sm80 import Sm80
 from sparse_flash.implementations.sm90 import Sm90
 
 
@@ -38,8 +39,13 @@ class Implementation(Protocol):
 
 
 # Best first: "auto" takes the first one that can run a call; the last one runs all.
-IMPLEMENTATIONS: tuple[Implementation, ...] = (Sm90(), Reference())
+IMPLEMENTATIONS: tuple[Implementation, ...] = (Sm90(), Sm80(), Reference())
 _EMPTY = EmptyBatch()
+# Gradients that "auto" leaves to others until their shipped configs were tested on a GPU.
+_UNTESTED = {
+    "sm80": "the gradients of impl='sm80' were not tested on a GPU in this version; ask for it by "
+    "name to use them"
+}
 
 
 def choose(impl: str, call: AttentionCall) -> Implementation:
@@ -69,11 +75,13 @@ def _best(call: AttentionCall) -> Implementation:
     reasons: list[str] = []
     for implementation in IMPLEMENTATIONS:
         reason = implementation.unsupported_reason(call)
+        if reason is None and call.needs_grad:
+            reason = _UNTESTED.get(implementation.name)
         if reason is None:
-            if reasons and call.q.is_cuda:
+            if implementation is IMPLEMENTATIONS[-1] and call.q.is_cuda:
                 name = implementation.name
                 warnings.warn(
-                    f"impl='auto' takes {name!r}, which is slow: {reasons[0]}", stacklevel=5
+                    f"impl='auto' takes {name!r}, which is slow: {reasons[-1]}", stacklevel=5
                 )
             return implementation
         reasons.append(reason)

@@ -1,0 +1,466 @@
+"""What the threads of a CTA of the forward kernel do.
+
+    S = Q K^T;    P = exp2(scale (S - max));    O = O + P V        (FlashAttention, online softmax)
+
+A warp owns 16 rows of each of its groups of rows, and their S, P and O in registers. K and V come
+by cp.async while products are computed. The first tile of the next item is loaded during the last
+one of this item, so that short rows leave no bubble.
+"""
+
+from typing import NamedTuple
+
+import cutlass
+from cutlass import Boolean, Float32, Int32, const_expr, cute
+from sparse_flash.kernels.sm80.primitives import (
+    TileLayout,
+    TileLoader,
+    accumulators,
+    address_of,
+    as_operand_a,
+    as_operand_b,
+    as_pairs,
+    copy_small,
+    fragment,
+    in_loop,
+    load_fragments,
+    multiply,
+    shared_address,
+)
+from sparse_flash.kernels.sm90 import online_softmax as online
+from sparse_flash.kernels.sm90.forward_producer import tiles_within
+from sparse_flash.kernels.sm90.primitives import pack_pair, store_pairs
+from sparse_flash.masks.layout import FULL_TILE
+
+# The next item in shared memory: its record, as in `Schedule.work`, then what the record names. The
+# count is -1 where there are no more items; the record's last word is the item's number.
+BATCH, FIRST, COUNT, INDEX, KV_LEN, TILES, NUM_WORDS = 2, 3, 4, 7, 8, 10, 16
+SLACK = 8.0  # by how many powers of two P may exceed 1 before its maximum is taken over
+
+
+class RowWork(NamedTuple):
+    """The keys of a work item: of a block row, or a part of it. All Int32."""
+
+    kv_head: Int32
+    batch: Int32
+    first: Int32  # tile
+    count: Int32  # of tiles; 0: there are no more items
+    limit: Int32  # keys, counted from `key_start`
+    key_start: Int32  # key that is the first of block 0
+    slot: Int32  # where its `RowPlace` is in shared memory, 0 or 1
+
+
+class RowPlace(NamedTuple):
+    """The rows of a work item. All Int32; in shared memory while the item is computed."""
+
+    head: Int32
+    batch: Int32
+    part: Int32  # where a split row's partial result goes; -1: not split
+    start: Int32  # query that lies in the first row of the tile; negative: the tile begins earlier
+    known: Int32  # rows of the tile that are positions of the layout; only with offsets
+
+
+class KeyTile(NamedTuple):
+    """A stored tile: its block column, and its bit tile or FULL_TILE. Both Int32."""
+
+    n_block: Int32
+    bit_tile: Int32
+
+
+class ForwardMainloop:
+    """State of a thread: O, the statistics of its rows, and where to find everything.
+
+    (What is written inside a dynamic `if` must be a local name: the DSL cannot carry attributes.)
+    """
+
+    def __init__(self, config, dtype, buffers, inputs, group_size, scale_log2):
+        self.config, self.dtype = config, dtype
+        self.group_size, self.scale_log2 = group_size, scale_log2
+        self.slack = SLACK / scale_log2
+        (q, k, v), lists, self.positions, results = inputs
+        self.records = not config.offsets  # whether items have records: see `Schedule.work`
+        self.kv_lens, self.work, self.tiles, self.bits, self.counter, self.counts = lists
+        self.out, self.lse, self.out_splits, self.lse_splits = results
+        q_room, k_room, v_room, following, places = buffers
+        self.following = following.get_tensor(cute.make_layout(NUM_WORDS))
+        self.following_address = shared_address(following.data_ptr())
+        fields = len(RowPlace._fields)
+        self.places = places.get_tensor(cute.make_layout((2, fields), stride=(fields, 1)))
+        self.q_base, self.k_base, self.v_base = (
+            shared_address(room.data_ptr()) for room in (q_room, k_room, v_room)
+        )
+        self.q_layout = TileLayout(config.tile_m, config.head_dim)
+        self.kv_layout = TileLayout(config.tile_n, config.head_dim)
+        self.tid = cute.arch.thread_idx()[0]
+        self.thread = self.tid % 128  # among the four warps that share 64 rows
+        threads = config.threads
+        self.q_loader = TileLoader(q, self.q_layout, threads, self.tid)
+        self.k_loader = TileLoader(k, self.kv_layout, threads, self.tid)
+        self.v_loader = TileLoader(v, self.kv_layout, threads, self.tid)
+        lane = cute.arch.lane_idx()
+        first_row = self.tid // 128 * 64 + self.thread // 32 * 16
+        self.q_lane = self.q_base + first_row * self.q_layout.pitch + self.q_layout.rows_first(lane)
+        self.k_lane = self.k_base + self.kv_layout.columns_first(lane)
+        self.v_lane = self.v_base + self.kv_layout.rows_first(lane)
+        groups = range(config.row_groups)
+        self.acc_o = [accumulators(config.head_dim) for _ in groups]
+        self.stats = [cute.make_rmem_tensor((2, 2), Float32) for _ in groups]
+
+    @cute.jit
+    def run(self):
+        """Item after item, until there are no more."""
+        item, place = self.item(cute.arch.block_idx()[0], Int32(0))
+        tile, ahead = self.first_tiles(item)
+        stage = Int32(0)
+        if item.count > 0:
+            self.take(item, place)
+            self.load_k(item, tile, stage)
+            if const_expr(self.config.stages == 2):
+                self.load_v(item, tile, stage)
+        cute.arch.cp_async_commit_group()
+        while item.count > 0:
+            for group in cutlass.range_constexpr(self.config.row_groups):
+                self.acc_o[group].fill(0.0)
+                online.reset(self.stats[group])
+            following = item
+            for j in cutlass.range(item.count, unroll=1):
+                if const_expr(self.config.stages == 1):
+                    following, tile = self.step_one(item, j, tile)
+                else:
+                    following, tile, ahead = self.step_two(item, j, tile, ahead, stage)
+                    stage = 1 - stage
+            self.finish(item)
+            item = following
+        self.leave()
+
+    @cute.jit
+    def step_one(self, item, j, tile):
+        """A tile, with one stage. Returns the next item, and the tile that follows."""
+        ticket = self.ask(item, j)
+        ahead = self.tile_at(item.first + cutlass.min(j + 1, item.count - 1))
+        cute.arch.cp_async_wait_group(0)
+        cute.arch.sync_threads()  # K is there, and all warps are done with the last V
+        if const_expr(self.records):
+            self.fetch_details(item, j)
+        self.load_v(item, tile, 0)
+        cute.arch.cp_async_commit_group()
+        words = self.mask_words(tile)
+        acc_s = self.scores(0)
+        self.fetch(item, j, ticket)
+        cute.arch.cp_async_wait_group(0)
+        cute.arch.sync_threads()  # V is there, and all warps are done with Q and K
+        following = item
+        if j == item.count - 1:
+            following, place, ahead, _ = self.next_item(item)
+            self.take(following, place)
+        if following.count > 0:
+            self.load_k(following, ahead, 0)
+        cute.arch.cp_async_commit_group()
+        self.accumulate(acc_s, words, tile, item.limit, 0)
+        return following, ahead
+
+    @cute.jit
+    def step_two(self, item, j, tile, ahead, stage):
+        """A tile, with two stages. Returns the next item, and the two tiles that follow."""
+        is_last = j == item.count - 1
+        early = self.fetches(item) if const_expr(self.records) else Boolean(False)
+        ticket = self.ask(item, j)
+        later = self.tile_at(item.first + cutlass.min(j + 2, item.count - 1))
+        cute.arch.cp_async_wait_group(0)
+        cute.arch.sync_threads()  # K and V are there, and all warps are done with the last ones
+        if const_expr(self.records):
+            self.fetch_details(item, j)
+        following = item
+        if const_expr(self.records):
+            if is_last and early:
+                following, _, ahead, later = self.fetched_item(item)
+        if following.count > 0 and (early or not is_last):
+            self.load_k(following, ahead, 1 - stage)
+            self.load_v(following, ahead, 1 - stage)
+        cute.arch.cp_async_commit_group()
+        words = self.mask_words(tile)
+        acc_s = self.scores(stage)
+        self.fetch(item, j, ticket)
+        if is_last:
+            cute.arch.sync_threads()  # all warps are done with Q
+            following, place, ahead, later = self.next_item(item)
+            self.take(following, place)
+            if following.count > 0 and not early:
+                self.load_k(following, ahead, 1 - stage)
+                self.load_v(following, ahead, 1 - stage)
+        cute.arch.cp_async_commit_group()
+        self.accumulate(acc_s, words, tile, item.limit, stage)
+        return following, ahead, later
+
+    def fetches(self, item):
+        """Whether the record of the next item comes into shared memory while this one is computed.
+
+        It takes three steps: its number, its record, and what the record names.
+        """
+        return item.count >= 3
+
+    @cute.jit
+    def ask(self, item, j):
+        """Thread 0 asks for the number of the next item. Who asks early may get what another CTA
+        has long had time for.
+        """
+        ticket, counter = Int32(0), self.counter
+        if in_loop(self.tid) == 0 and j == cutlass.max(item.count - 3, 0):
+            ticket = cute.arch.atomic_add(counter.iterator, Int32(1), sem="relaxed", scope="gpu")
+        return ticket
+
+    @cute.jit
+    def fetch(self, item, j, ticket):
+        """Thread 0 publishes the number of the next item, and copies its record."""
+        following, record = self.following, self.following_address
+        if in_loop(self.tid) == 0 and j == cutlass.max(item.count - 3, 0):
+            index = ticket + cute.arch.grid_dim()[0]
+            following[INDEX] = index
+            if const_expr(self.records):
+                if self.fetches(item):
+                    if index < self.counts[0]:
+                        copy_small(record, address_of(self.work, (index, 0)), 16)
+                        copy_small(record + 16, address_of(self.work, (index, 4)), 16)
+                    else:
+                        following[COUNT] = Int32(-1)
+
+    @cute.jit
+    def fetch_details(self, item, j):
+        """Thread 0 copies what the record of the next item names."""
+        following, start = self.following, self.following_address
+        is_time = self.fetches(item) and j == item.count - 2
+        if in_loop(self.tid) == 0 and is_time and following[COUNT] >= 0:
+            first, last = following[FIRST], cutlass.max(following[COUNT] - 1, 0)
+            kv_len = address_of(self.kv_lens, (following[BATCH],))
+            copy_small(start + 4 * KV_LEN, kv_len, 4)
+            for n in cutlass.range_constexpr(3):
+                nth = (Int32(0), cutlass.min(Int32(1), last), last)[n]
+                tile = address_of(self.tiles, (first + nth, 0))
+                copy_small(start + 4 * TILES + 8 * n, tile, 8)
+
+    @cute.jit
+    def fetched_item(self, item):
+        """The next item, where its rows lie, and its first two tiles, from shared memory."""
+        record, tile_n = [self.following[i] for i in range(NUM_WORDS)], self.config.tile_n
+        m_block, head, batch, first, count, part = record[:6]
+        tile, ahead = (KeyTile(*record[TILES + i : TILES + i + 2]) for i in (0, 2))
+        limit = record[KV_LEN]
+        if count == 0:  # a row without tiles: all keys of the tile that it names are masked
+            count, limit = Int32(1), Int32(0)
+        elif count > 0 and record[TILES + 4] * tile_n >= limit:
+            count = tiles_within(self.tiles, first, count, limit, tile_n)
+        count = cutlass.max(count, Int32(0))
+        work = RowWork(self.kv_head(head), batch, first, count, limit, Int32(0), 1 - item.slot)
+        place = RowPlace(head, batch, part, m_block * self.config.tile_m, Int32(0))
+        return work, place, tile, ahead
+
+    @cute.jit
+    def next_item(self, item):
+        """The next item, where its rows lie, and its first two tiles."""
+        if const_expr(not self.records):
+            return self.looked_up_item(item)
+        zero = Int32(0)
+        following, place = item, RowPlace(zero, zero, zero, zero, zero)
+        tile, ahead = KeyTile(zero, zero), KeyTile(zero, zero)
+        if self.fetches(item):
+            following, place, tile, ahead = self.fetched_item(item)
+        else:
+            following, place, tile, ahead = self.looked_up_item(item)
+        return following, place, tile, ahead
+
+    @cute.jit
+    def looked_up_item(self, item):
+        """As `next_item`, from memory."""
+        following, place = self.item(self.following[INDEX], 1 - item.slot)
+        return following, place, *self.first_tiles(following)
+
+    @cute.jit
+    def take(self, item, place):
+        """Issue the copies of an item's queries, and keep where its rows lie in shared memory."""
+        places = self.places
+        if in_loop(self.tid) == 0:
+            for i in cutlass.range_constexpr(len(place)):
+                places[item.slot, i] = place[i]
+        if item.count > 0:
+            limit, any_row = cute.size(self.q_loader.tensor, mode=[1]), self.config.offsets
+            coord = (place.head, place.batch)
+            self.q_loader.start(self.q_base, coord, place.start, limit, any_row)
+
+    @cute.jit
+    def first_tiles(self, item):
+        """The first two tiles of an item."""
+        second = item.first + cutlass.min(Int32(1), cutlass.max(item.count - 1, 0))
+        return self.tile_at(item.first), self.tile_at(second)
+
+    @cute.jit
+    def tile_at(self, index):
+        """The tile of this index in the list."""
+        return KeyTile(self.tiles[index, 0], self.tiles[index, 1])
+
+    @cute.jit
+    def item(self, index, slot):
+        """The work item of this number, and where its rows lie; after the last one no tiles."""
+        zero = Int32(0)
+        work = RowWork(zero, zero, zero, zero, zero, zero, slot)
+        place = RowPlace(zero, zero, zero, zero, zero)
+        if const_expr(self.config.offsets):
+            if index < self.positions.num_work_tiles():
+                row, load = self.positions.work_tile(index, self.tiles)
+                head, batch, first, count = load.head, load.batch, load.first, load.count
+                keys = (first, count, load.limit, load.key_start)
+                work = RowWork(self.kv_head(head), batch, *keys, slot)
+                place = RowPlace(head, batch, row.split_idx, row.start, row.known)
+        elif index < self.counts[0]:
+            m_block, head, batch = (self.work[index, i] for i in range(3))
+            first, count, part = (self.work[index, i] for i in range(3, 6))
+            limit = self.kv_lens[batch]
+            if count == 0:  # a row without tiles: all keys of the tile that it names are masked
+                count, limit = Int32(1), Int32(0)
+            count = tiles_within(self.tiles, first, count, limit, self.config.tile_n)
+            work = RowWork(self.kv_head(head), batch, first, count, limit, zero, slot)
+            place = RowPlace(head, batch, part, m_block * self.config.tile_m, zero)
+        return work, place
+
+    def kv_head(self, head):
+        """The head of k and v of a query head."""
+        return head // self.group_size
+
+    @cute.jit
+    def leave(self):
+        """The last CTA to take no more work leaves the counters as it found them: zero."""
+        counter = self.counter
+        if self.tid == 0:
+            done = cute.arch.atomic_add(counter.iterator + 1, Int32(1), sem="acq_rel", scope="gpu")
+            if done == cute.arch.grid_dim()[0] - 1:
+                counter[0] = Int32(0)
+                counter[1] = Int32(0)
+
+    @cute.jit
+    def load_k(self, item, tile, stage):
+        """Issue the copies of a tile's keys."""
+        self.load_keys(self.k_loader, self.k_base, item, tile, stage)
+
+    @cute.jit
+    def load_v(self, item, tile, stage):
+        """Issue the copies of a tile's values; 0 beyond the limit, for 0 times NaN is NaN."""
+        self.load_keys(self.v_loader, self.v_base, item, tile, stage)
+
+    @cute.jit
+    def load_keys(self, loader, base, item, tile, stage):
+        """Issue the copies of a tile of K or V."""
+        coord = (item.kv_head, item.batch)
+        first = item.key_start + tile.n_block * self.config.tile_n
+        limit = item.key_start + item.limit
+        address = base + stage * self.kv_layout.nbytes
+        loader.start(address, coord, first, limit, self.config.offsets)
+
+    @cute.jit
+    def mask_words(self, tile):
+        """For each of the thread's rows the bits of its columns."""
+        return [
+            online.mask_words(self.bits, tile.bit_tile, self.row_group(group), self.thread)
+            for group in range(self.config.row_groups)
+        ]
+
+    @cute.jit
+    def row_group(self, group: cutlass.Constexpr):
+        """Which 64 rows of the tile the thread's group of rows belongs to."""
+        return self.tid // 128 + group * (self.config.warps // 4)
+
+    @cute.jit
+    def scores(self, stage):
+        """S = Q K^T of the thread's groups of rows."""
+        config = self.config
+        acc_s = [accumulators(config.tile_n) for _ in range(config.row_groups)]
+        for acc in acc_s:
+            acc.fill(0.0)
+        k_lane = in_loop(self.k_lane + stage * self.kv_layout.nbytes)
+        q_lane = in_loop(self.q_lane)
+        for column in cutlass.range_constexpr(0, config.head_dim, 16):
+            places = [(row, column) for row in range(0, config.tile_n, 16)]
+            keys = load_fragments(self.kv_layout, k_lane, places, False)
+            keys = as_operand_b(keys, self.dtype)
+            for group in cutlass.range_constexpr(config.row_groups):
+                place = (group * 16 * config.warps, column)
+                queries = load_fragments(self.q_layout, q_lane, [place], False)
+                multiply(acc_s[group], as_operand_a(queries, self.dtype), keys)
+        return acc_s
+
+    @cute.jit
+    def accumulate(self, acc_s, words, tile, limit, stage):
+        """S becomes P; O += P V."""
+        config = self.config
+        self.apply_mask(acc_s, words, tile, limit)
+        for group in cutlass.range_constexpr(config.row_groups):
+            acc, stats = acc_s[group], self.stats[group]
+            grown, decay = online.update_row_max(acc, stats, self.scale_log2, self.slack)
+            if grown:
+                online.rescale(self.acc_o[group], decay)
+        for row in cutlass.range_constexpr(0, config.tile_n, 16):
+            pairs = [self.exponentiate(acc_s[g], g, row) for g in range(config.row_groups)]
+            self.add_values(pairs, row, stage)
+
+    @cute.jit
+    def apply_mask(self, acc_s, words, tile, limit):
+        """-inf where the tile is masked, or beyond the keys' length."""
+        remaining = limit - tile.n_block * self.config.tile_n
+        if tile.bit_tile != FULL_TILE or remaining < self.config.tile_n:
+            within = online.columns_within(remaining, self.thread)
+            for group in cutlass.range_constexpr(self.config.row_groups):
+                online.apply_mask(acc_s[group], words[group], within)
+
+    @cute.jit
+    def exponentiate(self, acc_s, group: cutlass.Constexpr, row: cutlass.Constexpr):
+        """S of 16 keys from `row` on becomes P. Returns it as operand a of the next product."""
+        acc = cute.make_tensor(acc_s.iterator + row // 2, cute.make_layout(8))
+        online.exp2_and_sum(acc, self.stats[group], self.scale_log2)
+        return fragment(as_operand_a(as_pairs(acc, self.dtype), self.dtype), 0)
+
+    @cute.jit
+    def add_values(self, p, row: cutlass.Constexpr, stage):
+        """O += P V of 16 keys from `row` on."""
+        v_lane = in_loop(self.v_lane + stage * self.kv_layout.nbytes)
+        places = [(row, column) for column in range(0, self.config.head_dim, 16)]
+        values = load_fragments(self.kv_layout, v_lane, places, True)
+        values = as_operand_b(values, self.dtype)
+        for group in cutlass.range_constexpr(self.config.row_groups):
+            multiply(self.acc_o[group], p[group], values)
+
+    @cute.jit
+    def finish(self, item):
+        """Write O / sum and the logsumexp: to the output, or as a part of a split row."""
+        fields = len(RowPlace._fields)
+        place = RowPlace(*(self.places[item.slot, i] for i in range(fields)))
+        for group in cutlass.range_constexpr(self.config.row_groups):
+            factors, log_sums = online.row_normalizers(self.stats[group], self.scale_log2)
+            row = self.row_group(group) * 64 + self.thread // 32 * 16 + self.thread % 32 // 4
+            if const_expr(self.config.offsets):
+                online.mark_unknown(factors, log_sums, place.known, row)
+            online.rescale(self.acc_o[group], factors)
+            for r in cutlass.range_constexpr(2):
+                self.finish_row(place, self.acc_o[group], r, row + 8 * r, log_sums[r])
+
+    @cute.jit
+    def finish_row(self, place, acc_o, r: cutlass.Constexpr, row, log_sum):
+        """Write row r (0 or 1) of a group of rows; `row` is its number in the tile."""
+        lse, lse_splits = self.lse, self.lse_splits
+        q_idx, quad = place.start + row, self.thread % 4
+        inside = q_idx >= 0 and q_idx < cute.size(lse, mode=[2])
+        if place.part < 0:
+            pairs = [
+                pack_pair(acc_o[n], acc_o[n + 1], self.dtype)
+                for n in range(2 * r, cute.size(acc_o), 4)
+            ]
+            coord = (place.batch, q_idx, place.head, 0)
+            store_pairs(self.out, coord, pairs, any_row=self.config.offsets)
+            if quad == 0 and inside:
+                lse[place.batch, place.head, q_idx] = log_sum
+        elif const_expr(self.config.offsets):
+            if inside:
+                coord = (place.part, place.batch, q_idx, place.head)
+                online.store_split(self.out_splits, acc_o, coord, r, self.thread)
+                if quad == 0:
+                    lse_splits[place.part, place.batch, place.head, q_idx] = log_sum
+        else:
+            online.store_split(self.out_splits, acc_o, (place.part, row), r, self.thread)
+            if quad == 0:
+                lse_splits[place.part, row] = log_sum
