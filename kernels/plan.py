@@ -16,6 +16,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from sparse_flash.kernels.config import KernelConfig
 from sparse_flash.kernels.device import DeviceFacts
+from sparse_flash.kernels.device_schedule import device_backward_schedule, device_schedule
 from sparse_flash.kernels.launch import Kernel
 from sparse_flash.kernels.schedule import (
     CostModel,
@@ -24,8 +25,11 @@ from sparse_flash.kernels.schedule import (
     best_config,
     schedule,
 )
+from sparse_flash.masks.device_layout import DeviceLayout
+from sparse_flash.masks.device_tiles import grid_of
 from sparse_flash.masks.layout import BlockLayout
 from sparse_flash.masks.modes import plain_torch
+from torch import Tensor
 
 Config = TypeVar("Config", bound=KernelConfig)
 _lock = threading.Lock()  # threads that ask for the same plan get one
@@ -44,7 +48,7 @@ class Plan(Generic[Config]):
     Attributes:
         lists: The schedule's work, tiles and bits.
         combine: The schedule's combine and counts.
-        num_parts: Number of parts of split rows.
+        num_splits: Number of splits of all split rows.
         num_ctas: Number of CTAs to launch.
         kernel: The compiled kernel; None until the first launch.
     """
@@ -54,12 +58,14 @@ class Plan(Generic[Config]):
     reschedule: Callable[[BlockLayout], Schedule] | None = field(default=None, repr=False)
     kernel: Kernel | None = field(default=None, repr=False)
     captured: bool = False  # a CUDA graph reads the arrays
+    # Of layouts of data: why block rows are not as asked for, uint8 (P, nq); None: no row can be.
+    errors: Tensor | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         # What a launch takes, gathered once: `follow` changes the contents of arrays, no array.
         s = self.schedule
         self.lists, self.combine = (s.work, s.tiles, s.bits), (s.combine, s.counts)
-        self.num_parts, self.num_ctas = s.num_parts, s.num_ctas
+        self.num_splits, self.num_ctas = s.num_splits, s.num_ctas
 
     @property
     def nbytes(self) -> int:
@@ -137,7 +143,9 @@ def plan_of(layout: BlockLayout, key: PlanKey) -> Plan[Any]:
         with _lock:
             plan = layout.derived.get(key)
             if plan is None:
-                plan = layout.derived[key] = _build(layout, key)
+                plan = _build(layout, key)
+                if not isinstance(layout, DeviceLayout) or layout.keeps_what_is_derived:
+                    layout.derived[key] = plan
     return plan
 
 
@@ -151,10 +159,42 @@ def _build(layout: BlockLayout, key: PlanKey) -> Plan[Any]:
             f"the kernels need {least} bytes of shared memory, but this GPU ({key.facts.arch}) has "
             f"{capacity}: use impl='reference'"
         )
+    if isinstance(layout, DeviceLayout):
+        return _plan_of_data(layout, key, configs)
     several = len(configs) > 1 and planner.transposed
     config = best_config(layout.transpose() if several else layout, configs)
     reschedule = functools.partial(_schedule, key, config, split_last_wave=False)
     return Plan(config, _schedule(key, config, layout), reschedule)
+
+
+def fitting(layout: BlockLayout, planner: Planner[Any]) -> list[Any]:
+    """The configs of a planner whose tiles can be listed on the device for a layout's blocks."""
+    return [
+        c
+        for c in planner.configs
+        if grid_of(layout.lengths, c.tile[::-1] if planner.transposed else c.tile)
+    ]
+
+
+def _plan_of_data(layout: DeviceLayout, key: PlanKey, configs: list[Any]) -> Plan[Any]:
+    """The plan of a layout that data on the device decide: nothing waits for them."""
+    planner, facts = key.planner, key.facts
+    config = next(c for c in fitting(layout, planner) if c in configs)
+    if not planner.transposed:
+        size = planner.token_bytes * layout.kv_len
+        sizes = (key.batch, key.heads)
+        made, errors = device_schedule(layout, *sizes, config.tile, facts, planner.costs, size)
+    else:
+        size = planner.token_bytes * layout.q_len * key.heads // key.kv_heads
+        heads = (key.heads, key.kv_heads)
+        made, errors = device_backward_schedule(
+            layout, key.batch, heads, config.tile, facts, planner.costs, size
+        )
+    if not layout.source.may_fail:
+        return Plan(config, made)
+    if layout.keeps_what_is_derived:
+        layout.note(errors)
+    return Plan(config, made, errors=errors)
 
 
 def _schedule(

@@ -1,4 +1,4 @@
-"""Checks of the arguments of a call, with errors that say what is allowed, and the way out."""
+"""Checks of the arguments of a call, with errors that name the allowed values and the way out."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ from torch import Tensor
 from sparse_flash.masks import BlockLayout, Mask
 from sparse_flash.masks.traceable import Traceable
 
-# Arguments of SDPA, FlashAttention and FlexAttention, and what to write instead.
+# Arguments of SDPA, FlashAttention and FlexAttention, with their replacements.
 _CAUSAL = "pass the mask masks.causal(), or mask & masks.causal()"
 _SCALE = "write softmax_scale"
 _DROPOUT = "write dropout_p, which must be 0.0 for now"
-_LENGTHS = "packed sequences are one sequence with the mask masks.documents(lengths)"
+_LENGTHS = (
+    "packed sequences are one sequence with the mask masks.documents(lengths), or "
+    "masks.documents(cu_seqlens, length=...) where a GPU has the lengths"
+)
 _OTHERS = {
     "is_causal": _CAUSAL,
     "causal": _CAUSAL,
@@ -42,7 +45,7 @@ _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_are_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """TypeError where one of them is none."""
+    """Raise TypeError unless all are tensors."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
@@ -70,7 +73,7 @@ def check_heads(mask: Mask | BlockLayout, heads: int) -> None:
 
 
 def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Shapes, dtypes and devices that fit each other."""
+    """Check that shapes, dtypes and devices are consistent."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4 or 0 in x.shape[1:]:
             raise ValueError(
@@ -98,7 +101,7 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def warn_of_heads_first(k: Tensor) -> None:
-    """Tensors of other libraries are (b, h, s, d), which nothing but sizes can tell."""
+    """Hint at swapped dimensions: other libraries use (b, h, s, d)."""
     _, tokens, heads, _ = k.shape
     if heads > max(tokens, 48):
         warnings.warn(
@@ -110,7 +113,7 @@ def warn_of_heads_first(k: Tensor) -> None:
 
 
 def check_options(softmax_scale: float | None, dropout_p: float) -> float | None:
-    """The scale as a number."""
+    """Check the scale; returns it as a float."""
     if softmax_scale is None and dropout_p == 0:
         return None
     if isinstance(softmax_scale, Tensor):
@@ -161,8 +164,8 @@ def _brief(value: object) -> str:
     return f"tensor of {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)[:60]
 
 
-def check_layout(layout: BlockLayout, q: Tensor, lengths: tuple[int, int]) -> None:
-    """Lengths, device, heads and batch entries of a layout."""
+def check_layout(layout: BlockLayout, q: Tensor, lengths: tuple[int, int], kv_heads: int) -> None:
+    """Check lengths, device, heads and batch entries of a layout."""
     q_len, kv_len = lengths
     if (layout.q_len, layout.kv_len) != lengths:
         swapped = layout.q_len == q.shape[2]
@@ -184,7 +187,14 @@ def check_layout(layout: BlockLayout, q: Tensor, lengths: tuple[int, int]) -> No
     for name, size, given in zip(
         ("batch entries", "heads"), layout.pattern_map.shape, (q.shape[0], q.shape[2]), strict=True
     ):
-        if size not in (1, given) and q.shape[0]:
+        shared = name == "heads" and layout.on_device and size == kv_heads
+        if size not in (1, given) and not shared and q.shape[0]:
+            if layout.on_device:
+                also = f", {kv_heads} (those of k)" if name == "heads" else ""
+                raise ValueError(
+                    f"the layout has rows for {size} {name}, but q has {given} {name}: give "
+                    f"indices or tables for {given}{also} or 1"
+                )
             maker = "per_head" if name == "heads" else "per_batch"
             each = "query head" if name == "heads" else "batch entry"
             raise ValueError(
@@ -194,7 +204,7 @@ def check_layout(layout: BlockLayout, q: Tensor, lengths: tuple[int, int]) -> No
 
 
 def check_kv_lens(kv_lens: Tensor, batch: int, kv_len: int) -> None:
-    """The type and shape of kv_lens, and its values where the host has them."""
+    """Check type and shape of kv_lens, and its values if they are on the host."""
     if (
         not isinstance(kv_lens, Tensor)
         or kv_lens.is_floating_point()

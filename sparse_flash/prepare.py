@@ -18,6 +18,7 @@ from sparse_flash.checks import (
 )
 from sparse_flash.implementations import Implementation, choose
 from sparse_flash.masks import BlockLayout, Mask
+from sparse_flash.masks.device_layout import DeviceLayout
 from sparse_flash.masks.records import CACHE
 from sparse_flash.positions import lengths_of, warn_of_alignment, with_positions
 
@@ -57,6 +58,9 @@ def prepare(
         ValueError: Shapes, devices or lengths that do not fit, or no implementation runs the call.
     """
     q, k, v, kv_lens, q_offset, kv_starts = tensors
+    if getattr(mask, "on_device", False):
+        mask = layout_of_data(mask, tensors)
+        q_offset, tensors = None, (q, k, v, kv_lens, None, None)
     q_shape, k_shape = q.shape, k.shape
     if len(q_shape) != 4 or len(k_shape) != 4:
         check_tensors(q, k, v)
@@ -85,23 +89,30 @@ def prepare(
         if q_offset is None:
             warn_of_alignment(mask, *lengths)
         layout = mask if isinstance(mask, BlockLayout) else layout_of(mask, q, lengths)
-        check_layout(layout, q, lengths)
+        check_layout(layout, q, lengths, k.shape[2])
         call = AttentionCall(q, k, v, kv_lens, q_offset, kv_starts, layout, None, *rest)
         implementation = choose(impl, call)
-        planned = replace(call, plan=implementation.plan(call))
-        known = _Known(planned.without_tensors(), implementation)
+        nothing: Any = None  # a layout of data does not live as long as what is known of its calls
+        changed = {"layout": nothing} if layout.on_device else {"plan": implementation.plan(call)}
+        known = _Known(replace(call, **changed).without_tensors(), implementation)
         if len(calls) >= _MOST_CALLS:
             calls.clear()
         calls[like] = known
     if kv_lens is not None:
         check_kv_lens(kv_lens, q_shape[0], k_shape[1])
-    return known.call.with_tensors(*tensors), known.implementation
+    call = known.call
+    if mask.on_device:  # the layout is another one, with plans of its own
+        planned = replace(call.with_tensors(*tensors), layout=mask)
+        call = replace(call, layout=mask, plan=known.implementation.plan(planned))
+    return call.with_tensors(*tensors), known.implementation
 
 
 def _calls_of(mask: Mask | BlockLayout) -> tuple[dict[Any, _Known], Any]:
     """Where known calls with this mask are kept, and what the mask depends on now."""
     if type(mask) is BlockLayout:  # isinstance takes longer
         return mask.calls, None
+    if type(mask) is DeviceLayout:  # a new one for every call: what is known is shared
+        return CACHE.calls_of_data, mask.signature
     record = getattr(mask, "_record", None)
     if record is None:
         check_mask(mask)
@@ -109,8 +120,29 @@ def _calls_of(mask: Mask | BlockLayout) -> tuple[dict[Any, _Known], Any]:
     return record.calls, mask.state() if mask.changeable else ()
 
 
+def layout_of_data(mask: Mask | BlockLayout, tensors: Tensors) -> DeviceLayout:
+    """The layout of data on the device that a call is given, or that its mask makes now.
+
+    Raises:
+        ValueError: The call has positions.
+    """
+    q, k, _, _, q_offset, kv_starts = tensors
+    if kv_starts is not None or not (q_offset is None or (type(q_offset) is int and q_offset == 0)):
+        raise ValueError(
+            "a layout or mask of data on the device takes neither q_offset nor kv_starts: pass "
+            "layout.fixed(), which makes the host wait for the data"
+        )
+    if isinstance(mask, Mask):
+        check_tensors(q, k, tensors[2])
+        mask = mask.layout(q.shape[1], k.shape[1], device=q.device)
+    assert isinstance(mask, DeviceLayout)
+    return mask
+
+
 def layout_of(mask: Mask, q: Tensor, lengths: tuple[int, int]) -> BlockLayout:
-    """The layout of a mask for these lengths, on the device of q; built once."""
+    """The layout of a mask for these lengths, on the device of q; built once, but of data anew."""
+    if mask.on_device:
+        return mask.layout(*lengths, device=q.device)
     key = (lengths, q.device, mask.state())
     layout = CACHE.of(mask).layout(key, lambda: mask.layout(*lengths, device=q.device))
     CACHE.trim()

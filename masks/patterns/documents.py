@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import torch
-from sparse_flash.masks.arguments import integers, normalise, sizes
-from sparse_flash.masks.check import MAX_LENGTH
+from sparse_flash.masks.arguments import integers, normalize, sizes
+from sparse_flash.masks.device_builders import checked_capacity
 from sparse_flash.masks.extents import Extents
-from sparse_flash.masks.mask import Pattern, pattern
+from sparse_flash.masks.mask import Mask, Pattern, pattern
 from sparse_flash.masks.modes import derived
 from sparse_flash.masks.tables import IndexTable
-from sparse_flash.masks.ternary import Index, Truth
+from sparse_flash.masks.ternary import Index, Interval, Truth
+from sparse_flash.masks.validation import MAX_LENGTH
+from torch import Tensor
 
 
 @pattern
@@ -43,23 +46,84 @@ class documents(Pattern):
 
     `lengths`: Tokens of each document, 0 allowed: ints, or a one-dimensional integer array or
     tensor. Of `cu_seqlens` as FlashAttention takes them, pass `cu_seqlens.diff()`.
+
+    With `length`, the first argument is `cu_seqlens` itself, an integer tensor `(n,)` on any
+    device: 0, the ends of the documents, and `length` from there to its end. Its values are read
+    anew by each `.layout` and each call, on the device, without a host wait; such masks are equal
+    where their tensor is the same object. `capacity`: Most tiles and most bit tiles of a layout;
+    default: all tiles, and four bit tiles for each block row and block column. Values that do not
+    ascend from 0 to `length`, or a capacity that does not suffice, make `layout.check()` raise.
+
     Source: Krell et al., Efficient Sequence Packing without Cross-contamination (2021).
     Density for lengths l_i: sum l_i^2 / (sum l_i)^2. Reach: never (None) with more than one.
 
     >>> documents((100, 300, 112)).density(512)
     0.4293212890625
+    >>> cu_seqlens = torch.tensor([0, 100, 400, 512, 512])
+    >>> documents(cu_seqlens, length=512).density(512)
+    0.4293212890625
     """
 
-    lengths: tuple[int, ...]
+    lengths: Any
+    length: int | None = None
+    capacity: tuple[int, int] | None = None
     relative = True
 
     def __post_init__(self) -> None:
+        if self.length is not None:
+            return self._check_cu_seqlens()
+        if self.capacity is not None:
+            raise TypeError("documents: capacity goes with cu_seqlens and length")
         lengths = sizes("documents", "lengths", self.lengths, 0)
-        normalise(self, lengths=lengths)
+        normalize(self, lengths=lengths)
         if not 1 <= sum(lengths) <= MAX_LENGTH:
             raise ValueError(
                 f"documents: lengths must sum to 1..{MAX_LENGTH} tokens, got {sum(lengths)}"
             )
+        return None
+
+    def _check_cu_seqlens(self) -> None:
+        cu_seqlens = self.lengths
+        if not isinstance(cu_seqlens, Tensor):
+            given = type(cu_seqlens).__name__
+            raise TypeError(
+                f"documents: with length, cu_seqlens must be an integer tensor, got {given}: pass "
+                "documents(lengths) for lengths that the host knows"
+            )
+        if cu_seqlens.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"documents: cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
+        if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2:
+            raise ValueError(
+                "documents: cu_seqlens must be (n,), n at least 2: 0, the ends of the documents, "
+                f"and length; got {tuple(cu_seqlens.shape)}"
+            )
+        integers(self, length=1)
+        normalize(self, capacity=checked_capacity(self.capacity))
+        object.__setattr__(self, "on_device", True)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, documents):
+            return NotImplemented
+        mine, theirs = self._key(), other._key()
+        return mine == theirs
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def _key(self) -> tuple[Any, ...]:
+        what = id(self.lengths) if self.on_device else self.lengths
+        return self.on_device, what, self.length, self.capacity
+
+    def __repr__(self) -> str:
+        if not self.on_device:
+            return f"documents({self.lengths!r})"
+        capacity = "" if self.capacity is None else f", capacity={self.capacity}"
+        tensor = f"<{self.lengths.dtype} ({len(self.lengths)},) on {self.lengths.device}>"
+        return f"documents({tensor}, length={self.length}{capacity})"
+
+    def now(self, device: torch.device) -> Mask:
+        """The same documents with cu_seqlens as they are now, on a device."""
+        return _Numbered(self.lengths.detach().to(device, torch.int64, copy=True), self)
 
     @derived
     def _document(self) -> IndexTable:
@@ -68,20 +132,69 @@ class documents(Pattern):
 
     def allowed(self, q: Index, kv: Index) -> Truth:
         """In the same document."""
+        if self.on_device:
+            return self.now(q.device).allowed(q, kv)
         return self._document(q) == self._document(kv)
 
     def extents(self) -> Extents:
         """The sum of the lengths."""
-        return sum(self.lengths), sum(self.lengths)
+        total = sum(self.lengths) if self.length is None else self.length
+        return total, total
 
     def check_lengths(self, q_len: int, kv_len: int, q_start: int = 0, kv_start: int = 0) -> None:
         """As for every mask; an error tells cumulated lengths from lengths."""
         try:
             super().check_lengths(q_len, kv_len, q_start, kv_start)
         except ValueError as error:
+            if self.on_device:
+                raise
             ascending = all(a <= b for a, b in itertools.pairwise(self.lengths))
             if len(self.lengths) < 2 or self.lengths[0] or not ascending:
                 raise
             raise ValueError(
                 f"{error}; lengths look like cu_seqlens: pass their differences, cu_seqlens.diff()"
             ) from None
+
+
+class _Numbered(Mask):
+    """Documents of cu_seqlens at some time: what `documents.now` returns. It is never cached.
+
+    cu_seqlens: int64 (n,).
+    numbers: Document of each token, int32 (length,).
+    """
+
+    on_device, relative = True, True
+
+    def __init__(self, cu_seqlens: Tensor, of: documents) -> None:
+        assert of.length is not None
+        tokens = torch.arange(of.length, device=cu_seqlens.device)
+        self.of, self.cu_seqlens, self.capacity = of, cu_seqlens, of.capacity
+        self.numbers = torch.searchsorted(cu_seqlens, tokens, right=True, out_int32=True)
+
+    def allowed(self, q: Index, kv: Index) -> Truth:
+        """In the same document."""
+        return self._look_up(q) == self._look_up(kv)
+
+    def _look_up(self, index: Index) -> Index:
+        if not isinstance(index, Interval):
+            return self.numbers.index_select(0, index.flatten()).view(index.shape)
+        lo, hi = (self.numbers.index_select(0, end).long() for end in (index.lo, index.hi))
+        largest, of_index = len(self.cu_seqlens), index.columns
+        return Interval(lo, hi, largest, lambda modulus: (torch.zeros_like(lo), of_index()))
+
+    def extents(self) -> Extents:
+        """The length."""
+        return self.of.extents()
+
+    def now(self, device: torch.device) -> Mask:
+        """Itself."""
+        return self
+
+    def invalid(self) -> Tensor:
+        """Whether cu_seqlens do not ascend from 0 to the length, bool ()."""
+        ends = self.cu_seqlens
+        wrong = (ends[0] != 0) | (ends[-1] != self.of.length)
+        return wrong | (ends[1:] < ends[:-1]).any()
+
+    def __repr__(self) -> str:
+        return repr(self.of)

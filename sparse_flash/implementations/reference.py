@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 
 from sparse_flash.call import AttentionCall
+from sparse_flash.implementations import data_layouts
 from sparse_flash.masks import bits
+from sparse_flash.masks.device_layout import DeviceLayout
 from sparse_flash.masks.layout import FULL_TILE
 
 _LOG2_E = math.log2(math.e)
@@ -374,6 +376,8 @@ class Reference:
 
     def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
         """(out, lse), lse in the dtype that is computed in."""
+        if isinstance(call.layout, DeviceLayout):
+            return data_layouts.attend(call, call.layout, self.attend)
         problem, q = _Problem(call), call.q
         with torch.autocast(q.device.type, enabled=False):  # the precision here is ours to choose
             out, lse = _forward(problem, q)
@@ -384,6 +388,9 @@ class Reference:
         self, call: AttentionCall, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(dq, dk, dv)."""
+        if isinstance(call.layout, DeviceLayout):
+            given = (out, lse, dout, dlse)
+            return data_layouts.gradients(call, call.layout, given, self.gradients)
         problem = _Problem(call)
         delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
         if dlse is not None:

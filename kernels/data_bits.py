@@ -1,0 +1,132 @@
+"""How a mask cuts the tiles of a layout of data, as kernels see it."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from sparse_flash.kernels.fragment import fragment_order
+from sparse_flash.masks import bits
+from sparse_flash.masks.device_layout import DeviceLayout
+from sparse_flash.masks.device_tiles import Grid, bits_of_sets, grid_of
+from sparse_flash.masks.device_within import TileTable, documents_and_rest, tile_table
+from torch import Tensor
+
+_MOST_BYTES = 1 << 24  # of bit tiles that are made in advance, for every set of blocks
+
+
+class Cut(NamedTuple):
+    """What a mask leaves of tiles, and the bit tiles that are known in advance.
+
+    table: States of all tiles, int32 (tables, rows, cols); None: all are full.
+    table_of: Table of each pattern, int32 (patterns,).
+    numbers: Document of each token, int32 (1 or patterns, length); None: there are no documents.
+    known: Bit tiles of the table.
+    own: Whether each partial tile gets a bit tile of its own.
+    sets: Whether tiles may hold some of several blocks.
+    bits: In fragment order, int32 (n, height / 64, 128, 2): those of the table, with `own` False
+        then those of sets of blocks. At least one, whatever it contains.
+    tile: Queries and keys of a tile.
+    """
+
+    table: Tensor | None
+    table_of: Tensor | None
+    numbers: Tensor | None
+    known: int
+    own: bool
+    sets: bool
+    bits: Tensor
+    tile: tuple[int, int]
+
+    @property
+    def numbered(self) -> int:
+        """Patterns with numbers of documents."""
+        return 0 if self.numbers is None else len(self.numbers)
+
+
+def cut_by(layout: DeviceLayout, tile: tuple[int, int], transposed: bool | None) -> Cut | None:
+    """How the layout's mask cuts tiles of (queries, keys); None for masks that kernels do not know.
+
+    transposed: Bit tiles are of (keys, queries). None: no bit tiles are needed.
+    """
+    source, mask = layout.source, layout.source.within
+    numbers: Tensor | None = None
+    if mask is not None and mask.on_device:
+        split = documents_and_rest(mask, source.heads)
+        if split is None:
+            return None
+        numbers, mask = split
+    grid = grid_of(source.lengths, tile)
+    assert grid is not None
+    table: TileTable | None = None
+    if mask is not None:
+        table = tile_table(mask, source.lengths, tile, source.heads, layout.device)
+    known = 0 if table is None else len(table.bit_tiles)
+    size = ((known + 1) << grid.cells) * tile[0] * tile[1] // 8
+    several = grid.cells > 1 and (source.indices is not None or source.table is not None)
+    own = numbers is not None or (several and size > _MOST_BYTES)
+    if transposed is None:
+        made = torch.empty(0, dtype=torch.int32, device=layout.device)
+    else:
+        made = _bits(table, tile, grid if several and not own else None, transposed, layout.device)
+    return Cut(
+        table=None if table is None else table.table,
+        table_of=None if table is None or table.patterns is None else table.patterns.int(),
+        numbers=numbers,
+        known=known,
+        own=own,
+        sets=several,
+        bits=made,
+        tile=tile,
+    )
+
+
+def _bits(
+    table: TileTable | None,
+    tile: tuple[int, int],
+    sets: Grid | None,
+    transposed: bool,
+    device: torch.device,
+) -> Tensor:
+    """Bit tiles of the table in fragment order, and those of sets of blocks. Made once."""
+    if table is None:
+        return _bits_of_full(tile, sets, transposed, device)
+    key = (sets, transposed)
+    found = table.fragments.get(key)
+    if found is None:
+        found = table.fragments[key] = _fragments(table.bit_tiles, sets, transposed)
+    return found
+
+
+@functools.cache
+def _bits_of_full(
+    tile: tuple[int, int], sets: Grid | None, transposed: bool, device: torch.device
+) -> Tensor:
+    width = -(-tile[1] // 8)
+    known = torch.zeros(0, tile[0], width, dtype=torch.uint8, device=device)
+    return _fragments(known, sets, transposed)
+
+
+def _fragments(known: Tensor, sets: Grid | None, transposed: bool) -> Tensor:
+    packed = known
+    if sets is not None:
+        whole = torch.cat([known.new_full((1, *known.shape[1:]), 255), known])
+        every = torch.arange(1 << sets.cells, device=known.device)
+        made = bits_of_sets(every, sets, known)[None] & whole[:, None]
+        packed = torch.cat([known, made.flatten(0, 1)])
+    if not len(packed):
+        packed = known.new_zeros(1, *known.shape[1:])
+    return fragments(packed, transposed)
+
+
+def fragments(packed: Tensor, transposed: bool) -> Tensor:
+    """Bit tiles (n, height, bytes) in fragment order, those of (keys, queries) where transposed."""
+    if not transposed:
+        return fragment_order(packed)
+    step = max(1, (1 << 28) // (packed.shape[1] * packed.shape[2] * 8))
+    parts = [
+        fragment_order(bits.pack(bits.unpack(part, 8 * part.shape[2]).transpose(1, 2)))
+        for part in packed.split(step)
+    ]
+    return torch.cat(parts)

@@ -1,0 +1,107 @@
+"""The kernel that writes NaN for block rows of a layout of data that are not as asked for."""
+
+import cutlass
+from cutlass import Float32, Int32, cute
+
+THREADS = 128
+
+
+@cute.jit
+def _nan(dtype: cutlass.Constexpr):
+    number = cute.arch.inline_ptx(
+        "mov.b32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[Int32(0x7FC00000)]
+    )
+    return number.to(dtype)
+
+
+class InvalidRows:
+    """A CTA for each block row of each batch entry and head; it ends at once where all is well.
+
+    errors: Why the row is not as asked for, or 0, uint8 (patterns x rows,).
+    of_queries: Results (b, s, h, d), of which the rows of the block get NaN.
+    lse: Forward, float32 (b, h, s), likewise; backward the next two in its place:
+    of_keys: Results (b, s_kv, h_kv, d), of which the whole key head gets NaN: nothing tells which
+        keys the row should have seen.
+    own_batch, own_heads: Batch entries and heads with patterns of their own.
+    block: Queries of a block row.
+    """
+
+    def __init__(self, dtype: type[cutlass.Numeric], backward: bool) -> None:
+        self.dtype, self.backward = dtype, backward
+
+    @cute.jit
+    def __call__(
+        self,
+        errors: cute.Tensor,
+        of_queries: cute.Tensor,
+        first: cute.Tensor,
+        second: cute.Tensor,
+        own_batch: Int32,
+        own_heads: Int32,
+        block: Int32,
+        stream,
+    ):
+        """Launch on the stream; first and second: results by key, or lse twice."""
+        others = (first, second)
+        rows = cute.ceil_div(cute.size(of_queries, mode=[1]), block)
+        grid = rows * cute.size(of_queries, mode=[2]) * cute.size(of_queries, mode=[0])
+        self.kernel(errors, of_queries, others, own_batch, own_heads, block, rows).launch(
+            grid=(grid, 1, 1), block=(THREADS, 1, 1), stream=stream
+        )
+
+    @cute.kernel
+    def kernel(
+        self,
+        errors: cute.Tensor,
+        of_queries: cute.Tensor,
+        others,
+        own_batch: Int32,
+        own_heads: Int32,
+        block: Int32,
+        rows: Int32,
+    ):
+        """One block row."""
+        index, thread = cute.arch.block_idx()[0], cute.arch.thread_idx()[0]
+        batches, heads = cute.size(of_queries, mode=[0]), cute.size(of_queries, mode=[2])
+        row, pair = index % rows, index // rows
+        head, batch = pair % heads, pair // heads
+        pattern = batch * own_batch // batches * own_heads + head * own_heads // heads
+        if errors[pattern * rows + row].to(Int32) != 0:
+            first = row * block
+            end = cutlass.min(first + block, cute.size(of_queries, mode=[1]))
+            self.fill(of_queries, batch, head, first, end, thread)
+            if cutlass.const_expr(self.backward):
+                kv_head = head // (heads // cute.size(others[0], mode=[2]))
+                for n in cutlass.range_constexpr(2):
+                    keys = cute.size(others[n], mode=[1])
+                    self.fill(others[n], batch, kv_head, Int32(0), keys, thread)
+            else:
+                for i in cutlass.range(first + thread, end, THREADS, unroll=1):
+                    others[0][batch, head, i] = _nan(Float32)
+
+    @cute.jit
+    def fill(self, tensor, batch, head, first, end, thread):
+        """Tokens `first` to `end - 1` of a head."""
+        width = cute.size(tensor, mode=[3])
+        for i in cutlass.range(thread, (end - first) * width, THREADS, unroll=1):
+            tensor[batch, first + i // width, head, i % width] = _nan(self.dtype)
+
+
+def compile_invalid_rows(dtype: str, backward: bool, arch: str):
+    """Compile for "bfloat16" or "float16", whether or not there is a GPU."""
+    from sparse_flash.kernels.compile import compile_kernel
+
+    element = {"bfloat16": cutlass.BFloat16, "float16": cutlass.Float16}[dtype]
+    b, h, h_kv, s, s_kv, d, n = (cute.sym_int() for _ in range(7))
+
+    def compact(kind, *shape):
+        order = tuple(reversed(range(len(shape))))
+        return cute.runtime.make_fake_compact_tensor(kind, shape, stride_order=order)
+
+    if backward:
+        others = [compact(element, b, s_kv, h_kv, d) for _ in range(2)]
+    else:
+        others = [compact(Float32, b, h, s) for _ in range(2)]
+    arguments = (compact(cutlass.Uint8, n), compact(element, b, s, h, d), *others)
+    kernel = InvalidRows(element, backward)
+    return compile_kernel(kernel, (*arguments, *(Int32(1) for _ in range(3))), arch)
