@@ -1,4 +1,4 @@
-"""Modules for models."""
+"""Self-attention for models, and its key-value cache."""
 
 from __future__ import annotations
 

@@ -1,0 +1,79 @@
+"""What the tile-mass kernel is compiled for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+BLOCKS = (64, 128)  # block sizes of layouts that the kernel takes, each way
+_TWO_CTAS = 113 << 10  # bytes of shared memory with which two CTAs fit a multiprocessor
+
+
+@dataclass(frozen=True)
+class MassConfig:
+    """One compiled tile-mass kernel. Its tile is the block of the layout.
+
+    Two consumer warpgroups. With tile_m 128 they share a tile, with 64 they take turns.
+    """
+
+    dtype: str  # "bfloat16" or "float16"
+    head_dim: int  # the largest it takes; smaller ones are padded with zeros by the loads
+    tile_m: int
+    tile_n: int
+    q_stages: int = 2
+    k_stages: int = 3
+    polynomials: int = 0  # of each 8 exponentials, those computed without the special-function unit
+    arch: str = "sm_90a"
+    warpgroups: int = 2
+
+    def __post_init__(self) -> None:
+        assert self.tile_m in BLOCKS
+        assert self.tile_n in BLOCKS
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        """(tile_m, tile_n)."""
+        return self.tile_m, self.tile_n
+
+    @property
+    def tile_cost(self) -> float:
+        """Time of a full tile, in units of one of 128 x 128."""
+        return self.tile_m * self.tile_n / 128**2
+
+    @property
+    def split_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """No row is split: tiles do not depend on each other."""
+        return ()
+
+    @property
+    def slices(self) -> int:
+        """Slices of 16 rows of a tile, each the work of a warp."""
+        return self.tile_m // 16
+
+    @property
+    def shared_memory(self) -> int:
+        """Bytes of shared memory: tiles, and less than 1 KiB of barriers and records."""
+        rows = self.q_stages * self.tile_m + self.k_stages * self.tile_n
+        return 2 * rows * self.head_dim + 1024
+
+    @property
+    def ctas_per_sm(self) -> int:
+        """CTAs that share a multiprocessor: the exponentials of one hide the products of others."""
+        return 2 if self.shared_memory <= _TWO_CTAS else 1
+
+
+_STAGES = {32: (2, 4), 64: (2, 3), 96: (2, 2), 128: (1, 2), 192: (1, 2), 256: (1, 2)}
+
+
+def mass_config(dtype: str, head_dim: int, block: tuple[int, int]) -> MassConfig:
+    """The config for a layout's block; head_dim must not exceed 256."""
+    size = min(size for size in _STAGES if head_dim <= size)
+    q_stages, k_stages = _STAGES[size]
+    return MassConfig(dtype, size, *block, q_stages, k_stages)
+
+
+def all_mass_configs() -> list[MassConfig]:
+    """All configs that are shipped."""
+    configs = [
+        mass_config("bfloat16", size, (m, n)) for size in _STAGES for m in BLOCKS for n in BLOCKS
+    ]
+    return [replace(config, dtype=dtype) for dtype in ("bfloat16", "float16") for config in configs]

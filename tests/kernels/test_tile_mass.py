@@ -1,0 +1,180 @@
+"""The tile-mass kernel: compiled and looked into everywhere, run and timed on a GPU."""
+
+import re
+
+import pytest
+import torch
+from sparse_flash.kernels.sm90.mass_config import all_mass_configs, mass_config
+
+from sparse_flash import BlockLayout, block_sparse_attention, masks, selection
+from tests.kernels.helpers import DTYPES, tensors, wait
+
+CONFIGS = [c for c in all_mass_configs() if c.dtype == "bfloat16" or c.tile == (128, 128)]
+
+
+def name(config):
+    return f"{config.dtype}-d{config.head_dim}-{config.tile_m}x{config.tile_n}"
+
+
+# In halves the products differ only by their type, which one size shows.
+COMPILED = [
+    c
+    for c in CONFIGS
+    if (c.dtype == "bfloat16" and (c.head_dim == 64 or c.tile == (128, 128))) or c.head_dim == 64
+]
+
+
+@pytest.mark.parametrize("config", COMPILED, ids=name)
+def test_compiles_well(compiler, config, tmp_path):
+    pytest.importorskip("cutlass")
+    status = compiler(tmp_path, "mass", all_mass_configs().index(config))
+    log = (tmp_path / "log").read_text()
+    assert status == 0, log
+    spills = re.findall(
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log
+    )
+    assert spills == [("0", "0", "0")], log
+    assert "Potential Performance Loss" not in log
+    registers = int(re.search(r"Used (\d+) registers", log)[1])
+    assert registers <= 65536 // (2 * 288) // 8 * 8  # two CTAs a multiprocessor
+    sass = "".join(path.read_text() for path in tmp_path.glob("*.sass"))
+    assert not re.search(r"\b(LDL|STL)\b", sass)
+    assert len(re.findall(r"\bHGMMA\.", sass)) == config.head_dim // 16
+    assert len(re.findall(r"MUFU\.EX2", sass)) == config.tile_n // 2
+
+
+def test_configs():
+    for head_dim in range(16, 257, 8):
+        config = mass_config("bfloat16", head_dim, (128, 128))
+        assert config.head_dim >= head_dim
+        assert config.shared_memory <= 227 << 10
+    assert mass_config("float16", 64, (64, 128)).ctas_per_sm == 2
+    assert mass_config("float16", 128, (128, 128)).ctas_per_sm == 2
+    assert len(set(all_mass_configs())) == len(all_mass_configs())
+
+
+def check(mask, block, b=2, s=700, h=4, h_kv=2, d=64, dtype=torch.bfloat16, lens=None, scale=None):
+    q, k, v = tensors(b, s, h, d, kv_heads=h_kv, dtype=dtype)
+    lens = None if lens is None else torch.tensor(lens, device="cuda")
+    layout = mask.layout(s, block=block, device="cuda")
+    _, lse = block_sparse_attention(
+        q, k, v, layout, return_lse=True, kv_lens=lens, softmax_scale=scale
+    )
+    if lens is not None:
+        for i, n in enumerate(lens.tolist()):
+            k[i, n:] = torch.nan
+    given = {"kv_lens": lens, "softmax_scale": scale}
+    found = selection.tile_mass(q, k, layout, lse, impl="sm90", **given)
+    wait()
+    truth = selection.tile_mass(q, k, layout, lse, impl="reference", **given)
+    torch.testing.assert_close(found, truth, atol=1e-5, rtol=2e-4)
+    again = selection.tile_mass(q, k, layout, lse, **given)
+    assert torch.equal(found, again)  # deterministic, and what "auto" takes
+    return found
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("block", [(64, 64), (64, 128), (128, 64), (128, 128)])
+@pytest.mark.parametrize("d", [16, 64, 96, 128, 192, 256])
+def test_equals_the_reference(block, d):
+    mass = check(masks.causal() & ~masks.custom(lambda q, kv: (q + kv) % 11 == 0), block, d=d)
+    assert mass.sum() > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("block", [(64, 64), (128, 128)])
+@pytest.mark.parametrize(
+    "mask",
+    [
+        masks.full(),
+        masks.local(30) | masks.sinks(5),
+        masks.custom(lambda q, kv: (q > 300) & (kv < 200)),  # rows without keys
+        masks.per_head([masks.causal(), masks.local(5), masks.full(), masks.local(5)]),
+    ],
+    ids=["full", "local", "empty", "per-head"],
+)
+def test_masks(mask, block, dtype):
+    check(mask, block, dtype=dtype)
+    check(mask, block, dtype=dtype, lens=[700, 131])
+    check(mask, block, dtype=dtype, scale=-0.2)
+    check(mask, block, dtype=dtype, scale=0.0)
+    check(mask, block, dtype=dtype, s=64, h_kv=4, b=1)
+    check(mask, block, dtype=dtype, s=8000, h=8 if mask.patterns()[1].shape[1] == 1 else 4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("block", [(64, 64), (128, 128), (64, 128)])
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_layouts_of_data(block, heads):
+    """Slots by row, and by column; block rows with errors are NaN."""
+    s = 1000
+    q, k, v = tensors(2, s, 4, 64, kv_heads=2)
+    shape = (2, heads, -(-s // block[0]), -(-s // block[1]))
+    scores = torch.randn(shape, generator=torch.Generator().manual_seed(0)).cuda()
+    chosen = selection.topk_blocks(scores, 4, block=block, causal=True, local=1)
+    table = scores > 0
+    wrong = chosen.clone()
+    wrong[0, 0, 3, 0] = 99
+    for layout in (
+        BlockLayout.from_topk(chosen, block, s, within=masks.causal()),
+        BlockLayout.from_blocks(table, block, s),
+        BlockLayout.from_topk(wrong, block, s),
+    ):
+        _, lse = block_sparse_attention(q, k, v, layout, return_lse=True, impl="reference")
+        found, truth = (
+            selection.tile_mass(q, k, layout, lse, impl=impl) for impl in ("sm90", "reference")
+        )
+        torch.testing.assert_close(found, truth, atol=1e-5, rtol=2e-4, equal_nan=True)
+        assert found.shape[:3] == (2, 4, shape[2])
+    assert truth.isnan().any()
+
+
+def random_rows(s, h, chosen, seed=0):
+    """Some blocks of 128 in each row, for each head."""
+    generator = torch.Generator().manual_seed(seed)
+    n = s // 128
+    columns = torch.rand(h, n, n, generator=generator).topk(chosen, -1).indices
+    rows = torch.arange(h * n).repeat_interleave(chosen)
+    packed = torch.empty(0, 128, 16, dtype=torch.uint8)
+    entries = torch.full_like(rows, -1)
+    heads = torch.arange(h, dtype=torch.int32)[None]
+    layout = BlockLayout.from_tiles(
+        (s, s, (128, 128)), rows, columns.flatten(), packed, entries, heads
+    )
+    return layout.to("cuda")
+
+
+def milliseconds(function, count=30):
+    """GPU time of a call, all its kernels included, as a CUDA graph: the host has no part in it."""
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            function()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    times = []
+    for _ in range(count):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return sorted(times)[count // 2]
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("d", [64, 128])
+def test_takes_less_time_than_the_forward_pass(d, capsys):
+    q, k, v = tensors(1, 65536, 8, d)
+    layout = random_rows(65536, 8, 26)
+    _, lse = block_sparse_attention(q, k, v, layout, return_lse=True)
+    forward = milliseconds(lambda: block_sparse_attention(q, k, v, layout))
+    mass = milliseconds(lambda: selection.tile_mass(q, k, layout, lse, impl="sm90"))
+    with capsys.disabled():
+        print(f"\nd {d}: forward {forward:.3f} ms, tile_mass {mass:.3f} ms, {mass / forward:.2f}")
+    assert mass <= 0.6 * forward
