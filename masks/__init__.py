@@ -31,7 +31,7 @@ from sparse_flash.masks.patterns import (
     local,
     longformer,
     longnet,
-    neighbourhood,
+    neighborhood,
     patches,
     random_blocks,
     random_blocks_per_row,
@@ -41,6 +41,8 @@ from sparse_flash.masks.patterns import (
     strided,
 )
 from sparse_flash.masks.retile import retile
+
+neighbourhood = neighborhood  # the former spelling
 
 __all__ = [
     "BlockLayout",
@@ -67,7 +69,7 @@ __all__ = [
     "longformer",
     "longnet",
     "morton",
-    "neighbourhood",
+    "neighborhood",
     "order",
     "parse",
     "patches",

@@ -1,4 +1,4 @@
-"""Checks of pattern arguments, with errors that say what is allowed."""
+"""Checks of pattern arguments, with errors that name the allowed values."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def saturate(value: int) -> int:
     return max(-_FAR, min(value, _FAR))
 
 
-def normalise(mask: Any, **values: Any) -> None:
+def normalize(mask: Any, **values: Any) -> None:
     """Set the canonical form of arguments on a frozen dataclass, so that equal masks are equal."""
     for name, value in values.items():
         object.__setattr__(mask, name, value)

@@ -47,7 +47,7 @@ def _renumber(packed: Tensor, entries: Tensor) -> tuple[Tensor, Tensor]:
     if not bool(partial.any()):
         return packed[:0], entries
     used, index = torch.unique(entries[partial], return_inverse=True)
-    distinct, twin = bits.deduplicate(packed[used])
+    distinct, twin = bits.deduplicate(packed if len(used) == len(packed) else packed[used])
     index = twin[index]
     first = torch.full((len(distinct),), len(index), device=index.device)
     first.scatter_reduce_(0, index, torch.arange(len(index), device=index.device), "amin")

@@ -9,6 +9,7 @@ from torch.nn.functional import pad
 
 # Multiplying eight 0/1 bytes by this gathers them, the first lowest, in the product's top byte.
 _GATHER = 0x0102040810204080
+_AT_ONCE = 256  # rows that are hashed at once
 
 
 def pack(tiles: Tensor) -> Tensor:
@@ -50,7 +51,7 @@ def deduplicate(packed: Tensor) -> tuple[Tensor, Tensor]:
     flat = packed.reshape(len(packed), packed.shape[1] * packed.shape[2])
     words = pad(flat, (0, -flat.shape[1] % 8)).contiguous().view(torch.int64)
     first, index = distinct_rows(words)
-    return packed[first], index
+    return (packed if len(first) == len(packed) else packed[first]), index
 
 
 def distinct_rows(words: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,7 +67,10 @@ def distinct_rows(words: Tensor) -> tuple[Tensor, Tensor]:
         return (torch.empty(0, dtype=torch.int64, device=words.device),) * 2
     for seed in range(8):
         factors = _factors(words.shape[1], seed).to(words.device)
-        _, index = torch.unique(_mix(words, factors), return_inverse=True)
+        hashes = torch.cat([_mix(part, factors) for part in words.split(_AT_ONCE)])
+        kinds, index = torch.unique(hashes, return_inverse=True)
+        if len(kinds) == n:
+            return (torch.arange(n, device=words.device),) * 2
         first = torch.full((int(index.max()) + 1,), n, dtype=torch.int64, device=words.device)
         first.scatter_reduce_(0, index, torch.arange(n, device=words.device), "amin")
         if torch.equal(words[first[index]], words):
@@ -93,7 +97,12 @@ def count(packed: Tensor) -> Tensor:
     >>> count(torch.tensor([[[255, 1]], [[0, 0]]], dtype=torch.uint8))
     tensor([9, 0])
     """
-    # Sums of neighbouring bits, pairs, nibbles, not eight shifts (Warren, Hacker's Delight, 5-1).
+    if packed.device.type == "cpu":
+        size = packed.shape[1] * packed.shape[2]
+        words = np.ascontiguousarray(packed.numpy()).reshape(len(packed), size)
+        words = words.view(np.uint64) if size and size % 8 == 0 else words
+        return torch.from_numpy(np.bitwise_count(words).sum(1, dtype=np.int64))
+    # Sums of adjacent bits, pairs, nibbles, not eight shifts (Warren, Hacker's Delight, 5-1).
     pairs = packed - ((packed >> 1) & 0x55)
     nibbles = (pairs & 0x33) + ((pairs >> 2) & 0x33)
     return ((nibbles + (nibbles >> 4)) & 0x0F).sum((1, 2))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-from sparse_flash.masks.elements import EMPTY_TILE, Predicate, evaluate
-from sparse_flash.masks.exchange import Lengths
+from sparse_flash.masks.elements import EMPTY_TILE, Predicate, count_kinds, evaluate
+from sparse_flash.masks.io import Lengths
 from sparse_flash.masks.layout import FULL_TILE, BlockLayout
 from sparse_flash.masks.memory import require_memory
 from sparse_flash.masks.modes import plain_torch
@@ -72,6 +72,14 @@ def build_layout(
 
 
 Cells = tuple[Tensor, Tensor]  # block rows and block columns
+
+
+@plain_torch()
+def classify_tiles(predicate: Predicate, lengths: Lengths) -> tuple[Cells, Cells, int]:
+    """The tiles that are full for sure, those that may hold something, and how many to evaluate."""
+    with TableLookups():
+        full, unknown = _classify(predicate, lengths, torch.device("cpu"))
+        return full, unknown, count_kinds(predicate, *unknown, lengths)
 
 
 def _classify(predicate: Predicate, lengths: Lengths, device: torch.device) -> tuple[Cells, Cells]:

@@ -1,4 +1,4 @@
-"""How much of the attention matrix a layout covers: exact counts, and what they mean for speed."""
+"""Exact counts of elements and tiles that a layout covers, and advice about speed."""
 
 from __future__ import annotations
 

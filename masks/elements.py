@@ -7,15 +7,21 @@ import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from sparse_flash.masks import bits
-from sparse_flash.masks.exchange import Lengths
+from sparse_flash.masks.arrays import Array
+from sparse_flash.masks.io import Lengths
+from sparse_flash.masks.tables import TableLookups
 from sparse_flash.masks.ternary import EMPTY, UNKNOWN, Blocks
+from sparse_flash.masks.threads import in_threads
 from torch import Tensor
 
 EMPTY_TILE = -2  # of an evaluated tile: nothing is allowed in it
 _CELL = 16  # tokens a side of the parts into which a tile is cut, to decide some of them whole
-_AT_ONCE, _AT_ONCE_CUDA = 1 << 18, 1 << 21  # elements: temporaries stay in a core's cache
+_AT_ONCE, _AT_ONCE_CUDA = 1 << 17, 1 << 21  # elements: temporaries stay in a core's cache
+_BATCH = 8  # evaluations that a thread does in a row
 _PATIENCE = 5.0  # seconds of evaluation without a word about them
 
 
@@ -44,6 +50,11 @@ def evaluate(
     first, twin = _kinds(predicate, rows, cols, lengths)
     index, tiles = _evaluate_all(predicate, rows[first], cols[first], lengths)
     return index[twin], tiles
+
+
+def count_kinds(predicate: Predicate, rows: Tensor, cols: Tensor, lengths: Lengths) -> int:
+    """How many of these tiles `evaluate` evaluates: one of each signature."""
+    return len(_kinds(predicate, rows, cols, lengths)[0])
 
 
 def _tiles(rows: Tensor, cols: Tensor, lengths: Lengths) -> Blocks:
@@ -100,7 +111,7 @@ def _evaluate_all(
         while count + len(distinct) > len(store):
             store = torch.cat([store, torch.empty_like(store)])
         store[count : count + len(distinct)] = distinct
-        some = (distinct != 0).flatten(1).any(1)
+        some = bits.count(distinct) > 0
         index[part] = torch.where(some[twin], twin + count, EMPTY_TILE)
         count += len(distinct)
     return index, store[:count]
@@ -112,39 +123,36 @@ def _chunks(
     """Packed tiles, so many at a time that temporaries stay small."""
     block_q, block_kv = lengths[2]
     area = min(block_q, lengths[0]) * min(block_kv, lengths[1])
-    whole = max(1, (1 << 22) // area)
-    cut = min(lengths[:2]) >= _CELL and block_q % _CELL == block_kv % _CELL == 0 and area > 4096
-    start = 0
+    whole = max(1, (1 << 24) // area)
+    cut = min(lengths[:2]) >= _CELL and block_q % _CELL == block_kv % _CELL == 0 and area >= 4096
+    truth, start = Elements(predicate, lengths[:2]), 0
     while start < len(rows):
         part = slice(start, start + (4 * whole if cut else whole))
         packed = None
         if cut:
-            packed = _packed_by_cells(predicate, rows[part], cols[part], lengths)
+            packed = _packed_by_cells(predicate, truth, rows[part], cols[part], lengths)
             cut = packed is not None
         if packed is None:
             part = slice(start, start + whole)
-            packed = _packed(predicate, rows[part], cols[part], lengths)
+            packed = _packed(truth, rows[part], cols[part], lengths)
         yield part, packed
         start = part.stop
 
 
-def _packed(predicate: Predicate, rows: Tensor, cols: Tensor, lengths: Lengths) -> Tensor:
+def _packed(truth: Elements, rows: Tensor, cols: Tensor, lengths: Lengths) -> Tensor:
     """Whole tiles as bits: uint8 `(n, block_q, ceil(block_kv / 8))`."""
     q_len, kv_len, (block_q, block_kv) = lengths
     height, width = min(block_q, q_len), min(block_kv, kv_len)  # of one query, one row is looked at
-    piece = max(1, (_AT_ONCE_CUDA if rows.is_cuda else _AT_ONCE) // (height * width))
-    size = (len(rows), block_q, -(-block_kv // 8))
-    packed = torch.zeros(size, dtype=torch.uint8, device=rows.device)
-    for start in range(0, len(rows), piece):
-        part = slice(start, start + piece)
-        q, kv = rows[part] * block_q, cols[part] * block_kv
-        some = bits.pack(_elements(predicate, q, kv, (height, width), lengths))
-        packed[part, :height, : some.shape[2]] = some
+    some = truth.packed(rows * block_q, cols * block_kv, (height, width))
+    if some.shape[1:] == (block_q, -(-block_kv // 8)):
+        return some
+    packed = some.new_zeros(len(rows), block_q, -(-block_kv // 8))
+    packed[:, :height, : some.shape[2]] = some
     return packed
 
 
 def _packed_by_cells(
-    predicate: Predicate, rows: Tensor, cols: Tensor, lengths: Lengths
+    predicate: Predicate, truth: Elements, rows: Tensor, cols: Tensor, lengths: Lengths
 ) -> Tensor | None:
     """The same, by cells of _CELL x _CELL elements, of which three-valued logic decides some.
 
@@ -166,27 +174,97 @@ def _packed_by_cells(
         return None
     # A row of a cell is 16 bits, so a cell is 16 words, all of them -1 where it is full.
     words = torch.where(states == EMPTY, 0, -1).to(torch.int16)[:, None].repeat(1, _CELL)
-    piece = (_AT_ONCE_CUDA if rows.is_cuda else _AT_ONCE) // _CELL**2
-    for part in open_.split(piece) if len(open_) else ():
-        truth = _elements(predicate, q[part], kv[part], (_CELL, _CELL), lengths)
-        words[part] = bits.pack(truth).view(torch.int16).squeeze(2)
+    some = truth.packed(q[open_], kv[open_], (_CELL, _CELL))
+    words[open_] = some.view(torch.int16).squeeze(2)
     words = words.view(*shape, _CELL).transpose(2, 3).contiguous()
     return words.view(torch.uint8).view(len(rows), block_q, block_kv // 8)
 
 
-def _elements(
-    predicate: Predicate, q_lo: Tensor, kv_lo: Tensor, size: tuple[int, int], lengths: Lengths
-) -> Tensor:
-    """The truth of rectangles of one size, bool `(n, height, width)`; false beyond the lengths."""
-    q_len, kv_len, _ = lengths
-    q = q_lo[:, None, None] + torch.arange(size[0], device=q_lo.device)[:, None]
-    kv = kv_lo[:, None, None] + torch.arange(size[1], device=q_lo.device)
-    shape = (len(q_lo), *size)
-    if q_len % size[0] == kv_len % size[1] == 0:
-        return predicate(q, kv).expand(shape)
-    # Predicates see only indices that exist.
-    truth = predicate(q.clamp(max=q_len - 1), kv.clamp(max=kv_len - 1))
-    return (truth & (q < q_len) & (kv < kv_len)).expand(shape)
+class Elements:
+    """The truth of rectangles of elements, by arrays as long as the predicate lets them.
+
+    Args:
+        predicate: Its `allowed`, if it has one, is asked with arrays; where that fails, itself with
+            tensors.
+        lengths: (q_len, kv_len): the truth is false beyond.
+    """
+
+    def __init__(self, predicate: Predicate, lengths: tuple[int, int]) -> None:
+        self.predicate, self.lengths = predicate, lengths
+        self.rule: Any = getattr(predicate, "allowed", None)
+        self.by_arrays = self.rule is not None
+
+    def packed(self, q_lo: Tensor, kv_lo: Tensor, size: tuple[int, int]) -> Tensor:
+        """Rectangles of one size as bits: uint8 `(n, height, ceil(width / 8))`."""
+        shape = (len(q_lo), size[0], -(-size[1] // 8))
+        packed = torch.empty(shape, dtype=torch.uint8, device=q_lo.device)
+        piece = max(1, (_AT_ONCE_CUDA if q_lo.is_cuda else _AT_ONCE) // (size[0] * size[1]))
+        parts = [slice(start, start + piece) for start in range(0, len(q_lo), piece)]
+        if self.by_arrays and not q_lo.is_cuda:
+            parts = self._by_arrays(parts, packed.numpy(), q_lo.numpy(), kv_lo.numpy(), size)
+        for part in parts:
+            packed[part] = bits.pack(self._of_tensors(q_lo[part], kv_lo[part], size))
+        return packed
+
+    def _by_arrays(
+        self,
+        parts: list[slice],
+        packed: NDArray[np.uint8],
+        q_lo: NDArray[np.int64],
+        kv_lo: NDArray[np.int64],
+        size: tuple[int, int],
+    ) -> list[slice]:
+        """Fill parts of the packed rectangles; returns those that tensors must do."""
+
+        def fill(batch: list[slice]) -> list[slice]:
+            left = []
+            with torch.no_grad(), TableLookups():  # modes are those of a thread
+                for part in batch:
+                    found = self._of_arrays(q_lo[part], kv_lo[part], size)
+                    if found is None:
+                        left.append(part)
+                    else:
+                        packed[part] = np.packbits(found, axis=2, bitorder="little")
+            return left
+
+        batches = [parts[:1], *(parts[i : i + _BATCH] for i in range(1, len(parts), _BATCH))]
+        return [part for left in in_threads(fill, batches) for part in left]
+
+    def _of_arrays(
+        self, q_lo: NDArray[np.int64], kv_lo: NDArray[np.int64], size: tuple[int, int]
+    ) -> NDArray[Any] | None:
+        """Bools `(n, height, width)`; None where the predicate does not take arrays."""
+        if not self.by_arrays:
+            return None
+        (q_len, kv_len), shape = self.lengths, (len(q_lo), *size)
+        q = (q_lo[:, None] + np.arange(size[0]))[:, :, None]
+        kv = (kv_lo[:, None] + np.arange(size[1]))[:, None, :]
+        # Predicates see only indices that exist.
+        found, seen = None, (np.minimum(q, q_len - 1), np.minimum(kv, kv_len - 1))
+        try:
+            truth = self.rule(*map(Array.of, seen))
+            if truth.dtype == torch.bool:
+                values = truth.values if isinstance(truth, Array) else truth.numpy()
+                found = np.broadcast_to(values, shape)
+        except Exception:  # an error of the predicate's own is raised again by tensors
+            self.by_arrays = False
+        if found is None:
+            self.by_arrays = False  # nor for rectangles that follow
+        elif (q >= q_len).any() or (kv >= kv_len).any():
+            found = found & (q < q_len) & (kv < kv_len)
+        return found
+
+    def _of_tensors(self, q_lo: Tensor, kv_lo: Tensor, size: tuple[int, int]) -> Tensor:
+        """Bools `(n, height, width)`."""
+        q_len, kv_len = self.lengths
+        q = q_lo[:, None, None] + torch.arange(size[0], device=q_lo.device)[:, None]
+        kv = kv_lo[:, None, None] + torch.arange(size[1], device=q_lo.device)
+        shape = (len(q_lo), *size)
+        if q_len % size[0] == kv_len % size[1] == 0:
+            return self.predicate(q, kv).expand(shape)
+        # Predicates see only indices that exist.
+        found = self.predicate(q.clamp(max=q_len - 1), kv.clamp(max=kv_len - 1))
+        return (found & (q < q_len) & (kv < kv_len)).expand(shape)
 
 
 def _with_progress(

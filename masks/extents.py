@@ -46,7 +46,7 @@ def require_extents(mask: HasExtents, given: tuple[int, int], starts: tuple[int,
 
 
 def check_indices(mask: HasExtents, q: Tensor, kv: Tensor) -> None:
-    """Raise IndexError where indices are outside of what the mask is made for.
+    """Raise IndexError for indices outside the extents of the mask.
 
     Only values on the CPU are looked at: a GPU would have to be waited for.
     """

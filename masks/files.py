@@ -41,7 +41,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             Path(temporary).unlink()
         if isinstance(error, OSError):
             raise type(error)(
-                error.errno, f"could not write {path} ({error.strerror}); what was there is kept"
+                error.errno, f"could not write {path} ({error.strerror}); the old file is kept"
             ) from error
         raise
 

@@ -6,6 +6,7 @@ Other pointwise functions are not understood, but what determines their values i
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -186,26 +187,31 @@ def _divide(a: Any, b: Any, rounding_mode: str | None = None) -> Any:
     return _number(a) // _number(b) if rounding_mode == "floor" else Unknown(*symbols(a, b))
 
 
+@functools.cache
+def is_pointwise(name: str) -> bool:
+    """Whether torch's function of this name is applied to each element for itself.
+
+    >>> is_pointwise("sin"), is_pointwise("sum")
+    (True, False)
+    """
+    packet = getattr(torch.ops.aten, {"pow": "pow", "truediv": "div"}.get(name, name), None)
+    tags = [tag for o in packet.overloads() for tag in getattr(packet, o).tags] if packet else []
+    return torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags
+
+
 def _otherwise(function: Any, *args: Any, **kwargs: Any) -> Unknown:
     """A function that only its arguments determine, element by element."""
     name = getattr(function, "__name__", str(function)).strip("_")
-    operator_ = getattr(torch.ops.aten, {"pow": "pow", "truediv": "div"}.get(name, name), None)
-    tags = (
-        [t for o in operator_.overloads() for t in getattr(operator_, o).tags] if operator_ else []
-    )
     given = [*args, *kwargs.values()]
-    if (
-        torch.Tag.pointwise not in tags
-        or torch.Tag.nondeterministic_seeded in tags
-        or "out" in kwargs
-        or any(isinstance(a, list | tuple) for a in given)
-    ):
+    if not is_pointwise(name) or "out" in kwargs or any(isinstance(a, list | tuple) for a in given):
         raise NotUnderstoodError(f"torch's {name}")
     return Unknown(*symbols(*given))
 
 
-Symbol.functions.update({name: _simple(operation) for name, operation in _PLAIN.items()})
-Symbol.functions.update({name: _swapped(operation) for name, operation in _SWAPPED.items()})
+# Operators by torch's names, of any symbols.
+OPERATORS = {name: _simple(operation) for name, operation in _PLAIN.items()}
+OPERATORS |= {name: _swapped(operation) for name, operation in _SWAPPED.items()}
+Symbol.functions.update(OPERATORS)
 Symbol.functions.update(
     {
         "where": _where,

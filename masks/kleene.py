@@ -26,7 +26,7 @@ class NotUnderstoodError(TypeError):
 
 
 class Symbol:
-    """What stands for a tensor of values in each of many blocks.
+    """A placeholder for a tensor of values in each of many blocks.
 
     Functions of torch that are given a symbol are looked up in `functions`, by their name.
     """

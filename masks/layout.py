@@ -5,10 +5,20 @@ from __future__ import annotations
 import os
 from collections.abc import Hashable
 from dataclasses import InitVar, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from sparse_flash.masks import assemble, bits, check, coverage, exchange, notebook, picture
+from sparse_flash.masks import (
+    assemble,
+    bits,
+    coverage,
+    device_builders,
+    io,
+    notebook,
+    picture,
+    scipy_layout,
+    validation,
+)
 from sparse_flash.masks.arguments import integer
 from sparse_flash.masks.assemble import extent
 from sparse_flash.masks.memory import require_memory
@@ -58,6 +68,7 @@ tile density 0.75, computed 0.75, cpu)
     (tensor([[0, 1, 3]], dtype=torch.int32), tensor([0, 0, 1], dtype=torch.int32))
     """
 
+    on_device: ClassVar[bool] = False  # whether data that the host does not know decide
     q_len: int
     kv_len: int
     block: tuple[int, int]
@@ -81,7 +92,7 @@ tile density 0.75, computed 0.75, cpu)
         """Check arrays that come from outside, and derive the transpose."""
         self.derived, self.calls = {}, {}
         if validate:
-            check.check_layout(self)
+            validation.check_layout(self)
         for name, array in self.arrays().items():  # an inference tensor could not be trained with
             setattr(self, name, array.clone() if array.is_inference() else array)
         rows, nk = self.tile_rows, self.num_block_cols
@@ -155,7 +166,7 @@ tile density 0.75, computed 0.75, cpu)
         return own + sum(value.nbytes for value in list(self.derived.values()))
 
     @property
-    def lengths(self) -> exchange.Lengths:
+    def lengths(self) -> io.Lengths:
         """q_len, kv_len and block."""
         return self.q_len, self.kv_len, self.block
 
@@ -256,7 +267,7 @@ tile density 0.75, computed 0.75, cpu)
         >>> [round(x, 2) for x in (layout.density, layout.tile_density, layout.computed_density())]
         [0.1, 0.1, 0.82]
         """
-        tile = check.checked_block("tile", tile)
+        tile = validation.checked_block("tile", tile)
         if tile not in self._computed:
             self._computed[tile] = coverage.computed_fractions(self, tile)
         return self._mean(self._computed[tile])
@@ -294,7 +305,7 @@ tile density 0.75, computed 0.75, cpu)
 
     def to(self, device: torch.device | str) -> BlockLayout:
         """The same layout on another device; itself where it is already there."""
-        device = check.checked_device(device)
+        device = validation.checked_device(device)
         if device == self.device or device == torch.device("cpu") == self.device:
             return self
         with plain_torch():
@@ -381,7 +392,7 @@ tile density 0.75, computed 0.75, cpu)
                 [0, 1, 1, 1],
                 [0, 0, 1, 1]], dtype=torch.int32)
         """
-        dense = exchange.to_dense(self)
+        dense = io.to_dense(self)
         return dense[0] if self.pattern_map.numel() == 1 else dense[self.pattern_map.long()]
 
     @plain_torch()
@@ -430,30 +441,13 @@ tile density 0.75, computed 0.75, cpu)
     def to_scipy(self, pattern: int = 0) -> bsr_array:
         """One pattern as `scipy.sparse.bsr_array` of bools, padded to whole blocks."""
         one = self.pattern(pattern)
-        return exchange.to_bsr(self.lengths, one.crow_indices[0], one.col_indices, one.tiles())
-
-    @classmethod
-    @plain_torch()
-    def from_scipy(cls, matrix: Any, block: tuple[int, int] = (128, 128)) -> BlockLayout:
-        """The layout that allows exactly the nonzero elements of a `scipy.sparse` matrix.
-
-        Raises:
-            TypeError: It is no scipy.sparse matrix or array.
-
-        >>> import scipy.sparse
-        >>> BlockLayout.from_scipy(scipy.sparse.eye_array(256)).num_bit_tiles
-        1
-        """
-        rows, cols, (q_len, kv_len) = exchange.elements(matrix)
-        q_len, kv_len, block = check.checked_lengths(q_len, kv_len, block)
-        tiles = exchange.tiles_of_coo(rows, cols, -(-kv_len // block[1]), block)
-        return cls.from_tiles((q_len, kv_len, block), *tiles)
+        return io.to_bsr(self.lengths, one.crow_indices[0], one.col_indices, one.tiles())
 
     @classmethod
     @plain_torch()
     def from_tiles(
         cls,
-        lengths: exchange.Lengths,
+        lengths: io.Lengths,
         rows: Tensor,
         cols: Tensor,
         packed: Tensor,
@@ -467,7 +461,7 @@ tile density 0.75, computed 0.75, cpu)
             rows: Stacked block rows, int64 `(T,)`: pattern x num_block_rows + row.
             cols: Block columns, int64 `(T,)`.
             packed: Bit tiles, uint8 `(n, block_q, ceil(block_kv / 8))`, in which full tiles and
-                repetitions are recognised.
+                repetitions are recognized.
             entries: For each tile its bit tile, or -1 where it is full; default: one bit tile each.
             pattern_map: As in the class; default: one pattern, shared by all.
         """
@@ -477,9 +471,16 @@ tile density 0.75, computed 0.75, cpu)
         arrays = assemble.arrays_of_tiles(lengths, patterns, rows, cols, packed, entries)
         return cls(*lengths, *arrays, pattern_map, validate=False)
 
+    from_scipy = classmethod(scipy_layout.from_scipy)
+    from_topk = classmethod(device_builders.from_topk)
+    from_blocks = classmethod(device_builders.from_blocks)
+
+    def check(self) -> None:
+        """Raise ValueError where data on the device made no valid layout: see `DeviceLayout`."""
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write to a compressed npz file, atomically; read it back with `BlockLayout.load`."""
-        exchange.write_npz(path, self.lengths, self.arrays())
+        io.write_npz(path, self.lengths, self.arrays())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> BlockLayout:
@@ -489,9 +490,9 @@ tile density 0.75, computed 0.75, cpu)
             FileNotFoundError: There is no such file.
             ValueError: The file is no layout, or damaged.
         """
-        device = check.checked_device(device)
+        device = validation.checked_device(device)
         with plain_torch():
-            lengths, arrays = exchange.read_npz(path, ARRAYS)
+            lengths, arrays = io.read_npz(path, ARRAYS)
         try:
             return cls(*lengths, **arrays).to(device)
         except (TypeError, ValueError) as error:

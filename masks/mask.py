@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, ClassVar, TypeVar, dataclass_transform
 
 import torch
-from sparse_flash.masks import build, check, notebook, reach
+from sparse_flash.masks import build, device_builders, notebook, reach, validation
 from sparse_flash.masks.arguments import integer
 from sparse_flash.masks.extents import (
     Extents,
@@ -20,6 +20,7 @@ from sparse_flash.masks.extents import (
 )
 from sparse_flash.masks.kleene import NotUnderstoodError, Symbol
 from sparse_flash.masks.modes import plain_torch, reduce_without_derived
+from sparse_flash.masks.records import CACHE
 from sparse_flash.masks.registry import Registry
 from sparse_flash.masks.ternary import Blocks, Index, Truth
 from sparse_flash.masks.traceable import Traceable
@@ -57,6 +58,7 @@ class Mask(Traceable):
     _derived = (*Traceable._derived, "_record")
     _record: Record | None = None  # what was derived from it, see `RecordCache`
     changeable: bool = False  # whether `state()` can change
+    on_device: bool = False  # whether the rule reads tensors, whose values the host does not know
 
     def allowed(self, q: Index, kv: Index) -> Truth:
         """The rule: a bool tensor from index tensors, a Ternary from intervals."""
@@ -154,8 +156,8 @@ class Mask(Traceable):
         """The same mask, written for raster positions, on tokens that come in another order.
 
         >>> from sparse_flash import masks
-        >>> masks.neighbourhood(4, 4, 1).through(masks.morton(4, 4))
-        through(neighbourhood(4, 4, (1, 1)), morton(4, 4))
+        >>> masks.neighborhood(4, 4, 1).through(masks.morton(4, 4))
+        through(neighborhood(4, 4, (1, 1)), morton(4, 4))
         """
         return through(self, order)
 
@@ -178,8 +180,10 @@ class Mask(Traceable):
         """
         q, kv = integer("shift", "q", q, None), integer("shift", "kv", kv, None)
         for name, value in (("q", q), ("kv", kv)):
-            if abs(value) > check.MAX_LENGTH:
-                raise ValueError(f"shift: {name} must be within +-{check.MAX_LENGTH}, got {value}")
+            if abs(value) > validation.MAX_LENGTH:
+                raise ValueError(
+                    f"shift: {name} must be within +-{validation.MAX_LENGTH}, got {value}"
+                )
         return Shifted(self, q, kv) if q or kv else self
 
     __reduce_ex__ = reduce_without_derived
@@ -228,9 +232,11 @@ class Mask(Traceable):
 density 0.0195, tile density 0.0195, computed 0.0195, cpu)
         """
         kv_len = q_len if kv_len is None else kv_len
-        lengths = check.checked_lengths(q_len, kv_len, block)
+        lengths = validation.checked_lengths(q_len, kv_len, block)
         self.check_lengths(*lengths[:2])
-        return build.build_layout(*self.patterns(), lengths, check.checked_device(device))
+        if self.on_device:
+            return device_builders.of_mask(self, lengths, validation.checked_device(device))
+        return build.build_layout(*self.patterns(), lengths, validation.checked_device(device))
 
     def density(self, q_len: int, kv_len: int | None = None) -> float:
         """The kept fraction of all (q, kv) elements, 0..1, counted exactly.
@@ -269,7 +275,7 @@ density 0.0195, tile density 0.0195, computed 0.0195, cpu)
         >>> masks.butterfly(128).reach_bounds(65536), masks.local(1024).reach_bounds(65536)
         ((9, 9), (64, 64))
         """
-        return reach.reach_bounds(reach.union_layout(self.patterns()[0], length, 16))
+        return reach.reach_bounds(self.patterns()[0], length)
 
     def plot(self, q_len: int, kv_len: int | None = None, title: str | None = None) -> Figure:
         """A picture (matplotlib) at these lengths; see `BlockLayout.plot`."""
@@ -478,9 +484,10 @@ def shift(mask: Mask, q: int = 0, kv: int = 0) -> Mask:
 
 
 def inherit_changeable(mask: Mask) -> None:
-    """Mark a composite as changeable if an operand is."""
-    if any(operand.changeable for operand in mask.operands()):
-        object.__setattr__(mask, "changeable", True)
+    """Mark a composite as changeable, or on the device, if an operand is."""
+    for name in ("changeable", "on_device"):
+        if any(getattr(operand, name) for operand in mask.operands()):
+            object.__setattr__(mask, name, True)
 
 
 def _combine(kind: type[_Combination], left: Mask, right: Mask) -> Mask:
@@ -490,6 +497,10 @@ def _combine(kind: type[_Combination], left: Mask, right: Mask) -> Mask:
     for mask in (left, right):
         parts += mask.masks if type(mask) is kind else [mask]
     unique = tuple(dict.fromkeys(parts))
-    result = kind(unique) if len(unique) > 1 else unique[0]
-    result.extents()
+    if len(unique) == 1:
+        return unique[0]
+    # No name of torch in here: torch.compile would then trace this function.
+    result = CACHE.first_equal(kind(unique))
+    if result._record is None:
+        result.extents()
     return result

@@ -1,7 +1,7 @@
 """Token orders: which position of the original sequence is the p-th token.
 
 In raster order a block of 128 tokens is half a line of a 256-pixel image; in Morton order it is a
-patch of 8 x 16 pixels, so that what is near in the image is near in the sequence.
+patch of 8 x 16 pixels, so that near pixels are near in the sequence.
 
 A mask that is seen through an order (`mask.through(order)`) expects q, k and v in that order.
 Attention does not move them: the model permutes its tokens once, after embedding them and adding
@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 import torch
 from sparse_flash.masks.arguments import integer, sizes
-from sparse_flash.masks.check import MAX_LENGTH
 from sparse_flash.masks.data import Data
 from sparse_flash.masks.mask import named
 from sparse_flash.masks.modes import derived, plain_torch, reduce_without_derived, unreadable
 from sparse_flash.masks.tables import IndexTable
+from sparse_flash.masks.validation import MAX_LENGTH
 from torch import Tensor
 
 
@@ -164,7 +164,7 @@ def order(
     Args:
         permutation: Each of 0..n-1 once, `(n,)`: a tensor (of any device) or array of integers, a
             list, or the text that repr prints. Copied. (A repr of more than 1 MiB of data is
-            abbreviated, and says so: it does not evaluate.)
+            abbreviated and does not evaluate.)
         name: What pictures and tables show; orders of different names are different.
 
     Raises:
@@ -271,7 +271,7 @@ def morton(height: int, width: int) -> ImageOrder:
 
 @named
 def hilbert(height: int, width: int) -> ImageOrder:
-    """The Hilbert curve: like Morton, and neighbours in sequence are neighbours in the image.
+    """The Hilbert curve: like Morton, and adjacent tokens are adjacent pixels.
 
     (Where the image is no square of 2^k pixels, the parts of the curve outside it are left out,
     and the sequence jumps there.)

@@ -13,6 +13,7 @@ from sparse_flash.masks.orders import TokenOrder
 
 _MAX_LENGTH = 4 << 20  # characters; a repr of data is text of up to about 1.5 MB
 _MAX_DEPTH = 100
+FORMER_NAMES = {"neighbourhood": "neighborhood"}  # still read
 
 
 def parse(text: str, resolve: Callable[[str], Any] | None = None) -> Mask:
@@ -142,6 +143,7 @@ class _Reader:
     def maker(self, name: str) -> Callable[..., Any]:
         if name == "custom":
             self.refuse("custom takes a Python function and cannot be written as text")
+        name = FORMER_NAMES.get(name, name)
         if name in PATTERNS:
             return PATTERNS[name]
         hint = suggestions.of_name(name, PATTERNS.names())
@@ -150,7 +152,7 @@ class _Reader:
     def check_order_name(self, node: ast.expr | None = None, *_: ast.expr) -> None:
         match node:
             case ast.Call(ast.Name(name)) | ast.Name(name) if name not in PATTERNS:
-                hint = suggestions.of_order(name, _orders())
+                hint = suggestions.of_known(name, _orders())
                 raise ValueError(f"unknown token order {name!r} in {_short(self.text)}; {hint}")
 
     def check_order(self, order: Any) -> None:

@@ -80,7 +80,7 @@ def _numbers(what: str, numbers: list[int], of: int, endings: tuple[str, str] = 
 
 
 def shortened(text: str, length: int = _LONGEST_TITLE) -> str:
-    """A text of at most so many characters: a mask of data prints as all its data."""
+    """Text truncated to this many characters: a mask of data prints all its data."""
     return text if len(text) <= length else text[: length - 3] + "..."
 
 

@@ -9,20 +9,21 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from sparse_flash.masks import bits
+from sparse_flash.masks import bits, build, following
 from sparse_flash.masks.arguments import integer
 from sparse_flash.masks.layout import FULL_TILE, BlockLayout
+from sparse_flash.masks.memory import available_memory
 from sparse_flash.masks.modes import plain_torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 if TYPE_CHECKING:
     from sparse_flash.masks.mask import Mask
 
 Bounds = tuple[int | float, int | None]
 MAX_BLOCKS = 512  # blocks a side of which bounds are computed
-_WORK = 4e10  # words of 64 sources that an exact reach may combine, about a minute's work
-_GROUP = 8  # rows of which all unions are tabulated
+_SMALLEST = 16  # tokens a block of which bounds are computed
+_ELEMENTS = 1e9  # that are evaluated for bounds, a few seconds' work
+_WORK = 3e10  # words of 64 sources that an exact reach may combine, less than a minute's work
 
 
 def union_layout(heads: Sequence[Mask], length: int, block: int) -> BlockLayout:
@@ -33,20 +34,37 @@ def union_layout(heads: Sequence[Mask], length: int, block: int) -> BlockLayout:
         length: Number of tokens.
         block: Smallest size of a block; doubled until there are at most MAX_BLOCKS a side.
     """
-    length = integer("reach", "length", length)
-    while -(-length // block) > MAX_BLOCKS:
-        block *= 2
+    block = _block(length, block)
     return functools.reduce(operator.or_, heads).layout(length, block=(block, block))
 
 
+def _block(length: int, block: int) -> int:
+    length = integer("reach", "length", length)
+    while -(-length // block) > MAX_BLOCKS:
+        block *= 2
+    return block
+
+
 @plain_torch()
-def reach_bounds(layout: BlockLayout) -> Bounds:
-    """(least, most) layers for a square layout of one pattern, from its tiles alone.
+def reach_bounds(heads: Sequence[Mask], length: int) -> Bounds:
+    """(least, most) layers of all heads together, from tiles alone.
 
     The least is infinite where some token surely never influences one that it should; the most is
-    None where tiles do not show that every token does.
+    None where tiles do not show that every token does. Where there is too much to evaluate, tiles
+    that intervals leave open count as if they held anything.
     """
-    return _Tiles(layout).bounds()
+    block, mask = _block(length, _SMALLEST), functools.reduce(operator.or_, heads)
+    mask.check_lengths(length, length)
+    lengths = (length, length, (block, block))
+    full, unknown, evaluated = build.classify_tiles(mask, lengths)
+    if evaluated * block * block <= _ELEMENTS:
+        return _Tiles(mask.layout(*lengths)).bounds()
+    rows, cols = (torch.cat(axis) for axis in zip(full, unknown, strict=True))
+    n = -(-length // block)
+    eye = torch.eye(n, dtype=torch.bool)
+    goal = torch.ones_like(eye) if bool((rows < cols).any()) else torch.ones_like(eye).tril()
+    least = _smallest_power(_matrix(n, rows, cols) | eye, lambda power: goal & ~power)
+    return (math.inf if least is None else least), None
 
 
 @plain_torch()
@@ -65,18 +83,30 @@ def layers_to_reach(layout: BlockLayout) -> int | None:
         return None
     if least == most:
         return most
-    open_ = tiles.open_columns(int(least))
-    words = -(-len(open_) * layout.block[1] // 64)
-    work = float(least) * words * (layout.num_bit_tiles + 2 * layout.num_block_rows) * 2048
-    if work > _WORK:
+    open_ = torch.zeros(layout.num_block_cols, dtype=torch.bool)
+    open_[tiles.open_columns(int(least))] = True
+    try:
+        followed = _follow(layout, open_.repeat_interleave(layout.block[1]), tiles.causal)
+    except following.TooLongError as error:
+        least = max(int(least), error.layers + 1)
         raise ValueError(
             f"reach of {layout.q_len} tokens: at least {least} layers, "
             + (f"at most {most}; " if most else "with no upper bound from tiles; ")
             + "following single elements would take minutes: take reach_bounds(length), or a "
             "shorter length"
-        )
-    followed = _follow(layout, open_, tiles.causal)
+        ) from None
     return None if followed is None else max(int(least), followed)
+
+
+def _follow(layout: BlockLayout, open_: Tensor, causal: bool) -> int | None:
+    """Layers until the open tokens are wherever they must be, element by element."""
+    n, budget = layout.q_len, following.Budget(_WORK)
+    budget.spend(n * n / 2)
+    available = available_memory(torch.device("cpu"))
+    if available is not None and n * n > available:  # several matrices of bits
+        raise following.TooLongError(0)
+    tokens = following.Tokens.of(following.bit_rows(layout), open_[:n].numpy())
+    return following.layers(tokens, causal, budget)
 
 
 class _Tiles:
@@ -149,7 +179,7 @@ def _coverage(layout: BlockLayout, lower: Tensor) -> tuple[Tensor, Tensor, Tenso
     Rows and columns beyond the length count as filled.
     """
     n, (height, width) = layout.q_len, layout.block
-    kinds = [_filled(layout.bit_tiles, width, lower)]
+    kinds = [_filled(layout.bit_tiles, layout.bit_tiles, layout.bit_tiles, width, lower)]
     entries = layout.bit_tile_indices.long()
     rows, cols = layout.tile_rows, layout.col_indices.long()
     last = layout.num_block_rows - 1
@@ -160,8 +190,10 @@ def _coverage(layout: BlockLayout, lower: Tensor) -> tuple[Tensor, Tensor, Tenso
         tokens = torch.arange(max(height, width), device=layout.device)
         below = tokens[:height] >= (n - rows[ragged] * height)[:, None]
         beyond = tokens[:width] >= (n - cols[ragged] * width)[:, None]
-        filled = bits.pack(below[:, :, None] | beyond[:, None, :])
-        kinds.append(_filled(layout.bit_tiles[entries[ragged]] | filled, width, lower))
+        tiles = layout.bit_tiles[entries[ragged]]
+        by_rows = tiles | bits.pack(below[:, :, None].expand(-1, -1, width))
+        by_cols = tiles | bits.pack(beyond[:, None, :].expand(-1, height, -1))
+        kinds.append(_filled(by_rows, by_cols, by_rows | by_cols, width, lower))
         at[ragged] = layout.num_bit_tiles + torch.arange(len(ragged), device=layout.device)
     found = []
     for flags in zip(*kinds, strict=True):
@@ -170,16 +202,18 @@ def _coverage(layout: BlockLayout, lower: Tensor) -> tuple[Tensor, Tensor, Tenso
     return found[0], found[1], found[2]
 
 
-def _filled(packed: Tensor, width: int, lower: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _filled(
+    by_rows: Tensor, by_cols: Tensor, whole: Tensor, width: int, lower: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """For each bit tile: an element in every row, in every column, and all of `lower`."""
-    union = packed[:, 0].clone()
-    for line in range(1, packed.shape[1]):
-        union |= packed[:, line]
+    union = by_cols[:, 0].clone()
+    for line in range(1, by_cols.shape[1]):
+        union |= by_cols[:, line]
     wanted = bits.pack(lower[None])
     return (
-        (packed != 0).any(2).all(1),
+        (by_rows != 0).any(2).all(1),
         bits.unpack(union[:, None], width).flatten(1).all(1),
-        ((packed & wanted) == wanted).flatten(1).all(1),
+        ((whole & wanted) == wanted).flatten(1).all(1),
     )
 
 
@@ -214,100 +248,3 @@ def _smallest_power(matrix: Tensor, missing: Callable[[Tensor], Tensor]) -> int 
         if bool(missing(further).any()):
             reached, layers = further, layers + (1 << k)
     return layers + 1
-
-
-def _follow(layout: BlockLayout, columns: Tensor, causal: bool) -> int | None:
-    """Layers until sources in these blocks are everywhere, followed element by element."""
-    n, (height, width) = layout.q_len, layout.block
-    total = layout.num_block_rows * height
-    sources = columns[:, None] * width + torch.arange(width, device=columns.device)
-    sources = sources.flatten()
-    sources = sources[sources < n]
-    words = -(-len(sources) // 64)
-    seen = torch.zeros(total, words, dtype=torch.int64, device=columns.device)
-    place = torch.arange(len(sources), device=columns.device)
-    seen[sources, place // 64] = torch.ones_like(place) << place % 64
-    goal = _goal(n, sources, words, causal)
-    step, layers = _Step(layout), 0
-    while not torch.equal(seen[:n] & goal, goal):
-        wider = step(seen)
-        layers += 1
-        if torch.equal(wider, seen):
-            return None
-        seen = wider
-    return layers
-
-
-def _goal(n: int, sources: Tensor, words: int, causal: bool) -> Tensor:
-    """A bit for each source that a token is to be influenced by: int64 `(n, words)`."""
-    parts = []
-    for tokens in torch.arange(n, device=sources.device).split(1024):
-        wanted = (tokens[:, None] >= sources) | (not causal)
-        packed = bits.pack(pad(wanted, (0, words * 64 - len(sources)))[None])[0]
-        parts.append(packed.contiguous().view(torch.int64))
-    return torch.cat(parts)
-
-
-class _Step:
-    """One layer: what each token has seen, and what the tokens that it attends to have seen.
-
-    Each distinct product of a bit tile with a block of keys is made once, by tables of the unions
-    of eight rows at a time (Arlazarov, Dinic, Kronrod & Faradzev, 1970): bytes of a bit tile are
-    entries of the tables.
-    """
-
-    def __init__(self, layout: BlockLayout) -> None:
-        self.layout = layout
-        rows, cols = layout.tile_rows, layout.col_indices.long()
-        entries = layout.bit_tile_indices.long()
-        full = entries == FULL_TILE
-        self.full = [cols[full & (rows == i)] for i in range(layout.num_block_rows)]
-        order = torch.argsort(cols[~full] * max(1, layout.num_bit_tiles) + entries[~full])
-        self.rows, self.cols, self.entries = (x[~full][order] for x in (rows, cols, entries))
-        starts = torch.searchsorted(
-            self.cols, torch.arange(layout.num_block_cols + 1, device=layout.device)
-        )
-        self.starts = starts.tolist()
-
-    def __call__(self, seen: Tensor) -> Tensor:
-        """The union for each token; int64 `(block rows x block_q, words)`."""
-        height, words = self.layout.block[0], seen.shape[1]
-        blocks = seen.view(-1, height, words)
-        wider = blocks.clone()
-        whole = _union(blocks.transpose(0, 1))  # of all tokens of each block
-        for i, cols in enumerate(self.full):
-            if len(cols):
-                wider[i] |= _union(whole[cols])
-        for column, (start, stop) in enumerate(zip(self.starts, self.starts[1:], strict=False)):
-            if start < stop:
-                self._partial(wider, blocks[column], start, stop)
-        return wider.view_as(seen)
-
-    def _partial(self, wider: Tensor, block: Tensor, start: int, stop: int) -> None:
-        """Add the products of the partial tiles of one block column."""
-        kinds, which = self.entries[start:stop].unique(return_inverse=True)
-        packed = self.layout.bit_tiles[kinds].long()  # (kinds, block_q, bytes)
-        products = torch.zeros(*packed.shape[:2], block.shape[1], dtype=torch.int64,
-                               device=block.device)  # fmt: skip
-        for group in range(packed.shape[2]):
-            eight = block[_GROUP * group : _GROUP * (group + 1)]
-            products |= _unions(eight)[packed[:, :, group]]
-        for row, kind in zip(self.rows[start:stop].tolist(), which.tolist(), strict=True):
-            wider[row] |= products[kind]
-
-
-def _unions(rows: Tensor) -> Tensor:
-    """The union of each subset of at most eight rows: `(256, words)`, by the subset's bits."""
-    table = torch.zeros(1, rows.shape[1], dtype=torch.int64, device=rows.device)
-    for k in range(_GROUP):
-        table = torch.cat([table, table | rows[k] if k < len(rows) else table])
-    return table
-
-
-def _union(rows: Tensor) -> Tensor:
-    """The bitwise or along the first dimension, by halves."""
-    while len(rows) > 1:
-        half = len(rows) // 2
-        rest = rows[2 * half :]
-        rows = torch.cat([rows[:half] | rows[half : 2 * half], rest])
-    return rows[0]

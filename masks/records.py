@@ -1,4 +1,4 @@
-"""What is derived from masks: kept as long as the mask, or as it was used lately."""
+"""Objects derived from masks, kept as long as the mask or while recently used."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import itertools
 import threading
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
@@ -15,17 +15,20 @@ if TYPE_CHECKING:
     from sparse_flash.masks.mask import Mask
 
 GIBIBYTE = 1 << 30
+M = TypeVar("M", bound="Mask")
 
 
 class Record:
-    """What was derived from a mask. Equal masks share one.
+    """Objects derived from a mask. Equal masks share one record.
 
+    mask: The first of these masks, a weak reference.
     layouts: By lengths and device.
-    calls: What was found out about calls of attention, by what they look like; see `prepare`.
-    used: When it was last looked up.
+    calls: Prepared calls of attention, by their signature; see `prepare`.
+    used: Time of the last lookup, in ticks of the cache.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, mask: Mask) -> None:
+        self.mask = weakref.ref(mask)
         self.layouts: dict[Hashable, BlockLayout] = {}
         self.calls: dict[Hashable, Any] = {}
         self.used = 0
@@ -43,12 +46,12 @@ class Record:
 
     @property
     def nbytes(self) -> int:
-        """Memory of all layouts and of what was derived from them."""
+        """Memory of all layouts and of the objects derived from them."""
         return sum(layout.nbytes for layout in list(self.layouts.values()))
 
     @property
     def pinned(self) -> bool:
-        """Whether a captured CUDA graph reads what was derived: it must stay where it is."""
+        """Whether a captured CUDA graph reads derived arrays, which must then stay in place."""
         return any(
             getattr(value, "captured", False)
             for layout in list(self.layouts.values())
@@ -70,6 +73,7 @@ class RecordCache:
 
     def __init__(self, limit: int = GIBIBYTE) -> None:
         self.limit = limit
+        self.calls_of_data: dict[Hashable, Any] = {}  # as Record.calls, of layouts of data
         self._recent: dict[Mask, Record] = {}
         self._ticks = itertools.count()
         self._all: weakref.WeakSet[Record] = weakref.WeakSet()
@@ -84,21 +88,34 @@ class RecordCache:
             mask.__dict__["_record"] = record
         return record
 
+    def first_equal(self, mask: M) -> M:
+        """The first mask with the value of `mask`, if its record is kept; else `mask` itself.
+
+        A composite that is written anew in every call becomes one object: the call finds its record
+        there, and the new object is freed.
+        """
+        record = self._recent.get(mask)
+        if record is None:
+            return mask
+        record.used = next(self._ticks)
+        first = record.mask()
+        return mask if first is None else cast("M", first)
+
     def _new_record(self, mask: Mask) -> Record:
         with self._lock:
             record = self._recent.get(mask)
             if record is None:
-                record = self._recent[mask] = Record()
+                record = self._recent[mask] = Record(mask)
                 self._all.add(record)
             return record
 
     @property
     def nbytes(self) -> int:
-        """Memory of what the cache keeps alive."""
+        """Memory of the objects that the cache keeps alive."""
         return sum(record.nbytes for record in list(self._recent.values()))
 
     def trim(self) -> None:
-        """Give up what is beyond the limit; to be called after something was derived."""
+        """Evict records beyond the limit. Call it after a record has grown."""
         with self._lock:
             sizes = {mask: record.nbytes for mask, record in self._recent.items()}
             total = sum(sizes.values())
@@ -113,6 +130,7 @@ class RecordCache:
     def clear(self) -> None:
         """Forget everything that no captured CUDA graph reads, of masks that are in use too."""
         with self._lock:
+            self.calls_of_data.clear()
             self._recent = {m: r for m, r in self._recent.items() if r.pinned}
             for record in list(self._all):
                 if not record.pinned:
@@ -125,7 +143,7 @@ CACHE = RecordCache()
 def clear_cache() -> None:
     """Forget all layouts and schedules that were derived from masks; they are built anew on use.
 
-    What a captured CUDA graph reads stays. Layouts of your own are not touched.
+    Arrays that a captured CUDA graph reads stay, and so do your own layouts.
 
     >>> import sparse_flash
     >>> sparse_flash.clear_cache()

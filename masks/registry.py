@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from importlib.metadata import EntryPoint, entry_points
 from typing import TypeVar
+
+from sparse_flash.masks import suggestions
 
 T = TypeVar("T")
 
@@ -22,7 +23,7 @@ class Registry(dict[str, T]):
     up, not before.
 
     Args:
-        what: What the objects are, for messages: "pattern", "task".
+        what: Name of such an object in messages: "pattern", "task".
         group: Group of entry points.
 
     Raises:
@@ -73,7 +74,4 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     >>> suggestion("x", ["local", "full"])
     'known are full, local'
     """
-    names = sorted(known)
-    close = difflib.get_close_matches(name, names, 1, 0.5)
-    close = close or difflib.get_close_matches(name.lower(), names, 1, 0.5)
-    return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(names)}"
+    return suggestions.of_known(name, known)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from sparse_flash.masks import check
+from sparse_flash.masks import validation
 from sparse_flash.masks.build import build_layout
 from sparse_flash.masks.layout import FULL_TILE, BlockLayout
 from sparse_flash.masks.modes import plain_torch
@@ -29,7 +29,7 @@ def retile(layout: BlockLayout, block: tuple[int, int]) -> BlockLayout:
     >>> masks.retile(fine, (128, 64)).equal(masks.causal().layout(300, block=(128, 64)))
     True
     """
-    lengths = check.checked_lengths(layout.q_len, layout.kv_len, block)
+    lengths = validation.checked_lengths(layout.q_len, layout.kv_len, block)
     if lengths == layout.lengths:
         return layout
     patterns = [_Stored(layout.pattern(p)) for p in range(layout.num_patterns)]

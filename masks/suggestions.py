@@ -47,7 +47,7 @@ def of_name(name: str, names: Iterable[str]) -> str:
     >>> of_name("loca", ["local", "causal"]), of_name("sliding_window", ["local"])
     ("did you mean 'local'?", "did you mean 'local', as in local(256)?")
     >>> of_name("standrd", ["star"])
-    "did you mean 'standard'? That is a kind of attention, not a mask; full() is the mask that \
+    "did you mean 'standard'? That is an attention, not a mask; full() is the mask that \
 allows everything"
     """
     known = [n for n in names if n != "custom"]
@@ -62,18 +62,20 @@ allows everything"
     if found in _OTHERS:
         example = _OTHERS[found]
         return f"did you mean {example.partition('(')[0]!r}, as in {example}?"
-    kind = "is a kind of attention, not a mask; full() is the mask that allows everything"
+    kind = "is an attention, not a mask; full() is the mask that allows everything"
     return f"it {kind}" if found == name else f"did you mean {found!r}? That {kind}"
 
 
-def of_order(name: str, names: Iterable[str]) -> str:
-    """A hint for the unknown name of a token order.
+def of_known(name: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the nearest known one, or all of them.
 
-    >>> of_order("hilbrt", ["hilbert", "morton"]), of_order("snake", ["hilbert", "morton"])
+    >>> of_known("hilbrt", ["hilbert", "morton"]), of_known("snake", ["hilbert", "morton"])
     ("did you mean 'hilbert'?", 'known are hilbert, morton')
     """
-    close = difflib.get_close_matches(name.lower(), names, 1, 0.6)
-    return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(sorted(names))}"
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, 1, 0.5)
+    close = close or difflib.get_close_matches(name.lower(), names, 1, 0.5)
+    return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(names)}"
 
 
 def of_syntax(text: str, error: Exception) -> str:
@@ -109,7 +111,7 @@ def of_syntax(text: str, error: Exception) -> str:
         return f"{reason}: the text seems to be cut off"
     kind = next((k for k in _KINDS if re.match(rf"{k}\s*:", stripped)), None)
     if kind:
-        return f"{kind!r} is a kind of attention, not a mask: leave out '{kind}:'"
+        return f"{kind!r} is an attention, not a mask: leave out '{kind}:'"
     at = stripped[max(0, (error.offset or 1) - 1) :][:20]
     return f"{reason} at {at!r}" if at and "unmatched" not in reason else reason
 

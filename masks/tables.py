@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from sparse_flash.masks.arrays import Array, look_up
 from sparse_flash.masks.kleene import Columns, NotUnderstoodError, Symbol, columns_of
 from sparse_flash.masks.modes import is_fake, plain_torch, unreadable
 from sparse_flash.masks.ternary import (
@@ -163,10 +164,8 @@ class RectangleTable:
 
     def __init__(self, some: Tensor, every: Tensor, cell: int) -> None:
         self.cell = cell
-        self.some, self.every = (
-            torch.nn.functional.pad(t.long().cumsum(0).cumsum(1).int(), (1, 0, 1, 0))
-            for t in (some, every)
-        )
+        self.some = _summed(some)
+        self.every = self.some if every is some else _summed(every)
 
     def classify(self, rows: Interval, cols: Interval) -> Ternary:
         """EMPTY, UNKNOWN or FULL for each rectangle rows x cols."""
@@ -177,6 +176,18 @@ class RectangleTable:
             for t in (self.some.to(i.lo.device), self.every.to(i.lo.device))
         )
         return Ternary.of(every == area, some > 0, columns_of((rows, cols)))
+
+
+def _summed(table: Tensor) -> Tensor:
+    """The sum of everything above and to the left of each entry, with a row and column of zeros."""
+    summed = table.new_zeros(table.shape[0] + 1, table.shape[1] + 1, dtype=torch.int32)
+    inner = summed[1:, 1:]
+    torch.cumsum(table, 1, dtype=torch.int32, out=inner)
+    if len(inner) > 1 << 13:
+        return summed.cumsum(0, dtype=torch.int32)
+    for row in range(1, len(inner)):  # several times faster than cumsum
+        inner[row] += inner[row - 1]
+    return summed
 
 
 class Narrow(Symbol):
@@ -286,7 +297,7 @@ _NARROW = (torch.uint8, torch.int8, torch.int16, torch.int32)
 class TableLookups(TorchFunctionMode):
     """While active, tensors may be indexed by intervals: `table[q]`, `table[q // 8, kv // 8]`.
 
-    What is computed of a table is kept until the mode ends: the table must not change before.
+    Results computed from a table are kept until the mode ends. The table must not change before.
     """
 
     def __init__(self) -> None:
@@ -299,6 +310,8 @@ class TableLookups(TorchFunctionMode):
         """Take over indexing where the index is a symbol."""
         if func is Tensor.__getitem__:
             index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            if any(isinstance(i, Array) for i in index):
+                return look_up(args[0], index)
             if any(isinstance(i, Symbol) for i in index):
                 return self._look_up(args[0], index)
         return func(*args, **(kwargs or {}))

@@ -1,8 +1,8 @@
 """How masks and layouts pass through torch.compile: the only bridge between them.
 
 An operator takes the mask or layout itself as an argument and looks at it when it runs. A compiled
-graph therefore depends neither on what a mask says nor on a length: another mask or length compiles
-nothing, wherever the object comes from (argument, closure, default, attribute).
+graph therefore depends on neither the content of a mask nor a length: another mask or length
+compiles nothing, wherever the object comes from (argument, closure, default, attribute).
 
 From torch 2.13 on, masks and layouts are opaque reference types of `torch.library`. Older releases
 cannot differentiate through an operator that takes one. There each object carries a handle, a
@@ -82,7 +82,7 @@ class _ByHandle:
 
 
 class _Opaque(metaclass=OpaqueBaseMeta):
-    """Base of what an operator takes as it is."""
+    """Base of objects that operators take as opaque values."""
 
 
 _Base: Any = _ByHandle if HANDLES else _Opaque

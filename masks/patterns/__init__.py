@@ -1,6 +1,5 @@
 """The pattern library: one idea a file, each with its formula, source, density and reach."""
 
-from sparse_flash.masks.patterns.anchors import global_tokens, sinks
 from sparse_flash.masks.patterns.butterfly import butterfly
 from sparse_flash.masks.patterns.causal import causal
 from sparse_flash.masks.patterns.custom import custom
@@ -8,10 +7,11 @@ from sparse_flash.masks.patterns.dilated import dilated
 from sparse_flash.masks.patterns.documents import block_diagonal, documents
 from sparse_flash.masks.patterns.from_data import from_blocks, from_dense, from_scipy
 from sparse_flash.masks.patterns.full import full
-from sparse_flash.masks.patterns.images import axial, neighbourhood, patches
+from sparse_flash.masks.patterns.global_tokens import global_tokens, sinks
+from sparse_flash.masks.patterns.images import axial, neighborhood, patches
 from sparse_flash.masks.patterns.local import block_local, local
 from sparse_flash.masks.patterns.longnet import longnet
-from sparse_flash.masks.patterns.mixtures import bigbird, longformer, star, star_attention
+from sparse_flash.masks.patterns.published import bigbird, longformer, star, star_attention
 from sparse_flash.masks.patterns.random_blocks import random_blocks, random_blocks_per_row
 from sparse_flash.masks.patterns.sparse_transformer import fixed, strided
 
@@ -34,7 +34,7 @@ __all__ = [
     "local",
     "longformer",
     "longnet",
-    "neighbourhood",
+    "neighborhood",
     "patches",
     "random_blocks",
     "random_blocks_per_row",

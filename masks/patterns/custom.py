@@ -19,7 +19,7 @@ from torch import Tensor
 
 
 class Unused:
-    """What a `mask_mod` is given as its batch entry or head: it may pass it on, but not use it."""
+    """The batch entry or head that a `mask_mod` gets: it may pass it on, but not use it."""
 
     def __init__(self, name: str, owner: str, device: torch.device) -> None:
         self._name, self._owner, self.device = name, owner, device
@@ -71,7 +71,7 @@ class custom(Mask):
     kind of tile once: the layout is exact either way. Two customs are equal if their functions are
     the same object.
 
-    A FlexAttention `mask_mod(b, h, q_idx, kv_idx)` that makes no use of b and h is taken as it is;
+    A FlexAttention `mask_mod(b, h, q_idx, kv_idx)` that ignores b and h is accepted;
     one that does needs a mask for each head or batch entry, see the error's text.
 
     fn may read tensors, arrays and numbers from outside: closure, defaults, globals, attributes.
@@ -115,9 +115,11 @@ class custom(Mask):
         return state_of(self.fn)
 
     def allowed(self, q: Index, kv: Index) -> Truth:
-        """What the function says; of intervals, as far as it can be called with them."""
+        """The value of the function; on intervals if the function accepts them."""
         if isinstance(q, Interval):
             return self._of_intervals(q, kv)
+        if isinstance(q, Symbol):  # arrays of elements, which may refuse
+            return self._call(q, kv)
         try:
             with tensors_made_on(q.device):
                 truth = self._call(q, kv)

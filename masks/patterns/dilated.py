@@ -1,6 +1,6 @@
 """Dilated (sliding window with gaps): wide context from few keys."""
 
-from sparse_flash.masks.arguments import integers, normalise, saturate, window_of
+from sparse_flash.masks.arguments import integers, normalize, saturate, window_of
 from sparse_flash.masks.mask import Pattern, pattern
 from sparse_flash.masks.ternary import Index, Truth
 
@@ -24,7 +24,7 @@ class dilated(Pattern):
     relative = True
 
     def __post_init__(self) -> None:
-        normalise(self, window=window_of("dilated", self.window))
+        normalize(self, window=window_of("dilated", self.window))
         integers(self, dilation=1)
 
     def allowed(self, q: Index, kv: Index) -> Truth:

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from sparse_flash.masks import exchange
-from sparse_flash.masks.arguments import integers, normalise
+from sparse_flash.masks import io
+from sparse_flash.masks.arguments import integers, normalize
 from sparse_flash.masks.data import Data
 from sparse_flash.masks.extents import Extents
 from sparse_flash.masks.mask import Mask, Pattern, named, pattern
@@ -50,10 +50,10 @@ class from_blocks(Pattern):
         integers(self, block=1)
         data = _bits("from_blocks", self.table)
         rows, cols = data.shape
-        normalise(self, table=data)
+        normalize(self, table=data)
         for name, count in (("q_len", rows), ("kv_len", cols)):
             if getattr(self, name) is None:
-                normalise(self, **{name: count * self.block})
+                normalize(self, **{name: count * self.block})
             integers(self, **{name: 1})
             length = getattr(self, name)
             if -(-length // self.block) != count:
@@ -116,7 +116,7 @@ class from_blocks(Pattern):
 def from_dense(table: Any) -> Mask:
     """allowed(q, kv) = table[q, kv], for bools `(q_len, kv_len)`: tensor, array, lists or text.
 
-    An additive mask (0 where attention is allowed, -inf elsewhere) is recognised; other numbers
+    An additive mask (0 where attention is allowed, -inf elsewhere) is recognized; other numbers
     than 0 and 1 are refused (see `from_blocks`).
 
     >>> from_dense([[1, 0], [1, 1]]).layout(2).to_dense().int()
@@ -151,9 +151,9 @@ class from_scipy(Pattern):
         elif isinstance(self.matrix, Data):
             data = self.matrix
         else:
-            rows, cols, shape = exchange.elements(self.matrix)
+            rows, cols, shape = io.elements(self.matrix)
             data = Data(shape, np.sort((rows * shape[1] + cols).numpy()))
-        normalise(self, matrix=data)
+        normalize(self, matrix=data)
 
     def __repr__(self) -> str:
         return f"from_scipy({self.matrix!r})"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sparse_flash.masks.arguments import integers, normalise, sizes
+from sparse_flash.masks.arguments import integers, normalize, sizes
 from sparse_flash.masks.extents import Extents
 from sparse_flash.masks.mask import Pattern, pattern
 from sparse_flash.masks.ternary import Index, Truth
@@ -41,7 +41,7 @@ class patches(Pattern):
 
     The image of height x width is cut into patches of `size` (rows, columns) pixels. In Morton
     order, patches of 8 x 16 pixels are blocks of 128 tokens, so that all tiles are full.
-    Source: the windows of neighbourhood, coarsened to blocks.
+    Source: the windows of neighborhood, coarsened to blocks.
     Density, far from the border: (2 radius + 1)^2 rows columns / (height width).
     Reach: about the larger side, in patches, over radius.
 
@@ -66,7 +66,7 @@ class patches(Pattern):
                 f"patches: size must be (rows, columns) that divide {self.height} x {self.width}, "
                 f"got {self.size}"
             )
-        normalise(self, size=size)
+        normalize(self, size=size)
 
     def allowed(self, q: Index, kv: Index) -> Truth:
         """Near in both directions, in patches."""
@@ -82,7 +82,7 @@ class patches(Pattern):
 
 
 @pattern
-class neighbourhood(Pattern):
+class neighborhood(Pattern):
     """allowed(q, kv) = |row(q) - row(kv)| <= r_y and |column(q) - column(kv)| <= r_x.
 
     `radius` is in pixels: one int, or (r_y, r_x). At the border the window is cut off.
@@ -90,7 +90,7 @@ class neighbourhood(Pattern):
     Density, far from the border: (2 r_y + 1) (2 r_x + 1) / (height width).
     Reach: the larger of ceil((height - 1) / r_y) and ceil((width - 1) / r_x).
 
-    >>> neighbourhood(16, 16, 5).reach(256)
+    >>> neighborhood(16, 16, 5).reach(256)
     3
     """
 
@@ -101,10 +101,10 @@ class neighbourhood(Pattern):
 
     def __post_init__(self) -> None:
         integers(self, height=1, width=1)
-        radius = sizes("neighbourhood", "radius", self.radius, 0)
+        radius = sizes("neighborhood", "radius", self.radius, 0)
         if len(radius) > 2:
-            raise ValueError(f"neighbourhood: radius must be an int or (r_y, r_x), got {radius}")
-        normalise(self, radius=(radius[0], radius[-1]))
+            raise ValueError(f"neighborhood: radius must be an int or (r_y, r_x), got {radius}")
+        normalize(self, radius=(radius[0], radius[-1]))
 
     def allowed(self, q: Index, kv: Index) -> Truth:
         """Near in both directions."""

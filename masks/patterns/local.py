@@ -1,6 +1,6 @@
 """Local (sliding window): each query sees the keys around it."""
 
-from sparse_flash.masks.arguments import integers, normalise, window_of
+from sparse_flash.masks.arguments import integers, normalize, window_of
 from sparse_flash.masks.mask import Pattern, pattern
 from sparse_flash.masks.ternary import Index, Truth, always
 
@@ -26,7 +26,7 @@ class local(Pattern):
     window: int | tuple[int | None, int | None]
 
     def __post_init__(self) -> None:
-        normalise(self, window=window_of("local", self.window))
+        normalize(self, window=window_of("local", self.window))
 
     @property
     def relative(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sparse_flash.masks.arguments import integers, normalise, sizes
+from sparse_flash.masks.arguments import integers, normalize, sizes
 from sparse_flash.masks.mask import Pattern, pattern
 from sparse_flash.masks.ternary import Index, Truth, never
 
@@ -30,7 +30,7 @@ class longnet(Pattern):
         integers(self, offset=0)
         if len(segments) != len(dilations):
             raise ValueError(f"longnet: {len(segments)} segments but {len(dilations)} dilations")
-        normalise(self, segments=segments, dilations=dilations)
+        normalize(self, segments=segments, dilations=dilations)
 
     def allowed(self, q: Index, kv: Index) -> Truth:
         """In the same segment, both on its grid."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from sparse_flash.masks.arguments import fraction, integers, normalise
+from sparse_flash.masks.arguments import fraction, integers, normalize
 from sparse_flash.masks.extents import Extents
 from sparse_flash.masks.kleene import columns_of
 from sparse_flash.masks.mask import Pattern, pattern
@@ -37,7 +37,7 @@ class random_blocks(Pattern):
         integers(self, block=1, seed=0)
         if self.seed >= 1 << 31:
             raise ValueError(f"random_blocks: seed must be below 2^31, got {self.seed}")
-        normalise(self, keep=fraction("random_blocks", "keep", self.keep))
+        normalize(self, keep=fraction("random_blocks", "keep", self.keep))
 
     def allowed(self, q: Index, kv: Index) -> Truth:
         """The block's coin shows heads."""

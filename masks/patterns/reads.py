@@ -1,4 +1,4 @@
-"""What a Python function reads besides its arguments, and in which state that is.
+"""Values that a Python function reads besides its arguments, and their state.
 
 A layout that was built from a function is stale once a tensor that the function reads has changed.
 """
@@ -55,7 +55,7 @@ def state_of(function: Callable[..., Any]) -> Hashable:
     Tensors count by identity, address and version, which every in-place operation of PyTorch
     raises (writing through `.data` or a numpy array that shares the memory does not); numpy arrays
     and inference tensors by content; numbers and text by value; other objects by identity and
-    attributes; functions by what they read themselves, but for those of libraries.
+    attributes; functions by the values that they read, except those of libraries.
 
     Raises:
         TypeError: An array or inference tensor of more than 1 MiB, whose changes cannot be
@@ -154,7 +154,7 @@ def _read_by(function: types.FunctionType) -> Iterator[Any]:
 
 
 def _members(owner: types.ModuleType | type, names: set[str]) -> Iterator[Any]:
-    """What a function may read of a module or class, by the names in its code."""
+    """Values that a function may read of a module or class, by the names in its code."""
     module = owner.__name__ if isinstance(owner, types.ModuleType) else owner.__module__
     if not _in_library(module):
         yield from (vars(owner)[name] for name in sorted(names & vars(owner).keys()))

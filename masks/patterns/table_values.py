@@ -1,4 +1,4 @@
-"""What the values of a table mean: bools, 0 and 1, or an additive mask; others are refused."""
+"""Meaning of table values: bools, 0 and 1, or an additive mask; others are refused."""
 
 from __future__ import annotations
 

@@ -139,7 +139,7 @@ CALLS = {
     "block_diagonal": masks.block_diagonal,
     "random_blocks": lambda n: masks.random_blocks(0.5, n, n),
     "random_blocks_per_row": lambda n: masks.random_blocks_per_row(n, n, 1, n),
-    "axial": lambda n: masks.axial(n, n), "neighbourhood": lambda n: masks.neighbourhood(n, n, n),
+    "axial": lambda n: masks.axial(n, n), "neighborhood": lambda n: masks.neighborhood(n, n, n),
     "patches": lambda n: masks.patches(n, n, (n, n), n),
     "longnet": lambda n: masks.longnet(n, n, n),
     "longformer": lambda n: masks.longformer(n, n), "star": masks.star,
@@ -204,7 +204,7 @@ def test_windows_and_offsets_near_the_limits_of_int64(most):
         (masks.butterfly(8, most), np.isin((i // 8) ^ (j // 8), [0, 1, 2, 4])),
         (masks.block_diagonal(most), yes), (masks.longnet(most, 1, most), yes),
         (masks.longnet(most, most, 3), (i == 3) & (j == 3)),
-        (masks.neighbourhood(5, 10, most), yes), (masks.random_blocks(1.0, most), yes),
+        (masks.neighborhood(5, 10, most), yes), (masks.random_blocks(1.0, most), yes),
     ):  # fmt: skip
         np.testing.assert_array_equal(mask.layout(n, block=(8, 16)).to_dense().numpy(), expected)
         truth = mask(torch.arange(n)[:, None], torch.arange(n))

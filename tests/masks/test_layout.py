@@ -249,11 +249,11 @@ def test_bad_lengths(arguments, error):
 
 def test_mask_of_the_wrong_length():
     with pytest.raises(ValueError, match="made for q_len=64, not 100"):
-        masks.neighbourhood(8, 8, 1).layout(100)
+        masks.neighborhood(8, 8, 1).layout(100)
     with pytest.raises(ValueError, match="different q_len"):
-        masks.neighbourhood(8, 8, 1) | masks.documents((3, 4))
+        masks.neighborhood(8, 8, 1) | masks.documents((3, 4))
     with pytest.raises(ValueError, match="does not have the 16 tokens"):
-        masks.neighbourhood(8, 8, 1).through(masks.morton(4, 4))
+        masks.neighborhood(8, 8, 1).through(masks.morton(4, 4))
 
 
 def test_update_replaces_everything_that_was_derived():

@@ -62,7 +62,7 @@ FORMULAS = {
     "documents((10, 20, 30))": np.digitize(Q, [10, 30]) == np.digitize(KV, [10, 30]),
     "axial(6, 10)": (Q // 10 == KV // 10) | (Q % 10 == KV % 10),
     "patches(6, 10, (2, 5), 0)": (Q // 20 == KV // 20) & (Q % 10 // 5 == KV % 10 // 5),
-    "neighbourhood(6, 10, (1, 2))": (abs(Q // 10 - KV // 10) <= 1) & (abs(Q % 10 - KV % 10) <= 2),
+    "neighborhood(6, 10, (1, 2))": (abs(Q // 10 - KV // 10) <= 1) & (abs(Q % 10 - KV % 10) <= 2),
     "longnet((8, 32), (1, 4), 0)": in_segment(8, 1) | in_segment(32, 4),
     "longnet(16, 4, 2)": in_segment(16, 4, 2),
     "longformer(4, 2)": (abs(Q - KV) <= 4) | (Q < 2) | (KV < 2),
@@ -85,7 +85,7 @@ def test_pattern_is_its_formula(spec):
 
 
 def test_morton_neighbourhood_is_what_it_is_by_hand():
-    mask = masks.neighbourhood(8, 8, 2).through(masks.morton(8, 8))
+    mask = masks.neighborhood(8, 8, 2).through(masks.morton(8, 8))
     np.testing.assert_array_equal(
         mask.layout(64, block=(8, 8)).to_dense().numpy(), morton_neighbourhood()
     )
@@ -95,7 +95,7 @@ def test_image_masks_are_classified_tightly_through_an_order():
     """Few tiles are left to element evaluation: those near the pattern, not all."""
     from sparse_flash.masks import build
 
-    mask = masks.neighbourhood(64, 64, 4).through(masks.morton(64, 64))
+    mask = masks.neighborhood(64, 64, 4).through(masks.morton(64, 64))
     full, unknown = build._classify(mask, (4096, 4096, (64, 64)), torch.device("cpu"))
     stored = mask.layout(4096, block=(64, 64)).num_tiles
     assert len(full[0]) + len(unknown[0]) <= 1.2 * stored

@@ -66,7 +66,7 @@ TABLE = torch.rand(64, 64, generator=torch.Generator().manual_seed(0)) < 0.5
 MAKERS = {
     "local": lambda: masks.local(30),
     "butterfly": lambda: masks.butterfly(8),
-    "image": lambda: masks.neighbourhood(8, 8, 2).through(masks.morton(8, 8)),
+    "image": lambda: masks.neighborhood(8, 8, 2).through(masks.morton(8, 8)),
     "hilbert": lambda: masks.axial(8, 8).through(masks.hilbert(8, 8)),
     "documents": lambda: masks.documents((10, 30, 24)),
     "dense": lambda: masks.from_dense(TABLE),
@@ -107,7 +107,7 @@ def test_everything_is_made_alike_under_every_mode(maker, mode):
 
 @pytest.mark.parametrize("transform", ["vmap", "grad", "jvp", "functionalize"])
 def test_layouts_made_inside_function_transforms(transform):
-    mask, made = masks.neighbourhood(8, 8, 2).through(masks.morton(8, 8)), []
+    mask, made = masks.neighborhood(8, 8, 2).through(masks.morton(8, 8)), []
 
     def f(x):
         made.append(mask.layout(64, block=(16, 8)))
@@ -120,7 +120,7 @@ def test_layouts_made_inside_function_transforms(transform):
         "jvp": lambda: torch.func.jvp(f, (x,), (x,)),
         "functionalize": lambda: torch.func.functionalize(f)(x),
     }[transform]()
-    fresh = masks.neighbourhood(8, 8, 2).through(masks.morton(8, 8)).layout(64, block=(16, 8))
+    fresh = masks.neighborhood(8, 8, 2).through(masks.morton(8, 8)).layout(64, block=(16, 8))
     assert made[0].equal(fresh)
     assert mask.layout(64, block=(16, 8)).equal(fresh)
 
@@ -148,7 +148,7 @@ def test_updates_under_modes(mode):
 
 
 def test_indices_of_other_modes_give_truth_of_their_own():
-    mask = masks.neighbourhood(8, 8, 2).through(masks.morton(8, 8)) | masks.from_dense(TABLE)
+    mask = masks.neighborhood(8, 8, 2).through(masks.morton(8, 8)) | masks.from_dense(TABLE)
     expected = mask(torch.arange(64)[:, None], torch.arange(64))
     fake_mode = FakeTensorMode()
     with fake_mode:
@@ -245,7 +245,7 @@ def test_pickles_of_layouts_and_loading_to_a_device():
 
 @pytest.mark.gpu
 def test_masks_and_layouts_used_on_a_gpu_load_without_one():
-    mask = masks.neighbourhood(8, 8, 2).through(masks.morton(8, 8)) | masks.from_dense(TABLE)
+    mask = masks.neighborhood(8, 8, 2).through(masks.morton(8, 8)) | masks.from_dense(TABLE)
     size = len(pickle.dumps(mask))
     layout = mask.layout(64, device="cuda")
     assert len(pickle.dumps(mask)) == size
@@ -263,9 +263,7 @@ def test_masks_and_layouts_used_on_a_gpu_load_without_one():
 def test_threads_share_what_they_make():
     for _ in range(20):
         order = masks.morton(16, 16)
-        mask = masks.neighbourhood(16, 16, 3).through(order) & masks.from_dense(
-            torch.ones(256, 256)
-        )
+        mask = masks.neighborhood(16, 16, 3).through(order) & masks.from_dense(torch.ones(256, 256))
         results, start = [], threading.Barrier(4)
 
         def work(mask=mask, order=order, results=results, start=start):

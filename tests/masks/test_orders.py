@@ -56,7 +56,7 @@ def test_masks_through_an_order():
 @pytest.mark.parametrize("order", [masks.order(SHUFFLED), masks.hilbert(6, 10)])
 def test_attention_on_permuted_tokens_is_attention_on_tokens(order):
     q, k, v = (torch.randn(2, 60, 2, 4, generator=GENERATOR, requires_grad=True) for _ in "qkv")
-    mask = masks.neighbourhood(6, 10, 2)
+    mask = masks.neighborhood(6, 10, 2)
     expected = block_sparse_attention(q, k, v, mask)
     permuted = [order.permute(x) for x in (q, k, v)]
     out = order.restore(block_sparse_attention(*permuted, mask.through(order)))

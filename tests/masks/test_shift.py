@@ -112,7 +112,7 @@ RELATIVE = {
     "block_local(4, 1)": True,
     "dilated(2, 3)": True, "strided(4)": True, "fixed(4, 1)": True, "butterfly(4)": True,
     "block_diagonal(4)": True, "documents((3, 4))": True, "axial(4, 4)": True,
-    "neighbourhood(4, 4, 1)": True, "patches(4, 4, (2, 2))": True, "longnet(4, 2)": True,
+    "neighborhood(4, 4, 1)": True, "patches(4, 4, (2, 2))": True, "longnet(4, 2)": True,
     "sinks(3) | local(3)": True, "sinks(3) & full()": False, "~causal()": True, "~full()": False,
     "shift(local(3), 5)": False, "shift(local(3), 5, 5)": True, "shift(sinks(3), 5, 5)": False,
     "through(axial(4, 4), morton(4, 4))": True, "per_head([full(), causal()])": True,

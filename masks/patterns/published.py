@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from sparse_flash.masks.arguments import integer
 from sparse_flash.masks.mask import Mask, named
-from sparse_flash.masks.patterns.anchors import global_tokens, sinks
 from sparse_flash.masks.patterns.documents import block_diagonal
+from sparse_flash.masks.patterns.global_tokens import global_tokens, sinks
 from sparse_flash.masks.patterns.local import block_local, local
 from sparse_flash.masks.patterns.random_blocks import random_blocks_per_row
 

@@ -59,7 +59,7 @@ class _NoLayoutError(ValueError):
 
 
 def _damage(path: str | os.PathLike[str], error: Exception) -> str:
-    """What is wrong with a file; numpy would advise to unpickle it, which runs what is in it."""
+    """The problem with a file. numpy would advise to unpickle it, which executes its content."""
     if isinstance(error, _NoLayoutError):
         return str(error)
     if not Path(path).stat().st_size:
@@ -116,7 +116,7 @@ def elements(matrix: Any) -> tuple[Tensor, Tensor, tuple[int, int]]:
     if matrix.dtype.kind == "f" and not (matrix.data > -65504).all():
         raise ValueError(
             "the matrix holds -inf, nan or values as low, as additive masks do where attention is "
-            "not allowed: give a matrix whose nonzero elements are those that are allowed"
+            "not allowed: give a matrix whose nonzero elements are the allowed ones"
         )
     coo = coo_array(matrix.astype(bool))
     coo.sum_duplicates()

@@ -11,7 +11,7 @@ from sparse_flash.masks.modes import unreadable
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from sparse_flash.masks.exchange import Lengths
+    from sparse_flash.masks.io import Lengths
     from sparse_flash.masks.layout import BlockLayout
 
 MAX_LENGTH = 2**31 - 1  # indices are int32
@@ -72,7 +72,7 @@ def checked_device(device: torch.device | str | int) -> torch.device:
 
 
 def check_layout(layout: BlockLayout) -> None:
-    """Raise TypeError or ValueError, naming the array and what is wrong with it."""
+    """Raise TypeError or ValueError that names the array and its problem."""
     layout.q_len, layout.kv_len, layout.block = checked_lengths(*layout.lengths)
     _check_types(layout)
     _check_shapes(layout)
