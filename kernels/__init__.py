@@ -1,8 +1,8 @@
-"""Kernels in the CuTe DSL, and what they need: configurations, schedules, a compile cache.
+"""Kernels in the CuTe DSL, with their configurations, schedules and compile cache.
 
-The DSL is imported lazily, by the modules that a compilation needs: all else works without it.
+The DSL is imported lazily, by the modules that compile: everything else works without it.
 """
 
-from sparse_flash.kernels.dsl import DSL_VERSION, why_no_dsl
+from sparse_flash.kernels.dsl import DSL_VERSION, dsl_unsupported_reason
 
-__all__ = ["DSL_VERSION", "why_no_dsl"]
+__all__ = ["DSL_VERSION", "dsl_unsupported_reason"]

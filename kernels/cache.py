@@ -1,7 +1,7 @@
 """Compiled kernels on disk: a process that finds one there starts in milliseconds, not seconds.
 
 An entry is a shared library named after everything it depends on and after its own content, so that
-a truncated or altered one is recognised and made anew. Entries appear by renaming, whole; a lock
+a truncated or altered one is recognized and built again. Entries appear by renaming, whole; a lock
 keeps processes that start together from compiling the same kernel. `load_or_make` holds what this
 cache and that of data sets have in common.
 """
@@ -63,15 +63,15 @@ def load_or_make(
 
     One process at a time makes an entry; the others wait for it and load it. The cache is never
     worth the result: if its folder is missing, full, read-only or on a file system without locks,
-    one warning says so, and what was made is returned. Errors of `make` are passed on.
+    one warning names the reason, and the new entry is returned. Errors of `make` propagate.
 
     Args:
         name: Path of the entry's lock file below `cache_dir()`, without the suffix ".lock".
         load: Returns the entry, or None if there is none that is whole.
         make: Makes the entry, in the absence of one.
-        store: Writes what was made, and returns what is to be used: it, or what was loaded again.
-        contents: What is kept, for the warning: "compiled kernels".
-        otherwise: What happens without a cache: "every process will compile its own".
+        store: Writes the new entry, and returns the one to use: the new one, or a reloaded one.
+        contents: Contents of the cache, for the warning: "compiled kernels".
+        otherwise: Consequence of having no cache: "every process will compile its own".
 
     Raises:
         Exception: What `make` raises. OSErrors of `load` and `store` become a warning.
@@ -99,7 +99,7 @@ def load_or_compile(name: str, key: str, build: Callable[[], Any]) -> Callable[.
     """The kernel from the cache, or built by `build()` (a DSL compilation) and then cached.
 
     Args:
-        name: What it is, for people who look into the folder.
+        name: Name of the kernel, for people who look into the folder.
         key: Everything that it depends on besides versions and sources, such as its config.
         build: Compiles it.
 
@@ -109,10 +109,10 @@ def load_or_compile(name: str, key: str, build: Callable[[], Any]) -> Callable[.
 
     def store(compiled: Any) -> Callable[..., None]:
         _store(stem, compiled)
-        # What is loaded is also lighter to call than what the DSL's compiler returns.
+        # A loaded kernel also has less call overhead than the DSL compiler's result.
         found = _load(stem)
         if found is None:
-            raise OSError("what was written cannot be loaded")
+            raise OSError("the entry was written but cannot be loaded")
         return found
 
     return load_or_make(
@@ -184,9 +184,9 @@ def _runtime_libraries() -> list[str]:
     """The DSL's runtime, found without importing the DSL, which would take a second."""
     spec = importlib.util.find_spec("nvidia_cutlass_dsl")
     roots = [Path(p) for p in (spec.submodule_search_locations or [])] if spec else []
-    for flavour in ("cu13", "cu12"):  # as the DSL itself prefers
+    for flavor in ("cu13", "cu12"):  # as the DSL itself prefers
         for root in roots:
-            found = root / flavour / "lib" / "libcute_dsl_runtime.so"
+            found = root / flavor / "lib" / "libcute_dsl_runtime.so"
             if found.exists():
                 return [str(found)]
     return []

@@ -1,4 +1,4 @@
-"""From a config to a callable kernel: what all architectures share."""
+"""From a config to a callable kernel, for all architectures."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _lock = threading.Lock()
 def load(config: Config, build: Callable[[Config], Any]) -> Callable[..., None]:
     """The compiled kernel of a config: from this process, else from the disk, else built (seconds).
 
-    The config is the key. Threads that come together compile once.
+    The config is the key. Concurrent threads compile it once.
 
     Args:
-        config: All that the kernel is compiled for.
+        config: Config of the kernel.
         build: Compiles it.
 
     Returns:
@@ -38,19 +38,19 @@ def _load(config: Any, build: Callable[[Any], Any]) -> Callable[..., None]:
 
 
 def name_of(config: KernelConfig) -> str:
-    """A name for people: what is computed, for which architecture, dtype, head_dim and tile.
+    """A readable name: computation, architecture, dtype, head_dim and tile.
 
     >>> from sparse_flash.kernels.sm90.config import forward_configs
     >>> name_of(forward_configs("bfloat16", 64)[0])
     'forward-sm_90a-bfloat16-64-128x128'
     """
-    kind = type(config).__name__.removesuffix("Config").lower()
+    computation = type(config).__name__.removesuffix("Config").lower()
     height, width = config.tile
-    return f"{kind}-{config.arch}-{config.dtype}-{config.head_dim}-{height}x{width}"
+    return f"{computation}-{config.arch}-{config.dtype}-{config.head_dim}-{height}x{width}"
 
 
 class Arguments:
-    """What a kernel is called with: tensors that have no memory, whose sizes are symbols."""
+    """Arguments of a kernel for compilation: tensors without memory, with symbolic sizes."""
 
     def __init__(self, config: KernelConfig) -> None:
         import cutlass
@@ -59,7 +59,7 @@ class Arguments:
         self.dtype = {"bfloat16": cutlass.BFloat16, "float16": cutlass.Float16}[config.dtype]
         self.size = cute.sym_int
         self.b, self.q_len, self.kv_len, self.h, self.h_kv = (self.size() for _ in range(5))
-        self.d, self.num_parts = self.size(divisibility=8), self.size()
+        self.d, self.num_splits = self.size(divisibility=8), self.size()
 
     def queries(self) -> Any:
         """As q: (b, s_q, h, d)."""
@@ -69,8 +69,8 @@ class Arguments:
         """As k: (b, s_kv, h_kv, d)."""
         return self.strided(self.b, self.kv_len, self.h_kv, self.d)
 
-    def statistics(self, tile_m: int) -> Any:
-        """(b, h, 2, s_q rounded up to tiles of so many queries)."""
+    def row_stats(self, tile_m: int) -> Any:
+        """Row statistics lse and delta: (b, h, 2, s_q rounded up to a multiple of tile_m)."""
         return self.floats(self.b, self.h, 2, self.size(divisibility=tile_m))
 
     def lists(self, groups: int) -> tuple[Any, ...]:
@@ -79,12 +79,12 @@ class Arguments:
         tiles = self.ints(self.size(), 2)
         return self.ints(self.b), items, tiles, self.ints(self.size(), groups, 128, 2)
 
-    def parts(self, *shape: int) -> Any:
-        """Room for parts of split rows or columns."""
-        return self.floats(self.num_parts, *shape)
+    def splits(self, *shape: int) -> Any:
+        """Buffers for the splits of rows or columns: (splits, *shape)."""
+        return self.floats(self.num_splits, *shape)
 
-    def sums(self) -> tuple[Any, ...]:
-        """Which parts belong together, and how many items and sums there are."""
+    def combine_arrays(self) -> tuple[Any, ...]:
+        """The combine list (rows, WORK_FIELDS), and the numbers of work tiles and rows (2,)."""
         return self.ints(self.size(), WORK_FIELDS), self.ints(2)
 
     def strided(self, *shape: Any) -> Any:
@@ -117,7 +117,7 @@ class Arguments:
 
 
 def compile_kernel(kernel: Any, arguments: tuple[Any, ...], arch: str) -> Any:
-    """Compile for an architecture, whether or not there is a GPU.
+    """Compile for an architecture. Needs no GPU.
 
     Args:
         kernel: A `@cute.jit` callable that takes the arguments and then a stream, which is torch's

@@ -1,4 +1,4 @@
-"""What all kernel configs have in common."""
+"""The protocol of kernel configs."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import Protocol
 
 
 class KernelConfig(Protocol):
-    """All that one kernel is compiled for: a frozen dataclass of numbers, bools and strings.
+    """Static parameters of one kernel: a frozen dataclass of numbers, bools and strings.
 
-    The compile key is its repr; the name of its class says what the kernel computes.
+    The compile key is its repr. The name of its class names the computation.
     """
 
     @property
@@ -42,6 +42,6 @@ class KernelConfig(Protocol):
         ...
 
     @property
-    def part_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Shapes of the float32 arrays that one part of a split row leaves behind."""
+    def split_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes of the float32 buffers of one split of a row."""
         ...

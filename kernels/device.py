@@ -1,4 +1,4 @@
-"""Facts about a GPU on which configs and schedules depend."""
+"""Properties of a GPU that configs and schedules depend on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @dataclass(frozen=True)
 class DeviceFacts:
-    """What configs and schedules need to know of a device. They get it as an argument.
+    """Properties of a device, passed to configs and schedules as an argument.
 
     Args:
         arch: Compute capability, as "sm_90".

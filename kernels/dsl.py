@@ -9,10 +9,10 @@ DSL_PACKAGE = "nvidia-cutlass-dsl"
 DSL_VERSION = "4.8"  # minor versions change names and generated code; pyproject.toml pins the same
 
 
-def why_no_dsl() -> str | None:
+def dsl_unsupported_reason() -> str | None:
     """Why the DSL cannot be used here, with the way out; None where it can. Imports nothing.
 
-    >>> reason = why_no_dsl()
+    >>> reason = dsl_unsupported_reason()
     >>> reason is None or "pip install" in reason
     True
     """

@@ -1,4 +1,4 @@
-"""A compiled kernel, and the state that its launches on each device and stream need."""
+"""A compiled kernel with its launch state per device and stream."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ class Kernel:
     Argument order of the function: inputs and outputs, work lists (work, tiles, bits), work
     counter, split buffers, combine arrays (combine, counts), number of CTAs, scalars.
 
-    The work counter is two zeros, int32, which a launch counts with and leaves zero. Launches that
+    The work counter is int32 (2,), zero before and after each launch. Launches that
     may overlap must not share one: each stream has its own, and so has each launch in a CUDA graph,
     whose replays may run on any stream.
 
     Args:
         function: The compiled function; it launches on torch's current stream.
-        part_shapes: Shapes of the split buffers for one part, float32.
+        split_shapes: Shapes of the split buffers for one split, float32.
     """
 
     def __init__(
-        self, function: Callable[..., None], part_shapes: tuple[tuple[int, ...], ...]
+        self, function: Callable[..., None], split_shapes: tuple[tuple[int, ...], ...]
     ) -> None:
-        self.function, self.part_shapes = function, part_shapes
+        self.function, self.split_shapes = function, split_shapes
         self.counters: dict[tuple[int | None, int], Tensor] = {}  # by device index and stream
-        self.no_parts: dict[int | None, list[Tensor]] = {}  # by device index
+        self.no_splits: dict[int | None, list[Tensor]] = {}  # by device index
         self.loaded: set[int | None] = set()  # indices of devices that have the kernel's code
         self._lock = threading.Lock()
 
@@ -70,7 +70,7 @@ class Kernel:
         counter = self.counters.get((index, torch._C._cuda_getCurrentRawStream(index)))
         if counter is None:
             return self._launch_first(inputs, plan, scalars, device)
-        parts = self._parts(plan.num_parts, device) if plan.num_parts else self.no_parts[index]
+        parts = self._parts(plan.num_splits, device) if plan.num_splits else self.no_splits[index]
         return self.function(
             *inputs, *plan.lists, counter, *parts, *plan.combine, plan.num_ctas, *scalars
         )
@@ -82,18 +82,18 @@ class Kernel:
         scalars: tuple[float, ...],
         device: torch.device,
     ) -> None:
-        """Launch for the first time on this device and stream, and keep what later launches need.
+        """Launch for the first time on this device and stream, and keep the launch state.
 
-        What is kept must not be an inference tensor, which other modes refuse to change. Threads
-        wait for each other, so that one of them loads the kernel.
+        Kept tensors must not be inference tensors, which other modes refuse to change. Threads wait
+        for each other, so that one of them loads the kernel.
         """
         index, stream = device.index, torch._C._cuda_getCurrentRawStream(device.index)
         with self._lock, torch.inference_mode(False):
             counter = self.counters.get((index, stream))
             if counter is None:
                 counter = torch.zeros(2, dtype=torch.int32, device=device)
-            no_parts = self.no_parts.setdefault(index, self._parts(0, device))
-            parts = self._parts(plan.num_parts, device) if plan.num_parts else no_parts
+            no_splits = self.no_splits.setdefault(index, self._parts(0, device))
+            parts = self._parts(plan.num_splits, device) if plan.num_splits else no_splits
             arguments = (*plan.lists, counter, *parts, *plan.combine, plan.num_ctas)
             self.function(*inputs, *arguments, *scalars)
             self.loaded.add(index)
@@ -111,7 +111,7 @@ class Kernel:
             self._check_loaded(device)
             plan.captured = True  # its arrays must stay where they are
         counter = torch.zeros(2, dtype=torch.int32, device=device)
-        parts = self._parts(plan.num_parts, device)
+        parts = self._parts(plan.num_splits, device)
         arguments = (*plan.lists, counter, *parts, *plan.combine, plan.num_ctas)
         with contextlib.nullcontext() if device.index in self.loaded else self._lock:
             self.function(*inputs, *arguments, *scalars)
@@ -125,8 +125,8 @@ class Kernel:
             )
 
     def _parts(self, number: int, device: torch.device) -> list[Tensor]:
-        """Split buffers for this many parts."""
+        """Split buffers for this many splits."""
         return [
             torch.empty((number, *shape), dtype=torch.float32, device=device)
-            for shape in self.part_shapes
+            for shape in self.split_shapes
         ]

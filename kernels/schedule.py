@@ -40,7 +40,7 @@ class CostModel:
         long_item: Cost of an item, in units of the mean item, above which it may come before
             all groups of heads (see `_longest_first`).
         fewest_tiles: Least number of tiles of a part; shorter ones cost more than they balance.
-        part: Cost of writing a part and reading it again.
+        split: Cost of writing a split and reading it again.
         combine: Cost of launching the kernel that combines parts.
         l2_share: Fraction of the L2 cache for the keys and values of a group of heads; each half
             of the cache may hold a copy.
@@ -51,7 +51,7 @@ class CostModel:
     largest_share: float
     long_item: float
     fewest_tiles: int
-    part: float
+    split: float
     combine: float
     l2_share: float
 
@@ -81,7 +81,7 @@ class CostModel:
         for rounds in (1, 2):
             parts = min(rounds * num_ctas // rest, tiles // 2)
             if parts > 1:
-                cost = rounds * ((row - self.item) / parts + self.item + self.part) + self.combine
+                cost = rounds * ((row - self.item) / parts + self.item + self.split) + self.combine
                 best, least = (parts, cost) if cost < least else (best, least)
         return best
 
@@ -101,7 +101,7 @@ class Schedule:
     counts: (2,). Numbers of items in `work` and of rows in `combine`: read on the GPU, so that
         a CUDA graph's replays see what `update_` has changed.
     num_bit_tiles: Entries of `bits` in use.
-    num_parts: Number of parts of split rows; the config's `part_shapes` are those of each.
+    num_splits: Number of splits of all split rows; the config's `split_shapes` are those of each.
     num_ctas: Number of CTAs to launch; they take items off the list until none is left.
     tile: Height and width of the tiles.
     """
@@ -113,7 +113,7 @@ class Schedule:
     kv_lens: Tensor
     counts: Tensor
     num_bit_tiles: int
-    num_parts: int
+    num_splits: int
     num_ctas: int
     tile: tuple[int, int]
 
@@ -147,9 +147,9 @@ class Schedule:
         """
         if other.tile != self.tile:
             raise ValueError(f"the schedule is for tiles of {other.tile}, this one of {self.tile}")
-        if other.num_parts > self.num_parts:
+        if other.num_splits > self.num_splits:
             raise ValueError(
-                f"no room for {other.num_parts} parts of split rows: there were {self.num_parts}"
+                f"no room for {other.num_splits} splits of rows: there were {self.num_splits}"
             )
         for name in ARRAYS:
             new, capacity = len(other.used(name)), len(getattr(self, name))
@@ -199,7 +199,7 @@ def schedule(
     >>> h200 = DeviceFacts("sm_90", num_sms=132, shared_memory=227 << 10, l2_bytes=60 << 20)
     >>> layout = masks.global_tokens(128).layout(65536)  # one row of 512 tiles, 511 rows of 1
     >>> s = schedule(layout, 1, 8, (128, 128), h200, FORWARD_COSTS)
-    >>> s.work[0, 4].item(), s.work[-1, 4].item(), s.num_parts, len(s.combine)
+    >>> s.work[0, 4].item(), s.work[-1, 4].item(), s.num_splits, len(s.combine)
     (52, 1, 80, 8)
     """
     layout = retile(layout, tile)
@@ -238,7 +238,7 @@ def schedule(
         num_bit_tiles=layout.num_bit_tiles,
         combine=_records(combined, (heads, layout.num_block_rows), first_part, parts[combined]),
         kv_lens=torch.full((batch,), layout.kv_len, dtype=torch.int32, device=layout.device),
-        num_parts=int(in_parts.sum()),
+        num_splits=int(in_parts.sum()),
         num_ctas=min(len(work), facts.num_sms),
         tile=tile,
     )

@@ -10,25 +10,25 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from sparse_flash.kernels.device import DeviceFacts
-from sparse_flash.kernels.dsl import why_no_dsl
+from sparse_flash.kernels.dsl import dsl_unsupported_reason
 from sparse_flash.kernels.launch import Kernel
-from sparse_flash.kernels.plan import Plan, PlanKey, Planner, plan_of
+from sparse_flash.kernels.plan import Plan, PlanKey, Planner, fitting, plan_of
 from sparse_flash.kernels.schedule import CostModel
 from sparse_flash.kernels.sm90.compile import load_function
 from sparse_flash.kernels.sm90.config import (
     BACKWARD_COSTS,
     FORWARD_COSTS,
     BackwardConfig,
+    DqConfig,
     ForwardConfig,
-    QueriesConfig,
     backward_configs,
+    dq_config,
     forward_configs,
-    queries_config,
 )
 from sparse_flash.masks.layout import BlockLayout
 from torch import Tensor
 
-Config = TypeVar("Config", ForwardConfig, BackwardConfig, QueriesConfig)
+Config = TypeVar("Config", ForwardConfig, BackwardConfig, DqConfig)
 DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 HEAD_DIMS = range(16, 257, 8)
 _LOG2_E = math.log2(math.e)
@@ -42,7 +42,7 @@ class BackwardPlans(NamedTuple):
     """
 
     dkdv: Plan[BackwardConfig]
-    dq: Plan[QueriesConfig] | None = None
+    dq: Plan[DqConfig] | None = None
 
 
 def _planners(
@@ -69,7 +69,7 @@ def _planners(
 
 # K and V in 16 bits; by key blocks Q and dO in 16 bits, and the sums of dQ in 32.
 FORWARD = _planners(forward_configs, FORWARD_COSTS, 4)
-DQ = _planners(lambda dtype, head_dim: (queries_config(dtype, head_dim),), FORWARD_COSTS, 4)
+DQ = _planners(lambda dtype, head_dim: (dq_config(dtype, head_dim),), FORWARD_COSTS, 4)
 BACKWARD = _planners(backward_configs, BACKWARD_COSTS, 8, transposed=True)
 DETERMINISTIC_BACKWARD = _planners(
     functools.partial(backward_configs, deterministic=True), BACKWARD_COSTS, 8, transposed=True
@@ -89,7 +89,7 @@ def unsupported_reason(q: Tensor, k: Tensor, v: Tensor) -> str | None:
         capability = f"{arch[3:-1]}.{arch[-1]}"
         name = torch.cuda.get_device_name(q.device)
         return f"it needs a Hopper GPU (compute capability 9.0), {name} has {capability}"
-    reason = why_no_dsl()
+    reason = dsl_unsupported_reason()
     if reason:
         return reason
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -99,6 +99,21 @@ def unsupported_reason(q: Tensor, k: Tensor, v: Tensor) -> str | None:
                 f"address, multiples of 16 bytes: use {name}.contiguous()"
             )
     return None
+
+
+def unsupported_blocks(layout: BlockLayout, q: Tensor, deterministic: bool) -> str | None:
+    """Why the kernels cannot take a layout of data with such blocks; None where they can."""
+    backward = DETERMINISTIC_BACKWARD if deterministic else BACKWARD
+    key = q.dtype, q.shape[3]
+    planners: list[Planner[Any]] = [FORWARD[key], backward[key]]
+    if not backward[key].configs[0].dq:
+        planners.append(DQ[key])
+    if all(fitting(layout, planner) for planner in planners):
+        return None
+    return (
+        f"a layout of data on the device has blocks of {layout.block}, which do not fit its tiles: "
+        "take powers of two, at least 16 queries and 32 keys, or pass layout.fixed()"
+    )
 
 
 def is_aligned(x: Tensor) -> bool:
@@ -237,7 +252,7 @@ def _workspace(config: BackwardConfig, q: Tensor, k: Tensor) -> tuple[Tensor, ..
     chunks = 2 * tiles if config.dq else 0
     return (
         torch.empty((b, h, chunks), dtype=int32, device=device),
-        torch.zeros((2 * config.fixed, b, k.shape[2]), dtype=int32, device=device),
+        torch.zeros((2 * config.fixed_point, b, k.shape[2]), dtype=int32, device=device),
         torch.empty((b, h, chunks, config.dq_chunk), dtype=float32, device=device),
         torch.empty((b, h, 2, tiles * config.tile_m), dtype=float32, device=device),
     )
@@ -259,6 +274,6 @@ def bind(plan: Plan[Config]) -> Kernel:
         with _lock:  # plans with the same config share one kernel, and its counters
             kernel = _kernels.get(config)
             if kernel is None:
-                kernel = _kernels[config] = Kernel(load_function(config), config.part_shapes)
+                kernel = _kernels[config] = Kernel(load_function(config), config.split_shapes)
     plan.kernel = kernel
     return kernel

@@ -1,21 +1,22 @@
 """The kernels of the backward pass for queries at positions.
 
-As without offsets, but for where rows lie. Tiles are aligned to positions. The host lists, for each
-batch entry, those that its queries touch, and numbers tiles of queries from the first of these on
-(position_lists.backward_lists). So in the kernels a batch entry has two numbers: the rows of its
-first tile that come before query 0, and the key with which block 0 begins. Statistics and sums of
-dQ begin with the first tile; rows without a query have lse = inf, so that their P is 0.
+They differ from the kernels without offsets in the location of rows. Tiles are aligned to
+positions. For each batch entry, the host lists the tiles that its queries touch, and numbers query
+tiles from the first one (position_lists.backward_lists). The kernels need two numbers per batch
+entry: the rows of the first tile before query 0, and the key at which block 0 begins. Row
+statistics and sums of dQ begin with the first tile. Rows without a query have lse = inf, so their P
+is 0.
 """
 
 import cutlass
 from cutlass import Float32, Int32, cute
 from sparse_flash.kernels.sm90.backward import BackwardSm90
-from sparse_flash.kernels.sm90.config import BackwardConfig, QueriesConfig
-from sparse_flash.kernels.sm90.queries import QueriesSm90
+from sparse_flash.kernels.sm90.config import BackwardConfig, DqConfig
+from sparse_flash.kernels.sm90.dq import DqSm90
 
 
 class BackwardAtSm90(BackwardSm90):
-    """`BackwardSm90` with offsets; `config` is all that it is compiled for."""
+    """`BackwardSm90` with offsets."""
 
     def __init__(self, config: BackwardConfig, dtype: type[cutlass.Numeric]) -> None:
         assert config.offsets
@@ -34,39 +35,39 @@ class BackwardAtSm90(BackwardSm90):
         dq: cute.Tensor,  # (b, s_q, h, d)
         dk: cute.Tensor,  # (b, s_kv, h_kv, d), zeros
         dv: cute.Tensor,  # (b, s_kv, h_kv, d), zeros
-        done: cute.Tensor,  # (b, h, tiles x 2) int32: what stands in dq_sum; see BackwardStorer
-        bounds: cute.Tensor,  # (2, b, h_kv) int32, zeros, or (0, b, h_kv); see elementwise.Bounds
-        dq_sum: cute.Tensor,  # (b, h, tiles x 2, dq_chunk) float32 or int32; see Convert
+        done: cute.Tensor,  # (b, h, tiles x 2) int32: states of dq_sum, see BackwardStorer
+        bounds: cute.Tensor,  # (2, b, h_kv) int32, zeros, or (0, b, h_kv); see preprocess.Bounds
+        dq_sum: cute.Tensor,  # (b, h, tiles x 2, dq_chunk) float32 or int32; see Postprocess
         stats: cute.Tensor,  # (b, h, 2, tiles x tile_m) float32
         kv_lens: cute.Tensor,  # (b,) int32
-        q_pad: cute.Tensor,  # (b,) int32: rows of the first tile that come before query 0
+        q_pad: cute.Tensor,  # (b,) int32: rows of the first tile before query 0
         kv_starts: cute.Tensor,  # (b,) int32
         work: cute.Tensor,  # (items, WORK_FIELDS) int32
         tiles: cute.Tensor,  # (tiles, 2) int32: tile of the batch entry's queries, and bit tile
         bits: cute.Tensor,  # (bit tiles, tile_n / 64, 128, 2) int32, in fragment order
-        counter: cute.Tensor,  # (2,) int32, zeros; left as zeros
-        dk_parts: cute.Tensor,  # (0, tile_n, head_dim) float32: columns are not split
-        dv_parts: cute.Tensor,  # (0, tile_n, head_dim) float32
-        counts: cute.Tensor,  # (2,) int32: how many items there are, and 0
+        counter: cute.Tensor,  # (2,) int32, zeros before and after
+        dk_splits: cute.Tensor,  # (0, tile_n, head_dim) float32: columns are not split
+        dv_splits: cute.Tensor,  # (0, tile_n, head_dim) float32
+        counts: cute.Tensor,  # (2,) int32: number of work tiles, and 0
         num_ctas: Int32,
         has_dlse: Int32,
         softmax_scale: Float32,
         scale_log2: Float32,
         stream,
     ):
-        """Launch all on the stream."""
+        """Launch all kernels on the stream."""
         lists = (kv_lens, work, tiles, bits, counter, counts)
         given = (out, dout, lse, dlse, bounds, has_dlse)
-        results = ((dv, dk), (dq_sum, done), (dv_parts, dk_parts))
+        results = ((dv, dk), (dq_sum, done), (dv_splits, dk_splits))
         offsets, scales = (q_pad, kv_starts), (softmax_scale, scale_log2)
         tensors = (q, dout, k, v)
         self.run(tensors, given, stats, dq, results, lists, offsets, num_ctas, scales, stream)
 
 
-class QueriesAtSm90(QueriesSm90):
-    """`QueriesSm90` with offsets, whose items come from `Positions`."""
+class DqAtSm90(DqSm90):
+    """`DqSm90` with offsets. `Positions` finds its work tiles."""
 
-    def __init__(self, config: QueriesConfig, dtype: type[cutlass.Numeric]) -> None:
+    def __init__(self, config: DqConfig, dtype: type[cutlass.Numeric]) -> None:
         assert config.offsets
         super().__init__(config, dtype)
 
@@ -87,8 +88,8 @@ class QueriesAtSm90(QueriesSm90):
         pattern_map: cute.Tensor,  # (1 or b, 1 or h) int32
         tiles: cute.Tensor,  # (tiles, 2) int32: n_block and bit tile
         bits: cute.Tensor,  # (bit tiles, warpgroups, 128, 2) int32, in fragment order
-        counter: cute.Tensor,  # (2,) int32, zeros; left as zeros
-        parts: cute.Tensor,  # (0, tile_m, head_dim) float32: rows are not split
+        counter: cute.Tensor,  # (2,) int32, zeros before and after
+        splits: cute.Tensor,  # (0, tile_m, head_dim) float32: rows are not split
         num_ctas: Int32,
         q_base: Int32,  # added to q_offset
         num_positions: Int32,  # q_len of the layout
@@ -104,5 +105,5 @@ class QueriesAtSm90(QueriesSm90):
             (b, s_q, h, cute.size(k, mode=[1])),
         )
         lists, scales = (kv_lens, None, tiles, bits, counter, None), (softmax_scale, scale_log2)
-        inputs = (stats, parts, q_pad, dq)
+        inputs = (stats, splits, q_pad, dq)
         self.launch((q, k, v, dout, dq), lists, positions, inputs, num_ctas, scales, stream)

@@ -1,185 +1,187 @@
-"""The loading and the storing warps of the backward kernel."""
+"""The producer warp and the store warps of the backward kernel."""
 
 import cutlass
 from cutlass import Int32, const_expr, cute, pipeline
-from sparse_flash.kernels.sm90.items import BackwardBarrier, ColumnItem, no_more
 from sparse_flash.kernels.sm90.primitives import check_arrivals, tma_load, tma_store
+from sparse_flash.kernels.sm90.work_tiles import BackwardBarrier, ColumnWorkTile, end_of_work
 
 PRODUCER = pipeline.PipelineUserType.Producer
 CONSUMER = pipeline.PipelineUserType.Consumer
 STORE_THREADS = 128 + 32  # a warpgroup and its storing warp
-# Of a chunk of dQ's sums: nobody has come to it; somebody is storing the first addend; it is there.
+# States of a chunk of dQ's sums: untouched; first addend being stored; ready for additions.
 FREE, BEGUN, READY = range(3)
 
 
 class BackwardProducer:
-    """The loads: of an item K and V once; of each of its tiles Q, the rows' statistics, and dO.
+    """Loads K and V once per work tile; Q, row statistics and dO once per tile.
 
-    In the order in which there is room: K is needed to the end of the item before, unless it has
-    two stages, and V nearly so long.
+    The order follows the release of the stages: K is used until the end of the previous work tile,
+    unless it has two stages, and V nearly as long.
     """
 
-    def __init__(self, config, loads, buffers, s_tiles, pipes, items, inputs):
-        self.config, self.s_tiles, self.items = config, s_tiles, items
+    def __init__(self, config, loads, buffers, sTiles, pipes, work_tiles, inputs):
+        self.config, self.sTiles, self.work_tiles = config, sTiles, work_tiles
         self.loads, self.buffers = loads, buffers
         self.q_pipe, self.do_pipe, self.k_pipe, self.v_pipe = pipes
         self.kv_lens, self.tiles, self.heads, self.offsets = inputs
 
     @cute.jit
     def run(self):
-        """Until the list is empty; then tell the others."""
+        """Process work tiles until the list is empty, then publish the end."""
         config = self.config
         q_state = pipeline.make_pipeline_state(PRODUCER, config.q_stages)
         k_state = pipeline.make_pipeline_state(PRODUCER, config.k_stages)
         v_state = pipeline.make_pipeline_state(PRODUCER, config.v_stages)
-        work_state = pipeline.make_pipeline_state(PRODUCER, self.items.pipe.num_stages)
+        work_state = pipeline.make_pipeline_state(PRODUCER, self.work_tiles.pipe.num_stages)
         index = cute.arch.block_idx()[0]
-        while index < self.items.counts[0]:
-            n_block, head, batch = (self.items.work[index, i] for i in range(3))
-            first, count, part = (self.items.work[index, i] for i in range(3, 6))
+        while index < self.work_tiles.counts[0]:
+            n_block, head, batch = (self.work_tiles.work[index, i] for i in range(3))
+            first, count, split_idx = (self.work_tiles.work[index, i] for i in range(3, 6))
             limit = self.kv_lens[batch]
             if const_expr(config.offsets):
                 limit = self.offsets.limit(limit, batch)
             remaining = limit - n_block * config.tile_n
-            item = ColumnItem(n_block, head, batch, count, part, first, remaining)
-            self.items.announce(work_state, item)
+            work_tile = ColumnWorkTile(n_block, head, batch, count, split_idx, first, remaining)
+            self.work_tiles.announce(work_state, work_tile)
             work_state.advance()
             if count > 0 and remaining > 0:
-                place = (n_block, head, batch)
+                coord = (n_block, head, batch)
                 if const_expr(config.k_stages > 1):
-                    self.load_keys(2, self.k_pipe, k_state, place)
+                    self.load_keys(2, self.k_pipe, k_state, coord)
                 self.load_queries(q_state, first, head, batch)
                 q_state.advance()
-                self.load_keys(3, self.v_pipe, v_state, place)
+                self.load_keys(3, self.v_pipe, v_state, coord)
                 v_state.advance()
                 if const_expr(config.k_stages == 1):
-                    self.load_keys(2, self.k_pipe, k_state, place)
+                    self.load_keys(2, self.k_pipe, k_state, coord)
                 k_state.advance()
                 for j in cutlass.range(1, count - 1, unroll=1):
                     self.load_queries(q_state, first + j, head, batch)
                     q_state.advance()
-            index = self.items.next_index()
+            index = self.work_tiles.next_index()
             if count > 1 and remaining > 0:
                 self.load_queries(q_state, first + count - 1, head, batch)
                 q_state.advance()
-        self.items.announce(work_state, no_more(ColumnItem, count=Int32(-1)))
-        self.items.leave()
+        self.work_tiles.announce(work_state, end_of_work(ColumnWorkTile, count=Int32(-1)))
+        self.work_tiles.reset_counters()
 
     @cute.jit
-    def load_keys(self, which: cutlass.Constexpr, pipe, state, place):
-        """K (2) or V (3)."""
+    def load_keys(self, which: cutlass.Constexpr, pipe, state, coord):
+        """Load K (2) or V (3)."""
         pipe.producer_acquire(state)
         barrier = pipe.producer_get_barrier(state)
-        start = self.offsets.keys(place[2]) if const_expr(self.config.offsets) else None
-        tma_load(self.loads[which], self.buffers[which], place, state.index, barrier, start)
+        start = self.offsets.keys(coord[2]) if const_expr(self.config.offsets) else None
+        tma_load(self.loads[which], self.buffers[which], coord, state.index, barrier, start)
 
     @cute.jit
     def load_queries(self, state, tile, kv_head, batch):
-        """Q, statistics and dO of a tile, and what to mask in it."""
+        """Load Q, row statistics and dO of a tile, and publish its bit tile."""
         m_block, bit_tile = self.tiles[tile, 0], self.tiles[tile, 1]
-        m_block, head = query_place(m_block, kv_head, self.heads)
-        place, start = (m_block, head, batch), None
+        m_block, head = query_coord(m_block, kv_head, self.heads)
+        coord, start = (m_block, head, batch), None
         if const_expr(self.config.offsets):
             start = self.offsets.queries(batch)
         self.q_pipe.sync_object_empty.wait(state.index, state.phase)
-        s_tiles, barrier = self.s_tiles, self.q_pipe.producer_get_barrier(state)
+        sTiles, barrier = self.sTiles, self.q_pipe.producer_get_barrier(state)
         if cute.arch.lane_idx() == 0:
-            s_tiles[state.index] = bit_tile
-            # This arrival releases what was just written.
+            sTiles[state.index] = bit_tile
+            # This arrival releases the store above.
             size = self.q_pipe.sync_object_full.tx_count
             cute.arch.mbarrier_arrive_and_expect_tx(barrier, size)
-        tma_load(self.loads[0], self.buffers[0], place, state.index, barrier, start)
-        tma_load(self.loads[4], self.buffers[4], place, state.index, barrier)
+        tma_load(self.loads[0], self.buffers[0], coord, state.index, barrier, start)
+        tma_load(self.loads[4], self.buffers[4], coord, state.index, barrier)
         self.do_pipe.producer_acquire(state)
         barrier = self.do_pipe.producer_get_barrier(state)
-        tma_load(self.loads[1], self.buffers[1], place, state.index, barrier, start)
+        tma_load(self.loads[1], self.buffers[1], coord, state.index, barrier, start)
 
 
 class BackwardStorer:
-    """Adds what a warpgroup puts into shared memory, its part of dQ of tile after tile, to sums in
-    32 bits in memory; and stores its part of dV and dK before dQ of an item's last tile.
+    """Adds a warpgroup's chunks of dQ from shared memory to float32 sums in global memory.
 
-    The first CTA at a chunk of sums stores instead of adding, so that no chunk needs clearing. A
-    flag in memory says whether that store has begun or is done. Later CTAs wait for it; the first
-    one never waits, so there is no deadlock.
+    It also stores the warpgroup's dV and dK, before dQ of the last tile of a work tile. The first
+    CTA at a chunk stores instead of adding, so no kernel clears the sums. A flag in global memory
+    tells whether that store has begun or is done. Later CTAs wait for it. The first one never
+    waits, so there is no deadlock.
     """
 
-    def __init__(self, config, stores, dq_sum, done, buffers, rooms, items, inputs, group):
-        self.config, self.items, self.group, self.stores = config, items, group, stores
-        self.rooms = rooms  # a barrier for each buffer: it has been read
-        self.dq_sum, self.done, (self.s_dq, self.s_results) = dq_sum, done, buffers
+    def __init__(
+        self, config, stores, dq_sum, done, buffers, buffer_free, work_tiles, inputs, group
+    ):
+        self.config, self.work_tiles, self.group, self.stores = config, work_tiles, group, stores
+        self.buffer_free = buffer_free  # one barrier per buffer: the buffer has been read
+        self.dq_sum, self.done, (self.sdQ, self.sdKV) = dq_sum, done, buffers
         self.tiles, self.heads, self.offsets = inputs
 
     @cute.jit
     def run(self):
-        """Item after item, until there are no more."""
-        state = pipeline.make_pipeline_state(CONSUMER, self.items.pipe.num_stages)
+        """Process work tiles until the end of the list."""
+        state = pipeline.make_pipeline_state(CONSUMER, self.work_tiles.pipe.num_stages)
         buffer = Int32(0)
-        self.give_room(buffer)
-        item = self.items.take(state, ColumnItem)
+        self.release_buffer(buffer)
+        work_tile = self.work_tiles.take(state, ColumnWorkTile)
         state.advance()
-        while item.count >= 0:
-            n_block, head, batch, count, part, first, remaining = item
+        while work_tile.count >= 0:
+            n_block, head, batch, count, split_idx, first, remaining = work_tile
             end = first + count if remaining > 0 else first
             for tile in cutlass.range(first, end - 1, unroll=1):
                 buffer = self.add_tile(tile, head, batch, buffer)
-            if part < 0:
+            if split_idx < 0:
                 buffer = self.store((2 * n_block + self.group, head, batch), buffer)
             if end > first:
                 buffer = self.add_tile(end - 1, head, batch, buffer)
-            item = self.items.take(state, ColumnItem)
+            work_tile = self.work_tiles.take(state, ColumnWorkTile)
             state.advance()
         cute.arch.cp_async_bulk_wait_group(0)
 
     @cute.jit
     def add_tile(self, tile, kv_head, batch, buffer):
-        """The warpgroup's part of a tile of dQ to the sums. Returns the next buffer."""
-        m_block, head = query_place(self.tiles[tile, 0], kv_head, self.heads)
-        place = (batch, head, 2 * m_block + self.group)
-        done = self.done.iterator + cute.crd2idx(place, self.done.layout)
-        found = look(done)  # while the results are still being computed
-        self.wait_for_results(buffer)
+        """Add the warpgroup's chunk of dQ of a tile to the sums. Returns the next buffer."""
+        m_block, head = query_coord(self.tiles[tile, 0], kv_head, self.heads)
+        coord = (batch, head, 2 * m_block + self.group)
+        done = self.done.iterator + cute.crd2idx(coord, self.done.layout)
+        found = load_relaxed(done)  # overlaps the computation of the chunk
+        self.wait_until_filled(buffer)
         if found != READY:
-            found = self.come(done)
+            found = self.claim_chunk(done)
         cute.arch.fence_proxy("async.global")
-        self.add(place, buffer, found)
+        self.add(coord, buffer, found)
         buffer = self.following(buffer)
         if found == FREE:
-            self.count(done)
+            self.mark_ready(done)
         return buffer
 
     @cute.jit
-    def come(self, done):
-        """Wait until this CTA may add to a chunk of sums. Returns FREE if it is to be the first."""
+    def claim_chunk(self, done):
+        """Wait until this CTA may add to a chunk. Returns FREE if this CTA is the first one."""
         found = Int32(0)
         if cute.arch.lane_idx() == 0:
-            # Relaxed: what follows adds in the L2 cache and reads nothing that may be stale.
+            # Relaxed: the additions below happen in the L2 cache and read no stale data.
             found = cute.arch.atomic_max(done, Int32(BEGUN), sem="relaxed", scope="gpu")
         found = cute.arch.shuffle_sync(found, 0)
         if found == BEGUN:
-            while look(done) != READY:
+            while load_relaxed(done) != READY:
                 pass
         return found
 
     @cute.jit
-    def count(self, done):
-        """Once what was added is there, say so."""
+    def mark_ready(self, done):
+        """Mark a chunk READY once its first addend is visible."""
         cute.arch.cp_async_bulk_wait_group(0)
-        if cute.arch.lane_idx() == 0:  # which has issued the additions
+        if cute.arch.lane_idx() == 0:  # the lane that issued the store
             cute.arch.fence_proxy("async.global")
             cute.arch.atomic_add(done, Int32(1), sem="release", scope="gpu")
 
     @cute.jit
-    def add(self, place, buffer, found):
-        """The buffer to a chunk of sums: one run of memory."""
-        smem = self.s_dq[None, None, None, self.group, buffer].iterator
-        sums = sum_address(self.dq_sum, place)
+    def add(self, coord, buffer, found):
+        """Issue the bulk store (FREE) or bulk reduction of a buffer to a chunk of sums."""
+        smem = self.sdQ[None, None, None, self.group, buffer].iterator
+        sums = sum_address(self.dq_sum, coord)
         if cute.arch.lane_idx() == 0:
             arguments = [sums, smem.toint(), Int32(4 * self.config.dq_chunk)]
             if found != FREE:
-                kind = "s32" if const_expr(self.config.fixed) else "f32"
+                operand_type = "s32" if const_expr(self.config.fixed_point) else "f32"
                 cute.arch.inline_ptx(
-                    f"cp.reduce.async.bulk.global.shared::cta.bulk_group.add.{kind} "
+                    f"cp.reduce.async.bulk.global.shared::cta.bulk_group.add.{operand_type} "
                     "[{$r0}], [{$r1}], {$r2};",
                     read_only_args=arguments,
                 )
@@ -191,24 +193,25 @@ class BackwardStorer:
         cute.arch.cp_async_bulk_commit_group()
 
     @cute.jit
-    def store(self, place, buffer):
-        """The warpgroup's part of dV and dK, by TMA: what is beyond their ends is left out. Returns
-        the next buffer.
+    def store(self, coord, buffer):
+        """Store the warpgroup's dV and dK by TMA, which drops rows out of bounds.
+
+        Returns the next buffer.
         """
         size = self.config.results
-        start = self.offsets.keys(place[2]) if const_expr(self.config.offsets) else None
+        start = self.offsets.keys(coord[2]) if const_expr(self.config.offsets) else None
         for i in cutlass.range_constexpr(0, 2, size):
-            self.wait_for_results(buffer)
+            self.wait_until_filled(buffer)
             for j in cutlass.range_constexpr(size):
                 which = (self.group, buffer, j)
-                tma_store(self.stores[i + j], self.s_results, which, place, start)
+                tma_store(self.stores[i + j], self.sdKV, which, coord, start)
             cute.arch.cp_async_bulk_commit_group()
             buffer = self.following(buffer)
         return buffer
 
     @cute.jit
-    def wait_for_results(self, buffer):
-        """Until the warpgroup has filled the buffer."""
+    def wait_until_filled(self, buffer):
+        """Block until the warpgroup has filled the buffer."""
         check_arrivals("results", {"warpgroup": 128, "storing warp": 32}, STORE_THREADS)
         assert 2 * self.config.buffers <= BackwardBarrier.STAGGER - BackwardBarrier.READY
         cute.arch.barrier(
@@ -218,29 +221,29 @@ class BackwardStorer:
 
     @cute.jit
     def following(self, buffer):
-        """The next buffer, once it has been read; each is given just before its turn."""
+        """Release the next buffer as soon as its last store has read it. Returns its index."""
         buffers = self.config.buffers
         cute.arch.cp_async_bulk_wait_group(buffers - 1, read=True)
         buffer = (buffer + 1) % buffers
-        self.give_room(buffer)
+        self.release_buffer(buffer)
         return buffer
 
     @cute.jit
-    def give_room(self, buffer):
-        """Tell the warpgroup that it may fill a buffer."""
-        if cute.arch.lane_idx() == 0:  # which has issued what has read it
-            cute.arch.mbarrier_arrive(self.rooms + (2 * buffer + self.group))
+    def release_buffer(self, buffer):
+        """Arrive at the barrier that lets the warpgroup fill a buffer."""
+        if cute.arch.lane_idx() == 0:  # the lane that issued the store
+            cute.arch.mbarrier_arrive(self.buffer_free + (2 * buffer + self.group))
 
 
 @cute.jit
-def sum_address(dq_sum, place):
-    """Where a chunk of dQ's sums begins: place = (batch, q head, chunk)."""
-    return (dq_sum.iterator + cute.crd2idx((*place, 0), dq_sum.layout)).toint()
+def sum_address(dq_sum, coord):
+    """Address of a chunk of dQ's sums; coord = (batch, q head, chunk)."""
+    return (dq_sum.iterator + cute.crd2idx((*coord, 0), dq_sum.layout)).toint()
 
 
 @cute.jit
-def look(pointer):
-    """A number that others change."""
+def load_relaxed(pointer):
+    """Relaxed load of a flag that other CTAs write."""
     return cute.arch.inline_ptx(
         "ld.relaxed.gpu.global.b32 {$w0}, [{$r0}];",
         write_only_types=[Int32],
@@ -249,7 +252,7 @@ def look(pointer):
 
 
 @cute.jit
-def query_place(column, kv_head, heads):
-    """(m_block, q head) of a block column of the layout in which a group's q heads are stacked."""
+def query_coord(column, kv_head, heads):
+    """(m_block, q head) of a block column; the q heads of a kv head are stacked in the layout."""
     group_size, num_m_blocks = heads
     return column % num_m_blocks, kv_head * group_size + column // num_m_blocks

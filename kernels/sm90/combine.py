@@ -1,29 +1,31 @@
-"""Rows that were computed in parts, put together.
+"""Combine the splits of split rows and columns.
 
-With out_i and lse_i of the parts of a row,
+With out_i and lse_i of split i of a row,
     lse = log sum_i exp(lse_i),    out = sum_i exp(lse_i - lse) out_i        (Flash-Decoding, 2023)
-in the order of the parts, whichever was ready first: so the result does not depend on timing.
+The order of the sums is the order of the splits, whichever ends first: the result is repeatable.
 """
 
 import math
 
 import cutlass
 from cutlass import Float32, Int32, cute
+from sparse_flash.kernels.sm90.primitives import VECTOR, vector_at
 
+GRADIENT_THREADS = 256  # of a CTA that adds gradients
 ROWS = 16  # of a CTA of four warps; a warp takes a row at a time
 LOG2_E = math.log2(math.e)
 
 
-class Combine:
-    """The kernel for parts of tile_m x head_dim."""
+class CombineOutput:
+    """Combine the outputs of split rows; a split is tile_m x head_dim."""
 
     def __init__(self, tile_m: int, head_dim: int, dtype: type[cutlass.Numeric]) -> None:
         self.tile_m, self.head_dim, self.dtype = tile_m, head_dim, dtype
 
     @cute.jit
-    def __call__(self, out, lse, combine, counts, out_parts, lse_parts, stream):
+    def __call__(self, out, lse, combine, counts, out_splits, lse_splits, stream):
         """Launch on the stream; out is (b, s, h, d), lse (b, h, s). See `Schedule.combine`."""
-        self.kernel(out, lse, combine, counts, out_parts, lse_parts).launch(
+        self.kernel(out, lse, combine, counts, out_splits, lse_splits).launch(
             grid=(cute.size(combine, mode=[0]), self.tile_m // ROWS, 1),
             block=(128, 1, 1),
             stream=stream,
@@ -36,39 +38,43 @@ class Combine:
         lse: cute.Tensor,
         combine: cute.Tensor,
         counts: cute.Tensor,
-        out_parts: cute.Tensor,
-        lse_parts: cute.Tensor,
+        out_splits: cute.Tensor,
+        lse_splits: cute.Tensor,
     ):
         """Four rows for each warp."""
-        item, chunk, _ = cute.arch.block_idx()
+        record, chunk, _ = cute.arch.block_idx()
         warp, lane = cute.arch.warp_idx(), cute.arch.lane_idx()
-        if item < counts[1]:
-            m_block, head, batch = combine[item, 0], combine[item, 1], combine[item, 2]
-            parts = (combine[item, 3], combine[item, 4])
+        if record < counts[1]:
+            m_block, head, batch = (
+                combine[record, 0],
+                combine[record, 1],
+                combine[record, 2],
+            )
+            splits = (combine[record, 3], combine[record, 4])
             for i in cutlass.range(ROWS // 4, unroll=1):
                 row = chunk * ROWS + i * 4 + warp
                 q_idx = m_block * self.tile_m + row
                 if q_idx < cute.size(out, mode=[1]):
-                    place = (batch, q_idx, head)
-                    self.row(out, lse, out_parts, lse_parts, parts, row, place, lane)
+                    coord = (batch, q_idx, head)
+                    self.row(out, lse, out_splits, lse_splits, splits, row, coord, lane)
 
     @cute.jit
-    def row(self, out, lse, out_parts, lse_parts, parts, row, place, lane):
+    def row(self, out, lse, out_splits, lse_splits, splits, row, coord, lane):
         """One row by one warp, its columns spread over the lanes."""
-        first, count = parts
-        batch, q_idx, head = place
+        first, count = splits
+        batch, q_idx, head = coord
         top = -Float32.inf
-        for part in cutlass.range(first, first + count, unroll=1):
-            top = cute.arch.fmax(top, lse_parts[part, row])
+        for split_idx in cutlass.range(first, first + count, unroll=1):
+            top = cute.arch.fmax(top, lse_splits[split_idx, row])
         shift = Float32(0.0) if top == -Float32.inf else top
         total = Float32(0.0)
         sums = cute.make_rmem_tensor(self.head_dim // 32, Float32)
         sums.fill(0.0)
-        for part in cutlass.range(first, first + count, unroll=1):
-            weight = cute.math.exp2((lse_parts[part, row] - shift) * LOG2_E, fastmath=True)
+        for split_idx in cutlass.range(first, first + count, unroll=1):
+            weight = cute.math.exp2((lse_splits[split_idx, row] - shift) * LOG2_E, fastmath=True)
             total += weight
             for j in cutlass.range_constexpr(self.head_dim // 32):
-                sums[j] = sums[j] + weight * out_parts[part, row, lane + 32 * j]
+                sums[j] = sums[j] + weight * out_splits[split_idx, row, lane + 32 * j]
         empty = total == 0.0
         factor = Float32(0.0) if empty else 1.0 / total
         for j in cutlass.range_constexpr(self.head_dim // 32):
@@ -77,3 +83,56 @@ class Combine:
         if lane == Int32(0):
             log_sum = shift + cute.math.log2(total, fastmath=True) / LOG2_E
             lse[batch, head, q_idx] = -Float32.inf if empty else log_sum
+
+
+class CombineGradients:
+    """Add the gradients of split columns, in the order of the splits: repeatable."""
+
+    def __init__(self, height: int, width: int, dtype: type[cutlass.Numeric]) -> None:
+        self.height, self.width, self.dtype = height, width, dtype
+        self.threads = width // VECTOR  # of a row
+
+    @cute.jit
+    def __call__(self, results, combine, counts, splits, stream):
+        """Launch on the stream; `splits` holds those of each result. See `Schedule.combine`."""
+        rows = GRADIENT_THREADS // self.threads
+        self.kernel(results, combine, counts, splits).launch(
+            grid=(cute.size(combine, mode=[0]), cute.ceil_div(self.height, rows), 1),
+            block=(GRADIENT_THREADS, 1, 1),
+            stream=stream,
+        )
+
+    @cute.kernel
+    def kernel(self, results, combine: cute.Tensor, counts: cute.Tensor, splits):
+        """VECTOR elements of each result for each thread."""
+        record, chunk, _ = cute.arch.block_idx()
+        thread = cute.arch.thread_idx()[0]
+        row = chunk * (GRADIENT_THREADS // self.threads) + thread // self.threads
+        column = thread % self.threads * VECTOR
+        result = results[0]
+        if record < counts[1] and row < self.height and column < cute.size(result, mode=[3]):
+            block, head, batch = (combine[record, i] for i in range(3))
+            first, count = combine[record, 3], combine[record, 4]
+            index = block * self.height + row
+            if index < cute.size(result, mode=[1]) and thread < self.threads * (
+                GRADIENT_THREADS // self.threads
+            ):
+                for i in cutlass.range_constexpr(len(results)):
+                    total = cute.make_rmem_tensor(VECTOR, Float32)
+                    total.fill(0.0)
+                    value = cute.make_rmem_tensor(VECTOR, Float32)
+                    for split_idx in cutlass.range(first, first + count, unroll=1):
+                        cute.autovec_copy(
+                            self.split_vector(splits[i], split_idx, row, column), value
+                        )
+                        total.store(total.load() + value.load())
+                    rounded = cute.make_rmem_tensor(VECTOR, self.dtype)
+                    rounded.store(total.load().to(self.dtype))
+                    coord = (batch, index, head, column)
+                    cute.autovec_copy(rounded, vector_at(results[i], coord, 16))
+
+    @cute.jit
+    def split_vector(self, splits, split_idx, row, column):
+        """VECTOR elements of a row of a split."""
+        start = (splits.iterator + cute.crd2idx((split_idx, row, column), splits.layout)).align(16)
+        return cute.make_tensor(start, cute.make_layout(VECTOR))

@@ -1,4 +1,4 @@
-"""What a kernel is compiled for, which configs are shipped, and what their work costs on Hopper."""
+"""Kernel configs, the shipped ones, and the costs of their work on Hopper."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from sparse_flash.kernels.schedule import CostModel
 class ForwardConfig:
     """One compiled forward kernel.
 
-    tile_m x tile_n is what a CTA computes at a time; head_dim is the largest it takes (smaller
-    ones are padded with zeros by the loads); o_columns are the columns of the output that leave
-    through shared memory at a time.
+    A CTA computes tiles of tile_m x tile_n. head_dim is the largest supported one; the loads pad
+    smaller ones with zeros. The epilogue stores o_columns columns of the output at a time through
+    shared memory.
     """
 
     dtype: str  # "bfloat16" or "float16"
@@ -24,16 +24,16 @@ class ForwardConfig:
     q_stages: int = 2
     kv_stages: int = 2
     o_columns: int = 0  # 0: all
-    hold_q: bool = False  # in registers, as long as an item lasts, where there is room
-    offsets: bool = False  # queries at positions: see position_items.py
+    q_in_registers: bool = False  # for the whole work tile
+    offsets: bool = False  # queries at positions, see position_work_tiles.py
     arch: str = "sm_90a"
 
     def __post_init__(self) -> None:
         if not self.o_columns:
             object.__setattr__(self, "o_columns", self.head_dim)
-        assert self.tile_m in (128, 192)  # warpgroups that take turns: two or three
+        assert self.tile_m in (128, 192)  # two or three warpgroups
         assert self.tile_n % 16 == 0
-        assert self.tile_n <= 128  # a row's bits fill one word a thread
+        assert self.tile_n <= 128  # a thread's mask bits of a row fit one 32-bit word
 
     @property
     def tile(self) -> tuple[int, int]:
@@ -49,8 +49,8 @@ class ForwardConfig:
         return (1.2 if self.tile_m == 192 else 1.0) * self.tile_n / 128
 
     @property
-    def part_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Output and logsumexp of one part of a split row."""
+    def split_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Output and logsumexp of one split of a row."""
         return (self.tile_m, self.head_dim), (self.tile_m,)
 
     @property
@@ -59,22 +59,22 @@ class ForwardConfig:
         return self.tile_m // 64
 
     @property
-    def exponentials_first(self) -> bool:
-        """Whether to keep the wait for O += P V behind the exponentials, which it could overlap.
+    def exp_before_pv_wait(self) -> bool:
+        """Whether to wait for O += P V only after the exponentials.
 
-        ptxas moves it ahead of them. On an H200 three warpgroups then lose 2 to 10 %, while two
-        gain up to 2 %.
+        ptxas moves that wait ahead of them. On an H200 three warpgroups then lose 2 to 10 %, while
+        two gain up to 2 %.
         """
         return self.warpgroups == 3
 
     @property
     def consumer_registers(self) -> int:
-        """Registers a consumer thread may use: with the producer's they fill the register file."""
+        """Registers per consumer thread. With the producer's they fill the register file."""
         return {2: 232, 3: 160}[self.warpgroups]
 
     @property
     def producer_registers(self) -> int:
-        """Registers a producer thread may use."""
+        """Registers per producer thread."""
         return {2: 40, 3: 32}[self.warpgroups]
 
     @property
@@ -88,21 +88,23 @@ class ForwardConfig:
 class BackwardConfig:
     """One compiled backward kernel: two warpgroups, which share tile_n keys and tile_m queries.
 
-    With tile_n 128 each owns 64 keys, and of dQ a chunk at a time: with tile_m 64 or 80 half of the
-    columns, with 128 half of the rows. With tile_n 64 (for large head_dims) both own all keys,
-    each half of the columns of dK and dV, and both compute the scores.
-    k_stages: K is needed to the end of an item, and the next one's can be loaded meanwhile if there
-        are two. V is needed less long.
-    buffers: How many tiles of dQ of each warpgroup may wait to be added; dV and dK leave by them
-        too.
-    held, held_v: How many columns of K and V stay in registers as long as an item lasts: as many
-        as there is room for, since shared memory is what these kernels wait for.
-    parts: Into how many parts of the queries P' and dS' are cut: with a part of them, the tensor
-        cores begin with dV and dK while the threads compute the next. At small head_dims these
-        products are too short to be cut.
-    dq: Whether to compute dQ too, by adding up in memory.
-    fixed: Whether to add in fixed point, so that the result is the same every time: what integers
-        add up to does not depend on their order. See elementwise.Statistics.
+    With tile_n 128 each owns 64 keys, and one chunk of dQ at a time: half of the columns with
+    tile_m 64 or 80, half of the rows with 128. With tile_n 64 (large head_dims) both own all keys
+    and half of the columns of dK and dV, and both compute the scores.
+
+    Args:
+        dq: Compute dQ too, accumulated in global memory.
+        k_stages: Pipeline stages of K, which is used until the end of a work tile. With two, the
+            next K is loaded meanwhile.
+        v_stages: Pipeline stages of V, which is released earlier.
+        buffers: Buffers per warpgroup for dQ chunks on their way to memory; dV and dK use them too.
+        k_in_registers: Columns of K in registers for the whole work tile, as many as fit: these
+            kernels are bound by shared-memory bandwidth.
+        v_in_registers: Columns of V in registers for the whole work tile.
+        p_slices: Slices of P' and dS'. The GEMMs of a slice run while the threads compute the next
+            one. At small head_dims the GEMMs are too short to be sliced.
+        fixed_point: Accumulate dQ in fixed point, so the sum does not depend on the order of the
+            additions. See `preprocess.Preprocess`.
     """
 
     dtype: str
@@ -115,32 +117,34 @@ class BackwardConfig:
     v_stages: int = 1
     ds_stages: int = 2
     buffers: int = 1
-    held: int = 0
-    held_v: int = 0
-    parts: int = 2
-    fixed: bool = False
-    offsets: bool = False  # queries at positions: see position_items.py
+    k_in_registers: int = 0
+    v_in_registers: int = 0
+    p_slices: int = 2
+    fixed_point: bool = False
+    offsets: bool = False  # queries at positions, see position_work_tiles.py
     arch: str = "sm_90a"
 
     def __post_init__(self) -> None:
         if self.dq:
             assert self.tile_n == 128
-            assert self.ds_stages == self.q_stages == 2  # see BackwardConsumer.share
-            assert not (self.fixed and self.dq_transposed)  # a row's exponent goes with its thread
+            assert self.ds_stages == self.q_stages == 2  # see BackwardConsumer.store_ds
+            assert not (
+                self.fixed_point and self.dq_transposed
+            )  # a row's exponent goes with its thread
             tiles = ((64, 128), (80, 128), (64, 96), (128, 64), (128, 32))
             assert (self.tile_m, self.head_dim) in tiles
 
     @property
-    def across(self) -> bool:
-        """Whether an item's last dQ is computed in the next one's first step, whose S' is issued
-        before the results are stored.
+    def overlap_items(self) -> bool:
+        """Whether the first step of a work tile computes the last dQ of the previous one, and its
+        S' is issued before the previous results are stored.
         """
         return self.dq and self.k_stages > 1
 
     @property
-    def late(self) -> bool:
+    def defer_handoff(self) -> bool:
         """Whether to delay the shared-memory fence and the hand-off until other work can hide the
-        store latency, and to load delta before the last part of P'. Up to 9 % faster with tiles of
+        store latency, and to load delta before the last slice of P'. Up to 9 % faster with tiles of
         64 queries, 3 to 8 % slower with tiles of 128.
         """
         return self.tile_m < 128
@@ -168,8 +172,8 @@ class BackwardConfig:
         return (1.17 * 64 if self.tile_m == 80 else self.tile_m) / 128
 
     @property
-    def part_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """DK and dV of one part of a split column."""
+    def split_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """DK and dV of one split of a column."""
         return (self.tile_n, self.head_dim), (self.tile_n, self.head_dim)
 
     @property
@@ -179,9 +183,9 @@ class BackwardConfig:
 
     @property
     def dq_transposed(self) -> bool:
-        """Whether the accumulators of dQ are those of its transpose, whose rows come by 64.
+        """Whether the dQ GEMM computes the transpose, whose rows are a multiple of 64.
 
-        At head_dim 96 a quarter of these is not dQ's; but 48 columns would not fit the swizzle.
+        At head_dim 96 a quarter of the rows is padding: 48 columns would not fit the swizzle.
         """
         return self.tile_m == 80 or self.head_dim == 96
 
@@ -192,7 +196,7 @@ class BackwardConfig:
 
     @property
     def dq_tile(self) -> tuple[int, int]:
-        """What a warpgroup computes of dQ, or of its transpose, at a time."""
+        """Tile of dQ, or of its transpose, that a warpgroup computes at a time."""
         return 64, self.tile_m if self.dq_transposed else self.dq_columns
 
     @property
@@ -202,7 +206,7 @@ class BackwardConfig:
 
     @property
     def results(self) -> int:
-        """Of how many results, dV and dK, a warpgroup's part fits into one of its buffers."""
+        """Number of results (dV, dK) of a warpgroup that fit into one buffer."""
         return 2 * self.dq_chunk // (64 * self.head_dim)
 
     @property
@@ -216,8 +220,8 @@ class BackwardConfig:
 
 
 @dataclass(frozen=True)
-class QueriesConfig:
-    """One compiled kernel for dQ by queries: two warpgroups, each with 64 rows."""
+class DqConfig:
+    """One compiled kernel for dQ by query blocks: two warpgroups of 64 rows each."""
 
     dtype: str
     head_dim: int
@@ -226,7 +230,7 @@ class QueriesConfig:
     tile_m: int = 128
     q_stages: int = 1
     kv_stages: int = 2
-    offsets: bool = False  # queries at positions: see position_items.py
+    offsets: bool = False  # queries at positions, see position_work_tiles.py
     arch: str = "sm_90a"
     warpgroups: int = 2
     consumer_registers: int = 240
@@ -243,8 +247,8 @@ class QueriesConfig:
         return self.tile_n / 128
 
     @property
-    def part_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """DQ of one part of a split row."""
+    def split_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """DQ of one split of a row."""
         return ((self.tile_m, self.head_dim),)
 
     @property
@@ -254,7 +258,7 @@ class QueriesConfig:
         return 2 * (rows * self.head_dim + self.tile_m * self.o_columns) + 1024
 
 
-Config = ForwardConfig | BackwardConfig | QueriesConfig
+Config = ForwardConfig | BackwardConfig | DqConfig
 
 
 # From speeds on an H200. Two random densities give `item` (1.0 at head_dim 64, 1.9 at 128), masks
@@ -266,44 +270,48 @@ FORWARD_COSTS = CostModel(
     largest_share=0.5,
     long_item=2.5,
     fewest_tiles=8,
-    part=1.0,
+    split=1.0,
     combine=2.0,
     l2_share=0.4,
 )
-BACKWARD_COSTS = replace(FORWARD_COSTS, partial_tile=1.05)  # more products for each tile to mask
+BACKWARD_COSTS = replace(FORWARD_COSTS, partial_tile=1.05)  # more GEMMs per masked tile
 
 DTYPES = ("bfloat16", "float16")
 _ANY = "bfloat16"  # stands for either
 _FORWARD = {
     32: (
-        ForwardConfig(_ANY, 32, tile_m=128),  # short rows: Q is not held for long
-        ForwardConfig(_ANY, 32, tile_m=192, hold_q=True),
+        ForwardConfig(_ANY, 32, tile_m=128),  # short rows: Q would not stay in registers for long
+        ForwardConfig(_ANY, 32, tile_m=192, q_in_registers=True),
     ),
     64: (ForwardConfig(_ANY, 64, tile_m=128), ForwardConfig(_ANY, 64, tile_m=192)),
     96: (ForwardConfig(_ANY, 96, tile_m=128), ForwardConfig(_ANY, 96, tile_m=192, tile_n=96)),
-    128: (ForwardConfig(_ANY, 128, tile_m=128, hold_q=True),),
+    128: (ForwardConfig(_ANY, 128, tile_m=128, q_in_registers=True),),
     192: (ForwardConfig(_ANY, 192, 128, tile_n=64, q_stages=1, kv_stages=3, o_columns=64),),
     256: (ForwardConfig(_ANY, 256, 128, tile_n=64, q_stages=1, kv_stages=2, o_columns=64),),
 }
 
 _DQ = {
-    32: BackwardConfig(_ANY, 32, 128, True, k_stages=2, v_stages=2, buffers=2, held=32, parts=1),
-    64: BackwardConfig(_ANY, 64, 128, True, k_stages=2, v_stages=2, held=64),
-    96: BackwardConfig(_ANY, 96, 64, True, k_stages=2, v_stages=2, held=96, held_v=96),
-    128: BackwardConfig(_ANY, 128, 64, True, k_stages=2, held=64, held_v=16),
+    32: BackwardConfig(
+        _ANY, 32, 128, True, k_stages=2, v_stages=2, buffers=2, k_in_registers=32, p_slices=1
+    ),
+    64: BackwardConfig(_ANY, 64, 128, True, k_stages=2, v_stages=2, k_in_registers=64),
+    96: BackwardConfig(
+        _ANY, 96, 64, True, k_stages=2, v_stages=2, k_in_registers=96, v_in_registers=96
+    ),
+    128: BackwardConfig(_ANY, 128, 64, True, k_stages=2, k_in_registers=64, v_in_registers=16),
 }
-# The repeatable ones, whose exponents take the registers that V would be held in.
+# Fixed point: the exponents take the registers of V.
 _DETERMINISTIC = {
-    size: replace(config, fixed=True, held_v=0)
+    size: replace(config, fixed_point=True, v_in_registers=0)
     for size, config in _DQ.items()
     if not config.dq_transposed
 }
-# In place of the first, where blocks of such a width do not cover much more than is needed.
-_TILE80 = {128: BackwardConfig(_ANY, 128, tile_m=80, dq=True, parts=5)}
+# Instead of _DQ[128], for layouts that blocks of this width cover well.
+_TILE80 = {128: BackwardConfig(_ANY, 128, tile_m=80, dq=True, p_slices=5)}
 _DKDV = {
-    32: BackwardConfig(_ANY, 32, tile_m=128, dq=False, held=32, parts=1),
-    64: BackwardConfig(_ANY, 64, tile_m=128, dq=False, held=48),
-    128: BackwardConfig(_ANY, 128, tile_m=64, dq=False, held=64),
+    32: BackwardConfig(_ANY, 32, tile_m=128, dq=False, k_in_registers=32, p_slices=1),
+    64: BackwardConfig(_ANY, 64, tile_m=128, dq=False, k_in_registers=48),
+    128: BackwardConfig(_ANY, 128, tile_m=64, dq=False, k_in_registers=64),
     256: BackwardConfig(_ANY, 256, tile_m=64, tile_n=64, dq=False),
 }
 
@@ -311,8 +319,8 @@ _DKDV = {
 def forward_configs(dtype: str, head_dim: int) -> tuple[ForwardConfig, ...]:
     """The configs that compute this head_dim, the default first; none above 256.
 
-    Taller tiles keep more warps busy where head_dim is small, but only rows that agree over their
-    height can use them: the plan decides by the layout.
+    Taller tiles keep more warps busy at small head_dims, but only suit layouts whose neighboring
+    rows agree. The plan decides by the layout.
     """
     for size, configs in _FORWARD.items():
         if head_dim <= size:
@@ -321,18 +329,19 @@ def forward_configs(dtype: str, head_dim: int) -> tuple[ForwardConfig, ...]:
 
 
 def all_forward_configs() -> list[ForwardConfig]:
-    """All forward configs that are shipped."""
+    """All shipped forward configs."""
     return [c for dtype in DTYPES for size in _FORWARD for c in forward_configs(dtype, size)]
 
 
 class BackwardVariant(Enum):
-    """The backward kernels: what they compute, and how.
+    """The backward kernels.
 
-    DQ: dQ, dK and dV in one kernel; dQ is added up in memory, in float32, in any order.
-    TILE80: As DQ, with tiles of 80 queries, for layouts that these cover well.
+    DQ: dQ, dK and dV in one kernel; dQ is accumulated in memory, in float32, in any order.
+    TILE80: As DQ, with tiles of 80 queries, for layouts that they cover well.
     DETERMINISTIC: As DQ, in fixed point: bitwise repeatable.
-    DKDV: dK and dV only, bitwise repeatable; dQ comes from a kernel of its own. Seven products
-        instead of five, but nothing is added up in memory, which has no space above head_dim 128.
+    DKDV: dK and dV only, bitwise repeatable; dQ comes from a kernel of its own. Seven GEMMs
+        instead of five, without accumulation in memory: its buffers do not fit above head_dim
+        128.
     """
 
     DQ = "dq"
@@ -371,30 +380,30 @@ def backward_configs(
 
 
 def all_backward_configs() -> list[BackwardConfig]:
-    """All backward configs that are shipped."""
+    """All shipped backward configs."""
     configs = [config for sizes in _VARIANTS.values() for config in sizes.values()]
     return [replace(config, dtype=dtype) for dtype in DTYPES for config in configs]
 
 
-_QUERIES = {
-    32: QueriesConfig(_ANY, 32, tile_n=128, o_columns=32),
-    64: QueriesConfig(_ANY, 64, tile_n=128, o_columns=64),
-    128: QueriesConfig(_ANY, 128, tile_n=64, o_columns=128),
-    256: QueriesConfig(_ANY, 256, tile_n=32, o_columns=64),
+_DQ_ONLY = {
+    32: DqConfig(_ANY, 32, tile_n=128, o_columns=32),
+    64: DqConfig(_ANY, 64, tile_n=128, o_columns=64),
+    128: DqConfig(_ANY, 128, tile_n=64, o_columns=128),
+    256: DqConfig(_ANY, 256, tile_n=32, o_columns=64),
 }
 
 
-def queries_config(dtype: str, head_dim: int) -> QueriesConfig:
+def dq_config(dtype: str, head_dim: int) -> DqConfig:
     """The config that computes this head_dim, which must not exceed 256."""
-    size = min(size for size in _QUERIES if head_dim <= size)
-    return replace(_QUERIES[size], dtype=dtype)
+    size = min(size for size in _DQ_ONLY if head_dim <= size)
+    return replace(_DQ_ONLY[size], dtype=dtype)
 
 
-def all_queries_configs() -> list[QueriesConfig]:
-    """All configs of the dQ kernel that are shipped."""
-    return [replace(config, dtype=dtype) for dtype in DTYPES for config in _QUERIES.values()]
+def all_dq_configs() -> list[DqConfig]:
+    """All shipped configs of the dQ kernel."""
+    return [replace(config, dtype=dtype) for dtype in DTYPES for config in _DQ_ONLY.values()]
 
 
 def all_configs() -> list[Config]:
-    """Everything that is shipped."""
-    return [*all_forward_configs(), *all_backward_configs(), *all_queries_configs()]
+    """All shipped configs."""
+    return [*all_forward_configs(), *all_backward_configs(), *all_dq_configs()]

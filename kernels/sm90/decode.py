@@ -7,31 +7,31 @@ hides the latency of memory is the bytes in flight. A row's tiles are spread ove
 (split-KV: Flash-Decoding, Dao et al., 2023) and put together by `SplitCombine`.
 
 All rows lie at the position of the query, so one row of a bit tile serves them all. See
-position_items.py for positions; a call without offsets is one whose query has position 0.
+position_work_tiles.py for positions; a call without offsets is one whose query has position 0.
 """
 
 import cutlass
 from cutlass import Float32, Int32, cute, pipeline
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from sparse_flash.kernels.sm90.decode_consumer import DecodeConsumer
-from sparse_flash.kernels.sm90.items import DecodeItem
 from sparse_flash.kernels.sm90.position_config import DecodeConfig
-from sparse_flash.kernels.sm90.position_items import positions_of
+from sparse_flash.kernels.sm90.position_work_tiles import positions_of
 from sparse_flash.kernels.sm90.primitives import (
     LOAD,
-    barriers,
-    buffer,
+    barrier_storage,
     by_tiles,
     check_arrivals,
-    product,
+    make_tiled_mma,
     smem_layout,
-    tensor_in,
+    smem_tensor,
     tile_bytes,
+    tile_storage,
     tma,
     tma_load,
-    tma_ring,
+    tma_pipeline,
 )
 from sparse_flash.kernels.sm90.split_combine import SplitCombine
+from sparse_flash.kernels.sm90.work_tiles import DecodeWorkTile
 from sparse_flash.masks.layout import FULL_TILE
 
 CONSUMERS, PRODUCERS = 128, 32
@@ -52,12 +52,12 @@ class DecodeSm90:
         v: cute.Tensor,  # (b, s_kv, h_kv, d)
         out: cute.Tensor,  # (b, 1, h, d)
         lse: cute.Tensor,  # (b, h, 1) float32
-        out_parts: cute.Tensor,  # (splits, b, 1, h, head_dim) float32; none if num_splits is 1
-        lse_parts: cute.Tensor,  # (splits, b, h, 1) float32
+        out_splits: cute.Tensor,  # (splits, b, 1, h, head_dim) float32; none if num_splits is 1
+        lse_splits: cute.Tensor,  # (splits, b, h, 1) float32
         kv_lens: cute.Tensor,  # (b,) int32
         q_offset: cute.Tensor,  # (b,) int32
         kv_starts: cute.Tensor,  # (b,) int32
-        rows: cute.Tensor,  # (patterns, block rows + 1) int32: first tile of each row, and the end
+        rows: cute.Tensor,  # (patterns, block rows + 1, 4) int32: see `PositionPlan`
         pattern_map: cute.Tensor,  # (1 or b, 1 or h) int32
         tiles: cute.Tensor,  # (tiles, 2) int32: n_block and bit tile
         bits: cute.Tensor,  # (bit tiles, 2, 128, 2) int32, in fragment order
@@ -79,14 +79,14 @@ class DecodeSm90:
         self.kernel(
             (tma(LOAD(), by_heads, q_layout), tma(LOAD(), k, kv_layout), tma(LOAD(), v, kv_layout)),
             (q_layout, kv_layout),
-            self._products(),
+            self._tiled_mmas(),
             (tiles, bits),
             (
                 (kv_lens, q_offset, kv_starts, rows, pattern_map),
                 (q_base, num_positions, num_splits),
                 (b, Int32(1), h, cute.size(k, mode=[0])),
             ),
-            (out, lse, out_parts, lse_parts),
+            (out, lse, out_splits, lse_splits),
             (pack, h // cute.size(k, mode=[2])),
             scale_log2,
             self._storage(q_layout, kv_layout),
@@ -99,14 +99,14 @@ class DecodeSm90:
         )
         if num_splits > 1:
             combine = SplitCombine(width, self.dtype, dependent=True)
-            combine(out, lse, out_parts, lse_parts, num_splits, stream)
+            combine(out, lse, out_splits, lse_splits, num_splits, stream)
 
     @cute.kernel
     def kernel(
         self,
         loads,  # (TMA atom, tensor) of q, k, v
         layouts,
-        products,
+        tiled_mmas,
         lists,
         positions,
         results,
@@ -114,107 +114,136 @@ class DecodeSm90:
         scale_log2: Float32,
         storage: cutlass.Constexpr,
     ):
-        """Set up shared memory and barriers, find the item, then part ways."""
+        """Set up shared memory and barriers, find the work tile, then branch by warp role."""
         config = self.config
         warp_idx = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp_idx == CONSUMERS // 32:
             for atom, _ in loads:
                 cpasync.prefetch_descriptor(atom)
+        coord = self.coord(cute.arch.block_idx()[0], positions, heads[0])
+        # Under way while barriers are set up; nothing waits for them before.
+        reads = positions_of(config, positions).reads(*coord[1:])
         smem = cutlass.utils.SmemAllocator().allocate(storage)
         pipes = self._pipelines(smem, layouts)
         q_layout, kv_layout = layouts
-        s_q, s_k, s_v = (
-            tensor_in(room, layout)
-            for room, layout in ((smem.q, q_layout), (smem.k, kv_layout), (smem.v, kv_layout))
+        sQ, sK, sV = (
+            smem_tensor(field, layout)
+            for field, layout in ((smem.q, q_layout), (smem.k, kv_layout), (smem.v, kv_layout))
         )
-        s_tiles = smem.tiles.get_tensor(cute.make_layout((config.kv_stages, 2), stride=(2, 1)))
+        sTiles = smem.tiles.get_tensor(cute.make_layout((config.kv_stages, 2), stride=(2, 1)))
         tiles, bits = lists
-        item = self.item(cute.arch.block_idx()[0], tiles, positions, heads[0])
         if warp_idx == CONSUMERS // 32:
-            kv_head = item.head // heads[1]
-            self.load(loads, (s_q, s_k, s_v), s_tiles, pipes, item, kv_head, tiles)
+            self.load_queries(loads[0], sQ, pipes[0], *coord[1:])
+        work_tile = self.work_tile(coord, reads, tiles, positions)
+        if warp_idx == CONSUMERS // 32:
+            kv_head = work_tile.head // heads[1]
+            self.load(loads[1:], (sK, sV), sTiles, pipes[1:], work_tile, kv_head, tiles)
         elif warp_idx < CONSUMERS // 32:
-            buffers = (s_q, s_k, s_v, s_tiles)
-            outside = (products, buffers, pipes, bits, results, heads[0], scale_log2)
-            DecodeConsumer(config, self.dtype, *outside).run(item)
+            buffers = (sQ, sK, sV, sTiles)
+            outside = (tiled_mmas, buffers, pipes, bits, results, heads[0], scale_log2)
+            DecodeConsumer(config, self.dtype, *outside).run(work_tile)
 
     @cute.jit
-    def item(self, index, tiles, positions, pack):
+    def work_tile(self, coord, reads, tiles, positions):
         """What the CTA of this number computes: steps of tile_n keys, in the order of tiles."""
         config, positions = self.config, positions_of(self.config, positions)
-        splits, groups = positions.numbers.num_splits, positions.h // pack
-        split, rest = index % splits, index // splits
-        head, batch = rest % groups * pack, rest // groups
-        shift = positions.shift(batch)
+        splits, (split, head, batch) = positions.numbers.num_splits, coord
+        shift = positions.shift(reads)
         query, tile_m = shift.queries, config.tile[0]
         # A position that the layout does not know gives NaN, whatever is read.
         m_block = query // tile_m if query >= 0 else Int32(-1)
-        first, count = positions.row(tiles, (m_block, head, batch), shift.limit)
+        first, count, left = positions.row(tiles, reads.pattern, m_block, shift.limit)
         steps = count * config.steps
         begin, end = steps * split // splits, steps * (split + 1) // splits
-        part = split if splits > 1 else Int32(-1)
+        split_idx = split if splits > 1 else Int32(-1)
         row = query % tile_m if query >= 0 else Int32(0)
         known = Int32(1) if query < shift.known else Int32(0)
-        return DecodeItem(head, batch, part, first, begin, end, shift.limit, shift.keys, row, known)
+        steps_of_row = (first, left, begin, end)
+        return DecodeWorkTile(
+            head, batch, split_idx, *steps_of_row, shift.limit, shift.keys, row, known
+        )
 
     @cute.jit
-    def load(self, loads, buffers, s_tiles, pipes, item, kv_head, tiles):
-        """The producer: Q, then of each step K and V, with what to mask."""
-        config, (q_pipe, k_pipe, v_pipe) = self.config, pipes
+    def coord(self, index, positions, pack):
+        """(split, first head, batch entry) of the CTA of this number: known without reading."""
+        positions = positions_of(self.config, positions)
+        splits, groups = positions.numbers.num_splits, positions.h // pack
+        split, rest = index % splits, index // splits
+        return split, rest % groups * pack, rest // groups
+
+    @cute.jit
+    def load_queries(self, load, buffer, q_pipe, head, batch):
+        """The producer's first load, under way while the work tile is read from memory."""
         state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, 1)
         q_pipe.producer_acquire(state)
         barrier = q_pipe.producer_get_barrier(state)
-        place = (Int32(0), Int32(0), item.batch)
-        tma_load(loads[0], buffers[0], place, state.index, barrier, item.head)
+        tma_load(load, buffer, (Int32(0), Int32(0), batch), state.index, barrier, head)
+
+    @cute.jit
+    def load(self, loads, buffers, sTiles, pipes, work_tile, kv_head, tiles):
+        """The producer: of each step K and V, with what to mask."""
+        config, (k_pipe, v_pipe) = self.config, pipes
         state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, config.kv_stages)
-        tile = item.first + item.begin // config.steps
-        n_block, bit_tile = tiles[tile, 0], tiles[tile, 1]
-        for step in cutlass.range(item.begin, item.end, unroll=1):
+        n_block, bit_tile = self.tile_of(tiles, work_tile, work_tile.begin)
+        for step in cutlass.range(work_tile.begin, work_tile.end, unroll=1):
             # Read ahead: the waits below hide how long it takes.
-            following = cutlass.min(step + 1, item.end - 1)
-            tile = item.first + following // config.steps
-            next_block, next_bit_tile = tiles[tile, 0], tiles[tile, 1]
+            next_block, next_bit_tile = self.tile_of(
+                tiles, work_tile, cutlass.min(step + 1, work_tile.end - 1)
+            )
             nth = step % config.steps
             block = n_block * config.steps + nth
-            remaining = item.limit - block * config.tile_n
+            coord = (block, kv_head, work_tile.batch)
+            k_pipe.sync_object_empty.wait(state.index, state.phase)
+            k_barrier = k_pipe.producer_get_barrier(state)
+            tma_load(loads[0], buffers[0], coord, state.index, k_barrier, work_tile.key_start)
+            v_pipe.producer_acquire(state)
+            v_barrier = v_pipe.producer_get_barrier(state)
+            tma_load(loads[1], buffers[1], coord, state.index, v_barrier, work_tile.key_start)
+            # The bit tile is read while K and V are under way. Until the arrival below, the phase
+            # of K's barrier cannot end, however many bytes have come.
+            remaining = work_tile.limit - block * config.tile_n
             code = bit_tile * config.steps + nth
             if bit_tile == FULL_TILE:
                 code = Int32(FULL_TILE) if remaining >= config.tile_n else Int32(FULL_TILE - 1)
-            k_pipe.sync_object_empty.wait(state.index, state.phase)
-            barrier = k_pipe.producer_get_barrier(state)
             if cute.arch.lane_idx() == 0:
-                s_tiles[state.index, 0] = code
-                s_tiles[state.index, 1] = remaining
+                sTiles[state.index, 0] = code
+                sTiles[state.index, 1] = remaining
                 # This arrival releases what was just written.
-                cute.arch.mbarrier_arrive_and_expect_tx(barrier, k_pipe.sync_object_full.tx_count)
-            place = (block, kv_head, item.batch)
-            tma_load(loads[1], buffers[1], place, state.index, barrier, item.key_start)
-            v_pipe.producer_acquire(state)
-            barrier = v_pipe.producer_get_barrier(state)
-            tma_load(loads[2], buffers[2], place, state.index, barrier, item.key_start)
+                cute.arch.mbarrier_arrive_and_expect_tx(k_barrier, k_pipe.sync_object_full.tx_count)
             state.advance()
             n_block, bit_tile = next_block, next_bit_tile
 
-    def _products(self):
+    @cute.jit
+    def tile_of(self, tiles, work_tile, step):
+        """Column and bit tile of a step. Columns that follow each other are not read."""
+        nth = step // self.config.steps
+        n_block = work_tile.left + nth
+        if work_tile.left < 0:
+            n_block = tiles[work_tile.first + nth, 0]
+        return n_block, tiles[work_tile.first + nth, 1]
+
+    def _tiled_mmas(self):
         """S = Q K^T, and O += P V with P in registers."""
         config = self.config
-        qk = product(self.dtype, (64, config.tile_n))
+        mma_qk = make_tiled_mma(self.dtype, (64, config.tile_n))
         columns, registers = OperandMajorMode.MN, warpgroup.OperandSource.RMEM
-        pv = product(self.dtype, (64, config.head_dim), b_mode=columns, a_source=registers)
-        return qk, pv
+        mma_pv = make_tiled_mma(
+            self.dtype, (64, config.head_dim), b_mode=columns, a_source=registers
+        )
+        return mma_qk, mma_pv
 
     def _storage(self, q_layout, kv_layout):
         config = self.config
 
         @cute.struct
         class Storage:
-            q_barriers: barriers(1)
-            k_barriers: barriers(config.kv_stages)
-            v_barriers: barriers(config.kv_stages)
+            q_barriers: barrier_storage(1)
+            k_barriers: barrier_storage(config.kv_stages)
+            v_barriers: barrier_storage(config.kv_stages)
             tiles: cute.struct.MemRange[Int32, config.kv_stages * 2]
-            q: buffer(self.dtype, q_layout)
-            k: buffer(self.dtype, kv_layout)
-            v: buffer(self.dtype, kv_layout)
+            q: tile_storage(self.dtype, q_layout)
+            k: tile_storage(self.dtype, kv_layout)
+            v: tile_storage(self.dtype, kv_layout)
 
         return Storage
 
@@ -223,9 +252,9 @@ class DecodeSm90:
         stages, warps = self.config.kv_stages, CONSUMERS // 32
         check_arrivals("the whole CTA", {"consumers": 32 * warps, "producer": 32}, THREADS)
         queries, keys = (tile_bytes(layout, self.dtype) for layout in layouts)
-        q = tma_ring(smem.q_barriers, 1, warps, queries)
-        k = tma_ring(smem.k_barriers, stages, warps, keys)
-        v = tma_ring(smem.v_barriers, stages, warps, keys)
+        q = tma_pipeline(smem.q_barriers, 1, warps, queries)
+        k = tma_pipeline(smem.k_barriers, stages, warps, keys)
+        v = tma_pipeline(smem.v_barriers, stages, warps, keys)
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
         return q, k, v

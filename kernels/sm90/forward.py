@@ -1,44 +1,44 @@
-"""The forward kernel for Hopper: persistent, warp-specialised, and driven by a Schedule.
+"""The forward kernel for Hopper: persistent, warp-specialized, and driven by a Schedule.
 
 A CTA has one producer warp and `config.warpgroups` consumer warpgroups. The producer takes work
-items off a common list (the first one by its number, the next ones off an atomic counter) and
+tiles from a common list (the first one by the CTA index, the next ones by an atomic counter) and
 loads Q, K and V tiles by TMA. Each consumer warpgroup owns 64 query rows and runs FlashAttention
 with the overlaps of FlashAttention-3 (Shah et al., 2024): see forward_consumer.py.
 
-Nothing here knows a mask: a tile is full, or names a bit tile whose bits lie in the order in
-which threads hold S (fragment.py), or reaches beyond the keys' length.
+The kernel knows no mask. A tile is full, or names a bit tile in fragment order (fragment.py), or
+extends beyond the number of keys.
 """
 
 import cutlass
 from cutlass import Float32, Int32, cute
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
-from sparse_flash.kernels.sm90.combine import Combine
+from sparse_flash.kernels.sm90.combine import CombineOutput
 from sparse_flash.kernels.sm90.config import ForwardConfig
-from sparse_flash.kernels.sm90.forward_consumer import WARPGROUP, Consumer
-from sparse_flash.kernels.sm90.forward_producer import Producer
-from sparse_flash.kernels.sm90.position_items import positions_of
+from sparse_flash.kernels.sm90.forward_consumer import WARPGROUP, ForwardConsumer
+from sparse_flash.kernels.sm90.forward_producer import ForwardProducer
+from sparse_flash.kernels.sm90.position_work_tiles import positions_of
 from sparse_flash.kernels.sm90.primitives import (
     LOAD,
     STORE,
     WORK_STAGES,
     WorkList,
-    barriers,
-    buffer,
+    barrier_storage,
     by_tiles,
     check_arrivals,
-    product,
+    make_tiled_mma,
     smem_layout,
-    tensor_in,
+    smem_tensor,
     tile_bytes,
+    tile_storage,
     tma,
-    tma_ring,
-    work_ring,
-    work_room,
+    tma_pipeline,
+    work_pipeline,
+    work_storage,
 )
 
 
 class ForwardSm90:
-    """One kernel; `config` is all that it is compiled for."""
+    """One compiled kernel. `config` holds its static parameters."""
 
     def __init__(self, config: ForwardConfig, dtype: type[cutlass.Numeric]) -> None:
         self.config, self.dtype = config, dtype
@@ -56,22 +56,22 @@ class ForwardSm90:
         work: cute.Tensor,  # (items, WORK_FIELDS) int32
         tiles: cute.Tensor,  # (tiles, 2) int32: n_block and bit tile
         bits: cute.Tensor,  # (bit tiles, warpgroups, 128, 2) int32, in fragment order
-        counter: cute.Tensor,  # (2,) int32, zeros; left as zeros
-        out_parts: cute.Tensor,  # (parts, tile_m, head_dim) float32
-        lse_parts: cute.Tensor,  # (parts, tile_m) float32
+        counter: cute.Tensor,  # (2,) int32, zeros before and after
+        out_splits: cute.Tensor,  # (parts, tile_m, head_dim) float32
+        lse_splits: cute.Tensor,  # (parts, tile_m) float32
         combine: cute.Tensor,  # (rows, WORK_FIELDS) int32
-        counts: cute.Tensor,  # (2,) int32: how many items and rows there are
+        counts: cute.Tensor,  # (2,) int32: numbers of work tiles and of combined rows
         num_ctas: Int32,
         scale_log2: Float32,
         stream,
     ):
-        """Launch on the stream. See `Schedule` for the work items and the parts."""
+        """Launch on the stream. See `Schedule` for work tiles and splits."""
         lists = (kv_lens, work, tiles, bits, counter, counts)
-        results = (lse, out_parts, lse_parts)
+        results = (lse, out_splits, lse_splits)
         self.launch((q, k, v, out), lists, None, results, num_ctas, scale_log2, stream)
         if cute.size(combine, mode=[0]) > 0:
-            rows = Combine(self.config.tile_m, self.config.head_dim, self.dtype)
-            rows(out, lse, combine, counts, out_parts, lse_parts, stream)
+            rows = CombineOutput(self.config.tile_m, self.config.head_dim, self.dtype)
+            rows(out, lse, combine, counts, out_splits, lse_splits, stream)
 
     @cute.jit
     def launch(
@@ -91,7 +91,7 @@ class ForwardSm90:
             (tma(load, q, q_layout), tma(load, k, kv_layout), tma(load, v, kv_layout)),
             tma(store, out, o_layout),
             (q_layout, kv_layout, o_layout),
-            self._products(),
+            self._tiled_mmas(),
             lists,
             positions,
             results,
@@ -111,7 +111,7 @@ class ForwardSm90:
         loads,  # (TMA atom, tensor) of q, k, v
         store,  # (TMA atom, tensor) of out
         layouts,
-        products,
+        tiled_mmas,
         lists,
         positions,
         results,
@@ -119,7 +119,7 @@ class ForwardSm90:
         scale_log2: Float32,
         storage: cutlass.Constexpr,
     ):
-        """Set up shared memory and barriers, then part ways."""
+        """Set up shared memory and barriers, then run the role of the warp."""
         config = self.config
         warp_idx = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp_idx == 0:
@@ -128,69 +128,69 @@ class ForwardSm90:
         smem = cutlass.utils.SmemAllocator().allocate(storage)
         *pipes, work_pipe = self._pipelines(smem, layouts)
         q_layout, kv_layout, o_layout = layouts
-        s_q, s_k, s_v, s_o = (
-            tensor_in(room, layout)
-            for room, layout in (
+        sQ, sK, sV, sO = (
+            smem_tensor(field, layout)
+            for field, layout in (
                 (smem.q, q_layout),
                 (smem.k, kv_layout),
                 (smem.v, kv_layout),
                 (smem.o, o_layout),
             )
         )
-        s_tiles = smem.tiles.get_tensor(cute.make_layout((config.kv_stages, 2), stride=(2, 1)))
+        sTiles = smem.tiles.get_tensor(cute.make_layout((config.kv_stages, 2), stride=(2, 1)))
         kv_lens, work, tiles, bits, counter, counts = lists
-        items = WorkList(work, counter, counts, smem.work, work_pipe)
+        work_tiles = WorkList(work, counter, counts, smem.work, work_pipe)
         if warp_idx < 4:
             cute.arch.setmaxregister_decrease(config.producer_registers)
             if warp_idx == 0:
                 inputs = (kv_lens, tiles, group_size)
-                outside = (s_tiles, pipes, items, inputs, positions_of(config, positions))
-                Producer(config, loads, (s_q, s_k, s_v), *outside).run()
+                outside = (sTiles, pipes, work_tiles, inputs, positions_of(config, positions))
+                ForwardProducer(config, loads, (sQ, sK, sV), *outside).run()
         else:
             cute.arch.setmaxregister_increase(config.consumer_registers)
-            outside = (store, (s_q, s_k, s_v, s_o, s_tiles), pipes, items, bits, results)
-            Consumer(config, self.dtype, products, *outside, scale_log2).run()
+            outside = (store, (sQ, sK, sV, sO, sTiles), pipes, work_tiles, bits, results)
+            ForwardConsumer(config, self.dtype, tiled_mmas, *outside, scale_log2).run()
 
-    def _products(self):
-        """S = Q K^T, with Q in shared memory or held in registers; O += P V, with P in registers;
-        and the part of O that leaves at a time.
+    def _tiled_mmas(self):
+        """Tiled MMAs of S = Q K^T (Q in shared memory), S (Q in registers), O += P V (P in
+        registers), and of one epilogue store.
         """
         config, of_p = self.config, {"a_source": warpgroup.OperandSource.RMEM}
         columns = OperandMajorMode.MN
-        qk = product(self.dtype, (64, config.tile_n))
-        pv = product(self.dtype, (64, config.head_dim), b_mode=columns, **of_p)
-        chunk = product(self.dtype, (64, config.o_columns), b_mode=columns, **of_p)
-        held = product(self.dtype, (64, config.tile_n), **of_p)
-        return qk, held, pv, chunk
+        mma_qk = make_tiled_mma(self.dtype, (64, config.tile_n))
+        mma_pv = make_tiled_mma(self.dtype, (64, config.head_dim), b_mode=columns, **of_p)
+        mma_store = make_tiled_mma(self.dtype, (64, config.o_columns), b_mode=columns, **of_p)
+        mma_qk_rs = make_tiled_mma(self.dtype, (64, config.tile_n), **of_p)
+        return mma_qk, mma_qk_rs, mma_pv, mma_store
 
     def _storage(self, q_layout, kv_layout, o_layout):
         config = self.config
 
         @cute.struct
         class Storage:
-            q_barriers: barriers(config.q_stages)
-            k_barriers: barriers(config.kv_stages)
-            v_barriers: barriers(config.kv_stages)
-            work_barriers: barriers(WORK_STAGES)
-            work: work_room()
+            q_barriers: barrier_storage(config.q_stages)
+            k_barriers: barrier_storage(config.kv_stages)
+            v_barriers: barrier_storage(config.kv_stages)
+            work_barriers: barrier_storage(WORK_STAGES)
+            work: work_storage()
             tiles: cute.struct.MemRange[Int32, config.kv_stages * 2]
-            q: buffer(self.dtype, q_layout)
-            k: buffer(self.dtype, kv_layout)
-            v: buffer(self.dtype, kv_layout)
-            o: buffer(self.dtype, o_layout)
+            q: tile_storage(self.dtype, q_layout)
+            k: tile_storage(self.dtype, kv_layout)
+            v: tile_storage(self.dtype, kv_layout)
+            o: tile_storage(self.dtype, o_layout)
 
         return Storage
 
     def _pipelines(self, smem, layouts):
-        """Rings of barriers: Q, K, V (filled by TMA) and work items (filled by the producer)."""
+        """Pipelines: Q, K, V (filled by TMA), and work tiles (filled by the producer)."""
         config, warps = self.config, self.consumers // 32
         queries = tile_bytes(layouts[0], self.dtype, config.warpgroups)
         keys = tile_bytes(layouts[1], self.dtype)
         check_arrivals("items", {"consumers": 32 * warps}, WARPGROUP * config.warpgroups)
-        q = tma_ring(smem.q_barriers, config.q_stages, warps, queries)
-        k = tma_ring(smem.k_barriers, config.kv_stages, warps, keys)
-        v = tma_ring(smem.v_barriers, config.kv_stages, warps, keys)
-        work = work_ring(smem.work_barriers, self.consumers)
+        q = tma_pipeline(smem.q_barriers, config.q_stages, warps, queries)
+        k = tma_pipeline(smem.k_barriers, config.kv_stages, warps, keys)
+        v = tma_pipeline(smem.v_barriers, config.kv_stages, warps, keys)
+        work = work_pipeline(smem.work_barriers, self.consumers)
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
         return q, k, v, work

@@ -1,6 +1,6 @@
-"""The forward kernel for queries at positions: offsets of queries and keys lie on the device.
+"""The forward kernel for queries at positions, with offsets on the device.
 
-The same kernel as `ForwardSm90`, whose items come from `Positions` instead of a list.
+It is `ForwardSm90` with work tiles from `Positions` instead of a list.
 """
 
 import cutlass
@@ -11,7 +11,7 @@ from sparse_flash.kernels.sm90.split_combine import SplitCombine
 
 
 class ForwardAtSm90(ForwardSm90):
-    """One kernel; `config` is all that it is compiled for."""
+    """`ForwardSm90` with offsets."""
 
     def __init__(self, config: ForwardConfig, dtype: type[cutlass.Numeric]) -> None:
         assert config.offsets
@@ -25,16 +25,16 @@ class ForwardAtSm90(ForwardSm90):
         v: cute.Tensor,  # (b, s_kv, h_kv, d)
         out: cute.Tensor,  # (b, s_q, h, d)
         lse: cute.Tensor,  # (b, h, s_q) float32
-        out_parts: cute.Tensor,  # (splits, b, s_q, h, head_dim) float32; none if num_splits is 1
-        lse_parts: cute.Tensor,  # (splits, b, h, s_q) float32
+        out_splits: cute.Tensor,  # (splits, b, s_q, h, head_dim) float32; empty if num_splits is 1
+        lse_splits: cute.Tensor,  # (splits, b, h, s_q) float32
         kv_lens: cute.Tensor,  # (b,) int32
         q_offset: cute.Tensor,  # (b,) int32
         kv_starts: cute.Tensor,  # (b,) int32
-        rows: cute.Tensor,  # (patterns, block rows + 1) int32: first tile of each row, and the end
+        rows: cute.Tensor,  # (patterns, block rows + 1, 4) int32: see `PositionPlan`
         pattern_map: cute.Tensor,  # (1 or b, 1 or h) int32
         tiles: cute.Tensor,  # (tiles, 2) int32: n_block and bit tile
         bits: cute.Tensor,  # (bit tiles, warpgroups, 128, 2) int32, in fragment order
-        counter: cute.Tensor,  # (2,) int32, zeros; left as zeros
+        counter: cute.Tensor,  # (2,) int32, zeros before and after
         num_ctas: Int32,
         q_base: Int32,  # added to q_offset
         num_positions: Int32,  # q_len of the layout
@@ -50,8 +50,8 @@ class ForwardAtSm90(ForwardSm90):
             (b, s_q, h, cute.size(k, mode=[1])),
         )
         lists = (kv_lens, None, tiles, bits, counter, None)
-        results = (lse, out_parts, lse_parts, out)
+        results = (lse, out_splits, lse_splits, out)
         self.launch((q, k, v, out), lists, positions, results, num_ctas, scale_log2, stream)
         if num_splits > 1:
             combine = SplitCombine(self.config.head_dim, self.dtype)
-            combine(out, lse, out_parts, lse_parts, num_splits, stream)
+            combine(out, lse, out_splits, lse_splits, num_splits, stream)

@@ -1,193 +1,219 @@
-"""A consumer warpgroup of the forward kernel: 64 query rows of each of the CTA's items.
+"""A consumer warpgroup of the forward kernel: 64 query rows of each of the CTA's work tiles.
 
     S = Q K^T;    P = exp2(scale (S - max));    O = O + P V        (FlashAttention, online softmax)
 
-The tensor cores work on S of the next tile and on O of the last one while the threads compute P:
-inside a warpgroup because both products are issued before the wait for S, between warpgroups
-because named barriers let them take turns (FlashAttention-3, Shah et al., 2024). The first product
-of the next item is issued together with the last one of this item, so that short rows leave no
-bubble.
+The tensor cores compute S of the next tile and O of the previous one while the threads compute P.
+Inside a warpgroup, both GEMMs are issued before the wait for S. Between warpgroups, named barriers
+alternate the GEMMs (ping-pong; FlashAttention-3, Shah et al., 2024). The first GEMM of the next
+work tile is issued together with the last one of this work tile, so short rows leave no bubble.
 """
+
+from enum import IntEnum
 
 import cutlass
 from cutlass import Float32, Int32, const_expr, cute, pipeline
 from cutlass.cute.nvgpu import cpasync, warp, warpgroup
 from sparse_flash.kernels.sm90 import online_softmax as online
 from sparse_flash.kernels.sm90.forward_producer import FULL_BEYOND
-from sparse_flash.kernels.sm90.items import ForwardBarrier, PositionItem, RowItem
 from sparse_flash.kernels.sm90.primitives import (
     check_arrivals,
-    hold,
-    multiply,
-    pair_of,
+    gemm,
+    load_a_to_registers,
+    pack_pair,
     store_pairs,
 )
+from sparse_flash.kernels.sm90.work_tiles import ForwardBarrier, PositionWorkTile, RowWorkTile
 from sparse_flash.masks.layout import FULL_TILE
 
 CONSUMER = pipeline.PipelineUserType.Consumer
-FIRST, INNER, BOUNDARY = range(3)  # kinds of steps
 WARPGROUP = 128  # threads
-PAIR = 2 * WARPGROUP  # those of the warpgroup that waits for its turn, and of the one before
-SLACK = 8.0  # by how many powers of two P may exceed 1 before its maximum is taken over
+PAIR = 2 * WARPGROUP  # threads of the waiting warpgroup and of the previous one
+RESCALE_THRESHOLD = 8.0  # log2 of the growth of the row maximum that triggers a rescale of O
 
 
-class Consumer:
-    """State of one warpgroup: O, the statistics of its rows, and where to find everything."""
+class StepKind(IntEnum):
+    """Kind of a step of the software pipeline; see `ForwardConsumer.step`."""
+
+    FIRST = 0
+    INNER = 1
+    BOUNDARY = 2
+
+
+class ForwardConsumer:
+    """State of one warpgroup: accumulator of O, online-softmax state, operands, pipelines."""
 
     def __init__(
-        self, config, dtype, products, store, buffers, pipes, items, bits, results, scale_log2
+        self,
+        config,
+        dtype,
+        tiled_mmas,
+        store,
+        buffers,
+        pipes,
+        work_tiles,
+        bits,
+        results,
+        scale_log2,
     ):
         self.config, self.dtype, self.bits, self.scale_log2 = config, dtype, bits, scale_log2
-        self.items, self.item_type = items, PositionItem if config.offsets else RowItem
-        self.slack = SLACK / scale_log2
-        self.qk, self.held, self.pv, self.chunk = products
-        self.s_q, s_k, self.s_v, self.s_o, self.s_tiles = buffers
+        self.work_tiles, self.work_tile_type = (
+            work_tiles,
+            PositionWorkTile if config.offsets else RowWorkTile,
+        )
+        self.rescale_threshold = RESCALE_THRESHOLD / scale_log2
+        self.mma_qk, self.mma_qk_rs, self.mma_pv, self.mma_store = tiled_mmas
+        self.sQ, sK, self.sV, self.sO, self.sTiles = buffers
         self.q_pipe, self.k_pipe, self.v_pipe = pipes
         self.store = store
-        self.lse, self.out_parts, self.lse_parts, *others = results
+        self.lse, self.out_splits, self.lse_splits, *others = results
         if const_expr(config.offsets):
             (self.out,) = others
         self.thread = cute.arch.thread_idx()[0] % 128
         self.group = cute.arch.make_warp_uniform(cute.arch.thread_idx()[0] // 128 - 1)
-        # V as the second operand of O += P V: (head_dim, keys).
+        # V as operand B of O += P V: (head_dim, keys).
         shape = (config.head_dim, config.tile_n, config.kv_stages)
-        s_vt = cute.composition(self.s_v, cute.make_ordered_layout(shape, order=(1, 0, 2)))
-        self.f_q = self.qk.make_fragment_A(self.qk.get_slice(0).partition_A(self.s_q))
-        self.f_k = self.qk.make_fragment_B(self.qk.get_slice(0).partition_B(s_k))
-        self.f_v = self.pv.make_fragment_B(self.pv.get_slice(0).partition_B(s_vt))
-        if config.hold_q:
-            shape = self.held.partition_shape_A((64, config.head_dim))
-            self.r_q = self.held.make_fragment_A(shape)
+        sVt = cute.composition(self.sV, cute.make_ordered_layout(shape, order=(1, 0, 2)))
+        self.tSrQ = self.mma_qk.make_fragment_A(self.mma_qk.get_slice(0).partition_A(self.sQ))
+        self.tSrK = self.mma_qk.make_fragment_B(self.mma_qk.get_slice(0).partition_B(sK))
+        self.tOrV = self.mma_pv.make_fragment_B(self.mma_pv.get_slice(0).partition_B(sVt))
+        if config.q_in_registers:
+            shape = self.mma_qk_rs.partition_shape_A((64, config.head_dim))
+            self.rQ = self.mma_qk_rs.make_fragment_A(shape)
         self.p = cute.make_rmem_tensor(((2, 2, 2), 1, config.tile_n // 16), dtype)
         self.acc_o = cute.make_rmem_tensor(
-            self.pv.partition_shape_C((64, config.head_dim)), Float32
+            self.mma_pv.partition_shape_C((64, config.head_dim)), Float32
         )
-        self.stats = cute.make_rmem_tensor((2, 2), Float32)  # of two rows, the maximum and the sum
+        self.stats = cute.make_rmem_tensor(
+            (2, 2), Float32
+        )  # row maximum and row sum of the thread's two rows
 
     @cute.jit
     def run(self):
-        """Item after item, until one has no tiles."""
+        """Process work tiles until one has no tiles."""
         q_state = pipeline.make_pipeline_state(CONSUMER, self.config.q_stages)
         kv_state = pipeline.make_pipeline_state(CONSUMER, self.config.kv_stages)
-        work_state = pipeline.make_pipeline_state(CONSUMER, self.items.pipe.num_stages)
+        work_state = pipeline.make_pipeline_state(CONSUMER, self.work_tiles.pipe.num_stages)
         if self.group == self.config.warpgroups - 1:
-            self.pass_turn()  # so that warpgroup 0 may begin
-        item = self.items.take(work_state, self.item_type)
+            self.pass_turn()  # lets warpgroup 0 begin
+        work_tile = self.work_tiles.take(work_state, self.work_tile_type)
         work_state.advance()
         remaining = Int32(0)
-        if item.count > 0:
+        if work_tile.count > 0:
             self.q_pipe.consumer_wait(q_state)
-            kv_state, remaining = self.step(q_state.index, kv_state, FIRST)
-        while item.count > 0:
+            kv_state, remaining = self.step(q_state.index, kv_state, StepKind.FIRST)
+        while work_tile.count > 0:
             self.acc_o.fill(0.0)
-            for _ in cutlass.range(item.count - 1, unroll=1):
-                kv_state, remaining = self.step(q_state.index, kv_state, INNER)
+            for _ in cutlass.range(work_tile.count - 1, unroll=1):
+                kv_state, remaining = self.step(q_state.index, kv_state, StepKind.INNER)
             self.q_pipe.consumer_release(q_state)
             q_state.advance()
-            following = self.items.take(work_state, self.item_type)
+            following = self.work_tiles.take(work_state, self.work_tile_type)
             work_state.advance()
             finished = cute.make_rmem_tensor((2, 2), Float32)
             finished.store(self.stats.load())
             if remaining < self.config.tile_n:
                 self.v_pipe.consumer_wait(kv_state)
-            self.zero_beyond(self.s_v, kv_state.index, remaining)
+            self.zero_beyond(self.sV, kv_state.index, remaining)
             if following.count > 0:
                 self.q_pipe.consumer_wait(q_state)
-                kv_state, remaining = self.step(q_state.index, kv_state, BOUNDARY)
+                kv_state, remaining = self.step(q_state.index, kv_state, StepKind.BOUNDARY)
             else:
                 self.v_pipe.consumer_wait(kv_state)
-                multiply(self.pv, self.acc_o, self.p, self.f_v, kv_state.index, False)
+                gemm(self.mma_pv, self.acc_o, self.p, self.tOrV, kv_state.index, False)
                 warpgroup.wait_group(0)
-            self.finish(item, finished)
-            item = following
+            self.finish(work_tile, finished)
+            work_tile = following
         if self.thread < 32:
             cute.arch.cp_async_bulk_wait_group(0)
 
     @cute.jit
     def step(self, q_stage, kv_state, kind: cutlass.Constexpr):
-        """S and P of a tile, and (unless `kind` is FIRST) O += P V of the tile before it.
+        """Compute S and P of a tile, and (unless `kind` is FIRST) O += P V of the previous tile.
 
-        INNER: both belong to one item, whose O is rescaled. BOUNDARY: the tile is the first of
-        the next item, whose statistics begin anew. `kv_state` is where the tile before is.
-        Returns the state of this tile, and how many keys there are from its first column on.
+        INNER: both tiles belong to one work tile, whose O is rescaled. BOUNDARY: the tile is the
+        first of the next work tile, whose online-softmax state is reset. `kv_state` is the state of
+        the previous tile. Returns the state of this tile, and the number of keys from its first
+        column on.
         """
         config = self.config
-        # Made anew for each tile: if it were kept, its old content would have to be.
-        acc_s = cute.make_rmem_tensor(self.qk.partition_shape_C((64, config.tile_n)), Float32)
+        # A new tensor for each tile: a reused one would keep its dead content in registers.
+        acc_s = cute.make_rmem_tensor(self.mma_qk.partition_shape_C((64, config.tile_n)), Float32)
         v_state = kv_state.clone()
-        if const_expr(kind != FIRST):
+        if const_expr(kind != StepKind.FIRST):
             kv_state.advance()
         slot = q_stage * config.warpgroups + self.group
-        if const_expr(config.hold_q and kind != INNER):
-            hold(self.held, self.s_q[None, None, slot], self.r_q, self.thread)
+        if const_expr(config.q_in_registers and kind != StepKind.INNER):
+            load_a_to_registers(self.mma_qk_rs, self.sQ[None, None, slot], self.rQ, self.thread)
         self.k_pipe.consumer_wait(kv_state)
-        if const_expr(kind != FIRST):
+        if const_expr(kind != StepKind.FIRST):
             self.take_turn()
-        if const_expr(config.hold_q):
-            multiply(self.held, acc_s, self.r_q, self.f_k, kv_state.index, True)
+        if const_expr(config.q_in_registers):
+            gemm(self.mma_qk_rs, acc_s, self.rQ, self.tSrK, kv_state.index, True)
         else:
-            mine = self.f_q[None, None, None, slot]
-            multiply(self.qk, acc_s, mine, self.f_k, kv_state.index, True)
-        if const_expr(kind != FIRST):
+            mine = self.tSrQ[None, None, None, slot]
+            gemm(self.mma_qk, acc_s, mine, self.tSrK, kv_state.index, True)
+        if const_expr(kind != StepKind.FIRST):
             self.v_pipe.consumer_wait(v_state)
-            multiply(self.pv, self.acc_o, self.p, self.f_v, v_state.index, False)
+            gemm(self.mma_pv, self.acc_o, self.p, self.tOrV, v_state.index, False)
             self.pass_turn()
-        bit_tile, remaining = self.what_to_mask(kv_state.index)
+        bit_tile, remaining = self.read_tile_info(kv_state.index)
         words = online.mask_words(self.bits, bit_tile, self.group, self.thread)
-        warpgroup.wait_group(0 if const_expr(kind == FIRST) else 1)
+        warpgroup.wait_group(0 if const_expr(kind == StepKind.FIRST) else 1)
         self.k_pipe.consumer_release(kv_state)
         if bit_tile != FULL_TILE:
             online.apply_mask(acc_s, words, online.columns_within(remaining, self.thread))
-        if const_expr(kind != INNER):
+        if const_expr(kind != StepKind.INNER):
             online.reset(self.stats)
-        grown, decay = online.take_maximum(acc_s, self.stats, self.scale_log2, self.slack)
-        # Always true, but ptxas cannot know: within a basic block it moves the wait for O ahead.
-        if const_expr(not config.exponentials_first) or bit_tile >= FULL_BEYOND:
-            online.exponentiate(acc_s, self.stats, self.scale_log2)
-        if const_expr(kind != FIRST):
+        grown, decay = online.update_row_max(
+            acc_s, self.stats, self.scale_log2, self.rescale_threshold
+        )
+        # Always true, but opaque to ptxas, which moves the wait for O ahead within a basic block.
+        if const_expr(not config.exp_before_pv_wait) or bit_tile >= FULL_BEYOND:
+            online.exp2_and_sum(acc_s, self.stats, self.scale_log2)
+        if const_expr(kind != StepKind.FIRST):
             warpgroup.wait_group(0)
             self.v_pipe.consumer_release(v_state)
-        # Accumulators of S lie just as the first operand of the next product wants P.
+        # S accumulators have the register layout of operand A of the next GEMM.
         self.p.store(acc_s.load().to(self.dtype).reshape(self.p.shape))
-        if const_expr(kind == INNER):
+        if const_expr(kind == StepKind.INNER):
             if grown:
                 online.rescale(self.acc_o, decay)
         return kv_state, remaining
 
     @cute.jit
-    def what_to_mask(self, stage):
-        """A tile's bit tile, and how many keys there are from its first column on.
+    def read_tile_info(self, stage):
+        """Read a tile's bit tile, and the number of keys from its first column on.
 
-        Read by the thread that frees the stage for its warp, and by no other.
+        Only the lane that releases the stage for its warp reads shared memory.
         """
-        words, s_tiles = cute.make_rmem_tensor(2, Int32), self.s_tiles
+        words, sTiles = cute.make_rmem_tensor(2, Int32), self.sTiles
         if self.thread % 32 == 0:
-            words[0], words[1] = s_tiles[stage, 0], s_tiles[stage, 1]
+            words[0], words[1] = sTiles[stage, 0], sTiles[stage, 1]
         return cute.arch.shuffle_sync(words[0], 0), cute.arch.shuffle_sync(words[1], 0)
 
     @cute.jit
     def take_turn(self):
-        """Wait until the warpgroup before this one has issued its products."""
+        """Wait until the previous warpgroup has issued its GEMMs."""
         cute.arch.barrier(barrier_id=ForwardBarrier.TURN + self.group, number_of_threads=PAIR)
 
     @cute.jit
     def pass_turn(self):
-        """Let the next warpgroup issue its products."""
+        """Let the next warpgroup issue its GEMMs."""
         following = (self.group + 1) % self.config.warpgroups
         check_arrivals("turn", {"waiting": WARPGROUP, "passing": WARPGROUP}, PAIR)
         assert self.config.warpgroups <= ForwardBarrier.OWN - ForwardBarrier.TURN
         cute.arch.barrier_arrive(barrier_id=ForwardBarrier.TURN + following, number_of_threads=PAIR)
 
     @cute.jit
-    def gather(self):
+    def sync_warpgroup(self):
         """A barrier among the threads of this warpgroup."""
         cute.arch.barrier(barrier_id=ForwardBarrier.OWN + self.group, number_of_threads=WARPGROUP)
 
     @cute.jit
     def zero_beyond(self, tensor, stage, remaining):
-        """Clear the rows of an item's last tile beyond the keys' length: 0 times NaN is NaN.
+        """Clear rows beyond the number of keys in the last tile of a work tile: 0 times NaN is NaN.
 
-        Every warpgroup clears them all before it reads any, so they need not wait for each other.
+        Every warpgroup clears all rows before its own reads, so no synchronization is needed.
         """
         width, height = self.config.head_dim, self.config.tile_n
         if remaining < height:
@@ -198,81 +224,83 @@ class Consumer:
                 if element < elements:
                     tensor[start + element // width, element % width, stage] = self.dtype(0.0)
             cute.arch.fence_view_async_shared()
-            self.gather()
+            self.sync_warpgroup()
 
     @cute.jit
-    def finish(self, item, stats):
-        """Write O / sum and the logsumexp: to the output, or as a part of a split row."""
-        factors, log_sums = online.normalisers(stats, self.scale_log2)
+    def finish(self, work_tile, stats):
+        """Store O / sum and the logsumexp: to the output, or as one split of a row."""
+        factors, log_sums = online.row_normalizers(stats, self.scale_log2)
         if const_expr(self.config.offsets):
-            online.mark_unknown(factors, log_sums, item.known, self.row(0))
+            online.mark_unknown(factors, log_sums, work_tile.known, self.row(0))
             online.rescale(self.acc_o, factors)
-            self.finish_at_positions(item, log_sums)
+            self.finish_at_positions(work_tile, log_sums)
         else:
             online.rescale(self.acc_o, factors)
-            self.finish_row(item, log_sums)
+            self.finish_row(work_tile, log_sums)
 
     @cute.jit
     def row(self, i: cutlass.Constexpr):
-        """The query, in the tile, of the thread's row i (0 or 1)."""
+        """Index in the tile of the query in the thread's row i (0 or 1)."""
         return self.group * 64 + self.thread // 32 * 16 + self.thread % 32 // 4 + 8 * i
 
     @cute.jit
-    def finish_at_positions(self, item, log_sums):
-        """Write what is normalised: to the output, or as the part of all rows of this number."""
-        lse, out_parts, lse_parts = self.lse, self.out_parts, self.lse_parts
-        if item.part < 0:
-            self.store_rows(self.out, item)
+    def finish_at_positions(self, work_tile, log_sums):
+        """Store normalized O and logsumexp: to the output, or to the arrays of the split."""
+        lse, out_splits, lse_splits = self.lse, self.out_splits, self.lse_splits
+        if work_tile.split_idx < 0:
+            self.store_rows(self.out, work_tile)
         for r in cutlass.range_constexpr(2):
-            q_idx = item.start + self.row(r)
+            q_idx = work_tile.start + self.row(r)
             if q_idx >= 0 and q_idx < cute.size(lse, mode=[2]):
-                if item.part < 0:
+                if work_tile.split_idx < 0:
                     if self.thread % 4 == 0:
-                        lse[item.batch, item.head, q_idx] = log_sums[r]
+                        lse[work_tile.batch, work_tile.head, q_idx] = log_sums[r]
                 else:
-                    place = (item.part, item.batch, q_idx, item.head)
-                    online.store_part(out_parts, self.acc_o, place, r, self.thread)
+                    coord = (work_tile.split_idx, work_tile.batch, q_idx, work_tile.head)
+                    online.store_split(out_splits, self.acc_o, coord, r, self.thread)
                     if self.thread % 4 == 0:
-                        lse_parts[item.part, item.batch, item.head, q_idx] = log_sums[r]
+                        lse_splits[work_tile.split_idx, work_tile.batch, work_tile.head, q_idx] = (
+                            log_sums[r]
+                        )
 
     @cute.jit
-    def finish_row(self, item, log_sums):
-        """Write what is normalised."""
-        m_block, head, batch, _, part = item
-        lse, out_parts, lse_parts = self.lse, self.out_parts, self.lse_parts
+    def finish_row(self, work_tile, log_sums):
+        """Store normalized O and logsumexp: to the output, or to the buffers of the split."""
+        m_block, head, batch, _, split_idx = work_tile
+        lse, out_splits, lse_splits = self.lse, self.out_splits, self.lse_splits
         quad, row = self.thread % 4, self.row(0)
-        if part < 0:
-            self.store_out(item)
+        if split_idx < 0:
+            self.store_out(work_tile)
             for r in cutlass.range_constexpr(2):
                 q_idx = m_block * self.config.tile_m + row + 8 * r
                 if quad == 0 and q_idx < cute.size(lse, mode=[2]):
                     lse[batch, head, q_idx] = log_sums[r]
         else:
             for i in cutlass.range_constexpr(cute.size(self.acc_o)):
-                place = (part, row + 8 * (i // 2 % 2), i // 4 * 8 + quad * 2 + i % 2)
-                out_parts[place] = self.acc_o[i]
+                coord = (split_idx, row + 8 * (i // 2 % 2), i // 4 * 8 + quad * 2 + i % 2)
+                out_splits[coord] = self.acc_o[i]
             if quad == 0:
                 for r in cutlass.range_constexpr(2):
-                    lse_parts[part, row + 8 * r] = log_sums[r]
+                    lse_splits[split_idx, row + 8 * r] = log_sums[r]
 
     @cute.jit
-    def store_rows(self, tensor, item):
-        """The warpgroup's 64 rows from registers: TMA does not store at negative rows."""
+    def store_rows(self, tensor, work_tile):
+        """Store the warpgroup's 64 rows from registers: TMA cannot store at negative rows."""
         for r in cutlass.range_constexpr(2):
             starts = range(2 * r, cute.size(self.acc_o), 4)
-            pairs = [pair_of(self.acc_o[n], self.acc_o[n + 1], self.dtype) for n in starts]
-            place = (item.batch, item.start + self.row(r), item.head, 0)
-            store_pairs(tensor, place, pairs, any_row=True)
+            pairs = [pack_pair(self.acc_o[n], self.acc_o[n + 1], self.dtype) for n in starts]
+            coord = (work_tile.batch, work_tile.start + self.row(r), work_tile.head, 0)
+            store_pairs(tensor, coord, pairs, any_row=True)
 
     @cute.jit
-    def store_out(self, item):
-        """The warpgroup's 64 rows through shared memory; TMA leaves out rows beyond the end."""
+    def store_out(self, work_tile):
+        """Store the warpgroup's 64 rows through shared memory; TMA drops rows out of bounds."""
         (o_atom, o_tma), columns = self.store, self.config.o_columns
         stmatrix = cute.make_copy_atom(warp.StMatrix8x8x16bOp(num_matrices=4), self.dtype)
-        copy = cute.make_tiled_copy_C(stmatrix, self.chunk).get_slice(self.thread)
-        mine = self.s_o[None, None, self.group]
-        block = item.m_block * self.config.warpgroups + self.group
-        target = o_tma[None, None, item.head, item.batch]
+        copy = cute.make_tiled_copy_C(stmatrix, self.mma_store).get_slice(self.thread)
+        mine = self.sO[None, None, self.group]
+        block = work_tile.m_block * self.config.warpgroups + self.group
+        target = o_tma[None, None, work_tile.head, work_tile.batch]
         target = cute.local_tile(target, (64, columns), (None, None))
         source, goal = cpasync.tma_partition(
             o_atom,
@@ -283,16 +311,16 @@ class Consumer:
         )
         for chunk in cutlass.range_constexpr(self.config.head_dim // columns):
             registers = cute.make_rmem_tensor(
-                self.chunk.partition_shape_C((64, columns)), self.dtype
+                self.mma_store.partition_shape_C((64, columns)), self.dtype
             )
             for i in cutlass.range_constexpr(cute.size(registers)):
                 registers[i] = self.acc_o[chunk * cute.size(registers) + i].to(self.dtype)
-            if self.thread < 32:  # the store before this one has read its shared memory
+            if self.thread < 32:  # the previous store has read its shared memory
                 cute.arch.cp_async_bulk_wait_group(0, read=True)
-            self.gather()
+            self.sync_warpgroup()
             cute.copy(stmatrix, copy.retile(registers), copy.partition_D(mine))
             cute.arch.fence_view_async_shared()
-            self.gather()
+            self.sync_warpgroup()
             if self.thread < 32:
                 cute.copy(o_atom, source, goal[None, block, chunk])
                 cute.arch.cp_async_bulk_commit_group()

@@ -1,9 +1,8 @@
-"""What a thread does with its accumulators of S: mask, online softmax, rescale.
+"""Thread-level operations on the accumulators of S: mask, online softmax, rescale.
 
-The accumulators of a 64 x n product (WGMMA m64nNk16, PTX ISA) lie like this: element i of thread t
-of a warpgroup is row 16 (t / 32) + (t % 32) / 4 + 8 (i / 2 % 2) and column 8 (i / 4) + 2 (t % 4)
-+ i % 2.
-So a thread has two rows, and the four threads of a quad share them.
+Accumulator layout of a 64 x n WGMMA (m64nNk16, PTX ISA): element i of thread t of a warpgroup has
+row 16 (t / 32) + (t % 32) / 4 + 8 (i / 2 % 2) and column 8 (i / 4) + 2 (t % 4) + i % 2.
+A thread has two rows, shared by the four threads of a quad.
 """
 
 from __future__ import annotations
@@ -18,9 +17,9 @@ LN2 = math.log(2.0)
 
 @cute.jit
 def mask_words(bits, bit_tile, group, thread):
-    """For each of the thread's two rows, a word with a bit for each of its columns.
+    """Load the mask bits of the thread's two rows: one word each, one bit per column.
 
-    Bit 2 j + c stands for column 8 j + 2 (t % 4) + c. A negative `bit_tile`: all are set.
+    Bit 2 j + c is column 8 j + 2 (t % 4) + c. With a negative `bit_tile` all bits are set.
     """
     words = cute.make_rmem_tensor(2, Int32)
     words.fill(-1)
@@ -32,14 +31,14 @@ def mask_words(bits, bit_tile, group, thread):
 
 @cute.jit
 def word_of_row(bits, bit_tile, row, thread):
-    """The word of a thread's columns in any row of a bit tile: that of the row's own thread."""
+    """Load the mask bits of a thread's columns in any row of a bit tile."""
     owner = row % 64 // 16 * 32 + row % 8 * 4 + thread % 4
     return bits[bit_tile, row // 64, owner, row % 16 // 8]
 
 
 @cute.jit
 def columns_within(remaining, thread):
-    """A word whose bits are set for the thread's columns before column `remaining`."""
+    """A word with bits set for the thread's columns before column `remaining`."""
     columns = cutlass.max(remaining - 2 * (thread % 4), Int32(0))
     count = 2 * (columns // 8) + cutlass.min(columns % 8, Int32(2))
     return (Int32(1) << count) - 1 if count < 32 else Int32(-1)
@@ -47,9 +46,9 @@ def columns_within(remaining, thread):
 
 @cute.jit
 def apply_mask(acc_s, words, within, otherwise: cutlass.Constexpr = -math.inf):
-    """`otherwise` where a bit is not set in the row's word, or not in `within`.
+    """Set elements to `otherwise` unless their bit is set in the row's word and in `within`.
 
-    A selection, so that NaN in masked keys does not matter.
+    A select, so NaN of masked keys does not propagate.
     """
     for i in cutlass.range_constexpr(cute.size(acc_s)):
         bit = 1 << (i // 4 * 2 + i % 2)
@@ -60,24 +59,24 @@ def apply_mask(acc_s, words, within, otherwise: cutlass.Constexpr = -math.inf):
 
 @cute.jit
 def reset(stats):
-    """No keys so far: maximum -inf, sum 0."""
+    """Reset the online-softmax state: maximum -inf, sum 0."""
     for row in cutlass.range_constexpr(2):
         stats[row, 0] = -Float32.inf
         stats[row, 1] = Float32(0.0)
 
 
 @cute.jit
-def take_maximum(acc_s, stats, scale_log2, slack):
-    """Take S into account in the maxima. Returns whether, and by how much, to rescale O.
+def update_row_max(acc_s, stats, scale_log2, rescale_threshold):
+    """Update the row maxima with S. Returns whether to rescale O, and the factors.
 
-    Online softmax: Milakov & Gimelshein, 2018. A maximum that grows by less than `slack`,
-    8 / scale_log2, is not taken over (as in FlashAttention-4): P stays below 2^8, which costs no
-    precision, and there is nothing to exchange or to rescale.
+    Online softmax: Milakov & Gimelshein, 2018. Growth below `rescale_threshold`, 8 / scale_log2, is
+    ignored (as in FlashAttention-4): P stays below 2^8 without loss of precision, and no exchange
+    or rescale is needed.
     """
     decay = cute.make_rmem_tensor(2, Float32)
     decay.fill(1.0)
     tops = [_reduce([acc_s[i] for i in _row(acc_s, row)], cute.arch.fmax) for row in range(2)]
-    grown = tops[0] > stats[0, 0] + slack or tops[1] > stats[1, 0] + slack
+    grown = tops[0] > stats[0, 0] + rescale_threshold or tops[1] > stats[1, 0] + rescale_threshold
     grown = cute.arch.vote_any_sync(grown)
     if grown:
         for row in cutlass.range_constexpr(2):
@@ -94,13 +93,13 @@ def take_maximum(acc_s, stats, scale_log2, slack):
 
 
 @cute.jit
-def exponentiate(acc_s, stats, scale_log2):
-    """S becomes exp2(scale (S - maximum)), and is added to the sums.
+def exp2_and_sum(acc_s, stats, scale_log2):
+    """Replace S by exp2(scale (S - maximum)), and add it to the row sums.
 
-    These stay those of the thread's own columns until `normalisers`.
+    Row sums cover the thread's own columns until `row_normalizers` reduces them.
     """
     for row in cutlass.range_constexpr(2):
-        # A row without keys so far has no maximum.
+        # A row without keys so far has maximum -inf.
         shift = Float32(0.0) if stats[row, 0] == -Float32.inf else stats[row, 0]
         scaled = shift * scale_log2
         for i in _row(acc_s, row):
@@ -109,20 +108,20 @@ def exponentiate(acc_s, stats, scale_log2):
 
 
 def exp2(x):
-    """One MUFU. In PTX, because the compiler makes copies of the intrinsic where P is used."""
+    """exp2 as one MUFU; inline PTX, because the compiler duplicates the intrinsic at uses of P."""
     return cute.arch.inline_ptx(
         "ex2.approx.ftz.f32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[x]
     )
 
 
 def _row(acc_s, row):
-    """A row's elements among a thread's accumulators."""
+    """Indices of a row's elements among a thread's accumulators."""
     return [4 * j + 2 * row + c for j in range(cute.size(acc_s) // 4) for c in range(2)]
 
 
 @cute.jit
-def normalisers(stats, scale_log2):
-    """Of each row 1 / sum, and the logarithm of sum exp(scale S); 0 and -inf without keys."""
+def row_normalizers(stats, scale_log2):
+    """1 / sum and log sum exp(scale S) of each row; 0 and -inf for rows without keys."""
     factors = cute.make_rmem_tensor(2, Float32)
     log_sums = cute.make_rmem_tensor(2, Float32)
     for row in cutlass.range_constexpr(2):
@@ -136,7 +135,10 @@ def normalisers(stats, scale_log2):
 
 @cute.jit
 def mark_unknown(factors, log_sums, known, row):
-    """NaN for what follows `normalisers` in rows from `known` on; `row` is the thread's first."""
+    """Set the results of `row_normalizers` to NaN in rows from `known` on.
+
+    row: First row of the thread.
+    """
     for r in cutlass.range_constexpr(2):
         if row + 8 * r >= known:
             factors[r] = Float32.nan
@@ -144,12 +146,12 @@ def mark_unknown(factors, log_sums, known, row):
 
 
 @cute.jit
-def store_part(parts, acc_o, place, r: cutlass.Constexpr, thread):
-    """Row r (0 or 1) of a thread's O, in float32, to the row at `place` of the array of parts."""
+def store_split(splits, acc_o, coord, r: cutlass.Constexpr, thread):
+    """Row r (0 or 1) of a thread's O, in float32, to the row at `place` of the array of splits."""
     for i in cutlass.range_constexpr(2 * r, cute.size(acc_o), 4):
         column = i // 4 * 8 + thread % 4 * 2
         for c in cutlass.range_constexpr(2):
-            parts[(*place, column + c)] = acc_o[i + c]
+            splits[(*coord, column + c)] = acc_o[i + c]
 
 
 @cute.jit
@@ -164,7 +166,7 @@ def _add(x, y):
 
 
 def _reduce(values, combine, chains=4):
-    """Four independent chains: a warp waits for each result, and few warps are there to step in."""
+    """Reduce in four independent chains, for instruction-level parallelism with few warps."""
     heads = values[:chains]
     for i, value in enumerate(values[chains:]):
         heads[i % chains] = combine(heads[i % chains], value)
@@ -175,7 +177,7 @@ def _reduce(values, combine, chains=4):
 
 
 def _quad(value, combine):
-    """Over the four threads that share a row."""
+    """Reduce over the four threads that share a row."""
     for offset in (1, 2):
         value = combine(value, cute.arch.shuffle_sync_bfly(value, offset=offset))
     return value

@@ -7,21 +7,20 @@ from dataclasses import dataclass, replace
 from sparse_flash.kernels.sm90.config import (
     DTYPES,
     BackwardConfig,
+    DqConfig,
     ForwardConfig,
-    QueriesConfig,
     backward_configs,
+    dq_config,
     forward_configs,
-    queries_config,
 )
 
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """One compiled kernel for one query per sequence: a warpgroup whose rows are heads.
+    """One compiled decoding kernel (one query per sequence): a warpgroup whose rows are heads.
 
-    A step is tile_n keys, a part of a tile of the layout. Several CTAs share a multiprocessor, so
-    that one computes while another waits. Together they fill its shared memory with tiles under
-    way.
+    A step is tile_n keys, a fraction of a layout tile. Several CTAs share a multiprocessor, so one
+    computes while another waits. Together they fill its shared memory with tiles in flight.
     """
 
     dtype: str
@@ -33,7 +32,7 @@ class DecodeConfig:
 
     def __post_init__(self) -> None:
         assert self.tile[1] % self.tile_n == 0
-        # Of the 228 KiB of a multiprocessor each CTA takes 1 KiB more.
+        # A multiprocessor has 228 KiB; each CTA reserves 1 KiB more.
         assert self.ctas_per_sm * (self.shared_memory + 1024) <= 228 * 1024
 
     @property
@@ -47,8 +46,8 @@ class DecodeConfig:
         return 1.0
 
     @property
-    def part_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """None: the parts of all rows are arrays of their own (see positions.py)."""
+    def split_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """None: the splits of all rows are separate arrays (see positions.py)."""
         return ()
 
     @property
@@ -57,16 +56,21 @@ class DecodeConfig:
         return self.tile[1] // self.tile_n
 
     @property
+    def bytes_in_flight(self) -> int:
+        """K and V that a CTA has under way."""
+        return 2 * 2 * self.kv_stages * self.tile_n * self.head_dim
+
+    @property
     def shared_memory(self) -> int:
         """Bytes of shared memory: tiles, and less than 1 KiB of barriers and steps."""
         return 2 * self.head_dim * (64 + 2 * self.kv_stages * self.tile_n) + 1024
 
 
-PositionConfig = ForwardConfig | BackwardConfig | QueriesConfig | DecodeConfig
+PositionConfig = ForwardConfig | BackwardConfig | DqConfig | DecodeConfig
 _ANY = "bfloat16"  # stands for either
 _DECODE = {
     32: DecodeConfig(_ANY, 32, kv_stages=8, ctas_per_sm=3),
-    64: DecodeConfig(_ANY, 64, kv_stages=4, ctas_per_sm=3),
+    64: DecodeConfig(_ANY, 64, kv_stages=2, ctas_per_sm=3),
     96: DecodeConfig(_ANY, 96, kv_stages=4, ctas_per_sm=2),
     128: DecodeConfig(_ANY, 128, kv_stages=3, ctas_per_sm=2),
     192: DecodeConfig(_ANY, 192, kv_stages=4, ctas_per_sm=1),
@@ -89,13 +93,13 @@ def backward_at_config(dtype: str, head_dim: int, deterministic: bool = False) -
     return replace(backward_configs(dtype, head_dim, deterministic)[0], offsets=True)
 
 
-def queries_at_config(dtype: str, head_dim: int) -> QueriesConfig:
+def dq_at_config(dtype: str, head_dim: int) -> DqConfig:
     """The config with offsets that computes this head_dim."""
-    return replace(queries_config(dtype, head_dim), offsets=True)
+    return replace(dq_config(dtype, head_dim), offsets=True)
 
 
 def all_position_configs() -> list[PositionConfig]:
-    """Everything of these that is shipped."""
+    """All shipped configs for positions."""
     configs: dict[PositionConfig, None] = {}
     for dtype in DTYPES:
         for head_dim in _DECODE:
@@ -105,5 +109,5 @@ def all_position_configs() -> list[PositionConfig]:
                 backward = backward_at_config(dtype, head_dim, deterministic)
                 configs[backward] = None
                 if not backward.dq:
-                    configs[queries_at_config(dtype, head_dim)] = None
+                    configs[dq_at_config(dtype, head_dim)] = None
     return list(configs)

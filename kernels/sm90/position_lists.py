@@ -61,7 +61,7 @@ def backward_lists(
     tiles[goal, 0], tiles[goal, 1] = local.int(), bit_tile.expand(b, -1).int()
     columns = min(plan.rows.shape[1] - 1, -(-s_kv // tile_n))
     owners = plan.pattern_map.long().expand(b, kv_heads)
-    starts = plan.rows[:, : columns + 1].long()[owners]  # (b, kv heads, columns + 1)
+    starts = plan.rows[:, : columns + 1, 0].long()[owners]  # (b, kv heads, columns + 1)
     index = torch.arange(b, device=device)[:, None, None]
     first = before[index, starts]
     count = first.diff()

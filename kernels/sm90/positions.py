@@ -25,15 +25,15 @@ from sparse_flash.kernels.fragment import fragment_order
 from sparse_flash.kernels.launch import Kernel
 from sparse_flash.kernels.schedule import stack_heads
 from sparse_flash.kernels.sm90.attention import DTYPES, is_aligned
-from sparse_flash.kernels.sm90.config import BackwardConfig, ForwardConfig, QueriesConfig
+from sparse_flash.kernels.sm90.config import BackwardConfig, DqConfig, ForwardConfig
 from sparse_flash.kernels.sm90.position_compile import load_position_function
 from sparse_flash.kernels.sm90.position_config import (
     DecodeConfig,
     PositionConfig,
     backward_at_config,
     decode_config,
+    dq_at_config,
     forward_at_config,
-    queries_at_config,
 )
 from sparse_flash.kernels.sm90.position_lists import backward_lists
 from sparse_flash.masks.layout import BlockLayout
@@ -47,6 +47,7 @@ ARRAYS = ("rows", "pattern_map", "tiles", "bits", "zeros", "unlimited")
 _LOG2_E = math.log2(math.e)
 _MAX_INT32 = 2**31 - 1
 _SPLIT_BYTES = 1 << 28  # the most memory of the parts of split rows
+_SATURATING_BYTES = 43 << 10  # loads in flight per SM that use all of an H200's bandwidth
 _ROWS_OF_A_TILE = 64  # heads that a CTA of the decoding kernel takes
 _lock = threading.Lock()
 
@@ -57,7 +58,8 @@ class PositionPlan(Generic[Config]):
 
     Args:
         config: Config of the kernel that is launched.
-        rows: First tile of each block row, and the end, int32 (patterns, block rows + 1).
+        rows: First tile, number of tiles, first and last column of each block row, and of an
+            empty row at the end, int32 (patterns, block rows + 1, 4).
         pattern_map: Pattern of each batch entry and head, int32 (1 or b, 1 or h).
         tiles: Column and bit tile (-1: full) of each tile, and a last one for rows without tiles,
             int32 (tiles + 1, 2).
@@ -86,7 +88,7 @@ class PositionPlan(Generic[Config]):
     rebuild: Callable[[BlockLayout], PositionPlan[Config]] | None = field(default=None, repr=False)
     kernel: Kernel | None = field(default=None, repr=False)
     captured: bool = False  # a CUDA graph reads the arrays
-    num_parts: int = 0  # in the sense of `Plan`: split rows have arrays of their own here
+    num_splits: int = 0  # in the sense of `Plan`: split rows have arrays of their own here
     combine: tuple[Tensor, ...] = ()
 
     def __post_init__(self) -> None:
@@ -117,7 +119,7 @@ class PositionPlan(Generic[Config]):
             given, capacity = len(getattr(new, name)), len(getattr(self, name))
             if given > capacity and not (name == "bits" and layout.num_bit_tiles <= capacity):
                 raise ValueError(
-                    f"no room for {given} entries of `{name}`: there were {capacity}; begin with "
+                    f"no space for {given} entries of `{name}`: there were {capacity}; begin with "
                     "the layout that needs most"
                 )
         return functools.partial(self._take, new)
@@ -138,18 +140,19 @@ class PositionBackwardPlans(NamedTuple):
     """
 
     dkdv: PositionPlan[BackwardConfig]
-    dq: PositionPlan[QueriesConfig] | None = None
+    dq: PositionPlan[DqConfig] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class PositionKey:
-    """What a plan depends on besides its layout."""
+    """Key of a plan besides its layout."""
 
     config: PositionConfig
     batch: int
     heads: int
     kv_heads: int
     facts: DeviceFacts
+    transposed: bool = False  # compute by key blocks; backward configs of Hopper always do
 
 
 def forward_plan_at(
@@ -174,26 +177,31 @@ def backward_plans_at(
     plan = _plan_of(layout, backward_at_config(dtype, head_dim, deterministic), q, k)
     if plan.config.dq:
         return PositionBackwardPlans(plan)
-    return PositionBackwardPlans(plan, _plan_of(layout, queries_at_config(dtype, head_dim), q, k))
+    return PositionBackwardPlans(plan, _plan_of(layout, dq_at_config(dtype, head_dim), q, k))
 
 
 def _plan_of(layout: BlockLayout, config: Config, q: Tensor, k: Tensor) -> PositionPlan[Config]:
     facts = DeviceFacts.of(layout.device)
     key = PositionKey(config, q.shape[0], q.shape[2], k.shape[2], facts)
+    return cast("PositionPlan[Config]", plan_of_key(layout, key))
+
+
+def plan_of_key(layout: BlockLayout, key: PositionKey) -> PositionPlan[PositionConfig]:
+    """The plan of a layout, from `layout.derived` or built and kept there. Thread safe."""
     plan = layout.derived.get(key)
     if plan is None:
         with _lock:
             plan = layout.derived.get(key)
             if plan is None:
                 plan = layout.derived[key] = build_plan(layout, key)
-    return cast("PositionPlan[Config]", plan)
+    return cast("PositionPlan[PositionConfig]", plan)
 
 
 def build_plan(layout: BlockLayout, key: PositionKey) -> PositionPlan[PositionConfig]:
     """The plan of a layout of any granularity."""
     config = key.config
     with plain_torch():  # the plan outlives the modes and transforms of the call that asks for it
-        if isinstance(config, BackwardConfig):
+        if key.transposed or isinstance(config, BackwardConfig):
             tiled = retile(layout.transpose(), config.tile)
             tiled = stack_heads(tiled, key.heads // key.kv_heads)
         else:
@@ -204,7 +212,7 @@ def build_plan(layout: BlockLayout, key: PositionKey) -> PositionPlan[PositionCo
         spares = bits.new_zeros(min(len(bits) + 16, 1024), *bits.shape[1:])  # see `follow`
         return PositionPlan(
             config,
-            tiled.crow_indices.contiguous(),
+            _rows_of(tiled),
             tiled.pattern_map.contiguous(),
             pad(torch.stack([tiled.col_indices, tiled.bit_tile_indices], 1).int(), (0, 0, 0, 1)),
             torch.cat([bits, spares]),
@@ -215,6 +223,18 @@ def build_plan(layout: BlockLayout, key: PositionKey) -> PositionPlan[PositionCo
             key.facts.num_sms,
             functools.partial(build_plan, key=key),
         )
+
+
+def _rows_of(layout: BlockLayout) -> Tensor:
+    """`PositionPlan.rows`: a kernel reads all it needs to know of a row at once."""
+    first, count = layout.crow_indices, layout.crow_indices.diff()
+    columns = pad(layout.col_indices, (0, 1)).int()
+    start = first[:, :-1].long()
+    last = (start + count - 1).clamp(min=0)
+    fields = (first[:, :-1], count, columns[start], columns[last])
+    rows = pad(torch.stack(fields, 2).int(), (0, 0, 0, 1))
+    rows[:, -1, 0] = first[:, -1]
+    return rows
 
 
 class Offsets(NamedTuple):
@@ -236,7 +256,7 @@ def offsets_of(
     q_offset: Tensor | int | None,
     kv_starts: Tensor | None,
 ) -> Offsets:
-    """What a call gives, with the plan's arrays in place of what it leaves out."""
+    """The offsets of a call, with the plan's arrays as defaults."""
 
     def given(x: Tensor | None, default: Tensor) -> Tensor:
         if x is None:
@@ -321,12 +341,13 @@ def _pack(group: int) -> int:
 
 
 def splits_of(plan: PositionPlan[Any], b: int, s: int, h: int, s_kv: int, kv_heads: int) -> int:
-    """Into how many parts each row is split, by what the host knows: shapes and the longest row."""
+    """Number of splits per row, from shapes and the longest row."""
     config, tile_n, sms = plan.config, plan.config.tile[1], plan.num_ctas
     tiles = min(plan.longest, -(-s_kv // tile_n))
-    if isinstance(config, DecodeConfig):  # as much as memory gives: one CTA on each SM takes it all
+    if isinstance(config, DecodeConfig):
         rows, slots = b * h // pack_of(plan, h, kv_heads), sms * config.ctas_per_sm
-        splits = num_splits(rows, tiles * config.steps, slots, sms, 1.5)
+        saturating = max(sms, sms * _SATURATING_BYTES // config.bytes_in_flight)
+        splits = num_splits(rows, tiles * config.steps, slots, saturating, 1.5)
     else:
         splits = num_splits(b * h * -(-s // config.tile[0]), tiles, sms, sms, 2.5)
     return max(1, min(splits, _SPLIT_BYTES // max(1, 4 * b * s * h * config.head_dim)))
@@ -342,10 +363,13 @@ def num_splits(rows: int, steps: int, slots: int, saturating: int, overhead: flo
 
     >>> num_splits(8, 1024, 264, 132, 1.5), num_splits(256, 64, 264, 132, 1.5)
     (16, 1)
+    >>> num_splits(8, 66, 396, 176, 1.5)
+    22
     """
     combination, by_part, lateness = 2.0, 0.12, 0.01
     best, least = 1, math.inf
-    fitting = (i * n // max(rows, 1) for i in range(1, 9) for n in (slots, saturating))
+    fitting = [i * n // max(rows, 1) for i in range(1, 9) for n in (slots, saturating)]
+    fitting += [-(-steps // part) for part in range(1, 9)]  # short rows: all parts equally long
     for n in sorted({1, *(min(steps, n) for n in fitting)} - {0}):
         part = -(-steps // n)
         rounds, rest = divmod(rows * n, slots)
@@ -389,13 +413,13 @@ def backward_at(
     row_tiles = -(-s // config.tile_m) + 1
     chunks = 2 * row_tiles if config.dq else 0
     done = torch.empty((b, h, chunks), dtype=torch.int32, device=device)
-    bounds = torch.zeros((2 * config.fixed, b, h_kv), dtype=torch.int32, device=device)
+    bounds = torch.zeros((2 * config.fixed_point, b, h_kv), dtype=torch.int32, device=device)
     dq_sum = lse.new_empty((b, h, chunks, config.dq_chunk))
     stats = lse.new_empty((b, h, 2, row_tiles * config.tile_m))
     given = lse if dlse is None else dlse.contiguous()
     scales = (softmax_scale, softmax_scale * _LOG2_E)
     tensors = (q, k, v, out, dout, lse, given, dq, dk, dv, done, bounds, dq_sum, stats)
-    launched = _Listed(plan, (lists.work, lists.tiles, plan.bits), (lists.counts,))
+    launched = Listed(plan, (lists.work, lists.tiles, plan.bits), (lists.counts,))
     scalars = (0 if dlse is None else 1, *scales)
     kernel = plan.kernel or _bind(plan)
     inputs: tuple[Tensor, ...] = (*tensors, lens, lists.q_pad, starts)
@@ -409,13 +433,13 @@ def backward_at(
 
 
 @dataclass(eq=False)
-class _Listed:
+class Listed:
     """What `Kernel.launch` reads of a plan, for the lists of one call."""
 
     plan: PositionPlan[BackwardConfig]
     lists: tuple[Tensor, ...]
     combine: tuple[Tensor, ...]
-    num_parts: int = 0
+    num_splits: int = 0
 
     @property
     def num_ctas(self) -> int:
@@ -469,7 +493,7 @@ def _bind(plan: PositionPlan[Any]) -> Kernel:
                 elif isinstance(config, ForwardConfig):
                     kernel = Kernel(function, ())
                 else:
-                    kernel = Kernel(function, config.part_shapes)
+                    kernel = Kernel(function, config.split_shapes)
                 _kernels[config] = kernel
     plan.kernel = kernel
     return kernel

@@ -1,4 +1,4 @@
-"""What the Hopper kernels have in common: products, loads, and the list of work."""
+"""Building blocks of the Hopper kernels: GEMMs, TMA, pipelines, and the work list."""
 
 import cutlass
 from cutlass import Float32, Int32, cute, pipeline
@@ -7,44 +7,45 @@ from cutlass.tensor_utils import LayoutEnum
 from cutlass.utils import hopper_helpers
 from sparse_flash.kernels.schedule import WORK_FIELDS
 
-WORK_STAGES = 2  # items that are announced ahead
+VECTOR = 8  # elements of 16 bits that a thread loads at once: 16 bytes
+WORK_STAGES = 2  # work tiles published ahead
 LOAD, STORE = cpasync.CopyBulkTensorTileG2SOp, cpasync.CopyBulkTensorTileS2GOp  # by TMA
 
 
 @cute.jit
-def multiply(product, acc, a, b, stage, clear: cutlass.Constexpr):
+def gemm(tiled_mma, acc, a, b, stage, clear: cutlass.Constexpr):
     """Issue acc = a b, or acc += a b; `warpgroup.wait_group` waits for it."""
     warpgroup.fence()
-    _issue(product, acc, a, b, stage, clear, (0, cute.size(a, mode=[2])))
+    _issue_gemms(tiled_mma, acc, a, b, stage, clear, (0, cute.size(a, mode=[2])))
     warpgroup.commit_group()
 
 
 @cute.jit
-def multiply_part(product, acc, a, b, stage, part: cutlass.Constexpr, parts: cutlass.Constexpr):
-    """Issue acc += a b for one of equal parts of a's columns."""
-    steps = cute.size(a, mode=[2]) // parts
+def gemm_slice(tiled_mma, acc, a, b, stage, index: cutlass.Constexpr, count: cutlass.Constexpr):
+    """Issue acc += a b for slice `index` of `count` equal slices of a's columns."""
+    steps = cute.size(a, mode=[2]) // count
     warpgroup.fence()
-    _issue(product, acc, a, b, stage, False, (part * steps, (part + 1) * steps))
+    _issue_gemms(tiled_mma, acc, a, b, stage, False, (index * steps, (index + 1) * steps))
     warpgroup.commit_group()
 
 
 @cute.jit
-def multiply_held(products, acc, held, a, b, stage):
-    """Issue acc = a b, with the first columns of a held in registers (see `hold`).
+def gemm_a_in_registers(tiled_mmas, acc, a_registers, a, b, stage):
+    """Issue acc = a b with the first columns of a in registers (see `load_a_to_registers`).
 
-    products: For a in registers, and for a in shared memory.
+    tiled_mmas: For a in registers, and for a in shared memory.
     """
-    steps = cute.size(held, mode=[2])
+    steps = cute.size(a_registers, mode=[2])
     warpgroup.fence()
-    _issue(products[0], acc, held, b, stage, True, (0, steps))
-    _issue(products[1], acc, a, b, stage, False, (steps, cute.size(a, mode=[2])))
+    _issue_gemms(tiled_mmas[0], acc, a_registers, b, stage, True, (0, steps))
+    _issue_gemms(tiled_mmas[1], acc, a, b, stage, False, (steps, cute.size(a, mode=[2])))
     warpgroup.commit_group()
 
 
 @cute.jit
-def _issue(product, acc, a, b, stage, clear: cutlass.Constexpr, steps: cutlass.Constexpr):
-    """The products of some of the steps, 16 columns of a each."""
-    atom = cute.make_mma_atom(product.op)
+def _issue_gemms(tiled_mma, acc, a, b, stage, clear: cutlass.Constexpr, steps: cutlass.Constexpr):
+    """Issue the MMAs of a range of steps, 16 columns of a each."""
+    atom = cute.make_mma_atom(tiled_mma.op)
     atom.set(warpgroup.Field.ACCUMULATE, not clear)
     for k in cutlass.range_constexpr(*steps):
         cute.gemm(atom, acc, a[None, None, k], b[None, None, k, stage], acc)
@@ -52,22 +53,22 @@ def _issue(product, acc, a, b, stage, clear: cutlass.Constexpr, steps: cutlass.C
 
 
 @cute.jit
-def hold(product, tensor, registers, thread):
-    """The first columns of a tile in shared memory (64, columns) into registers, as operand a.
+def load_a_to_registers(tiled_mma, tensor, registers, thread):
+    """Load the first columns of a (64, columns) tile from shared memory as operand A.
 
-    A product that is repeated then reads shared memory less often.
+    A repeated GEMM then reads less shared memory.
     """
     columns = 16 * cute.size(registers, mode=[2])
     ldmatrix = cute.make_copy_atom(warp.LdMatrix8x8x16bOp(num_matrices=4), tensor.element_type)
-    copy = cute.make_tiled_copy_A(ldmatrix, product).get_slice(thread)
+    copy = cute.make_tiled_copy_A(ldmatrix, tiled_mma).get_slice(thread)
     source = copy.partition_S(cute.local_tile(tensor, (64, columns), (0, 0)))
     cute.copy(ldmatrix, source, copy.retile(registers))
 
 
 @cute.jit
-def multiply_pairs(values, factors):
-    """Numbers in registers times others, in 16 bits, two at a time."""
-    kind = "bf16x2" if cutlass.const_expr(values.element_type is cutlass.BFloat16) else "f16x2"
+def mul_pairs(values, factors):
+    """Multiply register tensors of 16-bit elements in place, two elements per instruction."""
+    pair_type = "bf16x2" if cutlass.const_expr(values.element_type is cutlass.BFloat16) else "f16x2"
     pairs, others = (
         cute.make_tensor(
             cute.recast_ptr(x.iterator, dtype=Int32), cute.make_layout(cute.size(x) // 2)
@@ -76,7 +77,7 @@ def multiply_pairs(values, factors):
     )
     for i in cutlass.range_constexpr(cute.size(pairs)):
         pairs[i] = cute.arch.inline_ptx(
-            f"mul.rn.{kind} {{$w0}}, {{$r0}}, {{$r1}};",
+            f"mul.rn.{pair_type} {{$w0}}, {{$r0}}, {{$r1}};",
             write_only_types=[Int32],
             read_only_args=[pairs[i], others[i]],
         )
@@ -99,23 +100,52 @@ def from_bits(bits):
 
 
 @cute.jit
-def pair_of(first, second, dtype: cutlass.Constexpr):
-    """Two numbers, in 16 bits, in one register."""
+def pack_pair(first, second, dtype: cutlass.Constexpr):
+    """Round two floats to 16 bits and pack them into one register."""
     pair = cute.make_rmem_tensor(2, dtype)
     pair[0], pair[1] = first.to(dtype), second.to(dtype)
     return cute.recast_tensor(pair, Int32)[0]
 
 
 @cute.jit
-def store_pairs(tensor, place, pairs, any_row: cutlass.Constexpr = False):
-    """Of the row of a tensor from place = (batch, row, head, column) on, four threads with
-    neighbouring lanes have a pair each of every 8 columns. Into memory, as far as the tensor
-    reaches, 8 bytes a thread: of 16 columns the even lanes take the first 8.
+def vector_at(tensor, coord, alignment: cutlass.Constexpr):
+    """VECTOR adjacent elements of a row, starting at a four-mode coordinate."""
+    start = (tensor.iterator + cute.crd2idx(coord, tensor.layout)).align(alignment)
+    return cute.make_tensor(start, cute.make_layout(VECTOR))
 
-    Without branches, so that threads need not wait for one store's operands before the next's.
-    any_row: Whether the row may be negative, too; then nothing is stored.
+
+@cute.jit
+def load_vector(tensor, coord):
+    """Load VECTOR elements of a row; coord = (batch, row, head, column), clamped to the tensor.
+
+    Clamping avoids branches, so the loads are independent.
     """
-    (batch, row, head, column), lane = place, cute.arch.lane_idx()
+    batch, row, head, column = coord
+    row = cutlass.min(row, cute.size(tensor, mode=[1]) - 1)
+    column = cutlass.min(column, cute.size(tensor, mode=[3]) - VECTOR)
+    values = cute.make_rmem_tensor(VECTOR, tensor.element_type)
+    cute.autovec_copy(vector_at(tensor, (batch, row, head, column), 16), values)
+    return values
+
+
+@cute.jit
+def grid_coord(chunks, heads):
+    """(chunk, head, batch) of this CTA in a grid of one dimension."""
+    index = cute.arch.block_idx()[0]
+    rest = index // chunks
+    return index % chunks, rest % heads, rest // heads
+
+
+@cute.jit
+def store_pairs(tensor, coord, pairs, any_row: cutlass.Constexpr = False):
+    """Store pairs of a row from coord = (batch, row, head, column) on, 8 bytes per thread.
+
+    Four adjacent lanes hold one pair each of every 8 columns. Of 16 columns, even lanes store the
+    first 8. Columns out of bounds are not stored. Predicated instead of branches, so that stores do
+    not wait for each other's operands.
+    any_row: Whether the row may be negative; then nothing is stored.
+    """
+    (batch, row, head, column), lane = coord, cute.arch.lane_idx()
     odd = lane % 2 == 1
     column += lane % 2 * 8 + lane % 4 // 2 * 4
     start = (tensor.iterator + cute.crd2idx((batch, row, head, column), tensor.layout)).toint()
@@ -135,41 +165,41 @@ def store_pairs(tensor, place, pairs, any_row: cutlass.Constexpr = False):
 
 
 @cute.jit
-def tma_load(load, smem, place, stage, barrier, start=None):
-    """One TMA load: the tile at place = (block, head, batch) into a stage of shared memory.
+def tma_load(load, smem, coord, stage, barrier, start=None):
+    """Issue a TMA load of the tile at coord = (block, head, batch) to a stage of shared memory.
 
-    start: Row of the tensor where block 0 begins, of any sign; rows outside the tensor are zeros.
+    start: Row of the tensor at which block 0 begins, of any sign; rows out of bounds are zeros.
     """
-    to, of = _tiles(load, smem, place, start)
-    cute.copy(load[0], of[None, place[0]], to[None, stage], tma_bar_ptr=barrier)
+    to, of = _partition_copy(load, smem, coord, start)
+    cute.copy(load[0], of[None, coord[0]], to[None, stage], tma_bar_ptr=barrier)
 
 
 @cute.jit
-def tma_store(store, smem, which, place, start=None):
-    """One TMA store: a tile of shared memory to the place = (block, head, batch).
+def tma_store(store, smem, which, coord, start=None):
+    """Issue a TMA store of a tile of shared memory to coord = (block, head, batch).
 
-    start: As in `tma_load`; rows outside the tensor are not written.
+    start: As in `tma_load`; rows out of bounds are not written.
     """
-    of, to = _tiles(store, smem, place, start)
-    cute.copy(store[0], of[None, *which], to[None, place[0]])
+    of, to = _partition_copy(store, smem, coord, start)
+    cute.copy(store[0], of[None, *which], to[None, coord[0]])
 
 
-def rows_from(tensor, start):
+def offset_rows(tensor, start):
     """A tensor whose row 0 is row `start` of the given one; `None` for the tensor itself."""
     return tensor if start is None else cute.domain_offset((start, 0), tensor)
 
 
-def _tiles(copy, smem, place, start):
-    """The tiles that a TMA copy moves, in shared memory and in memory, by their indices."""
-    (atom, tensor), (_, head, batch) = copy, place
+def _partition_copy(copy, smem, coord, start):
+    """Partition shared and global memory into the tiles of a TMA copy."""
+    (atom, tensor), (_, head, batch) = copy, coord
     tile = cute.product_each(cute.select(smem.shape, [0, 1]))
-    tiles = cute.local_tile(rows_from(tensor[None, None, head, batch], start), tile, (None, 0))
+    tiles = cute.local_tile(offset_rows(tensor[None, None, head, batch], start), tile, (None, 0))
     modes = (cute.group_modes(smem, 0, 2), cute.group_modes(tiles, 0, 2))
     return cpasync.tma_partition(atom, 0, cute.make_layout(1), *modes)
 
 
-def product(dtype, tile, a_mode=OperandMajorMode.K, b_mode=OperandMajorMode.K, **options):
-    """The product of a warpgroup: (m, n) in float32 from operands that lie in these modes."""
+def make_tiled_mma(dtype, tile, a_mode=OperandMajorMode.K, b_mode=OperandMajorMode.K, **options):
+    """The tiled MMA of a warpgroup: (m, n) in float32, from operands with these major modes."""
     return hopper_helpers.make_trivial_tiled_mma(
         dtype,
         dtype,
@@ -188,30 +218,30 @@ def by_tiles(tensors):
 
 
 def tma(op, tensor, layout):
-    """(TMA atom, tensor) that moves tiles of a tensor; a stage of the layout holds one."""
+    """(TMA atom, tensor) for tiles of a tensor; a stage of the layout holds one tile."""
     tile = cute.select(layout, [0, 1])
     return cpasync.make_tiled_tma_atom(op, tensor, tile, cute.product_each(tile.shape))
 
 
 def smem_layout(dtype, rows, columns, stages):
-    """Row-major tiles, swizzled as the products and TMA want them."""
-    kind = hopper_helpers.get_smem_layout_atom(LayoutEnum.ROW_MAJOR, dtype, columns)
-    atom = warpgroup.make_smem_layout_atom(kind, dtype)
+    """Layout of row-major tiles, swizzled for WGMMA and TMA."""
+    atom_kind = hopper_helpers.get_smem_layout_atom(LayoutEnum.ROW_MAJOR, dtype, columns)
+    atom = warpgroup.make_smem_layout_atom(atom_kind, dtype)
     return cute.tile_to_shape(atom, (rows, columns, stages), order=(0, 1, 2))
 
 
-def buffer(dtype, layout):
-    """Room for a layout in shared memory, aligned for its swizzle."""
+def tile_storage(dtype, layout):
+    """Shared-memory storage of a layout, aligned for its swizzle."""
     return cute.struct.Align[cute.struct.MemRange[dtype, cute.cosize(layout)], 1024]
 
 
-def tensor_in(room, layout, **options):
-    """The tensor of a layout in its room in shared memory."""
-    return room.get_tensor(layout.outer, swizzle=layout.inner, **options)
+def smem_tensor(storage, layout, **options):
+    """The tensor of a layout in its shared-memory storage."""
+    return storage.get_tensor(layout.outer, swizzle=layout.inner, **options)
 
 
-def barriers(stages):
-    """Room for the barriers of a pipeline."""
+def barrier_storage(stages):
+    """Shared-memory storage of the barriers of a pipeline."""
     return cute.struct.MemRange[cutlass.Int64, 2 * stages]
 
 
@@ -226,15 +256,15 @@ def check_arrivals(barrier, roles, expected):
 
 
 def tile_bytes(layout, dtype, tiles=1):
-    """Bytes that TMA brings with `tiles` tiles of a shared-memory layout (rows, columns, stage)."""
+    """Bytes of `tiles` tiles of a shared-memory layout (rows, columns, stage)."""
     rows, columns = (cute.size(layout, mode=[i]) for i in range(2))
     return rows * columns * tiles * dtype.width // 8
 
 
-def tma_ring(room, stages, consumers, size):
-    """A ring of stages that TMA fills, `size` bytes each; a thread of each consumer warp frees."""
+def tma_pipeline(storage, stages, consumers, size):
+    """A pipeline of stages of `size` bytes, filled by TMA; one lane per consumer warp releases."""
     return pipeline.PipelineTmaAsync.create(
-        barrier_storage=room.data_ptr(),
+        barrier_storage=storage.data_ptr(),
         num_stages=stages,
         producer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread),
         consumer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, consumers),
@@ -243,15 +273,15 @@ def tma_ring(room, stages, consumers, size):
     )
 
 
-def work_room():
-    """Room for the items of a `work_ring`."""
+def work_storage():
+    """Shared-memory storage of the work tiles of a `work_pipeline`."""
     return cute.struct.MemRange[Int32, WORK_STAGES * WORK_FIELDS]
 
 
-def work_ring(room, consumers):
-    """A ring of WORK_STAGES items that a warp announces to so many threads."""
+def work_pipeline(storage, consumers):
+    """A pipeline of WORK_STAGES work tiles from one warp to `consumers` threads."""
     return pipeline.PipelineAsync.create(
-        barrier_storage=room.data_ptr(),
+        barrier_storage=storage.data_ptr(),
         num_stages=WORK_STAGES,
         producer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, 32),
         consumer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, consumers),
@@ -260,22 +290,22 @@ def work_ring(room, consumers):
 
 
 class WorkList:
-    """Items that CTAs take off a common list, and hand on to their warps through shared memory.
+    """The work list that all CTAs share; a CTA publishes its work tiles to its warps.
 
-    (What is written inside a dynamic `if` must be a local name: the DSL cannot carry attributes.)
+    (Values written inside a dynamic `if` must be local names: the DSL cannot carry attributes.)
     """
 
-    def __init__(self, work, counter, counts, room, pipe):
+    def __init__(self, work, counter, counts, storage, pipe):
         self.work, self.counter, self.counts, self.pipe = work, counter, counts, pipe
         layout = cute.make_layout((WORK_STAGES, WORK_FIELDS), stride=(WORK_FIELDS, 1))
-        self.s_work = room.get_tensor(layout)
+        self.sWork = storage.get_tensor(layout)
 
     @cute.jit
     def next_index(self):
-        """The number of an item that nobody has taken yet; a CTA's first one is its own number.
+        """Index of the next unclaimed work tile; the first one of a CTA is its block index.
 
-        To be asked for near the end of the item before: who asks early may get what another CTA
-        has long had time for, and the last items then end late.
+        Call it near the end of the current work tile. An early claim may keep a work tile from an
+        idle CTA, and the last work tiles then end late.
         """
         ticket = Int32(0)
         if cute.arch.lane_idx() == 0:
@@ -286,27 +316,27 @@ class WorkList:
 
     @cute.jit
     def announce(self, state, fields):
-        """Hand an item, a NamedTuple of at most WORK_FIELDS numbers, to the other warps."""
-        assert len(fields) <= WORK_FIELDS, f"{fields._fields}: room for {WORK_FIELDS} fields"
+        """Publish a work tile, a NamedTuple of at most WORK_FIELDS numbers, to the other warps."""
+        assert len(fields) <= WORK_FIELDS, f"{fields._fields}: more than {WORK_FIELDS} fields"
         self.pipe.producer_acquire(state)
-        s_work = self.s_work
+        sWork = self.sWork
         if cute.arch.lane_idx() == 0:
             for i in cutlass.range_constexpr(len(fields)):
-                s_work[state.index, i] = fields[i]
+                sWork[state.index, i] = fields[i]
         cute.arch.sync_warp()
         self.pipe.producer_commit(state)
 
     @cute.jit
-    def take(self, state, kind: cutlass.Constexpr):
-        """The next item, a NamedTuple of this type."""
+    def take(self, state, record_type: cutlass.Constexpr):
+        """Wait for the next work tile, a NamedTuple of this type."""
         self.pipe.consumer_wait(state)
-        fields = [self.s_work[state.index, i] for i in range(len(kind._fields))]
+        fields = [self.sWork[state.index, i] for i in range(len(record_type._fields))]
         self.pipe.consumer_release(state)
-        return kind(*fields)
+        return record_type(*fields)
 
     @cute.jit
-    def leave(self):
-        """The last CTA to take no more work leaves the counters as it found them: zero."""
+    def reset_counters(self):
+        """Reset the counters to zero, in the last CTA that finds no more work."""
         counter = self.counter
         if cute.arch.lane_idx() == 0:
             done = cute.arch.atomic_add(counter.iterator + 1, Int32(1), sem="acq_rel", scope="gpu")

@@ -1,9 +1,9 @@
-"""Rows computed in parts, put together: for parts that are arrays of all rows (split-KV).
+"""Combine the splits of all rows (split-KV).
 
-With out_s and lse_s of part s of a row,
+With out_s and lse_s of split s of a row,
     lse = log sum_s exp(lse_s),    out = sum_s exp(lse_s - lse) out_s        (Flash-Decoding, 2023)
-A CTA takes one row, and its warps every eighth part each: rows are few where they are split, and
-parts many, so that their latency must overlap. The order of all sums is fixed.
+A CTA combines one row; each of its warps takes every eighth split. Split rows are few and have many
+splits, so their latencies must overlap. The order of all sums is fixed.
 """
 
 import math
@@ -16,10 +16,10 @@ LOG2_E = math.log2(math.e)
 
 
 class SplitCombine:
-    """The kernel for parts of `head_dim` columns.
+    """Combines splits of `head_dim` columns.
 
-    dependent: Whether to launch while the kernel before it still runs (programmatic dependent
-        launch), and to wait for its results on the device.
+    dependent: Whether to launch while the previous kernel still runs (programmatic dependent
+        launch), and wait for its results on the device.
     """
 
     def __init__(self, head_dim: int, dtype: type[cutlass.Numeric], dependent: bool = False):
@@ -27,14 +27,14 @@ class SplitCombine:
         self.vector = head_dim // 32  # columns of a lane, 32 apart
 
     @cute.jit
-    def __call__(self, out, lse, out_parts, lse_parts, num_splits: Int32, stream):
+    def __call__(self, out, lse, out_splits, lse_splits, num_splits: Int32, stream):
         """Launch on the stream.
 
         out: (b, s, h, d). lse: (b, h, s) float32. out_parts: (splits, b, s, h, head_dim) float32.
         lse_parts: (splits, b, h, s) float32.
         """
         rows = cute.size(out, mode=[0]) * cute.size(out, mode=[1]) * cute.size(out, mode=[2])
-        self.kernel(out, lse, out_parts, lse_parts, num_splits).launch(
+        self.kernel(out, lse, out_splits, lse_splits, num_splits).launch(
             grid=(rows, 1, 1), block=(32 * WARPS, 1, 1), stream=stream, use_pdl=self.dependent
         )
 
@@ -43,8 +43,8 @@ class SplitCombine:
         self,
         out: cute.Tensor,
         lse: cute.Tensor,
-        out_parts: cute.Tensor,
-        lse_parts: cute.Tensor,
+        out_splits: cute.Tensor,
+        lse_splits: cute.Tensor,
         num_splits: Int32,
     ):
         """One row."""
@@ -62,19 +62,19 @@ class SplitCombine:
             cute.arch.griddepcontrol_wait()
         top = -Float32.inf
         for split in cutlass.range(lane, num_splits, 32, unroll=4):
-            top = cute.arch.fmax(top, lse_parts[split, batch, head, query])
+            top = cute.arch.fmax(top, lse_splits[split, batch, head, query])
         for i in cutlass.range_constexpr(5):
             top = cute.arch.fmax(top, cute.arch.shuffle_sync_bfly(top, offset=1 << i))
         shift = Float32(0.0) if top == -Float32.inf else top
         total, sums = Float32(0.0), cute.make_rmem_tensor(self.vector, Float32)
         sums.fill(0.0)
         for split in cutlass.range(warp, num_splits, WARPS, unroll=4):
-            log_sum = lse_parts[split, batch, head, query]
+            log_sum = lse_splits[split, batch, head, query]
             weight = cute.math.exp2((log_sum - shift) * LOG2_E, fastmath=True)
             total += weight
             for j in cutlass.range_constexpr(self.vector):
-                part = out_parts[split, batch, query, head, lane + 32 * j]
-                sums[j] = sums[j] + weight * part
+                split_idx = out_splits[split, batch, query, head, lane + 32 * j]
+                sums[j] = sums[j] + weight * split_idx
         for j in cutlass.range_constexpr(self.vector):
             s_sums[warp, lane + 32 * j] = sums[j]
         if lane == 0:
@@ -83,9 +83,9 @@ class SplitCombine:
         self.finish(out, lse, (batch, query, head), shift, s_sums, s_totals)
 
     @cute.jit
-    def finish(self, out, lse, place, shift, s_sums, s_totals):
-        """Add up what the warps have, in their order, and write it."""
-        thread, (batch, query, head) = cute.arch.thread_idx()[0], place
+    def finish(self, out, lse, coord, shift, s_sums, s_totals):
+        """Add the sums of the warps in their order, and store the row."""
+        thread, (batch, query, head) = cute.arch.thread_idx()[0], coord
         total = Float32(0.0)
         for i in cutlass.range_constexpr(WARPS):
             total += s_totals[i]

@@ -15,10 +15,13 @@ COMPILER = """
 import os, sys, traceback
 import cutlass.cute
 from cutlass.base_dsl import dsl
-from sparse_flash.kernels.sm90.compile import compile_backward, compile_forward, compile_queries
+from sparse_flash.kernels.sm90.compile import compile_backward, compile_forward, compile_dq
 from sparse_flash.kernels.sm90.config import (
-    all_backward_configs, all_forward_configs, all_queries_configs
+    all_backward_configs, all_forward_configs, all_dq_configs
 )
+from sparse_flash.kernels.sm90.mass import compile_mass
+from sparse_flash.kernels.sm90.mass_config import all_mass_configs
+from sparse_flash.kernels.data_kernels import compile_data_kernel, data_kernel_names
 from sparse_flash.kernels.sm90.position_compile import compile_position_config
 from sparse_flash.kernels.sm90.position_config import all_position_configs
 
@@ -28,8 +31,10 @@ dsl._set_enable_frame_filtering = lambda enable: None
 COMPILE = {
     "forward": (compile_forward, all_forward_configs),
     "backward": (compile_backward, all_backward_configs),
-    "queries": (compile_queries, all_queries_configs),
+    "dq": (compile_dq, all_dq_configs),
+    "mass": (compile_mass, all_mass_configs),
     "positions": (compile_position_config, all_position_configs),
+    "data": (lambda name: compile_data_kernel(name, "sm_90a"), data_kernel_names),
 }
 
 def compile_in(folder, kind, index):

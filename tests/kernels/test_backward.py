@@ -1,4 +1,4 @@
-"""The Hopper backward on a GPU: the float64 truth, the edges, and what must never happen."""
+"""The backward kernels on a GPU: the float64 truth, the edges, and what must never happen."""
 
 from __future__ import annotations
 
@@ -13,12 +13,19 @@ from tests.oracle import dense_attention
 from tests.strategies import problems
 
 pytestmark = pytest.mark.gpu
+IMPL = "sm90"
+
+
+@pytest.fixture(params=["sm90", "sm80"], autouse=True)
+def impl(request, monkeypatch):
+    """Each test runs for each implementation."""
+    monkeypatch.setitem(globals(), "IMPL", request.param)
 
 
 def gradients(q, k, v, mask, dout, dlse=None, **options):
-    """(dq, dk, dv) of the Hopper implementation."""
+    """(dq, dk, dv) of the implementation."""
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    out, lse = block_sparse_attention(*leaves, mask, impl="sm90", return_lse=True, **options)
+    out, lse = block_sparse_attention(*leaves, mask, impl=IMPL, return_lse=True, **options)
     results, grads = ((out,), (dout,)) if dlse is None else ((out, lse), (dout, dlse))
     got = torch.autograd.grad(results, leaves, grads)
     wait()
@@ -109,8 +116,9 @@ def test_transposed_dq(dim, length):
     lens = torch.tensor([400, 333], device="cuda")
     for mask in (masks.full(), masks.causal(400 - length)):
         layout = mask.layout(length, 400, device="cuda")
-        tile = backward_plans(layout, q, k).dkdv.config.tile
-        assert tile == (128, 80 if dim > 96 else 64)
+        if IMPL == "sm90":
+            tile = backward_plans(layout, q, k).dkdv.config.tile
+            assert tile == (128, 80 if dim > 96 else 64)
         run(q, k, v, mask, lens)
 
 
@@ -171,14 +179,14 @@ def test_gradients_of_any_strides():
     ones = torch.ones((), device="cuda").bfloat16().expand(q.shape)
     check(gradients(q, k, v, mask, ones), q, k, v, truth(mask, q, k), ones)
     whole = torch.cat([q, k, v], 2).detach().requires_grad_()  # views of one tensor
-    out = block_sparse_attention(*whole.chunk(3, 2), mask, impl="sm90")
+    out = block_sparse_attention(*whole.chunk(3, 2), mask, impl=IMPL)
     (got,) = torch.autograd.grad(out, whole, dout)
     check(got.chunk(3, 2), q, k, v, truth(mask, q, k), dout)
 
 
 def test_only_the_lse_is_used():
     q, k, v = (x.requires_grad_() for x in tensors(1, 300, 2, 64))
-    _, lse = block_sparse_attention(q, k, v, masks.local(50), impl="sm90", return_lse=True)
+    _, lse = block_sparse_attention(q, k, v, masks.local(50), impl=IMPL, return_lse=True)
     lse.sum().backward()
     wait()
     assert q.grad.any()
@@ -208,7 +216,7 @@ def test_deterministic_on_request(dim):
     mask = masks.local(100) | masks.global_tokens(30)
     leaves = [x.requires_grad_() for x in (q, k, v)]
     dout = torch.randn_like(q)
-    out = block_sparse_attention(*leaves, mask, impl="sm90", deterministic=True)
+    out = block_sparse_attention(*leaves, mask, impl=IMPL, deterministic=True)
     first = torch.autograd.grad(out, leaves, dout, retain_graph=True)
     check(first, q, k, v, truth(mask, q, k), dout)
     busy, different = torch.cuda.Stream(), torch.zeros((), device="cuda")
@@ -248,7 +256,7 @@ def test_deterministic_under_contention(dim):
     q, k, v = tensors(1, 4096, 8, dim)
     for mask in (masks.random_blocks(0.2, 128, 0), masks.full()):
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-        out = block_sparse_attention(*leaves, mask, impl="sm90", deterministic=True)
+        out = block_sparse_attention(*leaves, mask, impl=IMPL, deterministic=True)
         dout = torch.randn_like(q)
         first, *others = (
             torch.autograd.grad(out, leaves, dout, retain_graph=True) for _ in range(10)
@@ -276,7 +284,7 @@ def test_compiled_training_step():
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
 
     def step(q, k, v):
-        return block_sparse_attention(q * 2, k, v, mask, impl="sm90").float().square().sum()
+        return block_sparse_attention(q * 2, k, v, mask, impl=IMPL).float().square().sum()
 
     torch._dynamo.reset()
     results = [
@@ -294,7 +302,7 @@ def test_cuda_graph_of_forward_and_backward():
     dout = torch.randn_like(q)
 
     def step():
-        out = block_sparse_attention(q, k, v, mask, impl="sm90")
+        out = block_sparse_attention(q, k, v, mask, impl=IMPL)
         return torch.autograd.grad(out, (q, k, v), dout)
 
     side = torch.cuda.Stream()
@@ -322,7 +330,7 @@ def test_checkpointing_and_autocast():
 
     def attend(q, k, v):
         q, k, v = (x.bfloat16() for x in (q, k, v))
-        return block_sparse_attention(q, k, v, masks.causal(), impl="sm90")
+        return block_sparse_attention(q, k, v, masks.causal(), impl=IMPL)
 
     with torch.autocast("cuda", dtype=torch.bfloat16):
         plain = torch.autograd.grad(attend(q, k, v).float().square().sum(), (q, k, v))
@@ -339,7 +347,7 @@ def test_memory_is_linear():
     taken = []
     for length in (4096, 8192):
         q, k, v = (x.requires_grad_() for x in tensors(1, length, 4, 64))
-        out = block_sparse_attention(q, k, v, mask, impl="sm90")
+        out = block_sparse_attention(q, k, v, mask, impl=IMPL)
         dout = torch.randn_like(q)
         torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)  # schedules are made
         torch.cuda.synchronize()
@@ -369,11 +377,11 @@ for d, mask, sizes, heads in (
     q = torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     k, v = (torch.randn(1, sizes[1], heads, d, device="cuda", dtype=torch.bfloat16) for _ in "kv")
     lens = torch.tensor([sizes[1] - 30], device="cuda")
-    f(q, k, v, mask, kv_lens=lens, impl="sm90").sum().backward()
+    f(q, k, v, mask, kv_lens=lens, impl=IMPL).sum().backward()
 torch.cuda.synchronize()
 """
 
 
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_sanitizer(tool):
-    sanitize(tool, SMALL_CASES)
+    sanitize(tool, SMALL_CASES.replace("IMPL", repr(IMPL)))

@@ -209,7 +209,7 @@ def test_entry_that_does_not_load_is_said_and_not_compiled_twice(tmp_path, monke
         built.append(len(built))
         return built
 
-    with pytest.warns(UserWarning, match="what was written cannot be loaded"):
+    with pytest.warns(UserWarning, match="the entry was written but cannot be loaded"):
         assert cache.load_or_compile("fill", "key", build) is built
     assert built == [0]
 

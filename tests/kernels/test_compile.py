@@ -4,14 +4,15 @@ import re
 
 import pytest
 import torch
+from sparse_flash.kernels.data_kernels import data_kernel_names
 from sparse_flash.kernels.sm90.config import (
     DTYPES,
     all_backward_configs,
+    all_dq_configs,
     all_forward_configs,
-    all_queries_configs,
     backward_configs,
+    dq_config,
     forward_configs,
-    queries_config,
 )
 
 cute = pytest.importorskip("cutlass.cute")
@@ -21,11 +22,12 @@ Int32 = cutlass.Int32
 
 def name(config):
     kind = "" if getattr(config, "dq", True) else "-without-dq"
-    kind = "-fixed" if getattr(config, "fixed", False) else kind
+    kind = "-fixed-point" if getattr(config, "fixed_point", False) else kind
     return f"{config.dtype}-d{config.head_dim}-{config.tile_m}x{config.tile_n}{kind}"
 
 
-CONFIGS, BACKWARD, QUERIES = all_forward_configs(), all_backward_configs(), all_queries_configs()
+CONFIGS, BACKWARD, DQ = all_forward_configs(), all_backward_configs(), all_dq_configs()
+DATA = data_kernel_names()
 
 
 def compile_well(compiler, kind, index, kernels, tmp_path, warpgroups=2):
@@ -65,22 +67,30 @@ def test_forward_compiles_well(compiler, index, tmp_path):
 def test_backward_compiles_well(compiler, index, tmp_path):
     config = BACKWARD[index]
     # Attention; statistics, and in fixed point bounds, before, conversion of dQ and sums after it.
-    sass = compile_well(compiler, "backward", index, 3 + config.dq + config.fixed, tmp_path)
+    sass = compile_well(compiler, "backward", index, 3 + config.dq + config.fixed_point, tmp_path)
     scores, keys, queries = config.head_dim // 16, config.tile_m // 16, config.tile_n // 16
     # S before an item's first tile (across items: of the first item and of later ones), and in all
     # steps but those of a last tile; in each step dP, dV, dK.
     steps, before_last = (4, 2) if config.dq else (2, 1)  # first, inner, last, only; inner, last
-    hgmma = (1 + config.across + before_last) * scores + steps * (scores + 2 * keys)
+    hgmma = (1 + config.overlap_items + before_last) * scores + steps * (scores + 2 * keys)
     if config.dq:  # inner, last, after the last; and across items in an item's first step
-        hgmma += (5 if config.across else 3) * queries
+        hgmma += (5 if config.overlap_items else 3) * queries
     assert len(re.findall(r"\bHGMMA\.", sass)) == hgmma
     assert len(re.findall(r"MUFU\.EX2", sass)) == steps * config.tile_m // 2  # each once
 
 
-@pytest.mark.parametrize("index", range(len(QUERIES)), ids=lambda i: name(QUERIES[i]))
-def test_queries_compile_well(compiler, index, tmp_path):
-    config = QUERIES[index]
-    sass = compile_well(compiler, "queries", index, 2, tmp_path)  # attention, and sums
+@pytest.mark.parametrize("index", range(len(DATA)), ids=lambda i: DATA[i])
+def test_kernels_for_data_compile_well(compiler, index, tmp_path):
+    status = compiler(tmp_path, "data", index)
+    log = (tmp_path / "log").read_text()
+    assert status == 0, log
+    assert re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill", log) == [("0", "0")], log
+
+
+@pytest.mark.parametrize("index", range(len(DQ)), ids=lambda i: name(DQ[i]))
+def test_dq_compiles_well(compiler, index, tmp_path):
+    config = DQ[index]
+    sass = compile_well(compiler, "dq", index, 2, tmp_path)  # attention, and sums
     # Two steps (first, inner) with S and dP, and two places (inner, last) with dQ.
     hgmma = len(re.findall(r"\bHGMMA\.", sass))
     assert hgmma == 4 * config.head_dim // 16 + 2 * config.tile_n // 16
@@ -97,13 +107,13 @@ def test_configs():
         for deterministic, width in ((False, 96), (True, 128)):
             found = [backward_configs(dtype, d, deterministic) for d in dims]
             assert [c.head_dim for c, *_ in found] == [32, 64, 64, width, 128, 128]
-            assert all(c.fixed == deterministic and c.dq for some in found for c in some)
+            assert all(c.fixed_point == deterministic and c.dq for some in found for c in some)
             tiles_m = [[c.tile_m for c in some] for some in found]
             several = [[64]] * 2 if deterministic else [[64, 80]] * 2
             assert tiles_m == [[128], [128], [128], [64], *several]
             (dkdv,) = backward_configs(dtype, 136, deterministic)
-            assert (dkdv.head_dim, dkdv.dq, dkdv.fixed) == (256, False, False)
-        assert queries_config(dtype, 136).head_dim == 256
+            assert (dkdv.head_dim, dkdv.dq, dkdv.fixed_point) == (256, False, False)
+        assert dq_config(dtype, 136).head_dim == 256
     assert len(set(all_forward_configs())) == len(all_forward_configs())
 
 
@@ -120,7 +130,7 @@ def on_host(function, tensors, numbers=0):
 @pytest.mark.parametrize("width", [64, 96, 128])
 def test_chunks_of_columns(width):
     """Of K, as the product of dQ reads it; at width 96 the second chunk ends in another stage."""
-    from sparse_flash.kernels.sm90.backward_products import chunks_of
+    from sparse_flash.kernels.sm90.backward_gemms import chunks_of
     from sparse_flash.kernels.sm90.primitives import smem_layout
 
     chunks = -(-width // 64)

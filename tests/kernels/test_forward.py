@@ -1,6 +1,8 @@
-"""The Hopper forward on a GPU: the float64 truth, the edges, and what must never happen."""
+"""The forward kernels on a GPU: the float64 truth, the edges, and what must never happen."""
 
 from __future__ import annotations
+
+import importlib
 
 import pytest
 import torch
@@ -13,10 +15,17 @@ from tests.oracle import dense_attention
 from tests.strategies import problems
 
 pytestmark = pytest.mark.gpu
+IMPL = "sm90"
+
+
+@pytest.fixture(params=["sm90", "sm80"], autouse=True)
+def impl(request, monkeypatch):
+    """Each test runs for each implementation."""
+    monkeypatch.setitem(globals(), "IMPL", request.param)
 
 
 def attend(q, k, v, mask, **options):
-    result = block_sparse_attention(q, k, v, mask, impl="sm90", return_lse=True, **options)
+    result = block_sparse_attention(q, k, v, mask, impl=IMPL, return_lse=True, **options)
     wait()
     return result
 
@@ -137,7 +146,7 @@ def test_bitwise_repeatable(spec):
         if i % 3 == 0:
             with torch.cuda.stream(other):
                 noise @ noise[:, : 1 + 97 * i % 2000]
-        again = block_sparse_attention(q, k, v, layout, impl="sm90", return_lse=True)
+        again = block_sparse_attention(q, k, v, layout, impl=IMPL, return_lse=True)
         different += sum((a != b).sum() for a, b in zip(first, again, strict=True))
     wait(120)
     assert different.item() == 0
@@ -243,7 +252,7 @@ class TestAsPartOfTorch:
 
         q, k, v = tensors(2, 300, 2, 64)
         mask = self.mask if what == "mask" else self.mask.layout(300, device="cuda")
-        options = (None, None, None, to_operator(mask, q), 0.125, False, "sm90")
+        options = (None, None, None, to_operator(mask, q), 0.125, False, IMPL)
         torch.library.opcheck(attention, (q, k, v, *options))
 
     @pytest.mark.parametrize("grad", [False, True])
@@ -255,7 +264,7 @@ class TestAsPartOfTorch:
 
         def step(q, k, v, lens):
             out, lse = block_sparse_attention(
-                q * 2, k, v, mask, kv_lens=lens, return_lse=True, impl="sm90"
+                q * 2, k, v, mask, kv_lens=lens, return_lse=True, impl=IMPL
             )
             return out.float().sin().sum() + lse.sum()
 
@@ -278,7 +287,9 @@ class TestAsPartOfTorch:
         attend(q, k, v, mask, kv_lens=lens)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            out, lse = block_sparse_attention(q, k, v, mask, kv_lens=lens, return_lse=True)
+            out, lse = block_sparse_attention(
+                q, k, v, mask, kv_lens=lens, return_lse=True, impl=IMPL
+            )
         for seed, given_lens in enumerate(((4000, 100), (0, 2049), (1, 4000))):
             for x, y in zip((q, k, v), tensors(2, 500, 2, 64, 4000, seed=seed), strict=True):
                 x.copy_(y)
@@ -294,7 +305,7 @@ class TestAsPartOfTorch:
         attend(q, k, v, layout)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            out, lse = block_sparse_attention(q, k, v, layout, return_lse=True)
+            out, lse = block_sparse_attention(q, k, v, layout, return_lse=True, impl=IMPL)
         for mask in (masks.block_local(64, 1), masks.sinks(256), ~masks.full(), masks.full()):
             layout.update_(mask.layout(256, length, block=(64, 64), device="cuda"))
             graph.replay()
@@ -302,19 +313,20 @@ class TestAsPartOfTorch:
             check(out, lse, q, k, v, truth(mask, q, k))
 
     def test_capture_of_a_kernel_that_was_never_run_says_what_to_do(self):
-        from sparse_flash.kernels.sm90 import attention as sm90
+        from sparse_flash.kernels.launch import Kernel
 
         q, k, v = tensors(1, 100, 1, 64)
         layout = masks.full().layout(100, device="cuda")
-        plan = sm90.forward_plan(layout, q, k)
+        kernels = importlib.import_module(f"sparse_flash.kernels.{IMPL}.attention")
+        plan = kernels.forward_plan(layout, q, k)
         attend(q, k, v, layout)
-        function = sm90.load_function(plan.config)
-        plan.kernel = sm90.Kernel(function, plan.config.part_shapes)  # as before any launch
+        function = plan.kernel.function
+        plan.kernel = Kernel(function, plan.config.split_shapes)  # as before any launch
         with (
             pytest.raises(RuntimeError, match="once before the capture"),
             torch.cuda.graph(torch.cuda.CUDAGraph()),
         ):
-            block_sparse_attention(q, k, v, layout, impl="sm90")
+            block_sparse_attention(q, k, v, layout, impl=IMPL)
 
     @pytest.mark.parametrize("grad", [False, True])
     def test_compile_reduce_overhead(self, grad):
@@ -323,7 +335,7 @@ class TestAsPartOfTorch:
         mask = masks.full()  # split rows
 
         def step(q, k, v):
-            return block_sparse_attention(q * 2, k * 1, v * 1, mask, impl="sm90")
+            return block_sparse_attention(q * 2, k * 1, v * 1, mask, impl=IMPL)
 
         torch._dynamo.reset()
         compiled, expected = torch.compile(step, mode="reduce-overhead"), step(q, k, v)
@@ -346,7 +358,9 @@ class TestAsPartOfTorch:
             for stream in streams:
                 stream.wait_stream(torch.cuda.current_stream())
                 with torch.cuda.stream(stream):
-                    results.append(block_sparse_attention(q, k, v, layout, return_lse=True))
+                    results.append(
+                        block_sparse_attention(q, k, v, layout, return_lse=True, impl=IMPL)
+                    )
         torch.cuda.synchronize()
         for result in results:
             assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
@@ -354,14 +368,14 @@ class TestAsPartOfTorch:
     @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
     def test_second_device(self):
         q, k, v = (x.to("cuda:1") for x in tensors(2, 300, 2, 64))
-        out = block_sparse_attention(q, k, v, self.mask, impl="sm90")
-        same = block_sparse_attention(*(x.to("cuda:0") for x in (q, k, v)), self.mask, impl="sm90")
+        out = block_sparse_attention(q, k, v, self.mask, impl=IMPL)
+        same = block_sparse_attention(*(x.to("cuda:0") for x in (q, k, v)), self.mask, impl=IMPL)
         assert torch.equal(out.cpu(), same.cpu())
 
     def test_autocast(self):
         q, k, v = (x.float() for x in tensors(2, 300, 2, 64))
         with torch.autocast("cuda", torch.bfloat16):
-            out = block_sparse_attention(q, k, v, self.mask, impl="sm90")
+            out = block_sparse_attention(q, k, v, self.mask, impl=IMPL)
         assert out.dtype == torch.bfloat16
 
     def test_auto_prefers_it(self):
@@ -372,7 +386,7 @@ class TestAsPartOfTorch:
         call, implementation = prepare(
             inputs, self.mask, Options(None, False, "auto"), needs_grad=False
         )
-        assert implementation.name == "sm90"
+        assert implementation.name == "sm90"  # on Hopper
         assert call.layout.device == q.device
 
 
@@ -387,11 +401,11 @@ for d, mask, sizes in (
 ):
     q = torch.randn(1, sizes[0], 2, d, device="cuda", dtype=torch.bfloat16)
     k, v = (torch.randn(1, sizes[1], 1, d, device="cuda", dtype=torch.bfloat16) for _ in "kv")
-    f(q, k, v, mask, kv_lens=torch.tensor([sizes[1] - 30], device="cuda"), impl="sm90")
+    f(q, k, v, mask, kv_lens=torch.tensor([sizes[1] - 30], device="cuda"), impl="IMPL")
 torch.cuda.synchronize()
 """
 
 
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_sanitizer(tool):
-    sanitize(tool, SMALL_CASES)
+    sanitize(tool, SMALL_CASES.replace("IMPL", IMPL))

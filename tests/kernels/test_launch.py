@@ -19,10 +19,10 @@ from sparse_flash.kernels.sm90.config import (
     FORWARD_COSTS,
     BackwardConfig,
     BackwardVariant,
+    DqConfig,
     ForwardConfig,
-    QueriesConfig,
+    dq_config,
     forward_configs,
-    queries_config,
     variant_config,
 )
 
@@ -60,13 +60,13 @@ def launched(gpu, monkeypatch):
     """Arguments of the launches, by name."""
     pytest.importorskip("cutlass")
     from sparse_flash.kernels.sm90.backward import BackwardSm90
+    from sparse_flash.kernels.sm90.dq import DqSm90
     from sparse_flash.kernels.sm90.forward import ForwardSm90
-    from sparse_flash.kernels.sm90.queries import QueriesSm90
 
     classes = {
         ForwardConfig: ForwardSm90,
         BackwardConfig: BackwardSm90,
-        QueriesConfig: QueriesSm90,
+        DqConfig: DqSm90,
     }
 
     def load_function(config):
@@ -97,7 +97,7 @@ def test_arguments_are_those_of_the_kernel(launched):
     k, v = (torch.randn(2, 20000, 2, 72).bfloat16() for _ in "kv")
     plan, (out, lse) = launch(q, k, v, masks.full())
     (given,) = launched
-    assert plan.num_parts > 0
+    assert plan.num_splits > 0
     assert given["config"] is plan.config
     for name, tensor in {"q": q, "k": k, "v": v, "out": out, "lse": lse}.items():
         assert given[name] is tensor
@@ -105,8 +105,8 @@ def test_arguments_are_those_of_the_kernel(launched):
         assert given[name] is getattr(plan.schedule, name)
     assert out.shape == q.shape
     assert (lse.shape, lse.dtype) == ((2, 4, 300), torch.float32)
-    assert given["out_parts"].shape == (plan.num_parts, 128, 96)
-    assert given["lse_parts"].shape == (plan.num_parts, 128)
+    assert given["out_splits"].shape == (plan.num_splits, 128, 96)
+    assert given["lse_splits"].shape == (plan.num_splits, 128)
     assert given["counter"].tolist() == [0, 0]
     assert given["num_ctas"] == min(132, plan.schedule.num_items)
     assert given["scale_log2"] == pytest.approx(0.5 * math.log2(math.e))
@@ -118,7 +118,7 @@ def launch_backward(q, k, v, mask, dout, dlse=None, variant=DQ):
     sizes = (q.shape[0], heads, config.tile)
     dkdv, dq = Plan(config, backward_schedule(layout, *sizes, H200, BACKWARD_COSTS)), None
     if not config.dq:
-        config = queries_config("bfloat16", q.shape[3])
+        config = dq_config("bfloat16", q.shape[3])
         sizes = (q.shape[0], heads[0], config.tile)
         dq = Plan(config, schedule(layout, *sizes, H200, FORWARD_COSTS))
     lse = torch.zeros(q.shape[0], q.shape[2], q.shape[1])
@@ -145,7 +145,7 @@ def test_backward_arguments_are_those_of_the_kernel(launched, variant, dim, tile
     dout = torch.randn_like(q)
     (plan, _), (dq, dk, dv) = launch_backward(q, k, v, masks.full(), dout, variant=variant)
     (given,) = launched
-    assert plan.num_parts > 0
+    assert plan.num_splits > 0
     assert given["config"] is plan.config
     for name, tensor in {"q": q, "k": k, "v": v, "dq": dq, "dk": dk, "dv": dv}.items():
         assert given[name] is tensor
@@ -160,7 +160,7 @@ def test_backward_arguments_are_those_of_the_kernel(launched, variant, dim, tile
     assert given["done"].shape == (2, 4, 2 * blocks)
     assert given["bounds"].shape == (2 if variant is DETERMINISTIC else 0, 2, 2)
     assert not given["bounds"].any()
-    assert given["dk_parts"].shape == given["dv_parts"].shape == (plan.num_parts, 128, width)
+    assert given["dk_splits"].shape == given["dv_splits"].shape == (plan.num_splits, 128, width)
     assert given["num_ctas"] == min(132, plan.schedule.num_items)
     assert given["softmax_scale"] == 0.5
     assert given["scale_log2"] == pytest.approx(0.5 * math.log2(math.e))
@@ -181,7 +181,7 @@ def test_dq_follows_dkdv(launched, dim):
     assert keys["dv"] is dv
     assert queries["dq"] is dq
     assert queries["stats"] is keys["stats"]
-    assert queries["parts"].shape == (plans.dq.num_parts, 128, dim)
+    assert queries["splits"].shape == (plans.dq.num_splits, 128, dim)
     assert queries["num_ctas"] == min(132, plans.dq.schedule.num_items)
 
 
@@ -216,8 +216,8 @@ def test_a_split_row_allocates_and_others_do_not(launched):
     q = torch.randn(1, 128, 1, 64).bfloat16()
     launch(q, q, q, masks.full())
     launch(q, q, q, masks.full())
-    assert launched[0]["out_parts"] is launched[1]["out_parts"]
-    assert launched[0]["out_parts"].shape[0] == 0
+    assert launched[0]["out_splits"] is launched[1]["out_splits"]
+    assert launched[0]["out_splits"].shape[0] == 0
 
 
 def test_alignment():
@@ -253,9 +253,9 @@ def test_other_gpus_are_refused(monkeypatch):
         "it needs a Hopper GPU (compute capability 9.0), a GPU has 10.3"
     )
     monkeypatch.setitem(DeviceFacts._of, torch.device("cuda", 7), H200)
-    monkeypatch.setattr(sm90, "why_no_dsl", lambda: "no DSL")
+    monkeypatch.setattr(sm90, "dsl_unsupported_reason", lambda: "no DSL")
     assert sm90.unsupported_reason(q, q, q) == "no DSL"
-    monkeypatch.setattr(sm90, "why_no_dsl", lambda: None)
+    monkeypatch.setattr(sm90, "dsl_unsupported_reason", lambda: None)
     assert sm90.unsupported_reason(q, q, q) is None
     assert "multiple of 8 from 16 to 256, got 12" in sm90.unsupported_reason(*[q[..., :12]] * 3)
     assert "v has strides" in sm90.unsupported_reason(q, q, q.transpose(1, 3))
@@ -295,7 +295,7 @@ class TestLaunchState:
         for given in launched:
             assert given["counter"].tolist() == [0, 0]
             assert given["counter"].dtype == torch.int32
-            assert given["out_parts"] is first["out_parts"]
+            assert given["out_splits"] is first["out_splits"]
 
     def test_a_counter_for_each_launch_in_a_graph(self, gpu, launched):
         eager = self.attend(launched)
@@ -341,7 +341,7 @@ class TestLaunchState:
                 assert [ref() for ref in made] == [None] * 5
                 (kernel,) = sm90._kernels.values()
                 assert not kernel.counters
-                assert not kernel.no_parts
+                assert not kernel.no_splits
 
     def test_a_transient_launch_does_not_take_a_counter_of_others(self, launched):
         kept = self.attend(launched)["counter"]
@@ -356,7 +356,7 @@ class TestLaunchState:
             plan = sm90.forward_plan(layout, q, q)
             plans = [p for p in sm90.backward_plans(layout, q, q) if p is not None]
         (kernel,) = sm90._kernels.values()
-        kept = [*kernel.counters.values(), *(x for some in kernel.no_parts.values() for x in some)]
+        kept = [*kernel.counters.values(), *(x for some in kernel.no_splits.values() for x in some)]
         assert len(kept) == 3
         assert not any(x.is_inference() for x in kept)
         for some in (plan, *plans):
@@ -381,7 +381,7 @@ class TestLaunchState:
         for given in launched:
             tensors = {n: x for n, x in given.items() if isinstance(x, torch.Tensor)}
             assert {str(x.device) for x in tensors.values()} == {"cpu"}
-            assert given["lse"].dtype == given["out_parts"].dtype == torch.float32
+            assert given["lse"].dtype == given["out_splits"].dtype == torch.float32
 
     def plan(self):
         config = forward_configs("bfloat16", 64)[0]

@@ -20,8 +20,8 @@ from sparse_flash.kernels.sm90.config import (
     ForwardConfig,
     all_configs,
     backward_configs,
+    dq_config,
     forward_configs,
-    queries_config,
 )
 
 from sparse_flash import kernels, masks
@@ -43,7 +43,7 @@ def test_the_candidates_of_every_call(monkeypatch):
     for dtype, name in sm90.DTYPES.items():
         for d in range(16, 257, 8):
             assert sm90.FORWARD[dtype, d].configs == forward_configs(name, d)
-            assert sm90.DQ[dtype, d].configs == (queries_config(name, d),)
+            assert sm90.DQ[dtype, d].configs == (dq_config(name, d),)
             assert sm90.BACKWARD[dtype, d].configs == backward_configs(name, d)
             fixed = sm90.DETERMINISTIC_BACKWARD[dtype, d]
             assert fixed.configs == backward_configs(name, d, deterministic=True)
@@ -212,7 +212,7 @@ def test_what_all_architectures_share_knows_none():
         for node in ast.walk(ast.parse(path.read_text())):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            assert not [n for n in names if "sm90" in n], path.name
+            assert not [n for n in names if "sm90" in n or "sm80" in n], path.name
 
 
 def test_a_forward_config_of_another_arch_is_another_key():

@@ -22,7 +22,7 @@ pytest.importorskip("cutlass")
 def launched(monkeypatch):
     """Arguments of the launches, by name; on a "device" that is the CPU."""
     from sparse_flash.kernels.launch import Kernel
-    from sparse_flash.kernels.sm90.backward_at import BackwardAtSm90, QueriesAtSm90
+    from sparse_flash.kernels.sm90.backward_at import BackwardAtSm90, DqAtSm90
     from sparse_flash.kernels.sm90.config import BackwardConfig, ForwardConfig
     from sparse_flash.kernels.sm90.decode import DecodeSm90
     from sparse_flash.kernels.sm90.forward_at import ForwardAtSm90
@@ -32,7 +32,7 @@ def launched(monkeypatch):
     def function_of(config):
         kinds = {DecodeConfig: DecodeSm90, ForwardConfig: ForwardAtSm90}
         kinds[BackwardConfig] = BackwardAtSm90
-        class_ = kinds.get(type(config), QueriesAtSm90)
+        class_ = kinds.get(type(config), DqAtSm90)
         names = [n for n in inspect.signature(class_.__call__).parameters if n != "self"]
 
         def kernel(*arguments):
@@ -44,7 +44,7 @@ def launched(monkeypatch):
     def launch(self, inputs, plan, scalars, device, transient=False):
         if isinstance(self, positions.UncountedKernel):
             return self.function(*inputs, *plan.lists, *scalars)
-        parts = self._parts(plan.num_parts, device)
+        parts = self._parts(plan.num_splits, device)
         counter = torch.zeros(2, dtype=torch.int32)
         lists = (*plan.lists, counter, *parts, *plan.combine, plan.num_ctas)
         return self.function(*inputs, *lists, *scalars)
@@ -85,8 +85,8 @@ def test_arguments_are_those_of_the_kernel(launched, s):
     assert (lse.shape, lse.dtype, out.shape) == ((2, 4, s), torch.float32, given.q.shape)
     splits = told["num_splits"]
     assert splits > 1
-    assert told["out_parts"].shape == (splits, 2, s, 4, 96)
-    assert told["lse_parts"].shape == (splits, 2, 4, s)
+    assert told["out_splits"].shape == (splits, 2, s, 4, 96)
+    assert told["lse_splits"].shape == (splits, 2, 4, s)
     assert told["scale_log2"] == pytest.approx(0.5 * math.log2(math.e))
     if s == 1:
         assert told["pack"] == 2
@@ -105,7 +105,7 @@ def test_what_a_call_gives(launched):
     assert launched[0]["scale_log2"] > 0
     given, _ = call(1, s_kv=10)
     assert launched[1]["num_splits"] == 1
-    assert launched[1]["out_parts"].shape[0] == 0
+    assert launched[1]["out_splits"].shape[0] == 0
     assert given.plan is positions.forward_plan_at(given.layout, given.q, given.k)
     _, (out, lse) = call(1, s_kv=0)
     assert not out.any()
@@ -134,7 +134,7 @@ def test_backward_arguments_are_those_of_the_kernel(launched, dim, deterministic
     assert told["stats"].shape == (2, 4, 2, tiles * config.tile_m)
     assert told["done"].shape == (2, 4, 2 * tiles * config.dq)
     assert told["dq_sum"].shape == (2, 4, 2 * tiles * config.dq, config.dq_chunk)
-    assert told["bounds"].shape == (2 * config.fixed, 2, 2)
+    assert told["bounds"].shape == (2 * config.fixed_point, 2, 2)
     assert told["q_pad"].tolist() == [897 % config.tile_m, 700 % config.tile_m]
     assert told["dout"].is_contiguous()
     assert told["bits"] is plans.dkdv.bits

@@ -12,16 +12,16 @@ CONFIGS = all_position_configs()
 
 def name(config):
     kind = type(config).__name__.removesuffix("Config").lower()
-    kind += "-fixed" if getattr(config, "fixed", False) else ""
+    kind += "-fixed-point" if getattr(config, "fixed_point", False) else ""
     return f"{kind}-{config.dtype}-d{config.head_dim}"
 
 
 def kernels_of(config):
     """How many kernels a config compiles to."""
     if isinstance(config, BackwardConfig):  # preprocess, attention; bounds, postprocess
-        return 2 + config.dq + config.fixed
+        return 2 + config.dq + config.fixed_point
     # Attention, and the combination of split rows or the sums of parts of dQ.
-    return 1 if type(config).__name__ == "QueriesConfig" else 2
+    return 1 if type(config).__name__ == "DqConfig" else 2
 
 
 @pytest.mark.parametrize("index", range(len(CONFIGS)), ids=lambda i: name(CONFIGS[i]))

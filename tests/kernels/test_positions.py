@@ -15,8 +15,8 @@ from sparse_flash.kernels.sm90.position_config import (
     all_position_configs,
     backward_at_config,
     decode_config,
+    dq_at_config,
     forward_at_config,
-    queries_at_config,
 )
 from sparse_flash.kernels.sm90.position_lists import backward_lists
 from sparse_flash.kernels.sm90.positions import PositionKey, build_plan, num_splits, offsets_of
@@ -47,11 +47,11 @@ def seen(plan, tile, rows, columns):
 
 def compiled_items(config):
     """Items of the forward grid, computed by the kernel's own code on the CPU."""
-    from sparse_flash.kernels.sm90.position_items import positions_of
+    from sparse_flash.kernels.sm90.position_work_tiles import positions_of
 
     @cute.jit
     def one(index, tiles, arrays, numbers, sizes, out):
-        row, load = positions_of(config, (arrays, numbers, sizes)).item(index, tiles)
+        row, load = positions_of(config, (arrays, numbers, sizes)).work_tile(index, tiles)
         for i in cutlass.range_constexpr(7):
             out[index + 1, i] = row[i]
         for i in cutlass.range_constexpr(8):
@@ -76,11 +76,11 @@ def compiled_items(config):
     ):
         arrays, numbers = (lens, offset, starts, rows, owners), (base, known, splits)
         sizes = (b, s, h, s_kv)
-        out[0, 0] = positions_of(config, (arrays, numbers, sizes)).num_items()
+        out[0, 0] = positions_of(config, (arrays, numbers, sizes)).num_work_tiles()
         for index in cutlass.range(cute.size(out, mode=[0]) - 1):
             one(index, tiles, arrays, numbers, sizes, out)
 
-    return on_host(items, [1, 1, 1, 2, 2, 2, 2], 7)
+    return on_host(items, [1, 1, 1, 3, 2, 2, 2], 7)
 
 
 def on_host(function, ranks, numbers):
@@ -148,13 +148,16 @@ def test_forward_items_cover_what_is_allowed(forward_items, problem, splits):
 
 def compiled_decode_items(config):
     from sparse_flash.kernels.sm90.decode import DecodeSm90
+    from sparse_flash.kernels.sm90.position_work_tiles import positions_of
 
     kernel = DecodeSm90(config, cutlass.BFloat16)
 
     @cute.jit
     def one(index, tiles, grid, pack, out):
-        item = kernel.item(index, tiles, grid, pack)
-        for i in cutlass.range_constexpr(10):
+        coord = kernel.coord(index, grid, pack)
+        reads = positions_of(config, grid).reads(*coord[1:])
+        item = kernel.work_tile(coord, reads, tiles, grid)
+        for i in cutlass.range_constexpr(11):
             out[index, i] = item[i]
 
     @cute.jit
@@ -179,7 +182,7 @@ def compiled_decode_items(config):
         for index in cutlass.range(cute.size(out, mode=[0])):
             one(index, tiles, grid, pack, out)
 
-    return on_host(items, [1, 1, 1, 2, 2, 2, 2], 7)
+    return on_host(items, [1, 1, 1, 3, 2, 2, 2], 7)
 
 
 @pytest.fixture(scope="module")
@@ -196,16 +199,18 @@ def test_decode_items_cover_what_is_allowed(decode_items, problem, splits):
     (h, h_kv), b, s_kv = problem.heads, problem.batch, problem.kv_len
     pack = positions.pack_of(plan, h, h_kv)
     lens, offset, starts, base = offsets_of(plan, *problem.vectors())
-    out = torch.zeros(b * h // pack * splits, 10, dtype=torch.int32)
+    out = torch.zeros(b * h // pack * splits, 11, dtype=torch.int32)
     numbers = (base, plan.num_positions, splits, b, h, s_kv, pack)
     items(lens, offset, starts, *plan.lists[:3], out, *numbers)
     found = torch.zeros(b, h, 1, s_kv, dtype=torch.int32)
     for line in out.tolist():
-        head, batch, part, first, begin, end, limit, key_start, row, known = line
+        head, batch, part, first, left, begin, end, limit, key_start, row, known = line
         assert known == 1
         assert part == (-1 if splits == 1 else part)
         for step in range(begin, end):
-            n_block, bit_tile = plan.tiles[first + step // config.steps].tolist()
+            nth = step // config.steps
+            n_block, bit_tile = plan.tiles[first + nth].tolist()
+            assert left in (-1, n_block - nth)
             top = n_block * 128 + step % config.steps * config.tile_n
             columns = [c for c in range(config.tile_n) if 0 <= top + c < limit]
             if columns:
@@ -222,12 +227,12 @@ def test_positions_beyond_the_layout_are_unknown(decode_items, forward_items):
         plan = build_plan(layout, PositionKey(config, 3, 1, 1, H200))
         lens, zeros = plan.unlimited, plan.zeros
         offset = torch.tensor([199, 200, 5000], dtype=torch.int32)
-        width = 10 if extra else 15
+        width = 11 if extra else 15
         out = torch.zeros(3 if extra else 7, width, dtype=torch.int32)
         sizes = (3, 1, 300, 1) if extra else (3, 1, 1, 300)
         items(lens, offset, zeros, *plan.lists[:3], out, 0, 200, 1, *sizes)
         if extra:
-            assert out[:, 9].tolist() == [1, 0, 0]
+            assert out[:, 10].tolist() == [1, 0, 0]
         else:
             known = {2: [], 1: [], 0: []}
             for line in out[1:].tolist():
@@ -238,7 +243,7 @@ def test_positions_beyond_the_layout_are_unknown(decode_items, forward_items):
 
 def test_integers_of_any_sign():
     """floor_divide and columns_before, as the device computes them."""
-    from sparse_flash.kernels.sm90.position_items import columns_before, floor_divide
+    from sparse_flash.kernels.sm90.position_work_tiles import columns_before, floor_divide
 
     @cute.jit
     def divide(numbers: cute.Tensor, out: cute.Tensor):
@@ -252,7 +257,9 @@ def test_integers_of_any_sign():
 
     @cute.jit
     def before(tiles: cute.Tensor, out: cute.Tensor, first: Int32, count: Int32, columns: Int32):
-        out[0] = columns_before(tiles, first, count, columns)
+        last = first + cutlass.max(count, Int32(1)) - 1
+        ends = (tiles[first, 0], tiles[last, 0])
+        out[0] = columns_before(tiles, first, count, ends, columns)
 
     compiled = on_host(before, [2, 1], 3)
     columns = torch.tensor([9, 0, 1, 4, 5, 11, 3, 4, 5], dtype=torch.int32)
@@ -354,7 +361,7 @@ def test_a_plan_follows_another_layout():
     assert torch.equal(plan.tiles[:size], expected.tiles)
     assert torch.equal(plan.bits[: other.num_bit_tiles], expected.bits[: other.num_bit_tiles])
     assert plan.longest == expected.longest
-    with pytest.raises(ValueError, match="no room for 17 entries of `tiles`: there were 5"):
+    with pytest.raises(ValueError, match="no space for 17 entries of `tiles`: there were 5"):
         build_plan(masks.block_local(128, 0).layout(1024, 500), key).follow(layout)
 
 
@@ -368,7 +375,7 @@ def test_configs():
             for deterministic in (False, True):
                 config = backward_at_config(dtype, dim, deterministic)
                 assert config in configs
-                assert config.dq or queries_at_config(dtype, dim) in configs
+                assert config.dq or dq_at_config(dtype, dim) in configs
 
 
 def test_arrivals_are_checked():

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sparse_flash.kernels.sm80 import gradients as sm80_gradients
 from sparse_flash.kernels.sm90 import positions
 
 from sparse_flash import block_sparse_attention, masks
@@ -16,23 +19,49 @@ from tests.kernels.test_forward import check
 from tests.oracle import dense_attention
 
 pytestmark = pytest.mark.gpu
+IMPL = "sm90"
+BOTH = pytest.mark.parametrize("impl", ["sm90", "sm80"], indirect=True)
 DIMS = [16, 32, 40, 64, 72, 96, 128, 192, 200, 256]
 
 
+@pytest.fixture(autouse=True)
+def impl(request, monkeypatch):
+    """The implementation under test; those marked BOTH run for two."""
+    monkeypatch.setitem(globals(), "IMPL", getattr(request, "param", "sm90"))
+
+
+def of_impl():
+    """The `positions` module of the implementation under test."""
+    return importlib.import_module(f"sparse_flash.kernels.{IMPL}.positions")
+
+
 def attend(q, k, v, layout, kv_lens=None, q_offset=None, kv_starts=None, scale=None):
-    plan = positions.forward_plan_at(layout, q, k)
+    plan = of_impl().forward_plan_at(layout, q, k)
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    result = positions.forward_at(q, k, v, plan, kv_lens, q_offset, kv_starts, scale)
+    result = of_impl().forward_at(q, k, v, plan, kv_lens, q_offset, kv_starts, scale)
     wait()
     return result
 
 
 def gradients(q, k, v, layout, out, lse, dout, dlse, *vectors, deterministic=False):
-    plans = positions.backward_plans_at(layout, q, k, deterministic)
+    plans = backward_plans(layout, q, k, deterministic)
     scale = q.shape[3] ** -0.5
-    got = positions.backward_at(dout, dlse, q, k, v, out, lse, plans, *vectors, scale)
+    got = backward_at(dout, dlse, q, k, v, out, lse, plans, *vectors, scale)
     wait()
     return got
+
+
+def backward_plans(layout, q, k, deterministic=False):
+    """The plans of the gradients of the implementation under test."""
+    if IMPL == "sm80":
+        return sm80_gradients.backward_plan_at(layout, q, k, deterministic)
+    return positions.backward_plans_at(layout, q, k, deterministic)
+
+
+def backward_at(*arguments):
+    """The gradients, by the implementation under test."""
+    module = sm80_gradients if IMPL == "sm80" else positions
+    return module.backward_at(*arguments)
 
 
 def vectors(*values):
@@ -40,6 +69,7 @@ def vectors(*values):
     return [torch.tensor(x, dtype=torch.int32, device="cuda") for x in values]
 
 
+@BOTH
 class TestDecode:
     """One query per sequence."""
 
@@ -110,6 +140,7 @@ def _within(lens, length):
     return (torch.arange(length, device="cuda") < lens[:, None])[..., None, None]
 
 
+@BOTH
 @pytest.mark.parametrize("dtype", DTYPES)
 @settings(max_examples=150)
 @given(problem=position_problems(st.integers(1, 500), st.integers(1, 700)))
@@ -120,6 +151,7 @@ def test_forward_equals_float64(dtype, problem):
     check(out, lse, q, k, v, problem.allowed("cuda"))
 
 
+@BOTH
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @settings(max_examples=100)
@@ -140,6 +172,7 @@ def test_gradients_equal_float64(dtype, deterministic, problem):
     assert not got[0][blind].any()
 
 
+@BOTH
 @pytest.mark.parametrize("dim", DIMS)
 def test_every_head_dim_in_both_passes(dim):
     mask = masks.causal() & ~masks.sinks(3)
@@ -154,6 +187,7 @@ def test_every_head_dim_in_both_passes(dim):
     check_gradients(got, q, k, v, allowed, dout, dlse)
 
 
+@BOTH
 @pytest.mark.parametrize("dim", [64, 128, 256])
 @pytest.mark.parametrize("s", [2, 16, 130])
 def test_long_rows_are_split(dim, s):
@@ -162,12 +196,13 @@ def test_long_rows_are_split(dim, s):
     mask = masks.local((9000, 0))
     layout = mask.layout(20480, 20480, device="cuda")
     given_vectors = vectors([20000], [20000 - s - 77], [31])
-    plan = positions.forward_plan_at(layout, q, k)
+    plan = of_impl().forward_plan_at(layout, q, k)
     assert positions.splits_of(plan, 1, s, 4, 20000, 2) > 1
     out, lse = attend(q, k, v, layout, *given_vectors)
     check(out, lse, q, k, v, truth_at(mask, s, 20000, 4, *given_vectors))
 
 
+@BOTH
 @pytest.mark.parametrize("s", [1, 100])
 @pytest.mark.parametrize("dim", [64, 256])
 def test_positions_that_the_layout_does_not_have(dim, s):
@@ -189,6 +224,7 @@ def test_positions_that_the_layout_does_not_have(dim, s):
         assert torch.equal(dq.isnan().all(-1), out.isnan().all(-1))
 
 
+@BOTH
 def test_offsets_are_read_at_each_replay():
     """A CUDA graph of a decoding step, whose offsets grow on the device."""
     mask = masks.local((70, 0))
@@ -196,10 +232,10 @@ def test_offsets_are_read_at_each_replay():
     q, k, v = tensors(2, 1, 4, 64, 512, 2)
     given_vectors = vectors([1, 1], [0, 0], [0, 0])
     attend(q, k, v, layout, *given_vectors)
-    plan = positions.forward_plan_at(layout, q, k)
+    plan = of_impl().forward_plan_at(layout, q, k)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out, lse = positions.forward_at(q, k, v, plan, *given_vectors, 0.125)
+        out, lse = of_impl().forward_at(q, k, v, plan, *given_vectors, 0.125)
         for x in given_vectors[:2]:
             x.add_(37)
     for step in range(10):
@@ -209,6 +245,7 @@ def test_offsets_are_read_at_each_replay():
         check(out, lse, q, k, v, truth_at(mask, 1, 512, 4, *at))
 
 
+@BOTH
 def test_no_step_waits_for_the_gpu():
     layout = masks.causal().layout(2048, 2048, device="cuda")
     for s in (1, 200):
@@ -219,28 +256,30 @@ def test_no_step_waits_for_the_gpu():
         gradients(q, k, v, layout, out, lse, dout, None, *given_vectors)
         torch.cuda.set_sync_debug_mode("error")
         try:
-            plan = positions.forward_plan_at(layout, q, k)
-            positions.forward_at(q, k, v, plan, *given_vectors, 0.125)
-            plans = positions.backward_plans_at(layout, q, k)
-            positions.backward_at(dout, None, q, k, v, out, lse, plans, *given_vectors, 0.125)
+            plan = of_impl().forward_plan_at(layout, q, k)
+            of_impl().forward_at(q, k, v, plan, *given_vectors, 0.125)
+            plans = backward_plans(layout, q, k)
+            backward_at(dout, None, q, k, v, out, lse, plans, *given_vectors, 0.125)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
 
+@BOTH
 @pytest.mark.parametrize("s", [1, 40])
 def test_bitwise_repeatable(s):
     q, k, v = tensors(2, s, 8, 128, 9000, 2)
     layout = masks.full().layout(9000, 9000, device="cuda")
     first = attend(q, k, v, layout, None, 8000)
-    plan = positions.forward_plan_at(layout, q, k)
+    plan = of_impl().forward_plan_at(layout, q, k)
     different = torch.zeros((), dtype=torch.int64, device="cuda")
     for _ in range(1000):
-        again = positions.forward_at(q, k, v, plan, None, 8000, None, 128**-0.5)
+        again = of_impl().forward_at(q, k, v, plan, None, 8000, None, 128**-0.5)
         different += sum((a != b).sum() for a, b in zip(first, again, strict=True))
     wait(120)
     assert different.item() == 0
 
 
+@BOTH
 def test_deterministic_gradients_are_repeatable():
     q, k, v = tensors(2, 700, 4, 64, 900, 2)
     layout = masks.causal().layout(1024, 1024, device="cuda")
@@ -254,6 +293,7 @@ def test_deterministic_gradients_are_repeatable():
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
+@BOTH
 def test_more_than_65535_sequences():
     """More than a grid's second and third dimension have: in both passes, with and without."""
     q, k, v = tensors(70000, 2, 1, 16, 3)
@@ -269,7 +309,7 @@ def test_more_than_65535_sequences():
     torch.testing.assert_close(out.double(), ref, atol=2e-2, rtol=2e-2)
     expected = torch.autograd.grad(ref, leaves, dout.double())
     low = [x.detach().requires_grad_() for x in (q, k, v)]
-    plain = block_sparse_attention(*low, masks.full(), impl="sm90")
+    plain = block_sparse_attention(*low, masks.full(), impl=IMPL)
     for results in (got, torch.autograd.grad(plain, low, dout)):
         for a, b in zip(results, expected, strict=True):
             assert (a.double() - b).norm() <= 0.02 * b.norm()
@@ -278,8 +318,7 @@ def test_more_than_65535_sequences():
 
 SMALL_CASES = """
 import torch
-from sparse_flash.kernels.sm90 import positions as p
-from sparse_flash import masks
+from sparse_flash import block_sparse_attention as f, masks
 for d in (64, 128, 256):
     for s in (1, 70):
         layout = masks.local((90, 0)).layout(400, 400, device="cuda")
@@ -287,13 +326,16 @@ for d in (64, 128, 256):
         k, v = (torch.randn(2, 300, 2, d, device="cuda", dtype=torch.bfloat16) for _ in "kv")
         given = [torch.tensor(x, dtype=torch.int32, device="cuda")
                  for x in ([300, 250], [200, 77], [0, 30])]
-        out, lse = p.forward_at(q, k, v, p.forward_plan_at(layout, q, k), *given, 0.1)
-        plans = p.backward_plans_at(layout, q, k)
-        p.backward_at(do, None, q, k, v, out, lse, plans, *given, 0.1)
+        kv_lens, q_offset, kv_starts = given
+        for x in (q, k, v):
+            x.requires_grad_()
+        options = {"kv_lens": kv_lens, "q_offset": q_offset, "kv_starts": kv_starts}
+        f(q, k, v, layout, impl="IMPL", **options).backward(do)
 torch.cuda.synchronize()
 """
 
 
+@BOTH
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_sanitizer(tool):
-    sanitize(tool, SMALL_CASES)
+    sanitize(tool, SMALL_CASES.replace("IMPL", IMPL))

@@ -78,7 +78,7 @@ def test_every_tile_is_computed_once(setting, batch, tile, ctas, fewest):
                     parts += mine
     assert not rows
     assert not combined
-    assert sorted(parts) == list(range(plan.num_parts))
+    assert sorted(parts) == list(range(plan.num_splits))
     assert torch.equal(plan.tiles[:-1, 0], expected.col_indices)
     assert torch.equal(plan.tiles[:-1, 1], expected.bit_tile_indices)
     assert plan.tiles[-1].tolist() == [0, 0]
@@ -131,9 +131,9 @@ def test_the_last_round_is_shared(spec, length, batch, heads, tile, bound):
     plan = schedule(layout, batch, heads, tile, H200, COSTS)
     longest, mean = makespan(plan, 132)
     assert longest < bound * mean
-    assert 0 < plan.num_parts <= 2 * 132
+    assert 0 < plan.num_splits <= 2 * 132
     whole = schedule(layout, batch, heads, tile, H200, COSTS, split_last_wave=False)
-    assert whole.num_parts == 0
+    assert whole.num_splits == 0
     assert longest < 0.99 * makespan(whole, 132)[0]
 
 
@@ -143,7 +143,7 @@ def test_a_last_round_that_would_not_gain_is_left_alone():
     assert COSTS.last_parts(rest=131, tiles=8, row=9.5, num_ctas=132) == 1
     assert COSTS.last_parts(rest=4, tiles=1, row=2.5, num_ctas=132) == 1
     even = schedule(masks.full().layout(128 * 132), 1, 4, (128, 128), H200, COSTS)
-    assert even.num_parts == 0
+    assert even.num_splits == 0
 
 
 def test_without_splitting_one_row_would_keep_all_waiting():
@@ -236,7 +236,7 @@ def test_update_in_place():
         small.update_(plan(masks.full()))
     costs = replace(COSTS, fewest_tiles=1)
     split = schedule(masks.full().layout(1000), 1, 2, (128, 128), gpu(999), costs)
-    with pytest.raises(ValueError, match="parts of split rows"):
+    with pytest.raises(ValueError, match="splits of rows"):
         small.update_(split)
     with pytest.raises(ValueError, match=r"tiles of \(192, 128\), this one of \(128, 128\)"):
         small.update_(schedule(masks.local(5).layout(1000), 1, 2, (192, 128), H200, COSTS))

@@ -1,21 +1,27 @@
-"""Sums of dQ become dQ."""
+"""Postprocess of the backward pass: convert the sums of dQ to dQ."""
 
 import cutlass
 from cutlass import Float32, Int32, const_expr, cute
 from sparse_flash.kernels.sm90.backward_producer import FREE, sum_address
-from sparse_flash.kernels.sm90.elementwise import exponent_in, grid_place
-from sparse_flash.kernels.sm90.primitives import bits_of, from_bits, pair_of, store_pairs
+from sparse_flash.kernels.sm90.preprocess import exponent_in
+from sparse_flash.kernels.sm90.primitives import (
+    bits_of,
+    from_bits,
+    grid_coord,
+    pack_pair,
+    store_pairs,
+)
 
-ROWS = 16  # of the accumulators: a slice of a chunk, a warp's; see BackwardConsumer.put_queries
+ROWS = 16  # accumulator rows of a slice of a chunk, one warp's; see BackwardConsumer.store_dq
 SLICES = 64 // ROWS
 NAN_PAIR = 0x7FFF7FFF  # two NaN, in both 16-bit types
 THREADS = 2 * SLICES * 32  # for a tile of queries, which has two chunks
 
 
-class Convert:
-    """Of each chunk of sums the part of dQ, in 16 bits; a chunk that nobody came to is 0.
+class Postprocess:
+    """Scales each chunk of sums and rounds it to 16 bits. Untouched chunks give 0.
 
-    What was added last comes first: it may still be in the L2 cache.
+    The last heads go first: their sums may still be in the L2 cache.
     """
 
     def __init__(self, config) -> None:
@@ -27,7 +33,7 @@ class Convert:
         `None`.
         """
         batch, heads, chunks = (cute.size(dq_sum, mode=[i]) for i in range(3))
-        # In one dimension: the others end at 65,535.
+        # A 1-D grid: the other dimensions are limited to 65,535.
         self.kernel(dq_sum, done, stats, dq, offsets, scale).launch(
             grid=(chunks // 2 * heads * batch, 1, 1), block=(THREADS, 1, 1), stream=stream
         )
@@ -42,25 +48,24 @@ class Convert:
         offsets,
         scale: Float32,
     ):
-        """A slice for each warp."""
+        """One slice per warp."""
         batches, heads, chunks = (cute.size(dq_sum, mode=[i]) for i in range(3))
-        tile, head, batch = grid_place(chunks // 2, heads)
+        tile, head, batch = grid_coord(chunks // 2, heads)
         head, batch = heads - 1 - head, batches - 1 - batch
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
-        place = (batch, head, 2 * tile + warp // SLICES)
+        coord = (batch, head, 2 * tile + warp // SLICES)
         pad = offsets[0][batch] if const_expr(self.config.offsets) else Int32(0)
-        self.convert_slice(dq_sum, done, stats, dq, scale, pad, place, warp % SLICES)
+        self.convert_slice(dq_sum, done, stats, dq, scale, pad, coord, warp % SLICES)
 
     @cute.jit
-    def convert_slice(self, dq_sum, done, stats, dq, scale, pad, place, nth):
-        """ROWS rows of a chunk, or of its transpose.
+    def convert_slice(self, dq_sum, done, stats, dq, scale, pad, coord, nth):
+        """Convert ROWS rows of a chunk, or of its transpose.
 
-        The sums lie as the threads of a warpgroup held them: four numbers of each thread, then the
-        next four of each. The first four of lane t of the slice's warp are two neighbours in row
-        t / 4, columns 2 (t % 4) and one on, and two in the row 8 below; the next four those 8
-        columns on.
+        The sums are in accumulator order: four elements of each thread, then the next four of each.
+        The first four of lane t of the slice's warp are two adjacent ones in row t / 4, columns
+        2 (t % 4) and 2 (t % 4) + 1, and two in row t / 4 + 8; the next four are 8 columns further.
         """
-        config, (batch, head, chunk) = self.config, place
+        config, (batch, head, chunk) = self.config, coord
         lane = cute.arch.lane_idx()
         row, column = chunk * 64, Int32(0)
         if const_expr(config.dq_by_columns):
@@ -70,28 +75,28 @@ class Convert:
             column += nth * ROWS
         else:
             row += nth * ROWS
-        start = sum_address(dq_sum, place) + 16 * (nth * 32 + lane)
+        start = sum_address(dq_sum, coord) + 16 * (nth * 32 + lane)
         numbers = [read_four(start + 2048 * i) for i in range(config.dq_tile[1] // 8)]
-        there = Int32(0) if done[place] == FREE else Int32(-1)
+        there = Int32(0) if done[coord] == FREE else Int32(-1)
         scales = [self.scale_of(stats, scale, (batch, head, row + 8 * i)) for i in range(2)]
         if const_expr(config.dq_transposed):
             rows = [(x[:2], x[2:]) for x in numbers]
         else:
             rows = [[x[2 * i : 2 * i + 2] for x in numbers] for i in range(2)]
-        for i in cutlass.range_constexpr(len(rows)):  # every eighth
+        for i in cutlass.range_constexpr(len(rows)):  # rows 8 apart
             pairs = [self.scaled(x, scales[i % 2], dq.element_type) & there for x in rows[i]]
             if const_expr(config.offsets):
                 log_sum = stats[batch, head, 0, row + 8 * i]
-                unknown = log_sum != log_sum  # noqa: PLR0124 NaN: no position of the layout
+                unknown = log_sum != log_sum  # noqa: PLR0124 NaN: outside the layout
                 pairs = [Int32(NAN_PAIR) if unknown else pair for pair in pairs]
-            place = (batch, row + 8 * i - pad, head, column)
-            store_pairs(dq, place, pairs, config.offsets)
+            coord = (batch, row + 8 * i - pad, head, column)
+            store_pairs(dq, coord, pairs, config.offsets)
 
     @cute.jit
-    def scale_of(self, stats, scale, place):
-        """What a row's sums are to be multiplied by."""
-        if const_expr(self.config.fixed):
-            batch, head, row = place
+    def scale_of(self, stats, scale, coord):
+        """Scale of a row's sums, including its fixed-point exponent."""
+        if const_expr(self.config.fixed_point):
+            batch, head, row = coord
             exponent = exponent_in(*(stats[batch, head, i, row] for i in range(2)))
             unit = from_bits(254 - exponent << 23) if exponent < 255 else Float32.nan
             scale *= unit
@@ -99,16 +104,16 @@ class Convert:
 
     @cute.jit
     def scaled(self, numbers, scale, dtype: cutlass.Constexpr):
-        """Two neighbours of dQ in one register."""
-        if const_expr(self.config.fixed):
+        """Two adjacent elements of dQ, scaled and packed into one register."""
+        if const_expr(self.config.fixed_point):
             numbers = [bits_of(x).to(Float32) for x in numbers]
-        pair = pair_of(*(x * scale for x in numbers), dtype)
+        pair = pack_pair(*(x * scale for x in numbers), dtype)
         return transpose(pair) if const_expr(self.config.dq_transposed) else pair
 
 
 @cute.jit
 def transpose(pair):
-    """Neighbours in a row of an 8 x 8 matrix, lane t's in row t / 4, become the transpose's."""
+    """Transpose an 8 x 8 matrix of 16-bit elements; lane t holds a pair of row t / 4."""
     return cute.arch.inline_ptx(
         "movmatrix.sync.aligned.m8n8.trans.b16 {$w0}, {$r0};",
         write_only_types=[Int32],
@@ -118,7 +123,7 @@ def transpose(pair):
 
 @cute.jit
 def read_four(address):
-    """Four neighbours."""
+    """Load four adjacent float32."""
     return cute.arch.inline_ptx(
         "ld.global.v4.f32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}];",
         write_only_types=[Float32] * 4,

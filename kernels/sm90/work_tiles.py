@@ -1,0 +1,110 @@
+"""Messages between the warps of a CTA: work tiles, tile coordinates, named barriers.
+
+The fields of all NamedTuples are Int32.
+"""
+
+from enum import IntEnum
+from typing import NamedTuple
+
+from cutlass import Int32
+
+
+class RowWorkTile(NamedTuple):
+    """A query block, or one split of it. A count of 0 ends the work."""
+
+    m_block: Int32
+    head: Int32
+    batch: Int32
+    count: Int32  # of tiles
+    split_idx: Int32  # index of the split; -1: not split
+
+
+class PositionWorkTile(NamedTuple):
+    """A `RowWorkTile` whose query block is one of positions (see position_work_tiles.py)."""
+
+    m_block: Int32
+    head: Int32
+    batch: Int32
+    count: Int32
+    split_idx: Int32
+    start: Int32  # query in the first row of the tile; may be negative
+    known: Int32  # number of rows of the tile inside the layout
+
+
+class ColumnWorkTile(NamedTuple):
+    """A key block, or one split of it. A negative count ends the work."""
+
+    n_block: Int32
+    head: Int32  # of k and v
+    batch: Int32
+    count: Int32  # of tiles
+    split_idx: Int32  # index of the split; -1: not split
+    first: Int32  # tile
+    remaining: Int32  # keys from the first one of the block on; if 0, its tiles are skipped
+
+
+class KeyTile(NamedTuple):
+    """Coordinates of a tile of keys."""
+
+    n_block: Int32  # negative: no tile
+    head: Int32  # of k and v
+    batch: Int32
+    start: Int32  # first key of block 0
+
+
+class Load(NamedTuple):
+    """Loads of the producer for a `RowWorkTile`."""
+
+    m_block: Int32
+    head: Int32
+    batch: Int32
+    first: Int32  # tile
+    count: Int32  # of tiles
+    limit: Int32  # keys, counted from `key_start`
+    start: Int32  # as in `PositionWorkTile`
+    key_start: Int32  # as in `KeyTile.start`
+
+
+class DecodeWorkTile(NamedTuple):
+    """Work of a CTA of the decoding kernel: steps `begin` to `end` of a row."""
+
+    head: Int32  # the first of the tile's rows
+    batch: Int32
+    split_idx: Int32  # index of the split; -1: not split
+    first: Int32  # tile of the row
+    left: Int32  # its column, if those of the row follow each other; else -1
+    begin: Int32
+    end: Int32
+    limit: Int32  # keys, counted from `key_start`
+    key_start: Int32  # first key of block 0
+    row: Int32  # row of the bit tiles
+    known: Int32  # 0: the query is outside the layout
+
+
+class ForwardBarrier(IntEnum):
+    """Named barriers of the kernels with one work tile per query block."""
+
+    ALL = 0  # the whole CTA
+    TURN = 1  # one per warpgroup (two or three): its turn to issue GEMMs
+    OWN = 4  # one per warpgroup, among its own threads
+
+
+class DecodeBarrier(IntEnum):
+    """Named barriers of the decoding kernel."""
+
+    ALL = 0  # the whole CTA
+    CONSUMERS = 1
+
+
+class BackwardBarrier(IntEnum):
+    """Named barriers of the backward kernel."""
+
+    ALL = 0  # the whole CTA
+    BOTH = 1  # both warpgroups
+    READY = 2  # per buffer, one for each warpgroup with its store warp: the buffer is filled
+    STAGGER = 10  # delays the second warpgroup
+
+
+def end_of_work(record_type, **fields):
+    """The record that ends the work: zeros except for the given fields."""
+    return record_type(**{name: fields.get(name, Int32(0)) for name in record_type._fields})
