@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from sparse_flash.experiments import selected
 from sparse_flash.experiments.user_attention import check_user_attention, is_module, user_module
 from sparse_flash.experiments.user_code import load, read_mask
 from sparse_flash.masks import BlockLayout, Mask
@@ -76,18 +77,20 @@ def attention(
 
 
 @dataclass(frozen=True)
-class Kind:
+class AttentionKind:
     """A kind of attention: what its name says, or the object that was given instead.
 
-    name: "ours", "flex", "module" (a user's), or a name of `ATTENTIONS`.
+    name: "ours", "flex", "module" (a user's), "selected", or a name of `ATTENTIONS`.
     mask: None where there is none.
     size: Random features of a Performer, or the rank of a Linformer.
     text: Text as it was given; empty for objects.
-    user: Class or function of a user or of an installed package.
+    user: Class or function of a user or of an installed package; a `selected.Selected`.
 
-    >>> Kind.of("dense").mask, Kind.of("flex: local(9)"), Kind.of("linformer(64)").size
-    (full(), Kind(name='flex', mask=local((9, 9)), size=0), 64)
-    >>> Kind.of(masks.local(3) | masks.sinks(1)).label
+    >>> AttentionKind.of("dense").mask, AttentionKind.of("linformer(64)").size
+    (full(), 64)
+    >>> AttentionKind.of("flex: local(9)")
+    AttentionKind(name='flex', mask=local((9, 9)), size=0)
+    >>> AttentionKind.of(masks.local(3) | masks.sinks(1)).label
     'local((3, 3)) | sinks(1)'
     """
 
@@ -98,7 +101,7 @@ class Kind:
     user: Any = field(default=None, repr=False)
 
     @classmethod
-    def of(cls, attention: Attention) -> Kind:
+    def of(cls, attention: Attention) -> AttentionKind:
         """Read a name, or take a Mask, a class or a function.
 
         Raises:
@@ -106,7 +109,7 @@ class Kind:
             ValueError: A name that is neither a mask nor another kind; a class or function that
                 cannot be used as attention.
         """
-        if isinstance(attention, Kind):
+        if isinstance(attention, AttentionKind):
             return attention
         if isinstance(attention, Mask):
             return cls("ours", attention)
@@ -121,7 +124,7 @@ class Kind:
         )
 
     @classmethod
-    def _read(cls, text: str) -> Kind:
+    def _read(cls, text: str) -> AttentionKind:
         if text.startswith(_MODULE):
             reference = text.removeprefix(_MODULE).strip()
             if split_reference(reference) is None:
@@ -129,6 +132,8 @@ class Kind:
             user = load(reference)
             check_user_attention(user, reference)
             return cls("module", text=text, user=user)
+        if selected.is_selected(text):
+            return cls("selected", text=text, user=selected.read(text))
         named = _NAMED.fullmatch(text)
         if named and PATTERNS.get(named[1]) is None and named[1] in ATTENTIONS:
             return cls._named(named[1], named[2], text)
@@ -152,7 +157,7 @@ class Kind:
             raise ValueError(f"{error} (attention may also be {_choices()})") from None
 
     @classmethod
-    def _named(cls, name: str, size: str | None, text: str) -> Kind:
+    def _named(cls, name: str, size: str | None, text: str) -> AttentionKind:
         """One of `ATTENTIONS`."""
         found = ATTENTIONS[name]
         if not isinstance(found, AttentionType):
@@ -182,7 +187,8 @@ class Kind:
     @property
     def type(self) -> AttentionType | None:
         """How it is made; None for ours, flex and those of users."""
-        return None if self.name in ("ours", "flex", "module") else ATTENTIONS[self.name]
+        own = ("ours", "flex", "module", "selected")
+        return None if self.name in own else ATTENTIONS[self.name]
 
     def layout(self, length: int, block: int = 128) -> BlockLayout:
         """The layout of its mask on the CPU; built once, for all layers and records.
@@ -208,18 +214,20 @@ class Kind:
 
         block: Granularity of the layout by which it is counted; has no influence on the result.
 
-        >>> Kind.of("flex: causal()").density(4), Kind.of("sdpa").density(4)
+        >>> AttentionKind.of("flex: causal()").density(4), AttentionKind.of("sdpa").density(4)
         (0.625, 1.0)
-        >>> Kind.of("linear").density(4) is None
+        >>> AttentionKind.of("linear").density(4) is None
         True
         """
         if self.mask is not None:
             return self.layout(length, block).density
+        if self.name == "selected":
+            return self.user.density(length)
         return 1.0 if self.type and self.type.matrix else None
 
 
 if TYPE_CHECKING:
-    Attention = str | Mask | Kind | Callable[..., Any]
+    Attention = str | Mask | AttentionKind | Callable[..., Any]
 else:
     Attention = str  # what the command line reads
 
@@ -231,7 +239,10 @@ def _mask(text: str) -> Mask:
 def _choices() -> str:
     sized = {name: f"{name}(256)" for name, found in ATTENTIONS.items() if found.sized}
     names = [sized.get(name, name) for name in ATTENTIONS.names()]
-    return f"dense, or one of {', '.join(names)}, flex: MASK, module:path/to/file.py:NAME"
+    return (
+        f"dense, or one of {', '.join(names)}, {selected.FORMS}, flex: MASK, "
+        "module:path/to/file.py:NAME"
+    )
 
 
 def _qualified(value: Any) -> str:
@@ -239,18 +250,20 @@ def _qualified(value: Any) -> str:
 
 
 def core(
-    kind: Kind, layout: BlockLayout | None, length: int, heads: int, head_dim: int
+    kind: AttentionKind, layout: BlockLayout | None, length: int, heads: int, head_dim: int
 ) -> nn.Module:
     """The module of a kind; `layout` is its mask's, where it has one."""
     if kind.name == "flex":
         assert layout is not None
         return Flex(layout)
+    if kind.name == "selected":
+        return kind.user.make(length, heads, head_dim)
     if kind.type is None:
         return user_module(kind.user, kind.label.removeprefix(_MODULE), length, heads, head_dim)
     return kind.type.make(length, heads, head_dim, kind.size)
 
 
-def check_trainable(kind: Kind, device: torch.device) -> None:
+def check_trainable(kind: AttentionKind, device: torch.device) -> None:
     """Raise ValueError where the attention cannot be trained on the device."""
     if kind.name == "flex" and device.type == "cpu":
         mask = kind.label.partition(":")[2].strip()
@@ -266,7 +279,7 @@ def _features_flops(length: int, head_dim: int, features: int) -> int:
     return 4 * length * features * head_dim + 2 * length * features
 
 
-def real_keys(k: Tensor, kv_lens: Tensor | None) -> Tensor | None:
+def key_padding_mask(k: Tensor, kv_lens: Tensor | None) -> Tensor | None:
     """Which keys are no padding: bool (b, s); None for all."""
     if kv_lens is None:
         return None
@@ -280,7 +293,7 @@ class Standard(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, kv_lens: Tensor | None) -> Tensor:
         """(b, s, h, d) in and out."""
         scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
-        real = real_keys(k, kv_lens)
+        real = key_padding_mask(k, kv_lens)
         if real is not None:
             scores = scores.masked_fill(~real[:, None, None], -torch.inf)
         return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1).to(v.dtype), v)
@@ -292,7 +305,7 @@ class Sdpa(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, kv_lens: Tensor | None) -> Tensor:
         """(b, s, h, d) in and out."""
-        real = real_keys(k, kv_lens)
+        real = key_padding_mask(k, kv_lens)
         mask = None if real is None else real[:, None, None]
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
@@ -390,7 +403,7 @@ class LinearAttention(nn.Module):
         """(b, s, h, d) in and out; computed in float32."""
         with torch.autocast(q.device.type, enabled=False):
             of_q, of_k = elu(q.float()) + 1, elu(k.float()) + 1
-            out = _by_features(of_q, of_k, v.float(), real_keys(k, kv_lens))
+            out = _by_features(of_q, of_k, v.float(), key_padding_mask(k, kv_lens))
         return out.to(v.dtype)
 
 
@@ -416,14 +429,14 @@ class Performer(nn.Module):
         for _ in range(-(-size // head_dim)):  # orthogonal within each block
             directions, _ = torch.linalg.qr(torch.randn(heads, head_dim, head_dim))
             norms = torch.randn(heads, head_dim, head_dim).norm(dim=1, keepdim=True)
-            # QR chooses signs by the numbers themselves: without new ones it would favour a side.
+            # QR chooses signs by the numbers themselves: without new ones it would favor a side.
             signs = torch.randn(heads, 1, head_dim).sign()
             blocks.append((directions * norms * signs).transpose(1, 2))
         self.register_buffer("features", torch.cat(blocks, 1)[:, :size])
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, kv_lens: Tensor | None) -> Tensor:
         """(b, s, h, d) in and out; computed in float32."""
-        real = real_keys(k, kv_lens)
+        real = key_padding_mask(k, kv_lens)
         with torch.autocast(q.device.type, enabled=False):
             of_q, of_k = self.exponents(q), self.exponents(k)
             if real is not None:
@@ -459,7 +472,7 @@ class Linformer(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, kv_lens: Tensor | None) -> Tensor:
         """(b, s, h, d) in and out."""
-        real = real_keys(k, kv_lens)
+        real = key_padding_mask(k, kv_lens)
         if real is not None:
             k, v = (x * real[..., None, None] for x in (k, v))
         k, v = (torch.einsum("ns,bshd->bhnd", self.mixtures.to(x.dtype), x) for x in (k, v))

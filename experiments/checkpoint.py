@@ -19,7 +19,7 @@ _MAGIC = b"sparse_flash checkpoint 2\n"
 
 
 class CheckpointError(ValueError):
-    """A file that is no checkpoint of ours, is damaged, or belongs to another run."""
+    """A file that is no checkpoint of sparse_flash, is damaged, or belongs to another run."""
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
@@ -43,7 +43,7 @@ def load(
 
     Args:
         path: The file.
-        way_out: What the user can do where it cannot be read, for the message.
+        way_out: Remedy for the user if the file cannot be read, for the message.
 
     Raises:
         CheckpointError: It is no checkpoint of ours, or it is damaged.
@@ -66,10 +66,10 @@ def check_same(path: Path, different: Sequence[str]) -> None:
 
     Args:
         path: File of the run.
-        different: Settings that differ, as `provenance.differences` says.
+        different: Differing settings, from `provenance.differences`.
 
     Raises:
-        CheckpointError: There are some.
+        CheckpointError: Some settings differ.
     """
     if different:
         shown = sorted(different, key=lambda name: not name.startswith("task.name"))[:_SHOWN]
@@ -95,7 +95,7 @@ def random_state() -> dict[str, Any]:
 
 
 def restore_random_state(state: dict[str, Any]) -> None:
-    """The inverse of `random_state`; on another number of GPUs, theirs are left alone."""
+    """The inverse of `random_state`; with another number of GPUs, their states are kept."""
     torch.set_rng_state(state["torch"])
     if len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])

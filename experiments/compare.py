@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sparse_flash.experiments import report
+from sparse_flash.experiments import markdown, report
 from sparse_flash.experiments.attention import Attention, check_trainable
 from sparse_flash.experiments.config import CompareConfig, RunConfig, check_grid
 from sparse_flash.experiments.curriculum import Curriculum, patches_and_butterfly
@@ -19,14 +19,13 @@ from sparse_flash.experiments.device import pick_device
 from sparse_flash.experiments.lock import exclusive
 from sparse_flash.experiments.model import Encoder
 from sparse_flash.experiments.naming import run_folder, slug
-from sparse_flash.experiments.report import as_table, markdown, picture, table
+from sparse_flash.experiments.report import picture
 from sparse_flash.experiments.staged import check_canvases, follow
 from sparse_flash.experiments.train import TrainingError, train
 from tqdm import tqdm
 
-__all__ = ["as_table", "check_models", "compare", "compare_stages", "markdown", "picture", "slug",
-           "table"]  # fmt: skip
-REWRITE_SECONDS = 60.0  # the report is written anew while runs are trained, but not more often
+__all__ = ["check_models", "compare", "compare_stages", "picture", "slug"]
+REWRITE_SECONDS = 60.0  # shortest time between two reports while runs are trained
 _SPEED = ("step_ms", "tokens_per_second", "density", "peak_memory_MiB")  # of a stage
 
 
@@ -34,13 +33,13 @@ def compare(config: CompareConfig, folder: Path, device: str = "auto") -> dict[s
     """Train every variant with every seed, and report; finished runs are not trained again.
 
     Args:
-        config: What is common, the variants, the seeds, seconds of training for each run.
-        folder: A folder a run inside it; comparison.md and comparison.json beside them, and what
-            TensorBoard shows of these in the folder _report.
+        config: Common settings, variants, seeds, seconds of training per run.
+        folder: Receives one folder per run, comparison.md, comparison.json, and the TensorBoard
+            run _report.
         device: As for `train`.
 
     Returns:
-        What comparison.json holds: machine, settings, one row a variant, all runs.
+        The content of comparison.json: machine, settings, one row per variant, all runs.
 
     Raises:
         ValueError: A variant's model cannot be built; nothing has been trained then.
@@ -56,9 +55,9 @@ def compare(config: CompareConfig, folder: Path, device: str = "auto") -> dict[s
 
 
 def check_models(runs: Iterable[RunConfig]) -> None:
-    """Build the model of each run once, so that what is impossible is refused before training.
+    """Build the model of each run once, so that impossible settings are refused before training.
 
-    Layouts that this makes are kept for the runs themselves.
+    The layouts are cached for the runs.
 
     Raises:
         ValueError: Attention, sizes and task do not fit each other.
@@ -91,7 +90,7 @@ def _compare(config: CompareConfig, folder: Path, device: str) -> dict[str, Any]
 
 
 def _comparison(config: CompareConfig) -> report.Comparison:
-    """What the report must know of the settings."""
+    """Settings for the report."""
     trained = f"{config.train.steps} steps of {config.train.batch_size} sequences"
     if not math.isinf(config.budget):
         trained += f", at most {config.budget:g} s a run"
@@ -106,7 +105,7 @@ def _comparison(config: CompareConfig) -> report.Comparison:
 
 
 def _result(run: Callable[[], dict[str, Any]], folder: Path) -> dict[str, Any]:
-    """What a run returns; where it diverges or does not fit, `{"error": message}`."""
+    """The result of a run, or `{"error": message}` if it diverges or does not fit into memory."""
     try:
         return run()
     except (TrainingError, torch.OutOfMemoryError) as error:
@@ -119,7 +118,7 @@ def _result(run: Callable[[], dict[str, Any]], folder: Path) -> dict[str, Any]:
 def _finish(compared: report.Comparison, runs: list[report.Run], folder: Path) -> dict[str, Any]:
     """Write the report; refuse one in which no run has a result."""
     made = report.write(compared, runs, folder)
-    failed = report.failed_runs(made)
+    failed = markdown.failed_runs(made)
     if len(failed) == len(runs):
         raise TrainingError("no run has a result: " + "; ".join(failed))
     return made
@@ -135,20 +134,20 @@ def compare_stages(
 ) -> dict[str, Any]:
     """Train by a curriculum with every attention and seed, and report; the same call resumes.
 
-    Step times, memory and density are of the last stage that all runs reached, so that they are of
-    the same problem. A run that its budget ended is tested as it is, on its own stage.
+    Step times, memory and density refer to the last stage that all runs reached, so they are
+    comparable. A run that reached its budget is tested on its current stage.
 
     Args:
-        curriculum: The stages, and what they share.
+        curriculum: The stages, and their common settings.
         folder: As for `compare`.
         device: As for `train`.
-        attentions: Variants, in which PIXELS stands for the canvas; the first is what the others
-            are compared with. Default: sdpa, dense and the curriculum's own.
-        seeds: Each variant is trained once a seed.
+        attentions: Variants, in which PIXELS stands for the canvas; the first is the baseline.
+            Default: sdpa, dense and the curriculum's own.
+        seeds: Each variant is trained once per seed.
         budget: Seconds for each run.
 
     Returns:
-        What comparison.json holds; as `compare`.
+        The content of comparison.json, as `compare`.
 
     Raises:
         ValueError: A variant's model cannot be built, or a repeated variant or seed; nothing has
@@ -189,12 +188,12 @@ def compare_stages(
 
 
 def _common_stage(curriculum: Curriculum, every: list[report.Run]) -> dict[str, Any]:
-    """Give each run the speed of the last stage that all reached; say which one that is.
+    """Set the speed of each run to that of the last stage that all runs reached.
 
     Returns:
         length, training and note of the report.
     """
-    runs = [run for run in every if report.failure(run) is None]
+    runs = [run for run in every if markdown.failure(run) is None]
     if not runs:
         size = curriculum.stages[-1].size
         return {"length": size * size, "training": f"{len(curriculum.stages)} stages"}

@@ -9,8 +9,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from sparse_flash.experiments import provenance
-from sparse_flash.experiments.attention import Attention, Kind
+from sparse_flash.experiments import old_names, provenance
+from sparse_flash.experiments.attention import Attention, AttentionKind
 from sparse_flash.experiments.data.dataset import Task, check_task
 from sparse_flash.experiments.data.listops import ListOps
 from sparse_flash.experiments.stopping import check_budget
@@ -18,6 +18,7 @@ from sparse_flash.experiments.stopping import check_budget
 LARGEST_BLOCK = 4096  # a tile has at most 2^24 elements
 
 
+@old_names.renamed_fields(old_names.MODEL)
 @dataclass(frozen=True)
 class ModelConfig:
     """A pre-norm transformer encoder for classification."""
@@ -31,16 +32,17 @@ class ModelConfig:
     ffn: int = 128
     """Width of the feed-forward layers."""
     positions: Literal["learned", "rotary", "rotary2d"] = "learned"
-    """How the model knows where a token is; rotary2d: on the grid of an image."""
-    reach: tuple[float, ...] = ()
-    """How far heads look at the start, in tokens or pixels, in turn; of rotary positions."""
+    """Position encoding; rotary2d: rows and columns of an image."""
+    initial_span: tuple[float, ...] = ()
+    """Distance that heads attend to before training, in tokens or pixels, cycled over the heads;
+    needs rotary positions. Empty: random weights, no preferred distance."""
     pooling: Literal["mean", "max", "cls"] = "mean"
-    """How tokens become one vector."""
+    """Pooling of tokens into one vector."""
     dropout: float = 0.1
     """After attention, after the feed-forward layers, and on the embeddings."""
 
     def __post_init__(self) -> None:
-        """Refuse sizes that do not fit each other."""
+        """Refuse inconsistent sizes."""
         for name in ("dim", "heads", "layers", "ffn"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -52,11 +54,11 @@ class ModelConfig:
                 f"{self.positions} positions need a head_dim that is a multiple of {step}, "
                 f"got {self.dim // self.heads}"
             )
-        fits = len(self.reach) <= self.heads and min(self.reach, default=1) > 0
-        if not fits or (self.reach and self.positions == "learned"):
+        fits = len(self.initial_span) <= self.heads and min(self.initial_span, default=1) > 0
+        if not fits or (self.initial_span and self.positions == "learned"):
             raise ValueError(
-                f"reach={self.reach} must be positive, at most one for each of {self.heads} heads, "
-                f"and wants rotary positions; they are {self.positions}"
+                f"initial_span={self.initial_span} must be positive, at most one for each of "
+                f"{self.heads} heads, and needs rotary positions; they are {self.positions}"
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in 0..1, got {self.dropout}")
@@ -64,10 +66,10 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Optimisation and its bookkeeping."""
+    """Optimization, evaluation and checkpoints."""
 
     steps: int = 5_000
-    """Optimiser steps."""
+    """Optimizer steps."""
     batch_size: int = 32
     """Examples a step."""
     lr: float = 1e-3
@@ -77,7 +79,7 @@ class TrainConfig:
     weight_decay: float = 0.01
     """On matrices; biases, norms and embeddings have none."""
     clip: float = 1.0
-    """Largest norm of the gradient."""
+    """Gradient clipping: largest norm of the gradient."""
     eval_every: int = 500
     """Steps between evaluations."""
     log_every: int = 20
@@ -90,7 +92,7 @@ class TrainConfig:
     """On a GPU, run a step as one CUDA graph: small models are bound by the host otherwise."""
 
     def __post_init__(self) -> None:
-        """Refuse numbers with which no run is possible."""
+        """Refuse numbers that make no run possible."""
         counts = ("steps", "batch_size", "eval_every", "log_every", "checkpoint_every")
         for name in counts:
             if getattr(self, name) < 1:
@@ -107,7 +109,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Common:
-    """What a single run and a comparison have in common."""
+    """Settings shared by single runs and comparisons."""
 
     task: Task = field(default_factory=ListOps)
     """The data."""
@@ -124,7 +126,7 @@ class Common:
         return self.task.length + (self.model.pooling == "cls")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, as it is saved with checkpoints and results; attention as text."""
+        """Plain data for checkpoints and results; attention as text."""
         settings = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
         settings["task"] = {"name": type(self.task).__name__.lower()} | settings["task"]
         return json.loads(json.dumps(settings, default=str))
@@ -142,8 +144,8 @@ def check_seed(seed: int) -> None:
         raise ValueError(f"a seed must be 0 to 2^32 - 1, got {seed}")
 
 
-def label_of(kind: Kind, length: int, block: int = 128, unique: bool = True) -> str:
-    """The text of an attention; of an object with a digest where what it prints as is no name.
+def label_of(kind: AttentionKind, length: int, block: int = 128, unique: bool = True) -> str:
+    """The text of an attention, with a digest for objects whose repr is not unique.
 
     Args:
         kind: The attention.
@@ -164,7 +166,7 @@ def _plain(value: Any) -> Any:
 
 def check_attention(attention: Attention, length: int) -> None:
     """Raise ValueError where a mask cannot be read, or is made for sequences of other lengths."""
-    kind = Kind.of(attention)
+    kind = AttentionKind.of(attention)
     made_for = () if kind.mask is None else kind.mask.extents()
     if any(extent not in (None, length) for extent in made_for):
         raise ValueError(
@@ -174,7 +176,7 @@ def check_attention(attention: Attention, length: int) -> None:
 
 @dataclass(frozen=True)
 class RunConfig(Common):
-    """Everything that decides a run's numbers.
+    """All settings that determine the results of a run.
 
     >>> from sparse_flash import masks
     >>> run = RunConfig(attention=masks.local(64) | masks.custom(lambda q, kv: (q - kv) % 99 == 0))
@@ -195,16 +197,16 @@ class RunConfig(Common):
     """Folder of a run to begin with the weights of: of smaller images, say."""
 
     def __post_init__(self) -> None:
-        """Refuse what no run is possible with, before any work."""
+        """Refuse impossible settings before any work."""
         check_seed(self.seed)
         check_block(self.block)
         check_task(self.task)
         check_attention(self.kind, self.length)
 
     @functools.cached_property
-    def kind(self) -> Kind:
+    def kind(self) -> AttentionKind:
         """The attention, read once: a file that is edited later has no influence."""
-        return Kind.of(self.attention)
+        return AttentionKind.of(self.attention)
 
     @functools.cached_property
     def attention_label(self) -> str:
@@ -212,7 +214,7 @@ class RunConfig(Common):
         return label_of(self.kind, self.length, self.block)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, as it is saved with checkpoints and results; attention as text."""
+        """Plain data for checkpoints and results; attention as text."""
         object_free = dataclasses.replace(self, attention="dense")
         return super(RunConfig, object_free).to_dict() | {"attention": self.attention_label}
 
@@ -226,10 +228,10 @@ class RunConfig(Common):
         return self.to_dict() | {"provenance": origin}
 
     def completed(self, saved: dict[str, Any]) -> dict[str, Any]:
-        """Settings that an older version saved, with the defaults of those that it did not know."""
+        """Settings of an older version, renamed, with defaults for missing ones."""
         known = {name: _plain(value) for name, value in _defaults(RunConfig).items()}
         known["task"] = _defaults(type(self.task))
-        known = json.loads(json.dumps(known, default=str))
+        known, saved = json.loads(json.dumps(known, default=str)), old_names.config(saved)
         return {
             name: known.get(name, {}) | value if isinstance(value, dict) else value
             for name, value in (known | saved).items()
@@ -256,14 +258,14 @@ def _defaults(cls: type) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class CompareConfig(Common):
-    """Several kinds of attention under the same seeds and budget."""
+    """Several attentions under the same seeds and budget."""
 
     attentions: tuple[Attention, ...] = ("sdpa", "dense", "local(256) | global_tokens(16)")
-    """Variants, each as `attention` of a run. The first is what the others are compared with."""
+    """Variants, each as `attention` of a run. The first is the baseline."""
     seeds: tuple[int, ...] = (0,)
-    """Each variant is trained once a seed."""
+    """Each variant is trained once per seed."""
     budget: float = math.inf
-    """Seconds of training for each run; what is not done by then is evaluated as it is."""
+    """Seconds of training per run; a run that reaches them is evaluated as it is."""
     init: str = ""
     """Folder of a run to begin with the weights of."""
 
@@ -276,9 +278,9 @@ class CompareConfig(Common):
             check_attention(kind, self.length)
 
     @functools.cached_property
-    def kinds(self) -> tuple[Kind, ...]:
+    def kinds(self) -> tuple[AttentionKind, ...]:
         """The variants, read once: a file that is edited later has no influence."""
-        return tuple(map(Kind.of, self.attentions))
+        return tuple(map(AttentionKind.of, self.attentions))
 
     @functools.cached_property
     def labels(self) -> tuple[str, ...]:
@@ -290,7 +292,7 @@ class CompareConfig(Common):
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, as it is saved with the report; attention as text."""
+        """Plain data for the report; attention as text."""
         object_free = dataclasses.replace(self, attentions=("dense",))
         return super(CompareConfig, object_free).to_dict() | {
             "attentions": list(self.labels),
@@ -299,7 +301,7 @@ class CompareConfig(Common):
 
     def run(self, attention: Attention, seed: int) -> RunConfig:
         """One run of the comparison."""
-        kind = Kind.of(attention)
+        kind = AttentionKind.of(attention)
         if kind in self.kinds:
             kind = dataclasses.replace(kind, text=self.labels[self.kinds.index(kind)])
         common = (self.task, self.block, self.model, self.train)

@@ -1,9 +1,9 @@
 """A curriculum: stages of growing canvases and curves, each from the weights of the one before.
 
-From scratch, Path-256 stays at chance. Small canvases with short curves, drawn with the paddles and
-gaps of 256-pixel images, are learned in a minute. With rotary positions in pixels, a model keeps on
-larger canvases what it learned there. A stage ends when held-out images of its longest curves are
-judged well enough, or when its images are used up.
+From scratch, Path-256 stays at majority accuracy. Small canvases with short curves, drawn with the
+paddles and gaps of 256-pixel images, take a minute. With rotary positions in pixels, a model
+transfers from small to large canvases. A stage ends at a target accuracy on held-out images of its
+longest curves, or when its images are used up.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from sparse_flash.experiments import provenance
-from sparse_flash.experiments.attention import Attention, Kind
+from sparse_flash.experiments.attention import Attention, AttentionKind
 from sparse_flash.experiments.config import (
     ModelConfig,
     TrainConfig,
@@ -37,19 +37,19 @@ class Stage:
     contours: tuple[int, ...]
     """Paddles of the long curves; the last is evaluated."""
     weights: tuple[float, ...]
-    """How often each contour is shown."""
+    """Sampling weight of each contour."""
     batch_size: int
     """Images a step."""
     lr: float
     """Peak learning rate of AdamW: linear warm-up, then a cosine over all images to a tenth."""
     images: int
-    """Images after which the stage ends at the latest."""
+    """Largest number of training images of the stage."""
     target: float = 1.0
     """Validation accuracy at which the stage ends."""
     reuse: float = 1.0
-    """How often an image is shown on average, turned or mirrored."""
+    """Average number of uses of an image, with random rotations and reflections."""
     evaluations: int = 20
-    """How often the stage is evaluated at most."""
+    """Largest number of evaluations."""
 
     def __post_init__(self) -> None:
         """Refuse what no stage can be made of."""
@@ -73,7 +73,7 @@ class Stage:
 
     @property
     def steps(self) -> int:
-        """Optimiser steps at most: a whole number for each evaluation."""
+        """Largest number of optimizer steps, a multiple of `evaluations`."""
         return self.images // self.batch_size // self.evaluations * self.evaluations
 
     @property
@@ -90,7 +90,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Curriculum:
-    """The stages of a run, and what they share."""
+    """The stages of a run, and their common settings."""
 
     stages: tuple[Stage, ...]
     """In this order."""
@@ -102,12 +102,12 @@ class Curriculum:
     """Granularity of layouts, in tokens."""
     model: ModelConfig = field(
         default_factory=lambda: ModelConfig(
-            positions="rotary2d", reach=(3.0, 10.0), pooling="max", dropout=0.0
+            positions="rotary2d", initial_span=(3.0, 10.0), pooling="max", dropout=0.0
         )
     )
     """The model, the same in all stages."""
     average: float = 0.998
-    """Weights are evaluated as a moving average, of which a step leaves this part."""
+    """Decay of the moving average of the weights, which is evaluated."""
     warmup: int = 200
     """Steps of linear warm-up of each stage."""
     weight_decay: float = 0.01
@@ -150,10 +150,10 @@ class Curriculum:
             return self.attention
         return self.attention.replace("PIXELS", str(size)) or patches_and_butterfly(size)
 
-    def kind(self, size: int) -> Kind:
+    def kind(self, size: int) -> AttentionKind:
         """The attention on a canvas, read once: a file that is edited later has no influence."""
         if size not in self._kinds:
-            self._kinds[size] = Kind.of(self.mask(size))
+            self._kinds[size] = AttentionKind.of(self.mask(size))
         return self._kinds[size]
 
     def with_seed(self, seed: int) -> Curriculum:
@@ -163,7 +163,7 @@ class Curriculum:
         return other
 
     @functools.cached_property
-    def _kinds(self) -> dict[int, Kind]:
+    def _kinds(self) -> dict[int, AttentionKind]:
         return {}
 
     @property
@@ -171,10 +171,10 @@ class Curriculum:
         """Text of the attention, for tables, folders and records."""
         if isinstance(self.attention, str):
             return self.attention
-        return Kind.of(self.attention).label
+        return AttentionKind.of(self.attention).label
 
     def training(self, stage: Stage) -> TrainConfig:
-        """The settings of a stage's optimiser steps."""
+        """The settings of a stage's optimizer steps."""
         return TrainConfig(
             steps=stage.steps,
             batch_size=stage.batch_size,
@@ -187,7 +187,7 @@ class Curriculum:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, as it is saved with checkpoints and results; attention as text."""
+        """Plain data for checkpoints and results; attention as text."""
         settings: dict[str, Any] = asdict(replace(self, attention=""))
         settings["attention"] = self.attention_label
         return json.loads(json.dumps(settings))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from sparse_flash.experiments.attention import Kind
+from sparse_flash.experiments.attention import AttentionKind
 
 from sparse_flash import Densities, densities
 
 DENSITIES = ("density", "tile_density", "computed_density")
 
 
-def densities_of(kind: Kind, length: int, block: int, head_dim: int) -> Densities | None:
+def densities_of(kind: AttentionKind, length: int, block: int, head_dim: int) -> Densities | None:
     """The numbers of the layout of an attention's mask; None where there is no mask.
 
     FlexAttention computes the blocks of the layout, ours the tiles of its kernel.
@@ -27,13 +27,13 @@ def densities_of(kind: Kind, length: int, block: int, head_dim: int) -> Densitie
 
 
 def attention_densities(
-    kind: Kind, length: int, block: int, head_dim: int
+    kind: AttentionKind, length: int, block: int, head_dim: int
 ) -> dict[str, float | None]:
     """Element, tile and computed density of an attention; None without an attention matrix.
 
     Arguments are those of `densities_of`.
 
-    >>> found = attention_densities(Kind.of("local(64)"), 2048, 128, 32)
+    >>> found = attention_densities(AttentionKind.of("local(64)"), 2048, 128, 32)
     >>> {name: round(value, 2) for name, value in found.items()}
     {'density': 0.06, 'tile_density': 0.18, 'computed_density': 0.18}
     """

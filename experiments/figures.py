@@ -68,7 +68,7 @@ def _size(report: Report) -> tuple[float, float]:
 def accuracy_by_time(figure: FigureBase, report: Report) -> None:
     """Validation accuracy against seconds of training; error bars are standard deviations."""
     axes = _axes(figure, "Accuracy against training time", report)
-    for index, (row, label) in enumerate(_labelled(report)):
+    for index, (row, label) in enumerate(_labeled(report)):
         runs = [r for r in report["runs"] if r["attention"] == row["attention"] and r.get("curve")]
         style = _style(index, len(report["rows"]))
         found = mean_curves([curve(run) for run in runs])
@@ -94,7 +94,7 @@ def accuracy_by_step(figure: FigureBase, report: Report) -> None:
     """Test accuracy against milliseconds a step, a point for each attention."""
     axes = _axes(figure, "Accuracy against step time", report)
     times = []
-    for index, (row, label) in enumerate(_labelled(report)):
+    for index, (row, label) in enumerate(_labeled(report)):
         style = _style(index, len(report["rows"])) | {"linestyle": "none", "markersize": 13}
         x, y = row.get("step_ms"), row.get("test_accuracy")
         if x is None or y is None:
@@ -193,14 +193,14 @@ def _axes(figure: FigureBase, title: str, report: Report) -> Axes:
 
 
 def _finish(axes: Axes, report: Report, x: str, y: str) -> None:
-    """What both plots of accuracy have: axes, the line of chance, per cent, a legend."""
+    """Common parts of both accuracy plots: axes, majority accuracy, per cent, legend."""
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     axes.set_xlabel(x, fontsize=14)
     axes.set_ylabel(y, fontsize=14)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.yaxis.set_major_locator(MaxNLocator(5))
-    chance = report["rows"][0].get("chance")
+    chance = report["rows"][0].get("majority_accuracy")
     if chance is not None:
         axes.axhline(chance, color="0.5", linewidth=2, linestyle=":")
         axes.text(1, chance, "most frequent answer", transform=axes.get_yaxis_transform(),
@@ -220,8 +220,8 @@ def _bars(axes: Axes, report: Report, name: str, form: str) -> None:
     errors = [row.get(f"{name}_spread") or 0.0 for row in report["rows"]]
     ends = [value + error for value, error in zip(values, errors, strict=True)]
     right, few = max(ends) or 1.0, len(values) <= MANY
-    labelled = _labelled(report)
-    for place, (row, label) in enumerate(labelled):
+    labeled = _labeled(report)
+    for place, (row, label) in enumerate(labeled):
         timed = row["attention"] in report["settings"].get("timed", ())
         missing = "only timed" if timed else "no result"
         text = form.format(row[name]) if row.get(name) is not None else missing
@@ -238,13 +238,13 @@ def _bars(axes: Axes, report: Report, name: str, form: str) -> None:
             axes.text(0, place - 0.27, label, va="bottom", fontsize=size)
     axes.set_xlim(0, 1.25 * right)
     axes.set_ylim(len(values) - 0.6, -0.85 if few else -0.6)
-    axes.set_yticks([] if few else range(len(values)), [] if few else [x for _, x in labelled])
+    axes.set_yticks([] if few else range(len(values)), [] if few else [x for _, x in labeled])
     if not few:
         axes.tick_params(axis="y", labelsize=11)
     axes.spines["left"].set_visible(False)
 
 
-def _labelled(report: Report) -> list[tuple[Mapping[str, Any], str]]:
+def _labeled(report: Report) -> list[tuple[Mapping[str, Any], str]]:
     """Each row with a label that fits where it is drawn."""
     rows = report["rows"]
     labels = short_labels([r["attention"] for r in rows], 52 if len(rows) <= MANY else 34)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sparse_flash.experiments.attention import Kind
+from sparse_flash.experiments.attention import AttentionKind
 from sparse_flash.experiments.config import RunConfig
 from sparse_flash.experiments.data.dataset import has_pairs
 from sparse_flash.experiments.densities import attention_densities
@@ -38,7 +38,9 @@ def known_metrics(config: RunConfig) -> dict[str, float]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def attention_flops(kind: Kind, length: int, head_dim: int, kept: float | None) -> float | None:
+def attention_flops(
+    kind: AttentionKind, length: int, head_dim: int, kept: float | None
+) -> float | None:
     """Operations of one head's attention to one sequence, forward and backward.
 
     With n tokens, head_dim d, and the kept fraction p of the attention matrix:
@@ -57,19 +59,19 @@ def attention_flops(kind: Kind, length: int, head_dim: int, kept: float | None) 
     that the mask excludes.
 
     Args:
-        kind: Kind of attention.
+        kind: The attention.
         length: Tokens of the sequence, n.
         head_dim: Channels of a head, d.
         kept: What `kind.density` says, p; None for kinds without an attention matrix.
 
-    >>> attention_flops(Kind.of("dense"), 100, 8, 1.0)
+    >>> attention_flops(AttentionKind.of("dense"), 100, 8, 1.0)
     960000.0
-    >>> attention_flops(Kind.of("linear"), 100, 8, None)
+    >>> attention_flops(AttentionKind.of("linear"), 100, 8, None)
     81600.0
     """
     if kind.type is not None and kind.type.flops is not None:
         return kind.type.flops(length, head_dim, kind.size)
-    if kind.name == "module":
+    if kind.name in ("module", "selected"):
         counted = getattr(kind.user, "flops", None)
         return None if counted is None else float(counted(length, head_dim))
     assert kept is not None

@@ -26,7 +26,7 @@ Record = tuple[str, float, int, float]  # tag, value, step, wall time in seconds
 
 
 def make_writable(folder: Path) -> None:
-    """Make a folder where it is missing, and try whether files can be written there.
+    """Make a folder if it is missing, and check that it is writable.
 
     Raises:
         LogError: They cannot.
@@ -70,7 +70,7 @@ def _column(name: str, values: Sequence[str] | None) -> Any:
 
 
 def _hparams_summary(tag: str, **data: Any) -> Summary:
-    """What the HPARAMS plugin reads: a summary without a value, its data in the metadata."""
+    """A summary for the HPARAMS plugin: no value, data in the metadata."""
     from tensorboard.plugins.hparams import metadata, plugin_data_pb2
 
     content = plugin_data_pb2.HParamsPluginData(version=metadata.PLUGIN_DATA_VERSION, **data)
@@ -92,11 +92,11 @@ class Logger:
 
     Args:
         folder: The run's folder; made if missing. Events of an earlier process are replaced by
-            what `history` holds: what was logged after the last checkpoint is logged anew. None:
-            nothing is written, by workers that leave it to the first one.
+            `history`: steps after the last checkpoint are logged again. None: write nothing, on all
+            workers but the first.
         history: The scalars of the run so far.
         suffix: End of the event file's name. With one, only event files of the same suffix are
-            replaced: for what is added to the events of a run that has ended.
+            replaced: for additions to the events of a finished run.
 
     Raises:
         LogError: The folder cannot be made or written.

@@ -1,4 +1,4 @@
-"""`sparse-flash compare lra`: a grid of tasks, kinds of attention and seeds, as one table.
+"""`sparse-flash compare lra`: a grid of tasks, attentions and seeds, as one table.
 
 The table is laid out as table 3 of FlashAttention (Dao et al., 2022): an accuracy for each task,
 their average, and the speed-up of a training step against standard attention.
@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from sparse_flash.experiments import recipes
-from sparse_flash.experiments.attention import Attention, Kind, check_trainable
+from sparse_flash.experiments import markdown, recipes
+from sparse_flash.experiments.attention import Attention, AttentionKind, check_trainable
 from sparse_flash.experiments.compare import check_models
 from sparse_flash.experiments.config import RunConfig, check_seed, label_of
 from sparse_flash.experiments.densities import DENSITIES, attention_densities
@@ -26,11 +26,9 @@ from sparse_flash.experiments.device import pick_device
 from sparse_flash.experiments.figures import lra_figures
 from sparse_flash.experiments.lock import exclusive
 from sparse_flash.experiments.logger import Logger, make_writable
-from sparse_flash.experiments.machine import as_list
 from sparse_flash.experiments.naming import REPORT_RUN, run_folder
 from sparse_flash.experiments.report import (
     SHOWN,
-    as_table,
     discard_old_report,
     log_mask,
     write_session,
@@ -43,39 +41,39 @@ if TYPE_CHECKING:
 
 TaskName = Literal["listops", "text", "retrieval", "image", "pathfinder"]
 _SHORTEST = 1_024  # tokens of the shortest task
-TIMED_STEPS = 100  # of attention that is only timed
+TIMED_STEPS = 100  # of a timed attention
 
 
 @dataclass(frozen=True)
 class LraConfig:
-    """Which runs, and how long each may take."""
+    """The grid of runs, and the budget of each."""
 
     tasks: tuple[TaskName, ...] = ("listops", "text", "image", "pathfinder")
-    """Retrieval, too, where its data is there."""
+    """Tasks; retrieval needs its data."""
     attentions: tuple[Attention, ...] = (
         "sdpa",
         "dense",
         "local(128) | global_tokens(16) | butterfly(128)",
     )
-    """Kinds of attention; see `sparse-flash train listops --help`."""
+    """Attentions; see `sparse-flash train listops --help`."""
     timed: tuple[Attention, ...] = ("standard",)
-    """Kinds of attention whose steps are only timed, being slow. The first kind of all, those timed
-    before those trained, is what speed-ups are relative to."""
+    """Slow attentions that are timed but not trained. Speed-ups are relative to the first of these,
+    or of the trained ones."""
     seeds: tuple[int, ...] = (0,)
-    """Each task and attention is trained once a seed."""
+    """Each task and attention is trained once per seed."""
     share: float = 1.0
-    """Part of the papers' steps that is trained; the learning rate's schedule follows."""
+    """Fraction of the papers' steps; the learning-rate schedule is scaled."""
     budget: float = math.inf
-    """Seconds of training for each run; what is not done by then is evaluated as it is."""
+    """Seconds of training per run; a run that reaches them is evaluated as it is."""
     text: str = "data/aclImdb"
-    """Where the film reviews are: aclImdb, a folder or an archive."""
+    """Path of the film reviews, aclImdb: a folder or an archive."""
     image: str = "data/cifar-10-python.tar.gz"
-    """Where CIFAR-10 is."""
+    """Path of CIFAR-10."""
     retrieval: str = "data/lra_release/tsv_data"
-    """Where new_aan_pairs.*.tsv are."""
+    """Path of new_aan_pairs.*.tsv."""
 
     def __post_init__(self) -> None:
-        """There must be something to compare, each once, and attention that exists."""
+        """Refuse empty or repeated entries and unknown attentions."""
         trained = {"tasks": self.tasks, "attentions": self.trained, "seeds": self.seeds}
         for name, values in trained.items():
             if not values or len(set(values)) != len(values):
@@ -93,28 +91,28 @@ class LraConfig:
             check_seed(seed)
 
     @functools.cached_property
-    def variants(self) -> tuple[tuple[str, Kind], ...]:
+    def variants(self) -> tuple[tuple[str, AttentionKind], ...]:
         """Label and kind of each attention, the baseline first; files are read once."""
-        kinds = [Kind.of(attention) for attention in (*self.timed, *self.attentions)]
+        kinds = [AttentionKind.of(attention) for attention in (*self.timed, *self.attentions)]
         return tuple((label_of(kind, _SHORTEST), kind) for kind in kinds)
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """Labels of all kinds of attention, the baseline first."""
+        """Labels of all attentions, the baseline first."""
         return tuple(label for label, _ in self.variants)
 
     @property
     def trained(self) -> tuple[str, ...]:
-        """Labels of the kinds of attention that are trained."""
+        """Labels of the trained attentions."""
         return self.kinds[len(self.timed) :]
 
     @property
     def only_timed(self) -> tuple[str, ...]:
-        """Labels of the kinds of attention whose steps are only timed."""
+        """Labels of the attentions that are only timed."""
         return self.kinds[: len(self.timed)]
 
     def grid(self) -> Iterator[tuple[int, str]]:
-        """Seed and kind of a task's runs; what is only timed needs no second seed."""
+        """Seed and kind of a task's runs; a timed attention needs no second seed."""
         for number, seed in enumerate(self.seeds):
             yield from ((seed, kind) for kind in (self.trained if number else self.kinds))
 
@@ -127,7 +125,7 @@ class LraConfig:
         if attention in self.only_timed:
             steps = min(steps, TIMED_STEPS)
         schedule = replace(base.train, steps=steps, warmup=min(base.train.warmup, steps // 5))
-        kind = dict(self.variants).get(attention) or Kind.of(attention)
+        kind = dict(self.variants).get(attention) or AttentionKind.of(attention)
         chosen = replace(kind, text=attention)
         return replace(base, task=data, train=schedule, attention=chosen, seed=seed)
 
@@ -139,18 +137,18 @@ def lra(
     by_task: Mapping[str, Callable[[], RunConfig]] = recipes.SMALL,
     only_report: bool = False,
 ) -> dict[str, Any]:
-    """Train all that is not trained yet, and report after each run; the same call resumes.
+    """Train all unfinished runs, and report after each one. The same call resumes.
 
     Args:
         config: The grid.
-        out: A folder for each task and in it for each run; lra.md, lra.json, lra.png beside them,
-            and what TensorBoard shows of these in the folder _report.
+        out: Receives a folder per task and run, lra.md, lra.json, lra.png, and the TensorBoard
+            run _report.
         device: As for `train`.
         by_task: The settings of each task.
-        only_report: Train nothing: report what is finished.
+        only_report: Train nothing; report finished runs.
 
     Returns:
-        What lra.json holds: settings, machine, rows of the table, runs.
+        The content of lra.json: settings, machine, rows of the table, runs.
 
     Raises:
         ValueError: A model cannot be built, or data is missing; nothing has been trained then. Or
@@ -215,7 +213,7 @@ def _lra(
             facts = {"task": task, "attention": attention, "seed": seed, "share": share}
             runs.append(facts | result)
             report = _report(config, runs)
-            if not only_report:  # after each run, lest an interruption lose it
+            if not only_report:  # after each run, so that an interruption loses nothing
                 _write(config, out, report, by_task)
     if not report:
         raise ValueError(f"no run of this grid was finished in {out}: leave out --only-report")
@@ -233,7 +231,7 @@ def _report(config: LraConfig, runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _row(attention: str, runs: list[dict[str, Any]], config: LraConfig) -> dict[str, Any]:
-    """Of each task, means over the seeds: accuracy, step time, memory; and over the tasks."""
+    """Means over seeds for each task (accuracy, step time, memory), and over tasks."""
     tasks: dict[str, dict[str, Any]] = {}
     for task in map(str, config.tasks):
         mine = [r for r in runs if (r["task"], r["attention"]) == (task, attention)]
@@ -241,7 +239,7 @@ def _row(attention: str, runs: list[dict[str, Any]], config: LraConfig) -> dict[
             continue
         metrics = [r["metrics"] for r in mine]
         accuracies = [m["test_accuracy"] for m in metrics]
-        names = ("step_ms", "peak_memory_MiB", "chance")
+        names = ("step_ms", "peak_memory_MiB", "majority_accuracy")
         tasks[task] = {"density": metrics[0].get("density")}  # the same for each seed
         tasks[task] |= {name: statistics.fmean(m[name] for m in metrics) for name in names}
         if attention not in config.only_timed:
@@ -266,65 +264,6 @@ def _row(attention: str, runs: list[dict[str, Any]], config: LraConfig) -> dict[
         if whole and all("speedup" in t for t in tasks.values())
         else None,
     }
-
-
-def markdown(report: dict[str, Any]) -> str:
-    """The report as a document: accuracy, speed and memory, a table each."""
-    settings = report["settings"]
-    base = report["rows"][0]["attention"]
-    shares: dict[str, float] = {}
-    for row in report["rows"]:
-        for task, values in row["tasks"].items():
-            if "share" in values:
-                shares[task] = min(values["share"], shares.get(task, 1.0))
-    found = {t: r["tasks"][t]["chance"] for r in report["rows"] for t in r["tasks"]}
-    chance = {t: found[t] for t in settings["tasks"] if t in found}
-    budget = ", ".join(f"{task} {share:.0%}" for task, share in shares.items())
-    guesses = ", ".join(f"{task} {value:.1%}" for task, value in chance.items())
-    return (
-        "# Long Range Arena: accuracy and speed by kind of attention\n\n"
-        f"{table(report)}\n\n"
-        f"Test accuracy in per cent; speed-up of a training step against {base}, geometric mean "
-        f"over the tasks. Seeds: {settings['seeds']}. Part of the papers' steps that was trained, "
-        f"of the run that got least: {budget}. Always the most frequent answer: {guesses}.\n\n"
-        f"## Speed-up of a training step, by task\n\n{_by_task(report, 'speedup', '.2f')}\n\n"
-        f"## Milliseconds a step\n\n{_by_task(report, 'step_ms', '.2f')}\n\n"
-        f"## Memory of forward and backward above the model, MiB\n\n"
-        f"{_by_task(report, 'peak_memory_MiB', '.0f')}\n\n"
-        f"## Kept part of the attention matrix\n\n{_by_task(report, 'density', '.1%')}\n\n"
-        "![accuracy against time and operations](lra.png)\n\n"
-        f"## Machine\n\n{as_list(report['machine'])}\n"
-    )
-
-
-def table(report: dict[str, Any]) -> str:
-    """Accuracies as in FlashAttention's table 3, in markdown that is also readable as it is."""
-    tasks, seeds = report["settings"]["tasks"], report["settings"]["seeds"]
-    lines = [["attention", *tasks, "average", "speed-up"]]
-    for row in report["rows"]:
-        cells = []
-        for task in tasks:
-            values = row["tasks"].get(task)
-            text = f"{100 * values['accuracy']:.1f}" if values and "accuracy" in values else ""
-            cells.append(text + (f" ± {100 * values['spread']:.1f}" if text and seeds[1:] else ""))
-        average = "" if row["average"] is None else f"{100 * row['average']:.1f}"
-        speedup = "" if row["speedup"] is None else f"{row['speedup']:.2f}x"
-        lines.append([row["attention"], *cells, average, speedup])
-    return as_table(lines)
-
-
-def _by_task(report: dict[str, Any], name: str, form: str) -> str:
-    tasks = report["settings"]["tasks"]
-    lines = [["attention", *tasks]]
-    for row in report["rows"]:
-        found = [row["tasks"].get(task, {}) for task in tasks]
-        cells = ["" if name not in x else _cell(x[name], form) for x in found]
-        lines.append([row["attention"], *cells])
-    return as_table(lines)
-
-
-def _cell(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
 
 
 def plot(report: dict[str, Any]) -> Figure:
@@ -366,7 +305,7 @@ def _write(
     """The report's files, each of which replaces the one before as a whole, and TensorBoard's."""
     with atomic_write(out / "lra.json") as file:
         file.write(json.dumps(report, indent=1).encode())
-    text, figure = markdown(report), plot(report)
+    text, figure = markdown.lra(report), plot(report)
     with atomic_write(out / "lra.md") as file:
         file.write(text.encode())
     with atomic_write(out / "lra.png") as file:

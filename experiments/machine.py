@@ -1,4 +1,4 @@
-"""What a measurement was taken on, and how much memory it took."""
+"""The machine of a measurement, and peak memory."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import gc
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Self
 
 import torch
-from sparse_flash.kernels import DSL_VERSION, why_no_dsl
+from sparse_flash.kernels import DSL_VERSION, dsl_unsupported_reason
 
 MIB = 1 << 20
 
@@ -32,7 +32,7 @@ def describe(device: torch.device | str) -> dict[str, str]:
     if torch.device(device).type == "cuda":
         facts["gpu"] = torch.cuda.get_device_name(device)
         facts["cuda"] = str(torch.version.cuda)
-        facts["cute dsl"] = why_no_dsl() or DSL_VERSION
+        facts["cute dsl"] = dsl_unsupported_reason() or DSL_VERSION
     return facts
 
 
@@ -45,18 +45,8 @@ def _cpu_name() -> str:
     return names[0] if names else platform.machine()
 
 
-def as_list(facts: Mapping[str, object]) -> str:
-    """What `describe` says, as a list in markdown.
-
-    >>> print(as_list({"cores": 2, "torch": "2.13.0"}))
-    - cores: 2
-    - torch: 2.13.0
-    """
-    return "\n".join(f"- {name}: {value}" for name, value in facts.items())
-
-
 class PeakMemory:
-    """The most memory that a process takes (Linux) above what it had when a block of code began.
+    """Peak memory of a process (Linux) above its memory when a block of code began.
 
     By the resident set, which counts pages: memory that earlier code returned to the allocator, and
     that is still mapped, is not seen again. NaN where it cannot be read.
@@ -68,7 +58,7 @@ class PeakMemory:
     """
 
     def __enter__(self) -> Self:
-        gc.collect()  # what is garbage already would be freed inside, and hide what is taken there
+        gc.collect()  # garbage freed inside would hide allocations
         with contextlib.suppress(OSError):  # where not permitted, the peak is the process's own
             Path("/proc/self/clear_refs").write_text("5")
         self.start = _status("VmRSS")

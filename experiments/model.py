@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 from einops import rearrange
-from sparse_flash.experiments.attention import Attention, Kind, core
+from sparse_flash.experiments.attention import Attention, AttentionKind, core
 from sparse_flash.experiments.clock import AttentionClock
 from sparse_flash.experiments.config import ModelConfig
-from sparse_flash.experiments.data.dataset import Task, has_pairs, places_of
+from sparse_flash.experiments.data.dataset import Task, coordinates_of, has_pairs
 from torch import Tensor, nn
 
 from sparse_flash import masks
@@ -24,15 +24,15 @@ class EncoderAttention(SelfAttention):
     Args:
         config: Sizes.
         length: Tokens per sequence.
-        attention: See `attention.Kind`.
+        attention: See `attention.AttentionKind`.
         block: Granularity of the layout.
-        waves: Of rotary positions (2, length, head_dim / 2), or None.
+        rope_cos_sin: Cosines and sines of rotary positions (2, length, head_dim / 2), or None.
 
     Raises:
         ValueError: The attention is unknown, or has patterns for another number of heads.
     """
 
-    waves: Tensor | None
+    rope_cos_sin: Tensor | None
 
     def __init__(
         self,
@@ -40,10 +40,10 @@ class EncoderAttention(SelfAttention):
         length: int,
         attention: Attention,
         block: int,
-        waves: Tensor | None,
+        rope_cos_sin: Tensor | None,
     ) -> None:
-        kind = Kind.of(attention)
-        ours = kind if kind.mask is not None else Kind("ours", masks.full())
+        kind = AttentionKind.of(attention)
+        ours = kind if kind.mask is not None else AttentionKind("ours", masks.full())
         layout = ours.layout(length, block)
         entries, heads = layout.pattern_map.shape
         if entries > 1 or heads not in (1, config.heads):
@@ -57,27 +57,27 @@ class EncoderAttention(SelfAttention):
             None if kind.name == "ours" else core(kind, layout, length, config.heads, head_dim)
         )
         self.clock: AttentionClock | None = None
-        self.register_buffer("waves", waves, persistent=False)
-        if waves is not None and config.reach:
-            self.begin_near(config)
+        self.register_buffer("rope_cos_sin", rope_cos_sin, persistent=False)
+        if rope_cos_sin is not None and config.initial_span:
+            self.initialize_span(config)
 
     @torch.no_grad()
-    def begin_near(self, config: ModelConfig) -> None:
-        """Let heads look at what is near at the start, as far as `reach` says.
+    def initialize_span(self, config: ModelConfig) -> None:
+        """Initialize the biases of q and k so that heads attend within `initial_span`.
 
-        Attention that begins as convolutions do learns from fewer images (d'Ascoli et al., ConViT,
-        2021). Here by a bias that all channels of q and k share: rotated, its products are
+        Attention that begins like a convolution learns from fewer images (d'Ascoli et al., ConViT,
+        2021). All channels of q and k get the same bias. After rotation it contributes
 
             score(distance) = 2 bias^2 / sqrt(d) sum_i cos(frequency_i distance)
 
-        and it is such that they are 1 less at the reach, along an axis, than at distance 0.
+        The bias is such that this score is 1 lower at the span, along an axis, than at distance 0.
         """
         head_dim = config.dim // config.heads
         axes = 2 if config.positions == "rotary2d" else 1
         frequencies = rotary_frequencies(head_dim, axes)
         for head in range(config.heads):
-            reach = config.reach[head % len(config.reach)]
-            fall = (1 - torch.cos(frequencies * reach)).sum()
+            span = config.initial_span[head % len(config.initial_span)]
+            fall = (1 - torch.cos(frequencies * span)).sum()
             channels = slice(head * head_dim, (head + 1) * head_dim)
             for linear in (self.to_q, self.to_k):
                 linear.bias[channels] = (head_dim**0.5 / (2 * fall)).sqrt()
@@ -92,8 +92,8 @@ class EncoderAttention(SelfAttention):
     ) -> Tensor:
         """Rotate, and attend; timed where a clock is set."""
         assert q_offset is None  # an encoder sees all tokens at once
-        if self.waves is not None:
-            q, k = rotate(q, self.waves), rotate(k, self.waves)
+        if self.rope_cos_sin is not None:
+            q, k = rotate(q, self.rope_cos_sin), rotate(k, self.rope_cos_sin)
         attend = super().attend if self.core is None else self.core
         if self.clock is None:
             return attend(q, k, v, kv_lens)
@@ -101,14 +101,14 @@ class EncoderAttention(SelfAttention):
         return self.clock.leave(attend(q, k, v, kv_lens))
 
 
-def rotary_waves(places: Tensor, dim: int) -> Tensor:
+def rotary_cos_sin(coordinates: Tensor, dim: int) -> Tensor:
     """Cosines and sines (2, s, dim / 2) of rotary positions (Su et al., RoFormer, 2021).
 
-    places: (s,), or (s, axes) where tokens lie on a grid: each axis gets its share of the channels,
-        with waves of 6 to at most 628 pixels (Heo et al., 2024).
+    coordinates: (s,), or (s, axes) for tokens on a grid. Each axis gets an equal part of the
+        channels, with wavelengths of 6 to at most 628 pixels (Heo et al., 2024).
     """
-    places = places.reshape(len(places), -1).float()
-    angles = (places[:, :, None] * rotary_frequencies(dim, places.shape[1])).flatten(1)
+    coordinates = coordinates.reshape(len(coordinates), -1).float()
+    angles = (coordinates[:, :, None] * rotary_frequencies(dim, coordinates.shape[1])).flatten(1)
     return torch.stack([angles.cos(), angles.sin()])
 
 
@@ -118,9 +118,9 @@ def rotary_frequencies(dim: int, axes: int) -> Tensor:
     return base ** -(torch.arange(0, share, 2).float() / share)
 
 
-def rotate(x: Tensor, waves: Tensor) -> Tensor:
-    """Rotate pairs (i, i + d/2) of the channels of `(b, s, h, d)`; see `rotary_waves`."""
-    cos, sin = waves[:, :, None].to(x.dtype)
+def rotate(x: Tensor, rope_cos_sin: Tensor) -> Tensor:
+    """Rotate pairs (i, i + d/2) of the channels of `(b, s, h, d)`; see `rotary_cos_sin`."""
+    cos, sin = rope_cos_sin[:, :, None].to(x.dtype)
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
@@ -133,6 +133,7 @@ class TokenEmbedding(nn.Embedding):
     """
 
     copies = 64
+    few = 1024
 
     def __init__(self, vocabulary: int, dim: int) -> None:
         super().__init__(vocabulary, dim)
@@ -140,6 +141,8 @@ class TokenEmbedding(nn.Embedding):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Tokens (b, s) to (b, s, dim)."""
+        if self.num_embeddings > self.few:  # few tokens of a batch are alike
+            return super().forward(tokens)
         copy = torch.arange(tokens.shape[-1], device=tokens.device) % self.copies
         table = self.weight.repeat(self.copies, 1)
         return nn.functional.embedding(tokens + copy * self.num_embeddings, table)
@@ -154,11 +157,11 @@ class Layer(nn.Module):
         length: int,
         attention: Attention,
         block: int,
-        waves: Tensor | None,
+        rope_cos_sin: Tensor | None,
     ) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(config.dim), nn.LayerNorm(config.dim)
-        self.attention = EncoderAttention(config, length, attention, block, waves)
+        self.attention = EncoderAttention(config, length, attention, block, rope_cos_sin)
         self.feed_forward = nn.Sequential(
             nn.Linear(config.dim, config.ffn), nn.GELU(), nn.Linear(config.ffn, config.dim)
         )
@@ -180,13 +183,13 @@ class Encoder(nn.Module):
         vocabulary: Number of tokens.
         classes: Number of labels.
         length: s, the padded length.
-        attention: See `attention.Kind`: 'dense', a mask as text, 'sdpa', a Mask, ...
+        attention: See `attention.AttentionKind`: 'dense', a mask as text, 'sdpa', a Mask, ...
         block: Granularity of layouts.
-        places: Where on a grid the tokens lie (s, 2), for positions 'rotary2d'.
+        coordinates: Row and column of each token (s, 2), for positions 'rotary2d'.
         pairs: Whether examples are pairs.
 
     Raises:
-        ValueError: The attention is unknown; or 'rotary2d' without places.
+        ValueError: The attention is unknown; or 'rotary2d' without coordinates.
 
     >>> model = Encoder(ModelConfig(), vocabulary=16, classes=10, length=50, attention="local(8)")
     >>> model(torch.randint(1, 16, (2, 50)), torch.tensor([50, 20])).shape
@@ -201,20 +204,24 @@ class Encoder(nn.Module):
         length: int,
         attention: Attention = "dense",
         block: int = 128,
-        places: Tensor | None = None,
+        coordinates: Tensor | None = None,
         pairs: bool = False,
     ) -> None:
         super().__init__()
         self.pooling = config.pooling
-        places = _places(config, length, places)
+        coordinates = _coordinates(config, length, coordinates)
         length += config.pooling == "cls"
-        waves = None if places is None else rotary_waves(places, config.dim // config.heads)
+        rope_cos_sin = (
+            None if coordinates is None else rotary_cos_sin(coordinates, config.dim // config.heads)
+        )
         self.tokens = TokenEmbedding(vocabulary, config.dim)
         self.cls = _embeddings(config.dim) if config.pooling == "cls" else None
         learned = config.positions == "learned"
         self.positions = _embeddings(length, config.dim) if learned else None
         self.dropout = nn.Dropout(config.dropout)
-        layers = (Layer(config, length, attention, block, waves) for _ in range(config.layers))
+        layers = (
+            Layer(config, length, attention, block, rope_cos_sin) for _ in range(config.layers)
+        )
         self.layers = nn.ModuleList(layers)
         self.norm = nn.LayerNorm(config.dim)
         self.head: nn.Module = nn.Linear(config.dim, classes)
@@ -226,10 +233,19 @@ class Encoder(nn.Module):
     def for_task(cls, config: ModelConfig, task: Task, attention: Attention, block: int) -> Encoder:
         """The model for a task."""
         sizes = (task.vocabulary, task.classes, task.length)
-        return cls(config, *sizes, attention, block, places_of(task), has_pairs(task))
+        return cls(config, *sizes, attention, block, coordinates_of(task), has_pairs(task))
 
-    def forward(self, tokens: Tensor, lengths: Tensor | None) -> Tensor:
-        """Logits; what lies beyond a sequence's length has no influence on them."""
+    def forward(
+        self, tokens: Tensor, lengths: Tensor | None, queries: Tensor | None = None
+    ) -> Tensor:
+        """Logits; what lies beyond a sequence's length has no influence on them.
+
+        queries: Indices (b, n) of tokens whose logits (b, n, classes) are wanted, instead of those
+            of the sequence.
+        """
+        if queries is not None:
+            x = self.hidden(tokens, lengths)[:, self.cls is not None :]
+            return self.head(x.gather(1, queries[..., None].expand(-1, -1, x.shape[2])))
         if tokens.dim() == 2:
             return self.head(self.encode(tokens, lengths))
         x, y = self.encode(
@@ -240,16 +256,21 @@ class Encoder(nn.Module):
 
     def encode(self, tokens: Tensor, lengths: Tensor | None) -> Tensor:
         """(b, s) to (b, dim). lengths: None where nothing is padding."""
+        if self.cls is not None:
+            lengths = None if lengths is None else lengths + 1
+        return self.pool(self.hidden(tokens, lengths), lengths)
+
+    def hidden(self, tokens: Tensor, lengths: Tensor | None) -> Tensor:
+        """(b, s) to (b, s, dim), with the CLS token where there is one, which lengths count."""
         x = self.tokens(tokens)
         if self.cls is not None:
             x = torch.cat([self.cls.expand(len(x), 1, -1), x], dim=1)
-            lengths = None if lengths is None else lengths + 1
         if self.positions is not None:
             x = x + self.positions
         x = self.dropout(x)
         for layer in self.layers:
             x = layer(x, lengths)
-        return self.pool(self.norm(x), lengths)
+        return self.norm(x)
 
     def pool(self, x: Tensor, lengths: Tensor | None) -> Tensor:
         """(b, s, dim) to (b, dim), over the tokens that are no padding."""
@@ -273,12 +294,16 @@ def _embeddings(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.randn(shape) * EMBEDDING_STD)
 
 
-def _places(config: ModelConfig, length: int, places: Tensor | None) -> Tensor | None:
+def _coordinates(config: ModelConfig, length: int, coordinates: Tensor | None) -> Tensor | None:
     """Where tokens are, for rotary positions; the CLS token, if there is one, is at the origin."""
     if config.positions == "learned":
         return None
     if config.positions == "rotary":
         return torch.arange(length + (config.pooling == "cls"))
-    if places is None:
+    if coordinates is None:
         raise ValueError("positions 'rotary2d' are for tokens on a grid: the task must be an image")
-    return torch.cat([places.new_zeros(1, 2), places]) if config.pooling == "cls" else places
+    return (
+        torch.cat([coordinates.new_zeros(1, 2), coordinates])
+        if config.pooling == "cls"
+        else coordinates
+    )

@@ -1,7 +1,7 @@
 """Settings as a command line can show and change them.
 
 A command line needs the concrete type of the task, and text in place of objects. `options` makes
-such a class of settings, and `settings` makes the settings of what was chosen.
+such a class, and `settings` converts an instance back.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any, get_type_hints
 
 from sparse_flash.experiments import recipes
-from sparse_flash.experiments.attention import Kind
+from sparse_flash.experiments.attention import AttentionKind
 from sparse_flash.experiments.config import Common, CompareConfig, RunConfig, compared
 
 _OBJECTS = ("attention", "attentions")
@@ -102,4 +102,4 @@ def _of_task(task: type, kind: type[Common]) -> tuple[dict[str, Any], type]:
 
 def _text(value: Any) -> Any:
     """Text of an attention, or of several."""
-    return tuple(map(_text, value)) if isinstance(value, tuple) else Kind.of(value).label
+    return tuple(map(_text, value)) if isinstance(value, tuple) else AttentionKind.of(value).label

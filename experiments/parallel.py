@@ -10,6 +10,7 @@ import atexit
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -28,6 +29,11 @@ def is_first_worker() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) == 1 or os.environ["RANK"] == "0"
 
 
+def _disconnect() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 @dataclass(frozen=True)
 class Workers:
     """The processes that train one model together; `rank` is this one's number."""
@@ -38,7 +44,7 @@ class Workers:
 
     @classmethod
     def join(cls, device: torch.device) -> Workers:
-        """Those that torchrun started, connected by NCCL on GPUs and by Gloo on CPUs.
+        """The workers that torchrun started, connected by NCCL on GPUs and by Gloo on CPUs.
 
         Each takes the GPU with its number on its machine; a device with a number is refused.
         """
@@ -54,8 +60,13 @@ class Workers:
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         if not dist.is_initialized():
+            # Its functions take the process group of the time of their import as a default
+            # argument. Imported later (by an optimizer), they would keep the group's threads alive
+            # beyond `destroy_process_group`: a thread that outlives the interpreter aborts it.
+            import_module("torch.distributed.nn")
+
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-            atexit.register(dist.destroy_process_group)
+            atexit.register(_disconnect)
         return cls(dist.get_rank(), size, device)
 
     @property

@@ -1,4 +1,4 @@
-"""What a run records of masks and code: where they come from, and what decides on resuming.
+"""Provenance of masks and code in the records of a run; it decides on resuming.
 
 A mask is its layout: the digest of the layout's arrays decides, so that a comment may change. Code
 of a user counts by its syntax tree, without comments and docstrings.
@@ -18,7 +18,7 @@ from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
-from sparse_flash.experiments.attention import Kind
+from sparse_flash.experiments.attention import AttentionKind
 from sparse_flash.experiments.user_code import digest_of, referenced_files, users_files
 from sparse_flash.masks import BlockLayout, Mask, custom
 from sparse_flash.masks.layout import FULL_TILE
@@ -62,7 +62,7 @@ def layout_digest(layout: BlockLayout) -> str:
     return digest.hexdigest()
 
 
-def of_attention(kind: Kind, length: int, block: int) -> Record:
+def of_attention(kind: AttentionKind, length: int, block: int) -> Record:
     """What decides on an attention, and where it comes from.
 
     Returns:
@@ -77,7 +77,8 @@ def of_attention(kind: Kind, length: int, block: int) -> Record:
         for mask in _walk(kind.mask):
             files += source_files(mask.fn if isinstance(mask, custom) else type(mask))
     if kind.user is not None:
-        record |= {"repr": kind.label, "code_sha256": code_digest(kind.user)}
+        digest = getattr(kind.user, "digest", None) or code_digest(kind.user)
+        record |= {"repr": kind.label, "code_sha256": digest}
         files += source_files(kind.user)
     files += referenced_files(kind.text)
     return record | {"files": _described(files)}
@@ -133,7 +134,7 @@ def _package(value: Any) -> str:
 
 @functools.cache
 def code_digest(value: Hashable) -> str:
-    """SHA-256 of the code of a class or function, with what it uses of its own file or package.
+    """SHA-256 of the code of a class or function, and of the code that it uses of its package.
 
     Names are followed through functions, classes and constants. Comments, docstrings and formatting
     have no influence.

@@ -1,4 +1,4 @@
-"""Training by a curriculum: stage after stage, each from the weights of the one before."""
+"""Training by a curriculum: each stage starts from the weights of the previous one."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sparse_flash.experiments import checkpoint
+from sparse_flash.experiments import checkpoint, old_names
 from sparse_flash.experiments.attention import check_trainable
 from sparse_flash.experiments.curriculum import Curriculum, Stage
 from sparse_flash.experiments.data.dataset import Batch, Examples
-from sparse_flash.experiments.data.images import places
+from sparse_flash.experiments.data.images import coordinates
 from sparse_flash.experiments.data.pathfinder import Pathfinder
 from sparse_flash.experiments.data.stream import Stream, held_out, workers
 from sparse_flash.experiments.densities import attention_densities
@@ -37,14 +37,14 @@ _AGREE_EVERY = 20  # steps between looks at the clock and at signals
 
 @dataclass
 class _Progress:
-    """What a run has done so far; saved with the checkpoint."""
+    """Progress of a run, saved with the checkpoint."""
 
     stage: int = 0
     step: int = 0  # of the stage
     images: int = 0  # of all stages
-    seconds: float = 0.0  # with the device: start-up, training and evaluation
-    training_seconds: float = 0.0  # of training steps alone
-    # Of each stage: steps and their seconds after start-up, and of all steps; MiB of a step.
+    seconds: float = 0.0  # GPU seconds: start-up, training and evaluation
+    training_seconds: float = 0.0  # training steps only
+    # Per stage: steps and seconds after start-up, the same for all steps, MiB of a step.
     times: list[list[float]] = field(default_factory=list)
     curve: list[list[float]] = field(default_factory=list)  # see `follow`
 
@@ -52,23 +52,23 @@ class _Progress:
 def follow(
     curriculum: Curriculum, folder: Path, device: str = "auto", budget: float = math.inf
 ) -> dict[str, Any]:
-    """Train stage after stage; the same call resumes, from a copy of the folder as well.
+    """Train stage after stage. The same call resumes, also from a copy of the folder.
 
     Args:
-        curriculum: All that decides the numbers.
-        folder: Of this run alone: checkpoint, TensorBoard events, result.json.
+        curriculum: Settings of the run.
+        folder: Folder of the run: checkpoint, TensorBoard events, result.json.
         device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", ...
-        budget: Seconds from now after which the run stops with a checkpoint and is tested as it is;
-            a later call goes on.
+        budget: Seconds from now after which the run writes a checkpoint and is tested; a later
+            call resumes.
 
     Returns:
-        What result.json holds: settings, machine, metrics, and the curve: of each evaluation stage
-        (from 0), step of the stage, images seen in all stages, seconds in all, seconds of training,
-        training loss and accuracy, validation accuracy on the stage's longest contour.
+        The content of result.json: settings, machine, metrics, and the curve. The curve has, for
+        each evaluation: stage (from 0), step of the stage, images so far, seconds so far, seconds
+        of training, training loss and accuracy, validation accuracy on the longest contour.
 
     Raises:
-        TrainingError: The loss is no number.
-        CheckpointError: The folder holds another run, or something damaged.
+        TrainingError: The loss is not finite.
+        CheckpointError: The folder holds another run, or damaged files.
         FolderInUseError: Another process trains there.
         Interrupted: After SIGTERM or SIGINT.
 
@@ -78,7 +78,7 @@ def follow(
     check_budget(budget)
     path = folder / RESULT
     if path.exists():
-        result = json.loads(path.read_text())
+        result = old_names.result(json.loads(path.read_text()))
         if result["metrics"]["finished"]:
             checkpoint.check_same(path, differences(result["config"], curriculum.record))
             announce(f"{folder} holds this run, finished: nothing to train")
@@ -104,12 +104,12 @@ def canvas_model(curriculum: Curriculum, size: int) -> Encoder:
         size**2,
         curriculum.kind(size),
         curriculum.block,
-        places("morton", size),
+        coordinates("morton", size),
     )
 
 
 def check_canvases(curriculum: Curriculum) -> None:
-    """Build the model of each canvas once, so that what is impossible is refused before training.
+    """Build the model of each canvas once, so that impossible settings are refused before training.
 
     Raises:
         ValueError: Attention and sizes do not fit each other, or weights depend on the canvas.
@@ -133,7 +133,7 @@ def check_canvases(curriculum: Curriculum) -> None:
 
 
 class _Run:
-    """The state of one run: model, optimiser, streams of images, progress, log."""
+    """The state of one run: model, optimizer, streams of images, progress, log."""
 
     def __init__(
         self, curriculum: Curriculum, folder: Path, device: torch.device, budget: float
@@ -150,7 +150,7 @@ class _Run:
         path = folder / CHECKPOINT
         if path.exists():
             self.saved = checkpoint.load(path)
-            different = differences(self.saved["config"], curriculum.record)
+            different = differences(old_names.config(self.saved["config"]), curriculum.record)
             checkpoint.check_same(path, different)
             self.progress = _Progress(**self.saved["progress"])
             at = f"stage {self.progress.stage + 1}, step {self.progress.step}"
@@ -220,7 +220,7 @@ class _Run:
         return self.sets[key]
 
     def _build(self) -> None:
-        """Model and optimiser for the stage, with the weights and moments of the one before."""
+        """Model and optimizer for the stage, with the weights and moments of the one before."""
         stage, c = self.stage, self.curriculum
         last = self.built
         self.built = stage
@@ -234,7 +234,7 @@ class _Run:
         self.train_step: TrainingStep | None = None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        torch._dynamo.reset()  # another canvas is another program, not one of dynamic shapes
+        torch._dynamo.reset()  # one program per canvas, without dynamic shapes
         self.model = canvas_model(c, stage.size).to(self.device)
         self.train_step = TrainingStep(self.model, c.training(stage), self.device, self.workers)
         self.weights = [p.detach() for p in self.model.parameters()]  # share their memory
@@ -248,7 +248,7 @@ class _Run:
         self.memory = self._step_memory(stage)
 
     def _step_memory(self, stage: Stage) -> float:
-        """MiB that forward and backward take above the model; leaves no trace in the run."""
+        """Peak MiB of forward and backward above the model; does not affect the run."""
         assert self.train_step is not None
         train_step, random = self.train_step, checkpoint.random_state()
         count = stage.batch_size // self.workers.size
@@ -275,7 +275,7 @@ class _Run:
         }
 
     def _train_stage(self, stop: list[int]) -> bool:
-        """Train until the stage is learned or used up; False where the budget ended before."""
+        """Train the stage to its target or its last image; False if the budget ends first."""
         stage, progress = self.stage, self.progress
         self._stream(progress.stage).prepare(progress.step)
         self._set(stage, self.curriculum.val, VALIDATION)  # drawn before the clock starts
@@ -284,8 +284,8 @@ class _Run:
         while progress.step < stage.steps and not learned:
             self._step(stage)
             due = progress.step % stage.eval_every == 0
-            late, stopped = self._agreed(bool(stop))
-            if not (due or late or stopped):
+            over_budget, stopped = self._agreed(bool(stop))
+            if not (due or over_budget or stopped):
                 continue
             loss, right = (self.sums / self.counted).tolist()
             self._record_time(progress.step - first, time.perf_counter() - start)
@@ -302,7 +302,7 @@ class _Run:
                         "same command to resume",
                         stop,
                     )
-                if late:
+                if over_budget:
                     return False
             start, first = time.perf_counter(), progress.step
         self._leave()
@@ -310,7 +310,7 @@ class _Run:
         return True
 
     def _record_time(self, steps: int, seconds: float) -> None:
-        """Add steps of the stage, and the time that they took, to what was measured before."""
+        """Add steps of the stage and their time to the measurements."""
         assert self.train_step is not None
         progress = self.progress
         progress.training_seconds += seconds
@@ -325,7 +325,7 @@ class _Run:
         times[4] = self.memory
 
     def _stages(self) -> list[dict[str, float | None]]:
-        """What was measured of each stage, for the result."""
+        """Measurements of each stage, for the result."""
         c = self.curriculum
         rows: list[dict[str, float | None]] = []
         for stage, (settled, settled_s, steps, seconds, memory) in zip(
@@ -350,7 +350,7 @@ class _Run:
         return rows
 
     def _step(self, stage: Stage) -> None:
-        """One optimiser step."""
+        """One optimizer step."""
         progress, c = self.progress, self.curriculum
         assert self.train_step is not None
         batch = self._stream(progress.stage).batch(progress.step)
@@ -372,11 +372,11 @@ class _Run:
             return [False, False]
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        late = time.perf_counter() - self.began >= self.budget
-        return [total > 0 for total in self.workers.sums(float(late), float(stop))]
+        over_budget = time.perf_counter() - self.began >= self.budget
+        return [total > 0 for total in self.workers.sums(float(over_budget), float(stop))]
 
     def _leave(self) -> None:
-        """Go on to the next stage."""
+        """Start the next stage."""
         stream = self.streams.pop(self.progress.stage, None)
         if stream is not None:
             stream.close()
@@ -392,7 +392,7 @@ class _Run:
             )
 
     def _evaluate(self, stage: Stage, loss: float, accuracy: float) -> bool:
-        """Measure, record, and say whether the stage is learned."""
+        """Evaluate and record; returns whether the stage has reached its target."""
         progress = self.progress
         _, validation = self._measure(self._set(stage, self.curriculum.val, VALIDATION), stage)
         progress.seconds = self._seconds()
@@ -456,7 +456,7 @@ class _Run:
         metrics = {
             "test_accuracy": accuracy,
             "test_loss": loss,
-            "chance": test.most_frequent,
+            "majority_accuracy": test.most_frequent,
             "test_images": c.test,
             "finished": finished,
             "stage": progress.stage + (not finished),
@@ -480,7 +480,7 @@ class _Run:
         return self.workers.gather(result)[0]
 
     def _describe(self) -> None:
-        """What TensorBoard should show of the run before its first step."""
+        """Record settings and masks in TensorBoard before the first step."""
         settings = json.dumps(self.curriculum.to_dict(), indent=2)
         self.log.text("config", "\n".join(f"    {line}" for line in settings.splitlines()))
         facts = describe(self.device).items()

@@ -1,4 +1,4 @@
-"""One optimiser step: as PyTorch runs it, or as one CUDA graph.
+"""One optimizer step: as PyTorch runs it, or as one CUDA graph.
 
 Small models are bound by the host, which launches hundreds of kernels a step; a graph launches them
 all at once (CUDA Graphs; PyTorch's "whole network capture").
@@ -16,12 +16,12 @@ from sparse_flash.experiments.parallel import Workers
 from torch import Tensor, nn
 
 WARM_UP = 3  # steps before the capture: kernels are compiled, workspaces and states made
-START_UP = WARM_UP + 2  # steps after which all is compiled and captured, and a step takes its time
+START_UP = WARM_UP + 2  # steps until compilation and capture are done
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Scalars on the device: mean loss, how many answers were right, norm of the gradient."""
+    """Scalars on the device: mean loss, number of correct answers, gradient norm."""
 
     loss: Tensor
     correct: Tensor
@@ -29,9 +29,9 @@ class Outcome:
 
 
 class TrainingStep:
-    """Forward, backward, clipping and AdamW on a batch; `graph` in the settings chooses the way.
+    """Forward, backward, clipping and AdamW on a batch, eagerly or as a CUDA graph.
 
-    Workers have a part of the batch each, and share gradients, loss and right answers.
+    Each worker has one shard of the batch; gradients, loss and correct answers are reduced.
 
     The first `WARM_UP` steps always run eagerly. A captured step computes what an eager one would;
     it takes batches of one shape, and its outcome is overwritten by the next.
@@ -72,7 +72,7 @@ class TrainingStep:
         return self.outcome
 
     def restore(self, state: dict[str, Any]) -> None:
-        """The optimiser's state of a checkpoint; learning rates are given with each step."""
+        """The optimizer's state of a checkpoint; learning rates are given with each step."""
         rates = [group["lr"] for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state)
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
@@ -92,18 +92,22 @@ class TrainingStep:
         return Outcome(loss, self.workers.size * right, norm)
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Mean cross-entropy, and how many answers are right."""
+        """Mean cross-entropy, and the number of correct answers."""
         with torch.autocast(
             self.device.type,
             torch.bfloat16,
             enabled=self.device.type == "cuda",
             cache_enabled=False,
         ):
-            # Evaluation has other batches, and torch.compile would begin anew for each size.
+            # Evaluation has other batch sizes, and torch.compile would recompile for each.
             forward = self.forward if self.model.training else self.model
-            logits = forward(batch.tokens, batch.lengths)
-        loss = nn.functional.cross_entropy(logits.float(), batch.labels)
-        return loss, (logits.argmax(-1) == batch.labels).sum()
+            queries = () if batch.queries is None else (batch.queries,)
+            logits = forward(batch.tokens, batch.lengths, *queries)
+        loss = nn.functional.cross_entropy(logits.flatten(0, -2).float(), batch.labels.flatten())
+        right = logits.argmax(-1) == batch.labels
+        if batch.queries is None:
+            return loss, right.sum()
+        return loss, (right.sum(1) / (batch.labels >= 0).sum(1)).sum()
 
     def _aside(self, batch: Batch) -> Outcome:
         """On a stream of its own, as a capture asks of what comes before it."""
@@ -117,7 +121,8 @@ class TrainingStep:
 
     def _capture(self, batch: Batch) -> None:
         lengths = None if batch.lengths is None else batch.lengths.clone()
-        self.static = Batch(batch.tokens.clone(), lengths, batch.labels.clone())
+        queries = None if batch.queries is None else batch.queries.clone()
+        self.static = Batch(batch.tokens.clone(), lengths, batch.labels.clone(), queries)
         self.optimizer.zero_grad(set_to_none=True)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
@@ -126,14 +131,14 @@ class TrainingStep:
 
 
 def _copy(batch: Batch, static: Batch) -> None:
-    for name in ("tokens", "lengths", "labels"):
+    for name in ("tokens", "lengths", "labels", "queries"):
         source, goal = getattr(batch, name), getattr(static, name)
         if source is not None:
             goal.copy_(source, non_blocking=True)
 
 
 def optimizer(model: nn.Module, config: TrainConfig, graphed: bool = False) -> torch.optim.AdamW:
-    """AdamW; weight decay on matrices of linear layers alone."""
+    """AdamW with weight decay on the matrices of linear layers only."""
     matrices = {m.weight for m in model.modules() if isinstance(m, nn.Linear)}
     decayed = [p for p in model.parameters() if p in matrices]
     others = [p for p in model.parameters() if p not in matrices]

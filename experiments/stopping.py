@@ -13,9 +13,9 @@ from tqdm import tqdm
 
 
 class Interrupted(KeyboardInterrupt):
-    """SIGTERM or SIGINT came; the checkpoint is written, and the run can be resumed.
+    """SIGTERM or SIGINT arrived. The checkpoint is written, and the run can be resumed.
 
-    exit_code: That of the process, 128 + the signal's number: 143 or 130.
+    exit_code: Exit code of the process, 128 + signal number: 143 or 130.
     """
 
     def __init__(self, message: str, signals: Sequence[int] = ()) -> None:
@@ -24,13 +24,13 @@ class Interrupted(KeyboardInterrupt):
 
 
 def announce(message: str) -> None:
-    """One line on stderr, above a progress bar; from the first worker alone."""
+    """One line on stderr, above a progress bar; from the first worker only."""
     if is_first_worker():
         tqdm.write(message, file=sys.stderr)
 
 
 def check_budget(budget: float) -> None:
-    """Raise ValueError where a number of seconds is no budget."""
+    """Raise ValueError for an invalid number of seconds."""
     if not budget > 0:
         raise ValueError(f"budget must be a positive number of seconds, got {budget}")
 

@@ -15,18 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sparse_flash.experiments import checkpoint
+from sparse_flash.experiments import checkpoint, chosen, old_names
 from sparse_flash.experiments.attention import check_trainable
 from sparse_flash.experiments.clock import AttentionClock
 from sparse_flash.experiments.config import RunConfig, TrainConfig
 from sparse_flash.experiments.data.dataset import (
     Batch,
+    CurriculumSampler,
     Examples,
     Sampler,
     Splits,
-    Stages,
     check_splits,
-    places_of,
+    coordinates_of,
 )
 from sparse_flash.experiments.device import pick_device
 from sparse_flash.experiments.flops import known_metrics, step_flops
@@ -45,20 +45,20 @@ from tqdm import tqdm
 
 RESULT = "result.json"
 BY_TIME = "by_training_millisecond"  # tags whose steps are milliseconds of training
-LEARNED = ("train/loss", "train/accuracy")  # what is logged of the batches themselves
+LEARNED = ("train/loss", "train/accuracy")  # training metrics of the batches
 
 
 class TrainingError(RuntimeError):
-    """A run that cannot go on: its loss is no number."""
+    """A run that cannot continue: its loss is not finite."""
 
 
 @dataclass
 class _Progress:
-    """What a run has done so far; saved with the checkpoint."""
+    """Progress of a run, saved with the checkpoint."""
 
     step: int = 0
-    seconds: float = 0.0  # of training steps alone, without evaluation
-    settled_steps: int = 0  # those after which nothing is compiled or captured any more
+    seconds: float = 0.0  # training steps only, without evaluation
+    settled_steps: int = 0  # steps after compilation and capture
     settled_seconds: float = 0.0
     tokens: int = 0
     best_accuracy: float = 0.0
@@ -68,7 +68,7 @@ class _Progress:
     curve: list[list[float]] = field(default_factory=list)  # see `train`
 
     def step_seconds(self) -> float:
-        """Of a step on average; without those that compile and capture, where there are others."""
+        """Mean seconds of a step, without compilation and capture if there are later steps."""
         if self.settled_steps:
             return self.settled_seconds / self.settled_steps
         return self.seconds / self.step
@@ -87,23 +87,23 @@ def train(
     Under torchrun, all workers train this one model; see `parallel`.
 
     Args:
-        config: All that decides the numbers.
-        folder: Of this run alone: checkpoint, TensorBoard events, result.json.
+        config: Settings of the run.
+        folder: Folder of the run: checkpoint, TensorBoard events, result.json.
         device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", ...
-        data: The task's data, where it is loaded already, or what loads it, where it is needed.
+        data: The task's data, or a function that loads it. Default: `config.task.load`.
         budget: Seconds of training after which the run is evaluated as it is; a later call with a
-            larger budget goes on.
-        in_comparison: Leave the picture of the mask and the line in HPARAMS to a comparison, which
-            records them once for all seeds, and with the settings that differ alone.
+            larger budget resumes.
+        in_comparison: Do not record the mask picture and the HPARAMS line: a comparison records
+            them once for all seeds.
 
     Returns:
-        What result.json holds: config, machine, metrics, the curve: of each evaluation step,
-        seconds of training, loss, accuracy; and the training_curve: see there. What is tested are
-        the weights whose loss was least on the examples to evaluate on.
+        The content of result.json: config, machine, metrics, `curve` (step, seconds of training,
+        loss and accuracy of each evaluation), and `training_curve`. Test accuracy uses the
+        checkpoint with the lowest validation loss.
 
     Raises:
-        TrainingError: The loss is no number.
-        CheckpointError: The folder holds something that cannot be resumed.
+        TrainingError: The loss is not finite.
+        CheckpointError: The folder holds another run, or damaged files.
         LogError: The folder cannot be written.
         FolderInUseError: Another process writes to the folder.
         Interrupted: After SIGTERM or SIGINT.
@@ -125,18 +125,18 @@ def train(
 
 
 def finished(config: RunConfig, folder: Path) -> dict[str, Any] | None:
-    """The result of this very run, if it was brought to its end before."""
+    """The result of this run, if it has finished before."""
     path = folder / RESULT
     if not path.exists():
         return None
     try:
-        result = json.loads(path.read_text())
+        result = old_names.result(json.loads(path.read_text()))
     except ValueError as error:
         raise checkpoint.CheckpointError(
             f"{path} is no readable result ({error}): delete it, and the run is evaluated again"
         ) from error
     checkpoint.check_same(path, differences(config.completed(result["config"]), config.record))
-    result["config"]["attention"] = config.attention_label  # whose digest is the recorded one
+    result["config"]["attention"] = config.attention_label  # its digest is the recorded one
     return result
 
 
@@ -149,7 +149,7 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 class _Run:
-    """The state of one run: model, optimiser, progress, log."""
+    """The state of one run: model, optimizer, progress, log."""
 
     def __init__(
         self,
@@ -169,37 +169,41 @@ class _Run:
         history = [tuple(r) for r in resumable["history"]] if resumable else ()
         self.log = Logger(folder if self.workers.first else None, history)
         if config.init and resumable is None:
-            find_checkpoint(config.init)  # before data is made
+            find_checkpoint(config.init)  # before the data is built
         data = load()
         check_splits(task, data)
-        self.chance = data.test.most_frequent
+        self.majority_accuracy = data.test.most_frequent
         self.val, self.test = data.val.to(device), data.test.to(device)
         self.sampler = self._sampler(data)
         torch.manual_seed(config.seed)
         self.model = Encoder.for_task(config.model, task, config.kind, config.block).to(device)
         if config.init and resumable is None:
-            begin_with(self.model, config.init, places_of(task))
+            begin_with(self.model, config.init, coordinates_of(task))
         if not self.workers.first:
-            torch.manual_seed(config.seed + 1_000_003 * self.workers.rank)  # other dropout
+            torch.manual_seed(
+                config.seed + 1_000_003 * self.workers.rank
+            )  # different dropout per rank
         self.train_step = TrainingStep(self.model, config.train, device, self.workers)
         self.progress = _Progress()
-        self.best: dict[str, Tensor] | None = None  # the weights that did best in evaluation
+        self.best: dict[str, Tensor] | None = None  # weights with the lowest validation loss
         if resumable is not None:
             self._restore(resumable)
             of = f"step {self.progress.step} of {config.train.steps}"
             announce(f"resuming at {of} from {folder / CHECKPOINT}")
 
-    def _sampler(self, data: Splits) -> Sampler | Stages:
-        """What gives each step its batch."""
-        config, share = self.config, (self.workers.rank, self.workers.size)
+    def _sampler(self, data: Splits) -> Sampler | CurriculumSampler:
+        """The sampler of the batches of all steps."""
+        config, shard = self.config, (self.workers.rank, self.workers.size)
 
         def of(examples: Examples) -> Sampler:
             examples = examples.to(self.device)
-            return Sampler(examples, config.train.batch_size, config.seed, share)
+            return Sampler(examples, config.train.batch_size, config.seed, shard)
 
         if data.first is None:
             return of(data.train)
-        return Stages(of(data.first), round(data.first_share * config.train.steps), of(data.train))
+        return CurriculumSampler(
+            of(data.first), round(data.first_share * config.train.steps), of(data.train)
+        )
 
     def run(self) -> dict[str, Any]:
         """Train to the end, evaluate, and write the result."""
@@ -211,15 +215,17 @@ class _Run:
                 initial=self.progress.step,
                 desc=self.folder.name,
                 unit="step",
-                mininterval=0.1 if sys.stderr.isatty() else 30,  # a log file wants fewer lines
+                mininterval=0.1 if sys.stderr.isatty() else 30,  # fewer lines in a log file
                 disable=not self.workers.first,
             ) as bar:
                 last = self.progress.step >= train.steps
                 while not last:
                     self._step(bar)
                     step = self.progress.step
-                    late, stopped = self._agreed(self.progress.seconds >= self.budget, bool(stop))
-                    last = step == train.steps or late
+                    over_budget, stopped = self._agreed(
+                        self.progress.seconds >= self.budget, bool(stop)
+                    )
+                    last = step == train.steps or over_budget
                     if step % train.eval_every == 0 or last:
                         self._evaluate(bar)
                     if step % train.checkpoint_every == 0 or last or stopped:
@@ -232,23 +238,23 @@ class _Run:
             return self._finish()
 
     def _agreed(self, *mine: bool) -> list[bool]:
-        """What any of the workers says; they speak when they log, and wait for the GPU anyway."""
+        """Whether each flag is set on any worker; exchanged at log steps, which wait anyway."""
         if self.workers.size > 1 and self.progress.step % self.config.train.log_every:
             return [False] * len(mine)
         return [total > 0 for total in self.workers.sums(*map(float, mine))]
 
     def _step(self, bar: tqdm[Any]) -> None:
-        """One optimiser step, logged now and then."""
+        """One optimizer step, logged at intervals."""
         config, progress = self.config.train, self.progress
         intervals = (config.log_every, config.eval_every, config.checkpoint_every, config.steps)
         logged = any((progress.step + 1) % interval == 0 for interval in intervals)
         settled = self.train_step.steps >= START_UP
-        # Graphs cannot be marked; elsewhere the marks cost nothing that could be seen.
+        # CUDA graphs cannot be marked; elsewhere the marks have no measurable cost.
         marked = not config.compile and not self.train_step.graphed
         clock = AttentionClock(self.device) if logged and marked else None
         self.model.set_clock(clock)
         begin = time.perf_counter()
-        wait = logged or not settled  # such a step does not pay for those still in flight
+        wait = logged or not settled  # this step is not charged for those still in flight
         start = self._now(wait)
         batch = self.sampler.batch(progress.step)
         lr = learning_rate(config, progress.step)
@@ -269,13 +275,13 @@ class _Run:
             self._record(batch, lr, seconds, bar)
 
     def _now(self, wait: bool) -> float:
-        """The time; where asked, once the device has done all that it was given."""
+        """The time, optionally after a device synchronization."""
         if wait and self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
     def _check(self) -> None:
-        """Stop early where going on would only waste time, before a checkpoint could keep it."""
+        """Raise TrainingError if the loss is not finite, before a checkpoint keeps it."""
         loss, norm = self.latest.loss.item(), self.latest.norm.item()
         if math.isfinite(loss) and math.isfinite(norm):
             return
@@ -306,30 +312,32 @@ class _Run:
         progress.best_accuracy = max(progress.best_accuracy, accuracy)
         config = self.config.train
         regular = progress.step % config.eval_every == 0 or progress.step == config.steps
-        # By the loss, which is less a matter of chance than the accuracy; and not where a budget
-        # ended, so that a run that went on later is as one that did not stop.
+        # By the loss, which is less noisy than the accuracy; not where a budget
+        # ended, so that a resumed run equals an uninterrupted one.
         if regular and loss < progress.best_loss:
             progress.best_loss = loss
             self.best = {name: x.clone() for name, x in self.model.state_dict().items()}
         progress.curve.append([progress.step, progress.seconds, loss, accuracy])
         values = {"eval/loss": loss, "eval/accuracy": accuracy}
-        self.log.scalars(values, progress.step)
+        self.log.scalars(values | chosen.losses(self.model), progress.step)
+        for name, picture in chosen.pictures(self.model):
+            self.log.writer.add_image(name, picture, progress.step)
         by_time = {f"{BY_TIME}/{name}": v for name, v in values.items()}
         self.log.scalars(by_time, self._milliseconds())
         self.log.flush()
         bar.write(
             f"{self.folder.name}: step {progress.step}, {progress.seconds:.0f} s, "
-            f"eval loss {loss:.3f}, accuracy {accuracy:.1%}"
+            f"validation loss {loss:.3f}, accuracy {accuracy:.1%}"
         )
 
     def _milliseconds(self) -> int:
-        """Training time so far, later than that of any point before: TensorBoard keeps one each."""
+        """Training time so far, strictly increasing: TensorBoard keeps one point per step."""
         logged = (step for tag, _, step, _ in self.log.history if tag.startswith(BY_TIME))
         return max(round(1000 * self.progress.seconds), 1 + max(logged, default=-1))
 
     @torch.no_grad()
     def _measure(self, split: Examples) -> tuple[float, float]:
-        """Mean loss and accuracy over a split, whose batches the workers share out."""
+        """Mean loss and accuracy over a split, sharded over the workers."""
         self.model.eval()
         loss = correct = 0.0
         for number, batch in enumerate(split.batches(2 * self.config.train.batch_size)):
@@ -341,7 +349,7 @@ class _Run:
         return loss / len(split), correct / len(split)
 
     def _finish(self) -> dict[str, Any]:
-        """Test the best weights; write result.json last, as the sign that all is done."""
+        """Test the best weights, and write result.json last: it marks the run as finished."""
         if self.best is not None:
             self.model.load_state_dict(self.best)
         loss, accuracy = self._measure(self.test)
@@ -350,7 +358,7 @@ class _Run:
             "test_accuracy": accuracy,
             "test_loss": loss,
             "best_eval_accuracy": progress.best_accuracy,
-            "chance": self.chance,
+            "majority_accuracy": self.majority_accuracy,
             "steps": progress.step,
             "training_seconds": progress.seconds,
             "step_ms": 1000 * progress.step_seconds(),
@@ -381,9 +389,9 @@ class _Run:
         return self.workers.gather(result)[0]
 
     def _of_matrix_peak(self) -> dict[str, float]:
-        """How near a step is to what its operations would take at the speed of a matrix product.
+        """Time of a step's operations at matrix speed, as a fraction of the step time.
 
-        Left out where that speed cannot be measured: a run that is trained is not lost for it.
+        Empty where matrix speed cannot be measured.
         """
         if self.device.type != "cuda":
             return {}
@@ -399,7 +407,7 @@ class _Run:
         return {"of_matrix_peak": 1e-12 * speed / peak}
 
     def _describe(self) -> None:
-        """What TensorBoard should show of the run before its first step."""
+        """Record settings, machine and mask in TensorBoard before the first step."""
         config = self.config
         self.log.text("config", "\n".join(f"    {k} = {v!r}" for k, v in config.flat().items()))
         facts = describe(self.device).items()
@@ -413,7 +421,7 @@ class _Run:
             self.log.figure("mask", layout.plot(title=title))
 
     def _step_memory(self) -> float:
-        """MiB that forward and backward take above the model; leaves no trace in the run."""
+        """Peak MiB of forward and backward above the model; does not affect the run."""
         state = checkpoint.random_state()
         batch = self.sampler.batch(0)
 
@@ -442,7 +450,7 @@ class _Run:
         checkpoint.save(self.folder / CHECKPOINT, state)
 
     def _read_checkpoint(self) -> dict[str, Any] | None:
-        """The folder's checkpoint, if there is one; it must be of this very run."""
+        """The folder's checkpoint, if there is one; it must belong to this run."""
         path = self.folder / CHECKPOINT
         if not path.exists():
             return None
@@ -457,14 +465,15 @@ class _Run:
         self.train_step.restore(state["optimizer"])
         self.progress = _Progress(**state["progress"])
         states = state["random"]
-        if len(states) == self.workers.size:  # else the workers' number has changed
+        if len(states) == self.workers.size:  # else the number of workers has changed
             checkpoint.restore_random_state(states[self.workers.rank])
 
 
 def training_curve(history: Sequence[Record], steps: Sequence[float]) -> list[list[float]]:
-    """Each of these steps, and mean loss and accuracy of the batches logged since the one before.
+    """Mean loss and accuracy of the logged batches between consecutive steps of `steps`.
 
-    That is of what the model was shown, easier examples too; `curve` is of what it is to learn.
+    It covers the batches that the model saw, curriculum examples included; `curve` is of the
+    validation set.
 
     >>> history = [("train/loss", 0.7, 1, 0.0), ("train/loss", 0.5, 2, 0.0)]
     >>> history += [("train/accuracy", 0.4, 1, 0.0), ("train/accuracy", 0.8, 2, 0.0)]

@@ -30,7 +30,7 @@ from sparse_flash import call
 _OURS = tuple(
     Path(file).resolve().parent for file in (__file__, inspect.getfile(Mask), inspect.getfile(call))
 )
-_loaded: dict[Path, tuple[str, ModuleType]] = {}  # SHA-256 of the source, and what it made
+_loaded: dict[Path, tuple[str, ModuleType]] = {}  # SHA-256 of the source, and the module
 _digests: dict[Path, str] = {}  # of files that ran, when they did
 
 

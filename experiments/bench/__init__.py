@@ -1,1 +1,1 @@
-"""The speed benchmark: ours and its peers, side by side, on the same inputs, in one process."""
+"""The speed benchmark: ours and its baselines on the same inputs, in one process."""

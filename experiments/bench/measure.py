@@ -7,8 +7,14 @@ import time
 from typing import Any
 
 import torch
+from sparse_flash.experiments.bench.baselines import (
+    BASELINES,
+    Baseline,
+    Call,
+    Result,
+    UnsupportedError,
+)
 from sparse_flash.experiments.bench.cases import Case
-from sparse_flash.experiments.bench.peers import PEERS, Call, Peer, Result, UnsupportedError
 from sparse_flash.experiments.machine import tensor_peak
 from sparse_flash.masks import BlockLayout
 from torch import Tensor
@@ -30,14 +36,14 @@ CLOCK = 2e9  # cycles a second: no Hopper GPU has more
 def measure(
     case: Case,
     which: str = "forward",
-    peers: tuple[Peer, ...] = PEERS,
+    baselines: tuple[Baseline, ...] = BASELINES,
     rounds: int = 3,
     device: str = "cuda",
     strict: bool = True,
 ) -> list[Row]:
-    """A row for each peer that can compute the case: time, speed, memory; or why it cannot.
+    """A row for each baseline: time, speed and memory, or the reason why it has none.
 
-    strict: Raise where outputs disagree; else leave the peer out.
+    strict: Raise where outputs disagree; else skip the baseline.
     which: The "forward" pass, or the "backward" pass alone, from dout to dq, dk and dv.
     ms: Time on the GPU, median over rounds of medians; what the host takes is not in it.
     wall_ms: Time of a call in a row of calls, what the host takes included.
@@ -59,12 +65,12 @@ def measure(
     if which == "backward":
         q, k, v = (x.requires_grad_() for x in (q, k, v))
     rows, calls, expected = [], {}, None
-    for peer in peers:
-        row: Row = {"pass": which, "case": case.label, "peer": peer.name}
+    for baseline in baselines:
+        row: Row = {"pass": which, "case": case.label, "peer": baseline.name}
         row |= densities(layout, case.head_dim).record()
         rows.append(row)
         try:
-            call = peer.prepare(case, layout, q, k, v)
+            call = baseline.prepare(case, layout, q, k, v)
             if which == "backward":
                 call = _backward(call, (q, k, v), dout)
             out = call()
@@ -73,7 +79,7 @@ def measure(
             row["left out"] = str(reason)
             continue
         except Exception as error:
-            if peer.name == "ours" and strict:
+            if baseline.name == "ours" and strict:
                 raise
             row["left out"] = (
                 f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:160]}"
@@ -81,7 +87,7 @@ def measure(
             continue
         expected = out if expected is None else expected
         try:
-            _check(case, peer, out, expected)
+            _check(case, baseline, out, expected)
         except DisagreementError as reason:
             if strict:
                 raise
@@ -89,7 +95,7 @@ def measure(
             continue
         del out
         row["peak_mib"] = tensor_peak(call, device)
-        calls[peer.name] = call
+        calls[baseline.name] = call
     times = _in_turns(calls, rounds, device)
     for row in rows:
         if row["peer"] in times:
@@ -111,13 +117,13 @@ def _flops(case: Case, layout: BlockLayout, which: str) -> float:
     return flops * tiles * case.block**2 * case.head_dim * case.heads * case.batch
 
 
-def _check(case: Case, peer: Peer, given: Result, expected: Result) -> None:
+def _check(case: Case, baseline: Baseline, given: Result, expected: Result) -> None:
     for a, b in zip(_tensors(given), _tensors(expected), strict=True):
         distance = (a.float() - b.float()).norm() / b.float().norm().clamp(min=1e-30)
         if not distance < TOLERANCE.get(case.dtype, TOLERANCE_16):
             raise DisagreementError(
-                f"{case.label}: the output of {peer.name} is {distance:.3f} (relative) away from "
-                "that of the first"
+                f"{case.label}: the output of {baseline.name} is {distance:.3f} (relative) away "
+                "from that of the first"
             )
 
 

@@ -8,22 +8,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from sparse_flash.experiments.bench.cases import Case
-from sparse_flash.experiments.bench.measure import Row, measure
-from sparse_flash.experiments.bench.peers import (
+from sparse_flash.experiments import markdown
+from sparse_flash.experiments.bench.baselines import (
+    BASELINES,
     MATRIX,
-    PEERS,
     REFERENCE,
+    Baseline,
     Call,
-    Peer,
     UnsupportedError,
 )
+from sparse_flash.experiments.bench.cases import Case
+from sparse_flash.experiments.bench.measure import Row, measure
 from sparse_flash.experiments.bench.run import PASSES, check_rounds
-from sparse_flash.experiments.compare import as_table
 from sparse_flash.experiments.lock import exclusive
-from sparse_flash.experiments.machine import as_list, describe
+from sparse_flash.experiments.machine import describe
 from sparse_flash.experiments.user_code import read_mask
-from sparse_flash.kernels.sm90.attention import unsupported_reason
+from sparse_flash.kernels.sm80.attention import unsupported_reason
 from sparse_flash.masks import BlockLayout, Mask
 from sparse_flash.masks.files import atomic_write
 from torch import Tensor
@@ -31,14 +31,6 @@ from torch import Tensor
 DType = Literal["bfloat16", "float16", "float32"]
 LENGTHS = {"cuda": 16384, "cpu": 2048}  # by default, where the mask fits any
 DTYPES: dict[str, DType] = {"cuda": "bfloat16", "cpu": "float32"}
-ON_CPU = (
-    "No GPU: the reference implementation in PyTorch against SDPA, by wall-clock time on the CPU. "
-    "This does not tell how fast the kernels are."
-)
-ON_GPU = (
-    "GPU time, median. FlexAttention reads partial tiles from a table of bits; a predicate that is "
-    "written for this mask may be faster."
-)
 
 
 def own_case(
@@ -120,7 +112,7 @@ def bench_case(
     rows: list[Row] = []
     with exclusive(out):
         for which in passes:
-            timed, others = _peers(device)
+            timed, others = _baselines(device)
             rows += measure(case, which, timed, rounds, device, strict=False)
             rows += [{"pass": which, "peer": name, "left out": why} for name, why in others.items()]
         report = {
@@ -133,31 +125,31 @@ def bench_case(
         }
         for name, text in (
             ("own.json", json.dumps(report, indent=1)),
-            ("own.md", markdown(report)),
+            ("own.md", markdown.own_case(report)),
         ):
             with atomic_write(out / name) as file:
                 file.write(text.encode())
     return report
 
 
-def _peers(device: str) -> tuple[tuple[Peer, ...], dict[str, str]]:
-    """Those that can run on the device, ours first; and why the others cannot."""
+def _baselines(device: str) -> tuple[tuple[Baseline, ...], dict[str, str]]:
+    """Baselines that can run on the device, ours first; and the reasons of the others."""
     if device == "cpu":
-        others = {peer.name: "needs a CUDA GPU" for peer in PEERS}
+        others = {baseline.name: "needs a CUDA GPU" for baseline in BASELINES}
         return (REFERENCE, MATRIX), others
-    first, *rest = PEERS
+    first, *rest = BASELINES
     kernels = replace(first, prepare=_by_kernels)
     found = (kernels, replace(REFERENCE, prepare=_where_kernels_cannot), *rest, MATRIX)
-    missing = "is not installed: pip install 'sparse-flash[peers]'"
-    others = {peer.name: missing for peer in found if peer.version is None}
-    return tuple(peer for peer in found if peer.version is not None), others
+    missing = "is not installed: pip install 'sparse-flash[baselines]'"
+    others = {baseline.name: missing for baseline in found if baseline.version is None}
+    return tuple(baseline for baseline in found if baseline.version is not None), others
 
 
 def _by_kernels(case: Case, layout: BlockLayout, q: Tensor, k: Tensor, v: Tensor) -> Call:
     reason = unsupported_reason(q, k, v)
     if reason is not None:
         raise UnsupportedError(reason)
-    return PEERS[0].prepare(case, layout, q, k, v)
+    return BASELINES[0].prepare(case, layout, q, k, v)
 
 
 def _where_kernels_cannot(case: Case, layout: BlockLayout, q: Tensor, k: Tensor, v: Tensor) -> Call:
@@ -165,52 +157,3 @@ def _where_kernels_cannot(case: Case, layout: BlockLayout, q: Tensor, k: Tensor,
     if unsupported_reason(q, k, v) is None:
         raise UnsupportedError("not needed: the kernels compute this case")
     return REFERENCE.prepare(case, layout, q, k, v)
-
-
-def markdown(report: dict[str, Any]) -> str:
-    """The report as text: the case, a line for each baseline, why others were left out."""
-    return "\n".join(
-        [
-            f"# {report['case']}",
-            "",
-            table(report),
-            "",
-            "## Machine",
-            "",
-            as_list(report["machine"]),
-            "",
-        ]
-    )
-
-
-def table(report: dict[str, Any]) -> str:
-    """Milliseconds, speed-up of ours, and memory; then what each other baseline cannot do."""
-    passes = list(dict.fromkeys(row["pass"] for row in report["rows"]))
-    names = list(dict.fromkeys(row["peer"] for row in report["rows"]))
-    found = {(row["peer"], row["pass"]): row for row in report["rows"]}
-    ours = next((n for n in ("ours", REFERENCE.name) if _timed(found, n, passes)), None)
-    head = ["by", *(f"{w} {unit}" for w in passes for unit in ("ms", "speed-up of ours", "MiB"))]
-    lines = [head]
-    for name in names:
-        if not _timed(found, name, passes):
-            continue
-        cells = [name]
-        for which in passes:
-            row, base = found[name, which], found.get((ours, which), {})
-            if "ms" not in row:
-                cells += ["", "", ""]
-                continue
-            ratio = f"{row['ms'] / base['ms']:.2f}x" if "ms" in base else ""
-            cells += [f"{row['ms']:.3f}", ratio, f"{row['peak_mib']:.0f}"]
-        lines.append(cells)
-    reasons = {
-        (row["peer"], row["left out"]): row["pass"] for row in report["rows"] if "left out" in row
-    }
-    notes = [f"- {name}: {reason}" for name, reason in reasons]
-    density = f"{report['dtype']}, density {report['density']:.2%}."
-    text = [f"{density} {ON_GPU if report['device'] == 'cuda' else ON_CPU}", "", as_table(lines)]
-    return "\n".join([*text, "", "Not timed:", *notes] if notes else text)
-
-
-def _timed(found: dict[tuple[str, str], Row], name: str, passes: Sequence[str]) -> bool:
-    return any("ms" in found.get((name, which), {}) for which in passes)

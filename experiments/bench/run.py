@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from sparse_flash.experiments import markdown
+from sparse_flash.experiments.bench.baselines import BASELINES
 from sparse_flash.experiments.bench.cases import SUITES, Case
 from sparse_flash.experiments.bench.measure import Row, measure
-from sparse_flash.experiments.bench.peers import PEERS
 from sparse_flash.experiments.lock import exclusive
 from sparse_flash.experiments.logger import Logger
 from sparse_flash.experiments.machine import describe, matrix_peak
@@ -28,12 +29,12 @@ PASSES = ("forward", "backward")
 def bench(
     suite: str | Sequence[Case], out: Path, rounds: int = 3, passes: tuple[str, ...] = PASSES
 ) -> dict[str, Any]:
-    """Measure every case of a suite with every peer that is installed; write the report into `out`.
+    """Time every case of a suite with every installed baseline; write the report into `out`.
 
     Args:
         suite: Name in `SUITES`, or cases of your own, whose masks may be Mask objects.
         out: Folder of the report.
-        rounds: Number of measurements of each peer, at least 1.
+        rounds: Number of measurements of each baseline, at least 1.
         passes: "forward", "backward".
 
     Raises:
@@ -65,11 +66,13 @@ def check_rounds(rounds: int) -> None:
 def _bench(
     suite: str, cases: list[Case], out: Path, rounds: int, passes: tuple[str, ...]
 ) -> dict[str, Any]:
-    versions = {peer.name: peer.version for peer in PEERS}
+    versions = {baseline.name: baseline.version for baseline in BASELINES}
     for name, version in versions.items():
         if version is None:
-            print(f"{name} is left out: it is not installed (pip install 'sparse-flash[peers]')")
-    installed = tuple(peer for peer in PEERS if versions[peer.name])
+            print(
+                f"{name} is left out: it is not installed (pip install 'sparse-flash[baselines]')"
+            )
+    installed = tuple(baseline for baseline in BASELINES if versions[baseline.name])
     report: dict[str, Any] = {
         "suite": suite,
         "machine": describe("cuda"),
@@ -84,8 +87,8 @@ def _bench(
         for row in rows:
             _derive(row, report)
             tqdm.write(_line(row))
-        _write(out / "bench.json", json.dumps(report, indent=1))  # what is measured is kept
-    _write(out / "bench.md", table(report))
+        _write(out / "bench.json", json.dumps(report, indent=1))  # keep the rows measured so far
+    _write(out / "bench.md", markdown.benchmark(report))
     figure = plot(report)
     figure.savefig(out / "bench.png", dpi=110)
     _to_tensorboard(report, figure, out)
@@ -93,7 +96,7 @@ def _bench(
 
 
 def _derive(row: Row, report: dict[str, Any]) -> None:
-    """Shares of the machine's matrix peak, and of the same peer's dense speed."""
+    """Shares of the machine's matrix peak, and of the same baseline's dense speed."""
     if "ms" not in row:
         return
     row["of_peak"] = row["tflops"] / report["matrix_peak_tflops"]
@@ -114,67 +117,11 @@ def _line(row: Row) -> str:
     )
 
 
-def passes_of(report: dict[str, Any]) -> list[str]:
-    """The passes that were measured, in their order."""
-    return list(dict.fromkeys(row["pass"] for row in report["rows"]))
-
-
-def table(report: dict[str, Any]) -> str:
-    """Markdown: a line for each case, a column for each peer, in TFLOP/s; ours against the best."""
-    heading = (
-        f"bfloat16, TFLOP/s of stored elements. {report['machine'].get('gpu', '')}, "
-        f"matrix peak {report['matrix_peak_tflops']:.0f} TFLOP/s."
-    )
-    lines = [heading, ""]
-    for which in passes_of(report):
-        lines += [f"### {which.capitalize()}", "", *_speeds(report, which), ""]
-    return "\n".join([*lines, *_details(report)]) + "\n"
-
-
-def _speeds(report: dict[str, Any], which: str) -> list[str]:
-    names = [name for name, version in report["versions"].items() if version]
-    lines = [
-        "| case | density | " + " | ".join(names) + " | ours / best peer | wall |",
-        "|" + "---|" * (len(names) + 4),
-    ]
-    measured = [row for row in report["rows"] if row["pass"] == which]
-    for case in dict.fromkeys(row["case"] for row in measured):
-        rows = {row["peer"]: row for row in measured if row["case"] == case}
-        cells = [f"{rows[n]['tflops']:.0f}" if "ms" in rows.get(n, {}) else "" for n in names]
-        ratios = [_ratio(rows, key) for key in ("ms", "wall_ms")]
-        density = f"{rows['ours']['density']:.2%}"
-        lines.append(f"| {case} | {density} | " + " | ".join((*cells, *ratios)) + " |")
-    return lines
-
-
-def _details(report: dict[str, Any]) -> list[str]:
-    """Markdown: a line for each measurement."""
-    lines = [
-        "| pass | case | by | ms | wall ms | of the matrix peak | of own dense | MiB |",
-        "|" + "---|" * 8,
-    ]
-    for row in report["rows"]:
-        names = (row["pass"], row["case"], row["peer"])
-        if "ms" not in row:
-            lines.append("| " + " | ".join(names) + f" | left out: {row['left out']} |||||")
-            continue
-        shares = [f"{row[key]:.0%}" if key in row else "" for key in ("of_peak", "of_own_dense")]
-        times = [f"{row[key]:.3f}" for key in ("ms", "wall_ms")]
-        cells = (*names, *times, *shares, f"{row['peak_mib']:.0f}")
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
-
-
-def _ratio(rows: dict[str, Row], key: str) -> str:
-    others = [row[key] for name, row in rows.items() if name != "ours" and key in row]
-    return f"{min(others) / rows['ours'][key]:.2f}" if others else ""
-
-
 def plot(report: dict[str, Any]) -> Figure:
     """Bars of TFLOP/s, a group for each case; the passes side by side."""
     from matplotlib.figure import Figure
 
-    passes = passes_of(report)
+    passes = markdown.passes_of(report)
     most = max(len({r["case"] for r in report["rows"] if r["pass"] == w}) for w in passes)
     figure = Figure(figsize=(11 * len(passes), 1.5 + 0.45 * most), layout="constrained")
     for axes, which in zip(figure.subplots(1, len(passes), squeeze=False)[0], passes, strict=True):
@@ -188,9 +135,9 @@ def _bars(axes: Axes, report: dict[str, Any], which: str) -> None:
     names = [name for name, version in report["versions"].items() if version]
     for i, name in enumerate(names):
         speeds = {r["case"]: r.get("tflops", 0) for r in rows if r["peer"] == name}
-        places = [j + (i - len(names) / 2) * 0.13 for j in range(len(cases))]
-        axes.barh(places, [speeds.get(case, 0) for case in cases], height=0.12, label=name)
-    axes.axvline(report["matrix_peak_tflops"], color="grey", linestyle=":", label="matrix peak")
+        centers = [j + (i - len(names) / 2) * 0.13 for j in range(len(cases))]
+        axes.barh(centers, [speeds.get(case, 0) for case in cases], height=0.12, label=name)
+    axes.axvline(report["matrix_peak_tflops"], color="gray", linestyle=":", label="matrix peak")
     axes.set_yticks(range(len(cases)), cases)
     axes.margins(y=0.01)
     axes.invert_yaxis()
@@ -200,7 +147,7 @@ def _bars(axes: Axes, report: dict[str, Any], which: str) -> None:
 
 def _to_tensorboard(report: dict[str, Any], figure: Figure, out: Path) -> None:
     with Logger(out / "tensorboard") as logger:
-        logger.text("bench", table(report))
+        logger.text("bench", markdown.benchmark(report))
         logger.figure("bench", figure)
         for row in report["rows"]:
             if "ms" in row:

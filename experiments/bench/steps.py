@@ -1,4 +1,4 @@
-"""`sparse-flash bench-steps`: whole training steps of encoders, by kinds of attention."""
+"""`sparse-flash bench-steps`: whole training steps of encoders, by attention."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sparse_flash.experiments.attention import Attention, Kind
+from sparse_flash.experiments import markdown
+from sparse_flash.experiments.attention import Attention, AttentionKind
 from sparse_flash.experiments.config import ModelConfig, TrainConfig, check_attention
 from sparse_flash.experiments.data.dataset import Batch
 from sparse_flash.experiments.lock import exclusive
-from sparse_flash.experiments.machine import as_list, describe, tensor_peak
+from sparse_flash.experiments.machine import describe, tensor_peak
 from sparse_flash.experiments.model import Encoder
 from sparse_flash.experiments.step import WARM_UP, TrainingStep
 from sparse_flash.masks import Mask
@@ -42,14 +43,14 @@ class StepCase:
     standard: bool = True  # whether the s x s matrices fit in memory
 
     @property
-    def attentions(self) -> tuple[Kind, ...]:
+    def attentions(self) -> tuple[AttentionKind, ...]:
         """The kinds that are compared, ours first."""
-        ours = Kind.of(self.mask)
+        ours = AttentionKind.of(self.mask)
         if ours.mask is None or ours.name != "ours":
             raise ValueError(f"mask must be a mask, got {ours.label!r}")
-        flex = Kind("flex", ours.mask, text=f"flex: {ours.label}")
-        rest = (ours, flex, Kind.of("dense"), Kind.of("sdpa"))
-        return (*rest, Kind.of("standard")) if self.standard else rest
+        flex = AttentionKind("flex", ours.mask, text=f"flex: {ours.label}")
+        rest = (ours, flex, AttentionKind.of("dense"), AttentionKind.of("sdpa"))
+        return (*rest, AttentionKind.of("standard")) if self.standard else rest
 
 
 _SMALL = ModelConfig(dim=64, heads=2, layers=2, ffn=128)
@@ -130,8 +131,8 @@ def _bench_steps(
         torch.cuda.empty_cache()
         report["rows"].append(row)
         tqdm.write(_line(row))
-        _write(out / "steps.json", json.dumps(report, indent=1))  # what is measured is kept
-        _write(out / "steps.md", markdown(report))
+        _write(out / "steps.json", json.dumps(report, indent=1))  # keep the rows measured so far
+        _write(out / "steps.md", markdown.training_steps(report))
     return report
 
 
@@ -162,47 +163,13 @@ def measure_step(
         "examples_per_second": case.batch / median,
         "tokens_per_second": case.batch * case.length / median,
         "peak_mib": peak,
-        "density": Kind.of(attention).density(case.length),
+        "density": AttentionKind.of(attention).density(case.length),
     }
 
 
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def markdown(report: dict[str, Any]) -> str:
-    """The report as a table: a line for each variant, speed-ups against the case's first."""
-    head = ["case", "mode", "attention", "density", "step ms", "examples/s", "tokens/s",
-            "memory MiB", "speed-up"]  # fmt: skip
-    lines = ["# Training steps, by kind of attention", ""]
-    lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    slowest: dict[tuple[str, str], float] = {}  # of what there was before sparsity
-    for row in report["rows"]:
-        if row["attention"] in ("standard", "sdpa") and "step_ms" in row:
-            key = (row["case"], row["mode"])
-            slowest[key] = max(slowest.get(key, 0.0), row["step_ms"])
-    for row in report["rows"]:
-        name = f"| {row['case']} | {row['mode']} | {row['attention'].replace('|', chr(92) + '|')} |"
-        if "left out" in row:
-            lines.append(f"{name} {row['left out']} | | | | | |")
-            continue
-        base = slowest.get((row["case"], row["mode"]))
-        speedup = "" if base is None else f"{base / row['step_ms']:.2f}x"
-        density = "-" if row["density"] is None else f"{row['density']:.1%}"
-        peak = "" if row["peak_mib"] is None else f"{row['peak_mib']:,.0f}"
-        lines.append(
-            f"{name} {density} | {row['step_ms']:.2f} | "
-            f"{row['examples_per_second']:,.0f} | {row['tokens_per_second']:,.0f} | "
-            f"{peak} | {speedup} |"
-        )
-    note = (
-        "bfloat16 autocast, AdamW; batches of random tokens without padding. Memory: of a step, "
-        "above model and optimiser. Density: kept part of the attention matrix; - where there is "
-        "none. Speed-up: against standard attention, or SDPA where its matrix "
-        "does not fit, in the same mode."
-    )
-    return "\n".join([*lines, "", note, "", "## Machine", "", as_list(report["machine"]), ""])
 
 
 def _line(row: Row) -> str:

@@ -57,7 +57,7 @@ class Archive(Source):
         raise NotImplementedError
 
     def _add(self, name: str, content: Member | str | None) -> None:
-        """Add a file, a link (to the path of what it stands for) or a folder (None)."""
+        """Add a file, a link (to the path of its target) or a folder (None)."""
         path = _normal(name)
         self.members.pop(path, None)  # of two of one name, the later replaces the other
         self.links.pop(path, None)
@@ -92,7 +92,7 @@ class Archive(Source):
         raise self.error(start, "is a link to itself")
 
     def listing(self, folder: str, most: int) -> Listing:
-        """What a folder holds."""
+        """Names in a folder."""
         folders, files = dict[str, Hashable](), list[str]()
         self._need_index()
         here = self.resolve(folder)

@@ -1,9 +1,10 @@
-"""Padded token sequences with labels, and batches drawn from them in a repeatable order."""
+"""Padded token sequences with labels, and reproducible batches of them."""
 
 from __future__ import annotations
 
 import abc
 import dataclasses
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Protocol
@@ -21,12 +22,14 @@ class Batch:
     - `lengths` (b,) int64, tokens that are no padding; None where no example has padding
     - `labels` (b,) int64
 
-    Of pairs (documents to compare) tokens are (b, 2, s) and lengths (b, 2).
+    For pairs (documents to compare) tokens are (b, 2, s) and lengths (b, 2). Where tokens have
+    labels, not sequences, these are (b, n), of the tokens at `queries` (b, n); -100 counts nowhere.
     """
 
     tokens: Tensor
     lengths: Tensor | None
     labels: Tensor
+    queries: Tensor | None = None
 
 
 class Examples(abc.ABC):
@@ -39,7 +42,7 @@ class Examples(abc.ABC):
 
     @abc.abstractmethod
     def state(self) -> tuple[Tensor | int | str | None, ...]:
-        """The arguments that make it again."""
+        """Arguments of the constructor that recreate it."""
 
     @abc.abstractmethod
     def to(self, device: torch.device) -> Examples:
@@ -60,21 +63,21 @@ class Examples(abc.ABC):
 
     @property
     def most_frequent(self) -> float:
-        """The accuracy of always answering the most frequent label: chance."""
+        """Majority-class accuracy: that of always answering the most frequent label."""
         return self.labels.bincount().max().item() / len(self)
 
 
-def check_share(easier_share: float) -> None:
-    """Raise ValueError unless a part of the training steps, but not all, is for easier examples."""
-    if not 0 < easier_share < 1:
-        raise ValueError(f"easier_share must be in 0..1, got {easier_share}")
+def check_curriculum_share(curriculum_share: float) -> None:
+    """Raise ValueError unless it is a fraction of the training steps, above 0 and below 1."""
+    if not 0 < curriculum_share < 1:
+        raise ValueError(f"curriculum_share must be in 0..1, got {curriculum_share}")
 
 
 @dataclass(frozen=True)
 class Split(Examples):
     """A set of examples: `tokens` (n, s) uint8, `lengths` (n,) int64, `labels` (n,) int64.
 
-    lengths is None where no example has padding; of pairs, shapes are (n, 2, s) and (n, 2).
+    lengths is None where no example has padding. For pairs, shapes are (n, 2, s) and (n, 2).
 
     >>> split = Split.from_sequences([(bytes([3, 4]), 1), (bytes([5]), 0)], length=3)
     >>> split.tokens
@@ -100,12 +103,12 @@ class Split(Examples):
 
     @classmethod
     def joined(cls, parts: Sequence[Split]) -> Split:
-        """All examples of splits that are padded to the same length and say how long theirs are."""
+        """All examples of splits with equal padded length and with lengths."""
         fields = zip(*(part.state() for part in parts), strict=True)
         return cls(*(torch.cat(field) for field in fields))
 
     def state(self) -> tuple[Tensor | int | str | None, ...]:
-        """The arguments that make it again."""
+        """Arguments of the constructor that recreate it."""
         return self.tokens, self.lengths, self.labels
 
     def to(self, device: torch.device) -> Split:
@@ -126,9 +129,9 @@ class Split(Examples):
 
 @dataclass(frozen=True)
 class Splits:
-    """Training, validation and test examples; and those that training begins with, if others.
+    """Training, validation and test examples, and optional first examples of a curriculum.
 
-    first: Drawn from instead of `train` in the first `first_share` of all steps.
+    first: Examples that replace `train` in the first `first_share` of all steps.
     """
 
     train: Examples
@@ -147,15 +150,15 @@ class Task(Protocol):
 
     - `vocabulary` and `classes`: ints, the number of different tokens and of labels;
     - `length`: an int, tokens of an example, padding included: a field or a property;
-    - `load()`: returns `Splits` of examples to train with, to evaluate on and to test;
+    - `load()`: returns `Splits` of training, validation and test examples;
 
-    and where that applies
+    and optionally
 
     - `pairs = True`: examples are pairs of documents;
-    - `places()`: row and column of each token of an image, int64 (length, 2), for positions
+    - `coordinates()`: row and column of each token of an image, int64 (length, 2), for positions
       "rotary2d".
 
-    Data is drawn from a seed of its own, so that all runs see the same. Copy this, and train it by
+    Draw the data from a fixed seed, so that all runs see the same data. Copy this and train it with
     `sparse-flash train my_task.py:Needle --task.length 512`:
 
     >>> from dataclasses import dataclass
@@ -193,25 +196,35 @@ class Task(Protocol):
         """Tokens per example, or document of a pair, padding included."""
 
     def load(self) -> Splits:
-        """Read or make the data."""
+        """Read or generate the data."""
 
 
 def has_pairs(task: Task) -> bool:
-    """Whether examples are pairs of documents; False where the task does not say."""
+    """Whether examples are pairs of documents. Default False."""
     return bool(getattr(task, "pairs", False))
 
 
-def places_of(task: Task) -> Tensor | None:
-    """The (row, column) of each token of an image: (length, 2); None of what is no image."""
-    places: Tensor | None = task.places() if hasattr(task, "places") else None
-    return places
+def coordinates_of(task: Task) -> Tensor | None:
+    """Row and column of each token of an image: (length, 2); None for other tasks."""
+    method = getattr(task, "coordinates", None)
+    if method is None and hasattr(task, "places"):
+        name = type(task).__name__
+        warnings.warn(
+            f"{name}.places() is now {name}.coordinates(); the next version will not know the old "
+            "name",
+            FutureWarning,
+            stacklevel=2,
+        )
+        method = task.places
+    coordinates: Tensor | None = None if method is None else method()
+    return coordinates
 
 
 def check_task(task: Task) -> None:
-    """Refuse what is no task, before any work.
+    """Refuse an invalid task before any work.
 
     Raises:
-        ValueError: Something of the protocol is missing, or no positive int.
+        ValueError: A member of the protocol is missing, or a size is no positive int.
     """
     name = type(task).__name__
     if not dataclasses.is_dataclass(task) or isinstance(task, type):
@@ -261,7 +274,7 @@ def check_splits(task: Task, splits: object) -> None:
 
 
 def _wrong(task: Task, split: Split) -> Iterator[str]:
-    """What does not fit the task."""
+    """Reasons why a split does not fit the task."""
     n, pair = len(split), (2,) if has_pairs(task) else ()
     tokens, lengths, labels = split.tokens, split.lengths, split.labels
     for what, values, shape in (
@@ -291,23 +304,23 @@ def _wrong(task: Task, split: Split) -> Iterator[str]:
 class Sampler:
     """Endless shuffled batches; the batch of a step depends on seed and step alone.
 
-    So a run that is resumed sees the same batches as one that was never interrupted. Each epoch
+    A resumed run sees the same batches as an uninterrupted one. Each epoch
     is a permutation; a batch may end one epoch and begin the next.
 
-    share: Of (workers) processes that share each batch, the how manieth this one is.
+    shard: Rank of this process, and number of processes that split each batch.
 
     Raises:
-        ValueError: The batch cannot be shared out evenly.
+        ValueError: The batch size is no multiple of the number of processes.
     """
 
     def __init__(
-        self, split: Examples, batch_size: int, seed: int, share: tuple[int, int] = (0, 1)
+        self, split: Examples, batch_size: int, seed: int, shard: tuple[int, int] = (0, 1)
     ) -> None:
-        if batch_size % share[1]:
+        if batch_size % shard[1]:
             raise ValueError(
-                f"batch_size={batch_size} must be a multiple of the {share[1]} workers' number"
+                f"batch_size={batch_size} must be a multiple of the {shard[1]} workers' number"
             )
-        self.split, self.batch_size, self.seed, self.share = split, batch_size, seed, share
+        self.split, self.batch_size, self.seed, self.shard = split, batch_size, seed, shard
         self._epochs: dict[int, Tensor] = {}
 
     def batch(self, step: int) -> Batch:
@@ -318,11 +331,11 @@ class Sampler:
             count = min(end - place, n - place % n)
             pieces.append(self._permutation(place // n)[place % n :][:count])
             place += count
-        rank, workers = self.share
+        rank, workers = self.shard
         return self.split.take(torch.cat(pieces)[rank::workers])
 
     def _permutation(self, epoch: int) -> Tensor:
-        """Of an epoch, on the device; the one before is kept for batches that begin in it."""
+        """Permutation of an epoch, on the device; the previous one is kept for shared batches."""
         if epoch not in self._epochs:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             order = torch.randperm(len(self.split), generator=generator)
@@ -331,8 +344,8 @@ class Sampler:
         return self._epochs[epoch]
 
 
-class Stages:
-    """The batches of one sampler for some steps, and then those of another from its first on."""
+class CurriculumSampler:
+    """The batches of one sampler for some steps, then those of another from its first one on."""
 
     def __init__(self, first: Sampler, steps: int, then: Sampler) -> None:
         self.first, self.steps, self.then = first, steps, then

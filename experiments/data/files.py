@@ -1,4 +1,4 @@
-"""What was made of published data, or generated, kept on disk."""
+"""Disk cache of parsed and generated data sets."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from sparse_flash.masks.files import atomic_write
 
 HUB = "hf:"  # before the name of what `hub` reads, be it a folder
 MOST_FILES = 1_000_000  # of a folder
-_MANY, _MUCH = 100, 0.01  # examples in two splits, as a number and as a share, that are no chance
-_DIGEST = 32  # bytes of a SHA-256, before what it was taken of
+_MANY, _MUCH = 100, 0.01  # number and fraction of examples in two splits that are no coincidence
+_DIGEST = 32  # bytes of a SHA-256, before the data
 
 
 class DataError(ValueError):
-    """Data is missing, damaged, or not what it should be."""
+    """Data is missing, damaged, or of another kind."""
 
 
 def cached(
@@ -33,7 +33,7 @@ def cached(
     build: Callable[[], Splits],
     kind: Callable[..., Examples] = Split,
 ) -> Splits:
-    """What `build` returns, or what it returned before for this task and these very files.
+    """The result of `build`, cached for this task and the same files.
 
     task: A dataclass with all settings. sources: Paths of the files that are read, or of an
     archive or a folder, with "hf:" before it or not; none of what is generated. kind: What the

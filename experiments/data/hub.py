@@ -1,7 +1,7 @@
 """Data sets of the Hugging Face Hub, or folders in a form that the package `datasets` reads.
 
 They go by `hf:NAME`, `hf:NAME@REVISION` or `hf:FOLDER` in place of a task's source. The package is
-optional; it downloads, goes on where a download was interrupted, and verifies.
+optional; it downloads, resumes interrupted downloads, and verifies.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Images as sequences of pixels: Image (CIFAR-10 in grey), a token a pixel.
+"""Images as sequences of pixels: Image (CIFAR-10 in gray), a token a pixel.
 
 Source: Tay et al., Long Range Arena (2020).
 """
@@ -50,25 +50,26 @@ Order = Literal["raster", "morton", "hilbert"]
 
 
 def token_order(order: str, side: int) -> masks.TokenOrder:
-    """Which pixel of a square image is which token."""
+    """The token order of a square image."""
     orders = {"raster": masks.raster, "morton": masks.morton, "hilbert": masks.hilbert}
     return orders[order](side, side)
 
 
-def places(order: str, side: int) -> Tensor:
+def coordinates(order: str, side: int) -> Tensor:
     """The (row, column) of each token: int64 (side^2, 2)."""
     pixel = token_order(order, side).permutation
     return torch.stack([pixel // side, pixel % side], 1)
 
 
-class Mirrored(Examples):
-    """Images of pixels as tokens, each in the eight ways in which a square can be laid: turned by
-    quarters, and in the mirror. Example i of 8 n is image i % n, laid in way i // n.
+class Augmented(Examples):
+    """Images of pixels as tokens, each in the eight rotations and reflections of a square.
+
+    Example i of 8 n is image i % n under symmetry i // n.
 
     Args:
         images: Examples without padding.
-        order: Of their pixels.
-        side: Pixels.
+        order: Order of the pixels.
+        side: Pixels per side.
     """
 
     def __init__(self, images: Examples, order: Order, side: int) -> None:
@@ -77,12 +78,12 @@ class Mirrored(Examples):
         self.ways = _ways(order, side).to(self.labels.device)
 
     def state(self) -> tuple[Tensor | int | str | None, ...]:
-        """There is none: it is cheap to make again, and only the images are kept."""
-        raise TypeError("keep the images, and make Mirrored of them again")
+        """Not supported: only the images are cached."""
+        raise TypeError("keep the images, and make Augmented of them again")
 
-    def to(self, device: torch.device) -> Mirrored:
+    def to(self, device: torch.device) -> Augmented:
         """The same examples on another device."""
-        return Mirrored(self.images.to(device), self.order, self.side)
+        return Augmented(self.images.to(device), self.order, self.side)
 
     def subset(self, index: Tensor) -> Split:
         """Some of the examples, as pixels."""
@@ -97,7 +98,7 @@ class Mirrored(Examples):
 
 
 def _ways(order: Order, side: int) -> Tensor:
-    """Which token's pixel comes to stand in each token's place, of the eight ways: (8, side^2)."""
+    """Permutations of tokens for the eight symmetries of a square: (8, side^2)."""
     there = token_order(order, side)
     pixels = torch.arange(side * side).view(side, side)
     turned = [pixels.rot90(quarters) for quarters in range(4)]
@@ -107,7 +108,7 @@ def _ways(order: Order, side: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Image:
-    """CIFAR-10 in grey: 45,000 images to train, 5,000 to evaluate, 10,000 to test."""
+    """CIFAR-10 in gray: 45,000 images for training, 5,000 for validation, 10,000 for testing."""
 
     source: str = "data/cifar-10-python.tar.gz"
     """The published archive or its folder, or images in {train,test}/CLASS/; or hf:uoft-cs/cifar10,
@@ -115,22 +116,22 @@ class Image:
     order: Order = "raster"
     """The order of the pixels."""
     val: int = 5_000
-    """Training images to evaluate on instead."""
+    """Number of training images held out for validation."""
 
     vocabulary = 256
     classes = 10
     pairs = False
     length = SIDE * SIDE
 
-    def places(self) -> Tensor:
-        """Where each token is: (1024, 2)."""
-        return places(self.order, SIDE)
+    def coordinates(self) -> Tensor:
+        """Row and column of each token: (1024, 2)."""
+        return coordinates(self.order, SIDE)
 
     def load(self) -> Splits:
         """Read all images.
 
         Raises:
-            DataError: They are not there, or not all of them.
+            DataError: Images are missing.
         """
         if hub.on_hub(self.source):
             return cached(self, (self.source,), self._read)
@@ -163,17 +164,17 @@ class Image:
         return Split(pixels[:, token_order(self.order, SIDE).permutation], None, labels)
 
 
-def grey(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Luminance of (..., 3) colours, as ITU-R BT.601 weighs them: rounded, (...).
+def gray(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Luminance of (..., 3) colors by ITU-R BT.601, rounded: (...).
 
-    >>> grey(np.array([[255, 255, 255], [255, 0, 0]], np.uint8)).tolist()
+    >>> gray(np.array([[255, 255, 255], [255, 0, 0]], np.uint8)).tolist()
     [255, 76]
     """
     return (image @ np.array([0.299, 0.587, 0.114])).round().astype(np.uint8)
 
 
 def _images(source: str) -> Iterator[tuple[str, NDArray[np.uint8], int]]:
-    """(train or test, grey image, label) of each image of any form."""
+    """(train or test, gray image, label) of each image of any form."""
     if hub.on_hub(source):
         images = hub.DataSet(source, CIFAR)
         for split in ("train", "test"):
@@ -181,14 +182,14 @@ def _images(source: str) -> Iterator[tuple[str, NDArray[np.uint8], int]]:
                 name = f"{source}: {split} {number}"
                 if label not in range(len(CLASSES)):
                     raise DataError(f"{name} has the label {label!r}, not 0..9: {CIFAR}")
-                yield split, grey(pixels_of(image, name, "RGB", SIDE)), int(label)
+                yield split, gray(pixels_of(image, name, "RGB", SIDE)), int(label)
         return
     files = open_source(source, CIFAR)
     known: dict[bytes, str] = {}
     for path, content in files.read(_find_images(files), LARGEST):
         name, (split, label, file) = files.at(path), ("", "", *path.split("/"))[-3:]
         if not _BATCH.fullmatch(file):
-            yield split, grey(_decode(name, content)), CLASSES.index(label)
+            yield split, gray(_decode(name, content)), CLASSES.index(label)
             continue
         other = known.setdefault(hashlib.sha256(content).digest(), name)
         if other != name:
@@ -196,7 +197,7 @@ def _images(source: str) -> Iterator[tuple[str, NDArray[np.uint8], int]]:
         batch = _unpickle(name, content)
         part = "test" if file.startswith("test") else "train"
         colors = batch[b"data"].reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1)
-        yield from ((part, x, int(y)) for x, y in zip(grey(colors), batch[b"labels"], strict=True))
+        yield from ((part, x, int(y)) for x, y in zip(gray(colors), batch[b"labels"], strict=True))
 
 
 def _find_images(source: Source) -> list[str]:
@@ -220,7 +221,7 @@ def _find_images(source: Source) -> list[str]:
 
 
 def _pictures(source: Source, look: Look, folder: str) -> list[str]:
-    """The images of a folder; of the same name but for the ending there must be no two."""
+    """The images of a folder; names must differ in more than the ending."""
     names = [name for name in look(folder).files if name.lower().endswith(_SUFFIXES)]
     stems: dict[str, str] = {}
     for name in originals(names):
@@ -248,7 +249,7 @@ def pixels_of(image: Any, name: str, mode: str, side: int) -> NDArray[np.uint8]:
     """The pixels of a square picture of Pillow's, in this mode.
 
     Raises:
-        DataError: It is none, or of another size.
+        DataError: It is no such picture, or of another size.
     """
     if not hasattr(image, "convert"):
         raise DataError(f"{name} is no image: {str(image)[:60]!r}")
@@ -258,10 +259,10 @@ def pixels_of(image: Any, name: str, mode: str, side: int) -> NDArray[np.uint8]:
 
 
 class _Arrays(pickle.Unpickler):
-    """Reads numpy arrays and plain data, and runs nothing else that a file may name."""
+    """Reads numpy arrays and plain data, and executes nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """Only what arrays are made of."""
+        """Allow only the classes of arrays."""
         arrays = (module + ".").startswith("numpy.") and name in (
             "_reconstruct",
             "ndarray",

@@ -16,9 +16,10 @@ from dataclasses import dataclass, replace
 
 from sparse_flash.experiments.data import hub
 from sparse_flash.experiments.data.archives import open_source
-from sparse_flash.experiments.data.dataset import Split, Splits, check_share
+from sparse_flash.experiments.data.dataset import Split, Splits, check_curriculum_share
 from sparse_flash.experiments.data.files import DataError, cached
 from sparse_flash.experiments.data.source import Source, find_tables, lines
+from sparse_flash.experiments.old_names import LISTOPS, renamed_fields
 from torch.nn.functional import pad
 from tqdm import tqdm
 
@@ -34,39 +35,40 @@ RELEASE = (
 )
 
 
+@renamed_fields(LISTOPS)
 @dataclass(frozen=True)
 class ListOps:
-    """How ListOps is generated; the defaults are Long Range Arena's.
+    """Generator settings of ListOps; the defaults are those of Long Range Arena.
 
     Raises:
-        ValueError: Sizes or limits with which no example can be made.
+        ValueError: Sizes or limits that admit no example.
     """
 
     min_length: int = 500
-    """Shorter sequences, and those of exactly this length, are dropped."""
+    """Sequences of this length or shorter are dropped."""
     max_length: int = 2000
-    """Longer sequences, and those of exactly this length, are dropped."""
+    """Sequences of this length or longer are dropped."""
     max_depth: int = 10
-    """Depth at which everything is a digit."""
+    """Largest depth of a tree."""
     max_args: int = 10
-    """Most children of an operator."""
+    """Largest number of children of an operator."""
     train: int = 96_000
     """Training examples."""
     val: int = 2_000
-    """Examples to evaluate on during training."""
+    """Validation examples."""
     test: int = 2_000
-    """Examples to evaluate on in the end."""
-    easier: tuple[int, ...] = ()
-    """Lengths of examples to begin training with, `train` of each, all of them below that length:
-    short lists show what operators do. They are none of the task's own, which are longer."""
-    easier_share: float = 0.5
-    """Part of the training steps that are done with them, where there are any."""
+    """Test examples."""
+    curriculum: tuple[int, ...] = ()
+    """Lengths of shorter examples that training starts with, `train` of each, all of them below
+    that length. None of them is an example of the task itself, whose examples are longer."""
+    curriculum_share: float = 0.5
+    """Fraction of the training steps that use them."""
     seed: int = 0
     """Seed of the data, not of the training."""
     source: str = ""
     """Folder with basic_{train,val,test}.tsv of the Long Range Arena release, a folder above it
     (such as lra_release) or an archive (lra_release.gz); or hf: and the name of a data set of
-    the Hugging Face Hub with the columns Source and Target, to be read instead of generating; the
+    the Hugging Face Hub with the columns Source and Target, read instead of generated; the
     numbers of examples are then those of the files."""
 
     vocabulary = VOCABULARY
@@ -74,7 +76,7 @@ class ListOps:
     pairs = False
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be generated."""
+        """Refuse impossible settings."""
         if not 0 < self.min_length + 2 < self.max_length:
             raise ValueError(
                 "ListOps needs min_length + 2 < max_length, got "
@@ -90,32 +92,33 @@ class ListOps:
                 "ListOps needs at least one example in each split, got "
                 f"train={self.train}, val={self.val}, test={self.test}"
             )
-        # Longer ones might be among those that are tested: they are made from the same seeds.
+        # Longer ones could be test examples: both use the same seeds.
         longest = self.min_length + 1
-        if any(not 5 <= length <= longest for length in self.easier):
+        if any(not 5 <= length <= longest for length in self.curriculum):
             raise ValueError(
-                f"easier must be lengths in 5..min_length + 1 = {longest}, got {self.easier}"
+                f"curriculum must be lengths in 5..min_length + 1 = {longest}, got "
+                f"{self.curriculum}"
             )
-        check_share(self.easier_share)
+        check_curriculum_share(self.curriculum_share)
 
     @property
     def length(self) -> int:
         """Tokens per example, padding included."""
         return self.max_length - 1
 
-    def places(self) -> None:
-        """No image."""
+    def coordinates(self) -> None:
+        """None: no image."""
 
     def load(self) -> Splits:
-        """Generate all splits, without repetitions; or read them. Easier examples are generated.
+        """Generate all splits without repetitions, or read them; generate curriculum examples.
 
         Raises:
-            DataError: A file to be read is missing, cut off, or holds something else.
+            DataError: A file is missing, truncated, or of another format.
         """
-        if self.easier:
-            plain = replace(self, easier=(), easier_share=ListOps.easier_share)
-            first = Split.joined([plain._shorter(length) for length in self.easier])
-            return replace(plain.load(), first=first, first_share=self.easier_share)
+        if self.curriculum:
+            plain = replace(self, curriculum=(), curriculum_share=ListOps.curriculum_share)
+            first = Split.joined([plain._shorter(length) for length in self.curriculum])
+            return replace(plain.load(), first=first, first_share=self.curriculum_share)
         if hub.on_hub(self.source):
             return cached(self, (self.source,), self._read_hub)
         if self.source:
@@ -146,7 +149,7 @@ class ListOps:
         )
 
     def _shorter(self, length: int) -> Split:
-        """Examples below this length, padded as all others are."""
+        """Examples below this length, with the common padding."""
         task = replace(self, min_length=1, max_length=length, val=1, test=1, source="")
         train = task.load().train
         assert isinstance(train, Split)

@@ -130,8 +130,8 @@ def mark(
     """Which ends to mark: one curve's first, and its own last one or the other curve's.
 
     Where the ends of one curve lie is not where those of two do: labels drawn at random could be
-    guessed, better than by chance, from the places of the markers, their distance and direction.
-    Here, of each pair of places, each distance and each direction, there are about as many of both
+    predicted better than chance from the positions, distance and direction of the markers.
+    Here each pair of positions, each distance and each direction has about as many of both
     labels.
 
     Returns:
@@ -146,9 +146,9 @@ def mark(
 
 @numba.njit(cache=True, nogil=True)
 def _place(one, two, size):  # type: ignore[no-untyped-def]
-    """The number of two places: their cells in an 8 x 8 grid, and their distance.
+    """The index of two positions: their cells in an 8 x 8 grid, and their distance.
 
-    The same for what is turned, mirrored or exchanged, which images are as likely.
+    Equal for rotations, reflections and exchanged markers, which are equally likely.
     """
     r, c = min(7, int(one[0] * 8 / size)), min(7, int(one[1] * 8 / size))
     q, d = min(7, int(two[0] * 8 / size)), min(7, int(two[1] * 8 / size))

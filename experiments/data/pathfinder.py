@@ -1,8 +1,8 @@
 """Pathfinder: whether a dashed curve joins the two marked ends. Images of 32 to 256 pixels a side.
 
 Source: Linsley et al. (2018); Tay et al., Long Range Arena (2020), where 32 pixels are Pathfinder
-and 128 Path-X; Dao et al., FlashAttention (2022), for 256. Images are kept as geometry, some
-hundred bytes each, and drawn on the device when they are needed; or read from the release.
+and 128 Path-X; Dao et al., FlashAttention (2022), for 256. Images are stored as geometry, some
+hundred bytes each, and rendered on the device on demand; or read from the release.
 """
 
 from __future__ import annotations
@@ -18,17 +18,24 @@ import torch
 from sparse_flash.experiments.data import hub
 from sparse_flash.experiments.data import pathfinder_release as release
 from sparse_flash.experiments.data.archives import open_source
-from sparse_flash.experiments.data.dataset import Batch, Examples, Split, Splits, check_share
+from sparse_flash.experiments.data.dataset import (
+    Batch,
+    Examples,
+    Split,
+    Splits,
+    check_curriculum_share,
+)
 from sparse_flash.experiments.data.files import DataError, cached
 from sparse_flash.experiments.data.images import (
-    Mirrored,
+    Augmented,
     Order,
+    coordinates,
     pixels_of,
-    places,
     token_order,
 )
 from sparse_flash.experiments.data.pathfinder_release import RELEASE
 from sparse_flash.experiments.data.source import Source
+from sparse_flash.experiments.old_names import PATHFINDER, renamed_fields
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, pad
 from tqdm import tqdm
@@ -39,42 +46,43 @@ _OUTSIDE = -1_000  # of all images
 _KEPT = 1 << 30  # bytes of pixels that a GPU keeps: of more than that it draws each batch anew
 
 
+@renamed_fields(PATHFINDER)
 @dataclass(frozen=True)
 class Pathfinder:
     """Images of `size` x `size` pixels, half of them with markers on one curve.
 
     Raises:
-        ValueError: Numbers with which no image can be drawn.
+        ValueError: Settings that admit no image.
     """
 
     size: Literal[32, 64, 128, 256, 512] = 32
-    """Pixels a side."""
+    """Pixels per side."""
     contour: int = 14
-    """Paddles of a long curve: 14 is Long Range Arena's, 9 and 6 are easier."""
+    """Paddles of a long curve: 14 in Long Range Arena; fewer are easier."""
     geometry: Literal[32, 64, 128, 256] | None = None
     """Size of the published images whose paddles, gaps, thickness and markers are drawn; None: that
-    of `size`. What is learned on small canvases holds on large ones drawn alike."""
-    easier: tuple[int, ...] = ()
-    """Contours of the images to begin training with, `train` of each: what is learned of short
-    curves holds for longer ones."""
-    easier_share: float = 0.25
-    """Part of the training steps that are done with them, where there are any."""
+    of `size`. A model trained on small canvases transfers to large ones with the same geometry."""
+    curriculum: tuple[int, ...] = ()
+    """Contours of the images that training starts with, `train` of each: a model that follows short
+    curves learns longer ones faster."""
+    curriculum_share: float = 0.25
+    """Fraction of the training steps that use them."""
     train: int = 160_000
     """Training images."""
     val: int = 20_000
-    """Images to evaluate on during training."""
+    """Validation images."""
     test: int = 20_000
-    """Images to evaluate on in the end."""
+    """Test images."""
     seed: int = 0
     """Seed of the images, not of the training."""
     order: Order = "raster"
     """The order of the pixels."""
-    mirrored: bool = False
-    """Train with eight examples of each image: turned by quarters, and in the mirror."""
+    augment: bool = False
+    """Train on the eight rotations and reflections of each image."""
     source: str = ""
     """Folder of the Long Range Arena release with imgs and metadata, a folder above it (such as
     lra_release, for `size` and `contour`) or an archive (lra_release.gz); or hf: and the name of a
-    data set of the Hugging Face Hub with the columns image and label, to be read instead."""
+    data set of the Hugging Face Hub with the columns image and label, read instead of generated."""
 
     vocabulary = 256
     classes = 2
@@ -97,14 +105,14 @@ class Pathfinder:
             )
         if not 3 <= self.contour <= 20:
             raise ValueError(f"contour must be in 3..20, got {self.contour}")
-        if any(not 3 <= contour <= 20 for contour in self.easier):
-            raise ValueError(f"easier must be contours in 3..20, got {self.easier}")
-        if self.source and self.easier:
+        if any(not 3 <= contour <= 20 for contour in self.curriculum):
+            raise ValueError(f"curriculum must be contours in 3..20, got {self.curriculum}")
+        if self.source and self.curriculum:
             raise ValueError(
-                f"easier images can be generated, but not be read: with source {self.source!r} set "
-                "easier to nothing (--task.easier without contours), or leave source empty"
+                f"a curriculum needs generated images: with source {self.source!r} set curriculum "
+                "to nothing (--task.curriculum without contours), or leave source empty"
             )
-        check_share(self.easier_share)
+        check_curriculum_share(self.curriculum_share)
         if min(self.train, self.val, self.test) < 1:
             raise ValueError(
                 "Pathfinder needs at least one image in each split, got "
@@ -116,18 +124,20 @@ class Pathfinder:
         """Tokens per image: one a pixel."""
         return self.size**2
 
-    def places(self) -> Tensor:
-        """Where each token is: (size^2, 2)."""
-        return places(self.order, self.size)
+    def coordinates(self) -> Tensor:
+        """Row and column of each token: (size^2, 2)."""
+        return coordinates(self.order, self.size)
 
     def load(self) -> Splits:
-        """Make the geometry of all images, or read those of the release.
+        """Generate the geometry of all images, or read the release.
 
         Raises:
-            DataError: What is to be read is missing, damaged, or of another size.
+            DataError: The source is missing, damaged, or of another size.
         """
-        # Neither of these changes the images themselves.
-        same = replace(self, easier_share=Pathfinder.easier_share, mirrored=Pathfinder.mirrored)
+        # These settings do not change the images.
+        same = replace(
+            self, curriculum_share=Pathfinder.curriculum_share, augment=Pathfinder.augment
+        )
         if self.source:
             splits = self._load_published(same)
         else:
@@ -136,7 +146,7 @@ class Pathfinder:
         if splits.first is None:
             return replace(splits, train=train)
         first = self._laid(splits.first)
-        return replace(splits, train=train, first=first, first_share=self.easier_share)
+        return replace(splits, train=train, first=first, first_share=self.curriculum_share)
 
     def _load_published(self, same: Pathfinder) -> Splits:
         if hub.on_hub(self.source):
@@ -150,15 +160,17 @@ class Pathfinder:
         return cached(same, source.paths(files), lambda: self._read(source))
 
     def _laid(self, images: Examples) -> Examples:
-        return Mirrored(images, self.order, self.size) if self.mirrored else images
+        return Augmented(images, self.order, self.size) if self.augment else images
 
     def _generate(self) -> Splits:
         counts = (self.train, self.val, self.test)
-        total = sum(counts) + self.train * len(self.easier)
+        total = sum(counts) + self.train * len(self.curriculum)
         with tqdm(total=total, desc=f"{self.size}-pixel Pathfinder", disable=None) as bar:
             parts = [self._drawings(i, count, self.contour, bar) for i, count in enumerate(counts)]
-            easier = [self._drawings(0, self.train, contour, bar) for contour in self.easier]
-        return Splits(*parts, first=joined(easier) if easier else None)
+            curriculum = [
+                self._drawings(0, self.train, contour, bar) for contour in self.curriculum
+            ]
+        return Splits(*parts, first=joined(curriculum) if curriculum else None)
 
     def _drawings(self, split: int, count: int, contour: int, bar: tqdm[None]) -> Drawings:
         """The images of a split; no other split has a seed of theirs."""

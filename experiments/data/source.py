@@ -310,7 +310,7 @@ def is_stray(name: str) -> bool:
 
 
 def originals(names: Iterable[str]) -> list[str]:
-    """The names without those that copies of others get.
+    """The names without names of copies.
 
     >>> originals(["0.npy", "0 (1).npy", "0 - Copy.npy", "0.npy.bak", "dog (1).npy"])
     ['0.npy', 'dog (1).npy']

@@ -1,8 +1,8 @@
-"""Fresh Pathfinder images without end, drawn in the background while a model trains.
+"""An endless stream of fresh Pathfinder images, rendered in the background during training.
 
 Images come in pools of some thousand: markers are balanced over all images of a pool, and a pool is
-kept on disk with a checksum. What a step sees depends on the settings and the step alone, so a run
-that is resumed, here or on another machine, sees what one that never stopped would have seen.
+kept on disk with a checksum. The batch of a step depends on the settings and the step alone, so a
+resumed run sees the same images as an uninterrupted one, also on another machine.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from sparse_flash.experiments.data.dataset import Batch, Splits
 from sparse_flash.experiments.data.files import cached
-from sparse_flash.experiments.data.images import Mirrored, Order
+from sparse_flash.experiments.data.images import Augmented, Order
 from sparse_flash.experiments.data.pathfinder import Drawings, joined
 
 POOL = 8_192  # images that are drawn for a pool; some are left out, see `paddles.mark`
 _CHUNK = 256  # images that a thread draws at a time
-_AHEAD = 2  # pools that are drawn before they are needed
-_HELD_OUT = 1 << 31  # seeds from here on are never trained on
+_AHEAD = 2  # pools prefetched
+_HELD_OUT = 1 << 31  # seeds from here on are held out
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,10 @@ class Pool:
     """Images to draw; fewer are kept."""
 
     def draw(self, threads: ThreadPoolExecutor) -> Drawings:
-        """The images; from the disk where they were drawn before.
+        """The images, from the disk cache if they exist.
 
         Raises:
-            ValueError: Such curves do not fit on such a canvas.
+            ValueError: The curves do not fit on the canvas.
         """
         splits = cached(self, (), lambda: self._build(threads), Drawings)
         assert isinstance(splits.train, Drawings)
@@ -108,7 +108,7 @@ def workers(part: float = 1.0) -> ThreadPoolExecutor:
 class Stream:
     """Batches of fresh images of several contours, in a fixed order.
 
-    Each image of a batch has one of the contours, drawn by their weights, and is turned or mirrored
+    Each image of a batch has one of the contours, drawn by their weights, and is augmented
     at random. All is drawn from `seed` and the number of the step.
 
     Args:
@@ -122,7 +122,7 @@ class Stream:
         reuse: How often an image is shown on average, in one of eight orientations each time.
         device: Device that renders the images.
         threads: Threads that draw the geometry.
-        share: Rank and number of the processes that share each batch.
+        shard: Rank of this process, and number of processes that split each batch.
 
     Raises:
         ValueError: The batch cannot be shared out evenly.
@@ -140,14 +140,14 @@ class Stream:
         reuse: float,
         device: torch.device,
         threads: ThreadPoolExecutor,
-        share: tuple[int, int] = (0, 1),
+        shard: tuple[int, int] = (0, 1),
     ) -> None:
-        if batch_size % share[1]:
+        if batch_size % shard[1]:
             raise ValueError(
-                f"batch_size={batch_size} must be a multiple of the {share[1]} workers' number"
+                f"batch_size={batch_size} must be a multiple of the {shard[1]} workers' number"
             )
         self.contours, self.weights = tuple(contours), torch.tensor(weights, dtype=torch.float64)
-        self.batch_size, self.seed, self.device, self.share = batch_size, seed, device, share
+        self.batch_size, self.seed, self.device, self.shard = batch_size, seed, device, shard
         self.threads = threads
         each = self.weights / self.weights.sum() * batch_size
         self.steps = [max(1, round(POOL * reuse / count)) for count in each.tolist()]
@@ -160,7 +160,7 @@ class Stream:
         # One at a time for each contour: they wait for the threads that do the work.
         self.assemblers = ThreadPoolExecutor(len(self.firsts), "pool")
         self.pools: dict[tuple[int, int], Future[Drawings]] = {}
-        self.mixed: tuple[tuple[int, ...], Mirrored, list[int], list[int]] | None = None
+        self.mixed: tuple[tuple[int, ...], Augmented, list[int], list[int]] | None = None
 
     def prepare(
         self, step: int, ahead: int = _AHEAD, threads: ThreadPoolExecutor | None = None
@@ -195,10 +195,10 @@ class Stream:
         places, ways = torch.rand(2, n, dtype=torch.float64, generator=generator)
         index = torch.tensor(starts)[contour] + (places * torch.tensor(counts)[contour]).long()
         index += len(images.images) * (8 * ways).long()
-        rank, size = self.share
+        rank, size = self.shard
         return images.take(index[rank::size].to(self.device))
 
-    def _images(self, step: int) -> tuple[Mirrored, list[int], list[int]]:
+    def _images(self, step: int) -> tuple[Augmented, list[int], list[int]]:
         """The images of this step's pools; where those of each contour begin, and their number."""
         numbers = tuple(step // steps for steps in self.steps)
         if self.mixed is None or self.mixed[0] != numbers:
@@ -206,7 +206,7 @@ class Stream:
             counts = [len(pool) for pool in pools]
             starts = [sum(counts[:i]) for i in range(len(counts))]
             images = joined(pools).on(self.device)
-            mixed = Mirrored(images, self.firsts[0].order, images.size)
+            mixed = Augmented(images, self.firsts[0].order, images.size)
             self.mixed = numbers, mixed, starts, counts
         return self.mixed[1:]
 

@@ -1,7 +1,7 @@
 """Bytes of documents: Text (is a film review positive?) and Retrieval (are two papers related?).
 
 Source: Tay et al., Long Range Arena (2020). A token is a byte; 0, which no text contains, is
-padding. What is longer than `max_length` is cut off.
+padding. Reviews longer than `max_length` are truncated.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _LONGEST = 1 << 24  # bytes of a review: published ones have at most 13,704
 
 
 class _Bytes:
-    """What tasks on the bytes of documents have in common."""
+    """Base of tasks on the bytes of documents."""
 
     max_length: int
     vocabulary = 256
@@ -55,16 +55,16 @@ class _Bytes:
         """Tokens per document, padding included."""
         return self.max_length
 
-    def places(self) -> None:
-        """No image."""
+    def coordinates(self) -> None:
+        """None: no image."""
 
 
 @dataclass(frozen=True)
 class Text(_Bytes):
-    """Film reviews: 23,000 to train, 2,000 to evaluate on, 25,000 to test.
+    """Film reviews: 23,000 for training, 2,000 for validation, 25,000 for testing.
 
     Raises:
-        ValueError: Sizes of nothing.
+        ValueError: A size below 1.
     """
 
     source: str = "data/aclImdb"
@@ -72,9 +72,9 @@ class Text(_Bytes):
     hf:stanfordnlp/imdb, or another data set of the Hugging Face Hub with the columns text and
     label."""
     max_length: int = 4096
-    """Bytes of a review; the rest is cut off."""
+    """Bytes per review; longer ones are truncated."""
     val: int = 2_000
-    """Training examples to evaluate on instead."""
+    """Number of training examples held out for validation."""
 
     pairs = False
 
@@ -82,7 +82,7 @@ class Text(_Bytes):
         """Read all reviews.
 
         Raises:
-            DataError: They are not there, or not all of them.
+            DataError: Reviews are missing.
         """
         if hub.on_hub(self.source):
             return cached(self, (self.source,), self._read)
@@ -160,7 +160,7 @@ class Retrieval(_Bytes):
     """Pairs of papers, one of which cites the other or not; byte by byte.
 
     Raises:
-        ValueError: Sizes of nothing.
+        ValueError: A size below 1.
     """
 
     source: str = "data/lra_release/tsv_data"
@@ -168,7 +168,7 @@ class Retrieval(_Bytes):
     lra_release) or an archive (lra_release.gz); or hf: and the name of a data set of the Hugging
     Face Hub with the columns label, text1 and text2."""
     max_length: int = 4000
-    """Bytes of a document; the rest is cut off."""
+    """Bytes per document; longer ones are truncated."""
 
     pairs = True
 
@@ -176,7 +176,7 @@ class Retrieval(_Bytes):
         """Read all pairs.
 
         Raises:
-            DataError: A file is missing, cut off, or has other columns.
+            DataError: A file is missing, truncated, or has other columns.
         """
         if hub.on_hub(self.source):
             return cached(self, (self.source,), self._read_hub)
@@ -232,7 +232,7 @@ def _pairs(source: Source, path: str) -> Iterator[list[str]]:
 
 
 def _plain(text: str) -> bytes:
-    """The bytes of a text; some releases write it as Python does, b'like this'."""
+    """The bytes of a text; some releases write it as a Python literal, b'like this'."""
     if len(text) >= 3 and text[0] == "b" and text[1] in "'\"" and text[-1] == text[1]:
         text = text[2:-1]
     return text.encode().replace(b"\0", b" ") or b" "

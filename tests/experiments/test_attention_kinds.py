@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from sparse_flash.experiments.attention import (
+    AttentionKind,
     Flex,
-    Kind,
     LinearAttention,
     Linformer,
     Performer,
@@ -88,7 +88,7 @@ def test_flex_equals_ours(spec, lens):
 def test_flex_has_one_mask_for_all_heads():
     mask = masks.per_head([masks.local(5), masks.full()])
     with pytest.raises(ValueError, match="all heads share"):
-        core(Kind.of("flex: dense"), mask.layout(64), 64, 2, 8)
+        core(AttentionKind.of("flex: dense"), mask.layout(64), 64, 2, 8)
 
 
 def test_unknown_names_say_what_there_is():
@@ -102,8 +102,8 @@ def test_unknown_names_say_what_there_is():
         "gone(3)": r"unknown pattern .*dense, or one of standard, sdpa, linear, performer\(256\)",
     }.items():
         with pytest.raises(ValueError, match=words):
-            Kind.of(text)
+            AttentionKind.of(text)
     with pytest.raises(TypeError, match="attention must be a name such as 'sdpa'.*got 3"):
-        Kind.of(3)
+        AttentionKind.of(3)
     with pytest.raises(ValueError, match=r"unknown pattern .*flex: MASK"):
-        Kind.of("flex: lokal(3)")
+        AttentionKind.of("flex: lokal(3)")

@@ -6,7 +6,8 @@ import json
 
 import pytest
 import torch
-from sparse_flash.experiments.bench import measure, own, peers, run
+from sparse_flash.experiments import markdown
+from sparse_flash.experiments.bench import baselines, measure, own, run
 from sparse_flash.experiments.bench.cases import Case
 
 from sparse_flash import masks
@@ -63,14 +64,16 @@ def test_a_baseline_that_disagrees_is_not_timed(tmp_path, monkeypatch):
     def fails(case, layout, q, k, v):
         raise RuntimeError("no kernel image\nmore")
 
-    first = peers.REFERENCE
-    others = [peers.Peer(name, "torch", "torch", f) for name, f in (("a", wrong), ("b", fails))]
-    monkeypatch.setattr(own, "_peers", lambda device: ((first, *others), {}))
+    first = baselines.REFERENCE
+    others = [
+        baselines.Baseline(name, "torch", "torch", f) for name, f in (("a", wrong), ("b", fails))
+    ]
+    monkeypatch.setattr(own, "_baselines", lambda device: ((first, *others), {}))
     report = own.bench_case(case(), tmp_path, 1, ("forward",), "cpu")
     reasons = {row["peer"]: row.get("left out", "") for row in report["rows"]}
     assert "the output of a is" in reasons["a"]
     assert reasons["b"] == "RuntimeError: no kernel image"
-    assert "- b: RuntimeError: no kernel image" in own.table(report)
+    assert "- b: RuntimeError: no kernel image" in markdown.own_case_table(report)
     with pytest.raises(measure.DisagreementError, match="the output of a is"):
         measure.measure(case(), "forward", (first, *others[:1]), 1, "cpu")
 
@@ -121,13 +124,13 @@ def test_what_baselines_cannot_do():
     given = case(masks.per_head([MASK, masks.causal()] * 2))
     layout = given.pattern.layout(300)
     q = torch.zeros(1, 300, 4, 16)
-    with pytest.raises(peers.UnsupportedError, match="a mask that all heads share"):
-        peers._cudnn(given, layout, q, q, q)
-    with pytest.raises(peers.UnsupportedError, match="it computes bfloat16 and float16"):
+    with pytest.raises(baselines.UnsupportedError, match="a mask that all heads share"):
+        baselines._cudnn(given, layout, q, q, q)
+    with pytest.raises(baselines.UnsupportedError, match="it computes bfloat16 and float16"):
         own._by_kernels(given, layout, q, q, q)
     big = case(length=1 << 17)
-    with pytest.raises(peers.UnsupportedError, match="more than 4 GiB"):
-        peers._sdpa_matrix(big, layout, q, q, q)
+    with pytest.raises(baselines.UnsupportedError, match="more than 4 GiB"):
+        baselines._sdpa_matrix(big, layout, q, q, q)
 
 
 @pytest.mark.parametrize(
@@ -146,9 +149,9 @@ def test_tiles_and_bits_that_flex_attention_gets_are_the_mask(mask):
     keys = torch.arange(300)
     partial = layout.bit_tile_indices >= 0
     found = torch.zeros(2, 4, 300, 300, dtype=torch.bool)
-    cut = peers._bits(layout)(batch, head, keys[:, None], keys) if partial.any() else found
+    cut = baselines._bits(layout)(batch, head, keys[:, None], keys) if partial.any() else found
     for keep, inside in ((partial, cut), (~partial, ~found)):
-        counts, columns = (x.expand(2, 4, *x.shape[2:]) for x in peers._lists(layout, keep))
+        counts, columns = (x.expand(2, 4, *x.shape[2:]) for x in baselines._lists(layout, keep))
         listed = torch.arange(3) < counts[..., None]
         tiles = torch.zeros(2, 4, 3, 4, dtype=torch.bool)
         tiles.scatter_(3, torch.where(listed, columns, 3).long(), True)

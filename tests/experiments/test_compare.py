@@ -13,7 +13,8 @@ from dataclasses import replace
 
 import pytest
 from sparse_flash.experiments import compare as module
-from sparse_flash.experiments.compare import compare, markdown
+from sparse_flash.experiments import markdown
+from sparse_flash.experiments.compare import compare
 from sparse_flash.experiments.config import compared
 from sparse_flash.experiments.flops import density
 from sparse_flash.experiments.logger import LogError
@@ -55,7 +56,7 @@ def test_report(comparison):
     assert saved == report
     assert saved["machine"]["cpu"]
     text = (folder / "comparison.md").read_text()
-    assert text.startswith(markdown(report))
+    assert text.startswith(markdown.comparison(report))
     assert "local(6) \\| global_tokens(2)" in text
     assert text.count(" ± ") == 3
     assert report["machine"]["torch"] in text
@@ -65,9 +66,9 @@ def test_a_share_that_is_not_known_is_left_empty(comparison):
     _, _, report = comparison
     rows = [dict(row) for row in report["rows"]]
     del rows[0]["attention_share"]
-    text = module.table(report | {"rows": rows})
-    assert text.count("%") == module.table(report).count("%") - 1
-    assert text.count("|") == module.table(report).count("|")
+    text = markdown.comparison_table(report | {"rows": rows})
+    assert text.count("%") == markdown.comparison_table(report).count("%") - 1
+    assert text.count("|") == markdown.comparison_table(report).count("|")
 
 
 WITHOUT_MATRIX = ("linear", "performer(8)", "linformer(8)")
@@ -78,7 +79,7 @@ def test_what_has_no_attention_matrix_has_no_density(comparison, tmp_path, monke
     config = replace(config, attentions=("sdpa", *WITHOUT_MATRIX), seeds=(0,))
     report = compare(config, tmp_path, "cpu")
     assert [row["density"] for row in report["rows"]] == [1, None, None, None]
-    table = module.table(report).splitlines()
+    table = markdown.comparison_table(report).splitlines()
     cells = [line.split(" | ")[1].strip() for line in table]
     assert cells == ["density", "-" * len("density"), "100.0%", "-", "-", "-"]
     assert module.picture(report) == ""
@@ -243,8 +244,8 @@ def check_first_view(browser):
     text, height = everything(browser), browser.execute_script("return innerHeight")
     assert text.index("_report") < min(text.index(run) for run in ("dense-seed0", "sdpa-seed0"))
     groups = ["0report", "1masks", "by_training_millisecond", "eval"]
-    places = [text.index(group) for group in groups]
-    assert places == sorted(places)
+    coordinates = [text.index(group) for group in groups]
+    assert coordinates == sorted(coordinates)
     seen = [p for p in loaded_pictures(browser) if p["top"] > 0 and p["bottom"] < height]
     assert len(seen) == 4
     # At most halved, with the same shape: its letters stay legible.

@@ -25,7 +25,7 @@ TINY = Curriculum(
     geometry=32,
     attention="block_local(128, 1)",
     model=ModelConfig(
-        16, 2, 1, 16, positions="rotary2d", reach=(3.0, 10.0), pooling="max", dropout=0.0
+        16, 2, 1, 16, positions="rotary2d", initial_span=(3.0, 10.0), pooling="max", dropout=0.0
     ),
     warmup=2,
     val=8,
@@ -46,9 +46,9 @@ def threads():
         yield pool
 
 
-def streamed(threads, seed=0, share=(0, 1), contours=(3, 5), weights=(1.0, 3.0)):
+def streamed(threads, seed=0, shard=(0, 1), contours=(3, 5), weights=(1.0, 3.0)):
     return stream.Stream(
-        32, None, "morton", contours, weights, 16, seed, 1.0, torch.device("cpu"), threads, share
+        32, None, "morton", contours, weights, 16, seed, 1.0, torch.device("cpu"), threads, shard
     )
 
 
@@ -62,11 +62,11 @@ def test_a_step_has_the_same_batch_in_any_run(threads):
     assert not torch.equal(streamed(threads, seed=1).batch(0).tokens, batches[0].tokens)
     different = {image.numpy().tobytes() for batch in batches for image in batch.tokens}
     assert len(different) > 0.6 * 40 * 16  # drawn with replacement from 8 views of 64 images
-    halves = [streamed(threads, share=(rank, 2)).batch(5) for rank in range(2)]
+    halves = [streamed(threads, shard=(rank, 2)).batch(5) for rank in range(2)]
     both = torch.stack([half.labels for half in halves], 1).flatten()
     assert torch.equal(both, batches[5].labels)
     with pytest.raises(ValueError, match="batch_size=16 must be a multiple of the 3 workers"):
-        streamed(threads, share=(0, 3))
+        streamed(threads, shard=(0, 3))
 
 
 def test_the_queue_is_bounded_and_contours_follow_their_weights(threads):

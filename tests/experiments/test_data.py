@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from sparse_flash.experiments.data import listops
-from sparse_flash.experiments.data.dataset import Sampler, Split, Stages
+from sparse_flash.experiments.data.dataset import CurriculumSampler, Sampler, Split
 from sparse_flash.experiments.data.listops import CLOSE, ListOps
 
 from tests.experiments.conftest import TINY
@@ -86,7 +86,7 @@ def test_generation_is_repeatable_for_any_number_of_workers(tiny_data):
 
 def test_training_begins_with_shorter_lists():
     plain = replace(TINY, min_length=15)
-    task = replace(plain, easier=(8, 16), easier_share=0.25)
+    task = replace(plain, curriculum=(8, 16), curriculum_share=0.25)
     splits, plain = task.load(), plain.load()
     assert torch.equal(splits.train.tokens, plain.train.tokens)
     assert torch.equal(splits.test.labels, plain.test.labels)
@@ -109,9 +109,9 @@ def test_impossible_settings():
     with pytest.raises(ValueError, match="at least one example"):
         ListOps(val=0)
     with pytest.raises(ValueError, match="min_length . 1 = 501, got"):
-        ListOps(easier=(40, 502))
-    with pytest.raises(ValueError, match="easier_share must be in"):
-        ListOps(easier=(40,), easier_share=1.0)
+        ListOps(curriculum=(40, 502))
+    with pytest.raises(ValueError, match="curriculum_share must be in"):
+        ListOps(curriculum=(40,), curriculum_share=1.0)
     with pytest.raises(ValueError, match="different sequences of"):
         ListOps(min_length=1, max_length=5, max_depth=2, max_args=2, train=10**6).load()
 
@@ -133,6 +133,6 @@ def test_batches_depend_on_seed_and_step_alone():
 def test_stages_follow_each_other():
     easy, hard = (Split(torch.arange(n)[:, None], None, torch.arange(n)) for n in (6, 10))
     first, then = Sampler(easy, 4, seed=3), Sampler(hard, 4, seed=3)
-    batches = [Stages(first, 3, then).batch(step).labels for step in (2, 3, 7)]
+    batches = [CurriculumSampler(first, 3, then).batch(step).labels for step in (2, 3, 7)]
     expected = [first.batch(2), then.batch(0), then.batch(4)]
     assert all(torch.equal(a, b.labels) for a, b in zip(batches, expected, strict=True))

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from sparse_flash.experiments.attention import Kind, core
+from sparse_flash.experiments.attention import AttentionKind, core
 from sparse_flash.experiments.config import ModelConfig, RunConfig, TrainConfig
 from sparse_flash.experiments.flops import attention_flops, density, step_flops
 from sparse_flash.experiments.recipes import SMALL
@@ -30,7 +30,7 @@ BY_HAND = {
 
 @pytest.mark.parametrize(("attention", "expected"), BY_HAND.items())
 def test_operations_of_a_head_by_hand(attention, expected):
-    kind = Kind.of(attention)
+    kind = AttentionKind.of(attention)
     assert attention_flops(kind, 100, 8, kind.density(100)) == pytest.approx(expected)
 
 
@@ -39,7 +39,7 @@ def test_operations_of_a_head_by_hand(attention, expected):
 )
 def test_operations_are_those_that_run(attention):
     """Three sequences, two heads."""
-    kind = Kind.of(attention)
+    kind = AttentionKind.of(attention)
     module = core(kind, None, 100, 2, 8)
     q, k, v = (torch.randn(3, 100, 2, 8, requires_grad=True) for _ in "qkv")
     # In this backend the products of SDPA are matrix products that are counted.

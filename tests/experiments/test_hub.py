@@ -14,7 +14,7 @@ import torch
 from PIL import Image as Pillow
 from sparse_flash.experiments.data import hub
 from sparse_flash.experiments.data.files import DataError
-from sparse_flash.experiments.data.images import CLASSES, Image, grey
+from sparse_flash.experiments.data.images import CLASSES, Image, gray
 from sparse_flash.experiments.data.listops import ListOps, evaluate
 from sparse_flash.experiments.data.pathfinder import Pathfinder
 from sparse_flash.experiments.data.text import Retrieval, Text
@@ -93,7 +93,7 @@ def test_image(tmp_path):
     source = parquet(tmp_path, **{n: {"img": x, "label": labels} for n, x in images.items()})
     splits = Image(source, val=5).load()
     assert (len(splits.train), len(splits.val), len(splits.test)) == (15, 5, 20)
-    expected = torch.from_numpy(grey(np.asarray(images["test"][3])))
+    expected = torch.from_numpy(gray(np.asarray(images["test"][3])))
     assert torch.equal(splits.test.tokens[3], expected.flatten())
     assert splits.test.labels.tolist() == labels
 

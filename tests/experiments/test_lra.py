@@ -7,8 +7,8 @@ import math
 from dataclasses import replace
 
 import pytest
-from sparse_flash.experiments import lra
-from sparse_flash.experiments.attention import Kind
+from sparse_flash.experiments import lra, markdown
+from sparse_flash.experiments.attention import AttentionKind
 from sparse_flash.experiments.config import ModelConfig, RunConfig, TrainConfig
 from sparse_flash.experiments.data.files import DataError
 from sparse_flash.experiments.data.images import Image
@@ -163,7 +163,7 @@ def test_slow_attention_is_only_timed(tmp_path, config, recipes, monkeypatch):
     assert dense["speedup"] == pytest.approx(times[0] / times[1])
     text = (tmp_path / "lra.md").read_text()
     assert "listops 40%" in text
-    assert "against standard" in text
+    assert "over standard" in text
     lines = sorted(path.parent.name for path in tmp_path.rglob("*.comparison"))
     assert lines == ["dense-seed0", "dense-seed1"], "HPARAMS shows no accuracy of timed attention"
 
@@ -180,14 +180,14 @@ def test_several_seeds_have_a_spread(tmp_path, config, recipes, monkeypatch):
     values = report["rows"][0]["tasks"]["listops"]
     assert values["accuracy"] == 0.375
     assert values["spread"] == pytest.approx(0.125 * 2**0.5)  # of two values: n - 1 is 1
-    assert "| 37.5 ± 17.7 |" in lra.table(report)
+    assert "| 37.5 ± 17.7 |" in markdown.lra_table(report)
 
 
 def test_what_has_no_attention_matrix_has_no_density(tmp_path, config, recipes):
     config = replace(config, tasks=("listops",), attentions=("linear", "sdpa"))
     report = lra.lra(config, tmp_path, "cpu", recipes)
     assert [row["tasks"]["listops"]["density"] for row in report["rows"]] == [None, 1]
-    table = (tmp_path / "lra.md").read_text().partition("## Kept part")[2]
+    table = (tmp_path / "lra.md").read_text().partition("## Density")[2]
     rows = [line.split() for line in table.splitlines() if line.startswith("| ")]
     assert rows[2:] == [["|", "linear", "|", "-", "|"], ["|", "sdpa", "|", "100.0%", "|"]]
 
@@ -215,9 +215,9 @@ def test_what_is_impossible_is_refused_before_anything_is_trained(
 def test_every_recipe_fits_its_task(name):
     """Masks are made for the length, positions for the task; and the strong ones are larger."""
     run = RUNS[name]()
-    assert Kind.of(run.attention).mask.layout(run.task.length).num_tiles > 0
+    assert AttentionKind.of(run.attention).mask.layout(run.task.length).num_tiles > 0
     if name.endswith("-strong"):
-        assert run.model.positions == ("rotary" if run.task.places() is None else "rotary2d")
+        assert run.model.positions == ("rotary" if run.task.coordinates() is None else "rotary2d")
         assert run.task == RUNS[name.removesuffix("-strong")]().task
 
 

@@ -6,15 +6,15 @@ import pytest
 import torch
 from sparse_flash.experiments.clock import AttentionClock
 from sparse_flash.experiments.config import ModelConfig
-from sparse_flash.experiments.model import Encoder, TokenEmbedding, rotary_waves, rotate
+from sparse_flash.experiments.model import Encoder, TokenEmbedding, rotary_cos_sin, rotate
 
 
-def make(attention="dense", places=None, pairs=False, **changes):
+def make(attention="dense", coordinates=None, pairs=False, **changes):
     torch.manual_seed(0)
     config = ModelConfig(
         **{"dim": 16, "heads": 2, "layers": 2, "ffn": 32, "dropout": 0.0, **changes}
     )
-    return Encoder(config, 16, 10, 40, attention, 16, places, pairs)
+    return Encoder(config, 16, 10, 40, attention, 16, coordinates, pairs)
 
 
 TOKENS = torch.randint(1, 16, (3, 40), generator=torch.Generator().manual_seed(0))
@@ -61,10 +61,10 @@ def test_embeddings_and_their_gradients_are_those_of_one_table():
 
 def test_rotary_positions_are_relative():
     q, k = torch.randn(2, 1, 30, 1, 8, dtype=torch.float64)
-    waves = rotary_waves(torch.arange(60), 8).double()
+    rope_cos_sin = rotary_cos_sin(torch.arange(60), 8).double()
     scores = [
         torch.einsum("bqhd,bkhd->qk", rotate(q, a), rotate(k, a))
-        for a in (waves[:, :30], waves[:, 17:47])
+        for a in (rope_cos_sin[:, :30], rope_cos_sin[:, 17:47])
     ]
     torch.testing.assert_close(*scores, rtol=1e-5, atol=1e-6)
 
@@ -88,23 +88,27 @@ def test_rotary_positions_on_a_grid_are_relative_too():
     grid = torch.cartesian_prod(torch.arange(3), torch.arange(4))
     scores = []
     for shift in ((0, 0), (5, 9)):
-        waves = rotary_waves(grid + torch.tensor(shift), 8).double()
-        scores.append(torch.einsum("bqhd,bkhd->qk", rotate(q, waves), rotate(k, waves)))
+        rope_cos_sin = rotary_cos_sin(grid + torch.tensor(shift), 8).double()
+        scores.append(
+            torch.einsum("bqhd,bkhd->qk", rotate(q, rope_cos_sin), rotate(k, rope_cos_sin))
+        )
     torch.testing.assert_close(*scores, rtol=1e-5, atol=1e-6)
-    model = make(positions="rotary2d", places=torch.cartesian_prod(*2 * [torch.arange(40)])[:40])
+    model = make(
+        positions="rotary2d", coordinates=torch.cartesian_prod(*2 * [torch.arange(40)])[:40]
+    )
     assert model(TOKENS, LENGTHS).shape == (3, 10)
     with pytest.raises(ValueError, match="must be an image"):
         make(positions="rotary2d")
 
 
 @pytest.mark.parametrize("positions", ["rotary", "rotary2d"])
-def test_heads_look_as_far_as_reach_says(positions):
+def test_heads_attend_within_their_initial_span(positions):
     grid = torch.cartesian_prod(torch.arange(5), torch.arange(8))
-    model = make(positions=positions, places=grid, reach=(1.0, 3.0), dim=32)
+    model = make(positions=positions, coordinates=grid, initial_span=(1.0, 3.0), dim=32)
     for layer in model.layers:
         attention = layer.attention
         q, k = attention.to_q.bias.view(1, 1, 2, 16), attention.to_k.bias.view(1, 1, 2, 16)
-        q, k = (rotate(x.expand(1, 40, 2, 16), attention.waves) for x in (q, k))
+        q, k = (rotate(x.expand(1, 40, 2, 16), attention.rope_cos_sin) for x in (q, k))
         scores = torch.einsum("bqhd,bkhd->hqk", q, k) / 16**0.5
         for head, reach in enumerate((1, 3)):  # along a row, and along a column
             expected = scores[head, 0, 0] - 1
@@ -113,14 +117,14 @@ def test_heads_look_as_far_as_reach_says(positions):
                 torch.testing.assert_close(scores[head, 0, 8 * reach], expected)
             assert scores[head, 20].argmax() == 20
     assert model(TOKENS, LENGTHS).shape == (3, 10)
-    values = make(positions=positions, places=grid, dim=32).layers[0].attention.to_v.bias
+    values = make(positions=positions, coordinates=grid, dim=32).layers[0].attention.to_v.bias
     torch.testing.assert_close(model.layers[0].attention.to_v.bias, values)
-    with pytest.raises(ValueError, match="wants rotary positions"):
-        make(reach=(1.0,))
+    with pytest.raises(ValueError, match="needs rotary positions"):
+        make(initial_span=(1.0,))
     with pytest.raises(ValueError, match="must be positive"):
-        make(positions=positions, places=grid, reach=(0.0,))
+        make(positions=positions, coordinates=grid, initial_span=(0.0,))
     with pytest.raises(ValueError, match="at most one for each of 2 heads"):
-        make(positions=positions, places=grid, reach=(1.0, 2.0, 3.0))
+        make(positions=positions, coordinates=grid, initial_span=(1.0, 2.0, 3.0))
 
 
 def test_pairs():

@@ -16,8 +16,9 @@ from sparse_flash.experiments.parallel import Workers
 from sparse_flash.experiments.train import train
 
 SCRIPT = """
-import json, os, sys
+import glob, json, os, sys
 from pathlib import Path
+import torch.distributed as dist
 from tests.experiments.conftest import tiny
 from tests.experiments.test_parallel import without_dropout
 from sparse_flash.experiments.train import train
@@ -26,6 +27,10 @@ if __name__ == "__main__":
     config = without_dropout(tiny(), sys.argv[3])
     result = train(config, Path(sys.argv[1]), sys.argv[3], budget=float(sys.argv[2]))
     Path(f"{sys.argv[1]}-worker{os.environ['RANK']}").write_text(json.dumps(result["metrics"]))
+    dist.barrier()
+    dist.destroy_process_group()
+    threads = [Path(path).read_text() for path in glob.glob("/proc/self/task/*/comm")]
+    assert not [name for name in threads if "gloo" in name], threads  # they would abort the exit
 """
 
 

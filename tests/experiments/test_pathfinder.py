@@ -206,7 +206,7 @@ def test_labels_cannot_be_read_off_the_places_of_the_markers():
 
 
 def test_training_begins_with_easier_images():
-    mixed, alone = (task(32, easier=easier).load() for easier in ((6, 5), ()))
+    mixed, alone = (task(32, curriculum=curriculum).load() for curriculum in ((6, 5), ()))
     everything = torch.arange(40)
     for name in ("train", "val", "test"):
         a, b = (getattr(splits, name) for splits in (mixed, alone))
@@ -216,7 +216,7 @@ def test_training_begins_with_easier_images():
     assert alone.first is None
     assert mixed.first is not None
     assert (len(mixed.first), mixed.first_share) == (80, 0.25)
-    again = task(32, easier=(6, 5)).load().first  # this time from the cache
+    again = task(32, curriculum=(6, 5)).load().first  # this time from the cache
     assert again is not None
     for part, contour in enumerate((6, 5)):
         expected = task(32, contour=contour).load().train.take(everything)
@@ -224,18 +224,18 @@ def test_training_begins_with_easier_images():
             found = first.take(everything + 40 * part)
             assert torch.equal(found.tokens, expected.tokens)
             assert torch.equal(found.labels, expected.labels)
-    with pytest.raises(ValueError, match=r"easier_share must be in 0..1, got 1.5"):
-        task(32, easier=(6,), easier_share=1.5)
-    with pytest.raises(ValueError, match=r"easier must be contours in 3..20, got \(2,\)"):
-        task(32, easier=(2,))
+    with pytest.raises(ValueError, match=r"curriculum_share must be in 0..1, got 1.5"):
+        task(32, curriculum=(6,), curriculum_share=1.5)
+    with pytest.raises(ValueError, match=r"curriculum must be contours in 3..20, got \(2,\)"):
+        task(32, curriculum=(2,))
     with pytest.raises(ValueError, match="leave source empty"):
-        task(32, easier=(6,), source="somewhere")
+        task(32, curriculum=(6,), source="somewhere")
 
 
 @pytest.mark.parametrize("order", ["raster", "morton"])
 def test_images_turned_and_in_the_mirror(order):
-    plain = task(32, order=order, easier=(5,)).load()
-    splits = task(32, order=order, easier=(5,), mirrored=True).load()
+    plain = task(32, order=order, curriculum=(5,)).load()
+    splits = task(32, order=order, curriculum=(5,), augment=True).load()
     everything = torch.arange(40)
     for some in ("val", "test"):
         a, b = (getattr(x, some) for x in (plain, splits))
@@ -322,7 +322,7 @@ def test_the_release(tmp_path):
         for t, y in zip(s.tokens, s.labels, strict=True)
     }
     assert found == {i: i % 2 for i in range(20) if i != 3}
-    laid = Pathfinder(source=source, mirrored=True).load()
+    laid = Pathfinder(source=source, augment=True).load()
     assert [len(s) for s in (laid.train, laid.val, laid.test)] == [8 * 17, 1, 1]
 
 

@@ -15,7 +15,7 @@ from PIL import Image as Pillow
 from sparse_flash.experiments.data import files
 from sparse_flash.experiments.data.dataset import Split, Splits
 from sparse_flash.experiments.data.files import DataError
-from sparse_flash.experiments.data.images import CLASSES, Image, grey, places
+from sparse_flash.experiments.data.images import CLASSES, Image, coordinates, gray
 from sparse_flash.experiments.data.listops import ListOps, evaluate
 from sparse_flash.experiments.data.text import Retrieval, Text
 
@@ -169,7 +169,7 @@ def image_folder():
 
 
 def batches():
-    """CIFAR-10 as published: colours one after the other, row by row."""
+    """CIFAR-10 as published: colors one after the other, row by row."""
     rows = list(pictures())
     for name, split, part in (("data_batch_1", "train", 0), ("data_batch_2", "train", 1)):
         some = [r for r in rows if r[0] == split][part::2]
@@ -195,7 +195,7 @@ def test_images(tmp_path, contents):
     source = archive(tmp_path / "images.tar.gz", contents())
     splits = Image(source, val=10).load()
     assert (len(splits.train), len(splits.val), len(splits.test)) == (20, 10, 20)
-    expected = {(y, grey(x).tobytes()) for split, y, _, x in pictures() if split == "train"}
+    expected = {(y, gray(x).tobytes()) for split, y, _, x in pictures() if split == "train"}
     both = [splits.train, splits.val]
     found = {
         (int(y), x.numpy().tobytes()) for s in both for x, y in zip(s.tokens, s.labels, strict=True)
@@ -209,7 +209,7 @@ def test_pixels_in_another_order(tmp_path):
     raster, morton = Image(source, val=10).load(), Image(source, "morton", val=10).load()
     order = masks.morton(32, 32).permutation
     assert torch.equal(raster.test.tokens[:, order], morton.test.tokens)
-    where = places("morton", 32)
+    where = coordinates("morton", 32)
     assert torch.equal(where[:, 0] * 32 + where[:, 1], order)
 
 

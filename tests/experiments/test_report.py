@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from sparse_flash.experiments import compare as compare_module
-from sparse_flash.experiments import figures, naming, report
+from sparse_flash.experiments import figures, markdown, naming, report
 from sparse_flash.experiments.compare import compare
 from sparse_flash.experiments.config import ModelConfig, RunConfig, TrainConfig, compared
 from sparse_flash.experiments.densities import DENSITIES
@@ -23,7 +23,7 @@ from sparse_flash import masks
 from tests.experiments.conftest import TINY
 
 SPARSE = "local(2) | sinks(4)"
-RESULTS = Path(report.__file__).parent / "results"
+RESULTS = Path(__file__).parents[2] / "results"
 TWELVE = (
     "sdpa", "dense", SPARSE, "(local(2) | sinks(4)) & causal()", "linear", "performer(16)",
     "linformer(8)", "flex: local(9)", "standard", "~local(3)", "strided(4) | local(3)",
@@ -49,7 +49,7 @@ def result(step_ms=10.0, accuracy=0.5, **metrics):
     values = {
         "test_accuracy": accuracy,
         "test_loss": 1.5,
-        "chance": 0.2,
+        "majority_accuracy": 0.2,
         "step_ms": step_ms,
         "tokens_per_second": 1e5 / step_ms,
         "peak_memory_MiB": 3 * step_ms,
@@ -179,20 +179,20 @@ def test_runs_without_a_result_are_named_and_left_out_of_means(tmp_path):
     base, dense, sparse = made["rows"]
     assert dense["results"] == 0
     assert dense["speedup"] is None
-    assert dense["chance"] == base["chance"]
+    assert dense["majority_accuracy"] == base["majority_accuracy"]
     assert sparse["results"] == 2
     assert sparse["test_loss"] == 1.5
-    lines = report.table(made).splitlines()
+    lines = markdown.comparison_table(made).splitlines()
     assert lines[3].split(" | ")[4].strip() == "no result"
     assert "(2 of 3)" in lines[4]
-    text = report.markdown(made)
+    text = markdown.comparison(made)
     assert f"- `{SPARSE}`, seed 0: test loss nan" in text
     assert "- `dense`, seed 2: at step 4 the loss is nan" in text
     end = hparams(run_folder(tmp_path, "dense", 1), metadata.SESSION_END_INFO_TAG)
     assert end.status == 2, "failure"
     made = report.summarize(about(config), [])
-    assert "too few runs" in report.markdown(made)
-    assert made["rows"][0]["chance"] is None
+    assert "too few runs" in markdown.comparison(made)
+    assert made["rows"][0]["majority_accuracy"] is None
 
 
 def test_a_diverged_run_does_not_end_the_comparison(tmp_path, monkeypatch):
@@ -233,8 +233,8 @@ def test_much_that_is_computed_for_little_is_hinted_at():
     made = report.summarize(about(config), [])
     assert made["rows"][1]["computed_density"] > 4 * made["rows"][1]["density"]
     assert made["rows"][0]["hint"] is None
-    assert "- Density: `dilated(47, 8)`: " in report.markdown(made)
-    assert "costs" in report.markdown(made)
+    assert "- Density: `dilated(47, 8)`: " in markdown.comparison(made)
+    assert "costs" in markdown.comparison(made)
 
 
 @pytest.mark.parametrize(
@@ -277,9 +277,9 @@ def test_runs_in_stages_are_drawn_and_tabled_too(tmp_path):
     }
     made = report.write(about(config), records(config, tmp_path, results), tmp_path)
     assert made["rows"][1]["speedup"] is None
-    assert "step ms" not in report.table(made)
-    assert "90.0% ± 0.0%" in report.table(made)
-    assert "`dense` 90.0%" in report.markdown(made)
+    assert "step ms" not in markdown.comparison_table(made)
+    assert "90.0% ± 0.0%" in markdown.comparison_table(made)
+    assert "`dense` 90.0%" in markdown.comparison(made)
     assert figures.curve(results[SPARSE, 0]) == [(40, 1.5, 0.6), (90, 3.5, 0.9)]
 
 
@@ -330,7 +330,7 @@ def test_a_text_with_dollars_and_a_slash_is_shown_as_it_is(tmp_path):
     made["rows"][0]["attention"] = "_a/$x^2$"
     for figure in figures.figures(made).values():
         figure.draw_without_rendering()
-    assert figures._labelled(made)[0][1] == r"a/\$x^2\$"
+    assert figures._labeled(made)[0][1] == r"a/\$x^2\$"
     assert config.seeds == (0, 1)
 
 
@@ -341,9 +341,10 @@ def test_files_of_older_versions_are_read(folder):
     rows = [[cell.strip() for cell in line.split(" | ")] for line in saved.splitlines()]
     before = {tuple(cells) for cells in rows if len(cells) == 9}
     after = [
-        [cell.strip() for cell in line.split(" | ")] for line in report.table(made).splitlines()
+        [cell.strip() for cell in line.split(" | ")]
+        for line in markdown.comparison_table(made).splitlines()
     ]
     assert {tuple(cells) for cells in after if cells[1][0] != "-"} == {
         cells for cells in before if cells[1][0] != "-"
     }
-    assert "x the speed of `sdpa`" in report.markdown(made)
+    assert "x the speed of `sdpa`" in markdown.comparison(made)

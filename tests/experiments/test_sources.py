@@ -192,8 +192,8 @@ def test_only_what_is_needed_is_read(tmp_path, monkeypatch):
 
     for name, (contents, task, expected) in TASKS.items():
         folder = write(tmp_path / name, contents)
-        places = [folder, *(p for p in folder.rglob("*") if p.is_dir())]
-        for place in places:
+        coordinates = [folder, *(p for p in folder.rglob("*") if p.is_dir())]
+        for place in coordinates:
             with (place / "ILSVRC2012_img_train.tar").open("wb") as file:
                 file.truncate(138 << 30)
         opened.clear()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
+from sparse_flash.experiments import markdown
 from sparse_flash.experiments.bench import steps
 from sparse_flash.experiments.config import ModelConfig, TrainConfig
 from sparse_flash.experiments.data.dataset import Batch
@@ -28,14 +31,14 @@ def test_a_variant_is_measured(attention, density, shown):
     assert row["density"] == density
     report = {"machine": {"gpu": "none"}, "rows": [{"case": "tiny", "mode": "eager"} | row]}
     report["rows"][0]["attention"] = attention
-    text = steps.markdown(report)
+    text = re.sub(" +", " ", markdown.training_steps(report))
     assert f"| tiny | eager | {attention} | {shown} | " in text
     assert ("1.00x" in text) == (attention == "standard")
 
 
 def test_all_cases_name_masks_of_their_length():
     for case in steps.STEPS.values():
-        kinds = [steps.Kind.of(attention).mask for attention in case.attentions]
+        kinds = [steps.AttentionKind.of(attention).mask for attention in case.attentions]
         layout = kinds[0].layout(case.length)
         assert layout.num_partial == 0
         assert 0.005 < layout.density < 0.6

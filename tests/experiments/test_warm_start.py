@@ -8,7 +8,7 @@ import pytest
 import torch
 from sparse_flash.experiments.checkpoint import CheckpointError
 from sparse_flash.experiments.config import ModelConfig, RunConfig, TrainConfig
-from sparse_flash.experiments.data.images import places
+from sparse_flash.experiments.data.images import coordinates
 from sparse_flash.experiments.data.pathfinder import Pathfinder
 from sparse_flash.experiments.model import Encoder
 from sparse_flash.experiments.train import train
@@ -30,7 +30,9 @@ def run_of(order="raster", **model):
 
 
 def encoder(run, size, order):
-    return Encoder(run.model, 256, 2, size * size, "block_local(128, 0)", 128, places(order, size))
+    return Encoder(
+        run.model, 256, 2, size * size, "block_local(128, 0)", 128, coordinates(order, size)
+    )
 
 
 @pytest.mark.parametrize("orders", [("raster", "raster"), ("raster", "morton")])
@@ -39,12 +41,12 @@ def test_positions_are_laid_side_by_side(tmp_path, orders, pooling):
     run = run_of(orders[0], pooling=pooling)
     train(run, tmp_path / "small", "cpu")
     small, large = encoder(run, 32, orders[0]), encoder(run, 64, orders[1])
-    begin_with(small, str(tmp_path / "small"), places(orders[0], 32))
-    begin_with(large, str(tmp_path / "small" / "checkpoint.pt"), places(orders[1], 64))
+    begin_with(small, str(tmp_path / "small"), coordinates(orders[0], 32))
+    begin_with(large, str(tmp_path / "small" / "checkpoint.pt"), coordinates(orders[1], 64))
     first = int(pooling == "cls")
     grids = []
     for model, order, side in ((small, orders[0], 32), (large, orders[1], 64)):
-        grid, where = torch.empty(side, side, 16), places(order, side)
+        grid, where = torch.empty(side, side, 16), coordinates(order, side)
         grid[where[:, 0], where[:, 1]] = model.positions.detach()[first:]
         grids.append(grid)
     assert torch.equal(grids[1], grids[0].repeat(2, 2, 1))

@@ -1,6 +1,7 @@
-"""The implementations that are compared: ours, and those that researchers use today.
+"""The compared implementations: ours, and the baselines that researchers use today.
 
-A peer prepares a call for a case once (planning is not what is timed) and says why it cannot.
+A baseline prepares a call for a case once, since planning is not timed. It raises UnsupportedError
+with the reason where it cannot compute the case.
 """
 
 from __future__ import annotations
@@ -30,15 +31,15 @@ LARGEST_MATRIX = 1 << 32  # elements of a mask, a byte each
 
 
 class UnsupportedError(ValueError):
-    """A peer cannot compute a case."""
+    """A baseline cannot compute a case."""
 
 
 @dataclass(frozen=True)
-class Peer:
+class Baseline:
     """`prepare(case, layout, q, k, v)` returns a call that computes the output `(b, s, h, d)`."""
 
     name: str
-    package: str  # whose version is recorded, and whose absence leaves the peer out
+    package: str  # whose version is recorded, and whose absence leaves the baseline out
     module: str
     prepare: Callable[[Case, BlockLayout, Tensor, Tensor, Tensor], Call]
 
@@ -54,7 +55,18 @@ class Peer:
 
 
 def _ours(case: Case, layout: BlockLayout, q: Tensor, k: Tensor, v: Tensor) -> Call:
-    return lambda: block_sparse_attention(q, k, v, layout, impl="sm90")
+    impl = "sm90" if _is_hopper(q) else "sm80"
+    return lambda: block_sparse_attention(q, k, v, layout, impl=impl)
+
+
+def _sm80(case: Case, layout: BlockLayout, q: Tensor, k: Tensor, v: Tensor) -> Call:
+    if not _is_hopper(q):
+        raise UnsupportedError("on this GPU these are the kernels of `ours`")
+    return lambda: block_sparse_attention(q, k, v, layout, impl="sm80")
+
+
+def _is_hopper(q: Tensor) -> bool:
+    return torch.cuda.get_device_capability(q.device) == (9, 0)
 
 
 def _flash_attention_4(case: Case, layout: BlockLayout, q: Tensor, k: Tensor, v: Tensor) -> Call:
@@ -217,15 +229,16 @@ def _sdpa_matrix(case: Case, layout: BlockLayout, q: Tensor, k: Tensor, v: Tenso
     return lambda: scaled_dot_product_attention(q_, k_, v_, **arguments).transpose(1, 2)
 
 
-PEERS = (
-    Peer("ours", "sparse-flash", "sparse_flash", _ours),
-    Peer("FlashAttention-4", "flash-attn-4", "flash_attn", _flash_attention_4),
-    Peer("cudnn-frontend", "nvidia-cudnn-frontend", "cudnn", _cudnn),
-    Peer("FlexAttention", "torch", "torch", _flex_attention),
-    Peer("SDPA cuDNN", "torch", "torch", _sdpa(attention.SDPBackend.CUDNN_ATTENTION)),
-    Peer("SDPA flash", "torch", "torch", _sdpa(attention.SDPBackend.FLASH_ATTENTION)),
+BASELINES = (
+    Baseline("ours", "sparse-flash", "sparse_flash", _ours),
+    Baseline("ours, sm80", "sparse-flash", "sparse_flash", _sm80),
+    Baseline("FlashAttention-4", "flash-attn-4", "flash_attn", _flash_attention_4),
+    Baseline("cudnn-frontend", "nvidia-cudnn-frontend", "cudnn", _cudnn),
+    Baseline("FlexAttention", "torch", "torch", _flex_attention),
+    Baseline("SDPA cuDNN", "torch", "torch", _sdpa(attention.SDPBackend.CUDNN_ATTENTION)),
+    Baseline("SDPA flash", "torch", "torch", _sdpa(attention.SDPBackend.FLASH_ATTENTION)),
 )
 
 # For a case of the user's: also ours without kernels, and SDPA with any mask.
-REFERENCE = Peer("ours, reference", "sparse-flash", "sparse_flash", _reference)
-MATRIX = Peer("SDPA, mask as a matrix", "torch", "torch", _sdpa_matrix)
+REFERENCE = Baseline("ours, reference", "sparse-flash", "sparse_flash", _reference)
+MATRIX = Baseline("SDPA, mask as a matrix", "torch", "torch", _sdpa_matrix)
