@@ -80,8 +80,8 @@ imports: install-dev
 # Two workers, a thread each, a half of the files each; who is ready first takes from the other.
 # What is timed or large runs alone, afterwards.
 unit: install-dev
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu"
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu and not matrix"
+	$(BIN)/python -m pytest -m "slow and not gpu and not matrix"
 
 format: install-dev
 	$(BIN)/ruff check --fix .

@@ -20,17 +20,22 @@ from sparse_flash.api import block_sparse_attention
 from sparse_flash.density import Densities, computed_density, densities
 from sparse_flash.masks import BlockLayout
 from sparse_flash.masks.records import clear_cache, set_cache_limit
+from sparse_flash.selection import merge_attention
+from sparse_flash.verification import Verification, verify
 
 __version__ = "0.1.0"  # the only place: pyproject.toml reads it
 __all__ = [
     "BlockLayout",
     "Densities",
+    "Verification",
     "block_sparse_attention",
     "clear_cache",
     "computed_density",
     "densities",
     "masks",
+    "merge_attention",
     "set_cache_limit",
+    "verify",
 ]
 
 

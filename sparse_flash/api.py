@@ -7,7 +7,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from sparse_flash import autograd, operators
+from sparse_flash import autograd, data_operators, operators
 from sparse_flash.checks import (
     check_are_tensors,
     check_mask,
@@ -16,6 +16,7 @@ from sparse_flash.checks import (
     refuse_arguments,
 )
 from sparse_flash.masks import BlockLayout, Mask
+from sparse_flash.masks.device_builders import TracedLayout
 from sparse_flash.masks.traceable import to_operator
 from sparse_flash.positions import with_positions
 from sparse_flash.prepare import Options, prepare
@@ -131,7 +132,9 @@ def block_sparse_attention(
         q, k, v = _autocast(q, k, v)
     options = Options(check_options(softmax_scale, dropout_p), deterministic, impl)
     tensors = (q, k, v, kv_lens, q_offset, kv_starts)
-    if torch.compiler.is_compiling() or _is_watched(q, k, v):
+    if isinstance(mask, TracedLayout):
+        out, lse = data_operators.attend(tensors, mask, options)
+    elif torch.compiler.is_compiling() or _is_watched(q, k, v):
         check_mask(mask)
         check_tensors(q, k, v)
         tensors = with_positions(tensors, mask)

@@ -54,7 +54,9 @@ def attend(call: AttentionCall, implementation: Implementation) -> tuple[Tensor,
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return _Transformed.apply((call, implementation), *call.tensors)
     if call.needs_grad:
-        if call.kv_lens is call.q_offset is call.kv_starts is None:  # fewer cost the host less
+        if (
+            call.kv_lens is call.q_offset is call.kv_starts is None
+        ):  # fewer tensors cost less host time
             return _apply((call, implementation), call.q, call.k, call.v)
         return _apply((call, implementation), *call.tensors)
     return implementation.attend(call)
@@ -112,7 +114,7 @@ _apply: Any = super(torch.autograd.Function, _Attention).apply
 
 
 class _Transformed(torch.autograd.Function):
-    """The same for torch.func, whose form of a Function costs the host several times as much."""
+    """The same for torch.func, whose Functions cost several times as much host time."""
 
     @staticmethod
     def forward(bound: Bound, *tensors: Any) -> tuple[Tensor, Tensor]:

@@ -23,12 +23,12 @@ class AttentionCall:
     kv_starts: Tensor | None  # first valid key per batch entry, int32 (b,); None for 0
     TENSORS: ClassVar = ("q", "k", "v", "kv_lens", "q_offset", "kv_starts")  # autograd saves them
     layout: BlockLayout  # tiles to compute, on the device of the inputs
-    plan: Any  # what `Implementation.plan` made for calls like this one
+    plan: Any  # result of `Implementation.plan` for this signature
     softmax_scale: float  # factor of the logits
     deterministic: bool  # whether gradients must be bitwise repeatable
-    needs_grad: bool  # whether gradients may be asked for
-    # Whether memory that the call allocates may not outlive it: it may come from the pool of
-    # somebody else's CUDA graph.
+    needs_grad: bool  # whether gradients may be needed
+    # Whether memory allocated by the call must not outlive it: it may come from the memory pool
+    # of a foreign CUDA graph.
     transient: bool = False
 
     @property

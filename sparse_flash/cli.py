@@ -15,10 +15,10 @@ import tyro
 from sparse_flash.command import main
 from sparse_flash.command_tree import Commands, Folder, Number, Text
 from sparse_flash.density import densities
-from sparse_flash.experiments import lra, registry
+from sparse_flash.experiments import lra, markdown, old_names, registry
 from sparse_flash.experiments.bench import own, steps
 from sparse_flash.experiments.bench import run as benchmark
-from sparse_flash.experiments.compare import compare, compare_stages, picture, table
+from sparse_flash.experiments.compare import compare, compare_stages, picture
 from sparse_flash.experiments.config import CompareConfig, RunConfig
 from sparse_flash.experiments.curriculum import Curriculum
 from sparse_flash.experiments.folders import folder_of_run
@@ -82,7 +82,7 @@ def show_mask(
 
 
 def list_masks() -> None:
-    """List all patterns: how each is written, and what it allows."""
+    """List all patterns with their arguments and meaning."""
     print(list_of_masks())
 
 
@@ -96,7 +96,7 @@ def _trainer(name: str, recipe: RunConfig | CompareConfig | type) -> Callable[..
         device: str = "auto",
         budget: float = math.inf,
     ) -> None:
-        """Train one model; the same command resumes a run that was interrupted.
+        """Train one model. The same command resumes an interrupted run.
 
         Args:
             config: The recipe's settings.
@@ -104,7 +104,7 @@ def _trainer(name: str, recipe: RunConfig | CompareConfig | type) -> Callable[..
                 runs/train/TASK/ATTENTION-seedSEED.
             device: auto (a GPU if there is one), cpu, cuda, cuda:1, ...
             budget: Seconds of training after which the run is evaluated as it is; the same command
-                with more goes on.
+                with a larger budget resumes.
         """
         run_config = settings(config)
         out = out or folder_of_run(_folder(name), run_config.attention_label, run_config.seed)
@@ -122,13 +122,13 @@ def _comparer(name: str, recipe: RunConfig | CompareConfig | type) -> Callable[.
     chosen, folder = options(recipe, CompareConfig), Path("runs/compare") / _folder(name)
 
     def run(config: Any, out: Path = folder, device: str = "auto") -> None:
-        """Train several kinds of attention under the same seeds and budget; print one table.
+        """Train several attentions under the same seeds and budget; print one table.
 
-        The same command resumes a comparison that was interrupted.
+        The same command resumes an interrupted comparison.
 
         Args:
             config: The recipe's settings.
-            out: Folder: a folder a run, and the report in comparison.md and comparison.json.
+            out: Folder for one folder per run, and the report in comparison.md and .json.
             device: auto (a GPU if there is one), cpu, cuda, cuda:1, ...
         """
         compared = settings(config)
@@ -152,17 +152,17 @@ def _stage_comparer(name: str, recipe: Curriculum) -> Callable[..., None]:
         out: Path = folder,
         device: str = "auto",
     ) -> None:
-        """Train by stages with several kinds of attention; print one table.
+        """Train by stages with several attentions; print one table.
 
-        The same command resumes a comparison that was interrupted.
+        The same command resumes an interrupted comparison.
 
         Args:
-            config: The stages, and what they share.
-            attentions: Variants, in which PIXELS stands for the canvas; the first is what the
-                others are compared with. Default: sdpa, dense and --attention.
-            seeds: Each variant is trained once a seed.
-            budget: Seconds for each run, after which it is tested as it is.
-            out: Folder: a folder a run, and the report in comparison.md and comparison.json.
+            config: The stages, and their common settings.
+            attentions: Variants, in which PIXELS stands for the canvas; the first is the
+                baseline. Default: sdpa, dense and --attention.
+            seeds: Each variant is trained once per seed.
+            budget: Seconds per run; a run that reaches them is tested as it is.
+            out: Folder for one folder per run, and the report in comparison.md and .json.
             device: auto (a GPU if there is one), cpu, cuda, cuda:1, ...
         """
         report = compare_stages(config, out, device, attentions, seeds, budget)
@@ -173,8 +173,9 @@ def _stage_comparer(name: str, recipe: Curriculum) -> Callable[..., None]:
 
 
 def _show_comparison(report: dict[str, Any], shown: str, out: Path) -> None:
-    print(f"\n{table(report)}\n")
-    print(f"always the most frequent answer: {report['rows'][0]['chance']:.1%}")
+    print(f"\n{markdown.comparison_table(report)}\n")
+    accuracy = report["rows"][0]["majority_accuracy"]
+    print(f"majority accuracy, of always giving the most frequent answer: {accuracy:.1%}")
     if shown:
         print(f"\n{shown}")
     print(f"\nreport: {out / 'comparison.md'} and {out / 'comparison.json'}")
@@ -193,19 +194,18 @@ def compare_lra(
     device: str = "auto",
     only_report: bool = False,
 ) -> None:
-    """Long Range Arena: tasks x kinds of attention x seeds, as one table with plots.
+    """Long Range Arena: tasks x attentions x seeds, as one table with plots.
 
-    The same command resumes a comparison that was interrupted, and goes on with runs whose budget
-    was smaller before.
+    The same command resumes an interrupted comparison, and runs with a smaller budget.
 
     Args:
         config: The grid.
-        out: Folder: a folder a task, in it one a run; the report in lra.md, lra.json, lra.png.
+        out: Folder for one folder per task and run, and the report in lra.md, .json and .png.
         device: auto (a GPU if there is one), cpu, cuda, cuda:1, ...
-        only_report: Train nothing: report what is finished, here or copied from elsewhere.
+        only_report: Train nothing; report finished runs, also copied ones.
     """
     report = lra.lra(config, out, device, only_report=only_report)
-    print(f"\n{lra.table(report)}\n\nreport: {out / 'lra.md'} and {out / 'lra.json'}")
+    print(f"\n{markdown.lra_table(report)}\n\nreport: {out / 'lra.md'} and {out / 'lra.json'}")
     _point_to_tensorboard(out)
 
 
@@ -218,10 +218,10 @@ def _stager(name: str, recipe: Curriculum) -> Callable[..., None]:
         device: str = "auto",
         budget: float = math.inf,
     ) -> None:
-        """Train stage after stage; the same command resumes, on another machine as well.
+        """Train stage after stage. The same command resumes, also on another machine.
 
         Args:
-            config: The stages, and what they share.
+            config: The stages, and their common settings.
             out: Folder of this run: checkpoint, TensorBoard events, result.json. By default
                 runs/train/TASK/ATTENTION-seedSEED.
             device: auto (a GPU if there is one), cpu, cuda, cuda:1, ...
@@ -253,22 +253,22 @@ def bench(
 ) -> None:
     """Measure the speed of attention: ours and the installed baselines, on the same inputs.
 
-    Without --mask a suite of cases is measured, on a GPU. With --mask one case of yours.
+    Without --mask it times a suite of cases on a GPU, with --mask one case of yours.
 
     Args:
-        suite: quick is three cases; standard is lengths, patterns, densities and head_dims.
-        mask: Mask to time instead of a suite; the baselines that cannot compute it say why.
-        length: Number of queries and keys, of --mask; by default the length that the mask is made
-            for, or 16,384 on a GPU and 2,048 on a CPU.
-        heads: Query heads, of --mask.
-        kv_heads: Key heads, of --mask; by default as many as query heads.
-        head_dim: Width of a head, of --mask.
-        batch: Batch size, of --mask.
-        dtype: Of --mask; auto is bfloat16 on a GPU, float32 on a CPU.
+        suite: quick has three cases; standard has lengths, patterns, densities and head_dims.
+        mask: Mask to time instead of a suite. Baselines that cannot compute it give a reason.
+        length: Number of queries and keys for --mask; default: the mask's own, or 16,384 on a GPU
+            and 2,048 on a CPU.
+        heads: Query heads for --mask.
+        kv_heads: Key heads for --mask; default: as many as query heads.
+        head_dim: Width of a head for --mask.
+        batch: Batch size for --mask.
+        dtype: Data type for --mask; auto is bfloat16 on a GPU, float32 on a CPU.
         out: Folder of the report: bench.json, bench.md, bench.png, TensorBoard events; own.json and
-            own.md of --mask.
-        rounds: Each implementation is measured so often, in turns.
-        which: The passes to measure.
+            own.md for --mask.
+        rounds: Measurements of each implementation, in turns.
+        which: Passes to time.
     """
     passes = benchmark.PASSES if which == "both" else (which,)
     if mask is None:
@@ -279,7 +279,9 @@ def bench(
                 "--mask SPEC; a suite has its own"
             )
         report = benchmark.bench(suite, out, rounds, passes)
-        print(f"\n{benchmark.table(report)}\nreport: {out / 'bench.md'} and {out / 'bench.json'}")
+        print(
+            f"\n{markdown.benchmark(report)}\nreport: {out / 'bench.md'} and {out / 'bench.json'}"
+        )
         _point_to_tensorboard(out)
         return
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -287,7 +289,7 @@ def bench(
     case = own.own_case(mask, length, heads, kv_heads, head_dim, batch, chosen, device)
     check_length(case.length, case.block)
     report = own.bench_case(case, out, rounds, passes, device)
-    print(f"{report['case']}\n{own.table(report)}\n\nreport: {out / 'own.md'}")
+    print(f"{report['case']}\n{markdown.own_case_table(report)}\n\nreport: {out / 'own.md'}")
 
 
 def bench_steps(
@@ -296,7 +298,7 @@ def bench_steps(
     mask: str | None = None,
     out: Path = Path("runs/bench-steps"),
 ) -> None:
-    """Time whole training steps of encoders: ours, FlexAttention, SDPA, the materialised matrix.
+    """Time whole training steps of encoders: ours, FlexAttention, SDPA, the materialized matrix.
 
     Args:
         cases: Encoders and lengths.
@@ -325,7 +327,7 @@ def _compare_command(name: str, recipe: registry.Recipe | type) -> Callable[...,
 
 
 def _tasks(make: Callable[[str, Any], Callable[..., None]]) -> Commands:
-    """A command for each recipe; those of files and installed packages are found by their name."""
+    """A command for each recipe. Recipes of files and installed packages are found by name."""
 
     def find(name: str) -> Callable[..., None]:
         return make(name, registry.find_recipe(name))
@@ -347,7 +349,7 @@ def application() -> Commands:
     compare_.command(name="lra")(compare_lra)
     app.command(mask, name="mask", help="Look at masks.")
     app.command(train_, name="train", help="Train one model on a task.")
-    app.command(compare_, name="compare", help="Compare kinds of attention on a task.")
+    app.command(compare_, name="compare", help="Compare attentions on a task.")
     app.command(name="bench")(bench)
     app.command(name="bench-steps")(bench_steps)
     app.command(name="info")(info)
@@ -356,5 +358,6 @@ def application() -> Commands:
 
 def run(arguments: list[str]) -> None:
     """Run a command line; errors are raised. `main` turns them into messages and exit codes."""
+    words = old_names.arguments(arguments)
     description = "Block-sparse attention: look at masks, train, compare dense with block-sparse."
-    application().cli(prog="sparse-flash", description=description, args=arguments)
+    application().cli(prog="sparse-flash", description=description, args=words)

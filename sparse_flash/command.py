@@ -1,4 +1,4 @@
-"""The `sparse-flash` command: run the command line, and report how it ended."""
+"""The `sparse-flash` command: run the command line, and return its exit code."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def _run(words: list[str]) -> None:
 
 
 def _message(error: Exception) -> str | None:
-    """What the user reads instead of a traceback; None for an error in the program itself."""
+    """The message for the user instead of a traceback; None for an error in the program itself."""
     import torch
 
     if isinstance(error, ModuleNotFoundError):
@@ -110,7 +110,7 @@ def _of_users_code(error: Exception) -> str | None:
 
 
 def _raised_by_us(error: Exception) -> bool:
-    """Whether a `raise` of this package made the error: a refusal, and no slip in the program."""
+    """Whether a `raise` of this package made the error: a refusal, not a bug."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
@@ -128,7 +128,7 @@ def _one_line(
 
 
 def _silence_stdout() -> None:
-    """Let the interpreter's last flush of stdout go nowhere: its reader has gone."""
+    """Redirect the interpreter's last flush of stdout to nowhere: its reader has exited."""
     try:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())

@@ -63,7 +63,7 @@ class Commands:
         epilog: Text that ends the help.
         find: Makes the command of a name that has none yet, such as that of a file, or raises a
             ValueError that says why there is none.
-        options: Options of the group itself and what they do, for its help; it has --help.
+        options: Options of the group itself with their help; --help is added.
 
     >>> group = Commands("task")
     >>> @group.command(name="listops", help="Lists.")

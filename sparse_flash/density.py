@@ -1,7 +1,7 @@
 """The numbers that predict speed: how much of the attention matrix a kernel computes.
 
-A kernel computes whole tiles. A pattern with few elements in many tiles costs as much as these
-tiles do: three densities, shown side by side, tell when that is so.
+A kernel computes whole tiles, so a pattern with few elements in many tiles costs as much as its
+tiles. Three densities, shown side by side, reveal it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sparse_flash.masks.modes import plain_torch
 
 @dataclass(frozen=True)
 class Densities:
-    """What a layout keeps, stores and computes, each as a fraction of the attention matrix.
+    """Allowed, stored and computed fractions of the attention matrix of a layout.
 
     Args:
         density: Allowed elements / all elements, 0..1.
@@ -70,7 +70,7 @@ def densities(
     Args:
         layout: The layout, on any device.
         head_dim: Width of a head, at least 1; default 64.
-        dtype: Of q, k and v; default bfloat16.
+        dtype: Data type of q, k and v; default bfloat16.
         arch: Compute capability of the GPU, as "sm_90", the default: the numbers predict the speed
             on that GPU, wherever the layout is. None: the reference implementation.
 
@@ -148,7 +148,7 @@ def _configs(
         raise ValueError(f"arch must be a compute capability, as 'sm_90', or None, got {arch!r}")
     head_dim = integer("densities", "head_dim", head_dim)
     name = str(dtype).removeprefix("torch.")
-    # As `attention.HEAD_DIMS`: what is not a multiple of 8 goes to the reference.
+    # As `attention.HEAD_DIMS`: the reference computes other head_dims.
     if arch != "sm_90" or name not in DTYPES or head_dim < 16 or head_dim % 8:
         return ()
     return forward_configs(name, head_dim)

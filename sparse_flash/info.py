@@ -14,7 +14,7 @@ import torch
 import sparse_flash
 from sparse_flash.call import AttentionCall
 from sparse_flash.implementations.choose import IMPLEMENTATIONS
-from sparse_flash.kernels import why_no_dsl
+from sparse_flash.kernels import dsl_unsupported_reason
 from sparse_flash.kernels.cache import CACHE_VARIABLE, cache_dir
 from sparse_flash.kernels.dsl import DSL_PACKAGE
 from sparse_flash.masks import full
@@ -34,7 +34,7 @@ def version() -> str:
 
 
 def info() -> None:
-    """Show versions, GPUs, which implementation would run and why not others, caches, extras."""
+    """Show versions, GPUs, the implementation that would run, caches, extras."""
     print(report())
 
 
@@ -60,13 +60,13 @@ def _section(title: str, facts: Mapping[str, str]) -> Iterator[str]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what decides whether and how fast attention runs."""
+    """Versions of the packages that attention depends on."""
     return {
         "sparse_flash": f"{version()}, {Path(sparse_flash.__file__).parent}",
         "python": f"{platform.python_version()}, {platform.system()} {platform.machine()}",
         "torch": str(torch.__version__),
         "CUDA": torch.version.cuda or "none: this build of torch has no CUDA",
-        "CuTe DSL": why_no_dsl() or importlib.metadata.version(DSL_PACKAGE),
+        "CuTe DSL": dsl_unsupported_reason() or importlib.metadata.version(DSL_PACKAGE),
     }
 
 

@@ -1,4 +1,4 @@
-"""Attention as PyTorch operators: what torch.compile, export, and dispatch modes see.
+"""Attention as PyTorch operators for torch.compile, export, and dispatch modes.
 
 `sparse_flash::attention` and `sparse_flash::attention_backward` take the mask or layout itself
 (see `masks.traceable`) and find layout, implementation and schedule when they run.
@@ -26,7 +26,7 @@ _TENSORS = ", ".join(
 _INPUTS = f"{_TENSORS}, {SCHEMA_TYPE} mask, float? softmax_scale, bool deterministic, str impl"
 _GIVEN = "Tensor out, Tensor lse, Tensor dout, Tensor? dlse"
 _library = torch.library.Library("sparse_flash", "DEF")
-# What runs depends on the mask that is given, which a recorded CUDA graph would not notice.
+# The launched kernels depend on the mask, which a recorded CUDA graph would not notice.
 _tags = (torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe)
 _library.define(f"attention({_INPUTS}) -> (Tensor, Tensor)", tags=_tags)
 _library.define(f"attention_backward({_GIVEN}, {_INPUTS}) -> (Tensor, Tensor, Tensor)", tags=_tags)

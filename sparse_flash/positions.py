@@ -1,4 +1,4 @@
-"""Where queries and keys lie: the offset of a KV cache, and left padding.
+"""Positions of queries and keys: the offset of a KV cache, and left padding.
 
 Query i of batch entry b has position i + q_offset[b] - kv_starts[b], key j has position
 j - kv_starts[b]. Masks and layouts are over positions.
@@ -29,8 +29,8 @@ def with_positions(tensors: tuple[Any, ...], mask: Mask | BlockLayout) -> tuple[
         mask: Mask or layout.
 
     Raises:
-        TypeError: They are neither ints nor int tensors.
-        ValueError: They have another shape, or are negative (where the host has the values).
+        TypeError: An argument is neither an int nor an int tensor.
+        ValueError: An argument has another shape, or is negative (checked for values on the host).
     """
     q, k, v, kv_lens, q_offset, kv_starts = tensors
     if q_offset is kv_starts is None:
@@ -157,7 +157,7 @@ def _power_of_two(least: int) -> int:
 
 
 def warn_of_alignment(mask: Mask | BlockLayout, q_len: int, kv_len: int) -> None:
-    """Warn of queries that may be the last ones where a mask depends on distances."""
+    """Warn of ambiguous alignment where a mask depends on distances."""
     if q_len != kv_len and isinstance(mask, Mask) and mask.relative:
         last = f"where they are the last ones, as in a KV cache, pass q_offset={kv_len - q_len}; "
         warnings.warn(

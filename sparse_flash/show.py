@@ -1,4 +1,4 @@
-"""What `sparse-flash mask` shows beside layouts: the list of patterns; and sizes it can show."""
+"""Output of `sparse-flash mask` besides layouts: the list of patterns, reach, limits of sizes."""
 
 from __future__ import annotations
 

@@ -98,8 +98,8 @@ def square_patterns(draw, length: int) -> Mask:
         st.sampled_from(
             [
                 masks.axial(height, width),
-                masks.neighbourhood(height, width, draw(st.integers(0, 5))),
-                masks.neighbourhood(height, width, (1, draw(st.integers(0, 5)))),
+                masks.neighborhood(height, width, draw(st.integers(0, 5))),
+                masks.neighborhood(height, width, (1, draw(st.integers(0, 5)))),
                 masks.patches(height, width, patch, draw(st.integers(0, 2))),
             ]
         )

@@ -19,7 +19,7 @@ from sparse_flash.experiments.data.listops import OPERATORS, ListOps, generate
 
 from sparse_flash import cli
 from tests.docpages import PAGES, ROOT, SHELL, blocks
-from tools import figures, gallery, report
+from tools import backward_log, figures, gallery, report, tables
 
 SPLITS = ("train", "val", "test")
 
@@ -30,8 +30,10 @@ def by_name(page: Path) -> str:
 
 @pytest.mark.parametrize("page", PAGES, ids=by_name)
 def test_code_runs(page, tmp_path, monkeypatch, capsys):
-    """One namespace a page: later blocks use names of earlier ones."""
+    """One namespace a page: later blocks use names of earlier ones, and import its files."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    write_files(page, tmp_path)
     names: dict[str, object] = {"__name__": page.stem}
     for block in blocks(page):
         if block.language != "python":
@@ -42,6 +44,26 @@ def test_code_runs(page, tmp_path, monkeypatch, capsys):
         if block.pending or block.foreign or (block.needs_gpu and not torch.cuda.is_available()):
             continue
         exec(code, names)
+
+
+def write_files(page: Path, folder: Path) -> None:
+    """Blocks whose title is the name of a Python file."""
+    for block in blocks(page):
+        if block.title.endswith(".py"):
+            (folder / block.title).write_text(block.code)
+
+
+def test_the_day_shows_real_output(tmp_path, monkeypatch, capsys):
+    """`mask show` prints what the page shows, to the character."""
+    page = ROOT / "docs" / "day.md"
+    monkeypatch.chdir(tmp_path)
+    write_files(page, tmp_path)
+    shown = [b.code for b in blocks(page) if b.code.startswith("$ sparse-flash mask show")]
+    assert len(shown) == 2
+    for code in shown:
+        command, _, output = code.partition("\n")
+        assert cli.main(shlex.split(command.removeprefix("$ sparse-flash "))) == 0
+        assert capsys.readouterr().out.strip() == output.strip()
 
 
 def test_no_block_is_overlooked():
@@ -174,7 +196,7 @@ def test_commands_and_their_options_exist(capsys):
 
 def test_what_listops_outermost_operator_tells():
     """The first training examples agree with the record."""
-    recorded = ROOT / "experiments" / "results" / "listops-operators.json"
+    recorded = ROOT / "results" / "listops-operators.json"
     record = json.loads(recorded.read_text())
     rate = {name: record[name]["right"] / record[name]["examples"] for name in SPLITS}
     few = generate(ListOps(train=3000, val=1, test=1)).train
@@ -193,3 +215,13 @@ def test_blocks_are_python_or_shell():
         for block in blocks(page):
             if block.language == "python":
                 ast.parse(block.code)
+
+
+def test_findings_quote_the_log():
+    """Each adopted change and dead end of the backward has its figures in the recorded log."""
+    log = " ".join(backward_log.LOG.read_text().split())
+    found = tables.read(backward_log.FINDINGS)
+    for finding in (*found["changes"], *found["dead_ends"]):
+        assert " ".join(finding["quote"].split()) in log, finding
+        figures_ = [str(finding[name]) for name in ("before", "after") if name in finding]
+        assert all(figure in finding["quote"] for figure in figures_), finding

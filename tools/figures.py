@@ -34,7 +34,10 @@ def speed_data() -> dict[str, Any]:
     """TFLOP/s at head_dim 128 by pass, case and implementation."""
     return {
         which: {
-            case: {peer: round(found[f"{case} d128"][peer]["tflops"], 1) for peer in tables.PEERS}
+            case: {
+                baseline: round(found[f"{case} d128"][baseline]["tflops"], 1)
+                for baseline in tables.BASELINES
+            }
             for case in _CASES
         }
         for which in ("forward", "backward")
@@ -84,14 +87,14 @@ def _draw_speed(data: dict[str, Any], theme: str) -> Any:
 
     ink, line, ours, others = THEMES[theme]
     figure = Figure(figsize=(10, 5.2), layout="constrained")
-    width = 0.8 / len(tables.PEERS)
+    width = 0.8 / len(tables.BASELINES)
     for axes, (which, cases) in zip(figure.subplots(2, 1, sharex=True), data.items(), strict=True):
-        for i, (peer, color) in enumerate(zip(tables.PEERS, (ours, *others), strict=True)):
-            heights = [case[peer] for case in cases.values()]
-            places = [j + (i - 1.5) * width for j in range(len(cases))]
-            label = tables.TITLES.get(peer, peer)
-            bars = axes.bar(places, heights, width * 0.92, color=color, label=label)
-            if peer == "ours":
+        for i, (baseline, color) in enumerate(zip(tables.BASELINES, (ours, *others), strict=True)):
+            heights = [case[baseline] for case in cases.values()]
+            coordinates = [j + (i - 1.5) * width for j in range(len(cases))]
+            label = tables.TITLES.get(baseline, baseline)
+            bars = axes.bar(coordinates, heights, width * 0.92, color=color, label=label)
+            if baseline == "ours":
                 axes.bar_label(bars, fmt="%.0f", color=ink, fontsize=8, padding=2)
         axes.set_ylabel(f"{which}, TFLOP/s", color=ink)
         names = [f"{_CASES[case]}\n{case.split()[0]} tokens" for case in cases]

@@ -43,7 +43,7 @@ EXAMPLES = {
         "random_blocks_per_row(256, 2, block=32)",
     ),
     "axial": ("axial(64, 64)", "axial(16, 16)"),
-    "neighbourhood": ("neighbourhood(64, 64, 5)", "neighbourhood(16, 16, 2)"),
+    "neighborhood": ("neighborhood(64, 64, 5)", "neighborhood(16, 16, 2)"),
     "patches": (
         "patches(64, 64, (8, 16), 1).through(morton(64, 64))",
         "patches(16, 16, (4, 8), 0).through(morton(16, 16))",
@@ -64,7 +64,7 @@ GROUPS = {
         "random_blocks",
         "random_blocks_per_row",
     ),
-    "Images": ("axial", "neighbourhood", "patches"),
+    "Images": ("axial", "neighborhood", "patches"),
     "Published combinations": ("longformer", "bigbird", "star", "star_attention"),
 }
 

@@ -1,19 +1,23 @@
-"""Style of the pages: plain sentences, and the field's words.
+"""Style of pages and docstrings: plain sentences, and the field's words.
 
     python -m tools.prose             # exit 1 and a line for each finding
 
-Checked are README, CONTRIBUTING and docs/, without code, tables and generated texts.
+Pages are README, CONTRIBUTING and docs/, without code, tables and generated texts. Docstrings and
+comments of all Python files are checked for words, not for the length of sentences.
 """
 
 from __future__ import annotations
 
+import io
 import re
 import sys
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
+FOLDERS = ("masks", "kernels", "sparse_flash", "experiments", "tools", "examples")
 LONGEST = 25  # words of a sentence
 # House words, and what to write instead.
 WORDS = {
@@ -33,6 +37,7 @@ _SKIPPED = re.compile(
     r"```.*?```|<!-- report: [\w-]+ -->.*?<!-- end -->|<[^>]+>|^\s*\|.*$|^#.*$|^:::.*?(?=^\S|\Z)",
     re.DOTALL | re.MULTILINE,
 )
+_QUOTED = re.compile(r"^ *(?:>>>|\.\.\.) .*$|`[^`]*`|\"[^\"\n]+\"", re.MULTILINE)
 _WORDS = re.compile("|".join(rf"\b(?P<w{i}>{rule})\b" for i, rule in enumerate(WORDS)))
 
 
@@ -54,6 +59,22 @@ def findings(text: str) -> Iterator[tuple[int, str]]:
             yield _line(text, match.start()), f"a sentence of {len(words)} words"
 
 
+def code_findings(code: str) -> Iterator[tuple[int, str]]:
+    """Line and message of each finding in docstrings and comments.
+
+    >>> list(code_findings("peers = 1  # the peers"))
+    [(1, "'peers': write baseline")]
+    """
+    for token in tokenize.generate_tokens(io.StringIO(code).readline):
+        docstring = token.type == tokenize.STRING and token.string.lstrip("rR").startswith('"""')
+        if not docstring and token.type != tokenize.COMMENT:
+            continue
+        prose = _QUOTED.sub("", token.string)
+        for match in _WORDS.finditer(prose):
+            better = [*WORDS.values()][int(match.lastgroup[1:])]  # type: ignore[index]
+            yield token.start[0] + _line(prose, match.start()) - 1, f"{match[0]!r}: write {better}"
+
+
 def _line(text: str, position: int) -> int:
     return text[:position].count("\n") + 1
 
@@ -65,7 +86,14 @@ def main() -> int:
         for page in PAGES
         for line, message in findings(page.read_text())
     ]
-    print("\n".join(found) or f"{len(PAGES)} pages read well")
+    files = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
+    found += [
+        f"{path.relative_to(ROOT)}:{line}: {message}"
+        for path in files
+        if path.name != "prose.py"
+        for line, message in code_findings(path.read_text())
+    ]
+    print("\n".join(found) or f"{len(PAGES)} pages and {len(files)} files read well")
     return 1 if found else 0
 
 

@@ -21,12 +21,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from tools import figures, gallery, tables
+from tools import backward_log, figures, gallery, tables
 
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 TEXTS: dict[str, Callable[[], str]] = {
     "demo": tables.demo,
+    "ampere": tables.ampere,
+    "ampere-masks": lambda: tables.ampere("masks"),
     "demo-speed": lambda: tables.demo_speed("listops-short-cpu"),
     "demo-speed-intel": lambda: tables.demo_speed("listops-short-cpu-intel"),
     "speed": tables.speed,
@@ -57,6 +59,24 @@ TEXTS: dict[str, Callable[[], str]] = {
     "path-256-curve": tables.path_256_curve,
     "path-256-curriculum": tables.path_256_curriculum,
     "path-256-tests": tables.path_256_tests,
+    "path-majority-64": lambda: tables.path_majority("path-64-seed0"),
+    "path-majority-256": lambda: tables.path_majority("path-256-seed0"),
+    "path-64-density": lambda: tables.path_density("path-64-seed0"),
+    "path-256-density": lambda: tables.path_density("path-256-seed0"),
+    "path-64-without-span": tables.path_without_span,
+    "path-256-step": tables.path_256_step,
+    "path-256-matrix-peak": tables.path_256_matrix_peak,
+    "lra-density-image": lambda: tables.lra_density("image"),
+    "lra-listops-begin": lambda: tables.lra_listops_begin(1750),
+    "lra-listops-end": tables.lra_listops_end,
+    "backward-changes": backward_log.changes,
+    "backward-dead-ends": backward_log.dead_ends,
+    "memory": backward_log.memory,
+    "deterministic-cost": backward_log.deterministic_cost,
+    "day-needle": lambda: tables.day_comparison("needle"),
+    "day-needle-answers": lambda: tables.day_answers("needle"),
+    "day-text": lambda: tables.day_comparison("text"),
+    "day-bench": tables.day_bench,
     "gallery": gallery.markdown,
 }
 _MARKED = re.compile(r"(<!-- report: ([\w-]+) -->)(\n?).*?(\n?<!-- end -->)", re.DOTALL)

@@ -7,11 +7,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+from sparse_flash.experiments import markdown
+
 ROOT = Path(__file__).parent.parent
-BENCH = ROOT / "experiments" / "bench" / "results"
-RESULTS = ROOT / "experiments" / "results"
-PEERS = ("ours", "FlashAttention-4", "cudnn-frontend", "FlexAttention")
+RESULTS = ROOT / "results"
+BENCH = RESULTS / "bench"
+BASELINES = ("ours", "FlashAttention-4", "cudnn-frontend", "FlexAttention")
 TASKS = ("listops", "text", "image", "pathfinder")
+_TRAINED = ("local", "sdpa", "dense")
 TITLES = {"ours": "sparse_flash"}
 # The rows of the short table: the name of a case without its head_dim, and a title.
 CASES = {
@@ -21,22 +24,13 @@ CASES = {
     "16K random 0.05": "16K random blocks, density 0.05",
     "64K butterfly": "64K butterfly",
     "64K local+global": "64K local + one global block",
-    "64K exact local+global": r"64K local(200) \| global_tokens(37), exact",
+    "64K exact local+global": "64K local(200) | global_tokens(37), exact",
 }
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table.
-
-    >>> print(table(["a", "b"], [["1", "2"]]))
-    | a | b |
-    |---|---|
-    | 1 | 2 |
-    """
-    lines = [head, ["---"] * len(head), *rows]
-    text = ["| " + " | ".join(cells) + " |" for cells in lines]
-    text[1] = text[1].replace(" ", "")
-    return "\n".join(text)
+    """A Markdown table; `experiments.markdown` writes all tables."""
+    return markdown.table([head, *rows])
 
 
 @functools.cache
@@ -46,12 +40,37 @@ def read(path: Path) -> Any:
 
 
 def bench_rows(which: str) -> dict[str, dict[str, dict[str, float]]]:
-    """Rows of the recorded benchmark: `[case][peer]`, for the pass "forward" or "backward"."""
+    """Rows of the recorded benchmark: `[case][baseline]`, for the pass "forward" or "backward"."""
     found: dict[str, dict[str, dict[str, float]]] = {}
     for row in read(BENCH / "h200" / "bench.json")["rows"]:
         if row["pass"] == which and "ms" in row:
             found.setdefault(row["case"], {})[row["peer"]] = row
     return found
+
+
+def ampere(case: str = "") -> str:
+    """TFLOP/s of the kernels for Ampere and later, and of FlashAttention-2 or own dense."""
+    rows = read(BENCH / "h200-sm80" / "turns.json")["rows"]
+    by = {(row["pass"], row["head_dim"], row["case"]): row for row in rows}
+    if case:
+        shown = [row for key, row in by.items() if key[0] == "forward" and "flash" not in row]
+        lines = []
+        for row in shown:
+            dense, mask = by["forward", row["head_dim"], "dense 16K"]["ours"], row["case"]
+            name = ", ".join(mask.rsplit(" ", 1))
+            share = f"{row['ours'] / dense:.2f}"
+            lines.append([str(row["head_dim"]), name, str(row["ours"]), share])
+        return table(["head_dim", "mask", "TFLOP/s", "of own dense"], lines)
+    passes = [(p, f"{c} 16K") for p in ("forward", "backward") for c in ("dense", "causal")]
+    dims = sorted({row["head_dim"] for row in rows})
+    lines = [[str(d), *(_against(by.get((p, d, c))) for p, c in passes)] for d in dims]
+    return table(["head_dim", *(f"{p}, {c}" for p, c in passes)], lines)
+
+
+def _against(row: dict[str, float] | None) -> str:
+    if row is None:
+        return ""
+    return f"{row['ours']:.0f} / {row['flash']:.0f} ({row['ours'] / row['flash']:.2f}x)"
 
 
 def demo() -> str:
@@ -68,14 +87,14 @@ def demo_speed(folder: str) -> str:
 
 def speed() -> str:
     """TFLOP/s of the most telling cases at head_dims 128 and 64, both passes."""
-    head = ["pass", "case", *(TITLES.get(peer, peer) for peer in PEERS)]
+    head = ["pass", "case", *(TITLES.get(baseline, baseline) for baseline in BASELINES)]
     rows = []
     for which in ("forward", "backward"):
         recorded = bench_rows(which)
         for case, title in CASES.items():
             cells = [which, title]
-            for peer in PEERS:
-                pair = [recorded[f"{case} d{d}"].get(peer) for d in (128, 64)]
+            for baseline in BASELINES:
+                pair = [recorded[f"{case} d{d}"].get(baseline) for d in (128, 64)]
                 cells.append("" if None in pair else " / ".join(_tflops(row) for row in pair))
             rows.append(cells)
     return table(head, rows)
@@ -83,7 +102,7 @@ def speed() -> str:
 
 def all_cases(which: str) -> str:
     """Every case of the recorded benchmark, and the ratio to the fastest baseline."""
-    baselines = [*PEERS[1:], "SDPA cuDNN", "SDPA flash"]
+    baselines = [*BASELINES[1:], "SDPA cuDNN", "SDPA flash"]
     head = ["case", "density", TITLES["ours"], *baselines, "speed-up (GPU / wall-clock)"]
     rows = []
     for case, found in bench_rows(which).items():
@@ -163,6 +182,31 @@ def lra_gain(task: str) -> str:
     return f"{100 * (dense / sparse - 1):.0f} %"
 
 
+def lra_density(task: str) -> str:
+    """Density of the block-sparse run."""
+    return f"{100 * _lra_run(task, 'local')['metrics']['density']:.0f} %"
+
+
+def lra_listops_begin(step: int) -> str:
+    """Validation accuracy on ListOps at a step: least and largest over the attentions."""
+    return _range_of([_accuracy_at(_lra_run("listops", name), step) for name in _TRAINED])
+
+
+def lra_listops_end() -> str:
+    """Validation accuracy on ListOps at the last step."""
+    runs = [_lra_run("listops", name) for name in _TRAINED]
+    return _range_of([run["curve"][-1][3] for run in runs])
+
+
+def _range_of(accuracies: list[float]) -> str:
+    low, high = (f"{100 * accuracy:.0f}" for accuracy in (min(accuracies), max(accuracies)))
+    return f"{low} %" if low == high else f"{low} to {high} %"
+
+
+def _accuracy_at(result: Any, step: int) -> float:
+    return {row[0]: row[3] for row in result["curve"]}[step]
+
+
 def lra_lowest(task: str) -> str:
     """Step of the lowest validation loss with all keys, and the number of steps."""
     curve = _lra_run(task, "dense")["curve"]
@@ -181,7 +225,7 @@ def path_64(step: int) -> str:
 
 
 def _accuracies(results: list[Any], step: int) -> str:
-    found = [{row[0]: row[3] for row in result["curve"]}[step] for result in results]
+    found = [_accuracy_at(result, step) for result in results]
     return _listed([f"{100 * accuracy:.0f}" for accuracy in found]) + " %"
 
 
@@ -228,6 +272,35 @@ def path() -> str:
     return table(["run", "tokens", "steps", "seconds", "images/s", "test accuracy"], rows)
 
 
+def path_majority(name: str) -> str:
+    """Accuracy of always giving the more frequent answer."""
+    return f"{100 * _path_run(name)['metrics']['chance']:.1f} %"
+
+
+def path_without_span() -> str:
+    """Test accuracy of Path-64 without an initial span."""
+    return f"{100 * _path_run('path-64-without-reach')['metrics']['test_accuracy']:.0f} %"
+
+
+def path_density(name: str) -> str:
+    """Density of the attention of a run."""
+    return f"{100 * _path_run(name)['metrics']['density']:.1f} %"
+
+
+def path_256_step() -> str:
+    """Milliseconds of a step of Path-256."""
+    return f"{_path_run('path-256-seed0')['metrics']['step_ms']:.1f} ms"
+
+
+def path_256_matrix_peak() -> str:
+    """Time of a step's operations at matrix speed, as a fraction of its time."""
+    return f"{100 * _path_run('path-256-seed0')['metrics']['of_matrix_peak']:.0f} %"
+
+
+def _path_run(name: str) -> Any:
+    return read(RESULTS / "path-h200" / name / "result.json")
+
+
 def path_256_curve() -> str:
     """Training accuracy of Path-256 on its shorter curves."""
     result = read(RESULTS / "path-h200" / "path-256-seed0" / "result.json")
@@ -267,6 +340,21 @@ def path_256_tests() -> str:
     )
 
 
+def day_comparison(name: str) -> str:
+    """The table of a comparison of "A researcher's day"."""
+    return markdown.comparison_table(read(RESULTS / "day" / f"{name}.json"), brief=True)
+
+
+def day_answers(name: str) -> str:
+    """The sentences of such a comparison."""
+    return markdown.bullets(markdown.answers(read(RESULTS / "day" / f"{name}.json")))
+
+
+def day_bench() -> str:
+    """Times of an own case."""
+    return markdown.own_case_table(read(RESULTS / "day" / "own.json"))
+
+
 def _kind(attention: str) -> str:
     if attention in ("standard", "sdpa", "dense"):
         return attention
@@ -274,8 +362,9 @@ def _kind(attention: str) -> str:
 
 
 def _ratio(found: dict[str, dict[str, float]], key: str) -> float:
-    best = min(row[key] for peer, row in found.items() if peer != "ours")
-    return best / found["ours"][key]
+    ratio = markdown.speed_up(found, key)
+    assert ratio is not None
+    return ratio
 
 
 def _tflops(row: dict[str, float] | None) -> str:

@@ -58,7 +58,7 @@ _RESERVED = ("flash", "sdpa", "flex_attention", "eager", "paged")
 # Masks that look the same from every position.
 _SHIFT_INVARIANT = (causal, dilated, full, local, strided)
 _SHIFT_INVARIANT_COMBINATIONS = (And, HeadMasks, Not, Or, Shifted)
-# Arguments of an attention function that change its result, and what they are.
+# Arguments of an attention function that change its result, with their names for users.
 _UNSUPPORTED = {
     "softcap": "soft-capping of logits",
     "s_aux": "attention sinks",
@@ -72,7 +72,7 @@ _UNSUPPORTED = {
     "cu_seq_lens_k": "packed sequences",
     "cu_seqlens": "packed sequences",
 }
-# Fields of configs that say so.
+# Config fields that request these features.
 _FIELDS = {
     "softcap": ("attn_logit_softcapping", "attention_logits_soft_cap", "attn_logit_softcap"),
     "dropout": ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop", "attn_dropout",
@@ -93,7 +93,7 @@ def register(
     A name may be registered again: models that use it change with it.
 
     Args:
-        name: What `from_pretrained`, `from_config` and `set_attn_implementation` take. Words that
+        name: Name for `from_pretrained`, `from_config` and `set_attn_implementation`. Words that
             Transformers interprets ("flash", "sdpa", "eager", ...) are refused.
         mask: Pattern of the layers: a Mask, its text, a dict `{layer index: mask}` whose missing
             layers keep the model's own pattern, or a function of the attention module that returns
@@ -133,7 +133,7 @@ def register(
 
 
 class LayerPatterns:
-    """A mask, and what it leaves of each pattern that a model has by itself.
+    """A mask, intersected with each pattern that a model has by itself.
 
     Masks are made here, not in a compiled graph, which can only use existing ones.
 
@@ -203,10 +203,10 @@ class BlockSparseAttention:
             query: Queries `(b, h, q_len, d)`.
             key: Keys `(b, h_kv, kv_len, d)`.
             value: Values, shaped as the keys.
-            attention_mask: What `model_inputs` returned; None from models without masks.
+            attention_mask: Result of `model_inputs`; None from models without masks.
             scaling: Factor of the logits; default d ** -0.5.
             dropout: Must be 0.
-            is_causal: Pattern where there is no attention_mask; default: as the module says.
+            is_causal: Pattern without attention_mask; default: that of the module.
             **options: Other arguments of the model's layers, refused where they change the
                 result.
 

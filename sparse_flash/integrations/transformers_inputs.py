@@ -1,4 +1,4 @@
-"""What Transformers' layers get as attention_mask: the arguments of block_sparse_attention.
+"""The `attention_mask` of Transformers' layers: arguments of block_sparse_attention.
 
 Transformers asks the mask function that is registered for an attention implementation once a
 forward pass, and once for each type of layer. `model_inputs` is that function.
@@ -32,7 +32,7 @@ _OWN_ATTENTION = (
 
 @dataclass(frozen=True, eq=False)
 class LayerInputs:
-    """What the layers of a model get as `attention_mask`: where queries, keys and padding lie.
+    """The `attention_mask` of the layers of a model: positions of queries, keys and padding.
 
     Args:
         causal: Whether later keys are forbidden.
@@ -77,7 +77,7 @@ def model_inputs(
     use_vmap: bool = False,
     **options: Any,
 ) -> LayerInputs:
-    """The mask function of all registered names: what the model's layers get as attention_mask.
+    """The mask function of all registered names; it makes the layers' attention_mask.
 
     Args:
         batch_size: Number of batch entries.
@@ -90,8 +90,8 @@ def model_inputs(
         local_size: Sliding window, or the size of a chunk.
         config: The model's config.
         use_vmap: Whether the model combines its pattern with another function.
-        **options: Whether the mask may be skipped: Transformers' way to say that nothing changed
-            the pattern.
+        **options: Flags that allow skipping the mask, set by Transformers where the pattern is
+            unchanged.
 
     Raises:
         ValueError: The pattern or the padding has no counterpart here.
@@ -116,7 +116,7 @@ def model_inputs(
     kv_lens, kv_starts = _padding(attention_mask, kv_offset, kv_length)
     offset = q_offset - kv_offset
     if not bidirectional and kv_lens is None and isinstance(offset, Tensor):
-        # A static cache has places for later tokens: they are not looked at.
+        # A static cache has entries for later tokens, which are ignored.
         kv_lens = (offset.reshape(-1) + q_length).clamp(max=kv_length).to(torch.int32)
         kv_lens = kv_lens.expand(batch_size)
     return LayerInputs(
@@ -171,8 +171,8 @@ def _padding(
     ends = valid.sum(1, dtype=torch.int32)
     starts = valid.int().argmax(1).to(torch.int32) if valid.shape[1] else torch.zeros_like(ends)
     ends = starts + ends
-    places = torch.arange(valid.shape[1], device=valid.device)
-    run = (places >= starts[:, None]) & (places < ends[:, None])
+    positions = torch.arange(valid.shape[1], device=valid.device)
+    run = (positions >= starts[:, None]) & (positions < ends[:, None])
     message = (
         "attention_mask has zeros between ones: padding must be on the left or on the right of a "
         "row. In generate(), pad prompts on the left (tokenizer.padding_side='left') and pass "

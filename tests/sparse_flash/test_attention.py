@@ -252,7 +252,7 @@ X = torch.randn(2, 32, 4, 8)
         (
             {"impl": "sm70"},
             ValueError,
-            "unknown impl='sm70'; there are 'auto', 'sm90', 'reference'",
+            "unknown impl='sm70'; there are 'auto', 'sm90', 'sm80', 'reference'",
         ),
     ],
 )

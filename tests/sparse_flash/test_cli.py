@@ -73,7 +73,8 @@ def test_info(run, monkeypatch, tmp_path):
     (tmp_path / "data" / "a.pt").write_bytes(bytes(2**20))
     code, out, _ = run("info")
     assert code == 0
-    for words in (sparse_flash.__version__, torch.__version__, "CuTe DSL", "reference", "sm90"):
+    versions = (sparse_flash.__version__, torch.__version__, "CuTe DSL")
+    for words in (*versions, "reference", "sm90", "sm80"):
         assert words in out
     assert "data sets         1 files, 1.0 MiB" in out
     assert f"{tmp_path} (SPARSE_FLASH_CACHE_DIR moves it)" in out
@@ -170,9 +171,9 @@ def test_help_takes_at_most_1_5_times_import_torch():
         ("train listops --device cpu --attention flex:causal()", 1, "has no backward pass there"),
         ("compare listops --device cpu --attentions flex:causal() sdpa", 1, "no backward pass"),
         ("compare lra --device cpu --attentions flex:causal()", 1, "has no backward pass there"),
-        ("mask show sdpa", 1, "it is a kind of attention, not a mask; full() is the mask that"),
+        ("mask show sdpa", 1, "it is an attention, not a mask; full() is the mask that"),
         ("mask show dense", 1, "did you mean 'full', as in full()"),
-        ("mask show standrd", 1, "did you mean 'standard'? That is a kind of attention, not a"),
+        ("mask show standrd", 1, "did you mean 'standard'? That is an attention, not a"),
         ("mask show loca(3)", 1, "did you mean 'local'?"),
         ("mask show local(3) --length 100000000", 1, "choose a --length up to 1048576"),
         ("mask show local(3) --length 100000000 --block 1024", 1, "8388608"),
@@ -180,7 +181,7 @@ def test_help_takes_at_most_1_5_times_import_torch():
         ("mask show local(3) --block 0", 1, "--block must be at least 1 token, got 0"),
         ("bench --rounds 0", 1, "rounds must be at least 1, got 0"),
         ("bench --length 512", 1, "are those of --mask SPEC"),
-        ("bench --mask sdpa", 1, "it is a kind of attention, not a mask"),
+        ("bench --mask sdpa", 1, "it is an attention, not a mask"),
         ("bench --mask local(3) --length 0", 1, "--length must be at least 1, got 0"),
         ("bench --mask local(3) --length 100000000", 1, "choose a --length up to"),
         ("bench --mask local(3) --heads 3 --kv-heads 2", 1, "--kv-heads 2 must divide --heads 3"),

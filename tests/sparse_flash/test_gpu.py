@@ -1,4 +1,4 @@
-"""The Hopper path as a citizen of PyTorch: compilation, modes, default devices, dispatch modes."""
+"""The kernels as citizens of PyTorch: compilation, modes, default devices, dispatch modes."""
 
 from __future__ import annotations
 
@@ -20,6 +20,14 @@ from sparse_flash.nn import SelfAttention
 from tests.oracle import dense_attention
 
 pytestmark = pytest.mark.gpu
+IMPL = "sm90"
+BOTH = pytest.mark.parametrize("impl", ["sm90", "sm80"], indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def impl(request, monkeypatch):
+    """The implementation under test; those marked BOTH run for two."""
+    monkeypatch.setitem(globals(), "IMPL", getattr(request, "param", "sm90"))
 
 
 def make(b=2, s=300, h=4, d=64, kv_heads=None, grad=True):
@@ -54,13 +62,14 @@ def check(attend, mask, grad=True, **options):
             near(a, b, 0.02)
 
 
+@BOTH
 @pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("what", ["mask", "layout"])
 def test_packed_documents_compile_once(what, dynamic):
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
     attend = torch.compile(
-        functools.partial(block_sparse_attention, impl="sm90"),
+        functools.partial(block_sparse_attention, impl=IMPL),
         fullgraph=True,
         dynamic=dynamic,
         backend=counter,
@@ -89,13 +98,14 @@ def test_layers_compiled_one_by_one(what):
     near(functools.reduce(lambda y, layer: layer(y), layers, x), eager)
 
 
+@BOTH
 @pytest.mark.parametrize("what", ["mask", "layout"])
 def test_reduce_overhead_trains(what):
     """CUDA graph trees, and another mask in the same compiled function."""
     torch._dynamo.reset()
 
     def step(q, k, v, mask):
-        return block_sparse_attention(q * 1, k * 1, v * 1, mask, impl="sm90")
+        return block_sparse_attention(q * 1, k * 1, v * 1, mask, impl=IMPL)
 
     attend = torch.compile(step, fullgraph=True, mode="reduce-overhead")
     for mask in [masks.local(40)] * 4 + [masks.causal()] * 2:
@@ -111,11 +121,12 @@ def test_export(strict):
     near(torch.export.export(layer, (x,), strict=strict).module()(x), layer(x))
 
 
+@BOTH
 def test_inference_first_then_training():
     mask = masks.local(33) | masks.sinks(3)
     with torch.inference_mode():
-        block_sparse_attention(*make(grad=False), mask, impl="sm90")
-    check(lambda q, k, v: block_sparse_attention(q, k, v, mask, impl="sm90"), mask)
+        block_sparse_attention(*make(grad=False), mask, impl=IMPL)
+    check(lambda q, k, v: block_sparse_attention(q, k, v, mask, impl=IMPL), mask)
 
 
 MASKS = {
@@ -138,6 +149,7 @@ def test_default_device(name):
         torch.set_default_device(None)
 
 
+@BOTH
 def test_fake_tensors_launch_nothing():
     mask = masks.local(9)
     with FakeTensorMode():
@@ -145,12 +157,13 @@ def test_fake_tensors_launch_nothing():
             torch.empty(2, 300, 4, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
             for _ in "qkv"
         )
-        out = block_sparse_attention(q, k, v, mask, impl="sm90")
+        out = block_sparse_attention(q, k, v, mask, impl=IMPL)
         out.sum().backward()
     assert out.shape == q.grad.shape == (2, 300, 4, 64)
-    check(lambda q, k, v: block_sparse_attention(q, k, v, mask, impl="sm90"), mask)
+    check(lambda q, k, v: block_sparse_attention(q, k, v, mask, impl=IMPL), mask)
 
 
+@BOTH
 def test_flops_equal_those_of_sdpa():
     def flops(attend, *tensors):
         with FlopCounterMode(display=False) as counter:
@@ -159,7 +172,7 @@ def test_flops_equal_those_of_sdpa():
 
     tensors = make()
     heads_first = [x.transpose(1, 2) for x in tensors]
-    ours = flops(lambda *x: block_sparse_attention(*x, masks.full(), impl="sm90"), *tensors)
+    ours = flops(lambda *x: block_sparse_attention(*x, masks.full(), impl=IMPL), *tensors)
     assert ours == flops(torch.nn.functional.scaled_dot_product_attention, *heads_first)
 
 
@@ -181,25 +194,27 @@ def test_selective_checkpointing():
     assert asked
 
 
+@BOTH
 def test_second_derivatives_and_tangents_are_refused():
     q, k, v = make()
-    out = block_sparse_attention(q, k, v, masks.full(), impl="sm90")
+    out = block_sparse_attention(q, k, v, masks.full(), impl=IMPL)
     (dq,) = torch.autograd.grad(out.float().sin().sum(), q, create_graph=True)
     with pytest.raises(NotImplementedError, match="no second derivative"):
         dq.float().square().sum().backward()
     q, k, v = make(grad=False)
     with pytest.raises(NotImplementedError, match="forward-mode"):
         torch.func.jvp(
-            lambda q: block_sparse_attention(q, k, v, masks.full(), impl="sm90"), (q,), (q,)
+            lambda q: block_sparse_attention(q, k, v, masks.full(), impl=IMPL), (q,), (q,)
         )
 
 
+@BOTH
 def test_functional_gradients():
     mask = masks.local(40)
     q, k, v = make(grad=False)
 
     def loss(q, k, v):
-        return block_sparse_attention(q, k, v, mask, impl="sm90").float().sin().sum()
+        return block_sparse_attention(q, k, v, mask, impl=IMPL).float().sin().sum()
 
     got = torch.func.grad(loss, argnums=(0, 1, 2))(q, k, v)
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
@@ -207,6 +222,7 @@ def test_functional_gradients():
         near(a, b)
 
 
+@BOTH
 def test_a_captured_graph_keeps_its_layout():
     """Though the mask is gone and the cache emptied."""
     import gc
@@ -214,10 +230,10 @@ def test_a_captured_graph_keeps_its_layout():
     import sparse_flash
 
     q, k, v = make(grad=False)
-    block_sparse_attention(q, k, v, masks.local(17), impl="sm90")
+    block_sparse_attention(q, k, v, masks.local(17), impl=IMPL)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = block_sparse_attention(q, k, v, masks.local(17), impl="sm90")
+        out = block_sparse_attention(q, k, v, masks.local(17), impl=IMPL)
     sparse_flash.clear_cache()
     gc.collect()
     filler = [torch.full((1 << 20,), 7, device="cuda") for _ in range(50)]
@@ -228,10 +244,11 @@ def test_a_captured_graph_keeps_its_layout():
     del filler
 
 
+@BOTH
 def test_more_sequences_than_a_grid_has():
     """Over 65,535 batch entries, forward and backward."""
     q, k, v = make(b=66_000, s=16, h=1, d=32)
-    out = block_sparse_attention(q, k, v, masks.causal(), impl="sm90")
+    out = block_sparse_attention(q, k, v, masks.causal(), impl=IMPL)
     grads = torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
     exact = [x.detach()[-300:].double().requires_grad_() for x in (q, k, v)]
     ref = reference(*exact, masks.causal())

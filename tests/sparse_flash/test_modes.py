@@ -30,7 +30,7 @@ def make(b=2, s=50, h=4, d=8, kv_heads=2, grad=True, **options):
 MASKS = {
     "local": lambda: masks.local(30),
     "documents": lambda: masks.documents((20, 30)),
-    "image": lambda: masks.neighbourhood(5, 10, 2).through(masks.morton(5, 10)),
+    "image": lambda: masks.neighborhood(5, 10, 2).through(masks.morton(5, 10)),
     "heads": lambda: masks.per_head([masks.causal(), masks.local(3)] * 2),
     "table": lambda: masks.from_dense(torch.ones(50, 50).tril()),
     "custom": lambda: masks.custom(lambda q, kv: (q - kv) % 3 == 0),

