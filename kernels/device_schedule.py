@@ -310,7 +310,7 @@ def _records(
 def _order(
     cost: Tensor, exists: Tensor, row: Tensor, share: Tensor, sizes: ScheduleSizes, costs: CostModel
 ) -> Tensor:
-    """The order of the items, as `schedule._longest_first`; those that do not exist come last."""
+    """The order of the items, as `schedule._longest_first`; items that do not exist come last."""
     groups = sizes.groups
     if groups == 1:
         return torch.where(exists, cost, -1.0).argsort(descending=True, stable=True)

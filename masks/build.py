@@ -76,7 +76,7 @@ Cells = tuple[Tensor, Tensor]  # block rows and block columns
 
 @plain_torch()
 def classify_tiles(predicate: Predicate, lengths: Lengths) -> tuple[Cells, Cells, int]:
-    """The tiles that are full for sure, those that may hold something, and how many to evaluate."""
+    """Surely full tiles, tiles that may hold an element, and the number to evaluate."""
     with TableLookups():
         full, unknown = _classify(predicate, lengths, torch.device("cpu"))
         return full, unknown, count_kinds(predicate, *unknown, lengths)

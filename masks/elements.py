@@ -214,7 +214,7 @@ class Elements:
         kv_lo: NDArray[np.int64],
         size: tuple[int, int],
     ) -> list[slice]:
-        """Fill parts of the packed rectangles; returns those that tensors must do."""
+        """Fill parts of the packed rectangles; return the parts that tensors must evaluate."""
 
         def fill(batch: list[slice]) -> list[slice]:
             left = []

@@ -100,7 +100,7 @@ _fragments_of: Any = WeakIdKeyDictionary()
 
 
 def _fragments(bit_tiles: Tensor) -> Tensor:
-    """Bit tiles in fragment order; made once, but for those that belong to a CUDA graph."""
+    """Bit tiles in fragment order; made once, except the tiles of a CUDA graph."""
     kept = not bit_tiles.is_inference()  # others do not tell whether they were changed
     known = _fragments_of.get(bit_tiles) if kept else None
     if known is not None and known[0] == bit_tiles._version:
