@@ -54,9 +54,8 @@ def attend(call: AttentionCall, implementation: Implementation) -> tuple[Tensor,
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return _Transformed.apply((call, implementation), *call.tensors)
     if call.needs_grad:
-        if (
-            call.kv_lens is call.q_offset is call.kv_starts is None
-        ):  # fewer tensors cost less host time
+        # Fewer tensors cost less host time.
+        if call.kv_lens is call.q_offset is call.kv_starts is None:
             return _apply((call, implementation), call.q, call.k, call.v)
         return _apply((call, implementation), *call.tensors)
     return implementation.attend(call)
