@@ -9,7 +9,7 @@
 
 from sparse_flash.masks.heads import HeadMasks, per_batch, per_head
 from sparse_flash.masks.layout import BlockLayout
-from sparse_flash.masks.mask import Mask, shift, through
+from sparse_flash.masks.mask import Mask, through
 from sparse_flash.masks.orders import TokenOrder, hilbert, morton, order, raster
 from sparse_flash.masks.parser import parse
 from sparse_flash.masks.patterns import (
@@ -40,6 +40,7 @@ from sparse_flash.masks.patterns import (
     star_attention,
     strided,
 )
+from sparse_flash.masks.patterns.shift import shift
 from sparse_flash.masks.retile import retile
 
 neighbourhood = neighborhood  # the former spelling

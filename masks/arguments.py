@@ -11,15 +11,15 @@ from sparse_flash.masks.modes import plain_torch, unreadable
 from torch import Tensor
 
 _LARGEST = 2**63 - 1  # int64
-_FAR = 1 << 61  # beyond the difference of any two indices; sums of two do not overflow
+_FAR = 1 << 61  # above the difference of any two indices; a sum of two such values fits int64
 
 
 def integer(pattern: str, name: str, value: Any, least: int | None = 1) -> int:
     """`value` as an int of at least `least`: from an int, a numpy integer or a 0-dim int tensor.
 
     Raises:
-        TypeError: It is no integer (a bool, a float), or a tensor whose value cannot be read.
-        ValueError: It is below `least`, or does not fit int64.
+        TypeError: `value` is not an integer (a bool, a float), or a tensor that cannot be read.
+        ValueError: `value` is below `least`, or does not fit int64.
     """
     if type(value) is not int:
         value = _as_int(pattern, name, value)
@@ -59,8 +59,8 @@ def fraction(pattern: str, name: str, value: Any) -> float:
     """`value` as a number in 0..1: from an int, a float, a numpy number or a 0-dim tensor.
 
     Raises:
-        TypeError: It is no real number (a bool, a string), or a tensor without a value.
-        ValueError: It is not in 0..1.
+        TypeError: `value` is not a real number (a bool, a string), or a tensor without data.
+        ValueError: `value` is not in 0..1.
     """
     if isinstance(value, Tensor) and not unreadable(value) and value.ndim == 0:
         with plain_torch():
@@ -75,7 +75,7 @@ def fraction(pattern: str, name: str, value: Any) -> float:
 
 
 def window_of(pattern: str, window: Any) -> tuple[int | None, int | None]:
-    """(left, right) from one int for both sides or a pair, None meaning unlimited."""
+    """(left, right) from one int for both sides, or from a pair; None means unlimited."""
     pair = (window, window) if type(window) is int else _items(window)
     if len(pair) == 1 and not isinstance(window, tuple | list):
         pair *= 2
@@ -108,7 +108,7 @@ def _items(values: Any) -> tuple[Any, ...]:
 
 
 def saturate(value: int) -> int:
-    """An offset or a distance for arithmetic in int64: beyond every index, more is the same.
+    """An offset or distance clamped to +-2^61, beyond every index, for arithmetic in int64.
 
     >>> saturate(2**70) == 2**61, saturate(-5)
     (True, -5)

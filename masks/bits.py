@@ -1,4 +1,4 @@
-"""Bit tiles: a bit for each (q, kv) element of a partial tile; distinct tiles are kept once."""
+"""Bit tiles: one bit per (q, kv) element of a partial tile; equal tiles are stored once."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-# Multiplying eight 0/1 bytes by this gathers them, the first lowest, in the product's top byte.
+# Multiplying eight 0/1 bytes by this gathers their bits in the top byte of the product.
 _GATHER = 0x0102040810204080
-_AT_ONCE = 256  # rows that are hashed at once
+_AT_ONCE = 256  # rows hashed per step
 
 
 def pack(tiles: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ def unpack(packed: Tensor, block_kv: int) -> Tensor:
 
 
 def deduplicate(packed: Tensor) -> tuple[Tensor, Tensor]:
-    """Distinct tiles of uint8 `(n, r, c)`, and for each tile the index of its twin, int64 `(n,)`.
+    """Distinct tiles of uint8 `(n, r, c)`, and for each tile its index among them, int64 `(n,)`.
 
     >>> tiles = torch.tensor([[[7]], [[1]], [[7]]], dtype=torch.uint8)
     >>> distinct, index = deduplicate(tiles)
@@ -55,9 +55,9 @@ def deduplicate(packed: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def distinct_rows(words: Tensor) -> tuple[Tensor, Tensor]:
-    """The first row of each kind in int64 `(n, w)`, and for each row the kind that it is of.
+    """First occurrence of each distinct row of int64 `(n, w)`, and the distinct row of each row.
 
-    Rows are compared by a 64-bit hash, and the result is checked word by word: it is exact.
+    Rows are compared by a 64-bit hash; a check word by word makes the result exact.
 
     >>> distinct_rows(torch.tensor([[7, 1], [5, 5], [7, 1]]))[0].sort().values
     tensor([0, 1])
@@ -68,8 +68,8 @@ def distinct_rows(words: Tensor) -> tuple[Tensor, Tensor]:
     for seed in range(8):
         factors = _factors(words.shape[1], seed).to(words.device)
         hashes = torch.cat([_mix(part, factors) for part in words.split(_AT_ONCE)])
-        kinds, index = torch.unique(hashes, return_inverse=True)
-        if len(kinds) == n:
+        distinct, index = torch.unique(hashes, return_inverse=True)
+        if len(distinct) == n:
             return (torch.arange(n, device=words.device),) * 2
         first = torch.full((int(index.max()) + 1,), n, dtype=torch.int64, device=words.device)
         first.scatter_reduce_(0, index, torch.arange(n, device=words.device), "amin")
@@ -91,8 +91,19 @@ def _mix(words: Tensor, factors: Tensor) -> Tensor:
     return (product ^ (product >> 29)).mul(factors.roll(1)).sum(1)
 
 
+def inverse(order: Tensor) -> Tensor:
+    """The permutation that undoes another one `(n,)`, of its dtype.
+
+    >>> inverse(torch.tensor([2, 0, 1]))
+    tensor([1, 2, 0])
+    """
+    back = torch.empty_like(order)
+    back[order.long()] = torch.arange(len(order), dtype=order.dtype, device=order.device)
+    return back
+
+
 def count(packed: Tensor) -> Tensor:
-    """Ones in each tile of uint8 `(n, r, c)`: int64 `(n,)`.
+    """Number of ones in each tile of uint8 `(n, r, c)`: int64 `(n,)`.
 
     >>> count(torch.tensor([[[255, 1]], [[0, 0]]], dtype=torch.uint8))
     tensor([9, 0])
@@ -102,7 +113,7 @@ def count(packed: Tensor) -> Tensor:
         words = np.ascontiguousarray(packed.numpy()).reshape(len(packed), size)
         words = words.view(np.uint64) if size and size % 8 == 0 else words
         return torch.from_numpy(np.bitwise_count(words).sum(1, dtype=np.int64))
-    # Sums of adjacent bits, pairs, nibbles, not eight shifts (Warren, Hacker's Delight, 5-1).
+    # Sums of adjacent bits, pairs and nibbles (Warren, Hacker's Delight, 5-1).
     pairs = packed - ((packed >> 1) & 0x55)
     nibbles = (pairs & 0x33) + ((pairs >> 2) & 0x33)
     return ((nibbles + (nibbles >> 4)) & 0x0F).sum((1, 2))

@@ -1,11 +1,19 @@
-"""From predicates to tiles: classify coarse to fine, evaluate elements only where unknown."""
+"""Build layouts from predicates: classify coarse to fine, evaluate elements where unknown."""
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
-from sparse_flash.masks.elements import EMPTY_TILE, Predicate, count_kinds, evaluate
+from sparse_flash.masks.elements import (
+    EMPTY_TILE,
+    Predicate,
+    TooLargeError,
+    count_kinds,
+    evaluate,
+)
 from sparse_flash.masks.io import Lengths
 from sparse_flash.masks.layout import FULL_TILE, BlockLayout
 from sparse_flash.masks.memory import require_memory
@@ -14,10 +22,12 @@ from sparse_flash.masks.tables import TableLookups
 from sparse_flash.masks.ternary import FULL, UNKNOWN, Blocks
 from torch import Tensor
 
-_INSTEAD = (  # of a layout with too many tiles, 120 bytes each while it is made
-    "larger blocks, as block=(512, 512); where all is allowed, "
+_INSTEAD = (  # advice for too many tiles; building a layout takes 120 bytes per tile
+    "larger blocks, such as block=(512, 512); for dense attention, "
     "torch.nn.functional.scaled_dot_product_attention needs no layout"
 )
+_MOST_ON_HOST = 1 << 14  # rectangles or tiles of a layout for a GPU that the CPU builds sooner
+_FEW = 1 << 12  # rectangles, on which an operation takes not much longer than on one
 _FAN = 8  # an unknown rectangle of blocks is split into _FAN parts along its longer sides
 
 
@@ -31,27 +41,44 @@ def build_layout(
     """The exact layout of `patterns`, element for element.
 
     Blocks are classified from the whole matrix down, so the work grows with the stored tiles, not
-    with s^2. Of the tiles that three-valued logic cannot decide, those of equal signature are
-    evaluated once.
+    with s^2. Tiles that three-valued logic cannot decide are evaluated element by element, once for
+    each distinct signature.
 
     Args:
         patterns: One predicate for each distinct pattern.
         pattern_map: `(1 or batch, 1 or heads)`, indices into `patterns`.
         lengths: q_len, kv_len, (block_q, block_kv).
-        device: Where to compute, and where the arrays will live.
+        device: Device that builds the arrays and stores them.
     """
     device = torch.device(device)
     if device.type == "meta":
-        raise ValueError("a layout needs tensors with data, not device='meta': take 'cpu'")
+        raise ValueError("a layout needs tensors with data, not device='meta': use 'cpu'")
+    if device.type == "cuda" and all(getattr(p, "for_host", False) for p in patterns):
+        with contextlib.suppress(TooLargeError):
+            made = _build(patterns, pattern_map, lengths, torch.device("cpu"), _MOST_ON_HOST)
+            return made.to(device)
+    return _build(patterns, pattern_map, lengths, device)
+
+
+def _build(
+    patterns: Sequence[Predicate],
+    pattern_map: Tensor,
+    lengths: Lengths,
+    device: torch.device,
+    most: int | None = None,
+) -> BlockLayout:
+    """As `build_layout`. TooLargeError: more than `most` rectangles, or 64 times as many elements,
+    are to be looked at.
+    """
     rows: list[Tensor] = []
     cols: list[Tensor] = []
     entries: list[Tensor] = []
     packed: list[Tensor] = []
     num_bit_tiles, num_block_rows = 0, -(-lengths[0] // lengths[2][0])
     for number, predicate in enumerate(patterns):
-        with TableLookups():
-            full, unknown = _classify(predicate, lengths, device)
-            index, tiles = evaluate(predicate, *unknown, lengths)
+        with TableLookups() if getattr(predicate, "tables", True) else contextlib.nullcontext():
+            full, unknown = _classify(predicate, lengths, device, most)
+            index, tiles = evaluate(predicate, *unknown, lengths, most and 64 * most)
         rows.append(full[0] + number * num_block_rows)
         cols.append(full[1])
         entries.append(torch.full_like(full[0], FULL_TILE))
@@ -76,33 +103,46 @@ Cells = tuple[Tensor, Tensor]  # block rows and block columns
 
 @plain_torch()
 def classify_tiles(predicate: Predicate, lengths: Lengths) -> tuple[Cells, Cells, int]:
-    """Surely full tiles, tiles that may hold an element, and the number to evaluate."""
-    with TableLookups():
+    """Full tiles, undecided tiles, and the number of tiles to evaluate by elements."""
+    with TableLookups() if getattr(predicate, "tables", True) else contextlib.nullcontext():
         full, unknown = _classify(predicate, lengths, torch.device("cpu"))
         return full, unknown, count_kinds(predicate, *unknown, lengths)
 
 
-def _classify(predicate: Predicate, lengths: Lengths, device: torch.device) -> tuple[Cells, Cells]:
-    """The full tiles, and the unknown ones."""
+def _classify(
+    predicate: Predicate, lengths: Lengths, device: torch.device, most: int | None = None
+) -> tuple[Cells, Cells]:
+    """The full tiles and the unknown tiles. TooLargeError: more than `most` rectangles."""
     grid = (-(-lengths[0] // lengths[2][0]), -(-lengths[1] // lengths[2][1]))
-    sides = (_power_of_fan(grid[0]), _power_of_fan(grid[1]))
-    unknown = (torch.zeros(1, dtype=torch.int64, device=device),) * 2
+    whole = sides = (_power_of_fan(grid[0]), _power_of_fan(grid[1]))
+    # Large rectangles decide nothing: begin with as many as cost little more than one.
+    while sides != (1, 1) and (parts := _parts(sides, _FAN)) != sides:
+        if math.prod(-(-n // part) for n, part in zip(grid, parts, strict=True)) > _FEW:
+            break
+        sides = parts
+    unknown = _split((torch.zeros(1, dtype=torch.int64, device=device),) * 2, whole, sides, grid)
     full = []
     while True:
         states = torch.cat([predicate.classify(b) for b in _rectangles(unknown, sides, lengths)])
-        whole, rest = states == FULL, states == UNKNOWN
-        full.append(_split((unknown[0][whole], unknown[1][whole]), sides, (1, 1), grid))
+        sure, rest = states == FULL, states == UNKNOWN
+        full.append(_split((unknown[0][sure], unknown[1][sure]), sides, (1, 1), grid))
         unknown = (unknown[0][rest], unknown[1][rest])
         if sides == (1, 1):
             rows, cols = zip(*full, strict=True)
             return (torch.cat(rows), torch.cat(cols)), unknown
-        longest = max(sides)
-        parts = (
-            sides[0] // _FAN if sides[0] == longest else sides[0],
-            sides[1] // _FAN if sides[1] == longest else sides[1],
-        )
+        many = device.type == "cpu" and len(unknown[0]) * _FAN**2 > 4 * _FEW
+        parts = _parts(sides, _FAN // 2 if many else _FAN)
         unknown = _split(unknown, sides, parts, grid)
         sides = parts
+        if most is not None and len(unknown[0]) + sum(len(rows) for rows, _ in full) > most:
+            raise TooLargeError
+
+
+def _parts(sides: tuple[int, int], fan: int) -> tuple[int, int]:
+    """The sides of the next smaller rectangles: the longer sides are cut into `fan` parts."""
+    longest = max(sides)
+    down, across = (max(1, side // fan) if side == longest else side for side in sides)
+    return down, across
 
 
 def _power_of_fan(n: int) -> int:
@@ -115,7 +155,7 @@ def _power_of_fan(n: int) -> int:
 def _rectangles(
     cells: Cells, sides: tuple[int, int], lengths: Lengths, chunk: int = 1 << 20
 ) -> Iterator[Blocks]:
-    """The index ranges of rectangles of blocks; at least one (maybe empty) batch."""
+    """Index ranges of rectangles of blocks, in batches; at least one, possibly empty."""
     q_len, kv_len, (block_q, block_kv) = lengths
     for i in range(0, max(1, len(cells[0])), chunk):
         rows, cols = (axis[i : i + chunk] for axis in cells)
@@ -131,12 +171,22 @@ def _rectangles(
 def _split(
     cells: Cells, sides: tuple[int, int], parts: tuple[int, int], grid: tuple[int, int]
 ) -> Cells:
-    """Cut rectangles of `sides` blocks into rectangles of `parts` blocks, as far as the grid goes.
+    """Cut rectangles of `sides` blocks into rectangles of `parts` blocks, within the grid.
 
-    Takes the memory of the result: parts beyond the grid are never made.
+    Parts outside the grid are never created, so memory is that of the result.
     """
-    if sides == parts:
+    if sides == parts or not len(cells[0]):
         return cells
+    if grid[0] % sides[0] == grid[1] % sides[1] == 0:  # no rectangle reaches beyond the grid
+        rows, cols = (
+            torch.arange(0, side, part, device=cells[0].device)
+            for side, part in zip(sides, parts, strict=True)
+        )
+        shape = (len(cells[0]), len(rows), len(cols))
+        total = math.prod(shape)
+        require_memory(f"a layout of {total:,} tiles", 120 * total, rows.device, _INSTEAD)
+        rows = (cells[0][:, None, None] + rows[:, None]).expand(shape)
+        return rows.flatten(), (cells[1][:, None, None] + cols).expand(shape).flatten()
     down, across = (
         ((n - start).clamp(max=side) + part - 1) // part
         for n, start, side, part in zip(grid, cells, sides, parts, strict=True)
@@ -146,7 +196,7 @@ def _split(
     total = int(ends[-1]) if len(ends) else 0
     require_memory(f"a layout of {total:,} tiles", 120 * total, counts.device, _INSTEAD)
     owner = torch.repeat_interleave(counts, output_size=total)
-    place = torch.arange(total, dtype=torch.int64, device=counts.device) - (ends - counts)[owner]
+    offset = torch.arange(total, dtype=torch.int64, device=counts.device) - (ends - counts)[owner]
     across = across[owner]
-    rows = cells[0][owner] + place // across * parts[0]
-    return rows, cells[1][owner] + place % across * parts[1]
+    rows = cells[0][owner] + offset // across * parts[0]
+    return rows, cells[1][owner] + offset % across * parts[1]

@@ -13,10 +13,10 @@ from torch import Tensor
 if TYPE_CHECKING:
     from sparse_flash.masks.layout import BlockLayout
 
-_WASTEFUL = 4.0  # the computed density / density above which there is a hint
-_AS_DENSE = 0.95  # the least computed density that is called as slow as dense attention
-_GRID_CELLS = 1 << 27  # kernel tiles that are marked in a table; more are sorted instead
-_CHUNK = 1 << 22  # elements that are looked at together
+_WASTEFUL = 4.0  # computed density / density; above this ratio a hint is shown
+_AS_DENSE = 0.95  # computed density from which the hint says `as much as dense`
+_GRID_CELLS = 1 << 27  # largest table of kernel tiles; above, tile numbers are sorted
+_CHUNK = 1 << 22  # elements processed per step
 
 
 def grid_of(layout: BlockLayout, size: int, pattern: int) -> Tensor:
@@ -29,7 +29,7 @@ def grid_of(layout: BlockLayout, size: int, pattern: int) -> Tensor:
     rows, cols = one.tile_rows, one.col_indices.long()
     if all(cell >= side for cell, side in zip(cells, block, strict=True)):
         _accumulate(grid, cells, block, rows, cols, one.tile_counts[:, None, None])
-    else:  # a tile has parts in several cells: its elements are counted
+    else:  # a tile spans several cells: count the elements of each part
         chunk = max(1, _CHUNK // (block[0] * block[1]))
         for part in torch.arange(one.num_tiles, device=one.device).split(chunk):
             counts = _count_parts(one.tiles(part), cells)
@@ -38,7 +38,7 @@ def grid_of(layout: BlockLayout, size: int, pattern: int) -> Tensor:
 
 
 def cell_size(length: int, block: int, size: int) -> int:
-    """Tokens per picture cell: a divisor or multiple of `block`, so that about `size` cells result.
+    """Tokens per picture cell: a divisor or multiple of `block` that gives about `size` cells.
 
     >>> cell_size(65536, 128, 256), cell_size(1024, 128, 256), cell_size(200, 128, 256)
     (256, 4, 1)
@@ -49,7 +49,7 @@ def cell_size(length: int, block: int, size: int) -> int:
 
 
 def _areas(shape: tuple[int, int], cells: list[int]) -> Tensor:
-    """The number of elements that each cell covers; ragged cells cover fewer."""
+    """Number of elements in each cell; fewer at ragged ends."""
     rows, cols = (
         (length - torch.arange(0, length, cell, device="cpu")).clamp(max=cell)
         for length, cell in zip(shape, cells, strict=True)
@@ -58,7 +58,7 @@ def _areas(shape: tuple[int, int], cells: list[int]) -> Tensor:
 
 
 def _count_parts(tiles: Tensor, cells: list[int]) -> Tensor:
-    """Elements in each part of bool tiles that lies in a cell of its own: `(n, parts, parts)`."""
+    """Number of elements in each cell-sized part of bool tiles: `(n, parts, parts)`."""
     inner = [min(cell, side) for cell, side in zip(cells, tiles.shape[1:], strict=True)]
     return tiles.unflatten(2, (-1, inner[1])).unflatten(1, (-1, inner[0])).sum((2, 4))
 
@@ -71,7 +71,7 @@ def _accumulate(
     cols: Tensor,
     counts: Tensor,
 ) -> None:
-    """Add element counts `(n, parts, parts)` of tiles to the cells that they lie in."""
+    """Add element counts `(n, parts, parts)` of tiles to their cells."""
     lines = [
         (index[:, None] * side + torch.arange(parts, device=grid.device) * (side // parts)) // cell
         for index, side, parts, cell in zip(
@@ -79,7 +79,7 @@ def _accumulate(
         )
     ]
     target = lines[0][:, :, None] * grid.shape[1] + lines[1][:, None, :]
-    # A tile at a ragged end may reach past the last cell; nothing is counted there.
+    # A tile at a ragged end may extend past the last cell.
     inside = (lines[0] < grid.shape[0])[:, :, None] & (lines[1] < grid.shape[1])[:, None, :]
     grid.view(-1).index_add_(0, target[inside], counts[inside].to(grid.dtype))
 
@@ -88,7 +88,7 @@ def computed_fractions(layout: BlockLayout, tile: tuple[int, int]) -> Tensor:
     """The fraction of each pattern's elements that lie in nonempty tiles of a size.
 
     A tile is nonempty if at least one of its elements is allowed: `retile` to this size would store
-    it. Tiles begin at (0, 0); of a ragged one the elements within the lengths count.
+    it. Tiles begin at (0, 0). Ragged tiles count only elements within the lengths.
 
     Args:
         layout: The layout, of any block size.
@@ -103,7 +103,7 @@ def computed_fractions(layout: BlockLayout, tile: tuple[int, int]) -> Tensor:
     top, left = row * layout.block[0], layout.col_indices.long() * layout.block[1]
     whole = layout.bit_tile_indices < 0
     if layout.block == tuple(tile):
-        whole = torch.ones_like(whole)  # computed as they are stored
+        whole = torch.ones_like(whole)  # stored tiles are the computed ones
     _mark_full(layout, tile, touched, owner[whole], top[whole], left[whole])
     if not bool(whole.all()):
         some = ~whole
@@ -118,7 +118,7 @@ def computed_fractions(layout: BlockLayout, tile: tuple[int, int]) -> Tensor:
 
 
 class _Touched:
-    """The (pattern, row, column) of tiles in which something is allowed."""
+    """The set of nonempty tiles, as (pattern, row, column)."""
 
     def __init__(self, patterns: int, sides: list[int], device: torch.device) -> None:
         self.sides = sides
@@ -149,7 +149,7 @@ def _mark_full(
     top: Tensor,
     left: Tensor,
 ) -> None:
-    """Mark the tiles that full blocks touch."""
+    """Add the tiles that overlap full blocks."""
     bottom = (top + layout.block[0]).clamp(max=layout.q_len) - 1
     right = (left + layout.block[1]).clamp(max=layout.kv_len) - 1
     row, col = top // tile[0], left // tile[1]
@@ -175,7 +175,7 @@ def _mark_partial(
     left: Tensor,
     entries: Tensor,
 ) -> None:
-    """Mark the tiles that partial blocks touch, by cells that no border of a tile cuts."""
+    """Add the tiles that overlap partial blocks; cells divide both blocks and tiles."""
     cell = math.gcd(layout.block[0], tile[0]), math.gcd(layout.block[1], tile[1])
     order = entries.argsort()
     chunk = max(1, _CHUNK // (layout.block[0] * layout.block[1]))
@@ -191,10 +191,10 @@ def _mark_partial(
 
 
 def _nonempty_cells(layout: BlockLayout, part: slice, cell: tuple[int, int]) -> Tensor:
-    """Whether anything is allowed in each cell of some bit tiles: bool `(n, rows, columns)`."""
+    """Whether each cell of some bit tiles has an allowed element: bool `(n, rows, columns)`."""
     tiles, width = layout.bit_tiles[part], cell[1]
     if width % 8 == 0:
-        width //= 8  # whole bytes
+        width //= 8  # compare bytes, without unpacking
     else:
         tiles = bits.unpack(tiles, layout.block[1])
     return (tiles != 0).unflatten(2, (-1, width)).unflatten(1, (-1, cell[0])).any(4).any(2)
@@ -211,12 +211,12 @@ def percent(fraction: float) -> str:
 
 
 def hint(density: float, computed: float, kernel_tile: tuple[int, int] | None) -> str | None:
-    """Advice where few of the computed elements are allowed, else None.
+    """Advice if few of the computed elements are allowed, else None.
 
     Args:
         density: Allowed elements / all elements.
         computed: Elements in executed tiles / all elements.
-        kernel_tile: Default tile of the kernel; None where a layout is computed by its own blocks.
+        kernel_tile: Default tile of the kernel; None if the layout's own blocks are computed.
 
     >>> hint(0.139, 1.0, None)
     '13.9 % of elements in 100 % of tiles: costs as much as dense; another token order or smaller \
@@ -230,7 +230,7 @@ blocks may help'
         cost = f"costs {percent(computed)} of dense attention"
         cost += f", {computed / density:.2g} times its share" if density else ""
     smaller = "smaller blocks"
-    if kernel_tile:  # whose size is fixed, however small the blocks of the layout
+    if kernel_tile:  # its size does not depend on the blocks of the layout
         smaller = f"a pattern of {kernel_tile[0]} x {kernel_tile[1]} blocks"
     return (
         f"{percent(density)} of elements in {percent(computed)} of tiles: {cost}; "

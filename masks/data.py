@@ -1,4 +1,4 @@
-"""Arrays inside masks and orders: values that compare by content and print as text."""
+"""Arrays inside masks and token orders: compared by content, printed as text."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import zlib
 
 import numpy as np
 
-_TEXT_LIMIT = 1 << 20  # bytes of data beyond which a repr abbreviates
+_TEXT_LIMIT = 1 << 20  # bytes; a repr abbreviates larger data
 
 
 class Data:
-    """Immutable arrays that compare by content; small ones print as text that makes them again."""
+    """Immutable array that compares by content; the repr of a small one parses back to it."""
 
     def __init__(self, shape: tuple[int, int], content: np.ndarray) -> None:
         self.shape, self.content = shape, content
@@ -34,11 +34,11 @@ class Data:
 
     @classmethod
     def from_text(cls, name: str, text: str, dtype: type[np.generic]) -> Data:
-        """The data that a repr describes; ValueError where it is no such text."""
+        """Parse the text of a repr; raise ValueError for any other text."""
         try:
             size, _, code = text.partition(":")
             rows, cols = map(int, size.split("x"))
             raw = zlib.decompress(base64.b64decode(code, validate=True))
             return cls((rows, cols), np.frombuffer(raw, dtype))
         except (ValueError, zlib.error) as error:
-            raise ValueError(f"{name}: {text[:40]!r} is no text that repr() printed") from error
+            raise ValueError(f"{name}: {text[:40]!r} is not a text printed by repr()") from error

@@ -1,4 +1,4 @@
-"""`BlockLayout.from_topk` and `BlockLayout.from_blocks`: layouts of data on the device."""
+"""`BlockLayout.from_topk` and `BlockLayout.from_blocks`: layouts from data on the device."""
 
 from __future__ import annotations
 
@@ -34,26 +34,26 @@ def from_topk(  # noqa: D417 cls
 ) -> BlockLayout:
     """The layout in which each block of queries attends to k blocks of keys.
 
-    Made on the device of the indices without a host wait, also inside CUDA graphs and compiled
-    functions; a replayed graph reads the indices anew. See `DeviceLayout`.
+    Built on the device of the indices without a host synchronization, also inside CUDA graphs and
+    compiled functions. A replayed graph reads the current indices. See `DeviceLayout`.
 
     Args:
-        indices: Block columns by block of queries, int `(1 or b, 1 or h or h_kv, nq, k)`, in any
-            order. -1 stands for none; repetitions count once. Rows for h_kv heads serve the query
-            heads that share each key head.
+        indices: Block columns for each block of queries, int `(1 or b, 1 or h or h_kv, nq, k)`, in
+            any order. -1 stands for no block; repetitions count once. With h_kv heads, the query
+            heads of one key head share its rows.
         block: (block_q, block_kv), in tokens; nq is ceil(q_len / block_q).
         q_len: Number of queries.
-        kv_len: Number of keys; default: as many as queries.
-        within: Mask that cuts the chosen blocks, element for element.
-        capacity: Most tiles and most bit tiles, over all rows, where less memory than for all k
-            blocks of each row is to be used.
+        kv_len: Number of keys; default: q_len.
+        within: Mask that restricts the chosen blocks, element by element.
+        capacity: Maximum numbers of tiles and bit tiles, over all rows; saves memory. Default: k
+            tiles for each row.
 
-    An index out of range, or tiles beyond the capacity, mark the block row: `layout.check()`
-    raises, and attention gives NaN for its queries.
+    An index out of range, or more tiles than the capacity, marks the block row as invalid:
+    `layout.check()` raises, and attention returns NaN for its queries.
 
     Raises:
-        TypeError: An argument of the wrong type, or indices that are no integers.
-        ValueError: Shapes or lengths that do not fit.
+        TypeError: An argument has the wrong type, or indices are not integers.
+        ValueError: Shapes or lengths do not match.
 
     >>> from sparse_flash.masks import BlockLayout, causal
     >>> indices = torch.tensor([[[[0, -1], [0, 1], [2, 0]]]])  # b, h, nq, k
@@ -82,20 +82,20 @@ def from_blocks(  # noqa: D417 cls
     within: Mask | None = None,
     capacity: Capacity | None = None,
 ) -> BlockLayout:
-    """The layout of the blocks that a table of bools chooses. All else is as in `from_topk`.
+    """The layout of the blocks chosen by a table of bools; otherwise like `from_topk`.
 
     Args:
         table: Whether each block is chosen, bool `(1 or b, 1 or h or h_kv, nq, nk)`.
         block: (block_q, block_kv), in tokens; nq is ceil(q_len / block_q), nk of kv_len likewise.
         q_len: Number of queries.
-        kv_len: Number of keys; default: as many as queries.
-        within: Mask that cuts the chosen blocks, element for element.
-        capacity: Most tiles and most bit tiles, over all rows; default: all blocks of the table.
-            Time and memory of lists go with it.
+        kv_len: Number of keys; default: q_len.
+        within: Mask that restricts the chosen blocks, element by element.
+        capacity: Maximum numbers of tiles and bit tiles, over all rows; default: all blocks of the
+            table. Time and memory of the tile lists grow with it.
 
     Raises:
-        TypeError: An argument of the wrong type, or a table that is no bools.
-        ValueError: Shapes or lengths that do not fit.
+        TypeError: An argument has the wrong type, or the table is not bool.
+        ValueError: Shapes or lengths do not match.
 
     >>> from sparse_flash.masks import BlockLayout
     >>> BlockLayout.from_blocks(torch.eye(4, dtype=torch.bool)[None, None], (64, 64), 256).density
@@ -130,13 +130,13 @@ def _check_tensor(name: str, x: Any, dtypes: tuple[torch.dtype, ...], what: str)
 
 
 class TracedLayout(NamedTuple):
-    """What `from_topk` and `from_blocks` return inside torch.compile, for attention to take.
+    """Result of `from_topk` and `from_blocks` inside torch.compile, an argument for attention.
 
     kind: "topk" or "blocks".
     data: Indices or table.
     lengths: q_len, kv_len, block.
-    within: Mask that cuts the blocks.
-    capacity: Most tiles and bit tiles.
+    within: Mask that restricts the blocks.
+    capacity: Maximum numbers of tiles and bit tiles.
     """
 
     kind: str
@@ -160,7 +160,7 @@ def _layout(
 def layout_of_data(
     kind: str, data: Tensor, lengths: Lengths, within: Mask | None, capacity: Capacity | None
 ) -> BlockLayout:
-    """The layout of checked data."""
+    """The layout of validated data."""
     from sparse_flash.masks.device_layout import DeviceLayout
 
     return DeviceLayout(source_of(kind, data, lengths, within, capacity))
@@ -178,14 +178,14 @@ def checked_capacity(capacity: Any) -> Capacity | None:
 
 def _check_within(within: Any, lengths: Lengths) -> None:
     if not isinstance(within, Traceable) or not hasattr(within, "patterns"):
-        raise TypeError(f"within must be a Mask, as masks.causal(), got {type(within).__name__}")
+        raise TypeError(f"within must be a Mask, like masks.causal(), got {type(within).__name__}")
     within.check_lengths(*lengths[:2])
 
 
 def source_of(
     kind: str, data: Tensor, lengths: Lengths, within: Mask | None, capacity: Capacity | None
 ) -> Source:
-    """A snapshot of checked data."""
+    """A snapshot of validated data."""
     with plain_torch():
         heads, data = _with_heads_of(within, data.detach())
         within = None if within is None else snapshot(within, data.device)
@@ -195,7 +195,7 @@ def source_of(
 
 
 def _with_heads_of(within: Mask | None, data: Tensor) -> tuple[tuple[int, int], Tensor]:
-    """(batch entries, heads) of the data and of the mask together, and the data for these."""
+    """(batch entries, heads) of data and mask combined, and the data expanded to them."""
     shape = tuple(data.shape[:2])
     if within is None or not within.by_head:
         return (shape[0], shape[1]), data
@@ -214,12 +214,12 @@ def _with_heads_of(within: Mask | None, data: Tensor) -> tuple[tuple[int, int], 
 
 
 def of_mask(mask: Mask, lengths: Lengths, device: torch.device) -> BlockLayout:
-    """The layout of a mask that reads tensors on the device, as they are now."""
+    """The layout of a mask that reads tensors on the device, from their current values."""
     from sparse_flash.masks.device_layout import DeviceLayout
 
     kept = snapshot(mask, device)
     heads = tuple(mask.patterns()[1].shape)
     read = list(readers(kept))
     capacity = next((m.capacity for m in read if m.capacity is not None), None)
-    device = read[0].numbers.device  # with its index
+    device = read[0].cu_seqlens.device  # with its index
     return DeviceLayout(Source(lengths, (heads[0], heads[1]), None, None, kept, capacity, device))

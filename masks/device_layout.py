@@ -1,4 +1,4 @@
-"""Layouts that data on the device decide: top-k blocks, tables of blocks, packed documents."""
+"""Layouts defined by data on the device: top-k blocks, tables of blocks, packed documents."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from sparse_flash.masks import device_tiles
 from sparse_flash.masks.device_tiles import DeviceTiles, Source
 from sparse_flash.masks.device_within import invalid_documents
 from sparse_flash.masks.layout import BlockLayout
-from sparse_flash.masks.modes import plain_torch
+from sparse_flash.masks.modes import is_capturing, plain_torch
 from torch import Tensor
 
 _ARRAYS = (
@@ -26,12 +26,12 @@ _REASONS = {
 
 
 class DeviceLayout(BlockLayout):
-    """A BlockLayout whose tiles are found on the device, without a wait of the host.
+    """A BlockLayout whose tiles are listed on the device, without a host synchronization.
 
-    Made by `BlockLayout.from_topk`, `BlockLayout.from_blocks`, and by `.layout` of masks that read
-    data on the device. Attention takes it as it is. All that looks at arrays or counts (`density`,
-    repr, `save`, `crow_indices` and so on) makes the host wait, checks the layout (see `check`),
-    and works on the layout that `fixed` returns.
+    Built by `BlockLayout.from_topk`, `BlockLayout.from_blocks`, and by `.layout` of masks that read
+    data on the device. Attention uses it directly. Access to arrays or counts (`density`, `save`,
+    `crow_indices` and so on) synchronizes the host, checks the layout (see `check`), and uses the
+    result of `fixed`. The repr of an invalid layout states the reason and does not raise.
     """
 
     on_device: ClassVar[bool] = True
@@ -42,30 +42,30 @@ class DeviceLayout(BlockLayout):
         self.derived, self.calls = {}, {}
         self._lists: dict[tuple[int, int], DeviceTiles] = {}
         self._noted: list[Tensor] = []
-        self.derived_bits: Any = None  # what kernels made of the data
+        self.derived_bits: Any = None  # device data that kernels derived
         self._fixed: BlockLayout | None = None
-        self.signature = (source.lengths, source.heads, self.device)  # for checks of calls
-        self.captured = is_capturing(self.device)  # what is derived belongs to the CUDA graph
+        self.signature = (source.lengths, source.heads, self.device)  # identifies validated calls
+        self.captured = is_capturing(self.device)  # derived tensors belong to the CUDA graph
 
     @property
     def pattern_map(self) -> Tensor:  # type: ignore[override]
-        """The pattern of each batch entry and head that has rows of its own, int32."""
+        """The pattern of each batch entry and head with rows of its own, int32."""
         patterns = torch.arange(self.num_patterns, dtype=torch.int32, device=self.device)
         return patterns.view(self.source.heads)
 
     @property
     def device(self) -> torch.device:
-        """Where the data live, and all that is derived from them."""
+        """Device of the data and of everything derived from them."""
         return self.source.device
 
     @property
     def num_patterns(self) -> int:
-        """Batch entries and heads with rows of their own."""
+        """Number of batch entries times heads with rows of their own."""
         return self.source.num_patterns
 
     @property
     def nbytes(self) -> int:
-        """Memory of the data, and of what was derived from them."""
+        """Bytes of the data and of the tensors derived from them."""
         own = [x for x in (self.source.indices, self.source.table) if x is not None]
         lists = [x for tiles in self._lists.values() for x in tiles]
         fixed = 0 if self._fixed is None else self._fixed.nbytes
@@ -74,10 +74,10 @@ class DeviceLayout(BlockLayout):
 
     @plain_torch()
     def tiles_at(self, tile: tuple[int, int]) -> DeviceTiles:
-        """The tiles of this size, listed on the device; kept.
+        """The tiles of this size, listed on the device and cached.
 
-        What is listed while a CUDA graph is captured belongs to that graph, and is kept only with
-        a layout that was made there.
+        A list made during the capture of a CUDA graph belongs to that graph. It is cached only if
+        the layout was created in the same capture.
         """
         found = self._lists.get(tile)
         if found is None:
@@ -88,25 +88,25 @@ class DeviceLayout(BlockLayout):
 
     @property
     def keeps_what_is_derived(self) -> bool:
-        """Whether what is derived now may be used later: not where it belongs to a CUDA graph."""
+        """Whether tensors derived now may be cached: not if they belong to a CUDA graph."""
         return self.captured or not is_capturing(self.device)
 
     def note(self, errors: Tensor) -> None:
-        """Let `check` look at errors that were found elsewhere, uint8 (P, nq)."""
+        """Add errors of block rows that `check` will report, uint8 (P, nq)."""
         if not any(errors is known for known in self._noted):
             self._noted.append(errors)
 
     def wrong_documents(self) -> Tensor | None:
-        """What invalid cu_seqlens add to the errors of block rows, uint8 (1, 1); None: nothing."""
+        """Error code of invalid cu_seqlens for all rows, uint8 (1, 1); None: no cu_seqlens."""
         wrong = invalid_documents(self.source.within)
         return None if wrong is None else wrong.to(torch.uint8).view(1, 1) * device_tiles.DOCUMENTS
 
     def check(self) -> None:
-        """Raise where the layout is not what was asked for; the host waits for the device.
+        """Raise if any block row is invalid. Synchronizes the host.
 
         Raises:
             ValueError: An index is out of range, the capacity is too small, or cu_seqlens do not
-                ascend to the length. Attention with such a layout gives NaN in the block rows.
+                ascend to the length. Attention with such a layout returns NaN in these rows.
 
         >>> layout = BlockLayout.from_topk(torch.tensor([[[[0], [7]]]]), (64, 64), 128)
         >>> layout.check()
@@ -120,7 +120,7 @@ block of keys (0..1)
             _raise_errors(self.source, errors)
 
     def fixed(self) -> BlockLayout:
-        """The same layout with arrays of exact sizes, as of a mask; the host waits for the device.
+        """The same layout with arrays of exact sizes, as from a mask. Synchronizes the host.
 
         Raises:
             ValueError: As `check`.
@@ -134,7 +134,7 @@ block of keys (0..1)
 
     @plain_torch()
     def stored(self) -> BlockLayout:
-        """What `fixed` returns, unchecked: block rows with errors are empty."""
+        """The layout of `fixed`, unchecked: block rows with errors are empty."""
         if self._fixed is None:
             listed = self.tiles_at(self.block)
             count = int(listed.starts[-1])
@@ -153,39 +153,48 @@ block of keys (0..1)
             )
         return self._fixed
 
+    def __repr__(self) -> str:
+        """As of every layout; the reason where it is not as asked for: printing must not fail."""
+        if is_capturing(self.device):  # a captured kernel has not run
+            return f"{self._shape_text()}, not known while a CUDA graph is captured)"
+        try:
+            self.check()
+        except ValueError as error:
+            return f"{self._shape_text()}, invalid: {error})"
+        return super().__repr__()
+
+    def _shape_text(self) -> str:
+        height, width = self.block
+        return f"DeviceLayout({self.q_len} x {self.kv_len}, block {height} x {width}"
+
     def __getattr__(self, name: str) -> Any:
         if name in _ARRAYS:
             return getattr(self.fixed(), name)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Copies and pickles are those of the fixed layout."""
+        """Copies and pickles contain the fixed layout."""
         return _as_it_is, (self.fixed(),)
 
     def update_(self, other: BlockLayout) -> NoReturn:
-        """Refused: data change the layout, not calls.
+        """Refused: this layout changes with its data, not by calls.
 
         Raises:
             TypeError: Always.
         """
         raise TypeError(
-            "a layout of data on the device is not updated: make it anew from the new data, or "
+            "a layout of data on the device is not updated: make it again from the new data, or "
             "inside the CUDA graph, which then reads the data at every replay"
         )
 
 
 def _as_it_is(layout: BlockLayout) -> BlockLayout:
-    """What a pickled layout of data becomes."""
+    """Reconstructor of a pickled layout."""
     return layout
 
 
-def is_capturing(device: torch.device) -> bool:
-    """Whether work for the device goes into a CUDA graph now."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
 def _raise_errors(source: Source, errors: Tensor) -> None:
-    """ValueError for the first block row with an error."""
+    """Raise ValueError for the first block row with an error."""
     bad = errors.cpu().nonzero()
     if not len(bad):
         return

@@ -1,7 +1,7 @@
-"""Tiles of a layout that data decide, listed on the device: no size depends on a value.
+"""Tiles of a layout defined by data, listed on the device: no shape depends on a value.
 
-PyTorch operations only, none of which makes the host wait: sizes are those of the worst case, and
-what does not fit is marked, row by row, instead of being left out.
+All PyTorch operations here run without a host synchronization. Tensors have worst-case sizes. Rows
+that do not fit are marked as invalid; no tile is dropped silently.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ from torch.nn.functional import pad
 if TYPE_CHECKING:
     from sparse_flash.masks.mask import Mask
 
-# Why a block row is not what was asked for; bits of `errors`.
+# Reasons why a block row is invalid; bits of `errors`.
 OUT_OF_RANGE, TILES, BIT_TILES, DOCUMENTS = 1, 2, 4, 8
-_DICTIONARY = 1 << 24  # bytes of bit tiles that are made in advance, for every set of blocks
-_MOST_CELLS = 32  # blocks in a tile of another size: bits of a set of them
+_DICTIONARY = 1 << 24  # largest table of bit tiles for every set of blocks, bytes
+_MOST_CELLS = 32  # blocks in a larger tile: bits of an integer that stands for a set
 
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """What the tiles follow from: a snapshot of the data, and what is the same for all data.
+    """Everything that determines the tiles: a snapshot of the data, and static parameters.
 
     Args:
         lengths: q_len, kv_len, (block_q, block_kv).
-        heads: Batch entries and heads that have rows of their own: (1 or b, 1 or h_kv or h). P is
+        heads: Batch entries and heads with rows of their own: (1 or b, 1 or h_kv or h). P is
             their product.
-        indices: Block columns of each block row as they were given, int (P, nq, k); or None.
+        indices: Block columns of each block row as given, int (P, nq, k); or None.
         table: Whether each block is chosen, bool (P, nq, nk); or None. Without both, all are.
-        within: Mask that cuts the chosen blocks, a snapshot too.
-        capacity: Most tiles and bit tiles, at the granularity of the blocks; None: no less than
-            needed.
-        device: Where the data live.
+        within: Mask that restricts the chosen blocks, also a snapshot.
+        capacity: Maximum numbers of tiles and bit tiles, at the granularity of the blocks; None:
+            the worst case.
+        device: Device of the data.
     """
 
     lengths: Lengths
@@ -59,39 +59,24 @@ class Source:
 
     @property
     def num_patterns(self) -> int:
-        """Batch entries and heads with rows of their own."""
+        """Number of batch entries times heads with rows of their own."""
         return self.heads[0] * self.heads[1]
+
+    @functools.cached_property
+    def static(self) -> StaticSource:
+        """The properties that do not depend on the data."""
+        width = None if self.indices is None else self.indices.shape[2]
+        return StaticSource(self.lengths, self.heads, width, self.table is not None, self.capacity)
 
     @property
     def num_blocks(self) -> tuple[int, int]:
         """Block rows and block columns."""
-        q_len, kv_len, block = self.lengths
-        return -(-q_len // block[0]), -(-kv_len // block[1])
+        return self.static.num_blocks
 
     @property
     def longest(self) -> int:
         """The most tiles of a block row."""
-        columns = self.num_blocks[1]
-        if self.capacity is not None:
-            columns = min(columns, self.capacity[0])
-        return columns if self.indices is None else min(columns, self.indices.shape[2])
-
-    def capacities(self, tile: tuple[int, int], evaluated: bool) -> tuple[int, int]:
-        """The most tiles of a size, and the most bit tiles where a mask is evaluated for each."""
-        grid = grid_of(self.lengths, tile)
-        assert grid is not None
-        longest = min(grid.cols, self.longest * grid.down * grid.split_across)
-        size = self.num_patterns * grid.rows * longest
-        if self.capacity is not None:
-            size = min(size, self.capacity[0] * grid.split_down * grid.split_across)
-        if not evaluated:
-            return size, size
-        parts = grid.split_down * grid.split_across
-        most = 4 * self.num_patterns * (grid.rows + grid.cols)
-        if self.capacity is not None:
-            given = self.capacity[1] * parts
-            most = given if grid.cells == parts == 1 else max(given, most)
-        return size, min(size, most)
+        return self.static.longest
 
     @property
     def may_fail(self) -> bool:
@@ -107,24 +92,75 @@ class Source:
         fitting = tiles_of(self, chosen, self.lengths[2])
         if tile == self.lengths[2]:
             return fitting
-        left_out = (fitting.errors != 0)[..., None]
-        columns, table = chosen.columns, chosen.table
-        if columns is not None:
-            columns = columns.masked_fill(left_out, self.num_blocks[1])
-        if table is not None:
-            table = table & ~left_out
-        elif columns is None:
-            table = (~left_out).expand(-1, -1, self.num_blocks[1])
-        return tiles_of(self, Chosen(columns, table, fitting.errors), tile)
+        return tiles_of(self, _remaining(self, chosen, fitting.errors), tile)
+
+
+class StaticSource(NamedTuple):
+    """The properties of a `Source` that do not depend on its data.
+
+    lengths: As of the source.
+    heads: As of the source.
+    width: Number of indices in a block row; None: there are no indices.
+    has_table: Whether there is a table of blocks.
+    capacity: As of the source.
+    """
+
+    lengths: Lengths
+    heads: tuple[int, int]
+    width: int | None
+    has_table: bool
+    capacity: tuple[int, int] | None
+
+    @property
+    def num_patterns(self) -> int:
+        """Batch entries and heads with rows of their own."""
+        return self.heads[0] * self.heads[1]
+
+    @property
+    def num_blocks(self) -> tuple[int, int]:
+        """Numbers of block rows and block columns."""
+        q_len, kv_len, block = self.lengths
+        return -(-q_len // block[0]), -(-kv_len // block[1])
+
+    @property
+    def num_words(self) -> int:
+        """Words of 32 blocks in a block row; 0 where all blocks are chosen."""
+        every = self.width is None and not self.has_table and self.capacity is None
+        return 0 if every else -(-self.num_blocks[1] // 32)
+
+    @property
+    def longest(self) -> int:
+        """Maximum number of tiles in a block row."""
+        columns = self.num_blocks[1]
+        if self.capacity is not None:
+            columns = min(columns, self.capacity[0])
+        return columns if self.width is None else min(columns, self.width)
+
+    def capacities(self, tile: tuple[int, int], evaluated: bool) -> tuple[int, int]:
+        """Maximum numbers of tiles of this size, and of bit tiles if a mask is evaluated."""
+        grid = grid_of(self.lengths, tile)
+        assert grid is not None
+        longest = min(grid.cols, self.longest * grid.down * grid.split_across)
+        size = self.num_patterns * grid.rows * longest
+        if self.capacity is not None:
+            size = min(size, self.capacity[0] * grid.split_down * grid.split_across)
+        if not evaluated:
+            return size, size
+        parts = grid.split_down * grid.split_across
+        most = 4 * self.num_patterns * (grid.rows + grid.cols)
+        if self.capacity is not None:
+            given = self.capacity[1] * parts
+            most = given if grid.cells == parts == 1 else max(given, most)
+        return size, min(size, most)
 
 
 class Chosen(NamedTuple):
-    """The blocks that data choose.
+    """The blocks chosen by the data.
 
     columns: Block columns of each block row, int32 (P, nq, k), or None. Chosen ones ascend;
-        between them, num_block_cols stands for none.
+        num_block_cols stands for no block and may come between them.
     table: Whether each block is chosen, bool (P, nq, nk); or None. Without both, all are.
-    errors: Why rows are not as asked for, uint8 (P, nq). Such rows have no blocks.
+    errors: Reasons why rows are invalid, uint8 (P, nq). Invalid rows have no blocks.
     """
 
     columns: Tensor | None
@@ -133,7 +169,7 @@ class Chosen(NamedTuple):
 
 
 def _chosen(source: Source) -> Chosen:
-    """The blocks, as they are before any capacity."""
+    """The chosen blocks, before the capacity is applied."""
     rows, num_blocks = source.num_blocks
     indices, columns = source.indices, None
     if indices is None:
@@ -154,13 +190,28 @@ def _chosen(source: Source) -> Chosen:
     return Chosen(columns, source.table, errors)
 
 
+def _remaining(source: Source, chosen: Chosen, errors: Tensor) -> Chosen:
+    """The blocks of rows without errors of which the mask leaves something.
+
+    So tiles of another size are never more than the capacity, which counts these blocks.
+    """
+    columns, num_blocks = chosen.columns, source.num_blocks[1]
+    every = torch.arange(num_blocks, device=source.device) if columns is None else columns
+    cut = cut_of(source.within, source.lengths, source.lengths[2], source.heads, source.device)
+    remain = (cut.states(every) != EMPTY_TILE) & (errors == 0)[..., None]
+    if columns is not None:
+        return Chosen(columns.masked_fill(~remain, num_blocks), None, errors)
+    table = remain if chosen.table is None else chosen.table & remain
+    return Chosen(None, table.expand(-1, -1, num_blocks), errors)
+
+
 class DeviceTiles(NamedTuple):
-    """Tiles of one size, with room for more.
+    """Tiles of one size, in tensors of worst-case size.
 
     starts: First tile of each row of each pattern, and the end, int32 (P x rows + 1,).
-    tiles: Column, and bit tile or -1 (full), int32 (capacity + 1, 2); zeros beyond the end.
+    tiles: Column, and bit tile or -1 (full), int32 (capacity + 1, 2); zeros after the end.
     bit_tiles: uint8 (N, height, ceil(width / 8)).
-    errors: As in `Chosen`, with what did not fit here.
+    errors: Reasons why rows are invalid, uint8 (P, nq), capacity included.
     """
 
     starts: Tensor
@@ -170,7 +221,7 @@ class DeviceTiles(NamedTuple):
 
 
 class Grid(NamedTuple):
-    """How tiles of another size lie on blocks. Sides are multiples of each other.
+    """How tiles of another size divide the blocks; each side is a multiple of the other.
 
     rows, cols: Number of tiles.
     down, across: Blocks in a tile.
@@ -192,7 +243,7 @@ class Grid(NamedTuple):
 
 @functools.lru_cache(256)
 def grid_of(lengths: Lengths, tile: tuple[int, int]) -> Grid | None:
-    """The grid of tiles of this size; None where they do not fit the blocks.
+    """The grid of tiles of this size; None if they do not divide the blocks evenly.
 
     >>> grid_of((1000, 1000, (64, 256)), (128, 128))
     Grid(rows=8, cols=8, down=2, across=1, split_down=1, split_across=2)
@@ -208,12 +259,12 @@ def grid_of(lengths: Lengths, tile: tuple[int, int]) -> Grid | None:
 
 
 class _Found(NamedTuple):
-    """Candidates of each row of tiles, `(P, rows, width)`; several may name one tile.
+    """Candidates of each row of tiles, `(P, rows, width)`; several may refer to one tile.
 
-    column: Of the tile, int64, of a shape that broadcasts.
-    take: Whether it is the first that names its tile, bool.
-    sets: Numbers whose sum over the candidates of a tile is the set of its blocks, bit by bit,
-        int64; None where tiles hold one block or less, or all blocks are chosen.
+    column: Column of the tile, int64, broadcastable.
+    take: Whether the candidate is the first of its tile, bool.
+    sets: Bit masks whose sum over the candidates of a tile is the set of its blocks, int64; None
+        if a tile has at most one block, or all blocks are chosen.
     """
 
     column: Tensor
@@ -222,9 +273,9 @@ class _Found(NamedTuple):
 
 
 def tiles_of(source: Source, chosen: Chosen, tile: tuple[int, int]) -> DeviceTiles:
-    """List the tiles of a source, for tiles of the size of its blocks or another that fits them.
+    """List the tiles of a source, of the size of its blocks or of a size that divides them.
 
-    Rows that have more tiles than the capacity holds are marked and left out.
+    Rows with more tiles than the capacity are marked as invalid and have no tiles.
     """
     grid = grid_of(source.lengths, tile)
     assert grid is not None, (source.lengths, tile)
@@ -237,10 +288,10 @@ def tiles_of(source: Source, chosen: Chosen, tile: tuple[int, int]) -> DeviceTil
     if not isinstance(cut, Uncut):
         take = take & (state != EMPTY_TILE)
     evaluated = isinstance(cut, Evaluated) and found.sets is None
-    size, room = source.capacities(tile, evaluated)
+    size, num_bit_tiles = source.static.capacities(tile, evaluated)
     fitting = take
     if evaluated:
-        fits, errors = _fit(take & (state >= 0), room, BIT_TILES, grid, errors)
+        fits, errors = _fit(take & (state >= 0), num_bit_tiles, BIT_TILES, grid, errors)
         fitting = fitting & fits
     if source.capacity is not None:
         fits, errors = _fit(take, size, TILES, grid, errors)
@@ -260,7 +311,7 @@ def tiles_of(source: Source, chosen: Chosen, tile: tuple[int, int]) -> DeviceTil
         sets.scatter_add_(0, (rank - 1).clamp(min=0), kept)
     tiles = tiles[: size + 1]
     if isinstance(cut, Evaluated):
-        bit_tiles = _evaluate(tiles, starts, cut, sets, room, grid)
+        bit_tiles = _evaluate(tiles, starts, cut, sets, num_bit_tiles, grid)
     elif sets is not None:
         bit_tiles = _cut_by_sets(tiles, sets[:size], cut, grid)
     else:
@@ -284,7 +335,7 @@ def _of_columns(source: Source, columns: Tensor, grid: Grid) -> _Found:
         column = torch.where(columns < num_blocks, columns // grid.across, grid.cols)
     if grid.cells == 1:
         return _Found(column, column < grid.cols)
-    # Which block of its tile a candidate is; tiles with several have them next to each other.
+    # Index of each candidate inside its tile; sorting puts candidates of a tile side by side.
     cell = torch.arange(grid.down, device=columns.device).repeat_interleave(k)
     cell = (cell * grid.across + columns % grid.across)[..., None].expand(
         *columns.shape, grid.split_across
@@ -320,7 +371,7 @@ def _of_table(source: Source, table: Tensor | None, grid: Grid) -> _Found:
 
 
 def _missing(source: Source, grid: Grid, column: Tensor) -> Tensor:
-    """The set of blocks that a tile would hold beyond the lengths, int64 (1 or P, rows, width)."""
+    """The set of blocks of a tile that lie beyond the lengths, int64 (1 or P, rows, width)."""
     blocks = source.num_blocks
     down, across = (
         range(n % side or side, side)
@@ -336,7 +387,7 @@ def _missing(source: Source, grid: Grid, column: Tensor) -> Tensor:
 def _fit(
     counted: Tensor, size: int, code: int, grid: Grid, errors: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Which rows fit, bool (P, rows, 1), and errors where more than `size` of the counted come."""
+    """Rows that fit, bool (P, rows, 1), and errors of rows past `size` counted tiles."""
     if size >= counted.numel():
         return torch.ones_like(counted[..., :1]), errors
     ends = counted.sum(2).view(-1).cumsum(0).view(counted.shape[:2])
@@ -356,10 +407,10 @@ def _evaluate(
     starts: Tensor,
     cut: Evaluated,
     sets: Tensor | None,
-    room: int,
+    num_bit_tiles: int,
     grid: Grid,
 ) -> Tensor:
-    """The bit tiles of tiles that a mask leaves undecided; `tiles` names them, in place."""
+    """Bit tiles of undecided tiles; writes their numbers to `tiles`, in place."""
     size, device = len(tiles) - 1, tiles.device
     index = torch.arange(size, device=device)
     partial = tiles[:-1, 1] >= 0
@@ -368,9 +419,9 @@ def _evaluate(
     partial &= index < starts[-1]
     rank = partial.cumsum(0)
     entry = torch.where(partial, rank - 1, FULL_TILE)
-    which = torch.zeros(room + 1, dtype=torch.int64, device=device)
-    which[torch.where(partial, entry, room)] = index
-    which = which[:room]
+    which = torch.zeros(num_bit_tiles + 1, dtype=torch.int64, device=device)
+    which[torch.where(partial, entry, num_bit_tiles)] = index
+    which = which[:num_bit_tiles]
     row = torch.searchsorted(starts, which, right=True) - 1
     packed = cut.bits(row // grid.rows, row % grid.rows, tiles[which, 0].long())
     if sets is not None:
@@ -380,9 +431,9 @@ def _evaluate(
 
 
 def _cut_by_sets(tiles: Tensor, sets: Tensor, cut: Uncut | TileTable, grid: Grid) -> Tensor:
-    """Bit tiles of sets of blocks, cut by a mask; `tiles` names them, in place."""
+    """Bit tiles of sets of blocks within a mask; writes their numbers to `tiles`, in place."""
     state, known = tiles[:-1, 1].long(), cut.bit_tiles
-    whole = torch.cat([known.new_full((1, *known.shape[1:]), 255), known])  # of state + 1
+    whole = torch.cat([known.new_full((1, *known.shape[1:]), 255), known])  # indexed by state + 1
     complete = sets == (1 << grid.cells) - 1
     if (len(whole) << grid.cells) * whole[0].numel() <= _DICTIONARY:
         every = torch.arange(1 << grid.cells, device=tiles.device)
@@ -392,18 +443,18 @@ def _cut_by_sets(tiles: Tensor, sets: Tensor, cut: Uncut | TileTable, grid: Grid
         return torch.cat([known, made.flatten(0, 1)])
     index = torch.arange(len(sets), device=tiles.device)
     tiles[:-1, 1] = torch.where(complete & (state < 0), state, index).int()
-    whole = whole[(state + 1).clamp(max=len(known))]  # entries beyond the end are zeros
+    whole = whole[(state + 1).clamp(max=len(known))]  # entries after the end are zero
     return bits_of_sets(sets, grid, known) & whole
 
 
 def bits_of_sets(sets: Tensor, grid: Grid, like: Tensor) -> Tensor:
-    """Bit tiles in which the blocks of a set are full, uint8 (n, height, bytes) as those in `like`.
+    """Bit tiles whose set blocks are full, uint8 (n, height, bytes) with the shape of `like`.
 
-    Bits beyond the lengths may be 1: kernels do not look at them.
+    Bits beyond the lengths may be 1: kernels ignore them.
     """
     height, width = like.shape[1:]
     cell = torch.arange(grid.cells, device=sets.device)
     bytes_ = ((sets[:, None] >> cell) & 1).to(torch.uint8) * 255
     shape = (len(sets), grid.down, height // grid.down, grid.across, width // grid.across)
     spread = bytes_.view(-1, grid.down, 1, grid.across, 1).expand(shape)
-    return spread.reshape(len(sets), height, -1)
+    return spread.reshape(len(sets), height, width)

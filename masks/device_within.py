@@ -1,4 +1,4 @@
-"""What a mask leaves of tiles that data decide, element for element, without a host wait."""
+"""Restrict tiles chosen by data to a mask, element by element, without host synchronization."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from sparse_flash.masks.layout import BlockLayout
     from sparse_flash.masks.mask import Mask
 
-_AT_ONCE = 1 << 28  # elements that are evaluated at a time on the device
-EMPTY_TILE = -2  # beside FULL_TILE and the bit tiles: nothing of the tile is allowed
+_AT_ONCE = 1 << 28  # elements evaluated per step on the device
+EMPTY_TILE = -2  # state of a tile without any allowed element
 
 
 class Uncut:
@@ -39,24 +39,23 @@ class Uncut:
 
 @dataclass(eq=False)
 class TileTable:
-    """The tiles of a mask, laid out once, to be looked up by row and column.
+    """The tiles of a mask, laid out once; looked up by row and column.
 
     table: EMPTY_TILE, FULL_TILE or the bit tile, int32 (patterns, rows, cols).
     bit_tiles: uint8 (N, height, ceil(width / 8)).
-    patterns: Pattern of each batch entry and head that is looked up, int64 (P,); None: the only
-        one.
+    patterns: Pattern of each batch entry and head, int64 (P,); None: a single pattern.
     """
 
     table: Tensor
     bit_tiles: Tensor
     patterns: Tensor | None = None
-    # What kernels made of the bit tiles; kept with the layout of the mask.
+    # Bit tiles in the kernels' register order; cached with the layout of the mask.
     fragments: dict[Hashable, Tensor] = field(default_factory=dict)
     captured: bool = False  # a CUDA graph reads the arrays
 
     @property
     def nbytes(self) -> int:
-        """Memory of the table and of what kernels made of it."""
+        """Bytes of the table and of the fragments derived from it."""
         return self.table.nbytes + sum(x.nbytes for x in self.fragments.values())
 
     def follow(self, layout: BlockLayout) -> Callable[[], None]:
@@ -64,14 +63,14 @@ class TileTable:
         raise AssertionError("the layout of a mask is not changed in place")
 
     def for_heads(self, pattern_map: Tensor, heads: tuple[int, int]) -> TileTable:
-        """The same table for sources with rows for so many batch entries and heads."""
+        """The table expanded to these numbers of batch entries and heads."""
         if len(self.table) == 1:
             return self
         patterns = pattern_map.long().expand(*heads).reshape(-1)
         return replace(self, patterns=patterns)
 
     def states(self, column: Tensor) -> Tensor:
-        """States of tiles in these columns, int32; columns beyond the last are looked up there."""
+        """States of tiles in these columns, int32; columns past the end take the last column."""
         patterns, rows, cols = self.table.shape
         if self.patterns is None and patterns == 1:
             first = torch.arange(rows, device=column.device)[:, None] * cols
@@ -85,7 +84,7 @@ class TileTable:
 def tile_table(
     mask: Mask, lengths: Lengths, tile: tuple[int, int], heads: tuple[int, int], device: Any
 ) -> TileTable:
-    """The table of a mask whose rule is known on the host; built once for lengths and device."""
+    """The table of a mask with a rule known on the host; cached by lengths and device."""
     q_len, kv_len, _ = lengths
     key = ("table", q_len, kv_len, tile, device, mask.state())
     layout = CACHE.of(mask).layout(key, lambda: mask.layout(q_len, kv_len, tile, device))
@@ -108,11 +107,11 @@ def _table_of(layout: BlockLayout) -> TileTable:
 
 
 class Evaluated:
-    """A mask that reads data on the device: tiles are classified, and undecided ones evaluated.
+    """A mask that reads data on the device: classifies tiles and evaluates undecided ones.
 
     Args:
         masks: Mask of each pattern.
-        patterns: Pattern of each batch entry and head, int64 (P,); None: the only one.
+        patterns: Pattern of each batch entry and head, int64 (P,); None: a single pattern.
         lengths: q_len, kv_len, block.
         tile: Size of the tiles.
     """
@@ -124,7 +123,7 @@ class Evaluated:
         self.lengths, self.tile = lengths, tile
 
     def states(self, column: Tensor) -> Tensor:
-        """EMPTY_TILE, FULL_TILE, or 0 where elements decide, of tiles in these columns, int32."""
+        """States of tiles in these columns, int32: EMPTY_TILE, FULL_TILE, or 0 if undecided."""
         (q_len, kv_len, _), (height, width) = self.lengths, self.tile
         rows = -(-q_len // height)
         q = torch.arange(0, rows * height, height, device=column.device)[:, None]
@@ -137,7 +136,7 @@ class Evaluated:
         return torch.where(found == EMPTY, EMPTY_TILE, torch.where(found == FULL, FULL_TILE, 0))
 
     def _chosen(self, by_pattern: list[Tensor]) -> Tensor:
-        """Of values of each pattern, `(1 or P, ...)`, those of each batch entry and head."""
+        """Select the values of each batch entry and head, `(1 or P, ...)`, by its pattern."""
         chosen = by_pattern[0]
         for i, values in enumerate(by_pattern[1:], 1):
             assert self.patterns is not None
@@ -146,7 +145,7 @@ class Evaluated:
         return chosen
 
     def bits(self, owner: Tensor, row: Tensor, column: Tensor) -> Tensor:
-        """Bit tiles uint8 `(n, height, ceil(width / 8))` of patterns, rows and columns (n,)."""
+        """Bit tiles, uint8 `(n, height, ceil(width / 8))`, at patterns, rows and columns (n,)."""
         (q_len, kv_len, _), (height, width) = self.lengths, self.tile
         packed = []
         step = max(1, _AT_ONCE // (height * width))
@@ -165,6 +164,8 @@ class Evaluated:
             if kv_len % width:
                 truth = truth & (kv < kv_len)
             packed.append(bits.pack(truth))
+        if not packed:  # a capacity of no bit tiles
+            return torch.empty(0, height, -(-width // 8), dtype=torch.uint8, device=row.device)
         return torch.cat(packed)
 
 
@@ -175,21 +176,21 @@ def cut_of(
     heads: tuple[int, int],
     device: torch.device,
 ) -> Uncut | TileTable | Evaluated:
-    """What a mask leaves of tiles, for sources with rows for so many batch entries and heads."""
+    """The restriction of tiles to a mask, for these numbers of batch entries and heads."""
     if mask is None:
         return Uncut(tile, device)
     if not mask.on_device:
         return tile_table(mask, lengths, tile, heads, device)
     masks, pattern_map = mask.patterns()
     patterns = None
-    if len(masks) > 1:  # their map is on the host, and no copy may wait
+    if len(masks) > 1:  # the map is on the host; copying it would synchronize
         numbers = pattern_map.expand(*heads).flatten().tolist()
         patterns = torch.stack([torch.full((), n, device=device) for n in numbers])
     return Evaluated(masks, patterns, lengths, tile)
 
 
 def snapshot(mask: Any, device: torch.device) -> Any:
-    """The mask with the tensors that it reads as they are now, on a device."""
+    """The mask with copies of the tensors that it reads, on a device."""
     if not mask.on_device:
         return mask
     if not mask.operands():
@@ -214,7 +215,7 @@ def readers(mask: Mask | None) -> Iterator[Any]:
 
 
 def invalid_documents(mask: Mask | None) -> Tensor | None:
-    """Whether cu_seqlens that a mask reads are invalid, bool (); None where it reads none."""
+    """Whether cu_seqlens of a mask are invalid, bool (); None if it reads none."""
     found: Tensor | None = None
     for reader in readers(mask):
         wrong = reader.invalid()
@@ -222,26 +223,34 @@ def invalid_documents(mask: Mask | None) -> Tensor | None:
     return found
 
 
-def documents_and_rest(mask: Any, heads: tuple[int, int]) -> tuple[Tensor, Mask | None] | None:
-    """Numbers of documents, and what else must allow; None for masks of another form.
+def numbers_and_rest_exist(mask: Any) -> bool:
+    """Whether `numbers_and_rest` knows the form of a mask that reads data on the device."""
+    masks = mask.patterns()[0] if mask.by_head else [mask]
+    found = [documents_and_rest(one) for one in masks]
+    return None not in found and len({one[1] for one in found if one is not None}) == 1
 
-    Numbers are int32 (1 or P, length), for sources with rows for so many batch entries and heads.
+
+def numbers_and_rest(mask: Any, heads: tuple[int, int]) -> tuple[Tensor, Mask | None]:
+    """Document numbers, int32 (1 or P, length), and the other operands of an intersection.
+
+    Args:
+        mask: A mask for which `numbers_and_rest_exist`.
+        heads: Batch entries and heads with rows of their own; P is their product.
     """
-    if not mask.by_head:
-        return _documents_and_rest(mask)
-    masks, pattern_map = mask.patterns()
-    found = [_documents_and_rest(one) for one in masks]
-    if None in found or len({one[1] for one in found if one is not None}) > 1:
-        return None
-    chosen = [found[n] for n in pattern_map.expand(*heads).flatten().tolist()]
-    rest = found[0][1] if found[0] is not None else None
-    return torch.cat([one[0] for one in chosen if one is not None]), rest
+    masks, pattern_map = mask.patterns() if mask.by_head else ([mask], None)
+    found = [one for one in map(documents_and_rest, masks) if one is not None]
+    numbers = [documents.numbers[None] for documents, _ in found]
+    if pattern_map is None:
+        return numbers[0], found[0][1]
+    chosen = [numbers[n] for n in pattern_map.expand(*heads).flatten().tolist()]
+    return torch.cat(chosen), found[0][1]
 
 
-def _documents_and_rest(mask: Any) -> tuple[Tensor, Mask | None] | None:
+def documents_and_rest(mask: Any) -> tuple[Any, Mask | None] | None:
+    """The documents of a mask and the other operands of an intersection; None for other forms."""
     operands = mask.masks if getattr(mask, "symbol", "") == "&" else (mask,)
     read = [m for m in operands if m.on_device]
     rest = [m for m in operands if not m.on_device]
-    if len(read) != 1 or not hasattr(read[0], "numbers"):
+    if len(read) != 1 or not hasattr(read[0], "is_numbered"):
         return None
-    return read[0].numbers[None], functools.reduce(operator.and_, rest) if rest else None
+    return read[0], functools.reduce(operator.and_, rest) if rest else None

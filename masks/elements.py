@@ -1,10 +1,11 @@
-"""The elements of tiles that three-valued logic cannot decide, each kind of tile once."""
+"""Elements of tiles that three-valued logic cannot decide; each signature is evaluated once."""
 
 from __future__ import annotations
 
 import time
 import warnings
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,47 +14,60 @@ from numpy.typing import NDArray
 from sparse_flash.masks import bits
 from sparse_flash.masks.arrays import Array
 from sparse_flash.masks.io import Lengths
+from sparse_flash.masks.program import Program
 from sparse_flash.masks.tables import TableLookups
 from sparse_flash.masks.ternary import EMPTY, UNKNOWN, Blocks
 from sparse_flash.masks.threads import in_threads
 from torch import Tensor
 
-EMPTY_TILE = -2  # of an evaluated tile: nothing is allowed in it
-_CELL = 16  # tokens a side of the parts into which a tile is cut, to decide some of them whole
-_AT_ONCE, _AT_ONCE_CUDA = 1 << 17, 1 << 21  # elements: temporaries stay in a core's cache
-_BATCH = 8  # evaluations that a thread does in a row
-_PATIENCE = 5.0  # seconds of evaluation without a word about them
+EMPTY_TILE = -2  # index of an evaluated tile without allowed elements
+_CELL = 16  # tokens per side of the cells of a tile, some of which are decided as a whole
+_PROBED = 64  # tiles that show whether cells are worth while
+_AT_ONCE = 1 << 18  # bytes of a temporary, which fits the cache of a core
+_AT_ONCE_CUDA = 1 << 21  # elements per step
+_WIDEST = 4096  # elements in a row of a strip
+_BATCH = 8  # consecutive evaluations per thread
+_PATIENCE = 5.0  # seconds of evaluation before a progress bar appears
 
 
 class Predicate(Protocol):
-    """What a layout is made from."""
+    """A rule from which a layout is built."""
 
     def classify(self, blocks: Blocks) -> Tensor:
         """EMPTY, UNKNOWN or FULL for each rectangle, int8."""
 
     def signature(self, blocks: Blocks) -> Tensor | None:
-        """Integers `(n, k)`: rectangles of one size with equal ones have equal elements."""
+        """Integers `(n, k)`: rectangles of equal size and signature have equal elements."""
 
     def __call__(self, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         """The truth for each element."""
 
 
+class TooLargeError(Exception):
+    """There is more to look at than was asked for."""
+
+
 def evaluate(
-    predicate: Predicate, rows: Tensor, cols: Tensor, lengths: Lengths
+    predicate: Predicate, rows: Tensor, cols: Tensor, lengths: Lengths, most: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """The tiles at these blocks, element by element.
 
     Returns:
-        The index of each tile's bit tile, or EMPTY_TILE; bit tiles, uint8, in which repetitions
-        are possible.
+        The index of each tile's bit tile, or EMPTY_TILE; bit tiles, uint8, possibly with
+        repetitions.
+
+    Raises:
+        TooLargeError: More than `most` elements are to be evaluated.
     """
     first, twin = _kinds(predicate, rows, cols, lengths)
+    if most is not None and len(first) * lengths[2][0] * lengths[2][1] > most:
+        raise TooLargeError
     index, tiles = _evaluate_all(predicate, rows[first], cols[first], lengths)
     return index[twin], tiles
 
 
 def count_kinds(predicate: Predicate, rows: Tensor, cols: Tensor, lengths: Lengths) -> int:
-    """How many of these tiles `evaluate` evaluates: one of each signature."""
+    """Number of these tiles that `evaluate` evaluates: one per signature."""
     return len(_kinds(predicate, rows, cols, lengths)[0])
 
 
@@ -68,7 +82,7 @@ def _tiles(rows: Tensor, cols: Tensor, lengths: Lengths) -> Blocks:
 def _kinds(
     predicate: Predicate, rows: Tensor, cols: Tensor, lengths: Lengths, chunk: int = 1 << 18
 ) -> tuple[Tensor, Tensor]:
-    """The first tile of each signature, and for every tile the number of its signature."""
+    """The first tile of each signature, and the signature number of every tile."""
     every = torch.arange(len(rows), device=rows.device)
     firsts: list[Tensor] = []
     twins: list[Tensor] = []
@@ -97,12 +111,14 @@ def _kinds(
 def _evaluate_all(
     predicate: Predicate, rows: Tensor, cols: Tensor, lengths: Lengths
 ) -> tuple[Tensor, Tensor]:
-    """As `evaluate`, for every tile; repetitions at most once a chunk.
+    """Like `evaluate`, without signatures; tiles repeat at most once per chunk.
 
-    What outlives a chunk goes into two long-lived tensors: many small ones between the large
-    temporaries would break up the heap, and the process would grow to several times its need.
+    Results of a chunk go into two preallocated tensors. Many small tensors between the large
+    temporaries would fragment the heap, and the process would use several times the memory.
     """
     block_q, block_kv = lengths[2]
+    order = torch.argsort(rows * (lengths[1] // block_kv + 1) + cols)  # neighbors side by side
+    rows, cols = rows[order], cols[order]
     index = torch.empty_like(rows)
     store = torch.empty(256, block_q, -(-block_kv // 8), dtype=torch.uint8, device=rows.device)
     count = 0
@@ -112,7 +128,7 @@ def _evaluate_all(
             store = torch.cat([store, torch.empty_like(store)])
         store[count : count + len(distinct)] = distinct
         some = bits.count(distinct) > 0
-        index[part] = torch.where(some[twin], twin + count, EMPTY_TILE)
+        index[order[part]] = torch.where(some[twin], twin + count, EMPTY_TILE)
         count += len(distinct)
     return index, store[:count]
 
@@ -120,12 +136,15 @@ def _evaluate_all(
 def _chunks(
     predicate: Predicate, rows: Tensor, cols: Tensor, lengths: Lengths
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Packed tiles, so many at a time that temporaries stay small."""
+    """Packed tiles, in chunks that keep temporaries small."""
     block_q, block_kv = lengths[2]
     area = min(block_q, lengths[0]) * min(block_kv, lengths[1])
     whole = max(1, (1 << 24) // area)
     cut = min(lengths[:2]) >= _CELL and block_q % _CELL == block_kv % _CELL == 0 and area >= 4096
     truth, start = Elements(predicate, lengths[:2]), 0
+    if cut and len(rows) > _PROBED:  # a few tiles tell whether cells of others are decided
+        some = torch.arange(_PROBED, device=rows.device) * len(rows) // _PROBED
+        cut = _cells(predicate, rows[some], cols[some], lengths) is not None
     while start < len(rows):
         part = slice(start, start + (4 * whole if cut else whole))
         packed = None
@@ -142,7 +161,7 @@ def _chunks(
 def _packed(truth: Elements, rows: Tensor, cols: Tensor, lengths: Lengths) -> Tensor:
     """Whole tiles as bits: uint8 `(n, block_q, ceil(block_kv / 8))`."""
     q_len, kv_len, (block_q, block_kv) = lengths
-    height, width = min(block_q, q_len), min(block_kv, kv_len)  # of one query, one row is looked at
+    height, width = min(block_q, q_len), min(block_kv, kv_len)  # tiles of one query have one row
     some = truth.packed(rows * block_q, cols * block_kv, (height, width))
     if some.shape[1:] == (block_q, -(-block_kv // 8)):
         return some
@@ -154,9 +173,30 @@ def _packed(truth: Elements, rows: Tensor, cols: Tensor, lengths: Lengths) -> Te
 def _packed_by_cells(
     predicate: Predicate, truth: Elements, rows: Tensor, cols: Tensor, lengths: Lengths
 ) -> Tensor | None:
-    """The same, by cells of _CELL x _CELL elements, of which three-valued logic decides some.
+    """Whole tiles as bits, with cells of _CELL x _CELL elements decided by three-valued logic.
 
-    None where it decides too few of them for this to be worth while.
+    None if it decides too few cells to save time.
+    """
+    cells = _cells(predicate, rows, cols, lengths)
+    if cells is None:
+        return None
+    q, kv, states, open_ = cells
+    # A row of a cell is 16 bits, so a cell is 16 words; all are -1 if the cell is full.
+    words = torch.where(states == EMPTY, 0, -1).to(torch.int16)[:, None].repeat(1, _CELL)
+    some = truth.packed(q[open_], kv[open_], (_CELL, _CELL))
+    words[open_] = some.view(torch.int16).squeeze(2)
+    block_q, block_kv = lengths[2]
+    words = words.view(len(rows), block_q // _CELL, block_kv // _CELL, _CELL)
+    words = words.transpose(2, 3).contiguous()
+    return words.view(torch.uint8).view(len(rows), block_q, block_kv // 8)
+
+
+def _cells(
+    predicate: Predicate, rows: Tensor, cols: Tensor, lengths: Lengths
+) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    """First queries, first keys and truth values of all cells, indices of the undecided cells.
+
+    None if three-valued logic decides too few of them.
     """
     q_len, kv_len, (block_q, block_kv) = lengths
     down, across = block_q // _CELL, block_kv // _CELL
@@ -169,98 +209,162 @@ def _packed_by_cells(
     states = predicate.classify(blocks)
     ragged = (q + _CELL > q_len) | (kv + _CELL > kv_len)
     states = torch.where(ragged & (states != EMPTY), UNKNOWN, states)
+    states = torch.where((q >= q_len) | (kv >= kv_len), EMPTY, states)  # beyond the lengths
     open_ = (states == UNKNOWN).nonzero().squeeze(1)
-    if 10 * len(open_) > 7 * len(states):
-        return None
-    # A row of a cell is 16 bits, so a cell is 16 words, all of them -1 where it is full.
-    words = torch.where(states == EMPTY, 0, -1).to(torch.int16)[:, None].repeat(1, _CELL)
-    some = truth.packed(q[open_], kv[open_], (_CELL, _CELL))
-    words[open_] = some.view(torch.int16).squeeze(2)
-    words = words.view(*shape, _CELL).transpose(2, 3).contiguous()
-    return words.view(torch.uint8).view(len(rows), block_q, block_kv // 8)
+    return None if 10 * len(open_) > 7 * len(states) else (q, kv, states, open_)
+
+
+@dataclass
+class _Strips:
+    """Strips of adjacent rectangles: long rows make broadcasting fast.
+
+    Attributes:
+        rectangles: Index of each rectangle, `(strips, rectangles per strip)`.
+        q_lo: First query of each strip.
+        kv_lo: First key of each strip.
+        size: Height and width of a strip.
+        top: First row within the rectangles; a strip may have a part of their rows.
+    """
+
+    rectangles: NDArray[np.int64]
+    q_lo: NDArray[np.int64]
+    kv_lo: NDArray[np.int64]
+    size: tuple[int, int]
+    top: int
+
+    def pack_into(self, packed: NDArray[np.uint8], found: NDArray[np.bool_]) -> None:
+        """Write the bits of bools `found` to their rectangles, `(n, height, bytes)`."""
+        some = np.packbits(found, axis=2, bitorder="little")
+        some = some.reshape(*some.shape[:2], self.rectangles.shape[1], packed.shape[2])
+        packed[self.rectangles, self.top : self.top + self.size[0]] = some.transpose(0, 2, 1, 3)
+
+
+def _strips(
+    q_lo: NDArray[np.int64], kv_lo: NDArray[np.int64], size: tuple[int, int], at_once: int
+) -> Iterator[_Strips]:
+    """Cut runs of adjacent rectangles into strips of about `at_once` elements per step."""
+    height, width = size
+    beside = (q_lo[1:] == q_lo[:-1]) & (kv_lo[1:] == kv_lo[:-1] + width)
+    begins = np.flatnonzero(np.concatenate([np.ones(min(len(q_lo), 1), np.bool_), ~beside]))
+    runs = np.diff(begins, append=len(q_lo))
+    # Strips of `longest` rectangles first; smaller powers of two for the rest of a run.
+    longest = 1 << max(0, (_WIDEST // width).bit_length() - 1) if width % 8 == 0 else 1
+    count = longest
+    while count:
+        number = runs // count if count == longest else runs // count % 2
+        first = begins + (0 if count == longest else runs // (2 * count) * (2 * count))
+        nth = np.arange(number.sum()) - np.repeat(number.cumsum() - number, number)
+        first = np.repeat(first, number) + nth * count
+        rows = min(height, max(1, at_once // (count * width)))
+        step = max(1, at_once // (rows * count * width))
+        for start in range(0, len(first), step):
+            some = first[start : start + step]
+            every = some[:, None] + np.arange(count)
+            for top in range(0, height, rows):
+                shape = (min(rows, height - top), count * width)
+                yield _Strips(every, q_lo[some] + top, kv_lo[some], shape, top)
+        count //= 2
 
 
 class Elements:
-    """The truth of rectangles of elements, by arrays as long as the predicate lets them.
+    """The truth of rectangles of elements, by a program of numpy if the predicate can be traced.
 
     Args:
-        predicate: Its `allowed`, if it has one, is asked with arrays; where that fails, itself with
-            tensors.
-        lengths: (q_len, kv_len): the truth is false beyond.
+        predicate: The rule. Its `allowed`, if present, is traced; if that fails, the predicate is
+            called with tensors.
+        lengths: (q_len, kv_len); elements beyond are false.
     """
 
     def __init__(self, predicate: Predicate, lengths: tuple[int, int]) -> None:
         self.predicate, self.lengths = predicate, lengths
-        self.rule: Any = getattr(predicate, "allowed", None)
-        self.by_arrays = self.rule is not None
+        self._program: Program | None = None
+        self._traced = False
 
     def packed(self, q_lo: Tensor, kv_lo: Tensor, size: tuple[int, int]) -> Tensor:
         """Rectangles of one size as bits: uint8 `(n, height, ceil(width / 8))`."""
         shape = (len(q_lo), size[0], -(-size[1] // 8))
         packed = torch.empty(shape, dtype=torch.uint8, device=q_lo.device)
-        piece = max(1, (_AT_ONCE_CUDA if q_lo.is_cuda else _AT_ONCE) // (size[0] * size[1]))
-        parts = [slice(start, start + piece) for start in range(0, len(q_lo), piece)]
-        if self.by_arrays and not q_lo.is_cuda:
-            parts = self._by_arrays(parts, packed.numpy(), q_lo.numpy(), kv_lo.numpy(), size)
-        for part in parts:
-            packed[part] = bits.pack(self._of_tensors(q_lo[part], kv_lo[part], size))
+        ends = zip((q_lo, kv_lo), size, self.lengths, strict=True)
+        inside = all(not len(lo) or int(lo.max()) + n <= length for lo, n, length in ends)
+        if q_lo.is_cuda:
+            piece = max(1, _AT_ONCE_CUDA // (size[0] * size[1]))
+            for part in torch.arange(len(q_lo), device=q_lo.device).split(piece):
+                found = self._of_tensors(q_lo[part], kv_lo[part], size, inside)
+                packed[part] = bits.pack(found)
+            return packed
+        q, kv = q_lo.numpy(), kv_lo.numpy()
+        program = self._trace(q, kv)
+        at_once = _AT_ONCE // 8 if program is None else _AT_ONCE // program.itemsize
+        strips = list(_strips(q, kv, size, at_once))
+        if program is not None:
+            strips = self._run(strips, packed.numpy())
+        for strip in strips:
+            first = torch.from_numpy(strip.q_lo), torch.from_numpy(strip.kv_lo)
+            found = self._of_tensors(*first, strip.size, inside)
+            strip.pack_into(packed.numpy(), found.contiguous().numpy())
         return packed
 
-    def _by_arrays(
-        self,
-        parts: list[slice],
-        packed: NDArray[np.uint8],
-        q_lo: NDArray[np.int64],
-        kv_lo: NDArray[np.int64],
-        size: tuple[int, int],
-    ) -> list[slice]:
-        """Fill parts of the packed rectangles; return the parts that tensors must evaluate."""
-
-        def fill(batch: list[slice]) -> list[slice]:
-            left = []
-            with torch.no_grad(), TableLookups():  # modes are those of a thread
-                for part in batch:
-                    found = self._of_arrays(q_lo[part], kv_lo[part], size)
-                    if found is None:
-                        left.append(part)
-                    else:
-                        packed[part] = np.packbits(found, axis=2, bitorder="little")
-            return left
-
-        batches = [parts[:1], *(parts[i : i + _BATCH] for i in range(1, len(parts), _BATCH))]
-        return [part for left in in_threads(fill, batches) for part in left]
-
-    def _of_arrays(
-        self, q_lo: NDArray[np.int64], kv_lo: NDArray[np.int64], size: tuple[int, int]
-    ) -> NDArray[Any] | None:
-        """Bools `(n, height, width)`; None where the predicate does not take arrays."""
-        if not self.by_arrays:
-            return None
-        (q_len, kv_len), shape = self.lengths, (len(q_lo), *size)
-        q = (q_lo[:, None] + np.arange(size[0]))[:, :, None]
-        kv = (kv_lo[:, None] + np.arange(size[1]))[:, None, :]
-        # Predicates see only indices that exist.
-        found, seen = None, (np.minimum(q, q_len - 1), np.minimum(kv, kv_len - 1))
+    def _trace(self, q_lo: NDArray[np.int64], kv_lo: NDArray[np.int64]) -> Program | None:
+        """The program of the predicate; None if it cannot be traced."""
+        rule: Any = getattr(self.predicate, "allowed", None)
+        if self._traced or rule is None or not len(q_lo):
+            return self._program
+        self._traced = True
+        q, kv = (
+            Array.index(np.minimum(lo[0] + np.arange(2), length - 1), axis, length)
+            for lo, axis, length in zip((q_lo, kv_lo), (1, 2), self.lengths, strict=True)
+        )
         try:
-            truth = self.rule(*map(Array.of, seen))
-            if truth.dtype == torch.bool:
-                values = truth.values if isinstance(truth, Array) else truth.numpy()
-                found = np.broadcast_to(values, shape)
-        except Exception:  # an error of the predicate's own is raised again by tensors
-            self.by_arrays = False
-        if found is None:
-            self.by_arrays = False  # nor for rectangles that follow
-        elif (q >= q_len).any() or (kv >= kv_len).any():
-            found = found & (q < q_len) & (kv < kv_len)
-        return found
+            with torch.no_grad(), np.errstate(all="ignore"), TableLookups():
+                truth = rule(q, kv)
+            if isinstance(truth, Array) and truth.is_bool:
+                self._program = Program(truth.value, q.whole(), kv.whole())
+        except Exception:  # tensors raise an error of the predicate itself again
+            self._program = None
+        return self._program
 
-    def _of_tensors(self, q_lo: Tensor, kv_lo: Tensor, size: tuple[int, int]) -> Tensor:
-        """Bools `(n, height, width)`."""
+    def _run(self, strips: list[_Strips], packed: NDArray[np.uint8]) -> list[_Strips]:
+        """Fill the packed rectangles of strips; return the strips that are left to tensors."""
+
+        def fill(batch: list[_Strips]) -> list[_Strips]:
+            with torch.no_grad(), np.errstate(all="ignore"):  # both are thread-local
+                return [strip for strip in batch if not self._filled(strip, packed)]
+
+        batches = [strips[:1], *(strips[i : i + _BATCH] for i in range(1, len(strips), _BATCH))]
+        return [strip for left in in_threads(fill, batches) for strip in left]
+
+    def _filled(self, strip: _Strips, packed: NDArray[np.uint8]) -> bool:
+        """Fill the packed rectangles of strips; False if the program fails."""
+        program, (q_len, kv_len) = self._program, self.lengths
+        if program is None:
+            return False
+        (height, width), n = strip.size, len(strip.q_lo)
+        q = (strip.q_lo[:, None] + np.arange(height))[:, :, None]
+        kv = (strip.kv_lo[:, None] + np.arange(width))[:, None, :]
+        beyond = q.max() >= q_len or kv.max() >= kv_len
+        try:  # predicates see only indices that exist
+            found = program.run(
+                *((np.minimum(q, q_len - 1), np.minimum(kv, kv_len - 1)) if beyond else (q, kv))
+            )
+        except Exception:  # tensors raise an error of the predicate itself again
+            self._program = None  # skip it for the following strips
+            return False
+        if beyond:
+            found = found & (q < q_len) & (kv < kv_len)
+        if found.shape != (n, height, width):
+            found = np.broadcast_to(found, (n, height, width))
+        strip.pack_into(packed, found)
+        return True
+
+    def _of_tensors(
+        self, q_lo: Tensor, kv_lo: Tensor, size: tuple[int, int], inside: bool
+    ) -> Tensor:
+        """Bools `(n, height, width)`. inside: No index is beyond the lengths."""
         q_len, kv_len = self.lengths
         q = q_lo[:, None, None] + torch.arange(size[0], device=q_lo.device)[:, None]
         kv = kv_lo[:, None, None] + torch.arange(size[1], device=q_lo.device)
         shape = (len(q_lo), *size)
-        if q_len % size[0] == kv_len % size[1] == 0:
+        if inside:
             return self.predicate(q, kv).expand(shape)
         # Predicates see only indices that exist.
         found = self.predicate(q.clamp(max=q_len - 1), kv.clamp(max=kv_len - 1))
@@ -270,7 +374,7 @@ class Elements:
 def _with_progress(
     chunks: Iterable[tuple[slice, Tensor]], predicate: Predicate, rows: Tensor
 ) -> Iterator[tuple[slice, Tensor]]:
-    """The same chunks; what takes longer than a few seconds shows a bar, and a way to be faster."""
+    """The same chunks, with a progress bar and advice if they take more than a few seconds."""
     start, bar, done = time.monotonic(), None, 0
     for part, packed in chunks:
         yield part, packed
@@ -286,20 +390,20 @@ def _with_progress(
 
 
 def _advise(predicate: Predicate, tiles: int, seconds: float) -> None:
-    """Tell authors of functions what makes their layouts faster."""
+    """Warn about a slow function and name the operations that are fast."""
     reasons = list(dict.fromkeys(_reasons(predicate)))
     if reasons:
         warnings.warn(
             f"{predicate!r}: {tiles} tiles are evaluated element by element, in about "
             f"{seconds:.0f} s{''.join(reasons)}; functions of +, -, *, //, %, <<, >>, &, |, ^, ~, "
-            "abs, comparisons and table[index] are decided faster, functions of q - kv alone much "
-            "faster; layout.save(path) keeps a layout",
+            "abs, comparisons and table[index] are faster, functions of q - kv alone much "
+            "faster; layout.save(path) stores a layout",
             stacklevel=2,
         )
 
 
 def _reasons(predicate: Any) -> Iterator[str]:
-    """Why custom masks in it had to be evaluated."""
+    """Reasons why custom masks had to be evaluated."""
     if hasattr(predicate, "not_understood"):
         yield predicate.not_understood
     for operand in getattr(predicate, "operands", tuple)():
@@ -307,7 +411,7 @@ def _reasons(predicate: Any) -> Iterator[str]:
 
 
 def _bar(total: int) -> Any:
-    """A progress bar on standard error, where that is a terminal and tqdm is installed."""
+    """A progress bar on standard error, if that is a terminal and tqdm is installed."""
     try:
         from tqdm import tqdm
     except ImportError:

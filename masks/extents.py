@@ -1,4 +1,4 @@
-"""The lengths that a mask is made for, and the indices that it can be asked for."""
+"""Lengths for which a mask is defined, and checks of indices against them."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import torch
 from sparse_flash.masks.modes import unreadable
 from torch import Tensor
 
-Extents = tuple[int | None, int | None]  # the q_len and kv_len that a mask is made for; None: any
+Extents = tuple[int | None, int | None]  # q_len and kv_len for which a mask is defined; None: any
 
 
 class HasExtents(Protocol):
-    """A mask, as far as lengths are concerned."""
+    """An object with lengths, such as a mask."""
 
     def extents(self) -> Extents:
-        """The (q_len, kv_len) that it is made for."""
+        """(q_len, kv_len) for which it is defined."""
 
 
 def merge_extents(owner: object, masks: Sequence[HasExtents]) -> Extents:
-    """The lengths that all masks agree on; ValueError where they do not."""
+    """The common lengths of all masks; raise ValueError if they differ."""
     merged = []
     for name, axis in (("q_len", 0), ("kv_len", 1)):
         lengths = {n for n in (m.extents()[axis] for m in masks) if n is not None}
@@ -31,7 +31,7 @@ def merge_extents(owner: object, masks: Sequence[HasExtents]) -> Extents:
 
 
 def require_extents(mask: HasExtents, given: tuple[int, int], starts: tuple[int, int]) -> None:
-    """Raise ValueError where a mask is made for other lengths than `given`, from `starts` on."""
+    """Raise ValueError unless a mask is defined for indices from `starts`, `given` of each."""
     for name, n, length, start in zip(
         ("q_len", "kv_len"), mask.extents(), given, starts, strict=True
     ):
@@ -48,7 +48,7 @@ def require_extents(mask: HasExtents, given: tuple[int, int], starts: tuple[int,
 def check_indices(mask: HasExtents, q: Tensor, kv: Tensor) -> None:
     """Raise IndexError for indices outside the extents of the mask.
 
-    Only values on the CPU are looked at: a GPU would have to be waited for.
+    Checks only tensors on the CPU: reading a GPU tensor would synchronize the host.
     """
     for name, n, index in zip(("query", "key"), mask.extents(), (q, kv), strict=True):
         if n is None or index.device.type != "cpu" or unreadable(index) or not index.numel():
@@ -59,7 +59,7 @@ def check_indices(mask: HasExtents, q: Tensor, kv: Tensor) -> None:
 
 
 def index_tensor(name: str, index: Tensor) -> Tensor:
-    """An index tensor as int64, in which no rule overflows."""
+    """Convert an index tensor to int64, where no rule overflows."""
     if not isinstance(index, Tensor):
         raise TypeError(f"{name} must be an integer tensor, got {type(index).__name__}")
     if index.dtype == torch.int64:

@@ -1,4 +1,4 @@
-"""Writing files so that a crash, a kill or a full disk never leaves half of one."""
+"""Atomic writes: a crash, a kill or a full disk never leaves a partial file."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import BinaryIO
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """Open a temporary file beside `path`; on success it replaces `path`, on failure it vanishes.
+    """Open a temporary file beside `path`; success renames it to `path`, failure deletes it.
 
-    The data is on disk (fsync) before the name points at it, so that the reader of `path` finds
-    the old content or the new, whole.
+    The data is on disk (fsync) before the rename. A reader of `path` sees either the old or the
+    new content, complete.
 
     Raises:
         OSError: `path` is a folder, its folder cannot be made or written, or the disk is full;
-            `path` is as it was.
+            `path` is unchanged.
     """
     path = Path(path)
     if path.is_dir():
@@ -34,7 +34,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        Path(temporary).chmod(0o666 & ~_umask())  # mkstemp makes files private
+        Path(temporary).chmod(0o666 & ~_umask())  # mkstemp creates files with mode 0600
         Path(temporary).replace(path)
     except BaseException as error:
         with contextlib.suppress(OSError):

@@ -1,11 +1,11 @@
-"""Paths through single elements: exact layers from bit rows, a bit for each source token.
+"""Paths through single elements: exact layer counts from bit rows, one bit per source token.
 
-Row i of a bit matrix has bit j where token j influences token i. One layer replaces a row by the
-union of the rows that it attends to. Three exact reductions keep this short:
+Bit j of row i is set if token j influences token i. One layer replaces a row by the union of the
+rows of the tokens that it attends to. Three exact reductions save time:
 
-- Twins, tokens with equal rows and equal columns, are interchangeable: one of them stands for all.
-- Aligned runs of 8, 64, 512, ... attended tokens count as one: their union is made once.
-- A row that has every bit it must have is complete: further unions cannot change it.
+- Twins are tokens with equal rows and equal columns. One of them represents all.
+- The union of an aligned run of 8, 64, 512, ... attended tokens is computed once.
+- A row with all required bits is complete: further unions cannot change it.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ Bytes = NDArray[np.uint8]
 Words = NDArray[np.uint64]
 Ints = NDArray[np.int64]
 
-_FAN = 8  # rows of a union in the next level of `_levels`
-_AT_ONCE = 1 << 16  # words of unions at once: half a megabyte stays in a core's cache
-_ROWS = 1 << 22  # bits that are unpacked at once
-_SAMPLE = 2048  # sources that are followed to find the least number of layers
-_PORTION = 16  # unions between two looks at which rows are complete
-_KEPT = 1 << 25  # numbers of unions that are kept from one layer to the next
+_FAN = 8  # rows per union in the next level of `_levels`
+_AT_ONCE = 1 << 16  # words of unions per step: half a megabyte fits the cache of a core
+_ROWS = 1 << 22  # bits unpacked per step
+_SAMPLE = 2048  # sources of the sample that gives a lower bound of the layers
+_PORTION = 16  # unions between two checks for complete rows
+_KEPT = 1 << 25  # largest cache of union indices between layers
 
 
 class TooLongError(Exception):
-    """Following would take minutes. `layers`: So many are not enough."""
+    """The search would take minutes. `layers`: a number of layers known to be too few."""
 
     def __init__(self, layers: int) -> None:
         super().__init__(f"more than {layers} layers")
@@ -42,20 +42,20 @@ class TooLongError(Exception):
 
 @dataclass
 class Budget:
-    """How many words may be combined before following ends with a TooLongError."""
+    """Number of words that may be combined before a TooLongError."""
 
     words: float
-    layers: int = 0  # found to be too few
+    layers: int = 0  # known to be too few
 
     def spend(self, words: float) -> None:
-        """Account for work that is about to be done."""
+        """Subtract the cost of work that is about to start."""
         self.words -= words
         if self.words < 0:
             raise TooLongError(self.layers)
 
 
 def bit_rows(layout: BlockLayout) -> Bytes:
-    """All elements of a layout of one pattern: `(q_len, bytes)`, whole words of 64 bits a row.
+    """All elements of a layout of one pattern: `(q_len, bytes)`, whole words of 64 bits per row.
 
     Blocks must be multiples of 8 tokens wide.
     """
@@ -76,10 +76,10 @@ def bit_rows(layout: BlockLayout) -> Bytes:
 
 @dataclass
 class Tokens:
-    """Tokens that stand for all, as rows and columns of a bit matrix.
+    """One token of each class of twins, as rows and columns of a bit matrix.
 
-    first, last: The first and last of the tokens that each of them stands for.
-    sources: Those that may not be everywhere yet, after as many layers as tiles say.
+    first, last: The first and last token of each class.
+    sources: Tokens whose influence may be incomplete after the lower bound of layers.
     """
 
     rows: Bytes
@@ -92,17 +92,17 @@ class Tokens:
 
     @classmethod
     def of(cls, rows: Bytes, open_: NDArray[np.bool_]) -> Tokens:
-        """One of each class of twins; two where the twins do not attend to each other.
+        """One token of each class of twins; two if the twins do not attend to each other.
 
-        A walk may pass any twin in place of another, so it visits one of a class, but for ends
-        that are two distinct twins. A class is open if one of its tokens is.
+        A walk can use any twin, so one token of a class suffices, except for two ends that are
+        distinct twins. A class is open if one of its tokens is.
         """
         n = len(rows)
         each = np.arange(n)
         kinds, representatives = _kinds(rows)
-        if 2 * len(representatives) > n:  # too few twins to be worth while
+        if 2 * len(representatives) > n:  # too few twins to save time
             return cls(rows, each, each, np.flatnonzero(open_))
-        # Columns that agree in one row of each kind agree in all.
+        # Columns that agree in one row of each class agree in all rows.
         kinds = kinds * n + _kinds(_transposed(rows[representatives])[:n])[0]
         _, first, twin = np.unique(kinds, return_index=True, return_inverse=True)
         last, any_open = np.zeros_like(first), np.zeros(len(first), np.bool_)
@@ -119,7 +119,7 @@ class Tokens:
         )
 
     def goal(self, sources: Ints, causal: bool) -> Words:
-        """The sources that must influence each token: every one, or every earlier one."""
+        """Sources that must influence each token: all, or all earlier ones if causal."""
         goal = np.empty((len(self), _words(len(sources))), np.uint64)
         for part in _slices(len(self), 64 * goal.shape[1]):
             earlier = self.first[sources] < self.last[part, None]
@@ -128,7 +128,7 @@ class Tokens:
 
 
 class Graph:
-    """Who attends to whom, itself included."""
+    """The attention graph, with self loops."""
 
     def __init__(self, tokens: Tokens, budget: Budget) -> None:
         self.tokens, self.budget = tokens, budget
@@ -146,7 +146,7 @@ class Graph:
         return _as_words(_columns(self.rows, chosen))
 
     def layer(self, seen: Words) -> Words:
-        """What each token has seen after one more layer."""
+        """Sources that influence each token after one more layer."""
         self.budget.spend(self._count * seen.shape[1] + 32 * len(seen))
         levels, wider = _levels(seen), np.empty_like(seen)
         portion = max(1, _AT_ONCE // seen.shape[1])
@@ -167,7 +167,7 @@ class Graph:
         return wider
 
     def missing(self, seen: Words, goal: Words) -> Words:
-        """Bits of the goal that one more layer does not bring, for each source: `(words,)`."""
+        """Bits of the goal that one more layer leaves unset, for each source: `(words,)`."""
         self.budget.spend(self._count * seen.shape[1] / 2 + 64 * len(seen))
         levels = _levels(seen)
         missing = np.zeros(seen.shape[1], np.uint64)
@@ -184,7 +184,7 @@ class Graph:
         return missing
 
     def _batches(self, words: int, portion: int = 1 << 30) -> Iterable[tuple[Ints, Ints]]:
-        """Tokens, and for each of them the unions that it attends to; padded with repetitions."""
+        """Batches of tokens and of the unions that each attends to, padded by repetition."""
         if self._count > _KEPT:
             return self._made(words, portion)
         if (words, portion) not in self._kept:
@@ -207,9 +207,9 @@ class Graph:
                 start += step
 
     def is_connected(self, causal: bool) -> bool:
-        """Whether any number of layers is enough.
+        """Whether some number of layers suffices.
 
-        In a causal mask only a direct step leads from a token to the next, and none to a twin.
+        In a causal mask only a direct step leads from a token to the next one.
         """
         n = len(self.tokens)
         if causal:
@@ -222,17 +222,17 @@ class Graph:
 
 
 def layers(tokens: Tokens, causal: bool, budget: Budget) -> int | None:
-    """Layers until the open sources are wherever they must be; None if that never happens.
+    """Layers until the open sources influence all required tokens; None if they never do.
 
     Raises:
-        TooLongError: The budget does not suffice.
+        TooLongError: The budget is exhausted.
     """
     graph, chosen = Graph(tokens, budget), tokens.sources
     if not graph.is_connected(causal):
         return None
     if len(chosen) <= _SAMPLE:
         return _layers_of(graph, chosen, causal)
-    # A sample says how many layers are too few; then rows end as soon as they are complete.
+    # A sample gives a lower bound of the layers; above it, complete rows are skipped.
     spread = np.linspace(0, len(chosen) - 1, _SAMPLE // 2).astype(np.int64)
     least = _layers_of(graph, chosen[spread], causal)
     seen, done = graph.first_layer(chosen), 1
@@ -249,7 +249,7 @@ def layers(tokens: Tokens, causal: bool, budget: Budget) -> int | None:
 
 
 def _layers_of(graph: Graph, chosen: Ints, causal: bool) -> int:
-    """The same of a few sources, layer by layer."""
+    """Layers of a few sources, computed layer by layer."""
     goal = graph.tokens.goal(chosen, causal)
     seen, count = graph.first_layer(chosen), 1
     while (goal & ~seen).any():
@@ -260,7 +260,7 @@ def _layers_of(graph: Graph, chosen: Ints, causal: bool) -> int:
 
 
 def _reaches_all(rows: Words, n: int) -> bool:
-    """Whether walks from the first token arrive everywhere."""
+    """Whether walks from the first token reach all tokens."""
     seen = np.zeros(rows.shape[1], np.uint64)
     fresh = rows[0].copy()
     while fresh.any():
@@ -276,7 +276,7 @@ def _union(levels: Words, unions: Ints) -> Words:
 
 
 def _levels(seen: Words) -> Words:
-    """Rows, then the unions of 8, of 64, ... of them, one after another."""
+    """Rows, then unions of 8 rows, of 64 rows, and so on."""
     levels = [seen]
     while len(levels[-1]) > 1:
         rows = levels[-1]
@@ -287,7 +287,7 @@ def _levels(seen: Words) -> Words:
 
 
 def _split(rows: Bytes) -> Iterator[Bytes]:
-    """Bits of single rows, then of unions of 8, of 64, ...: whole bytes go to the next level."""
+    """Bits of single rows, then of unions of 8, of 64, ...: full bytes move up a level."""
     while True:
         full = rows == 255
         if not full.any():
@@ -298,13 +298,13 @@ def _split(rows: Bytes) -> Iterator[Bytes]:
 
 
 def _count_unions(rows: Bytes) -> int:
-    """How many unions all rows together need."""
+    """Total number of unions of all rows."""
     parts = _slices(len(rows), 8 * rows.shape[1])
     return sum(int(np.bitwise_count(x).sum()) for part in parts for x in _split(rows[part]))
 
 
 def _unions(rows: Bytes, tokens: int) -> tuple[Ints, Ints]:
-    """The unions in `_levels` that make up each row, longest first: ends `(rows,)`, indices."""
+    """Unions in `_levels` that cover each row, longest first: ends `(rows,)`, indices."""
     found, counts, offset = [], [], 0
     for level in _split(rows):
         each = np.unpackbits(level, axis=1, bitorder="little").view(np.bool_)
@@ -316,7 +316,7 @@ def _unions(rows: Bytes, tokens: int) -> tuple[Ints, Ints]:
         offset, tokens = offset + tokens, -(-tokens // _FAN)
     ends = np.sum(counts, axis=0).cumsum()
     unions = np.empty(ends[-1], np.int32)
-    free = ends - np.sum(counts, axis=0)  # the next place of each row
+    free = ends - np.sum(counts, axis=0)  # next free entry of each row
     for (row, union), count in zip(found[::-1], counts[::-1], strict=True):
         first = count.cumsum() - count
         unions[(free - first)[row] + np.arange(len(row))] = union
@@ -325,14 +325,14 @@ def _unions(rows: Bytes, tokens: int) -> tuple[Ints, Ints]:
 
 
 def _kinds(rows: Bytes) -> tuple[Ints, Ints]:
-    """For each row the number of its kind, and a row of each kind: equal rows are of one kind."""
+    """The class number of each row, and one row of each class; equal rows share a class."""
     words = torch.from_numpy(_as_words(rows).view(np.int64))
     first, index = bits.distinct_rows(words)
     return index.numpy(), first.numpy()
 
 
 def _columns(rows: Bytes, chosen: Ints) -> Bytes:
-    """Some columns of bit rows."""
+    """Chosen columns of bit rows."""
     columns = np.empty((len(rows), 8 * _words(len(chosen))), np.uint8)
     shifts = (chosen % 8).astype(np.uint8)
     for part in _slices(len(rows), len(chosen)):
@@ -342,7 +342,7 @@ def _columns(rows: Bytes, chosen: Ints) -> Bytes:
 
 
 def _transposed(rows: Bytes) -> Bytes:
-    """Columns as bit rows, by squares of 8 x 8 bits (Warren, Hacker's Delight, 7-3)."""
+    """The transposed bit matrix, by squares of 8 x 8 bits (Warren, Hacker's Delight, 7-3)."""
     squares = np.pad(rows, ((0, -len(rows) % _FAN), (0, 0))).reshape(-1, _FAN, rows.shape[1])
     x = np.ascontiguousarray(squares.transpose(0, 2, 1)).view(np.uint64)
     for shift, mask in ((7, 0x00AA00AA00AA00AA), (14, 0xCCCC0000CCCC), (28, 0xF0F0F0F0)):
@@ -353,7 +353,7 @@ def _transposed(rows: Bytes) -> Bytes:
 
 
 def _padded(rows: Bytes) -> Bytes:
-    """Bit rows of whole words."""
+    """Bit rows padded to whole words."""
     short = -rows.shape[1] % 8
     return np.ascontiguousarray(np.pad(rows, ((0, 0), (0, short))) if short else rows)
 
@@ -367,6 +367,6 @@ def _words(count: int) -> int:
 
 
 def _slices(count: int, bits_each: int) -> Iterator[slice]:
-    """Parts of a range, so many at a time that unpacked bits stay in a cache."""
+    """Slices of a range, sized so that unpacked bits fit the cache."""
     step = max(1, _ROWS // max(1, bits_each))
     return (slice(start, min(start + step, count)) for start in range(0, count, step))

@@ -1,7 +1,7 @@
-"""Functions of torch, as far as they are understood of intervals: `torch.where`, `q.clamp(min=3)`.
+"""Functions of torch with an interval form: `torch.where`, `q.clamp(min=3)` and others.
 
-Other pointwise functions are not understood, but what determines their values is: a function of
-`q - kv` is still evaluated once a diagonal.
+Other pointwise functions have no interval form, but their arguments still determine a signature: a
+function of `q - kv` is evaluated once per diagonal.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def _swapped(operation: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _number(x: Any) -> Any:
-    """A symbol or a number; of a tensor of one element its value."""
+    """A symbol or a number; a tensor of one element gives its value."""
     if isinstance(x, Symbol) or not isinstance(x, Tensor):
         return x
     if x.ndim == 0 and x.dtype == torch.bool:
@@ -64,7 +64,7 @@ def _number(x: Any) -> Any:
 
 
 def _truth(x: Any) -> Ternary:
-    """A value as bools: integers other than 0 are true."""
+    """Convert to bool: integers other than 0 are true."""
     if isinstance(x, Ternary):
         return x
     if isinstance(x, Symbol):
@@ -74,7 +74,7 @@ def _truth(x: Any) -> Ternary:
 
 
 def _integer(x: Any) -> Any:
-    """A value as int64."""
+    """Convert to int64."""
     if not isinstance(x, Ternary):
         return operand(x)
 
@@ -85,7 +85,7 @@ def _integer(x: Any) -> Any:
 
 
 def _converted(x: Any, *args: Any, **kwargs: Any) -> Any:
-    """`x.to(...)`: another device changes nothing, int64 and bool are understood."""
+    """`x.to(...)`: a device is ignored; supported dtypes are int64 and bool."""
     given = [*args, *kwargs.values()]
     dtypes = [a for a in given if isinstance(a, torch.dtype)]
     if any(isinstance(a, Tensor | Symbol) for a in given):
@@ -106,7 +106,7 @@ def _most(a: Any, b: Any) -> Any:
 
 
 def _either(a: Any, b: Any, choose: Callable[[Tensor, Tensor], Tensor]) -> Any:
-    """The smaller or the larger of two values: what matters is how far they are apart."""
+    """The smaller or larger of two values; its signature includes their difference."""
     if _all_narrow(a, b):
         return Unknown(*symbols(a, b))
     a, b = operand(a), operand(b)
@@ -125,7 +125,7 @@ def _either(a: Any, b: Any, choose: Callable[[Tensor, Tensor], Tensor]) -> Any:
 
 
 def _all_narrow(*values: Any) -> bool:
-    """Whether the result has fewer than 64 bits: later arithmetic could wrap around."""
+    """Whether the result has fewer than 64 bits, so that later arithmetic could wrap."""
     narrow = any(isinstance(x, Symbol) and x.widened() is not x for x in values)
     return narrow and not any(isinstance(x, Interval) for x in values)
 
@@ -171,7 +171,7 @@ def _tensors(x: Any, like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _new(value: bool | int) -> Callable[..., Tensor]:
-    """`q.new_ones(())`, as combinators of mask_mods start with: numbers, not of the index."""
+    """`q.new_ones(())`, the initial value of mask_mod combinators: a constant."""
 
     def make(x: Any, *size: Any, **options: Any) -> Tensor:
         if size not in ((), ((),)) or tuple(options.pop("size", ())):
@@ -189,7 +189,7 @@ def _divide(a: Any, b: Any, rounding_mode: str | None = None) -> Any:
 
 @functools.cache
 def is_pointwise(name: str) -> bool:
-    """Whether torch's function of this name is applied to each element for itself.
+    """Whether the torch function of this name works element by element.
 
     >>> is_pointwise("sin"), is_pointwise("sum")
     (True, False)
@@ -200,7 +200,7 @@ def is_pointwise(name: str) -> bool:
 
 
 def _otherwise(function: Any, *args: Any, **kwargs: Any) -> Unknown:
-    """A function that only its arguments determine, element by element."""
+    """Result of a pointwise function without an interval form."""
     name = getattr(function, "__name__", str(function)).strip("_")
     given = [*args, *kwargs.values()]
     if not is_pointwise(name) or "out" in kwargs or any(isinstance(a, list | tuple) for a in given):
@@ -208,7 +208,7 @@ def _otherwise(function: Any, *args: Any, **kwargs: Any) -> Unknown:
     return Unknown(*symbols(*given))
 
 
-# Operators by torch's names, of any symbols.
+# Operators of all symbols, by their torch names.
 OPERATORS = {name: _simple(operation) for name, operation in _PLAIN.items()}
 OPERATORS |= {name: _swapped(operation) for name, operation in _SWAPPED.items()}
 Symbol.functions.update(OPERATORS)
@@ -219,7 +219,7 @@ Symbol.functions.update(
         "maximum": _most,
         "min": lambda a, b: _least(
             _symbol(a), _symbol(b)
-        ),  # with a number, torch reduces a dimension
+        ),  # with a number, torch reduces over a dimension
         "max": lambda a, b: _most(_symbol(a), _symbol(b)),
         "div": _divide,
         "divide": _divide,

@@ -1,4 +1,4 @@
-"""A mask for each head, and for each batch entry."""
+"""Masks per head and per batch entry."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, repr=False)
 class HeadMasks(Mask):
-    """Masks by (batch entry, head): `grid[b][h]`; a size of 1 is shared. Made by `per_head`.
+    """Masks by (batch entry, head): `grid[b][h]`; a size of 1 is shared. Built by `per_head`.
 
     `|`, `&` and `~` work entry by entry. Called on indices, it returns bools
     `(1 or batch, 1 or heads, ...)`.
@@ -39,15 +39,15 @@ class HeadMasks(Mask):
         return tuple(mask for row in self.grid for mask in row)
 
     def allowed(self, q: Index, kv: Index) -> NoReturn:
-        """No rule in two indices alone."""
+        """Refused: the rule also depends on batch entry and head."""
         raise TypeError("per-head masks have no single rule: take one of `.masks`")
 
     def classify(self, blocks: Blocks) -> NoReturn:
-        """No single classification."""
+        """Refused: the classification also depends on batch entry and head."""
         raise TypeError("per-head masks have no single classification: take one of `.masks`")
 
     def extents(self) -> Extents:
-        """The lengths that all entries agree on."""
+        """The common lengths of all entries."""
         return merge_extents(self, self.masks)
 
     def __call__(self, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ class HeadMasks(Mask):
 
     @plain_torch()
     def patterns(self) -> tuple[list[Mask], Tensor]:
-        """The distinct masks, and which one each (batch entry, head) uses."""
+        """The distinct masks, and the index of the mask of each (batch entry, head)."""
         distinct = list(dict.fromkeys(self.masks))
         rows = [[distinct.index(mask) for mask in row] for row in self.grid]
         return distinct, torch.tensor(rows, dtype=torch.int32, device="cpu")
@@ -122,8 +122,8 @@ def per_head(masks: Sequence[Mask]) -> HeadMasks:
     """One mask for each query head; equal masks share their arrays in a layout.
 
     Raises:
-        TypeError: An entry is no mask, or is per head itself.
-        ValueError: No entries, or masks made for different lengths.
+        TypeError: An entry is not a mask, or is itself per head.
+        ValueError: There are no entries, or their masks are defined for different lengths.
 
     >>> from sparse_flash import masks
     >>> a, b = masks.causal(), masks.local(64)
@@ -147,8 +147,8 @@ def per_batch(masks: Sequence[Mask]) -> HeadMasks:
     """One mask, or one `per_head`, for each batch entry.
 
     Raises:
-        TypeError: An entry is no mask.
-        ValueError: No entries, or entries for different numbers of heads.
+        TypeError: An entry is not a mask.
+        ValueError: There are no entries, or they have different numbers of heads.
 
     >>> from sparse_flash import masks
     >>> masks.per_batch([masks.causal(), masks.local(64)]).layout(1024).pattern_map
@@ -171,7 +171,7 @@ def per_batch(masks: Sequence[Mask]) -> HeadMasks:
 
 
 def _listed(name: str, masks: Sequence[Mask], each: str) -> tuple[Mask, ...]:
-    """The masks as a tuple; raise unless they are a list of at least one."""
+    """The masks as a tuple; raise unless they form a nonempty list."""
     example = f"{name}([mask_a, mask_b]) with one mask for each {each}"
     if isinstance(masks, Mask | str) or not isinstance(masks, Iterable):
         raise TypeError(f"{name} takes a list of masks, got {masks!r}: write {example}")

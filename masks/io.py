@@ -1,4 +1,4 @@
-"""Tile data in the formats of others: npz files and scipy.sparse matrices."""
+"""Tile data in other formats: npz files and scipy.sparse matrices."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def write_npz(path: str | os.PathLike[str], lengths: Lengths, arrays: dict[str, 
 
 
 def read_npz(path: str | os.PathLike[str], names: list[str]) -> tuple[Lengths, dict[str, Any]]:
-    """Read what `write_npz` wrote; ValueError where the file is another's, or damaged."""
+    """Read a file of `write_npz`; raise ValueError if it is another file, or damaged."""
     if not Path(path).exists():
         raise FileNotFoundError(f"no layout file at {path}")
     if Path(path).is_dir():
@@ -55,17 +55,17 @@ def read_npz(path: str | os.PathLike[str], names: list[str]) -> tuple[Lengths, d
 
 
 class _NoLayoutError(ValueError):
-    """The file is sound, and something else."""
+    """The file is readable, but not a layout."""
 
 
 def _damage(path: str | os.PathLike[str], error: Exception) -> str:
-    """The problem with a file. numpy would advise to unpickle it, which executes its content."""
+    """The problem with a file, without the advice of numpy to unpickle it, which runs code."""
     if isinstance(error, _NoLayoutError):
         return str(error)
     if not Path(path).stat().st_size:
         return "it is empty"
     if not zipfile.is_zipfile(path):
-        return "it is no npz archive, or was cut off"
+        return "it is not an npz archive, or is truncated"
     if isinstance(error, KeyError):
         return f"it has no array {error}"
     return "its content is damaged"
@@ -75,7 +75,7 @@ def to_dense(layout: BlockLayout) -> Tensor:
     """Every element of each pattern: bool `(num_patterns, q_len, kv_len)`.
 
     Raises:
-        ValueError: The memory that is available does not suffice.
+        ValueError: The available memory does not suffice.
     """
     (bq, bk), nq, nk = layout.block, layout.num_block_rows, layout.num_block_cols
     padded = nq * bq * nk * bk
@@ -115,8 +115,8 @@ def elements(matrix: Any) -> tuple[Tensor, Tensor, tuple[int, int]]:
         )
     if matrix.dtype.kind == "f" and not (matrix.data > -65504).all():
         raise ValueError(
-            "the matrix holds -inf, nan or values as low, as additive masks do where attention is "
-            "not allowed: give a matrix whose nonzero elements are the allowed ones"
+            "the matrix has -inf, nan or as low values, like an additive mask: pass a matrix "
+            "whose nonzero elements are the allowed ones"
         )
     coo = coo_array(matrix.astype(bool))
     coo.sum_duplicates()
@@ -153,6 +153,6 @@ def tiles_of_coo(
     inner = cols % block_kv
     byte = (tile * block_q + rows % block_q) * width + inner // 8
     packed = torch.zeros(len(cells) * block_q * width, dtype=torch.int32, device="cpu")
-    packed.index_add_(0, byte, (1 << inner % 8).int())  # distinct elements: adding is or-ing
+    packed.index_add_(0, byte, (1 << inner % 8).int())  # distinct: a sum is a bitwise or
     tiles = packed.to(torch.uint8).view(-1, block_q, width)
     return cells // num_block_cols, cells % num_block_cols, tiles

@@ -1,8 +1,8 @@
-"""Three-valued logic, and what else stands for a tensor while a rule is applied to whole blocks.
+"""Three-valued logic, and placeholders for tensors while a rule is applied to whole blocks.
 
-A rule that is given `Symbol`s in place of index tensors says two things about each block: its truth
-(Kleene, 1938: EMPTY, UNKNOWN or FULL), and a signature, a few integers of which equal ones mean the
-same elements. Blocks that logic cannot decide are evaluated once for each distinct signature.
+A rule that receives `Symbol`s instead of index tensors returns two results for each block: its
+truth (Kleene, 1938: EMPTY, UNKNOWN or FULL) and a signature, a few integers. Blocks with equal
+signatures have equal elements. Blocks that logic cannot decide are evaluated once per signature.
 """
 
 from __future__ import annotations
@@ -22,30 +22,30 @@ Columns = list[Tensor]
 
 
 class NotUnderstoodError(TypeError):
-    """A rule uses symbols in a way that has no meaning for whole blocks: elements must decide."""
+    """An operation without a form for whole blocks: elements must be evaluated."""
 
 
 class Symbol:
-    """A placeholder for a tensor of values in each of many blocks.
+    """A placeholder for the tensor of values in each of many blocks.
 
-    Functions of torch that are given a symbol are looked up in `functions`, by their name.
+    Torch functions of a symbol are looked up in `functions`, by name.
     """
 
     functions: ClassVar[dict[str, Callable[..., Any]]] = {}
-    otherwise: ClassVar[Callable[..., Any] | None] = None  # for functions that are not listed
-    __array_ufunc__ = None  # numpy leaves operators to this class
+    otherwise: ClassVar[Callable[..., Any] | None] = None  # for unlisted functions
+    __array_ufunc__ = None  # numpy defers operators to this class
     __hash__ = None  # type: ignore[assignment]
-    like: Tensor  # one entry a block
+    like: Tensor  # one entry per block
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
-        """For functions that tell tensors from numbers by isinstance."""
+        """Tensor, for functions that check isinstance."""
         return Tensor
 
     def columns(self) -> Columns:
-        """Integer tensors, one entry a block: equal entries mean equal values, index by index.
+        """Integer tensors, one entry per block: equal entries mean equal values, index by index.
 
-        An index counts from the start of its block; blocks that are compared have one size.
+        An index counts from the start of its block; only blocks of equal size are compared.
         """
         raise NotImplementedError
 
@@ -57,11 +57,11 @@ class Symbol:
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Torch's functions, by name: `torch.where(q > kv, q, kv)`, `tensor + q`."""
+        """Apply torch functions by name: `torch.where(q > kv, q, kv)`, `tensor + q`."""
         name = getattr(func, "__name__", str(func))
         known = Symbol.functions.get(name.strip("_"))
         if func is Tensor.where or is_in_place(name):
-            raise NotUnderstoodError(f"Tensor.{name}")  # `where` has its condition in another place
+            raise NotUnderstoodError(f"Tensor.{name}")  # its condition is another argument
         if known is not None:
             return known(*args, **(kwargs or {}))
         if Symbol.otherwise is not None:
@@ -69,7 +69,7 @@ class Symbol:
         raise NotUnderstoodError(f"torch's {name}")
 
     def __getattr__(self, name: str) -> Any:
-        """Methods of tensors that are functions of torch."""
+        """Tensor methods that are also torch functions."""
         if name.startswith("__"):
             raise AttributeError(name)
         known = Symbol.functions.get(name)
@@ -91,7 +91,7 @@ class Symbol:
 
 
 def is_in_place(name: str) -> bool:
-    """Whether this is the name of a method that changes its tensor: `add_`."""
+    """Whether this names an in-place method, such as `add_`."""
     return name.endswith("_") and not name.endswith("__")
 
 
@@ -100,7 +100,7 @@ class Ternary(Symbol):
 
     Args:
         value: The truth values, int8.
-        decided_by: Makes the columns that tell undecided blocks apart; without it there are none.
+        decided_by: Function that returns the signature of undecided blocks; None: no signature.
 
     >>> a, b = Ternary(torch.tensor([0, 1, 2])), Ternary(torch.tensor([1, 1, 1]))
     >>> (a | b).value, (a & b).value, (~a).value
@@ -121,13 +121,13 @@ class Ternary(Symbol):
             return cls(value)
         return cls(
             value, lambda: [value.long(), *decided_by()]
-        )  # an undecided leaf has a 1 in a column
+        )  # a column marks undecided leaves by 1
 
     def columns(self) -> Columns:
-        """As of every symbol; what decides an undecided block does not matter for a decided one.
+        """The signature; columns of undecided leaves are 0 in decided blocks.
 
         Raises:
-            NotUnderstoodError: What decides was not stated.
+            NotUnderstoodError: The truth value has no signature.
         """
         if self._decided_by is None:
             raise NotUnderstoodError("a truth value of unknown origin")
@@ -155,12 +155,12 @@ class Ternary(Symbol):
 
     __hash__ = None
     __rand__, __ror__, __rxor__ = __and__, __or__, __xor__
-    __mul__ = __rmul__ = __and__  # of bools, as in torch
+    __mul__ = __rmul__ = __and__  # bools, as in torch
     __add__ = __radd__ = __or__
 
     @property
     def device(self) -> torch.device:
-        """Where the tensor that this stands for would be."""
+        """Device of the represented tensor."""
         return self.value.device
 
     def _combine(self, other: Any, operation: Callable[[Tensor, Tensor], Tensor]) -> Ternary:
@@ -181,5 +181,5 @@ class Ternary(Symbol):
 
 
 def columns_of(symbols: Iterable[Symbol]) -> Callable[[], Columns]:
-    """The columns of all symbols together, made when they are asked for."""
+    """The columns of all symbols, computed on demand."""
     return lambda: functools.reduce(operator.iadd, (symbol.columns() for symbol in symbols), [])

@@ -1,4 +1,4 @@
-"""BlockLayout: which tiles of the attention matrix exist, as arrays."""
+"""BlockLayout: the stored tiles of the attention matrix, as arrays."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from sparse_flash.masks.memory import require_memory
 from sparse_flash.masks.modes import derived as derived_property
 from sparse_flash.masks.modes import plain_torch
 from sparse_flash.masks.traceable import Traceable
+from sparse_flash.masks.transfer import layout_on
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -49,14 +50,14 @@ class BlockLayout(Traceable):
     - `bit_tiles` (N, block_q, ceil(block_kv / 8)) uint8: bit j % 8 of byte j // 8 is column j.
       Bits beyond the lengths are 0. A full tile at a ragged end is full up to the lengths.
     - `pattern_map` (1 or batch, 1 or heads): the pattern of each batch entry and head; a size of
-      1 means that all share it.
+      1 is shared by all.
     - `ccol_indices` (P, nk + 1), `row_indices` (T,): the transpose, derived; tile t of the
       transpose is tile `transpose_order[t]` of the rows.
 
-    Build one with `mask.layout(...)`, or from arrays of your own: they are validated.
+    Build one with `mask.layout(...)`, or from your own arrays, which are validated.
 
     Raises:
-        TypeError: An array is no tensor, or has the wrong dtype.
+        TypeError: An array is not a tensor, or has the wrong dtype.
         ValueError: Shapes disagree, or indices are out of range, unsorted or repeated.
 
     >>> from sparse_flash import masks
@@ -68,7 +69,7 @@ tile density 0.75, computed 0.75, cpu)
     (tensor([[0, 1, 3]], dtype=torch.int32), tensor([0, 0, 1], dtype=torch.int32))
     """
 
-    on_device: ClassVar[bool] = False  # whether data that the host does not know decide
+    on_device: ClassVar[bool] = False  # whether data on the device define the tiles
     q_len: int
     kv_len: int
     block: tuple[int, int]
@@ -78,48 +79,37 @@ tile density 0.75, computed 0.75, cpu)
     bit_tiles: Tensor
     pattern_map: Tensor
     validate: InitVar[bool] = True
+    known: InitVar[tuple[Tensor, Tensor, Tensor] | None] = None  # the three arrays that follow
     ccol_indices: Tensor = field(init=False)
     row_indices: Tensor = field(init=False)
     transpose_order: Tensor = field(init=False)
-    # What was derived from this layout and lives as long, such as schedules. `update_` calls
-    # `follow(other)` of each: it may refuse, and returns what is to be done once all have agreed.
+    # Objects derived from this layout, such as schedules; they live as long as the layout.
+    # `update_` calls `follow(other)` of each: it may refuse, and returns a function to run later.
     derived: dict[Hashable, Any] = field(init=False)
-    # What was found out about calls of attention with this layout; see `api`.
+    # Prepared calls of attention with this layout; see `api`.
     calls: dict[Hashable, Any] = field(init=False)
 
     @plain_torch()
-    def __post_init__(self, validate: bool) -> None:
-        """Check arrays that come from outside, and derive the transpose."""
+    def __post_init__(self, validate: bool, known: tuple[Tensor, Tensor, Tensor] | None) -> None:
+        """Validate arrays of the user, and derive the transpose unless it is known."""
         self.derived, self.calls = {}, {}
         if validate:
             validation.check_layout(self)
-        for name, array in self.arrays().items():  # an inference tensor could not be trained with
+        for name, array in self.arrays().items():  # inference tensors cannot be used in training
             setattr(self, name, array.clone() if array.is_inference() else array)
-        rows, nk = self.tile_rows, self.num_block_cols
-        patterns = rows // self.num_block_rows
-        keys = patterns.long() * nk + self.col_indices
-        order = torch.argsort(keys, stable=True)  # rows stay ascending within a column
-        starts = torch.arange(self.num_patterns * nk + 1, device=self.device)
-        ccol = torch.searchsorted(keys[order], starts)
-        cells = torch.arange(self.num_patterns, device=self.device)[:, None] * nk
-        cells = cells + torch.arange(nk + 1, device=self.device)
-        derived = {
-            "ccol_indices": ccol[cells].int(),
-            "row_indices": (rows[order] % self.num_block_rows).int(),
-            "transpose_order": order.int(),
-        }
-        for name, value in derived.items():
-            setattr(self, name, value)
+        arrays = assemble.transposed(self) if known is None else known
+        self.ccol_indices, self.row_indices, self.transpose_order = arrays
 
     def update_(self, other: BlockLayout) -> None:
-        """Become another layout of the same lengths, blocks and sharing; the object stays the same.
+        """Replace the pattern in place, by a layout of the same lengths, blocks and pattern map.
 
-        What was derived from this layout follows (see `derived`): CUDA graphs that were captured
-        with it compute the new pattern when they are replayed, if it has no more tiles than the
-        old one had.
+        Objects derived from this layout are updated too (see `derived`). CUDA graphs captured with
+        it compute the new pattern at the next replay, which must not have more tiles than the old
+        pattern.
 
         Raises:
-            ValueError: Lengths, blocks, devices or shared heads differ, or there is no room.
+            ValueError: Lengths, blocks, devices or pattern maps differ, or the new pattern does
+                not fit a captured graph.
 
         >>> from sparse_flash import masks
         >>> layout = masks.local(100).layout(300, block=(64, 64))
@@ -136,31 +126,32 @@ tile density 0.75, computed 0.75, cpu)
                 f"the layout has a pattern map of {tuple(other.pattern_map.shape)}, but this one "
                 f"of {tuple(self.pattern_map.shape)}"
             )
-        follow = [value.follow(other) for value in list(self.derived.values())]  # which may refuse
+        follow = [value.follow(other) for value in list(self.derived.values())]  # may refuse
         for name in (*ARRAYS, "ccol_indices", "row_indices", "transpose_order"):
             setattr(self, name, getattr(other, name))
-        # What was computed of the old arrays.
-        for name in ("num_partial", "pattern_densities", "_computed"):
+        # Values cached from the old arrays.
+        for name in ("_host", "num_partial", "pattern_densities", "_computed"):
             self.__dict__.pop(name, None)
         for step in follow:
             step()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Lengths and defining arrays: the rest follows from them."""
-        return {"lengths": self.lengths, "arrays": self.arrays()}
+        """Lengths and defining arrays; the rest is derived from them."""
+        arrays = {name: array.clone() for name, array in self.arrays().items()}  # no slices
+        return {"lengths": self.lengths, "arrays": arrays}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Copies and unpickled layouts derive anew."""
+        """Derive the rest again in copies and unpickled layouts."""
         BlockLayout.__init__(self, *state["lengths"], **state["arrays"], validate=False)
 
     @property
     def device(self) -> torch.device:
-        """Where the arrays live."""
+        """Device of the arrays."""
         return self.crow_indices.device
 
     @property
     def nbytes(self) -> int:
-        """Memory of all arrays, and of what was derived from them."""
+        """Bytes of all arrays and of the objects derived from them."""
         arrays = (*self.arrays().values(), self.ccol_indices, self.row_indices)
         own = sum(x.nbytes for x in (*arrays, self.transpose_order))
         return own + sum(value.nbytes for value in list(self.derived.values()))
@@ -171,33 +162,42 @@ tile density 0.75, computed 0.75, cpu)
         return self.q_len, self.kv_len, self.block
 
     @property
+    def host(self) -> BlockLayout:
+        """The same layout on the CPU, from which schedules are made; itself if it is there."""
+        return self if self.device.type == "cpu" else self._host
+
+    @derived_property
+    def _host(self) -> BlockLayout:
+        return self.to("cpu")
+
+    @property
     def num_patterns(self) -> int:
-        """Distinct patterns that heads and batch entries share."""
+        """Number of distinct patterns."""
         return self.crow_indices.shape[0]
 
     @property
     def num_block_rows(self) -> int:
-        """Blocks of queries: ceil(q_len / block_q)."""
+        """Number of blocks of queries: ceil(q_len / block_q)."""
         return -(-self.q_len // self.block[0])
 
     @property
     def num_block_cols(self) -> int:
-        """Blocks of keys: ceil(kv_len / block_kv)."""
+        """Number of blocks of keys: ceil(kv_len / block_kv)."""
         return -(-self.kv_len // self.block[1])
 
     @property
     def num_tiles(self) -> int:
-        """Stored tiles, of all patterns."""
+        """Number of stored tiles, over all patterns."""
         return self.col_indices.shape[0]
 
     @property
     def num_bit_tiles(self) -> int:
-        """Distinct bit tiles."""
+        """Number of distinct bit tiles."""
         return self.bit_tiles.shape[0]
 
     @derived_property
     def num_partial(self) -> int:
-        """Stored tiles that are not full."""
+        """Number of stored tiles that are not full."""
         return int((self.bit_tile_indices != FULL_TILE).sum())
 
     @property
@@ -212,7 +212,7 @@ tile density 0.75, computed 0.75, cpu)
     @property
     @plain_torch()
     def tile_counts(self) -> Tensor:
-        """Allowed elements in each tile, int64 `(T,)`."""
+        """Number of allowed elements in each tile, int64 `(T,)`."""
         heights = extent(self.tile_rows % self.num_block_rows, self.q_len, self.block[0])
         widths = extent(self.col_indices.long(), self.kv_len, self.block[1])
         if not self.num_bit_tiles:
@@ -238,7 +238,7 @@ tile density 0.75, computed 0.75, cpu)
     def tile_density(self) -> float:
         """Stored tiles / (block rows x block columns), 0..1; the mean over batch and heads.
 
-        A ragged tile counts as a whole one.
+        A ragged tile counts as a whole tile.
 
         >>> from sparse_flash import masks
         >>> masks.causal().layout(256).tile_density   # 3 of 4 tiles
@@ -251,15 +251,15 @@ tile density 0.75, computed 0.75, cpu)
     def computed_density(self, tile: tuple[int, int] = (128, 128)) -> float:
         """Fraction of all elements, 0..1, that lie in tiles of this size with an allowed element.
 
-        A kernel computes whole tiles: this number predicts the time, relative to dense attention.
-        Of a ragged tile the elements within the lengths count. The mean over batch and heads.
-        `sparse_flash.computed_density` finds the tile that a kernel takes.
+        A kernel computes whole tiles, so this number predicts its time relative to dense attention.
+        Ragged tiles count only elements within the lengths. The mean over batch and heads.
+        `sparse_flash.computed_density` uses the tile of the kernel that would run.
 
         Args:
             tile: (rows, columns) of the tiles, in tokens; they may cut the layout's blocks.
 
         Raises:
-            TypeError: tile is no pair of ints.
+            TypeError: tile is not a pair of ints.
             ValueError: A side of the tile is below 1.
 
         >>> from sparse_flash import masks
@@ -274,12 +274,12 @@ tile density 0.75, computed 0.75, cpu)
 
     @derived_property
     def _computed(self) -> dict[tuple[int, int], Tensor]:
-        """What `computed_density` has found, by tile: float64 `(P,)`."""
+        """Results of `computed_density` by tile: float64 `(P,)`."""
         return {}
 
     @plain_torch()
     def _mean(self, of_patterns: Tensor) -> float:
-        """The mean over batch entries and heads of a number of each pattern `(P,)`."""
+        """The mean over batch entries and heads of a value per pattern `(P,)`."""
         return float(of_patterns[self.pattern_map.flatten().cpu().long()].mean())
 
     def __repr__(self) -> str:
@@ -293,26 +293,25 @@ tile density 0.75, computed 0.75, cpu)
 
     @plain_torch()
     def equal(self, other: BlockLayout) -> bool:
-        """Whether both describe the same tiles with the same arrays, wherever they live."""
+        """Whether both have the same lengths and arrays, on any devices."""
         pairs = zip(self.arrays().values(), other.arrays().values(), strict=True)
         return self.lengths == other.lengths and all(
             torch.equal(mine.cpu(), theirs.cpu()) for mine, theirs in pairs
         )
 
     def arrays(self) -> dict[str, Tensor]:
-        """The defining arrays by name (the transpose follows from them)."""
+        """The defining arrays by name (the transpose is derived)."""
         return {name: getattr(self, name) for name in ARRAYS}
 
     def to(self, device: torch.device | str) -> BlockLayout:
-        """The same layout on another device; itself where it is already there."""
+        """The same layout on another device; self if it is already there."""
         device = validation.checked_device(device)
         if device == self.device or device == torch.device("cpu") == self.device:
             return self
         with plain_torch():
             if torch.empty(0, dtype=torch.uint8, device=device).device == self.device:
                 return self  # "cuda" is the current device
-            arrays: dict[str, Any] = {n: array.to(device) for n, array in self.arrays().items()}
-            return BlockLayout(*self.lengths, **arrays, validate=False)
+            return layout_on(BlockLayout, self, device)
 
     @plain_torch()
     def transpose(self) -> BlockLayout:
@@ -335,11 +334,12 @@ tile density 0.75, computed 0.75, cpu)
             bit_tiles=bits.pack(tiles),
             pattern_map=self.pattern_map,
             validate=False,
+            known=(self.crow_indices, self.col_indices, bits.inverse(self.transpose_order)),
         )
 
     @plain_torch()
     def pattern(self, index: int) -> BlockLayout:
-        """The layout of one pattern alone, shared by all heads."""
+        """The layout of a single pattern, shared by all heads."""
         if not 0 <= index < self.num_patterns:
             raise ValueError(f"pattern {index} of a layout with {self.num_patterns} pattern(s)")
         crow = self.crow_indices[index : index + 1]
@@ -362,7 +362,7 @@ tile density 0.75, computed 0.75, cpu)
     def tiles(self, select: Tensor | slice = slice(None)) -> Tensor:
         """The elements of the selected tiles (default: all): bool `(n, block_q, block_kv)`.
 
-        Elements beyond the lengths are False. ValueError if there is too little memory.
+        Elements beyond the lengths are False. Raises ValueError if memory does not suffice.
         """
         entries = self.bit_tile_indices[select]
         nbytes = 3 * len(entries) * self.block[0] * self.block[1]
@@ -380,10 +380,10 @@ tile density 0.75, computed 0.75, cpu)
     @plain_torch()
     def to_dense(self) -> Tensor:
         """Every element: bool `(q_len, kv_len)`, or `(batch or 1, heads or 1, q_len, kv_len)`
-        where there are several patterns. For inspection and tests: this one is O(s^2).
+        if there are several patterns. For inspection and tests: it needs O(s^2) memory.
 
         Raises:
-            ValueError: There is too little memory.
+            ValueError: The available memory does not suffice.
 
         >>> from sparse_flash import masks
         >>> masks.local(1).layout(4, 4).to_dense().int()
@@ -397,9 +397,9 @@ tile density 0.75, computed 0.75, cpu)
 
     @plain_torch()
     def coverage(self, size: int = 256, pattern: int = 0) -> Tensor:
-        """The kept fraction of each cell of a grid, exact: float32, at most about `size` a side.
+        """The exact kept fraction of each cell of a grid: float32, at most about `size` a side.
 
-        A cell is a whole number of blocks, or a whole fraction of one, so that nothing is sampled.
+        A cell is a multiple or a divisor of a block; nothing is sampled.
         """
         return coverage.grid_of(self, size, pattern)
 
@@ -408,9 +408,9 @@ tile density 0.75, computed 0.75, cpu)
         """A picture: white is empty, darker is fuller. Needs matplotlib.
 
         Args:
-            pattern: Index of the only pattern to draw; default: the first 8, a panel each, with
-                their heads and densities.
-            title: Title of the whole; default: lengths and block.
+            pattern: Index of a single pattern; default: the first 8, one panel each, with their
+                heads and densities.
+            title: Title of the figure; default: lengths and block.
         """
         return picture.figure(self, pattern, title)
 
@@ -420,7 +420,7 @@ tile density 0.75, computed 0.75, cpu)
 
         Args:
             width: About this many cells each way, 1..256; a cell is two characters wide.
-            pattern: Index of the only pattern to draw; default: the first 4, with their heads.
+            pattern: Index of a single pattern; default: the first 4, with their heads.
 
         >>> from sparse_flash import masks
         >>> print(masks.causal().layout(1024, 1024).text(width=4))
@@ -460,9 +460,9 @@ tile density 0.75, computed 0.75, cpu)
             lengths: q_len, kv_len, (block_q, block_kv).
             rows: Stacked block rows, int64 `(T,)`: pattern x num_block_rows + row.
             cols: Block columns, int64 `(T,)`.
-            packed: Bit tiles, uint8 `(n, block_q, ceil(block_kv / 8))`, in which full tiles and
-                repetitions are recognized.
-            entries: For each tile its bit tile, or -1 where it is full; default: one bit tile each.
+            packed: Bit tiles, uint8 `(n, block_q, ceil(block_kv / 8))`; full tiles and repetitions
+                are recognized.
+            entries: Bit tile of each tile, or -1 if it is full; default: one bit tile each.
             pattern_map: As in the class; default: one pattern, shared by all.
         """
         if pattern_map is None:
@@ -476,7 +476,7 @@ tile density 0.75, computed 0.75, cpu)
     from_blocks = classmethod(device_builders.from_blocks)
 
     def check(self) -> None:
-        """Raise ValueError where data on the device made no valid layout: see `DeviceLayout`."""
+        """Raise ValueError if data on the device give an invalid layout: see `DeviceLayout`."""
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write to a compressed npz file, atomically; read it back with `BlockLayout.load`."""
@@ -484,11 +484,11 @@ tile density 0.75, computed 0.75, cpu)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> BlockLayout:
-        """Read what `save` wrote, and validate it.
+        """Read and validate a file of `save`.
 
         Raises:
             FileNotFoundError: There is no such file.
-            ValueError: The file is no layout, or damaged.
+            ValueError: The file is not a layout, or is damaged.
         """
         device = validation.checked_device(device)
         with plain_torch():

@@ -1,4 +1,4 @@
-"""Mask: what may attend to what, as an immutable value that composes with `|`, `&` and `~`."""
+"""Mask: a predicate on (query, key), an immutable value that composes with `|`, `&` and `~`."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ if TYPE_CHECKING:
 class Mask(Traceable):
     """A predicate on (query index, key index): true where attention is allowed.
 
-    Subclasses give `allowed(q, kv)`, the rule, in arithmetic and comparisons that work on index
-    tensors and on intervals alike (see `sparse_flash.masks.ternary`). Masks are values: they
-    compare, hash, and print as the expression that makes them.
+    Subclasses define the rule `allowed(q, kv)`, in arithmetic and comparisons that accept index
+    tensors and intervals (see `sparse_flash.masks.ternary`). Masks are values: they compare, hash,
+    and print as an expression that evaluates to an equal mask.
 
     >>> from sparse_flash import masks
     >>> mask = masks.local(1) | masks.global_tokens(1)
@@ -54,31 +54,47 @@ class Mask(Traceable):
     tensor(5)
     """
 
-    by_head: ClassVar[bool] = False  # whether it is several masks, by batch entry and head
+    by_head: ClassVar[bool] = False  # whether it has several masks, by batch entry and head
     _derived = (*Traceable._derived, "_record")
-    _record: Record | None = None  # what was derived from it, see `RecordCache`
+    _record: Record | None = None  # derived objects, see `RecordCache`
     changeable: bool = False  # whether `state()` can change
-    on_device: bool = False  # whether the rule reads tensors, whose values the host does not know
+    on_device: bool = False  # whether the rule reads tensors on the device
 
     def allowed(self, q: Index, kv: Index) -> Truth:
         """The rule: a bool tensor from index tensors, a Ternary from intervals."""
-        raise NotImplementedError(f"{type(self).__name__} gives no rule")
+        raise NotImplementedError(f"{type(self).__name__} defines no rule")
 
     def extents(self) -> Extents:
-        """The (q_len, kv_len) that the mask is made for; None where it fits any length."""
+        """(q_len, kv_len) for which the mask is defined; None: any length."""
         return None, None
 
     def operands(self) -> tuple[Mask, ...]:
-        """The masks that this one is made of; none for a pattern."""
+        """The operands of a composite; empty for a pattern."""
         return ()
+
+    @property
+    def tables(self) -> bool:
+        """Whether the rule may look indices up in tensors, which costs time in every operation."""
+        operands = self.operands()
+        return not operands or any(mask.tables for mask in operands)
+
+    @property
+    def for_host(self) -> bool:
+        """Whether the rule is known to work on a CPU, so that layouts for a GPU may be built there.
+
+        A function, or a pattern from elsewhere, may read tensors on a GPU.
+        """
+        ours = type(self).__module__.startswith("sparse_flash.masks.")
+        mine = ours and not self.changeable and not self.on_device
+        return mine and all(mask.for_host for mask in self.operands())
 
     @property
     def relative(self) -> bool:
         """Whether the rule compares positions of queries with positions of keys.
 
-        Such a mask needs to know where the queries lie among the keys; with q_len != kv_len, say so
-        by `q_offset`, `shift` or `causal(offset)`. A composite is relative if any operand is; a
-        pattern that does not declare it counts as relative.
+        Such a mask depends on the position of the queries among the keys. With q_len != kv_len,
+        state it by `q_offset`, `shift` or `causal(offset)`. A composite is relative if any operand
+        is. A pattern without a declaration counts as relative.
 
         >>> from sparse_flash import masks
         >>> masks.local(3).relative, masks.sinks(3).relative, masks.local(3).shift(q=9).relative
@@ -88,13 +104,13 @@ class Mask(Traceable):
         return not operands or any(mask.relative for mask in operands)
 
     def state(self) -> Hashable:
-        """What the truth depends on beyond the value of the mask: a part of the key of any cache.
+        """State of the data that the rule reads; a part of every cache key.
 
-        `()` but for masks that contain a `custom`: versions of the tensors and arrays, and values
-        of the numbers, that its function reads. Two equal states mean the same truth.
+        `()` unless the mask contains a `custom`: then the versions of the tensors and arrays, and
+        the values of the numbers, that its function reads. Equal states give equal elements.
 
         Raises:
-            TypeError: A `custom` reads data whose changes cannot be noticed.
+            TypeError: A `custom` reads data whose changes cannot be detected.
 
         >>> from sparse_flash import masks
         >>> numbers = torch.zeros(8)
@@ -112,8 +128,8 @@ class Mask(Traceable):
         """The truth for index tensors that broadcast with each other, as a bool tensor.
 
         Raises:
-            TypeError: The indices are no integer tensors.
-            IndexError: An index is beyond the lengths that the mask is made for (on a CPU).
+            TypeError: The indices are not integer tensors.
+            IndexError: An index exceeds the lengths of the mask (checked on a CPU).
         """
         q, kv = index_tensor("q_idx", q_idx), index_tensor("kv_idx", kv_idx)
         check_indices(self, q, kv)
@@ -122,15 +138,15 @@ class Mask(Traceable):
     def classify(self, blocks: Blocks) -> Tensor:
         """EMPTY, UNKNOWN or FULL for each rectangle of indices, int8.
 
-        EMPTY and FULL are certain; UNKNOWN may be anything.
+        EMPTY and FULL are certain; UNKNOWN rectangles must be evaluated.
         """
         return self.allowed(blocks.q, blocks.kv).value.expand(blocks.q_lo.shape)
 
     def signature(self, blocks: Blocks) -> Tensor | None:
-        """A few integers for each rectangle, int64 `(n, k)`, of which equal ones mean equal truth.
+        """A few integers for each rectangle, int64 `(n, k)`; equal ones mean equal elements.
 
-        Rectangles that are compared have one size; their elements are counted from their first.
-        None where the rule does not tell.
+        Only rectangles of equal size are compared, element by element from their first. None if
+        the rule has no signature.
         """
         try:
             columns = self.allowed(blocks.q, blocks.kv).columns()
@@ -153,7 +169,7 @@ class Mask(Traceable):
         raise TypeError("a mask has no truth value of its own: combine masks with |, & and ~")
 
     def through(self, order: TokenOrder) -> Mask:
-        """The same mask, written for raster positions, on tokens that come in another order.
+        """The same mask, defined on raster positions, for tokens in another order.
 
         >>> from sparse_flash import masks
         >>> masks.neighborhood(4, 4, 1).through(masks.morton(4, 4))
@@ -165,11 +181,11 @@ class Mask(Traceable):
         """The mask seen from other positions: mask.shift(q=a, kv=c)(i, j) == mask(i + a, j + c).
 
         With fewer queries than keys, `shift(q=kv_len - q_len)` aligns the last query with the last
-        key. Shifts add up, and a shift by 0 is the mask itself. A mask made for lengths n, m
-        becomes one for n - a, m - c; a layout that would need indices outside is refused.
+        key. Shifts add up, and a shift by 0 is the mask itself. A mask for lengths n, m becomes one
+        for n - a, m - c; a layout that needs indices outside is refused.
 
         Raises:
-            TypeError: q or kv is no int.
+            TypeError: q or kv is not an int.
             ValueError: q or kv is beyond +-(2^31 - 1).
 
         >>> from sparse_flash import masks
@@ -190,7 +206,7 @@ class Mask(Traceable):
 
     @plain_torch()
     def patterns(self) -> tuple[list[Mask], Tensor]:
-        """The distinct masks, and which one each (batch entry, head) uses: int32 `(1, 1)` here."""
+        """The distinct masks, and the index of the mask of each (batch entry, head), int32."""
         return [self], torch.zeros(1, 1, dtype=torch.int32, device="cpu")
 
     def check_lengths(self, q_len: int, kv_len: int, q_start: int = 0, kv_start: int = 0) -> None:
@@ -199,8 +215,8 @@ class Mask(Traceable):
         Args:
             q_len: Number of queries.
             kv_len: Number of keys.
-            q_start: Index of the first query, other than 0 below a shift.
-            kv_start: Index of the first key.
+            q_start: Index of the first query; not 0 inside a shift.
+            kv_start: Index of the first key; not 0 inside a shift.
         """
         for mask in self.operands():
             mask.check_lengths(q_len, kv_len, q_start, kv_start)
@@ -218,13 +234,13 @@ class Mask(Traceable):
 
         Args:
             q_len: Number of queries.
-            kv_len: Number of keys; default: as many as queries.
+            kv_len: Number of keys; default: q_len.
             block: (block_q, block_kv), the granularity in tokens.
-            device: Where to build it, and where it will live.
+            device: Device that builds and stores the layout.
 
         Raises:
-            TypeError: A length or block is no int.
-            ValueError: A length or block is out of range, or the mask is made for other lengths.
+            TypeError: A length or block is not an int.
+            ValueError: A length or block is out of range, or the mask has other lengths.
 
         >>> from sparse_flash import masks
         >>> masks.butterfly(128).layout(65536)
@@ -248,15 +264,15 @@ density 0.0195, tile density 0.0195, computed 0.0195, cpu)
         return self.layout(q_len, kv_len).density
 
     def reach(self, length: int) -> int | None:
-        """Layers until every token can influence every other; None if that never happens.
+        """Number of layers until every token can influence every other; None if never.
 
-        Each layer passes on what a token saw (residual connection) and what the mask lets it see.
-        Where no stored element lies above the diagonal, the past cannot see the future: there,
-        every token must influence every later one. Exact: tiles decide most pairs of tokens, the
-        others are followed element by element.
+        Each layer adds the keys that the mask allows to the tokens seen so far (residual
+        connection). If no stored element lies above the diagonal, the mask is causal: every token
+        must influence every later one. The result is exact. Tiles decide most pairs of tokens; the
+        others are computed element by element.
 
         Raises:
-            ValueError: That would take minutes; the message has the bounds by tiles.
+            ValueError: The exact result would take minutes; the message has the bounds by tiles.
 
         >>> from sparse_flash import masks
         >>> masks.local(1).reach(64), masks.butterfly(8).reach(64), masks.causal().reach(64)
@@ -266,10 +282,10 @@ density 0.0195, tile density 0.0195, computed 0.0195, cpu)
         return reach.layers_to_reach(reach.union_layout(self.patterns()[0], length, 64))
 
     def reach_bounds(self, length: int) -> tuple[int | float, int | None]:
-        """Bounds of `reach`, from tiles alone: (least, most), seconds at any length.
+        """Bounds of `reach` from tiles alone, in seconds at any length: (least, most).
 
-        least: Layers below this are not enough; `math.inf` where no number of layers is.
-        most: So many layers are enough; None where tiles do not show that any number is.
+        least: Minimum number of layers; `math.inf` if no number suffices.
+        most: A number of layers that suffices; None if tiles do not prove one.
 
         >>> from sparse_flash import masks
         >>> masks.butterfly(128).reach_bounds(65536), masks.local(1024).reach_bounds(65536)
@@ -288,25 +304,25 @@ density 0.0195, tile density 0.0195, computed 0.0195, cpu)
         return self.layout(q_len, kv_len).text(width)
 
 
-# Every name that may stand in a mask's text.
+# All names that the text of a mask may use.
 PATTERNS: Registry[Callable[..., object]] = Registry("pattern", "sparse_flash.masks")
 T = TypeVar("T", bound=Callable[..., object])
 
 
 def named(maker: T) -> T:
-    """Let a function or class be called by its name in `masks.parse`."""
+    """Register a function or class, by its name, for `masks.parse`."""
     PATTERNS[maker.__name__] = maker
     return maker
 
 
 @dataclass_transform(frozen_default=True)
 def pattern(cls: type[Mask]) -> type[Mask]:
-    """Make a Mask class a frozen dataclass that `masks.parse` knows by its name."""
+    """Make a Mask class a frozen dataclass and register it for `masks.parse`."""
     return named(dataclass(frozen=True, repr=False)(cls))
 
 
 class Pattern(Mask):
-    """A mask with parameters, printed as the call that makes it."""
+    """A mask with parameters, printed as the call that constructs it."""
 
     def __repr__(self) -> str:
         values = [getattr(self, field.name) for field in fields(self)]
@@ -341,20 +357,20 @@ class _Combination(Mask):
 
 
 class Or(_Combination):
-    """True where any of its masks is."""
+    """Union: true where any operand is true."""
 
     symbol, operation = "|", operator.or_
 
 
 class And(_Combination):
-    """True where all of its masks are."""
+    """Intersection: true where all operands are true."""
 
     symbol, operation = "&", operator.and_
 
 
 @dataclass(frozen=True, repr=False)
 class Not(Mask):
-    """True where its mask is not."""
+    """Complement: true where the operand is false."""
 
     mask: Mask
 
@@ -362,15 +378,15 @@ class Not(Mask):
         inherit_changeable(self)
 
     def operands(self) -> tuple[Mask, ...]:
-        """Its mask."""
+        """The negated mask."""
         return (self.mask,)
 
     def allowed(self, q: Index, kv: Index) -> Truth:
-        """The opposite."""
+        """The negated rule."""
         return ~self.mask.allowed(q, kv)
 
     def extents(self) -> Extents:
-        """Those of its mask."""
+        """Lengths of the operand."""
         return self.mask.extents()
 
     def __invert__(self) -> Mask:
@@ -383,7 +399,7 @@ class Not(Mask):
 
 @pattern
 class through(Pattern):  # noqa: N801 - used like a function, as the patterns are
-    """A mask written for raster positions, seen by tokens in another order.
+    """A mask defined on raster positions, for tokens in another order.
 
     allowed(p, r) = mask(order[p], order[r]), with order[p] the raster index of the p-th token.
     """
@@ -392,10 +408,10 @@ class through(Pattern):  # noqa: N801 - used like a function, as the patterns ar
     order: TokenOrder
 
     def __post_init__(self) -> None:
-        """Both must cover the same tokens."""
+        """Check that mask and order cover the same tokens."""
         if not isinstance(self.mask, Mask) or not hasattr(type(self.order), "table"):
             raise TypeError(
-                "through takes a mask and a token order, as masks.morton(height, width), got "
+                "through takes a mask and a token order, such as masks.morton(height, width), got "
                 f"{self.mask!r} and {self.order!r}"
             )
         n = len(self.order)
@@ -404,11 +420,11 @@ class through(Pattern):  # noqa: N801 - used like a function, as the patterns ar
         inherit_changeable(self)
 
     def operands(self) -> tuple[Mask, ...]:
-        """Its mask."""
+        """The operand."""
         return (self.mask,)
 
     def check_lengths(self, q_len: int, kv_len: int, q_start: int = 0, kv_start: int = 0) -> None:
-        """The order must fit; its mask is asked at all raster positions."""
+        """Check the length of the order, and the mask at all raster positions."""
         self.mask.check_lengths(len(self.order), len(self.order))
         require_extents(self, (q_len, kv_len), (q_start, kv_start))
 
@@ -423,7 +439,7 @@ class through(Pattern):  # noqa: N801 - used like a function, as the patterns ar
 
 @dataclass(frozen=True, repr=False)
 class Shifted(Mask):
-    """allowed(q, kv) = mask(q + by_q, kv + by_kv). Made by `Mask.shift`."""
+    """allowed(q, kv) = mask(q + by_q, kv + by_kv). Built by `Mask.shift`."""
 
     mask: Mask
     by_q: int
@@ -433,16 +449,16 @@ class Shifted(Mask):
         inherit_changeable(self)
 
     def operands(self) -> tuple[Mask, ...]:
-        """Its mask."""
+        """The operand."""
         return (self.mask,)
 
     @property
     def relative(self) -> bool:
-        """Not where the shift states how queries lie among keys: by_q other than by_kv."""
+        """False if by_q differs from by_kv, which states the position of the queries."""
         return self.by_q == self.by_kv and self.mask.relative
 
     def shift(self, q: int = 0, kv: int = 0) -> Mask:
-        """Shifts add up."""
+        """Add the shifts."""
         q, kv = integer("shift", "q", q, None), integer("shift", "kv", kv, None)
         return self.mask.shift(self.by_q + q, self.by_kv + kv)
 
@@ -454,7 +470,7 @@ class Shifted(Mask):
         return self.mask.allowed(q, kv)
 
     def extents(self) -> Extents:
-        """Those of its mask, less the shift."""
+        """Lengths of the operand minus the shift."""
         q_len, kv_len = self.mask.extents()
         return (
             None if q_len is None else q_len - self.by_q,
@@ -462,7 +478,7 @@ class Shifted(Mask):
         )
 
     def check_lengths(self, q_len: int, kv_len: int, q_start: int = 0, kv_start: int = 0) -> None:
-        """Its mask decides, at the shifted indices."""
+        """Check the operand at the shifted indices."""
         self.mask.check_lengths(q_len, kv_len, q_start + self.by_q, kv_start + self.by_kv)
 
     def __repr__(self) -> str:
@@ -470,21 +486,8 @@ class Shifted(Mask):
         return f"shift({self.mask!r}, {self.by_q}{kv})"
 
 
-@named
-def shift(mask: Mask, q: int = 0, kv: int = 0) -> Mask:
-    """`mask.shift(q, kv)`, as it is written in text.
-
-    >>> from sparse_flash import masks
-    >>> masks.parse("shift(local(3), 5)")
-    shift(local((3, 3)), 5)
-    """
-    if not isinstance(mask, Mask):
-        raise TypeError(f"shift takes a mask, got {mask!r}")
-    return mask.shift(q, kv)
-
-
 def inherit_changeable(mask: Mask) -> None:
-    """Mark a composite as changeable, or on the device, if an operand is."""
+    """Mark a composite as changeable or on-device if an operand is."""
     for name in ("changeable", "on_device"):
         if any(getattr(operand, name) for operand in mask.operands()):
             object.__setattr__(mask, name, True)
@@ -492,14 +495,14 @@ def inherit_changeable(mask: Mask) -> None:
 
 def _combine(kind: type[_Combination], left: Mask, right: Mask) -> Mask:
     if not isinstance(right, Mask) or right.by_head:
-        return NotImplemented  # masks by head know how to meet others: Python asks them next
+        return NotImplemented  # HeadMasks implements mixed operands: Python tries it next
     parts: list[Mask] = []
     for mask in (left, right):
         parts += mask.masks if type(mask) is kind else [mask]
     unique = tuple(dict.fromkeys(parts))
     if len(unique) == 1:
         return unique[0]
-    # No name of torch in here: torch.compile would then trace this function.
+    # No name of torch in this function: torch.compile would trace it.
     result = CACHE.first_equal(kind(unique))
     if result._record is None:
         result.extents()

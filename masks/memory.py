@@ -1,4 +1,4 @@
-"""Memory that is available, and refusals before it runs out: Linux kills what takes too much."""
+"""Available memory, and a check before large allocations: Linux kills a process at the limit."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
-_CGROUP = Path("/sys/fs/cgroup")  # version 2, as containers see it
-_ALWAYS = 1 << 26  # bytes that are not asked about
+_CGROUP = Path("/sys/fs/cgroup")  # version 2, as mounted in containers
+_ALWAYS = 1 << 26  # bytes; smaller requests are not checked
 
 
 def available_memory(device: torch.device) -> int | None:
-    """Bytes that a process can still allocate on a device; None where that is unknown."""
+    """Bytes that the process can still allocate on a device; None if unknown."""
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -22,23 +22,23 @@ def available_memory(device: torch.device) -> int | None:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         line = next(line for line in lines if line.startswith("MemAvailable"))
         found.append(int(line.split()[1]) * 1024)
-    with contextlib.suppress(OSError, ValueError):  # "max" where there is no limit
+    with contextlib.suppress(OSError, ValueError):  # "max" means no limit
         limit = int((_CGROUP / "memory.max").read_text(encoding="ascii"))
         used = int((_CGROUP / "memory.current").read_text(encoding="ascii"))
         statistics = (_CGROUP / "memory.stat").read_text(encoding="ascii").split()
-        cache = int(statistics[statistics.index("inactive_file") + 1])  # is given up when needed
+        cache = int(statistics[statistics.index("inactive_file") + 1])  # reclaimed on demand
         found.append(max(0, limit - used + cache))
     return min(found) if found else None
 
 
 def require_memory(what: str, nbytes: int, device: torch.device, instead: str) -> None:
-    """Raise ValueError where `nbytes` are more than is available.
+    """Raise ValueError if `nbytes` exceed the available memory.
 
     Args:
-        what: What would take it, as the subject of a sentence.
-        nbytes: Bytes that it takes.
-        device: Where.
-        instead: What to use instead.
+        what: Subject of the message, such as "a table".
+        nbytes: Required bytes.
+        device: Device of the memory.
+        instead: Alternative that the message recommends.
 
     >>> cpu = torch.device("cpu")
     >>> require_memory("a table", 1 << 60, cpu, "another")  # doctest: +ELLIPSIS

@@ -1,4 +1,4 @@
-"""Independence of the PyTorch modes that are active while masks and layouts are made."""
+"""Isolation of masks and layouts from the active PyTorch modes."""
 
 from __future__ import annotations
 
@@ -18,18 +18,22 @@ T = TypeVar("T")
 def plain_torch() -> Iterator[None]:
     """Run a block of code, or a decorated function, outside every PyTorch mode.
 
-    Tensors made inside hold data and may be used anywhere later: no inference mode, no gradients,
-    no default device, no torch function or dispatch mode (FakeTensorMode, FlopCounterMode), no
-    functorch transform, no autocast. About 20 us. The default dtype stays: code inside names its
-    dtypes.
+    Tensors created inside have data and can be used anywhere later: no inference mode, no
+    gradients, no default device, no torch function or dispatch mode (FakeTensorMode,
+    FlopCounterMode), no functorch transform, no autocast. The default dtype is not reset: code
+    inside states its dtypes.
 
     >>> with torch.inference_mode(), torch.device("meta"), plain_torch():
     ...     table = torch.arange(3)
     >>> table, table.is_inference()
     (tensor([0, 1, 2]), False)
     """
+    if _is_plain():
+        with torch.no_grad():
+            yield
+        return
     with contextlib.ExitStack() as stack:
-        # Torch function modes first: they see the switching of other modes too.
+        # Torch function modes first: they would intercept the switching of other modes.
         if torch._C._len_torch_function_stack():
             stack.enter_context(_no_function_modes())
         if torch.is_inference_mode_enabled():
@@ -44,6 +48,17 @@ def plain_torch() -> Iterator[None]:
         yield
 
 
+def _is_plain() -> bool:
+    """Whether only gradients need to be switched off."""
+    return not (
+        torch._C._len_torch_function_stack()
+        or torch.is_inference_mode_enabled()
+        or torch._C._is_any_autocast_enabled()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or _dispatch_modes()
+    )
+
+
 def _dispatch_modes() -> int:
     from torch._ops import _len_torch_dispatch_stack_pre_dispatch
 
@@ -52,7 +67,7 @@ def _dispatch_modes() -> int:
 
 @contextlib.contextmanager
 def _no_function_modes() -> Iterator[None]:
-    """Take torch function modes off their stack; a default device is the lowest of them."""
+    """Pop all torch function modes; a default device is the lowest of them."""
     modes = [
         torch._C._pop_torch_function_stack() for _ in range(torch._C._len_torch_function_stack())
     ]
@@ -64,18 +79,18 @@ def _no_function_modes() -> Iterator[None]:
 
 
 def tensors_made_on(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """A context in which factory calls without a device make their tensors on `device`."""
+    """A context in which factory calls without a device use `device`."""
     return contextlib.nullcontext() if device.type == "cpu" else DeviceContext(device)
 
 
 def is_fake(tensor: Tensor) -> bool:
-    """Whether it is a FakeTensor: shapes and dtypes without data."""
+    """Whether a tensor is a FakeTensor, which has shape and dtype but no data."""
     module = sys.modules.get("torch._subclasses.fake_tensor")
     return module is not None and isinstance(tensor, module.FakeTensor)
 
 
 def unreadable(tensor: Tensor) -> str | None:
-    """Why the values of a tensor cannot be read now; None where they can.
+    """Reason why the values of a tensor cannot be read now; None if they can.
 
     >>> unreadable(torch.empty(3, device="meta"))
     'a tensor on the meta device holds no data'
@@ -90,10 +105,10 @@ def unreadable(tensor: Tensor) -> str | None:
 
 
 class derived(Generic[T]):  # noqa: N801 - used like functools.cached_property
-    """A property that is computed at first use, outside every PyTorch mode, and then kept.
+    """A property that is computed at first use, outside every PyTorch mode, and then cached.
 
-    Threads may compute it at the same time; all get the value that was kept first. Pickles and
-    copies do not carry it: their class has `__reduce_ex__ = reduce_without_derived`.
+    Threads may compute it at the same time; all receive the value cached first. Pickles and copies
+    exclude it: the class sets `__reduce_ex__ = reduce_without_derived`.
     """
 
     def __init__(self, make: Callable[[Any], T]) -> None:
@@ -119,7 +134,7 @@ class derived(Generic[T]):  # noqa: N801 - used like functools.cached_property
 
 
 def reduce_without_derived(self: Any, protocol: Any) -> Any:
-    """`__reduce_ex__` for classes with `derived` properties: their values stay behind."""
+    """`__reduce_ex__` for classes with `derived` properties, without the cached values."""
     reduced = object.__reduce_ex__(self, protocol)
     if not isinstance(reduced, tuple) or not isinstance(reduced[2], dict):
         return reduced
@@ -129,3 +144,8 @@ def reduce_without_derived(self: Any, protocol: Any) -> Any:
         if not isinstance(getattr(type(self), name, None), derived)
     }
     return (*reduced[:2], state, *reduced[3:])
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether work for the device goes into a CUDA graph now."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

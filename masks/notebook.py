@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from sparse_flash.masks.layout import BlockLayout
     from sparse_flash.masks.mask import Mask
 
-LENGTH = 4096  # of masks that fit any length
-_LARGEST = 16384  # the most tokens at which masks with Python predicates are laid out unasked
-_CELLS = 128  # of a picture, each way
-_ELEMENTS = 1 << 25  # the most elements that are counted one by one
-_SIDE = 256  # least width of a picture in pixels
+LENGTH = 4096  # default length, tokens
+_LARGEST = 16384  # maximum tokens for automatic layouts of Python predicates
+_CELLS = 128  # cells per side of a picture
+_ELEMENTS = 1 << 25  # maximum number of elements counted one by one
+_SIDE = 256  # minimum width of a picture, pixels
 _GAP = 8  # pixels between pictures
 _DARK = (8, 48, 107)
 
@@ -41,7 +41,7 @@ def lengths_of(mask: Mask, default: int = LENGTH) -> tuple[int, int]:
 
 @plain_torch()
 def layout_html(layout: BlockLayout, above: str = "") -> str:
-    """An HTML fragment: a table of numbers and a picture of each pattern, below 1 MB."""
+    """An HTML fragment below 1 MB: a table of numbers and a picture of each pattern."""
     size = f"{layout.q_len:,} x {layout.kv_len:,}, block {layout.block[0]} x {layout.block[1]}"
     computed = layout.computed_density()
     rows = {
@@ -82,12 +82,12 @@ def _figure(layout: BlockLayout, pattern: int) -> str:
 
 @plain_torch()
 def layout_png(layout: BlockLayout) -> bytes:
-    """A PNG file: the pictures of all patterns side by side, at most 8."""
+    """A PNG file with the pictures of at most 8 patterns side by side."""
     shown, _ = picture.panels(layout, None, picture.MOST_PANELS)
     images: list[Tensor] = []
     for number in shown:
         image = _image(layout, number)
-        for axis in (0, 1):  # each cell the same whole number of pixels
+        for axis in (0, 1):  # an integer number of pixels per cell
             image = image.repeat_interleave(max(1, _SIDE // image.shape[axis]), axis)
         framed = torch.full((image.shape[0] + 2, image.shape[1] + 2, 3), 150, dtype=torch.uint8)
         framed[1:-1, 1:-1] = image
@@ -98,9 +98,9 @@ def layout_png(layout: BlockLayout) -> bytes:
 
 
 def _image(layout: BlockLayout, pattern: int) -> Tensor:
-    """One pixel for each cell of a pattern, uint8 `(rows, columns, 3)`: white to dark blue."""
+    """One pixel per cell of a pattern, uint8 `(rows, columns, 3)`, from white to dark blue."""
     size = _CELLS
-    if layout.q_len * layout.kv_len > _ELEMENTS:  # whole tiles are counted
+    if layout.q_len * layout.kv_len > _ELEMENTS:  # count whole tiles
         size = min(size, max(layout.num_block_rows, layout.num_block_cols))
     ink = picture.ink(layout.coverage(size, pattern).cpu())[..., None]
     dark = torch.tensor(_DARK, dtype=torch.float32, device="cpu")
@@ -114,7 +114,7 @@ def png(image: Tensor) -> bytes:
     b'\x89PNG\r\n\x1a\n'
     """
     height, width, _ = image.shape
-    lines = torch.nn.functional.pad(image.reshape(height, -1), (1, 0))  # filter 0: as they are
+    lines = torch.nn.functional.pad(image.reshape(height, -1), (1, 0))  # filter 0: none
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         body = kind + data
@@ -128,9 +128,9 @@ def png(image: Tensor) -> bytes:
 
 @plain_torch()
 def mask_html(mask: Mask) -> str:
-    """An HTML fragment: a mask's repr, and its layout at its own lengths, or at 4,096 tokens.
+    """An HTML fragment: a mask's repr, and its layout at its own lengths or at 4,096 tokens.
 
-    Where a mask cannot be laid out unasked, the fragment says why.
+    If the mask has no automatic layout, the fragment has the reason.
     """
     title = f"<code>{html.escape(picture.shortened(repr(mask)))}</code>"
     layout, reason = _layout_of(mask)
@@ -143,13 +143,13 @@ def mask_html(mask: Mask) -> str:
 
 @plain_torch()
 def mask_png(mask: Mask) -> bytes | None:
-    """A PNG file of a mask's layout, as in `mask_html`; None where there is no picture."""
+    """A PNG file of a mask's layout, as in `mask_html`; None if there is no picture."""
     layout, _ = _layout_of(mask)
     return None if layout is None else layout_png(layout)
 
 
 def _layout_of(mask: Mask) -> tuple[BlockLayout | None, str]:
-    """The layout to show, or None and why not: a repr must be quick, and raises nothing."""
+    """The layout to show, or None and a reason: a repr must be fast and never raises."""
     try:
         lengths = lengths_of(mask)
         if max(lengths) > _LARGEST and _calls_python(mask):

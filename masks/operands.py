@@ -1,4 +1,4 @@
-"""Operands of a mask's text that are objects of a user: `my_masks.py:banded`."""
+"""References to user objects in the text of a mask: `my_masks.py:banded`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from typing import Any
 from sparse_flash.masks.mask import Mask
 from sparse_flash.masks.patterns.custom import custom
 
-# Strings, and words without spaces and brackets; ~/ is the home folder. Linear in the text.
+# Strings, or words without spaces and brackets; ~/ is the home folder. Matches in linear time.
 _WORDS = re.compile(r"""'[^']*'|"[^"]*"|(?:~/)?[^\s|&~()\[\],='"]+""")
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+# A text that is one reference as a whole may have spaces in its path.
+_WHOLE = re.compile(r"[^'\"|&~()\[\],=]+\.py:[A-Za-z_]\w*")
 _REFERENCE = re.compile(r"(?P<path>[^'\"]+\.py):(?P<name>[A-Za-z_]\w*)")
 
 
@@ -26,11 +28,15 @@ def split_reference(text: str) -> tuple[str, str] | None:
 
 
 def quote_references(text: str) -> str:
-    """The text with references as strings, which Python's grammar can read.
+    """The text with references quoted as strings, valid Python syntax.
 
     >>> quote_references("local(3) | ~my_masks.py:banded")
     "local(3) | ~'my_masks.py:banded'"
+    >>> quote_references("my masks/banded.py:wide")
+    "'my masks/banded.py:wide'"
     """
+    if _WHOLE.fullmatch(text.strip()):
+        return repr(text.strip())
     return _WORDS.sub(lambda m: repr(m[0]) if split_reference(m[0]) else m[0], text)
 
 
@@ -40,21 +46,23 @@ def references(text: str) -> list[str]:
     >>> references("local(3) | a.py:banded & 'my masks/b.py:wide'")
     ['a.py:banded', 'my masks/b.py:wide']
     """
+    if _WHOLE.fullmatch(text.strip()):
+        return [text.strip()]
     words = (word.strip("'\"") for word in _WORDS.findall(text))
     return [word for word in words if split_reference(word)]
 
 
 def is_foreign(value: Any) -> bool:
-    """Whether an object is a mask, or is defined outside of this package."""
+    """Whether an object is a mask, or is defined outside this package."""
     module = getattr(value, "__module__", None) or ""
     return isinstance(value, Mask) or not module.startswith("sparse_flash.")
 
 
 def as_mask(value: Any, name: str) -> Mask:
-    """The mask that a user's object stands for: a Mask, or a predicate of exactly two arguments.
+    """Convert a user's object to a mask: a Mask, or a predicate of exactly two arguments.
 
     Raises:
-        ValueError: It is neither.
+        ValueError: The object is neither.
 
     >>> as_mask(lambda q, kv: q >= kv, "my_masks.py:backward").density(4)
     0.625
@@ -63,10 +71,10 @@ def as_mask(value: Any, name: str) -> Mask:
         return value
     what, way_out = f"{name} is {_shown(value)}", ""
     if callable(value):
-        way_out = f". What makes a mask is called, as in {name}(64)"
+        way_out = f". Call it to get a mask, as in {name}(64)"
     if callable(value) and not isinstance(value, type):
         required = _required(value)
-        if required in (None, 2, 4):  # custom knows of a FlexAttention mask_mod(b, h, q, kv)
+        if required in (None, 2, 4):  # custom accepts a FlexAttention mask_mod(b, h, q, kv)
             try:
                 return custom(value)
             except TypeError as error:
@@ -83,7 +91,7 @@ def _shown(value: Any) -> str:
 
 
 def _required(function: Any) -> int | None:
-    """Number of arguments without a default; None where they are unknown."""
+    """Number of arguments without a default; None if unknown."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (ValueError, TypeError):

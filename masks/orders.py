@@ -1,13 +1,12 @@
-"""Token orders: which position of the original sequence is the p-th token.
+"""Token orders: permutations of a sequence, such as the pixels of an image along a curve.
 
-In raster order a block of 128 tokens is half a line of a 256-pixel image; in Morton order it is a
+In raster order a block of 128 tokens is half a line of a 256-pixel image. In Morton order it is a
 patch of 8 x 16 pixels, so that near pixels are near in the sequence.
 
-A mask that is seen through an order (`mask.through(order)`) expects q, k and v in that order.
-Attention does not move them: the model permutes its tokens once, after embedding them and adding
-their positions, and brings its output back at the end, with `order.permute(x)` and
-`order.restore(x)`. Everything between works on permuted tokens; layers that act on each token alone
-need not know.
+A mask with an order, `mask.through(order)`, expects q, k and v in that order. Attention does not
+permute them. The model permutes its tokens once, after the embedding and the positions, with
+`order.permute(x)`, and restores the order of its output with `order.restore(x)`. All layers between
+work on permuted tokens; layers that act on single tokens do not change.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from torch import Tensor
 
 
 class TokenOrder:
-    """A permutation of the tokens: made by `raster`, `morton`, `hilbert` and `order`.
+    """A permutation of the tokens. Built by `raster`, `morton`, `hilbert` and `order`.
 
     >>> from sparse_flash import masks
     >>> masks.morton(2, 4).permutation
@@ -52,30 +51,30 @@ class TokenOrder:
 
     @derived
     def permutation(self) -> Tensor:
-        """int64 `(n,)`: the original position (of pixels: row * width + column) of each token."""
+        """Original position (of pixels: row * width + column) of each token, int64 `(n,)`."""
         return self._make()
 
     @derived
     def inverse(self) -> Tensor:
-        """int64 `(n,)`: the token at each original position."""
+        """Token at each original position, int64 `(n,)`."""
         return torch.argsort(self.permutation)
 
     @derived
     def table(self) -> IndexTable:
-        """The permutation as a table that masks look indices up in."""
+        """The permutation as an index table for masks."""
         return IndexTable(self.permutation)
 
     @derived
     def inverse_table(self) -> IndexTable:
-        """The inverse likewise."""
+        """The inverse permutation as an index table for masks."""
         return IndexTable(self.inverse)
 
     def permute(self, x: Tensor, dim: int = 1) -> Tensor:
         """Tokens in this order: result[p] = x[permutation[p]] along `dim`.
 
         Args:
-            x: Tensor with one entry a token along `dim`, such as (b, s, h, d); differentiable.
-            dim: The dimension of the tokens; default 1.
+            x: Tensor with one entry per token along `dim`, such as (b, s, h, d); differentiable.
+            dim: Dimension of the tokens; default 1.
 
         Raises:
             ValueError: x has another number of tokens.
@@ -136,7 +135,7 @@ class ImageOrder(TokenOrder):
 
 @dataclass(frozen=True, repr=False)
 class OwnOrder(TokenOrder):
-    """An order given as a permutation; made by `order`. Compares by content and name."""
+    """An order from a permutation. Built by `order`; compares by content and name."""
 
     data: Data
     name: str | None = None
@@ -155,21 +154,21 @@ class OwnOrder(TokenOrder):
 def order(
     permutation: Tensor | np.ndarray | Sequence[int] | str, name: str | None = None
 ) -> OwnOrder:
-    """An order of your own: the p-th token stands at position permutation[p] of the original.
+    """A custom order: token p is at position permutation[p] of the original sequence.
 
-    Masks are written for original positions and seen through it: allowed(p, r) =
-    mask(permutation[p], permutation[r]). You permute q, k and v, or rather the tokens that they are
-    computed from, by `order.permute(x)`, and undo it by `order.restore(x)`.
+    Masks are defined on original positions: allowed(p, r) = mask(permutation[p], permutation[r]).
+    The caller permutes the tokens from which q, k and v are computed by `order.permute(x)`, and
+    restores their order by `order.restore(x)`.
 
     Args:
-        permutation: Each of 0..n-1 once, `(n,)`: a tensor (of any device) or array of integers, a
-            list, or the text that repr prints. Copied. (A repr of more than 1 MiB of data is
+        permutation: Each of 0..n-1 once, `(n,)`: a tensor (on any device) or array of integers, a
+            list, or the text printed by repr. Copied. (A repr of more than 1 MiB of data is
             abbreviated and does not evaluate.)
-        name: What pictures and tables show; orders of different names are different.
+        name: Name in pictures and tables; orders with different names are different.
 
     Raises:
-        TypeError: No integers, or a tensor without values.
-        ValueError: An entry is missing, repeated or out of range; or damaged text.
+        TypeError: The entries are not integers, or a tensor has no data.
+        ValueError: An entry is missing, repeated or out of range, or the text is damaged.
 
     >>> from sparse_flash import masks
     >>> by_score = masks.order(torch.tensor([2, 0, 3, 1]), name="by score")
@@ -228,7 +227,7 @@ def _raster_key(row: Tensor, col: Tensor, width: int) -> Tensor:
 
 
 def _morton_key(row: Tensor, col: Tensor, width: int) -> Tensor:
-    """Interleave the bits of row and column (Morton, 1966); row bits are the higher ones."""
+    """Interleave the bits of row and column (Morton, 1966), row bits first."""
     key = torch.zeros_like(row)
     for bit in range(24):
         key |= ((col >> bit) & 1) << (2 * bit) | ((row >> bit) & 1) << (2 * bit + 1)
@@ -238,8 +237,8 @@ def _morton_key(row: Tensor, col: Tensor, width: int) -> Tensor:
 def _hilbert_key(row: Tensor, col: Tensor, width: int) -> Tensor:
     """Distance along the Hilbert curve of the enclosing square of 2^k pixels (Hilbert, 1891).
 
-    From the top bit down: each quadrant adds its rank, and the next level is turned so that the
-    curve enters where it left the one before.
+    From the top bit down, each quadrant adds its rank. The next level is rotated so that the curve
+    is continuous.
     """
     side = 1 << max(int(row.max()), int(col.max())).bit_length()
     x, y, key = col.clone(), row.clone(), torch.zeros_like(row)
@@ -259,22 +258,22 @@ def _hilbert_key(row: Tensor, col: Tensor, width: int) -> Tensor:
 
 @named
 def raster(height: int, width: int) -> ImageOrder:
-    """Line by line: the p-th token is pixel (p // width, p % width)."""
+    """Line by line: token p is pixel (p // width, p % width)."""
     return ImageOrder("raster", height, width)
 
 
 @named
 def morton(height: int, width: int) -> ImageOrder:
-    """Z-order, by interleaving the bits of row and column: aligned runs of 4^k are squares."""
+    """Z-order: interleaved bits of row and column; aligned runs of 4^k tokens are squares."""
     return ImageOrder("morton", height, width)
 
 
 @named
 def hilbert(height: int, width: int) -> ImageOrder:
-    """The Hilbert curve: like Morton, and adjacent tokens are adjacent pixels.
+    """The Hilbert curve: like Morton order, but adjacent tokens are adjacent pixels.
 
-    (Where the image is no square of 2^k pixels, the parts of the curve outside it are left out,
-    and the sequence jumps there.)
+    (If the image is not a square of 2^k pixels, parts of the curve outside it are omitted, and the
+    sequence jumps there.)
 
     >>> order = hilbert(8, 8).permutation
     >>> steps = (order.diff() // 8).abs() + (order % 8).diff().abs()

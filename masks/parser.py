@@ -1,4 +1,4 @@
-"""Masks from text, as on a command line: a parser over a whitelist; nothing is ever evaluated."""
+"""Masks from text, as on a command line: a parser with a whitelist; no code is evaluated."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from sparse_flash.masks.mask import PATTERNS, Mask
 from sparse_flash.masks.operands import as_mask, is_foreign, quote_references, split_reference
 from sparse_flash.masks.orders import TokenOrder
 
-_MAX_LENGTH = 4 << 20  # characters; a repr of data is text of up to about 1.5 MB
+_MAX_LENGTH = 4 << 20  # characters; the repr of data has up to about 1.5 MB
 _MAX_DEPTH = 100
-FORMER_NAMES = {"neighbourhood": "neighborhood"}  # still read
+FORMER_NAMES = {"neighbourhood": "neighborhood"}  # levels of nesting
 
 
 def parse(text: str, resolve: Callable[[str], Any] | None = None) -> Mask:
-    """The mask that an expression describes: patterns by name, `|`, `&`, `~`, parentheses.
+    """Parse an expression of patterns by name, `|`, `&`, `~` and parentheses to a mask.
 
     Arguments are numbers, None, strings, tuples, lists, masks and token orders, by position or
-    name. The repr of a mask parses to an equal mask (`custom` apart: functions are no text).
+    name. The repr of a mask parses to an equal mask, except for `custom`, which holds a function.
     Installed packages add names by entry points of the group `sparse_flash.masks`.
 
     Args:
         text: The expression.
-        resolve: Function that returns the object of a reference `path/to/file.py:name`, where such
-            references are allowed: the command line and experiments run the file. Default: none
-            are, and no file is run.
+        resolve: Function that returns the object of a reference `path/to/file.py:name`. The command
+            line and experiments pass one that runs the file. Default: references are refused, and
+            no file is run.
 
     Raises:
-        TypeError: `text` is no string, or an argument has the wrong type.
-        ValueError: Syntax that is not allowed, an unknown name (the nearest known one is
-            suggested), or an argument that its pattern refuses.
+        TypeError: `text` is not a string, or an argument has the wrong type.
+        ValueError: The syntax is not allowed, a name is unknown (the message suggests the nearest
+            one), or a pattern refuses an argument.
 
     >>> parse("local(256) | global_tokens(64) | butterfly(block=128)")
     local((256, 256)) | global_tokens(64) | butterfly()
@@ -54,7 +54,7 @@ def parse(text: str, resolve: Callable[[str], Any] | None = None) -> Mask:
     result = _Reader(text, resolve).read(tree, 0)
     if not isinstance(result, Mask):
         way_out = "leave out the quotes" if isinstance(result, str) else suggestions.EXAMPLE
-        raise ValueError(f"{_short(text)} is no mask but {_short(result)}; {way_out}")
+        raise ValueError(f"{_short(text)} is not a mask but {_short(result)}; {way_out}")
     return result
 
 
@@ -75,7 +75,7 @@ class _Reader:
             case ast.UnaryOp(ast.USub(), ast.Constant(int() | float() as value)):
                 return -value
             case ast.Constant(bool()):
-                return self.refuse("True and False are no arguments of masks")
+                return self.refuse("True and False are not valid arguments of masks")
             case ast.Constant(int() | float() | str() | None as value):
                 if isinstance(value, str) and split_reference(value):
                     return as_mask(self.reference(value), value)
@@ -112,7 +112,7 @@ class _Reader:
     def reference(self, name: str) -> Any:
         if self.resolve is None:
             self.refuse(
-                f"{name} is in a file, and masks.parse runs none: import the file and combine its "
+                f"{name} is in a file, and masks.parse runs no files: import it and combine its "
                 "masks with |, & and ~. The command line and experiments read such names"
             )
         return self.resolve(name)
@@ -126,7 +126,7 @@ class _Reader:
         depth: int,
     ) -> Any:
         if isinstance(maker, Mask) or not callable(maker):
-            self.refuse(f"{name} is no function: write {name} alone")
+            self.refuse(f"{name} is not a function: write {name} alone")
         if any(k.arg is None for k in keywords) or any(isinstance(a, ast.Starred) for a in args):
             self.refuse("* and ** are not allowed")
         if name == "through":
@@ -158,7 +158,7 @@ class _Reader:
     def check_order(self, order: Any) -> None:
         if not isinstance(order, TokenOrder):
             self.refuse(
-                f"through takes a token order, as morton(height, width), got {order!r}; "
+                f"through takes a token order, like morton(height, width), got {order!r}; "
                 f"known are {', '.join(sorted(_orders()))}"
             )
 
@@ -167,7 +167,7 @@ class _Reader:
 
 
 def _orders() -> dict[str, Callable[..., Any]]:
-    """The makers of token orders among all names."""
+    """The registered functions that return token orders."""
     return {
         name: maker
         for name, maker in PATTERNS.items()

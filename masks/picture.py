@@ -1,4 +1,4 @@
-"""Pictures of layouts: a panel for each distinct pattern, downsampled by exact counts."""
+"""Pictures of layouts: one panel per distinct pattern, downsampled by exact counts."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from sparse_flash.masks.layout import BlockLayout
 
-MOST_PANELS = 8  # of a figure
-_MOST_TEXTS = 4  # patterns in the terminal
+MOST_PANELS = 8  # panels of a figure
+_MOST_TEXTS = 4  # panels in the terminal
 _COLUMNS = 4
 _LONGEST_LABEL = 60
 _LONGEST_TITLE = 240
@@ -26,7 +26,7 @@ _SHADES = " ░▒▓█"
 
 
 def panels(layout: BlockLayout, pattern: int | None, most: int) -> tuple[list[int], str]:
-    """The patterns to show: the given one, or the first `most`; and a note of those left out."""
+    """The patterns to show, the given one or the first `most`, and a note about the rest."""
     if pattern is not None:
         return [pattern], ""
     left = layout.num_patterns - most
@@ -37,7 +37,7 @@ def panels(layout: BlockLayout, pattern: int | None, most: int) -> tuple[list[in
 
 
 def label(layout: BlockLayout, pattern: int) -> str:
-    """Which heads and batch entries have a pattern; "" where there is only one.
+    """The heads and batch entries of a pattern, in words; "" if there is only one pattern.
 
     >>> from sparse_flash import masks
     >>> a, b = masks.causal(), masks.local(9)
@@ -66,7 +66,7 @@ def label(layout: BlockLayout, pattern: int) -> str:
 
 
 def _numbers(what: str, numbers: list[int], of: int, endings: tuple[str, str] = ("", "s")) -> str:
-    """A list of numbers in words, runs as ranges."""
+    """A list of numbers in words, with runs as ranges."""
     if len(numbers) == of:
         return f"all {what}{endings[1]}"
     runs: list[list[int]] = []
@@ -80,12 +80,12 @@ def _numbers(what: str, numbers: list[int], of: int, endings: tuple[str, str] = 
 
 
 def shortened(text: str, length: int = _LONGEST_TITLE) -> str:
-    """Text truncated to this many characters: a mask of data prints all its data."""
+    """Text truncated to `length` characters: the repr of a mask may contain much data."""
     return text if len(text) <= length else text[: length - 3] + "..."
 
 
 def numbers(layout: BlockLayout, pattern: int | None = None) -> str:
-    """The three densities of a layout, or of one of its patterns, in words."""
+    """The three densities of a layout or of one of its patterns, in words."""
     one = layout if pattern is None or layout.num_patterns == 1 else layout.pattern(pattern)
     return (
         f"density {percent(one.density)}, tile density {percent(one.tile_density)}, "
@@ -94,7 +94,7 @@ def numbers(layout: BlockLayout, pattern: int | None = None) -> str:
 
 
 def text(layout: BlockLayout, width: int, pattern: int | None) -> str:
-    """Pictures for the terminal, one below the other: see `BlockLayout.text`."""
+    """Pictures for the terminal, one below another: see `BlockLayout.text`."""
     shown, note = panels(layout, pattern, _MOST_TEXTS)
     pictures = []
     for number in shown:
@@ -105,7 +105,7 @@ def text(layout: BlockLayout, width: int, pattern: int | None) -> str:
 
 
 def shades(grid: Tensor) -> str:
-    """Shades of a grid of fractions; blank only where empty, solid only where full."""
+    """Shades of a grid of fractions; blank only if empty, solid only if full."""
     levels = (grid * (len(_SHADES) - 1)).round().clamp(1, len(_SHADES) - 2).long()
     levels = torch.where(grid <= 0, 0, torch.where(grid >= 1, len(_SHADES) - 1, levels))
     lines = ["".join(_SHADES[level] * 2 for level in row) for row in levels.tolist()]
@@ -114,12 +114,12 @@ def shades(grid: Tensor) -> str:
 
 
 def ink(grid: Tensor) -> Tensor:
-    """How dark each cell is, 0..1: whatever is allowed must be seen, however thin."""
+    """Darkness of each cell, 0..1; single allowed elements remain visible."""
     return torch.where(grid > 0, 0.25 + 0.75 * grid.sqrt(), grid)
 
 
 def figure(layout: BlockLayout, pattern: int | None, title: str | None) -> Figure:
-    """A matplotlib figure with a panel for each pattern: see `BlockLayout.plot`."""
+    """A matplotlib figure with one panel per pattern: see `BlockLayout.plot`."""
     require("matplotlib")  # without it, layout.text() and mask.text() draw in the terminal
     from matplotlib.figure import Figure
 
@@ -149,16 +149,16 @@ def figure(layout: BlockLayout, pattern: int | None, title: str | None) -> Figur
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure to a file, of the format that its ending names; folders are made.
+    """Write a figure to a file, in the format of its suffix; missing folders are created.
 
     Raises:
         OSError: The path is a folder, or cannot be written.
-        ValueError: The ending names no format.
+        ValueError: The suffix is not a known format.
     """
     formats = figure.canvas.get_supported_filetypes()
     ending = path.suffix.removeprefix(".").lower()
     if ending not in formats and not path.is_dir():
-        raise ValueError(f"cannot save a picture as {path}: end its name with .png, .pdf or .svg")
+        raise ValueError(f"cannot save a picture as {path}: use the suffix .png, .pdf or .svg")
     with atomic_write(path) as file:
         figure.savefig(file, format=ending)
 

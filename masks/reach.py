@@ -1,4 +1,4 @@
-"""How many layers until every token can influence every other."""
+"""Number of layers until every token can influence every other."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from sparse_flash.masks.mask import Mask
 
 Bounds = tuple[int | float, int | None]
-MAX_BLOCKS = 512  # blocks a side of which bounds are computed
-_SMALLEST = 16  # tokens a block of which bounds are computed
-_ELEMENTS = 1e9  # that are evaluated for bounds, a few seconds' work
-_WORK = 3e10  # words of 64 sources that an exact reach may combine, less than a minute's work
+MAX_BLOCKS = 512  # maximum number of blocks per side for bounds
+_SMALLEST = 16  # tokens per block for bounds
+_ELEMENTS = 1e9  # maximum number of elements evaluated for bounds, a few seconds
+_WORK = 3e10  # words of 64 sources combined for an exact reach, below a minute
 
 
 def union_layout(heads: Sequence[Mask], length: int, block: int) -> BlockLayout:
-    """All heads together, as a layer mixes them.
+    """The union of all heads, which a layer mixes.
 
     Args:
         heads: The distinct masks.
@@ -49,9 +49,9 @@ def _block(length: int, block: int) -> int:
 def reach_bounds(heads: Sequence[Mask], length: int) -> Bounds:
     """(least, most) layers of all heads together, from tiles alone.
 
-    The least is infinite where some token surely never influences one that it should; the most is
-    None where tiles do not show that every token does. Where there is too much to evaluate, tiles
-    that intervals leave open count as if they held anything.
+    The minimum is infinite if some token never influences a required one. The maximum is None if
+    tiles do not prove that every token does. If there are too many elements to evaluate, undecided
+    tiles count as unknown.
     """
     block, mask = _block(length, _SMALLEST), functools.reduce(operator.or_, heads)
     mask.check_lengths(length, length)
@@ -69,13 +69,13 @@ def reach_bounds(heads: Sequence[Mask], length: int) -> Bounds:
 
 @plain_torch()
 def layers_to_reach(layout: BlockLayout) -> int | None:
-    """The smallest L with (A or I)^L as full as it gets, for a square layout of one pattern.
+    """The smallest L for which (A or I)^L is full, for a square layout of one pattern.
 
-    All pairs of tokens count; where no stored element lies above the diagonal, all (query, earlier
-    key). None where no L is enough.
+    If no stored element lies above the diagonal, only the pairs (query, earlier key) count. None if
+    no L suffices.
 
     Raises:
-        ValueError: Elements would have to be followed for too long; the message has the bounds.
+        ValueError: The search by elements would take too long; the message has the bounds.
     """
     tiles = _Tiles(layout)
     least, most = tiles.bounds()
@@ -92,25 +92,25 @@ def layers_to_reach(layout: BlockLayout) -> int | None:
         raise ValueError(
             f"reach of {layout.q_len} tokens: at least {least} layers, "
             + (f"at most {most}; " if most else "with no upper bound from tiles; ")
-            + "following single elements would take minutes: take reach_bounds(length), or a "
+            + "the exact number would take minutes: use reach_bounds(length), or a "
             "shorter length"
         ) from None
     return None if followed is None else max(int(least), followed)
 
 
 def _follow(layout: BlockLayout, open_: Tensor, causal: bool) -> int | None:
-    """Layers until the open tokens are wherever they must be, element by element."""
+    """Layers until the open tokens influence all required ones, element by element."""
     n, budget = layout.q_len, following.Budget(_WORK)
     budget.spend(n * n / 2)
     available = available_memory(torch.device("cpu"))
-    if available is not None and n * n > available:  # several matrices of bits
+    if available is not None and n * n > available:  # several bit matrices
         raise following.TooLongError(0)
     tokens = following.Tokens.of(following.bit_rows(layout), open_[:n].numpy())
     return following.layers(tokens, causal, budget)
 
 
 class _Tiles:
-    """What the tiles of a layout say about paths, as bool matrices of blocks."""
+    """Paths through the tiles of a layout, as bool matrices of blocks."""
 
     def __init__(self, layout: BlockLayout) -> None:
         if layout.q_len != layout.kv_len:
@@ -121,7 +121,7 @@ class _Tiles:
         rows, cols = layout.tile_rows, layout.col_indices.long()
         entries = layout.bit_tile_indices.long()
         whole, diagonal = entries == FULL_TILE, rows == cols
-        single = (layout.q_len - rows * size).clamp(max=size) == 1  # blocks of one token
+        single = (layout.q_len - rows * size).clamp(max=size) == 1  # one token per block
         lower = torch.ones(layout.block, dtype=torch.bool, device=layout.device).tril()
         kinds = layout.bit_tiles[entries[diagonal & ~whole].unique()]
         crossing = (kinds & bits.pack(~lower[None])).any()
@@ -134,14 +134,14 @@ class _Tiles:
         self.by_col = _matrix(n, rows[by_col], cols[by_col]) | eye
         done = diagonal & covers & self.causal
         self.done = self.whole | _matrix(n, rows[done], cols[done])
-        if layout.q_len % size == 1 or size == 1:  # a token alone has itself
+        if layout.q_len % size == 1 or size == 1:  # a single token influences itself
             self.done[-1, -1] = True
         if size == 1:
             self.done = self.done | eye
         self.goal = torch.ones_like(eye).tril() if self.causal else torch.ones_like(eye)
 
     def bounds(self) -> Bounds:
-        """(least, most), by the tiles that hold some element, and by paths through full ones."""
+        """(least, most) layers: from nonempty tiles, and from paths through full tiles."""
         least = _smallest_power(self.some, lambda power: self.goal & ~power)
         if least is None:
             return math.inf, None
@@ -150,13 +150,15 @@ class _Tiles:
         return max(1, least), None if most is None else max(1, most)
 
     def open_columns(self, layers: int) -> Tensor:
-        """Blocks of sources that tiles do not show to be everywhere after so many layers."""
+        """Blocks of sources without a proof by tiles after this number of layers."""
         sure = self._surely(_power(self._paths(), layers), len(self.some))
         return (self.goal & ~sure).any(0).nonzero().squeeze(1)
 
     def _paths(self) -> Tensor:
-        """Two copies of each block: steps that find some key for each query, one step through a
-        full tile, steps that serve each key by some query. Such a path joins all of both ends.
+        """Adjacency of two copies of each block, before and after a step through a full tile.
+
+        Before it, every query of a tile has some key; after it, every key has some query. Such a
+        path connects all tokens of both end blocks.
         """
         zero = torch.zeros_like(self.whole)
         return torch.cat(
@@ -174,9 +176,9 @@ def _matrix(n: int, rows: Tensor, cols: Tensor) -> Tensor:
 
 
 def _coverage(layout: BlockLayout, lower: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """For each tile: an element in every row, in every column, and all of `lower`; bools `(T,)`.
+    """Whether each tile has an element in every row, in every column, and all of `lower`: `(T,)`.
 
-    Rows and columns beyond the length count as filled.
+    Rows and columns beyond the length count as covered.
     """
     n, (height, width) = layout.q_len, layout.block
     kinds = [_filled(layout.bit_tiles, layout.bit_tiles, layout.bit_tiles, width, lower)]
@@ -197,7 +199,7 @@ def _coverage(layout: BlockLayout, lower: Tensor) -> tuple[Tensor, Tensor, Tenso
         at[ragged] = layout.num_bit_tiles + torch.arange(len(ragged), device=layout.device)
     found = []
     for flags in zip(*kinds, strict=True):
-        every = torch.cat([*flags, flags[0].new_ones(1)])  # the last one is of full tiles
+        every = torch.cat([*flags, flags[0].new_ones(1)])  # the last entry stands for full tiles
         found.append(every[torch.where(partial, at, len(every) - 1)])
     return found[0], found[1], found[2]
 
@@ -205,7 +207,7 @@ def _coverage(layout: BlockLayout, lower: Tensor) -> tuple[Tensor, Tensor, Tenso
 def _filled(
     by_rows: Tensor, by_cols: Tensor, whole: Tensor, width: int, lower: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """For each bit tile: an element in every row, in every column, and all of `lower`."""
+    """Whether each bit tile has an element in every row, in every column, all of `lower`."""
     union = by_cols[:, 0].clone()
     for line in range(1, by_cols.shape[1]):
         union |= by_cols[:, line]
@@ -233,8 +235,8 @@ def _power(matrix: Tensor, exponent: int) -> Tensor:
 
 
 def _smallest_power(matrix: Tensor, missing: Callable[[Tensor], Tensor]) -> int | None:
-    """The smallest L with nothing `missing(matrix^L)`, for powers that only grow; None without."""
-    powers = [matrix]  # the 2^k-th
+    """The smallest L with nothing `missing(matrix^L)`, for monotone powers; None if none has."""
+    powers = [matrix]  # matrix^(2^k)
     while bool(missing(powers[-1]).any()):
         square = _product(powers[-1], powers[-1])
         if torch.equal(square, powers[-1]):
@@ -242,7 +244,7 @@ def _smallest_power(matrix: Tensor, missing: Callable[[Tensor], Tensor]) -> int 
         powers.append(square)
     if len(powers) == 1:
         return 1
-    reached, layers = powers[-2], 1 << (len(powers) - 2)  # the largest that is not enough so far
+    reached, layers = powers[-2], 1 << (len(powers) - 2)  # largest L known to be too small
     for k in range(len(powers) - 3, -1, -1):
         further = _product(reached, powers[k])
         if bool(missing(further).any()):

@@ -1,4 +1,4 @@
-"""Objects derived from masks, kept as long as the mask or while recently used."""
+"""Objects derived from masks, cached as long as the mask lives or while recently used."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ class Record:
 
     @property
     def nbytes(self) -> int:
-        """Memory of all layouts and of the objects derived from them."""
+        """Bytes of all layouts and of the objects derived from them."""
         return sum(layout.nbytes for layout in list(self.layouts.values()))
 
     @property
     def pinned(self) -> bool:
-        """Whether a captured CUDA graph reads derived arrays, which must then stay in place."""
+        """Whether a captured CUDA graph reads derived arrays, which then must not be freed."""
         return any(
             getattr(value, "captured", False)
             for layout in list(self.layouts.values())
@@ -59,21 +59,21 @@ class Record:
         )
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Remove everything."""
         self.layouts, self.calls = {}, {}
 
 
 class RecordCache:
     """The records of masks, found by equality.
 
-    A record lives as long as one of its masks. The cache keeps it alive beyond that, so that a mask
-    written anew in every call is laid out once; the least recently used ones are given up where all
-    together take more than `limit` bytes. Records of captured CUDA graphs are never given up.
+    A record lives as long as one of its masks. The cache keeps it alive longer, so that a mask
+    constructed in every call is laid out once. Above `limit` bytes in total, the least recently
+    used records are evicted. Records of captured CUDA graphs are never evicted.
     """
 
     def __init__(self, limit: int = GIBIBYTE) -> None:
         self.limit = limit
-        self.calls_of_data: dict[Hashable, Any] = {}  # as Record.calls, of layouts of data
+        self.calls_of_data: dict[Hashable, Any] = {}  # prepared calls of layouts from data
         self._recent: dict[Mask, Record] = {}
         self._ticks = itertools.count()
         self._all: weakref.WeakSet[Record] = weakref.WeakSet()
@@ -82,17 +82,17 @@ class RecordCache:
     def of(self, mask: Mask) -> Record:
         """The record of a mask."""
         record = mask._record
-        if record is None:  # quick, for masks written anew in every call
+        if record is None:  # fast path for masks constructed in every call
             record = self._recent.get(mask) or self._new_record(mask)
             record.used = next(self._ticks)
             mask.__dict__["_record"] = record
         return record
 
     def first_equal(self, mask: M) -> M:
-        """The first mask with the value of `mask`, if its record is kept; else `mask` itself.
+        """The first mask equal to `mask`, if its record is cached; else `mask` itself.
 
-        A composite that is written anew in every call becomes one object: the call finds its record
-        there, and the new object is freed.
+        A composite constructed in every call thus becomes a single object. Its record is found by
+        identity, and the new object is freed.
         """
         record = self._recent.get(mask)
         if record is None:
@@ -111,7 +111,7 @@ class RecordCache:
 
     @property
     def nbytes(self) -> int:
-        """Memory of the objects that the cache keeps alive."""
+        """Bytes of the objects that the cache keeps alive."""
         return sum(record.nbytes for record in list(self._recent.values()))
 
     def trim(self) -> None:
@@ -128,7 +128,7 @@ class RecordCache:
                     del self._recent[mask]
 
     def clear(self) -> None:
-        """Forget everything that no captured CUDA graph reads, of masks that are in use too."""
+        """Remove all objects that no captured CUDA graph reads, also of live masks."""
         with self._lock:
             self.calls_of_data.clear()
             self._recent = {m: r for m, r in self._recent.items() if r.pinned}
@@ -141,9 +141,9 @@ CACHE = RecordCache()
 
 
 def clear_cache() -> None:
-    """Forget all layouts and schedules that were derived from masks; they are built anew on use.
+    """Free all cached layouts and schedules of masks; they are rebuilt on use.
 
-    Arrays that a captured CUDA graph reads stay, and so do your own layouts.
+    Arrays of captured CUDA graphs and layouts that you hold are not freed.
 
     >>> import sparse_flash
     >>> sparse_flash.clear_cache()
@@ -152,14 +152,14 @@ def clear_cache() -> None:
 
 
 def set_cache_limit(nbytes: int) -> None:
-    """Set how much memory layouts and schedules of masks may take that nobody holds any longer.
+    """Set the memory limit of cached layouts and schedules of masks that are no longer referenced.
 
     Args:
-        nbytes: Bytes, over all devices; 1 GiB at first. 0 keeps only the latest.
+        nbytes: Bytes over all devices; default 1 GiB. 0 keeps only the latest record.
 
     Raises:
-        TypeError: It is no int.
-        ValueError: It is negative.
+        TypeError: `nbytes` is not an int.
+        ValueError: `nbytes` is negative.
 
     >>> import sparse_flash
     >>> sparse_flash.set_cache_limit(1 << 30)

@@ -1,4 +1,4 @@
-"""Objects by name: those of the source, and those of installed packages that declare them."""
+"""Registries: named objects of this package and of installed packages with entry points."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ class Registry(dict[str, T]):
         [project.entry-points."sparse_flash.masks"]
         banded = "my_package.patterns:banded"
 
-    A name of the source wins over an entry point. The package is imported when its name is looked
-    up, not before.
+    A registered name takes precedence over an entry point. The package is imported at the first
+    lookup of its name.
 
     Args:
-        what: Name of such an object in messages: "pattern", "task".
+        what: Noun for messages: "pattern", "task".
         group: Group of entry points.
 
     Raises:
-        KeyError: From a look-up: nobody declares the name.
-        ValueError: From a look-up: the package that declares the name cannot be imported.
+        KeyError: On lookup: the name is not registered.
+        ValueError: On lookup: the package of the entry point cannot be imported.
 
     >>> numbers = Registry("number", "example.numbers")
     >>> numbers["one"] = 1
@@ -45,7 +45,7 @@ class Registry(dict[str, T]):
         return {point.name: point for point in entry_points(group=self.group)}
 
     def names(self) -> list[str]:
-        """All names, those of the source first."""
+        """All names, registered ones first."""
         return [*self, *sorted(self.installed().keys() - self.keys())]
 
     def __contains__(self, name: object) -> bool:

@@ -5,23 +5,24 @@ from __future__ import annotations
 import torch
 from sparse_flash.masks import validation
 from sparse_flash.masks.build import build_layout
+from sparse_flash.masks.cells import cell_of, retile_by_cells
 from sparse_flash.masks.layout import FULL_TILE, BlockLayout
 from sparse_flash.masks.modes import plain_torch
 from sparse_flash.masks.tables import RectangleTable
 from sparse_flash.masks.ternary import Blocks
 from torch import Tensor
 
-_CELLS = 1 << 22  # the most cells that the table of stored tiles has
+_CELLS = 1 << 22  # maximum number of cells in the table of stored tiles
 
 
 @plain_torch()
 def retile(layout: BlockLayout, block: tuple[int, int]) -> BlockLayout:
-    """The layout with blocks of another size, allowing exactly the same elements.
+    """The same elements as a layout with blocks of another size.
 
-    So the size in which a pattern is described need not be the one in which it is computed.
+    A pattern can thus be described in one block size and computed in another.
 
     Raises:
-        TypeError: `block` is no pair of ints.
+        TypeError: `block` is not a pair of ints.
         ValueError: A block size is out of range.
 
     >>> from sparse_flash import masks
@@ -32,12 +33,15 @@ def retile(layout: BlockLayout, block: tuple[int, int]) -> BlockLayout:
     lengths = validation.checked_lengths(layout.q_len, layout.kv_len, block)
     if lengths == layout.lengths:
         return layout
+    cell = cell_of(layout.block, lengths[2])
+    if cell is not None:
+        return retile_by_cells(layout, lengths[2], cell)
     patterns = [_Stored(layout.pattern(p)) for p in range(layout.num_patterns)]
     return build_layout(patterns, layout.pattern_map, lengths, layout.device)
 
 
 class _Stored:
-    """A layout of one pattern as a predicate, as the builder of layouts wants it."""
+    """A layout of one pattern as a `Predicate`, for `build_layout`."""
 
     def __init__(self, layout: BlockLayout) -> None:
         self.layout = layout
@@ -64,7 +68,7 @@ class _Stored:
         return self.table.classify(blocks.q // block_q, blocks.kv // block_kv).value
 
     def signature(self, blocks: Blocks) -> None:
-        """None: stored bits may differ everywhere."""
+        """None: stored bits have no signature."""
 
     def __call__(self, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         """The stored bit of each element."""

@@ -18,7 +18,7 @@ def from_scipy(
     """The layout that allows exactly the nonzero elements of a `scipy.sparse` matrix.
 
     Raises:
-        TypeError: It is no scipy.sparse matrix or array.
+        TypeError: `matrix` is not a scipy.sparse matrix or array.
 
     >>> import scipy.sparse
     >>> from sparse_flash.masks import BlockLayout

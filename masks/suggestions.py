@@ -1,4 +1,4 @@
-"""What somebody may have meant who wrote a mask's text that cannot be read."""
+"""Suggestions for errors in the text of a mask."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 EXAMPLE = "write for example local(256) | global_tokens(64)"
-# Names of other libraries and papers, and what to write here. A word in front of "(" stands for the
-# pattern alone.
+# Names in other libraries and papers, and their expressions here. A suggestion of a bare name shows
+# only the text before "(".
 _OTHERS = {
     "all": "full()",
     "attention_sinks": "sinks(4)",
@@ -79,7 +79,7 @@ def of_known(name: str, known: Iterable[str]) -> str:
 
 
 def of_syntax(text: str, error: Exception) -> str:
-    """Why Python's parser could not read a text, for people who did not write Python.
+    """Explain a syntax error of Python's parser without Python terms.
 
     >>> def hint(text):
     ...     try:
@@ -89,7 +89,7 @@ def of_syntax(text: str, error: Exception) -> str:
     >>> hint("local(256) |")
     "it ends with '|': another mask must follow"
     >>> hint("global(4)")
-    "'global' is a word of Python's own; did you mean 'global_tokens', as in global_tokens(64)?"
+    "'global' is a keyword of Python; did you mean 'global_tokens', as in global_tokens(64)?"
     """
     stripped = text.strip()
     if not stripped:
@@ -105,7 +105,7 @@ def of_syntax(text: str, error: Exception) -> str:
         return f"it begins with {stripped[0]!r}: a mask must come first"
     for word in re.findall(r"[A-Za-z_]+", stripped):
         if keyword.iskeyword(word) and word in _OTHERS:
-            return f"{word!r} is a word of Python's own; {of_name(word, ())}"
+            return f"{word!r} is a keyword of Python; {of_name(word, ())}"
     reason = error.msg
     if "never closed" in reason:
         return f"{reason}: the text seems to be cut off"
@@ -117,7 +117,7 @@ def of_syntax(text: str, error: Exception) -> str:
 
 
 def of_node(node: ast.expr, part: str) -> str:
-    """Why a part of a mask's text is not allowed, and what to write."""
+    """Explain why a part of the text is not allowed, and what to write instead."""
     match node:
         case ast.Attribute(ast.Name("masks")) | ast.Call(ast.Attribute(ast.Name("masks"))):
             way_out = "leave out 'masks.'"
@@ -132,14 +132,14 @@ def of_node(node: ast.expr, part: str) -> str:
         case ast.BinOp(op=ast.Sub()):
             way_out = "write & ~ for -"
         case _:
-            way_out = "known are names, calls, |, &, ~ and numbers"
+            way_out = "allowed are names, calls, |, &, ~ and numbers"
     return f"{part} is not allowed; {way_out}"
 
 
 def of_arguments(
     name: str, maker: Callable[..., Any], values: list[Any], named: dict[str, Any]
 ) -> str | None:
-    """Why a pattern does not take these arguments, with its signature; None where it does.
+    """Explain why a pattern refuses these arguments, with its signature; None if it does not.
 
     >>> of_arguments("local", lambda window: None, [], {"w": 3})
     "local(window) has no argument 'w'; did you mean window=3?"

@@ -1,4 +1,4 @@
-"""Tables of integers that rules look indices up in: permutations, document numbers."""
+"""Index tables for rules: permutations, document numbers and tables of the user."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from sparse_flash.masks.arrays import Array, look_up
+from sparse_flash.masks.array_functions import look_up
+from sparse_flash.masks.dense import Dense
 from sparse_flash.masks.kleene import Columns, NotUnderstoodError, Symbol, columns_of
 from sparse_flash.masks.modes import is_fake, plain_torch, unreadable
 from sparse_flash.masks.ternary import (
@@ -25,11 +26,11 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 _INT32 = torch.iinfo(torch.int32)
-_CELLS = 1 << 24  # the largest two-dimensional table that is summed up
+_CELLS = 1 << 24  # entries of the largest table with a summed-area table
 
 
 class RangeTable:
-    """Minimum and maximum of `table[lo..hi]` for many ranges, each in O(1): a sparse table.
+    """Minimum and maximum of `table[lo..hi]` in O(1) per range, by a sparse table.
 
     Memory: 2 n log2(n) integers. Source: Bender & Farach-Colton, The LCA Problem Revisited, 2000.
 
@@ -46,16 +47,16 @@ class RangeTable:
         self.largest = 0 if table.is_floating_point() else int(max(abs(least), abs(most)))
         lows, highs = [table], [table]
         for k in range(len(table).bit_length() - 1):
-            n = len(table) - (2 << k) + 1  # starts from which 2^(k+1) entries fit
+            n = len(table) - (2 << k) + 1  # starts with at least 2^(k+1) entries after them
             lows.append(_pad(torch.minimum(lows[k][:n], lows[k][1 << k :][:n]), len(table)))
             highs.append(_pad(torch.maximum(highs[k][:n], highs[k][1 << k :][:n]), len(table)))
         self.low, self.high = torch.stack(lows), torch.stack(highs)
 
     def bounds(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
-        """Least and largest value in `table[lo..hi]`, bounds inclusive; integers as int64."""
+        """Minimum and maximum of `table[lo..hi]`, bounds inclusive; integers as int64."""
         low, high = self.low.to(lo.device), self.high.to(lo.device)
         k = bit_length(hi - lo + 1) - 1
-        second = hi + 1 - (1 << k)  # two overlapping ranges of 2^k cover lo..hi
+        second = hi + 1 - (1 << k)  # two overlapping ranges of 2^k entries cover lo..hi
         least = torch.minimum(low[k, lo], low[k, second])
         most = torch.maximum(high[k, lo], high[k, second])
         return (least, most) if least.is_floating_point() else (least.long(), most.long())
@@ -66,10 +67,10 @@ def _pad(x: Tensor, n: int) -> Tensor:
 
 
 class Indirect(Interval):
-    """The values of a table at an index, remembering the table, so that `//` and `%` stay tight.
+    """The values of a table at an index, with a reference to the table for tight `//` and `%`.
 
-    Without the table, a 16 x 8 pixel patch in Morton order would be known only by its smallest and
-    largest raster index, and its columns not at all.
+    Without the table, a 16 x 8 pixel patch in Morton order would have only bounds of its raster
+    index, and no bounds of its columns.
     """
 
     def __init__(self, tables: Callable[[str, int], RangeTable], index: Interval) -> None:
@@ -89,7 +90,7 @@ class Indirect(Interval):
 
 
 def _of_index(index: Interval) -> Callable[[int], Form]:
-    """The form of what an index determines in no way that is known."""
+    """The form of values that an index determines, without further structure."""
     return lambda modulus: (torch.zeros_like(index.lo), index.columns())
 
 
@@ -98,7 +99,7 @@ class IndexTable:
 
     Args:
         table: Integers, one-dimensional.
-        ascending: The values never decrease; then bounds need no further tables.
+        ascending: Whether the values never decrease, so that bounds need no sparse table.
 
     >>> table = IndexTable(torch.tensor([5, 3, 8, 1]))
     >>> table(torch.tensor([2, 0]))
@@ -117,11 +118,13 @@ class IndexTable:
         """The values at these indices."""
         if isinstance(index, Interval):
             return self._bounds(index)
+        if isinstance(index, Dense):
+            return look_up(self.table, (index,))
         if is_fake(index):
             table = index.fake_mode.from_tensor(self.table).to(index.device)
         else:
             table = self.on(index.device)
-        # Not table[index], which takes a negative index from the end.
+        # table[index] would accept negative indices.
         return table.index_select(0, index.flatten()).view(index.shape)
 
     def _bounds(self, index: Interval) -> Interval:
@@ -134,7 +137,7 @@ class IndexTable:
         return Interval(lo, hi, largest, _of_index(index))
 
     def on(self, device: torch.device) -> Tensor:
-        """The table on a device, where it stays."""
+        """The table on a device, cached there."""
         if device not in self._tables:
             with plain_torch():
                 return self._tables.setdefault(device, self.table.to(device))
@@ -154,7 +157,7 @@ class RectangleTable:
     """Whether any, or every, entry of a rectangle of a large bool table is true.
 
     Two summed-area tables over cells of `cell` x `cell` entries (Crow, 1984). A rectangle that cuts
-    a cell counts as touching all of it, so the answer may be UNKNOWN, never wrong.
+    a cell is extended to all of it, so the answer may be UNKNOWN, but never wrong.
 
     >>> table = torch.eye(4).bool()
     >>> corner = Interval(torch.tensor([0]), torch.tensor([1])), Interval(*torch.tensor([[2], [3]]))
@@ -179,21 +182,21 @@ class RectangleTable:
 
 
 def _summed(table: Tensor) -> Tensor:
-    """The sum of everything above and to the left of each entry, with a row and column of zeros."""
+    """Summed-area table: sums above and to the left, with a leading row and column of zeros."""
     summed = table.new_zeros(table.shape[0] + 1, table.shape[1] + 1, dtype=torch.int32)
     inner = summed[1:, 1:]
     torch.cumsum(table, 1, dtype=torch.int32, out=inner)
     if len(inner) > 1 << 13:
         return summed.cumsum(0, dtype=torch.int32)
-    for row in range(1, len(inner)):  # several times faster than cumsum
+    for row in range(1, len(inner)):  # several times as fast as cumsum
         inner[row] += inner[row - 1]
     return summed
 
 
 class Narrow(Symbol):
-    """Integers of fewer than 64 bits: exact in comparisons, and beside int64, which they become.
+    """Integers of fewer than 64 bits: exact in comparisons, and promoted to int64 beside int64.
 
-    Among themselves, and with numbers, their arithmetic may wrap around: nothing is known of it.
+    Arithmetic between them, and with numbers, may wrap around; its result is an `Unknown`.
     """
 
     def __init__(self, wide: Interval, dtype: torch.dtype) -> None:
@@ -201,7 +204,7 @@ class Narrow(Symbol):
         self.dtype, self._limits = dtype, torch.iinfo(dtype)
 
     def columns(self) -> Columns:
-        """Those of the same values in int64."""
+        """The signature of the same values in int64."""
         return self.wide.columns()
 
     def widened(self) -> Interval:
@@ -210,7 +213,7 @@ class Narrow(Symbol):
 
     def _arithmetic(self, *others: Any) -> Any:
         if any(isinstance(other, Interval) for other in others):
-            return NotImplemented  # the interval takes it as its own
+            return NotImplemented  # the interval handles the operation
         return Unknown(self, *symbols(*others))
 
     def _limit(self, other: Any) -> Any:
@@ -246,20 +249,20 @@ class Narrow(Symbol):
 
 
 class Floats(Symbol):
-    """Entries of a table of floats, from `lo` to `hi`: only comparisons are understood."""
+    """Entries of a table of floats, from `lo` to `hi`; supports only comparisons."""
 
     def __init__(self, lo: Tensor, hi: Tensor, index: Interval) -> None:
         self.lo, self.hi, self.like, self._index = lo, hi, index.like, index
 
     def columns(self) -> Columns:
-        """Those of the index."""
+        """The signature of the index."""
         return self._index.columns()
 
     def _compare(self, other: Any, states: Callable[[Any, Any], tuple[Tensor, Tensor]]) -> Any:
         if isinstance(other, Floats) and other.lo.dtype == self.lo.dtype:
             lo, hi = other.lo, other.hi
         elif type(other) in (int, float) and not math.isnan(other):
-            lo = hi = other  # compared by torch, as the entries would be
+            lo = hi = other  # torch compares bounds as it compares entries
         else:
             return Unknown(self)._compare(other)
         return Ternary.of(*states(lo, hi), columns_of([self, *symbols(other)]))
@@ -295,22 +298,22 @@ _NARROW = (torch.uint8, torch.int8, torch.int16, torch.int32)
 
 
 class TableLookups(TorchFunctionMode):
-    """While active, tensors may be indexed by intervals: `table[q]`, `table[q // 8, kv // 8]`.
+    """Mode that lets intervals index tensors: `table[q]`, `table[q // 8, kv // 8]`.
 
-    Results computed from a table are kept until the mode ends. The table must not change before.
+    Results derived from a table are cached until the mode ends; the table must not change before.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._kept: dict[Any, tuple[Tensor, Any]] = {}  # the tensor keeps its id from others
+        self._kept: dict[Any, tuple[Tensor, Any]] = {}  # holding the tensor keeps its id unique
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Take over indexing where the index is a symbol."""
+        """Intercept indexing by a symbol."""
         if func is Tensor.__getitem__:
             index = args[1] if isinstance(args[1], tuple) else (args[1],)
-            if any(isinstance(i, Array) for i in index):
+            if any(isinstance(i, Dense) for i in index):
                 return look_up(args[0], index)
             if any(isinstance(i, Symbol) for i in index):
                 return self._look_up(args[0], index)
@@ -332,7 +335,7 @@ class TableLookups(TorchFunctionMode):
             bool(((i.lo >= 0) & (i.hi < n)).all())
             for i, n in zip(intervals, rest.shape, strict=True)
         ):
-            return Unknown(*intervals)  # from the end, or an error
+            return Unknown(*intervals)  # negative, or out of range
         if rest.ndim == 2 and rest.dtype == torch.bool and rest.numel() <= _CELLS:
             key = (id(table), fixed)
             return self._keep(key, table, lambda: RectangleTable(rest, rest, 1)).classify(

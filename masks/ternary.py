@@ -1,16 +1,15 @@
-"""Three-valued logic over blocks of indices: one formula serves elements and blocks alike.
+"""Three-valued logic over blocks of indices: one formula for elements and for blocks.
 
-A pattern writes its rule once, as arithmetic and comparisons on `q` and `kv`. Given index tensors,
-the rule gives booleans. Given `Interval`s (all indices of a block at once), the same rule gives
-Kleene's strong three-valued logic: EMPTY (false everywhere), FULL (true everywhere), or UNKNOWN.
-Interval arithmetic (Moore, Interval Analysis, 1966) is conservative: it answers UNKNOWN too often,
-never EMPTY or FULL wrongly.
+A pattern defines its rule once, as arithmetic and comparisons on `q` and `kv`. With index tensors
+the rule returns booleans. With `Interval`s (all indices of a block at once) the same rule returns
+values of Kleene's strong three-valued logic: EMPTY (false everywhere), FULL (true everywhere), or
+UNKNOWN. Interval arithmetic (Moore, Interval Analysis, 1966) is conservative: it may answer UNKNOWN
+too often, but EMPTY and FULL are always correct.
 
-Besides its bounds, a value knows its form inside a block: value(u, v) = base + g(u, v), where u
-and v count from the start of the block, and a few parameters determine g. Of `q - kv < 5` the
-difference of the bases is all that matters, so blocks on one diagonal have one signature; of
-`q % 7` it is the base modulo 7. Nothing is sampled: forms follow from the operators, as the bounds
-do.
+Besides its bounds, a value has a form inside a block: value(u, v) = base + g(u, v), where u and v
+count from the start of the block, and a few parameters determine g. The signature of `q - kv < 5`
+is the difference of the bases, so all blocks on a diagonal share one. The signature of `q % 7` is
+the base modulo 7. Forms follow from the operators, like the bounds; nothing is sampled.
 """
 
 from __future__ import annotations
@@ -36,22 +35,22 @@ from torch import Tensor
 
 __all__ = ["EMPTY", "FULL", "UNKNOWN", "Blocks", "Index", "Interval", "Ternary", "Truth"]
 
-_FAR = 1 << 62  # below every index, also below those of shifted masks
-_NONE = -(1 << 63)  # in place of parameters where a value is constant
-_LARGEST = 2**31 - 1  # no index is larger
+_FAR = 1 << 62  # below every index, also of shifted masks
+_NONE = -(1 << 63)  # parameters of a constant value
+_LARGEST = 2**31 - 1  # upper bound of every index
 
-# What a rule computes with: an index tensor, or an Interval.
+# Argument of a rule: an index tensor or an Interval.
 Index = Any
-# What a rule returns: a bool tensor, or a Ternary.
+# Result of a rule: a bool tensor or a Ternary.
 Truth = Any
-Form = tuple[Tensor, Columns]  # base and parameters, one entry a block
+Form = tuple[Tensor, Columns]  # base and parameters, one entry per block
 
 
 @dataclass(frozen=True)
 class Blocks:
     """A batch of rectangles of (q, kv) indices, bounds inclusive; four int64 tensors of one shape.
 
-    `largest`: A bound of all indices' absolute values, by which overflows are foreseen.
+    `largest`: Bound of the absolute values of all indices, for overflow checks.
 
     >>> tile = Blocks(*map(torch.tensor, ([0, 128], [127, 255], [0, 0], [127, 127])))
     >>> tile.q_hi
@@ -80,13 +79,13 @@ class Blocks:
 
 
 class Unknown(Symbol):
-    """A value of which nothing is known but what determines it: of a float, after an overflow."""
+    """A value without bounds, known only by its inputs: a float, or the result of an overflow."""
 
     def __init__(self, *sources: Symbol) -> None:
         self.like, self._sources = sources[0].like, sources
 
     def columns(self) -> Columns:
-        """What determines the value: all that it was computed from."""
+        """The signature of all inputs of the value."""
         return columns_of(self._sources)()
 
     def _with(self, *others: Any) -> Unknown:
@@ -107,15 +106,15 @@ class Unknown(Symbol):
 
 
 class Interval(Symbol):
-    """Every integer from `lo` to `hi`, inclusive: what an index inside a block may be.
+    """All integers from `lo` to `hi`, inclusive: the range of an index inside a block.
 
     Args:
-        lo: Least value in each block, int64.
+        lo: Smallest value in each block, int64.
         hi: Largest value in each block, int64.
-        largest: A bound of the absolute value in all blocks. Arithmetic that could leave int64
-            gives an `Unknown`, because tensors would wrap around.
-        form: Gives (base, parameters); with a modulus other than 0, only the value's residue must
-            be determined by them. Default: base lo, no parameters, as of an index.
+        largest: Bound of the absolute values in all blocks. Arithmetic that could overflow int64
+            returns an `Unknown`, because tensors would wrap around.
+        form: Function that returns (base, parameters). With a modulus other than 0, they need to
+            determine only the residue. Default: base lo, no parameters, as for an index.
 
     >>> q, kv = Interval(*torch.tensor([[128], [255]])), Interval(*torch.tensor([[0], [127]]))
     >>> (q - kv).lo, (q - kv).hi
@@ -138,22 +137,22 @@ class Interval(Symbol):
 
     @property
     def device(self) -> torch.device:
-        """Where the tensor that this stands for would be."""
+        """Device of the represented tensor."""
         return self.lo.device
 
     def form(self, modulus: int = 0) -> Form:
-        """Base and parameters of each block."""
+        """Base and parameters in each block."""
         if self._form is None:
             return self.lo, []
         base, parameters = self._form(modulus)
-        if parameters:  # none matter where the value is constant
+        if parameters:  # a constant value has none
             constant = self.lo == self.hi
             base = torch.where(constant, self.lo, base)
             parameters = [torch.where(constant, _NONE, p) for p in parameters]
         return base, parameters
 
     def columns(self) -> Columns:
-        """The base, and what determines the rest."""
+        """The base and the parameters."""
         base, parameters = self.form()
         return [base, *parameters]
 
@@ -237,7 +236,7 @@ class Interval(Symbol):
             return -(-self % -n)
 
         first, width = remainder(self.lo, n), self.hi - self.lo
-        same = width < n - first  # otherwise it wraps around: any remainder
+        same = width < n - first  # otherwise it wraps around, and every remainder is possible
         lo, hi = torch.where(same, first, 0), torch.where(same, first + width, n - 1)
 
         def form(modulus: int) -> Form:
@@ -254,7 +253,7 @@ class Interval(Symbol):
         return Interval(lo, hi, n - 1, form)
 
     def _by_interval(self, n: Any, operation: Callable[[Any, Any], Any]) -> Any:
-        """Divide by a value that may vary, and is positive."""
+        """Divide by a positive value that may vary."""
         if not isinstance(n, Interval) or not bool((n.lo > 0).all()):
             raise NotUnderstoodError("a divisor that may be 0 or negative")
         form = _exact_form(self, n)
@@ -321,18 +320,18 @@ class Interval(Symbol):
         return self._bitwise(other, operator.xor)
 
     def _bitwise(self, other: Any, operation: Callable[[Any, Any], Any]) -> Any:
-        """Above some bit, both are constant in a block; below, every combination may occur."""
+        """High bits that are constant in the block determine the result; low bits may be any."""
         other = operand(other)
         if isinstance(other, Unknown):
             return Unknown(self, other)
         if isinstance(other, int):
             other = self._constant(other)
         vary = (self.lo ^ self.hi) | (other.lo ^ other.hi)
-        low = torch.where(vary < 0, 63, bit_length(vary.clamp(min=0)))  # crossing 0 varies the sign
+        low = torch.where(vary < 0, 63, bit_length(vary.clamp(min=0)))  # the sign varies
         span = torch.where(low == 63, 2**63 - 1, (1 << low.clamp(max=62)) - 1)
         lo = torch.where(low == 63, -(2**63), operation(self.lo, other.lo) & ~span)
         hi = torch.where(low == 63, 2**63 - 1, lo + span)
-        if operation is operator.and_:  # no more than either, where neither is negative
+        if operation is operator.and_:  # at most the smaller operand, if neither is negative
             hi = torch.where(self.lo >= 0, torch.minimum(hi, self.hi), hi)
             hi = torch.where(other.lo >= 0, torch.minimum(hi, other.hi), hi)
             lo = torch.where((self.lo >= 0) | (other.lo >= 0), lo.clamp(min=0), lo)
@@ -344,7 +343,7 @@ class Interval(Symbol):
             return base, p + r + below
 
         largest = (1 << max(self.largest, other.largest).bit_length()) - 1
-        edge = largest + 1  # a negative number has all bits above those of its size
+        edge = largest + 1  # all high bits of a negative number are set
         return Interval(lo.clamp(min=-edge), hi.clamp(max=largest), edge, form)
 
     __radd__, __rmul__, __rand__, __ror__, __rxor__ = __add__, __mul__, __and__, __or__, __xor__
@@ -352,7 +351,7 @@ class Interval(Symbol):
     def __pow__(self, n: Any) -> Any:
         n = operand(n)
         if not isinstance(n, int) or not 1 <= n <= 64:
-            raise NotUnderstoodError("a power other than of a positive int")
+            raise NotUnderstoodError("an exponent that is not a positive int")
         power: Any = self
         for _ in range(n - 1):
             power = power * self
@@ -396,7 +395,7 @@ class Interval(Symbol):
             if isinstance(other, float) or self.largest + magnitude(other) >= 1 << 63:
                 return [*self.columns(), *(c for s in symbols(other) for c in s.columns())]
             (a, p), (b, r) = self.form(), form_of(other)
-            return [a - b, *p, *r]  # of a comparison only the difference matters
+            return [a - b, *p, *r]  # a comparison depends only on the difference
 
         return Ternary.of(*states(*bounds(other)), decided_by)
 
@@ -412,7 +411,7 @@ def never(index: Index) -> Truth:
 
 
 def operand(x: Any, floats: bool = False) -> Any:
-    """An Interval, an Unknown, an int; with `floats`, a float: other values are not understood."""
+    """Convert to an Interval, an Unknown, an int or (with `floats`) a float; refuse others."""
     x = x.widened() if isinstance(x, Symbol) else x
     if isinstance(x, Interval | Unknown) or type(x) is int:
         return x
@@ -430,7 +429,7 @@ def operand(x: Any, floats: bool = False) -> Any:
 
 
 def shift_operand(k: Any) -> Any:
-    """How far bits are shifted: 0..62; tensors beyond that differ between devices."""
+    """Number of bits of a shift, 0..62; larger shifts of tensors differ between devices."""
     k = operand(k)
     inside = 0 <= k <= 62 if isinstance(k, int) else isinstance(k, Interval)
     if isinstance(k, Interval):
@@ -441,7 +440,7 @@ def shift_operand(k: Any) -> Any:
 
 
 def symbols(*values: Any) -> tuple[Symbol, ...]:
-    """Those of the values that depend on indices; the others must be numbers."""
+    """The values that depend on indices; all others must be numbers."""
     for value in values:
         if isinstance(value, Tensor) and not isinstance(value, Symbol) and value.ndim:
             raise NotUnderstoodError(
@@ -451,28 +450,28 @@ def symbols(*values: Any) -> tuple[Symbol, ...]:
 
 
 def bounds(x: Any) -> tuple[Any, Any]:
-    """Least and largest value."""
+    """Smallest and largest value."""
     return (x.lo, x.hi) if isinstance(x, Interval) else (x, x)
 
 
 def magnitude(x: Any) -> int:
-    """A bound of the absolute value."""
+    """Bound of the absolute value."""
     return x.largest if isinstance(x, Interval) else abs(x)
 
 
 def form_of(x: Any, modulus: int = 0) -> tuple[Any, Columns]:
-    """Base and parameters, of a number too."""
+    """Base and parameters of an interval or a number."""
     return x.form(modulus) if isinstance(x, Interval) else (x, [])
 
 
 def _exact_form(*values: Interval) -> Callable[[int], Form]:
-    """The form of a value of which only what determines it is known."""
+    """The form of a value determined by others, without further structure."""
     made = columns_of(values)
     return lambda modulus: (torch.zeros_like(values[0].lo), made())
 
 
 def corners(operation: Callable[[Any, Any], Any], a: Interval, b: Interval) -> tuple[Any, Any]:
-    """Bounds of an operation that is monotone in each of its operands."""
+    """Bounds of an operation that is monotone in each operand."""
     values = [operation(x, y) for x in (a.lo, a.hi) for y in (b.lo, b.hi)]
     least, most = values[0], values[0]
     for value in values[1:]:
@@ -481,15 +480,15 @@ def corners(operation: Callable[[Any, Any], Any], a: Interval, b: Interval) -> t
 
 
 def floor_divide(x: Tensor, n: int) -> Tensor:
-    """Floor of x / n for n > 0; by a shift where that will do, which is several times faster."""
+    """Floor of x / n for n > 0; a shift for powers of two, several times as fast."""
     return x >> (n.bit_length() - 1) if n & (n - 1) == 0 else x // n
 
 
 def remainder(x: Tensor, n: int) -> Tensor:
-    """Remainder x % n for n > 0; by a bit mask where that will do."""
+    """Remainder x % n for n > 0; a bit mask for powers of two."""
     return x & (n - 1) if n & (n - 1) == 0 else x % n
 
 
 def bit_length(x: Tensor) -> Tensor:
-    """Bits needed for each non-negative integer below 2^53: 0 -> 0, 1 -> 1, 255 -> 8, 256 -> 9."""
+    """Bit length of each non-negative integer below 2^53: 0 -> 0, 1 -> 1, 255 -> 8, 256 -> 9."""
     return torch.frexp(x.double()).exponent.long()

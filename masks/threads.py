@@ -1,4 +1,4 @@
-"""Work on numpy arrays in as many threads as torch has: numpy releases the interpreter's lock."""
+"""Threads for work on numpy arrays, which releases the GIL; as many as torch uses."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 
 S = TypeVar("S")
 T = TypeVar("T")
-_FEW = 4  # parts, below which threads cost more than they save
+_FEW = 4  # fewer parts run faster without threads
 
 
 def in_threads(work: Callable[[S], T], parts: Sequence[S]) -> list[T]:
-    """The results of `work` for all parts, in order; the first part is done before the others.
+    """The results of `work` for all parts, in order; the first part runs before the others.
 
-    Modes of torch belong to a thread: `work` enters the modes that it needs.
+    Torch modes are thread-local: `work` must enter the modes that it needs.
 
     >>> in_threads(lambda n: n * n, range(5))
     [0, 1, 4, 9, 16]

@@ -1,13 +1,13 @@
-"""How masks and layouts pass through torch.compile: the only bridge between them.
+"""The bridge between torch.compile and masks or layouts.
 
-An operator takes the mask or layout itself as an argument and looks at it when it runs. A compiled
-graph therefore depends on neither the content of a mask nor a length: another mask or length
-compiles nothing, wherever the object comes from (argument, closure, default, attribute).
+An operator takes the mask or layout itself as an argument and reads it at run time. A compiled
+graph therefore depends neither on the content of a mask nor on a length. Another mask or length
+triggers no compilation, for arguments, closures, defaults and attributes alike.
 
 From torch 2.13 on, masks and layouts are opaque reference types of `torch.library`. Older releases
-cannot differentiate through an operator that takes one. There each object carries a handle, a
-number in a tensor on the CPU, by which the operator finds the object. (A plain int would not do:
-torch.compile compiles anew for every other int that an nn.Module holds.)
+cannot differentiate through an operator with such an argument. There each object has a handle, a
+number in a CPU tensor, by which the operator finds the object. (A plain int does not work:
+torch.compile recompiles for every int attribute of an nn.Module.)
 """
 
 from __future__ import annotations
@@ -26,17 +26,19 @@ from torch._library.opaque_object import get_opaque_type_name, register_opaque_t
 from torch._opaque_base import OpaqueBaseMeta
 
 _RELEASE = tuple(int(part) for part in torch.__version__.split(".")[:2])
-# SPARSE_FLASH_HANDLES=1: as with an older torch, so that tests see both.
+# SPARSE_FLASH_HANDLES=1 selects the path of older torch releases, for tests.
 HANDLES = _RELEASE < (2, 13) or os.environ.get("SPARSE_FLASH_HANDLES") == "1"
 
-_objects: dict[int, weakref.ref[Traceable]] = {}  # by their handles
-_AT_ONCE = 256  # handles to make in one go: one by one each takes several microseconds
+_objects: dict[int, weakref.ref[Traceable]] = {}  # objects by handle
+_AT_ONCE = 256  # handles created per batch; a single one takes several microseconds
 
 
 @plain_torch()
 def _more_handles() -> list[tuple[int, Tensor]]:
-    """Numbers that nobody has. They start anew at random, so that those of an exported program name
-    nothing in another process. Those of objects that are gone are forgotten.
+    """Unused handles. Also removes the handles of deleted objects.
+
+    Numbers start at a random value, so that a handle of an exported program is invalid in another
+    process.
     """
     for number, reference in list(_objects.items()):
         if reference() is None:
@@ -48,13 +50,13 @@ def _more_handles() -> list[tuple[int, Tensor]]:
 
 
 class _Handles(threading.local):
-    """Handles that this thread has not given to an object yet."""
+    """Unused handles of this thread."""
 
     def __init__(self) -> None:
         self.spare: list[tuple[int, Tensor]] = []
 
     def take(self) -> tuple[int, Tensor]:
-        """A handle that nobody else has; a compiled graph would give the same one every time."""
+        """An unused handle. Not traceable: a compiled graph would return the same one each time."""
         if torch.compiler.is_compiling():
             torch._dynamo.graph_break()
         if not self.spare:
@@ -66,13 +68,13 @@ _handles = _Handles()
 
 
 class _ByHandle:
-    """Base of what an operator takes by its handle."""
+    """Base of objects that operators receive by handle."""
 
     _handle: Tensor
     _number: int
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Give the object its handle: torch.compile must find it on every object."""
+        """Assign a handle, which torch.compile requires on every object."""
         new = super().__new__(cls)
         number, handle = _handles.take()
         object.__setattr__(new, "_number", number)
@@ -82,19 +84,19 @@ class _ByHandle:
 
 
 class _Opaque(metaclass=OpaqueBaseMeta):
-    """Base of objects that operators take as opaque values."""
+    """Base of objects that operators receive as opaque values."""
 
 
 _Base: Any = _ByHandle if HANDLES else _Opaque
 
 
 class Traceable(_Base):
-    """A mask or a layout. Copies and pickles contain its fields and nothing that was derived."""
+    """A mask or a layout. Copies and pickles contain its fields without derived objects."""
 
     _derived: tuple[str, ...] = (
         "_handle",
         "_number",
-    )  # attributes that belong to this object alone
+    )  # attributes that copies do not share
 
     def __getstate__(self) -> dict[str, Any]:
         """Fields only."""
@@ -109,9 +111,9 @@ else:
 
 
 def to_operator(source: Traceable, like: Tensor) -> Any:
-    """The argument of an operator that stands for a mask or a layout.
+    """The operator argument that represents a mask or a layout.
 
-    like: Another argument of the operator: a fake tensor cannot meet one that is not.
+    like: Another argument of the operator; if it is a fake tensor, the handle must be fake too.
     """
     if not HANDLES:
         return source
@@ -119,15 +121,15 @@ def to_operator(source: Traceable, like: Tensor) -> Any:
         return source._handle
     with getattr(like, "fake_mode", contextlib.nullcontext()):
         handle: Any = torch.tensor(source._number, device="cpu")
-    handle.source = source  # stays alive as long as autograd keeps the handle
+    handle.source = source  # lives as long as autograd holds the handle
     return handle
 
 
 def from_operator(argument: Any) -> Any:
-    """The mask or layout that an operator was given.
+    """The mask or layout of an operator argument.
 
     Raises:
-        RuntimeError: It is no longer there, or belongs to another process.
+        RuntimeError: The object was deleted, or belongs to another process.
     """
     if not HANDLES:
         return argument
@@ -138,6 +140,6 @@ def from_operator(argument: Any) -> Any:
     if found is None:
         raise RuntimeError(
             "the mask or layout of this compiled or exported program is gone: keep a reference to "
-            "it, and export anew in this process (torch 2.13 and newer need neither)"
+            "it, and export again in this process (torch 2.13 and newer need neither)"
         )
     return found

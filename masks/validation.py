@@ -1,4 +1,4 @@
-"""Validation of a layout's arrays that come from outside: by hand, or from a file."""
+"""Validation of layout arrays from the user or from a file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MAX_LENGTH = 2**31 - 1  # indices are int32
 
 
 def checked_lengths(q_len: int, kv_len: int, block: tuple[int, int]) -> Lengths:
-    """Lengths and block as plain ints; raise unless they are positive integers that int32 holds."""
+    """Lengths and block as plain ints; raise unless they are positive and fit int32."""
     q_len, kv_len = (integer("layout", n, v) for n, v in (("q_len", q_len), ("kv_len", kv_len)))
     for name, value in (("q_len", q_len), ("kv_len", kv_len)):
         if value > MAX_LENGTH:
@@ -27,7 +27,7 @@ def checked_lengths(q_len: int, kv_len: int, block: tuple[int, int]) -> Lengths:
 
 
 def checked_block(name: str, block: tuple[int, int]) -> tuple[int, int]:
-    """(rows, columns) of a tile as plain ints; raise unless they are positive, and not too many."""
+    """(rows, columns) of a tile as plain ints; raise unless they are positive and not too large."""
     if not (isinstance(block, tuple | list) and len(block) == 2):
         pair = f"; write {name}=({block}, {block})" if type(block) is int else ""
         raise TypeError(f"{name} must be a pair of ints, (queries, keys), got {block!r}{pair}")
@@ -40,11 +40,11 @@ def checked_block(name: str, block: tuple[int, int]) -> tuple[int, int]:
 
 
 def checked_device(device: torch.device | str | int) -> torch.device:
-    """A device that can hold a layout; raise unless it is known, present, and has data.
+    """Convert to a device that can store a layout.
 
     Raises:
-        TypeError: It is no device and no name of one.
-        ValueError: The name is unknown, the device is not there, or it is "meta".
+        TypeError: The argument is neither a device nor a string.
+        ValueError: The name is unknown, the device does not exist, or it is "meta".
 
     >>> checked_device("gpu")
     Traceback (most recent call last):
@@ -52,7 +52,7 @@ def checked_device(device: torch.device | str | int) -> torch.device:
     ValueError: device 'gpu' is unknown: write 'cuda' for a GPU, or 'cpu'
     """
     if not isinstance(device, torch.device | str | int) or isinstance(device, bool):
-        raise TypeError(f"device must be a torch.device or its name, as 'cuda', got {device!r}")
+        raise TypeError(f"device must be a torch.device or its name, like 'cuda', got {device!r}")
     try:
         found = torch.device(device)
     except RuntimeError:
@@ -72,7 +72,7 @@ def checked_device(device: torch.device | str | int) -> torch.device:
 
 
 def check_layout(layout: BlockLayout) -> None:
-    """Raise TypeError or ValueError that names the array and its problem."""
+    """Raise TypeError or ValueError with the name of the array and its problem."""
     layout.q_len, layout.kv_len, layout.block = checked_lengths(*layout.lengths)
     _check_types(layout)
     _check_shapes(layout)
@@ -166,7 +166,7 @@ def _check_references(layout: BlockLayout) -> None:
 
 
 def _check_bits(layout: BlockLayout) -> None:
-    """Bits that stand for elements beyond the lengths must be 0: counts and kernels rely on it."""
+    """Check that bits beyond the lengths are 0; counts and kernels rely on this."""
     spare = -layout.block[1] % 8
     if spare and bool((layout.bit_tiles[..., -1] >> (8 - spare)).any()):
         raise ValueError("bit_tiles: the padding bits of the last byte of a row must be 0")

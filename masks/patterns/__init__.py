@@ -1,4 +1,4 @@
-"""The pattern library: one idea a file, each with its formula, source, density and reach."""
+"""The pattern library: each pattern states its formula, source, density and reach."""
 
 from sparse_flash.masks.patterns.butterfly import butterfly
 from sparse_flash.masks.patterns.causal import causal

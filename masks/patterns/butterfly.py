@@ -1,4 +1,4 @@
-"""Flat butterfly: block i sees block i and the blocks that differ from it in one bit."""
+"""Flat butterfly: block i attends to itself and to blocks whose index differs in one bit."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sparse_flash.masks.ternary import Index, Interval, Ternary, Truth, bit_leng
 class butterfly(Pattern):
     """allowed(q, kv) = i == j or i XOR j = 2^k, k < n_factors; i = q // block, j = kv // block.
 
-    The union of the butterfly factors and the diagonal; n_factors=None takes all.
+    The union of the butterfly factors and the diagonal; n_factors=None uses all factors.
     Source: Dao et al., Pixelated Butterfly (2021), section 3 (flat block butterfly).
     Density for m = 2^p blocks: (1 + min(p, n_factors)) / m. Reach: p (a hypercube's diameter).
 
@@ -39,7 +39,7 @@ class butterfly(Pattern):
 
     block: int = 128
     n_factors: int | None = None
-    relative = True
+    relative, tables = True, False
 
     def __post_init__(self) -> None:
         integers(self, block=1)
@@ -47,7 +47,7 @@ class butterfly(Pattern):
             integers(self, n_factors=0)
 
     def allowed(self, q: Index, kv: Index) -> Truth:
-        """The block numbers differ in at most one bit, which is below n_factors."""
+        """The block indices differ in at most one bit, below n_factors."""
         i, j = q // self.block, kv // self.block
         limit = 1 << (62 if self.n_factors is None else min(self.n_factors, 62))
         if isinstance(i, Interval):
@@ -57,10 +57,10 @@ class butterfly(Pattern):
 
 
 def _classify(i: Interval, j: Interval, limit: int) -> Ternary:
-    """Decide by the bits that are the same all over both intervals.
+    """Decide by the bits that are constant in both intervals.
 
-    Above bit m, i and j are constant, and so is their XOR; below, every combination may occur.
-    An interval that crosses zero (of a shifted mask) has no constant bits, not even the sign.
+    Above bit m, i and j are constant, and so is their XOR. Below, every combination may occur. An
+    interval that crosses zero (of a shifted mask) has no constant bits, not even the sign.
     """
     vary = (i.lo ^ i.hi) | (j.lo ^ j.hi)
     m = torch.where(vary < 0, 63, bit_length(vary.clamp(min=0)))

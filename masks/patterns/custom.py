@@ -19,17 +19,17 @@ from torch import Tensor
 
 
 class Unused:
-    """The batch entry or head that a `mask_mod` gets: it may pass it on, but not use it."""
+    """Placeholder for the batch entry or head of a `mask_mod`, which must not use its value."""
 
     def __init__(self, name: str, owner: str, device: torch.device) -> None:
         self._name, self._owner, self.device = name, owner, device
 
     def new_ones(self, size: Any = (), **options: Any) -> Tensor:
-        """Ones, as torch's `and_masks` starts with; the value of the argument plays no part."""
+        """Ones, the initial value of torch's `and_masks`; independent of the placeholder."""
         return torch.ones(size, **{"device": self.device, **options})
 
     def new_zeros(self, size: Any = (), **options: Any) -> Tensor:
-        """Zeros, as torch's `or_masks` starts with."""
+        """Zeros, the initial value of torch's `or_masks`."""
         return torch.zeros(size, **{"device": self.device, **options})
 
     def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
@@ -54,7 +54,7 @@ class Unused:
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> NoReturn:
-        """Refuse what torch is to do with it."""
+        """Refuse every torch function."""
         given = [x for arg in args for x in (arg if isinstance(arg, tuple | list) else (arg,))]
         next(x for x in (*given, *(kwargs or {}).values()) if isinstance(x, Unused))._refuse()
 
@@ -64,23 +64,23 @@ class Unused:
 class custom(Mask):
     """allowed(q, kv) = fn(q, kv), any fn from broadcasting int64 index tensors to a bool tensor.
 
-    To lay it out, fn is first called with intervals of indices, which decide most tiles as a whole:
-    all operators of Python (`+ - * // % << >> & | ^ ~ abs`, comparisons), `torch.where`, `minimum`,
-    `clamp` and the like, and tables (`numbers[q]`, `blocks[q // 128, kv // 128]`). Tiles that they
-    leave open, or all of them where fn does something else, are evaluated element by element, each
-    kind of tile once: the layout is exact either way. Two customs are equal if their functions are
-    the same object.
+    A layout first calls fn with intervals of indices, which decide most tiles as a whole. They
+    support all operators of Python (`+ - * // % << >> & | ^ ~ abs`, comparisons), `torch.where`,
+    `minimum`, `clamp` and similar functions, and tables (`numbers[q]`,
+    `blocks[q // 128, kv // 128]`). Undecided tiles are evaluated element by element, once for each
+    signature; if fn uses other functions, all tiles are. The layout is exact in both cases. Two
+    customs are equal if their functions are the same object.
 
-    A FlexAttention `mask_mod(b, h, q_idx, kv_idx)` that ignores b and h is accepted;
-    one that does needs a mask for each head or batch entry, see the error's text.
+    A FlexAttention `mask_mod(b, h, q_idx, kv_idx)` that ignores b and h is accepted. One that uses
+    them needs a mask for each head or batch entry; the error shows how.
 
-    fn may read tensors, arrays and numbers from outside: closure, defaults, globals, attributes.
-    In layouts that are cached, changes of those are noticed (see `state`). Tensors that fn makes
-    without a device are made where the indices are.
+    fn may read tensors, arrays and numbers from its closure, defaults, globals and attributes.
+    Cached layouts detect changes of these (see `state`). Tensors that fn creates without a device
+    are created on the device of the indices.
 
     Raises:
-        TypeError: fn cannot be called with two arguments, or returns no bool tensor of the shape
-            that q and kv broadcast to.
+        TypeError: fn cannot be called with two arguments, or does not return a bool tensor of the
+            broadcast shape of q and kv.
 
     >>> custom(lambda q, kv: (q - kv) % 3 != 1).density(99)
     0.6666666666666666
@@ -89,7 +89,7 @@ class custom(Mask):
     fn: Callable[[Tensor, Tensor], Tensor]
     changeable = True
     relative = True
-    not_understood: ClassVar[str] = ""  # why intervals could not do; of the latest call
+    not_understood: ClassVar[str] = ""  # reason why intervals failed in the latest call
     _derived = (*Mask._derived, "not_understood")
 
     def __post_init__(self) -> None:
@@ -110,15 +110,15 @@ class custom(Mask):
         """The state of everything that the function reads besides its arguments.
 
         Raises:
-            TypeError: It reads a numpy array of more than 1 MiB that is not read-only.
+            TypeError: It reads a writable numpy array of more than 1 MiB.
         """
         return state_of(self.fn)
 
     def allowed(self, q: Index, kv: Index) -> Truth:
-        """The value of the function; on intervals if the function accepts them."""
+        """The result of the function, on intervals if it accepts them."""
         if isinstance(q, Interval):
             return self._of_intervals(q, kv)
-        if isinstance(q, Symbol):  # arrays of elements, which may refuse
+        if isinstance(q, Symbol):  # arrays, which may refuse
             return self._call(q, kv)
         try:
             with tensors_made_on(q.device):
@@ -145,11 +145,11 @@ class custom(Mask):
 
     @derived
     def _arity(self) -> int:
-        """How many arguments the function takes: 2, 4 as a `mask_mod`, or 0 for others."""
+        """Number of arguments of the function: 2, 4 for a `mask_mod`, or 0 for other numbers."""
         return next((n for n in (2, 4) if _takes(self.fn, n)), 0)
 
     def _of_intervals(self, q: Interval, kv: Interval) -> Ternary:
-        """UNKNOWN all over where the function does something that intervals cannot."""
+        """The result on intervals; UNKNOWN everywhere if they do not support the function."""
         try:
             with tensors_made_on(q.device):
                 truth = self._call(q, kv)
@@ -158,8 +158,8 @@ class custom(Mask):
             if not isinstance(truth, Symbol) and truth.ndim == 0 and truth.dtype == torch.bool:
                 return Ternary(torch.zeros_like(q.lo, dtype=torch.int8), list) | truth
         except Exception as error:
-            # Whatever it is: evaluating elements raises it again if it is an error of the function.
-            object.__setattr__(self, "not_understood", f" (intervals cannot do: {error})")
+            # Evaluating elements raises an error of the function itself again.
+            object.__setattr__(self, "not_understood", f" (intervals do not support {error})")
         unknown = torch.full_like(q.lo, UNKNOWN, dtype=torch.int8)
         return Ternary(unknown, columns_of((q, kv)))
 
@@ -190,7 +190,7 @@ class custom(Mask):
 
 
 def _identity(fn: Callable[..., object]) -> Hashable:
-    """What two equal functions share; a method is made anew at every access."""
+    """A key of the function; bound methods are new objects at every access."""
     if isinstance(fn, types.MethodType):
         return id(fn.__self__), fn.__func__
     return id(fn)

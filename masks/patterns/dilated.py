@@ -1,4 +1,4 @@
-"""Dilated (sliding window with gaps): wide context from few keys."""
+"""Dilated sliding window: wide context from few keys."""
 
 from sparse_flash.masks.arguments import integers, normalize, saturate, window_of
 from sparse_flash.masks.mask import Pattern, pattern
@@ -9,10 +9,10 @@ from sparse_flash.masks.ternary import Index, Truth
 class dilated(Pattern):
     """allowed(q, kv) = (q - kv) % dilation == 0 and -right <= (q - kv) / dilation <= left.
 
-    The window counts kept keys, so it spans window x dilation tokens a side; None is unlimited.
+    The window counts kept keys, so it spans window x dilation tokens per side; None is unlimited.
     Source: Beltagy et al., Longformer (2020), section 3.1.
     Density for n tokens, far from the ends: (left + 1 + right) / n. Reach: never (None) for
-    dilation > 1 alone: tokens of different remainder never meet.
+    dilation > 1 alone: tokens with different remainders never interact.
 
     >>> import torch
     >>> dilated(2, 4)(torch.tensor(100), torch.arange(90, 111)).nonzero().flatten() + 90
@@ -21,7 +21,7 @@ class dilated(Pattern):
 
     window: int | tuple[int | None, int | None]
     dilation: int
-    relative = True
+    relative, tables = True, False
 
     def __post_init__(self) -> None:
         normalize(self, window=window_of("dilated", self.window))

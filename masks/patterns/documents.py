@@ -1,4 +1,4 @@
-"""Block diagonal: tokens see only their own block, or their own document."""
+"""Block diagonal: tokens attend only to their own block or document."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sparse_flash.masks.arguments import integers, normalize, sizes
 from sparse_flash.masks.device_builders import checked_capacity
 from sparse_flash.masks.extents import Extents
 from sparse_flash.masks.mask import Mask, Pattern, pattern
-from sparse_flash.masks.modes import derived
+from sparse_flash.masks.modes import derived, is_capturing
 from sparse_flash.masks.tables import IndexTable
 from sparse_flash.masks.ternary import Index, Interval, Truth
 from sparse_flash.masks.validation import MAX_LENGTH
@@ -42,17 +42,17 @@ class block_diagonal(Pattern):
 
 @pattern
 class documents(Pattern):
-    """allowed(q, kv) = document[q] == document[kv], for documents packed one after the other.
+    """allowed(q, kv) = document[q] == document[kv], for documents packed one after another.
 
-    `lengths`: Tokens of each document, 0 allowed: ints, or a one-dimensional integer array or
-    tensor. Of `cu_seqlens` as FlashAttention takes them, pass `cu_seqlens.diff()`.
+    `lengths`: Number of tokens of each document, 0 allowed: ints, or a one-dimensional integer
+    array or tensor. For `cu_seqlens` in FlashAttention's form, pass `cu_seqlens.diff()`.
 
     With `length`, the first argument is `cu_seqlens` itself, an integer tensor `(n,)` on any
-    device: 0, the ends of the documents, and `length` from there to its end. Its values are read
-    anew by each `.layout` and each call, on the device, without a host wait; such masks are equal
-    where their tensor is the same object. `capacity`: Most tiles and most bit tiles of a layout;
-    default: all tiles, and four bit tiles for each block row and block column. Values that do not
-    ascend from 0 to `length`, or a capacity that does not suffice, make `layout.check()` raise.
+    device: 0, the ends of the documents, then `length` up to the end of the tensor. Each `.layout`
+    and each call reads the current values on the device, without a host synchronization. Such masks
+    are equal if they share the tensor object. `capacity`: Maximum numbers of tiles and bit tiles of
+    a layout; default: all tiles, and four bit tiles per block row and block column. Values that do
+    not ascend from 0 to `length`, or a capacity that is too small, make `layout.check()` raise.
 
     Source: Krell et al., Efficient Sequence Packing without Cross-contamination (2021).
     Density for lengths l_i: sum l_i^2 / (sum l_i)^2. Reach: never (None) with more than one.
@@ -122,7 +122,7 @@ class documents(Pattern):
         return f"documents({tensor}, length={self.length}{capacity})"
 
     def now(self, device: torch.device) -> Mask:
-        """The same documents with cu_seqlens as they are now, on a device."""
+        """The same documents with a copy of the current cu_seqlens, on a device."""
         return _Numbered(self.lengths.detach().to(device, torch.int64, copy=True), self)
 
     @derived
@@ -142,7 +142,7 @@ class documents(Pattern):
         return total, total
 
     def check_lengths(self, q_len: int, kv_len: int, q_start: int = 0, kv_start: int = 0) -> None:
-        """As for every mask; an error tells cumulated lengths from lengths."""
+        """Check the lengths; the error recognizes cumulative lengths."""
         try:
             super().check_lengths(q_len, kv_len, q_start, kv_start)
         except ValueError as error:
@@ -157,19 +157,39 @@ class documents(Pattern):
 
 
 class _Numbered(Mask):
-    """Documents of cu_seqlens at some time: what `documents.now` returns. It is never cached.
+    """Documents with a copy of cu_seqlens, from `documents.now`; never cached.
 
     cu_seqlens: int64 (n,).
-    numbers: Document of each token, int32 (length,).
     """
 
     on_device, relative = True, True
 
     def __init__(self, cu_seqlens: Tensor, of: documents) -> None:
-        assert of.length is not None
-        tokens = torch.arange(of.length, device=cu_seqlens.device)
         self.of, self.cu_seqlens, self.capacity = of, cu_seqlens, of.capacity
-        self.numbers = torch.searchsorted(cu_seqlens, tokens, right=True, out_int32=True)
+        self._numbers: Tensor | None = None
+        self._captured = is_capturing(cu_seqlens.device)
+
+    @property
+    def is_numbered(self) -> bool:
+        """Whether the numbers are there."""
+        return self._numbers is not None
+
+    @property
+    def numbers(self) -> Tensor:
+        """Document of each token, int32 (length,): computed at first use, or given."""
+        found = self._numbers
+        if found is None:
+            ends, length = self.cu_seqlens, self.of.length
+            assert length is not None
+            tokens = torch.arange(length, device=ends.device)
+            found = torch.searchsorted(ends, tokens, right=True, out_int32=True)
+            if is_capturing(ends.device) == self._captured:  # else they belong to a CUDA graph
+                self._numbers = found
+        return found
+
+    @numbers.setter
+    def numbers(self, numbers: Tensor) -> None:
+        self._numbers = numbers
 
     def allowed(self, q: Index, kv: Index) -> Truth:
         """In the same document."""
@@ -183,7 +203,7 @@ class _Numbered(Mask):
         return Interval(lo, hi, largest, lambda modulus: (torch.zeros_like(lo), of_index()))
 
     def extents(self) -> Extents:
-        """The length."""
+        """`length` queries and keys."""
         return self.of.extents()
 
     def now(self, device: torch.device) -> Mask:

@@ -1,4 +1,4 @@
-"""Masks given as data: a table of blocks, a table of elements, a sparse matrix."""
+"""Masks from data: a table of blocks, a table of elements, a sparse matrix."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ class from_blocks(Pattern):
     """allowed(q, kv) = table[q // block, kv // block].
 
     Args:
-        table: Bools `(rows, columns)`: a tensor, an array, nested lists, or the text that repr
-            prints (shape and compressed bits), so that a repr makes the same mask again. Numbers
-            must be 0 and 1; floats may also be an additive mask, 0 where attention is allowed and
-            -inf (or at most -65504) elsewhere. The values are copied.
+        table: Bools `(rows, columns)`: a tensor, an array, nested lists, or the text printed by
+            repr (shape and compressed bits). Numbers must be 0 and 1. Floats may also be an
+            additive mask: 0 where attention is allowed and -inf (or at most -65504) elsewhere. The
+            values are copied.
         block: Tokens per block.
         q_len: Number of queries; default: rows x block.
         kv_len: Number of keys; default: columns x block.
 
     Raises:
-        TypeError: The table has no values: a meta, fake or sparse tensor.
-        ValueError: The table is not two-dimensional, holds other numbers, does not fit the
+        TypeError: The table is a tensor without data: meta, fake or sparse.
+        ValueError: The table is not two-dimensional, has other numbers, does not match the
             lengths, or is damaged text.
 
     >>> mask = from_blocks([[1, 0], [1, 1]], block=128)
@@ -68,7 +68,7 @@ class from_blocks(Pattern):
         return f"from_blocks({self.table!r}, {self.block}{lengths})"
 
     def allowed(self, q: Index, kv: Index) -> Truth:
-        """The entry of the block."""
+        """The table entry of the block."""
         i, j = q // self.block, kv // self.block
         if isinstance(i, Interval):
             return self._summary.classify(i, j)
@@ -79,13 +79,13 @@ class from_blocks(Pattern):
 
     @derived
     def _bytes(self) -> IndexTable:
-        """The table, row by row, eight entries a byte, the first one highest."""
+        """The table, row by row, eight entries per byte, the first in the highest bit."""
         return IndexTable(torch.from_numpy(self.table.content.copy()))
 
     @derived
     def _summary(self) -> RectangleTable:
         rows, cols = self.table.shape
-        cell = 1  # entries a side; a tile needs not be told from a part of 16 tokens of it
+        cell = 1  # entries per side; coarser bounds suffice below 16 tokens
         while rows * cols > (cell * cell) << (16 if cell * self.block < 16 else 22):
             cell *= 2
         shape = (-(-rows // cell), -(-cols // cell))
@@ -100,7 +100,7 @@ class from_blocks(Pattern):
         return RectangleTable(torch.from_numpy(some), torch.from_numpy(every), cell)
 
     def _unpack(self, first: int, end: int) -> np.ndarray:
-        """Rows `first` to `end` - 1 of the table, bool."""
+        """Rows `first` to `end` - 1 of the table, bool `(rows, columns)`."""
         cols = self.table.shape[1]
         start, stop = first * cols, end * cols
         packed = self.table.content[start // 8 : -(-stop // 8)]
@@ -108,7 +108,7 @@ class from_blocks(Pattern):
         return bits.view(bool).reshape(end - first, cols)
 
     def extents(self) -> Extents:
-        """The lengths that it is made for."""
+        """`q_len` and `kv_len`."""
         return self.q_len, self.kv_len
 
 
@@ -116,7 +116,7 @@ class from_blocks(Pattern):
 def from_dense(table: Any) -> Mask:
     """allowed(q, kv) = table[q, kv], for bools `(q_len, kv_len)`: tensor, array, lists or text.
 
-    An additive mask (0 where attention is allowed, -inf elsewhere) is recognized; other numbers
+    An additive mask (0 where attention is allowed, -inf elsewhere) is recognized. Numbers other
     than 0 and 1 are refused (see `from_blocks`).
 
     >>> from_dense([[1, 0], [1, 1]]).layout(2).to_dense().int()
@@ -132,10 +132,10 @@ def from_dense(table: Any) -> Mask:
 class from_scipy(Pattern):
     """allowed(q, kv) = matrix[q, kv] != 0, for a scipy.sparse matrix or array of any format.
 
-    Memory grows with the nonzero elements. A repr's text makes the same mask again.
+    Memory grows with the nonzero elements. The text of repr parses to an equal mask.
 
     Raises:
-        TypeError: It is no scipy.sparse matrix (for an array or tensor, use from_dense).
+        TypeError: `matrix` is not a scipy.sparse matrix (for arrays and tensors: from_dense).
 
     >>> import scipy.sparse
     >>> from_scipy(scipy.sparse.eye_array(300)).layout(300).num_tiles
@@ -159,7 +159,7 @@ class from_scipy(Pattern):
         return f"from_scipy({self.matrix!r})"
 
     def allowed(self, q: Index, kv: Index) -> Truth:
-        """Whether the element is among the nonzero ones."""
+        """The element is nonzero."""
         if isinstance(q, Interval):
             return self._summary.classify(q, kv)
         wanted = q * self.matrix.shape[1] + kv
@@ -170,7 +170,7 @@ class from_scipy(Pattern):
 
     @derived
     def _elements(self) -> IndexTable:
-        """Row * columns + column of each nonzero element, ascending."""
+        """Flat index, row * columns + column, of each nonzero element, ascending."""
         return IndexTable(torch.from_numpy(self.matrix.content.copy()))
 
     @derived
@@ -189,7 +189,7 @@ class from_scipy(Pattern):
 
 
 def _bits(name: str, table: Any) -> Data:
-    """Nested lists, an array, a tensor, or text, as packed bits."""
+    """Convert nested lists, an array, a tensor or text to packed bits."""
     if isinstance(table, Data):
         return table
     if isinstance(table, str):

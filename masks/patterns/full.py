@@ -12,7 +12,7 @@ class full(Pattern):
     0
     """
 
-    relative = False
+    relative, tables = False, False
 
     def allowed(self, q: Index, kv: Index) -> Truth:
         """Always."""

@@ -27,11 +27,11 @@ class axial(Pattern):
         integers(self, height=1, width=1)
 
     def allowed(self, q: Index, kv: Index) -> Truth:
-        """In the same row, or in the same column."""
+        """In the same row or column."""
         return (q // self.width == kv // self.width) | (q % self.width == kv % self.width)
 
     def extents(self) -> Extents:
-        """One token a pixel."""
+        """One token per pixel."""
         return self.height * self.width, self.height * self.width
 
 
@@ -39,9 +39,9 @@ class axial(Pattern):
 class patches(Pattern):
     """allowed(q, kv) = the patches of q and kv are at most `radius` patches apart, both ways.
 
-    The image of height x width is cut into patches of `size` (rows, columns) pixels. In Morton
-    order, patches of 8 x 16 pixels are blocks of 128 tokens, so that all tiles are full.
-    Source: the windows of neighborhood, coarsened to blocks.
+    The image of height x width is divided into patches of `size` (rows, columns) pixels. In Morton
+    order, patches of 8 x 16 pixels are blocks of 128 tokens, so all tiles are full.
+    Source: the windows of `neighborhood`, coarsened to blocks.
     Density, far from the border: (2 radius + 1)^2 rows columns / (height width).
     Reach: about the larger side, in patches, over radius.
 
@@ -69,7 +69,7 @@ class patches(Pattern):
         normalize(self, size=size)
 
     def allowed(self, q: Index, kv: Index) -> Truth:
-        """Near in both directions, in patches."""
+        """At most `radius` patches apart in both directions."""
         rows, columns = self.size
         down = q // self.width // rows - kv // self.width // rows
         right = q % self.width // columns - kv % self.width // columns
@@ -77,7 +77,7 @@ class patches(Pattern):
         return near & (right <= self.radius) & (right >= -self.radius)
 
     def extents(self) -> Extents:
-        """One token a pixel."""
+        """One token per pixel."""
         return self.height * self.width, self.height * self.width
 
 
@@ -107,12 +107,12 @@ class neighborhood(Pattern):
         normalize(self, radius=(radius[0], radius[-1]))
 
     def allowed(self, q: Index, kv: Index) -> Truth:
-        """Near in both directions."""
+        """At most `radius` pixels apart in both directions."""
         down, right = self.radius  # type: ignore[misc]
         rows = q // self.width - kv // self.width
         cols = q % self.width - kv % self.width
         return (rows <= down) & (rows >= -down) & (cols <= right) & (cols >= -right)
 
     def extents(self) -> Extents:
-        """One token a pixel."""
+        """One token per pixel."""
         return self.height * self.width, self.height * self.width

@@ -1,4 +1,4 @@
-"""Local (sliding window): each query sees the keys around it."""
+"""Local (sliding window): each query attends to the keys around it."""
 
 from sparse_flash.masks.arguments import integers, normalize, window_of
 from sparse_flash.masks.mask import Pattern, pattern
@@ -24,13 +24,14 @@ class local(Pattern):
     """
 
     window: int | tuple[int | None, int | None]
+    tables = False
 
     def __post_init__(self) -> None:
         normalize(self, window=window_of("local", self.window))
 
     @property
     def relative(self) -> bool:
-        """Unless it is unlimited on both sides."""
+        """True unless both sides are unlimited."""
         return self.window != (None, None)
 
     def allowed(self, q: Index, kv: Index) -> Truth:
@@ -58,7 +59,7 @@ class block_local(Pattern):
 
     block: int
     window: int
-    relative = True
+    relative, tables = True, False
 
     def __post_init__(self) -> None:
         integers(self, block=1, window=0)

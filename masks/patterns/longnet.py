@@ -1,4 +1,4 @@
-"""LongNet: dilated segments, the longer the sparser."""
+"""LongNet: dilated segments; longer ones are sparser."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from sparse_flash.masks.ternary import Index, Truth, never
 
 @pattern
 class longnet(Pattern):
-    """allowed(q, kv) = for some (w, r): same segment of w tokens, both at offset modulo r in it.
+    """allowed(q, kv) = for some (w, r): same segment of w tokens, both at `offset` modulo r.
 
     Source: Ding et al., LongNet: Scaling Transformers to 1,000,000,000 Tokens (2023), section 3.1.
     Heads may take different offsets: `per_head([longnet(w, r, offset=h) for h in range(r)])`.
@@ -22,7 +22,7 @@ class longnet(Pattern):
     segments: int | tuple[int, ...]
     dilations: int | tuple[int, ...]
     offset: int = 0
-    relative = True
+    relative, tables = True, False
 
     def __post_init__(self) -> None:
         segments = sizes("longnet", "segments", self.segments)
@@ -33,7 +33,7 @@ class longnet(Pattern):
         normalize(self, segments=segments, dilations=dilations)
 
     def allowed(self, q: Index, kv: Index) -> Truth:
-        """In the same segment, both on its grid."""
+        """In the same segment, both at `offset` modulo the dilation."""
         rule = never(q)
         for w, r in zip(self.segments, self.dilations, strict=True):  # type: ignore[arg-type]
             on_grid = ((q % w) % r == self.offset % r) & ((kv % w) % r == self.offset % r)

@@ -12,7 +12,7 @@ from sparse_flash.masks.patterns.random_blocks import random_blocks_per_row
 
 @named
 def longformer(window: int = 256, n_global: int = 1) -> Mask:
-    """local(window) | global_tokens(n_global), `window` a side.
+    """local(window) | global_tokens(n_global), `window` per side.
 
     Source: Beltagy et al., Longformer (2020).
     Density for s tokens: about (2 window + 1 + 2 n_global) / s. Reach: 2.
@@ -32,7 +32,7 @@ def bigbird(
     n_random: int = 3,
     seed: int = 0,
 ) -> Mask:
-    """A window of `window` blocks, `n_global` global blocks, `n_random` random blocks a row.
+    """`window` local blocks, `n_global` global blocks and `n_random` random blocks per row.
 
     Source: Zaheer et al., Big Bird: Transformers for Longer Sequences (2020), section 2 (ITC).
     Density for m blocks: about (window + 2 n_global + n_random) / m. Reach: 2, through the global
@@ -66,10 +66,10 @@ def star(ring: int = 1) -> Mask:
 
 @named
 def star_attention(block: int) -> Mask:
-    """block_diagonal(block) | sinks(block): each block sees itself and the first, the anchor.
+    """block_diagonal(block) | sinks(block): the own block and the first one, the anchor.
 
     Source: Acharya et al., Star Attention (2024), section 2.1 (context encoding).
-    Density for m blocks: (2m - 1) / m^2. Reach: never (None), the anchor sees only itself.
+    Density for m blocks: (2m - 1) / m^2. Reach: never (None); the anchor attends only to itself.
 
     >>> star_attention(256).density(1024)
     0.4375

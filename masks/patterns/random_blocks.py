@@ -1,4 +1,4 @@
-"""Random blocks, seeded: the same arguments give the same pattern everywhere."""
+"""Random blocks with a seed: equal arguments give equal patterns on every machine."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from sparse_flash.masks.tables import IndexTable
 from sparse_flash.masks.ternary import Index, Interval, Ternary, Truth, never
 from torch import Tensor
 
-_RESOLUTION = 1 << 24  # a density is a multiple of 2^-24
+_RESOLUTION = 1 << 24  # densities are multiples of 2^-24
 
 
 @pattern
 class random_blocks(Pattern):
-    """allowed(q, kv) = hash(seed, q // block, kv // block) < keep: each block by a coin of its own.
+    """allowed(q, kv) = hash(seed, q // block, kv // block) < keep: blocks kept independently.
 
-    Fits any length; the same block is decided alike at all lengths.
-    Source: Zaheer et al., Big Bird (2020), section 2 (random attention), by independent coins.
+    Defined for any length; a block has the same value at all lengths.
+    Source: Zaheer et al., Big Bird (2020), section 2 (random attention), here independent.
     Density: `keep` in expectation. Reach: computed.
 
     >>> round(random_blocks(0.25, block=64).density(8192), 2)
@@ -40,7 +40,7 @@ class random_blocks(Pattern):
         normalize(self, keep=fraction("random_blocks", "keep", self.keep))
 
     def allowed(self, q: Index, kv: Index) -> Truth:
-        """The block's coin shows heads."""
+        """The hash of the block is below the threshold."""
         i, j = q // self.block, kv // self.block
         if not isinstance(i, Interval):
             return self._coin(i, j)
@@ -55,16 +55,16 @@ class random_blocks(Pattern):
 def _mix(x: Tensor) -> Tensor:
     """The step of SplitMix64 (Steele et al., 2014), in wrapping int64 arithmetic."""
     x = x - 0x61C8864680B583EB
-    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
         x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor
-    return x
+    return x ^ ((x >> 31) & ((1 << 33) - 1))
 
 
 @pattern
 class random_blocks_per_row(Pattern):
     """allowed(q, kv) = kv // block is among `count` distinct blocks drawn for row q // block.
 
-    Source: Zaheer et al., Big Bird (2020), section 2 (random attention), made for one length.
+    Source: Zaheer et al., Big Bird (2020), section 2 (random attention), for one length.
     Density: count / number of blocks. Reach: computed.
 
     >>> random_blocks_per_row(1024, 2, block=128).density(1024)
@@ -100,7 +100,7 @@ class random_blocks_per_row(Pattern):
         return [IndexTable(torch.from_numpy(column.copy())) for column in chosen.T]
 
     def allowed(self, q: Index, kv: Index) -> Truth:
-        """The key's block is one of those drawn."""
+        """The block of the key was drawn."""
         i, j = q // self.block, kv // self.block
         rule = never(q)
         for choice in self._choices:
@@ -108,5 +108,5 @@ class random_blocks_per_row(Pattern):
         return rule
 
     def extents(self) -> Extents:
-        """The length that it is made for."""
+        """`length` queries and keys."""
         return self.length, self.length

@@ -1,6 +1,6 @@
 """Values that a Python function reads besides its arguments, and their state.
 
-A layout that was built from a function is stale once a tensor that the function reads has changed.
+A layout built from a function is stale after a change of any tensor that the function reads.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ import torch
 from sparse_flash.masks.modes import plain_torch, unreadable
 from torch import Tensor
 
-_SMALL = 1 << 20  # bytes of an array whose content is looked at in every call
-_MOST = 1000  # values that are followed
+_SMALL = 1 << 20  # bytes; the content of smaller arrays is hashed in every call
+_MOST = 1000  # maximum number of values
 _CONSTANT = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 _FOLLOWED = (Tensor, np.ndarray, list, dict, types.FunctionType, *_CONSTANT)
-# Their functions are not followed: they read what never changes.
+# Their functions are skipped: they read only constants.
 _LIBRARIES = frozenset(sys.stdlib_module_names) | {"torch", "numpy", "scipy", "einops"}
 
 
 class Version:
-    """A tensor or another object by identity, and the version of its content.
+    """Identity of a tensor or another object, and version of its content.
 
-    Compares by identity without keeping the object alive, so that one that is made later at the
-    same address is another.
+    Compares by identity without keeping the object alive. A later object at the same address
+    compares different.
     """
 
     __slots__ = ("content", "reference")
@@ -50,16 +50,18 @@ class Version:
 
 
 def state_of(function: Callable[..., Any]) -> Hashable:
-    """The state of all that `function` reads: closure, defaults, globals, attributes, partials.
+    """The state of all values that `function` reads: closure, defaults, globals, attributes.
 
-    Tensors count by identity, address and version, which every in-place operation of PyTorch
-    raises (writing through `.data` or a numpy array that shares the memory does not); numpy arrays
-    and inference tensors by content; numbers and text by value; other objects by identity and
-    attributes; functions by the values that they read, except those of libraries.
+    - Tensors: identity, address and version. Every in-place operation of PyTorch increments the
+      version; writes through `.data` or through a numpy array with shared memory do not.
+    - Numpy arrays and inference tensors: content.
+    - Numbers and strings: value.
+    - Other objects: identity and attributes.
+    - Functions and partials: the values that they read; functions of libraries are skipped.
 
     Raises:
-        TypeError: An array or inference tensor of more than 1 MiB, whose changes cannot be
-            noticed.
+        TypeError: An array or inference tensor has more than 1 MiB, so that its changes cannot be
+            detected.
 
     >>> import torch
     >>> numbers = torch.zeros(4)
@@ -97,7 +99,7 @@ def _walk(value: Any, seen: set[int]) -> Iterator[Hashable]:
 
 
 def _parts(value: Any, seen: set[int]) -> Iterator[Hashable]:
-    """The states of what an object is made of."""
+    """The states of all parts of an object."""
     if isinstance(value, types.FunctionType):
         if _in_library(value.__module__):
             return
@@ -116,7 +118,7 @@ def _parts(value: Any, seen: set[int]) -> Iterator[Hashable]:
     else:
         try:
             yield Version(value, None)
-        except TypeError:  # not every object can be referred to weakly
+        except TypeError:  # some objects do not support weak references
             yield type(value).__qualname__
         inner = _attributes(value)
     for part in inner:
@@ -124,7 +126,7 @@ def _parts(value: Any, seen: set[int]) -> Iterator[Hashable]:
 
 
 def _attributes(value: Any) -> Iterator[Any]:
-    """Values of attributes, of the object and of its class, and the functions of its class."""
+    """Attribute values of an object and of its class, and the functions of the class."""
     yield from getattr(value, "__dict__", {}).values()
     for owner in type(value).__mro__:
         if not _in_library(owner.__module__):
@@ -136,7 +138,7 @@ def _attributes(value: Any) -> Iterator[Any]:
 
 
 def _read_by(function: types.FunctionType) -> Iterator[Any]:
-    """Values in a function's closure and defaults, and the globals that it names."""
+    """Values in the closure and defaults of a function, and the globals that it names."""
     for cell in function.__closure__ or ():
         try:
             yield cell.cell_contents
@@ -154,7 +156,7 @@ def _read_by(function: types.FunctionType) -> Iterator[Any]:
 
 
 def _members(owner: types.ModuleType | type, names: set[str]) -> Iterator[Any]:
-    """Values that a function may read of a module or class, by the names in its code."""
+    """Values of a module or class that a function may read, by the names in its code."""
     module = owner.__name__ if isinstance(owner, types.ModuleType) else owner.__module__
     if not _in_library(module):
         yield from (vars(owner)[name] for name in sorted(names & vars(owner).keys()))
@@ -173,8 +175,8 @@ def _names(code: types.CodeType) -> Iterator[str]:
 
 def _tensor(tensor: Tensor) -> Hashable:
     if unreadable(tensor):
-        return Version(tensor, None)  # without values: evaluating the function says so
-    if tensor.is_inference():  # has no version
+        return Version(tensor, None)  # no data: evaluating the function raises
+    if tensor.is_inference():  # inference tensors have no version
         with plain_torch():
             if tensor.nbytes <= _SMALL:
                 content = tensor.detach().clone().cpu()

@@ -1,6 +1,6 @@
-"""The two factorised patterns of the Sparse Transformer (Child et al., 2019), without causality.
+"""The two factorized patterns of the Sparse Transformer (Child et al., 2019), bidirectional.
 
-The paper's are causal: `strided(128) & causal()`.
+The paper uses causal ones: `strided(128) & causal()`.
 """
 
 from sparse_flash.masks.arguments import integers
@@ -22,13 +22,13 @@ class strided(Pattern):
     """
 
     stride: int
-    relative = True
+    relative, tables = True, False
 
     def __post_init__(self) -> None:
         integers(self, stride=1)
 
     def allowed(self, q: Index, kv: Index) -> Truth:
-        """Near, or a multiple of `stride` away."""
+        """At a distance below `stride`, or a multiple of it."""
         near = (q - kv < self.stride) & (kv - q < self.stride)
         return near | ((q - kv) % self.stride == 0)
 
@@ -37,7 +37,7 @@ class strided(Pattern):
 class fixed(Pattern):
     """allowed(q, kv) = q // stride == kv // stride or kv % stride >= stride - summary.
 
-    The last `summary` tokens of each segment of `stride` are seen by all.
+    All queries attend to the last `summary` tokens of each segment of `stride`.
     Source: Child et al. (2019), section 4.2, both heads of the fixed pattern together.
     Density for n tokens: about stride / n + summary / stride. Reach: 2.
 
@@ -47,7 +47,7 @@ class fixed(Pattern):
 
     stride: int
     summary: int = 1
-    relative = True
+    relative, tables = True, False
 
     def __post_init__(self) -> None:
         integers(self, stride=1, summary=1)
@@ -55,6 +55,6 @@ class fixed(Pattern):
             raise ValueError(f"fixed: summary {self.summary} exceeds the stride {self.stride}")
 
     def allowed(self, q: Index, kv: Index) -> Truth:
-        """In the same segment, or a summary token."""
+        """In the same segment, or the key is a summary token."""
         same = q // self.stride == kv // self.stride
         return same | (kv % self.stride >= self.stride - self.summary)

@@ -1,4 +1,4 @@
-"""Meaning of table values: bools, 0 and 1, or an additive mask; others are refused."""
+"""Interpretation of table values: bools, 0 and 1, or an additive mask; others are refused."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import torch
 from sparse_flash.masks.modes import plain_torch, unreadable
 from torch import Tensor
 
-# The smallest finite float16: an additive mask's "never" is -inf or the smallest finite value of
-# its dtype, and no bias that is meant as a score is as low as this.
+# The smallest finite float16. An additive mask forbids attention by -inf or by the smallest finite
+# value of its dtype; no score bias is as low.
 _NEVER = -65504.0
 
 
 def truth_table(pattern: str, table: Any) -> np.ndarray:
-    """A table of any kind as bools `(rows, columns)`, true where attention is allowed.
+    """Convert a table to bools `(rows, columns)`, true where attention is allowed.
 
-    Bools are taken as they are, and integers and floats of 0 and 1. Floats of 0 and of -inf or at
-    most -65504 are an additive mask, as PyTorch and Hugging Face add it to the scores: 0 allows.
+    Bools, and integers and floats that are 0 or 1, are used directly. Floats that are 0, -inf or at
+    most -65504 form an additive mask, which PyTorch and Hugging Face add to the scores; 0 allows.
 
     Raises:
-        TypeError: No real numbers, or a tensor without values (meta, fake, sparse).
-        ValueError: Not two-dimensional, empty, or values with another or with two meanings.
+        TypeError: The values are not real numbers, or a tensor has no data (meta, fake, sparse).
+        ValueError: The table is empty, not two-dimensional, or its values are ambiguous.
 
     >>> truth_table("from_dense", torch.tensor([[0, -torch.inf], [0, 0]])).astype(int)
     array([[1, 0],
@@ -44,7 +44,7 @@ def truth_table(pattern: str, table: Any) -> np.ndarray:
         if ((array != 0) & (array != 1)).any():
             raise ValueError(
                 f"{pattern}: integers must be 0 and 1, got {array.min()}..{array.max()}; "
-                "write table != 0, table > 0 or whatever is meant"
+                "write table != 0 or table > 0"
             )
         return array == 1
     return _from_floats(pattern, array)
@@ -73,7 +73,7 @@ def _as_array(pattern: str, table: Any) -> np.ndarray:
     if isinstance(table, Tensor):
         reason = unreadable(table)
         if table.layout != torch.strided or table.is_nested:
-            reason = f"a tensor of layout {table.layout} is no table: call .to_dense() before"
+            reason = f"a tensor of layout {table.layout} is not a table: call .to_dense() first"
         elif table.is_complex() or table.is_quantized:
             reason = f"a table of {table.dtype} has no meaning as a mask"
         if reason:

@@ -10,7 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sparse_flash.masks.arrays import Array
+from sparse_flash.masks.elements import Elements
 from sparse_flash.masks.kleene import NotUnderstoodError
+from sparse_flash.masks.program import Program
 from sparse_flash.masks.tables import TableLookups
 
 from sparse_flash import masks
@@ -20,6 +22,7 @@ CONSTANTS = st.one_of(
     st.sampled_from([2**31 - 1, -(2**31), 2**31, 2**33 + 5, 2**62, -(2**63), 2654435761]),
 )
 NUMBERS = torch.tensor([5, -3, 2**40, 7, 0, -(2**31), 2**31 - 1, 9])
+SMALL = NUMBERS.int()
 BOOLS = torch.tensor([True, False, False, True, True, False, True])
 ARITHMETIC = [operator.add, operator.sub, operator.mul, operator.and_, operator.or_, operator.xor]
 COMPARISONS = [operator.lt, operator.le, operator.gt, operator.ge, operator.eq, operator.ne]
@@ -32,6 +35,8 @@ def leaves():
         st.just(lambda q, kv: NUMBERS[q % 8]),
         st.just(lambda q, kv: NUMBERS[(q ^ kv) & 7]),
         st.just(lambda q, kv: (BOOLS[kv % 7]).long()),
+        st.just(lambda q, kv: SMALL[kv % 8]),
+        st.just(lambda q, kv: q.int()),
     )
 
 
@@ -66,6 +71,24 @@ def wider(inner):
 INTEGERS = st.recursive(leaves(), wider, max_leaves=8)
 
 
+def indices(q_len, kv_len):
+    return Array.index([0, q_len - 1], 1, q_len), Array.index([0, kv_len - 1], 2, kv_len)
+
+
+def run(traced, arrays, q, kv):
+    """What a program computes, repeatedly in the same memory, other keys in between."""
+    program = Program(traced.whole(), *(index.whole() for index in arrays))
+    shape = torch.broadcast_shapes(q.shape, kv.shape)
+    results = [
+        np.broadcast_to(program.run(q.numpy(), keys.numpy()), shape).copy()
+        for keys in (kv, kv, kv.flip(2), kv)
+    ]
+    for other in (results[1], results[3]):
+        assert np.array_equal(results[0], other, equal_nan=traced.dtype.is_floating_point)
+    assert traced.tensor().dtype == traced.dtype
+    return torch.from_numpy(results[0])
+
+
 @settings(max_examples=300, deadline=None)
 @given(INTEGERS, INTEGERS, st.sampled_from(COMPARISONS), CONSTANTS, st.integers(0, 2**31 - 200))
 def test_arrays_compute_what_tensors_do(a, b, compare, constant, start):
@@ -75,21 +98,36 @@ def test_arrays_compute_what_tensors_do(a, b, compare, constant, start):
     def rule(q, kv):
         return (compare(a(q, kv), b(q, kv)) ^ compare(b(q, kv), constant)) | ~(a(q, kv) != 7)
 
+    arrays = indices(start + 12, 230)
     with TableLookups():
         try:
-            found = rule(Array.of(q.numpy()), Array.of(kv.numpy()))
-            values = a(Array.of(q.numpy()), Array.of(kv.numpy()))
+            found, values = rule(*arrays), a(*arrays)
         except NotUnderstoodError:
             return
+        except RuntimeError:  # a number beyond int32
+            with pytest.raises(RuntimeError):
+                rule(q, kv)
+            return
     expected = a(q, kv)
-    assert torch.equal(found.tensor().expand(2, 6, 5), rule(q, kv).expand(2, 6, 5))
-    assert torch.equal(values.tensor().expand(2, 6, 5), expected.expand(2, 6, 5))
+    assert torch.equal(run(found, arrays, q, kv), rule(q, kv).expand(2, 6, 5))
+    assert torch.equal(run(values, arrays, q, kv), expected.expand(2, 6, 5))
     assert values.lo <= expected.min()
     assert expected.max() <= values.hi
 
 
 def shifted(x):
     return ((x ^ x >> 13) & 255 < 99) & (x % 7 > 1)
+
+
+def view_between(x):
+    """A function of torch returns its argument, which another operation reads for the last time."""
+    y = x.to(torch.int64)
+    z = x + 1
+    return (z * y) % 5 < y % 3
+
+
+def shifted_pair(q, kv):
+    return (kv <= q) & ((q - kv < 5) | (kv % 16 == 15))
 
 
 FLOATS = torch.rand(300)
@@ -116,6 +154,20 @@ RULES = {
     "in place": lambda q, kv: (q * kv).remainder_(1009) < 50,
     "row": lambda q, kv: q * q % 5 < 2,
     "not": lambda q, kv: torch.logical_not(q * kv % 5 < 2) & torch.logical_xor(q % 2, kv % 2),
+    "float operators": lambda q, kv: (2 - q * 0.37) / (kv + 1.5) * (1 / (q + 1)) - q / 3 > -kv / 9,
+    "float functions": lambda q, kv: (q * kv).sqrt().sin() * torch.exp(-kv / 99).clamp(0.1) > 0.3,
+    "float remainder": lambda q, kv: (q * 0.7 - kv * 1.3) % 2.5 // 0.4 == 3,
+    "float where": lambda q, kv: torch.where(q * kv % 5 < 2, q * 0.5, kv.double()) ** 2 < 900,
+    "double": lambda q, kv: torch.cos(q.double() * kv) > FLOATS[kv % 300],
+    "half": lambda q, kv: FLOATS.half()[q % 300] * FLOATS[kv * 7 % 300].half() > 0.3,
+    "float number": lambda q, kv: (q * torch.tensor(0.3) + kv * torch.tensor(2.0)) % 1 < 0.2,
+    "large int beside float": lambda q, kv: q * 0.5 * kv < 2**60 + 1,
+    "bools beside floats": lambda q, kv: (q * kv % 7 < 3) * 0.5 + (q * kv % 11 > 4) > 0.4,
+    "constant": lambda q, kv: (q * kv % 7 < 3) | torch.zeros(1, 1, dtype=torch.bool),
+    "shape": lambda q, kv: (q * kv % 7 < 3) | torch.zeros(q.shape, dtype=torch.bool),
+    "views": lambda q, kv: view_between(q * kv % 13),
+    "int32 wraps": lambda q, kv: (q.int() * 2**20 * (kv.int() + 7)) // 3 % 1000 < 120,
+    "long": lambda q, kv: (torch.sin(q * kv * 1.0) * 99).long() % 7 < 2,
     "scalar tensor": lambda q, kv: (q * torch.tensor(7919) + kv * kv) % torch.tensor(97) < 9,
 }  # fmt: skip
 
@@ -131,6 +183,101 @@ def test_layouts_of_noise_are_exact(rule, q_len, kv_len, block):
         assert torch.equal(layout.to_dense().view(q_len, kv_len), each(q, kv))
 
 
+FLOAT_LEAVES = [
+    lambda q, kv: q * 0.37,
+    lambda q, kv: kv / 7,
+    lambda q, kv: (q - kv).float(),
+    lambda q, kv: FLOATS[kv % 300],
+    lambda q, kv: q.double() * 1e-3,
+    lambda q, kv: torch.sin(q * kv),
+]
+FLOAT_OPERATORS = [operator.add, operator.sub, operator.mul, operator.truediv, torch.minimum]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.recursive(
+        st.sampled_from(FLOAT_LEAVES),
+        lambda inner: st.one_of(
+            st.builds(
+                lambda op, a, b: lambda q, kv: op(a(q, kv), b(q, kv)),
+                st.sampled_from(FLOAT_OPERATORS), inner, inner,
+            ),
+            st.builds(
+                lambda op, a, c: lambda q, kv: op(a(q, kv), c),
+                st.sampled_from(FLOAT_OPERATORS[:4]), inner,
+                st.floats(-9, 9) | st.integers(-9, 2**60),
+            ),
+            st.builds(
+                lambda op, a, c: lambda q, kv: op(c, a(q, kv)),
+                st.sampled_from(FLOAT_OPERATORS[:4]), inner, st.floats(-9, 9),
+            ),
+            st.builds(
+                lambda f, a: lambda q, kv: f(a(q, kv)),
+                st.sampled_from([abs, operator.neg, torch.frac, torch.exp, lambda x: x**2]), inner,
+            ),
+        ),
+        max_leaves=6,
+    ),
+    st.sampled_from(COMPARISONS),
+    st.floats(-2, 2),
+)  # fmt: skip
+def test_floats_are_torchs_to_the_last_bit(a, compare, constant):
+    q = torch.arange(3, 15).view(2, 6, 1) * 97
+    kv = torch.arange(3, 13).view(2, 1, 5) * 17
+    arrays = indices(1700, 230)
+    expected = a(q, kv)
+    with TableLookups(), np.errstate(all="ignore"):
+        values = a(*arrays)
+        truth = run(compare(values, constant), arrays, q, kv)
+        found = run(values, arrays, q, kv)
+    assert values.dtype == expected.dtype
+    assert torch.equal(found.nan_to_num(7), expected.nan_to_num(7).expand(2, 6, 5))
+    assert torch.equal(truth, compare(expected, constant).expand(2, 6, 5))
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_rules_are_traced(rule):
+    """All but those that read shapes, change arrays in place, or count from a table's end."""
+    elements = Elements(masks.custom(rule), (300, 300))
+    first = np.array([3])
+    traced = elements._trace(first, first) is not None
+    names = {id(rule): name for name, rule in RULES.items()}
+    assert traced == (names[id(rule)] not in ("shape", "in place", "negative index"))
+
+
+def test_long_sums_are_computed_in_parts():
+    def rule(q, kv):
+        return sum(q * i ^ kv * (i + 3) for i in range(70)) % 101 < 9
+
+    q, kv = torch.arange(48)[:, None], torch.arange(48)
+    found = masks.custom(rule).layout(48, block=(48, 48)).to_dense().view(48, 48)
+    assert torch.equal(found, rule(q, kv))
+    assert Elements(masks.custom(rule), (48, 48))._trace(np.arange(1), np.arange(1)) is not None
+
+
+def test_a_single_key_keeps_what_depends_on_queries():
+    q, kv = indices(50, 50)
+    program = Program((q * 7 + 3 & kv * 5 + q * 2).value, q.whole(), kv.whole())
+    queries = np.arange(40)[None, :, None]
+    for key in (9, 31, 4):
+        expected = queries * 7 + 3 & key * 5 + queries * 2
+        assert np.array_equal(program.run(queries, np.array([[[key]]])), expected)
+
+
+def test_rules_see_only_indices_that_exist():
+    """Also by cells of tiles that are larger than the lengths, and by tensors."""
+
+    def rule(q, kv):
+        return (q < 40) & (kv < 40) & (NUMBERS.repeat(8)[q - 64] == NUMBERS[kv % 8 - 8])
+
+    layout = masks.custom(rule).layout(64)
+    q, kv = torch.arange(64)[:, None], torch.arange(64)
+    assert torch.equal(layout.to_dense().view(64, 64), rule(q, kv))
+    through = masks.custom(shifted_pair).through(masks.morton(8, 8))
+    assert torch.equal(through.layout(64).to_dense().view(64, 64), through(q, kv))
+
+
 def test_errors_of_rules_are_their_own():
     def rule(q, kv):
         raise LookupError("mine")
@@ -143,8 +290,19 @@ def test_errors_of_rules_are_their_own():
         masks.custom(lambda q, kv: q % (kv * 0) < 1).layout(64)
 
 
+def full_samples(value):
+    """Of all operations whose result is not a constant: the index itself is int64."""
+    some = [value.sample] if value.inputs else []
+    return some + [x for each in value.inputs for x in full_samples(each)]
+
+
 def test_small_numbers_stay_small():
-    q, kv = Array.of(np.arange(9)[:, None]), Array.of(np.arange(70_000, 70_005))
-    assert (q * kv % 7).values.dtype == np.int32
-    assert (kv * kv).values.dtype == np.int64
-    assert (kv * kv & 255).values.dtype == np.int32
+    q, kv = indices(9, 70_000)
+    assert (q * kv).value.sample.dtype == np.int32
+    assert (q * kv % 7).value.sample.dtype == np.int16
+    assert (kv * kv).value.sample.dtype == np.int64
+    assert (kv * kv & 255).value.sample.dtype == np.int16
+    for bits, itemsize in ((kv * kv & 255, 2), (kv * kv * kv >> 9 & 1023, 4), (kv * kv % 7, 8)):
+        # Only as many bits are computed as the comparison needs.
+        assert Program((bits * q < 9).value, q.whole(), kv.whole()).itemsize == 2
+        assert max(x.itemsize for x in full_samples(bits.value)) == itemsize

@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from sparse_flash.masks import BlockLayout
+from sparse_flash.masks import BlockLayout, device_layout
 
 from sparse_flash import masks
 
@@ -75,7 +75,6 @@ def test_masks_by_head_cut_groups_of_heads():
 
 READERS = {
     "check": lambda layout, path: layout.check(),
-    "repr": lambda layout, path: repr(layout),
     "density": lambda layout, path: layout.density,
     "num_tiles": lambda layout, path: layout.num_tiles,
     "crow_indices": lambda layout, path: layout.crow_indices,
@@ -104,6 +103,35 @@ def test_what_does_not_fit_is_an_error_everywhere(reader, tmp_path):
     read(BlockLayout.from_blocks(chosen(indices, 3), *sizes, capacity=(4, 0)), tmp_path)
     with pytest.raises(ValueError, match=r"block row 0 .* \(and 2 more\)"):
         read(BlockLayout.from_blocks(chosen(indices, 3), *sizes, capacity=(1, 0)), tmp_path)
+
+
+def test_a_repr_names_the_reason_instead_of_raising(monkeypatch):
+    indices = torch.tensor([[[[0, 1], [1, 1], [2, -1]]]])
+    assert repr(BlockLayout.from_topk(indices, (16, 16), 48)).startswith("BlockLayout(48 x 48, ")
+    bad = BlockLayout.from_topk(indices, (16, 16), 48, capacity=(3, 0))
+    assert repr(bad) == (
+        "DeviceLayout(48 x 48, block 16 x 16, invalid: block row 2 of batch entry 0, head 0 has "
+        "more tiles than the capacity of 3 holds: raise capacity[0])"
+    )
+    monkeypatch.setattr(device_layout, "is_capturing", lambda device: True)
+    assert repr(bad).endswith("block 16 x 16, not known while a CUDA graph is captured)")
+
+
+@pytest.mark.parametrize("cut", [masks.local(20), masks.local(20) & masks.documents((30, 66))])
+@pytest.mark.parametrize("tile", [(32, 32), (64, 16), (16, 32), (8, 16)])
+def test_tiles_of_another_size_keep_to_the_capacity_of_blocks(cut, tile):
+    """Blocks of which the mask leaves nothing do not count, nor do their tiles."""
+    indices = torch.tensor([[[[0, 5], [5, 1], [4, 0], [3, 5], [4, 0], [5, 1]]]])
+    needed = BlockLayout.from_topk(indices, (16, 16), 96, within=cut).num_tiles
+    layout = BlockLayout.from_topk(indices, (16, 16), 96, within=cut, capacity=(needed, 0))
+    layout.check()
+    assert not layout.tiles_at(tile).errors.any()
+    table = torch.zeros(1, 1, 6, 6, dtype=torch.bool).scatter_(3, indices, value=True)
+    layout = BlockLayout.from_blocks(table, (16, 16), 96, within=cut, capacity=(needed, 0))
+    assert not layout.tiles_at(tile).errors.any()
+    less = BlockLayout.from_blocks(table, (16, 16), 96, within=cut, capacity=(needed - 1, 0))
+    assert torch.equal(less.tiles_at(tile).errors, less.tiles_at((16, 16)).errors)
+    assert less.tiles_at(tile).errors.count_nonzero() == 1
 
 
 @pytest.mark.parametrize("room", [-1, 0])
@@ -238,7 +266,7 @@ def test_copies_are_fixed_layouts_and_updates_are_refused():
     for other in (copy.copy(layout), copy.deepcopy(layout), pickle.loads(pickle.dumps(layout))):
         assert type(other) is BlockLayout
         assert other.equal(layout)
-    with pytest.raises(TypeError, match="not updated: make it anew"):
+    with pytest.raises(TypeError, match="not updated: make it again"):
         layout.update_(layout.fixed())
     with torch.inference_mode():
         inside = BlockLayout.from_topk(torch.tensor([[[[0], [1]]]]), (8, 8), 16)

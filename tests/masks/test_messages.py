@@ -25,7 +25,7 @@ from sparse_flash import BlockLayout, cli, masks
         ("local(3) && causal()", "write & for &&"),
         ("!causal()", "write ~ for !"),
         ("local(3) local(4)", r"invalid syntax at 'local\(4\)'"),
-        ("global(4)", r"word of Python's own; did you mean 'global_tokens', as in global"),
+        ("global(4)", r"keyword of Python; did you mean 'global_tokens', as in global"),
         ("local(3) | global(4)", "did you mean 'global_tokens'"),
         ("local(w=3)", r"local\(window\) has no argument 'w'; did you mean window=3\?"),
         ("causal(shift=2)", r"causal\(offset=0\) has no argument 'shift'; did you mean offset=2"),
@@ -53,7 +53,7 @@ from sparse_flash import BlockLayout, cli, masks
         ("through(full(), snake(4, 4))", "token order 'snake'.*hilbert, morton, order, raster"),
         ("through(full(), hilbrt(4, 4))", "unknown token order 'hilbrt'.*did you mean 'hilbert'"),
         ("through(full(), order=snake)", "unknown token order 'snake'"),
-        ("through(full(), 'morton')", r"a token order, as morton\(height, width\), got 'morton'"),
+        ("through(full(), 'morton')", r"a token order, like morton\(height, width\), got 'morton'"),
         ("through(full(), order=local(3))", r"a token order.*got local\(\(3, 3\)\)"),
         ("through(full(), None)", "a token order.*got None"),
         ("through(full())", r"through\(mask, order\): missing a required argument: 'order'"),
@@ -76,7 +76,7 @@ def test_long_texts_are_shortened():
     with pytest.raises(ValueError, match=r"cannot read the mask '\(+\.\.\.'") as error:
         masks.parse("(" * 1000)
     assert len(str(error.value)) < 300
-    with pytest.raises(ValueError, match="is no mask but") as error:
+    with pytest.raises(ValueError, match="is not a mask but") as error:
         masks.parse(str(list(range(1000))))
     assert len(str(error.value)) < 300
 
@@ -137,7 +137,7 @@ def test_masks_of_heads(make, error, words):
 def test_through_takes_an_order(order):
     for make in (lambda: masks.causal().through(order), lambda: masks.through(masks.full(), order)):
         with pytest.raises(
-            TypeError, match=r"a token order, as masks.morton\(height, width\), got"
+            TypeError, match=r"a token order, such as masks.morton\(height, width\), got"
         ):
             make()
     with pytest.raises(TypeError, match="takes a mask and a token order"):
@@ -180,7 +180,7 @@ def test_garbage_files_are_never_to_be_unpickled(tmp_path):
     with pytest.raises(ValueError, match="it is empty"):
         BlockLayout.load(path)
     path.write_bytes(good[:100])
-    with pytest.raises(ValueError, match="no npz archive, or was cut off"):
+    with pytest.raises(ValueError, match="not an npz archive, or is truncated"):
         BlockLayout.load(path)
     with pytest.raises(IsADirectoryError, match="is a folder"):
         BlockLayout.load(tmp_path)

@@ -92,7 +92,7 @@ def test_dimensions_of_permuted_tensors():
         (torch.zeros(2, 2).long(), TypeError, "one-dimensional integers"),
         (torch.empty(3, device="meta", dtype=torch.int64), TypeError, "meta device holds no data"),
         ([0.5, 1], TypeError, "must be an int"),
-        ("3x", ValueError, "is no text that repr"),
+        ("3x", ValueError, "is not a text printed by repr"),
     ],
 )
 def test_what_is_no_order(given, error, message):

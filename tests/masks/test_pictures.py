@@ -179,8 +179,8 @@ def test_mask_show_takes_the_length_of_the_mask(capsys):
     ("arguments", "words"),
     [
         (("causal()", "--png", "."), r"^sparse-flash: \. is a folder: give the name of a file"),
-        (("causal()", "--png", "a.xyz"), "end its name with .png"),
-        (("causal()", "--png", "mask"), "end its name with .png"),
+        (("causal()", "--png", "a.xyz"), "use the suffix .png"),
+        (("causal()", "--png", "mask"), "use the suffix .png"),
         (("causal()", "--width", "0"), "width must be in 1..256"),
         (("causal()", "--width", "1000000"), "width must be in 1..256"),
         (

@@ -61,7 +61,7 @@ def test_bounds_of_long_sequences():
     assert masks.block_diagonal(4096).reach_bounds(65536) == (math.inf, None)
     least, most = masks.local(1024).reach_bounds(65536)
     assert least <= 64 <= most  # ceil(65535 / 1024)
-    with pytest.raises(ValueError, match=r"at least \d+ layers, .*: take reach_bounds\(length\)"):
+    with pytest.raises(ValueError, match=r"at least \d+ layers, .*: use reach_bounds\(length\)"):
         masks.local(1024).reach(1 << 20)
 
 
