@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from sparse_flash.kernels.cache import load_or_compile
 from sparse_flash.kernels.config import KernelConfig
@@ -56,10 +56,89 @@ class Arguments:
         import cutlass
         from cutlass import cute
 
+        self.config: Any = config
         self.dtype = {"bfloat16": cutlass.BFloat16, "float16": cutlass.Float16}[config.dtype]
         self.size = cute.sym_int
         self.b, self.q_len, self.kv_len, self.h, self.h_kv = (self.size() for _ in range(5))
         self.d, self.num_splits = self.size(divisibility=8), self.size()
+        self.d_v = self.d  # of values; kernels that take another width set it
+
+    def with_value_width(self) -> Self:
+        """The same, for values of another head_dim than queries and keys."""
+        self.d_v = self.size(divisibility=8)
+        return self
+
+    def forward(self, scored: bool = False) -> tuple[Any, ...]:
+        """All arguments of a forward kernel but the stream.
+
+        scored: Whether it has score terms: see score_terms.py.
+        """
+        from cutlass import Float32, Int32
+
+        height, _ = self.config.tile
+        kv_lens, *lists = self.lists(height // 64)
+        return (
+            *(self.queries(), self.keys(), self.values(), self.outputs()),  # q, k, v, out
+            self.floats(self.b, self.h, self.q_len),  # lse
+            *(kv_lens, *self.head_terms(scored), *lists),
+            self.ints(2),  # counter
+            self.splits(height, self.config.head_dim),
+            self.splits(height),
+            *self.combine_arrays(),
+            *(Int32(1), *[Float32(1.0)] * (3 if scored else 1)),
+        )
+
+    def forward_at(self, scored: bool = False) -> tuple[Any, ...]:
+        """As `forward`, for queries at positions."""
+        from cutlass import Float32, Int32
+
+        return (
+            *(self.queries(), self.keys(), self.keys(), self.queries()),  # q, k, v, out
+            self.floats(self.b, self.h, self.q_len),  # lse
+            *self.splits_of_rows(),
+            *self.positions(self.head_terms(scored)),
+            *self.tiles(self.config.tile[0] // 64),
+            self.ints(2),  # counter
+            *(Int32(1), Int32(0), Int32(1), Int32(1), *[Float32(1.0)] * (3 if scored else 1)),
+        )
+
+    def backward(self, *states: Any, scored: bool = False) -> tuple[Any, ...]:
+        """All arguments of a backward kernel but the stream; at positions too.
+
+        states: States of dQ's sums, for kernels that have them. scored: As of `forward`.
+        """
+        from cutlass import Float32, Int32
+
+        config = self.config
+        kv_lens, *lists = self.lists(config.tile_n // 64)
+        offsets = (self.ints(self.b), self.ints(self.b)) if config.offsets else ()
+        return (
+            *(self.queries(), self.keys(), self.values()),  # q, k, v
+            *(self.outputs(), self.outputs()),  # out, dout
+            *(self.floats(self.b, self.h, self.q_len) for _ in range(2)),  # lse, dlse
+            self.compact(self.dtype, self.b, self.q_len, self.h, self.d),  # dq
+            *(self.keys(), self.values()),  # dk, dv
+            *states,
+            self.ints(self.size(), self.b, self.h_kv),  # bounds
+            self.floats(self.b, self.h, self.size(), config.dq_chunk),  # dq_sum
+            self.row_stats(config.tile_m),
+            *(kv_lens, *self.head_terms(scored), *offsets, *lists),  # offsets: q_pad, kv_starts
+            self.ints(2),  # counter
+            *(self.splits(config.tile_n, config.head_dim) for _ in range(2)),
+            *((self.ints(2),) if config.offsets else self.combine_arrays()),  # counts
+            *(Int32(1), Int32(0), *[Float32(1.0)] * (4 if scored else 2)),
+        )
+
+    def head_terms(self, scored: bool) -> tuple[Any, ...]:
+        """Slopes and sinks by query head, of kernels with score terms."""
+        from cutlass import Float32, cute
+
+        def values() -> Any:
+            return cute.runtime.make_fake_compact_tensor(
+                Float32, (self.h,), stride_order=(0,), assumed_align=4
+            )
+
+        return (values(), values()) if scored else ()
 
     def queries(self) -> Any:
         """As q: (b, s_q, h, d)."""
@@ -69,15 +148,38 @@ class Arguments:
         """As k: (b, s_kv, h_kv, d)."""
         return self.strided(self.b, self.kv_len, self.h_kv, self.d)
 
+    def values(self) -> Any:
+        """As v: (b, s_kv, h_kv, d_v)."""
+        return self.strided(self.b, self.kv_len, self.h_kv, self.d_v)
+
+    def outputs(self) -> Any:
+        """As out: (b, s_q, h, d_v)."""
+        return self.strided(self.b, self.q_len, self.h, self.d_v)
+
     def row_stats(self, tile_m: int) -> Any:
         """Row statistics lse and delta: (b, h, 2, s_q rounded up to a multiple of tile_m)."""
         return self.floats(self.b, self.h, 2, self.size(divisibility=tile_m))
 
     def lists(self, groups: int) -> tuple[Any, ...]:
         """kv_lens, work items, tiles, and bits for this many warpgroups."""
-        items = self.ints(self.size(), WORK_FIELDS)
-        tiles = self.ints(self.size(), 2)
-        return self.ints(self.b), items, tiles, self.ints(self.size(), groups, 128, 2)
+        return self.ints(self.b), self.ints(self.size(), WORK_FIELDS), *self.tiles(groups)
+
+    def tiles(self, groups: int) -> tuple[Any, ...]:
+        """Tiles, and bits for this many warpgroups."""
+        return self.ints(self.size(), 2), self.ints(self.size(), groups, 128, 2)
+
+    def positions(self, terms: tuple[Any, ...] = ()) -> tuple[Any, ...]:
+        """kv_lens, q_offset, kv_starts, terms, rows and pattern map of queries at positions."""
+        offsets = tuple(self.ints(self.b) for _ in range(3))
+        rows = self.ints(self.size(), self.size(), 4)
+        return *offsets, *terms, rows, self.ints(self.size(), self.size())
+
+    def splits_of_rows(self) -> tuple[Any, ...]:
+        """Split arrays of all rows at positions: of O and of the logsumexp."""
+        sizes = (self.b, self.q_len, self.h, self.config.head_dim)
+        return self.floats(self.num_splits, *sizes), self.floats(
+            self.num_splits, self.b, self.h, self.q_len
+        )
 
     def splits(self, *shape: int) -> Any:
         """Buffers for the splits of rows or columns: (splits, *shape)."""

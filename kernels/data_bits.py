@@ -9,54 +9,68 @@ import torch
 from sparse_flash.kernels.fragment import fragment_order
 from sparse_flash.masks import bits
 from sparse_flash.masks.device_layout import DeviceLayout
-from sparse_flash.masks.device_tiles import Grid, bits_of_sets, grid_of
-from sparse_flash.masks.device_within import TileTable, documents_and_rest, tile_table
+from sparse_flash.masks.device_tiles import Grid, Source, bits_of_sets, grid_of
+from sparse_flash.masks.device_within import (
+    TileTable,
+    numbers_and_rest,
+    numbers_and_rest_exist,
+    tile_table,
+)
 from torch import Tensor
 
 _MOST_BYTES = 1 << 24  # of bit tiles that are made in advance, for every set of blocks
 
 
+class CutFacts(NamedTuple):
+    """The properties of a `Cut` that the host knows.
+
+    tables: Patterns of the table; 0: there is none.
+    numbered: Patterns whose tokens have numbers of documents.
+    known: Bit tiles of the table.
+    own: Whether each partial tile gets a bit tile of its own.
+    sets: Whether tiles may hold some of several blocks.
+    """
+
+    tables: int
+    numbered: int
+    known: int
+    own: bool
+    sets: bool
+
+
 class Cut(NamedTuple):
-    """What a mask leaves of tiles, and the bit tiles that are known in advance.
+    """Restriction of tiles to a mask, and precomputed bit tiles.
 
     table: States of all tiles, int32 (tables, rows, cols); None: all are full.
     table_of: Table of each pattern, int32 (patterns,).
     numbers: Document of each token, int32 (1 or patterns, length); None: there are no documents.
-    known: Bit tiles of the table.
-    own: Whether each partial tile gets a bit tile of its own.
-    sets: Whether tiles may hold some of several blocks.
     bits: In fragment order, int32 (n, height / 64, 128, 2): those of the table, with `own` False
         then those of sets of blocks. At least one, whatever it contains.
-    tile: Queries and keys of a tile.
+    facts: Its properties that the host knows.
     """
 
     table: Tensor | None
     table_of: Tensor | None
     numbers: Tensor | None
-    known: int
-    own: bool
-    sets: bool
     bits: Tensor
-    tile: tuple[int, int]
-
-    @property
-    def numbered(self) -> int:
-        """Patterns with numbers of documents."""
-        return 0 if self.numbers is None else len(self.numbers)
+    facts: CutFacts
 
 
-def cut_by(layout: DeviceLayout, tile: tuple[int, int], transposed: bool | None) -> Cut | None:
-    """How the layout's mask cuts tiles of (queries, keys); None for masks that kernels do not know.
+def is_known(source: Source) -> bool:
+    """Whether kernels know how the mask of a source cuts tiles."""
+    mask = source.within
+    return mask is None or not mask.on_device or numbers_and_rest_exist(mask)
+
+
+def cut_by(layout: DeviceLayout, tile: tuple[int, int], transposed: bool | None) -> Cut:
+    """How the layout's mask, which `is_known`, cuts tiles of (queries, keys).
 
     transposed: Bit tiles are of (keys, queries). None: no bit tiles are needed.
     """
     source, mask = layout.source, layout.source.within
     numbers: Tensor | None = None
     if mask is not None and mask.on_device:
-        split = documents_and_rest(mask, source.heads)
-        if split is None:
-            return None
-        numbers, mask = split
+        numbers, mask = numbers_and_rest(mask, source.heads)
     grid = grid_of(source.lengths, tile)
     assert grid is not None
     table: TileTable | None = None
@@ -74,11 +88,14 @@ def cut_by(layout: DeviceLayout, tile: tuple[int, int], transposed: bool | None)
         table=None if table is None else table.table,
         table_of=None if table is None or table.patterns is None else table.patterns.int(),
         numbers=numbers,
-        known=known,
-        own=own,
-        sets=several,
         bits=made,
-        tile=tile,
+        facts=CutFacts(
+            tables=0 if table is None else len(table.table),
+            numbered=0 if numbers is None else len(numbers),
+            known=known,
+            own=own,
+            sets=several,
+        ),
     )
 
 

@@ -7,23 +7,33 @@ None and `mark_invalid` returns False: PyTorch then computes the same, in many m
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from sparse_flash.kernels.cache import load_or_compile
-from sparse_flash.kernels.data_bits import Cut, cut_by
+from sparse_flash.kernels.data_bits import Cut, CutFacts, cut_by, is_known
 from sparse_flash.kernels.device import DeviceFacts
 from sparse_flash.kernels.dsl import dsl_unsupported_reason
 from sparse_flash.kernels.schedule import WORK_FIELDS, CostModel, Schedule
 from sparse_flash.masks.device_layout import DeviceLayout
-from sparse_flash.masks.device_tiles import BIT_TILES, TILES, Grid, grid_of
+from sparse_flash.masks.device_tiles import (
+    BIT_TILES,
+    TILES,
+    Grid,
+    Source,
+    StaticSource,
+    grid_of,
+)
+from sparse_flash.masks.device_within import documents_and_rest
+from sparse_flash.masks.modes import is_capturing
 from torch import Tensor
 
-MOST_SORTED = 1 << 14  # as in `work_items`
-# Capacities that are exceeded are left to PyTorch until the kernels' marks were compared on a GPU.
-WITH_CAPACITY = False
-MOST_GROUPS = 1 << 10
+_COUNTERS = 8  # pairs of counters that are zeroed at once, for as many schedules
+_WORDS = 12  # where `data_lists.Sizes` has the number of words
+_ALIGNED = 4  # numbers: kernels take arrays at multiples of 16 bytes
 _DTYPES = ("bfloat16", "float16")
 _loaded: set[tuple[Any, int | None]] = set()  # functions and indices of devices with their code
 
@@ -71,194 +81,272 @@ class Lines(NamedTuple):
     transposed: bool
 
 
+class Recipe(NamedTuple):
+    """Arguments of a schedule's kernels that do not depend on the data: see `recipe_of`.
+
+    lists: The fields of `data_lists.Sizes`.
+    items: The numbers of `work_items.WorkItems`.
+    own: The numbers of `data_lists.OwnBits`.
+    parts: Shape, strides and offset of parts of one array: work, combine, counts, kv_lens, tiles,
+        begins, tiles and partial tiles of each line, and `own`.
+    size: Numbers in that array.
+    num_bits: Most bit tiles of their own.
+    """
+
+    lists: tuple[int, ...]
+    items: tuple[float, ...]
+    own: tuple[int, ...]
+    parts: tuple[tuple[tuple[int, ...], tuple[int, ...], int], ...]
+    size: int
+    num_bits: int
+
+
 def schedule_of_data(
     layout: DeviceLayout, lines: Lines, sizes: ScheduleSizes, costs: CostModel, facts: DeviceFacts
 ) -> tuple[Schedule, Tensor] | None:
     """The schedule, and errors of block rows, uint8 (P, nq)."""
-    source, device = layout.source, layout.device
-    if sizes.groups >= MOST_GROUPS or (source.capacity is not None and not WITH_CAPACITY):
-        return None
+    device = layout.device
     functions: _Functions | None = _usable(device, facts, _functions)
-    cut = cut_by(layout, lines.tile, lines.transposed) if functions else None
-    if functions is None or cut is None or not _ready(device, *functions.needed(layout, cut)):
+    if functions is None or not is_known(layout.source):
         return None
-    found = _fitting_bits(layout, functions)
-    if found is None:
+    if not _ready(device, functions.needed(layout.source, lines.transposed)):
         return None
-    (words, errors), tables = found, _Tables(layout, cut)
+    found = _block_bits(layout, functions)
+    cut = cut_by(layout, lines.tile, lines.transposed)
+    recipe = recipe_of(layout.source.static, lines, sizes, costs, cut.facts)
+    array = torch.empty(recipe.size, dtype=torch.int32, device=device)
+    parts = [array.as_strided(*part) for part in recipe.parts]
+    work, combine, totals, kv_lens, tiles, begins, counts, partials, own = parts
+    used, data = found.counters(), _data(found.words, cut, layout.num_patterns, device)
+    _launch(
+        functions.list_columns if lines.transposed else functions.list_rows,
+        device,
+        (*data, begins, counts, partials, tiles, own, used, found.errors.view(-1)),
+        recipe.lists,
+    )
+    results = (work, combine, totals, kv_lens)
+    _launch(functions.work_items, device, (begins, counts, partials), results, recipe.items)
+    bits = cut.bits
+    if cut.facts.own:
+        shape = (recipe.num_bits, *cut.bits.shape[1:])
+        bits = torch.empty(shape, dtype=torch.int32, device=device)
+        _launch(functions.own_bits, device, (own, used, data[3], cut.bits, bits), recipe.own)
+    made = Schedule(
+        counts=totals,
+        work=work,
+        tiles=tiles,
+        bits=bits,
+        num_bit_tiles=len(bits),
+        combine=combine,
+        kv_lens=kv_lens,
+        num_splits=2 * sizes.extra,
+        num_ctas=min(len(work), sizes.ctas),
+        tile=lines.tile[::-1] if lines.transposed else lines.tile,
+    )
+    return made, found.errors
+
+
+@functools.lru_cache(1024)
+def recipe_of(
+    source: StaticSource,
+    lines: Lines,
+    sizes: ScheduleSizes,
+    costs: CostModel,
+    cut: CutFacts,
+) -> Recipe:
+    """The recipe of a schedule.
+
+    Args:
+        source: Properties of the layout that do not depend on the data.
+        lines: How the tiles are listed.
+        sizes: Sizes of the schedule.
+        costs: Costs of the kernel.
+        cut: Facts of a `Cut`.
+    """
     stacks = sizes.heads if source.heads[1] == lines.heads else source.heads[1]
     own_heads = stacks if lines.transposed else source.heads[1]
     count = source.heads[0] * own_heads * sizes.rows
     repeats = 1
     if lines.transposed:
         repeats = source.heads[0] * own_heads * lines.group // source.num_patterns
-    capacity, own_most = source.capacities(lines.tile, cut.numbers is not None and not cut.sets)
+    capacity, own_most = source.capacities(lines.tile, cut.numbered > 0 and not cut.sets)
     capacity, own_most = repeats * capacity, max(1, repeats * own_most)
-    ints: Any = {"dtype": torch.int32, "device": device}
-    listed, sums = torch.empty(4, count, **ints), torch.empty(4, **ints)
-    tiles = torch.zeros(capacity + 1, 2, **ints)  # the last one stands for none
-    own = torch.empty(own_most, 4, **ints) if cut.own else _dummies(device).own
-    data = tables.arrays(words)
-    options = tables.sizes(words, lines, own_heads if lines.transposed else 0)
-    results = (tiles, own, errors.flatten())
-    _launch(functions.count_tiles, device, data, listed[:2].unbind(), results, options)
-    items = sizes.total + sizes.extra
-    draft, keys = (
-        torch.empty(items, WORK_FIELDS, **ints),
-        torch.empty(items, dtype=torch.int64, device=device),
+    grid = grid_of(source.lengths, lines.tile)
+    assert grid is not None
+    items, most_split = sizes.total + sizes.extra, min(sizes.total, sizes.extra)
+    shapes = (
+        *((items, WORK_FIELDS), (most_split, WORK_FIELDS), (2,), (sizes.batch,)),
+        *((capacity + 1, 2), (count,), (count,), (count,), (own_most if cut.own else 1, 4)),
     )
-    sort = items <= MOST_SORTED
-    work = torch.empty_like(draft) if sort else draft
-    combine = torch.empty(min(sizes.total, sizes.extra), WORK_FIELDS, **ints)
-    _launch(
-        *(functions.work_items, device, listed.unbind(), (draft, work, keys, combine, sums)),
-        (sizes.batch, sizes.heads, source.heads[0], own_heads, sizes.rows, sizes.groups),
-        (capacity, sizes.ctas, sizes.rest, costs.fewest_tiles),
-        ((items - 1).bit_length() if sort else 0, costs.item, costs.partial_tile - 1),
-        (costs.largest_share, costs.split, costs.combine, costs.long_item),
+    aligned = (-(-math.prod(shape) // _ALIGNED) * _ALIGNED for shape in shapes)
+    starts = tuple(itertools.accumulate(aligned, initial=0))
+    return Recipe(
+        lists=list_sizes(source, grid, lines, own_heads, cut),
+        items=(
+            *(source.lengths[1], sizes.batch, sizes.heads, source.heads[0], own_heads),
+            *(sizes.rows, sizes.groups),
+            *(capacity, sizes.ctas, sizes.rest, costs.fewest_tiles, costs.item),
+            *(costs.partial_tile - 1, costs.largest_share, costs.split, costs.combine),
+            costs.long_item,
+        ),
+        own=(
+            *(grid.rows, *lines.tile, *source.lengths[:2], grid.down, grid.across),
+            *(cut.numbered, _all_blocks(grid), int(lines.transposed)),
+        ),
+        parts=tuple(zip(shapes, ((*shape[1:], 1) for shape in shapes), starts[:-1], strict=True)),
+        size=starts[-1],
+        num_bits=own_most,
     )
-    if not sort:
-        work = draft[keys.argsort(stable=True)]
-    _launch(functions.list_tiles, device, data, listed[2:].unbind(), results, options)
-    bits = cut.bits
-    if cut.own:
-        bits = torch.empty(own_most, *cut.bits.shape[1:], **ints)
-        o = tables.grid
-        sides = (o.rows, *lines.tile, *source.lengths[:2], o.down, o.across)
-        flags = (cut.numbered, tables.all_blocks, int(lines.transposed))
-        _launch(functions.own_bits, device, (own, sums, data[3], cut.bits, bits), sides, flags)
-    made = Schedule(
-        counts=sums[:2],
-        work=work,
-        tiles=tiles,
-        bits=bits,
-        num_bit_tiles=len(bits),
-        combine=combine,
-        kv_lens=torch.full((sizes.batch,), layout.kv_len, **ints),
-        num_splits=2 * sizes.extra,
-        num_ctas=min(items, sizes.ctas),
-        tile=lines.tile[::-1] if lines.transposed else lines.tile,
+
+
+def list_sizes(
+    source: StaticSource,
+    grid: Grid,
+    lines: Lines,
+    stacked: int,
+    cut: CutFacts,
+) -> tuple[int, ...]:
+    """The fields of `data_lists.Sizes`."""
+    q_len, kv_len, _ = source.lengths
+    return (
+        *(grid.rows, grid.cols, *lines.tile, q_len, kv_len, *grid[2:], *source.num_blocks),
+        *(source.num_words, _all_blocks(grid), cut.tables, cut.numbered, int(cut.own), cut.known),
+        *(source.heads[1], lines.heads, lines.group, stacked),
     )
-    return made, errors
 
 
-class _Tables:
-    """What kernels are told of a layout and of the mask that cuts it, for tiles of one size."""
-
-    def __init__(self, layout: DeviceLayout, cut: Cut) -> None:
-        self.source, self.cut, self.device = layout.source, cut, layout.device
-        grid = grid_of(layout.lengths, cut.tile)
-        assert grid is not None
-        self.grid: Grid = grid
-        every = (1 << grid.cells) - 1
-        self.all_blocks = every - (1 << 32) if every >= 1 << 31 else every  # as an int32
-
-    def arrays(self, words: Tensor | None) -> tuple[Tensor, ...]:
-        """words, states, table_of and numbers of `ListTiles`."""
-        cut, dummy = self.cut, _dummies(self.device)
-        one = _zeros(self.source.num_patterns, self.device)
-        return (
-            dummy.words if words is None else words,
-            dummy.table if cut.table is None else cut.table,
-            one if cut.table_of is None else cut.table_of,
-            dummy.words if cut.numbers is None else cut.numbers,
-        )
-
-    def sizes(self, words: Tensor | None, lines: Lines, stacked: int) -> tuple[int, ...]:
-        """The fields of `data_lists.Sizes`."""
-        grid, cut, source = self.grid, self.cut, self.source
-        q_len, kv_len, _ = source.lengths
-        return (
-            *(grid.rows, grid.cols, *lines.tile, q_len, kv_len, *grid[2:], *source.num_blocks),
-            *(0 if words is None else words.shape[1], self.all_blocks),
-            *(0 if cut.table is None else len(cut.table), cut.numbered),
-            *(int(cut.own), cut.known, source.num_patterns, source.heads[1], lines.heads),
-            *(lines.group, stacked),
-        )
+def _all_blocks(grid: Grid) -> int:
+    """The set of all blocks of a tile, as an int32."""
+    every = (1 << grid.cells) - 1
+    return every - (1 << 32) if every >= 1 << 31 else every
 
 
-def _fitting_bits(
-    layout: DeviceLayout, functions: _Functions
-) -> tuple[Tensor | None, Tensor] | None:
-    """As `_block_bits`, without the rows beyond the capacity, which are marked."""
-    source = layout.source
-    if source.capacity is None:
-        return _block_bits(layout, functions)
-    found = layout.derived_bits
+def _data(
+    words: Tensor | None, cut: Cut, patterns: int, device: torch.device
+) -> tuple[Tensor, ...]:
+    """words, states, table_of and numbers of `ListTiles`; zeros stand for absent ones."""
+    one = constant_zeros((1, 1), device)
+    return (
+        one if words is None else words,
+        constant_zeros((1, 1, 1), device) if cut.table is None else cut.table,
+        constant_zeros((patterns,), device) if cut.table_of is None else cut.table_of,
+        one if cut.numbers is None else cut.numbers,
+    )
+
+
+_zeros: dict[tuple[tuple[int, ...], torch.device, int], Tensor] = {}  # graphs read them: kept
+
+
+def constant_zeros(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """An int32 tensor of zeros that no kernel changes: one for each stream, made there."""
+    on_gpu = device.type == "cuda"
+    key = (shape, device, torch._C._cuda_getCurrentRawStream(device.index) if on_gpu else 0)
+    found = _zeros.get(key)
     if found is None:
-        cut = cut_by(layout, layout.block, transposed=None)
-        if cut is None:
-            return None
-        words, errors = _block_bits(layout, functions)
-        (nq, nk), patterns, device = source.num_blocks, source.num_patterns, layout.device
-        if words is None:
-            words = torch.full((patterns * nq, -(-nk // 32)), -1, dtype=torch.int32, device=device)
-        tables, lines = _Tables(layout, cut), Lines(layout.block, 1, 1, transposed=False)
-        counts = torch.empty(2, patterns * nq, dtype=torch.int32, device=device)
-        dummy = _dummies(device)
-        results = (dummy.tiles, dummy.own, errors.flatten())
-        options = tables.sizes(words, lines, 0)
-        data = tables.arrays(words)
-        _launch(functions.count_tiles, device, data, counts.unbind(), results, options)
-        ends = counts.cumsum(1)
-        for n, (most, code) in enumerate(zip(source.capacity, (TILES, BIT_TILES), strict=True)):
-            if n == 0 or cut.numbers is not None:
-                beyond = (ends[n] > most) & (counts[n] > 0)
-                words = words.masked_fill(beyond[:, None], 0)
-                errors = errors | (beyond * code).to(torch.uint8).view_as(errors)
-        found = (words, errors)
-        if layout.keeps_what_is_derived:
-            layout.derived_bits = found
+        found = torch.zeros(shape, dtype=torch.int32, device=device)
+        if not is_capturing(device):  # else it belongs to the CUDA graph
+            _zeros[key] = found
     return found
 
 
-def _block_bits(layout: DeviceLayout, functions: _Functions) -> tuple[Tensor | None, Tensor]:
-    """Words of the chosen blocks, and errors, which kernels add to; kept with the layout."""
-    source, device = layout.source, layout.device
-    found = layout.derived_bits if source.capacity is None else None
+class BlockBits:
+    """A layout's data as kernels read them, for all of its schedules.
+
+    Attributes:
+        words: The chosen blocks, bit by bit, int32 (P x nq, ceil(nk / 32)); None: all are.
+        errors: Why block rows are not as asked for, or 0, uint8 (P, nq). Kernels add to it.
+    """
+
+    def __init__(self, layout: DeviceLayout) -> None:
+        patterns, rows = layout.num_patterns, layout.source.num_blocks[0]
+        size = 4 * _ALIGNED * _COUNTERS  # bytes of the counters
+        zeros = torch.zeros(size + patterns * rows, dtype=torch.uint8, device=layout.device)
+        self._counters, self._taken = zeros[:size].view(torch.int32), 0
+        self._captured = is_capturing(layout.device)
+        self.words: Tensor | None = None
+        self.errors = zeros.as_strided((patterns, rows), (rows, 1), size)
+
+    def counters(self) -> Tensor:
+        """Two zeros for another schedule, int32."""
+        device = self.errors.device
+        # Every replay of a CUDA graph needs zeros.
+        if self._taken == _COUNTERS or is_capturing(device) != self._captured:
+            return torch.zeros(2, dtype=torch.int32, device=device)
+        self._taken += 1
+        return self._counters.as_strided((2,), (1,), _ALIGNED * (self._taken - 1))
+
+
+def _block_bits(layout: DeviceLayout, functions: _Functions) -> BlockBits:
+    """The blocks of a layout, cut to its capacity. Kept with the layout."""
+    found: BlockBits | None = layout.derived_bits
     if found is None:
-        nq, nk = source.num_blocks
-        patterns = source.num_patterns
-        wrong = layout.wrong_documents()
-        if wrong is None:
-            errors = torch.zeros(patterns, nq, dtype=torch.uint8, device=device)
-        else:
-            errors = wrong.expand(patterns, nq).contiguous()
-        words: Tensor | None = None
-        function = functions.of_data(layout)
+        found, source, device = BlockBits(layout), layout.source, layout.device
+        if not _number_documents(layout, functions, found.errors):
+            wrong = layout.wrong_documents()
+            if wrong is not None:
+                found.errors += wrong
+        function = functions.of_data(source)
         if function is not None:
             data = source.table if source.indices is None else source.indices
             assert data is not None
             if data.dtype in (torch.bool, torch.int16):
                 data = data.view(torch.uint8) if data.dtype == torch.bool else data.int()
-            words = torch.zeros(patterns * nq, -(-nk // 32), dtype=torch.int32, device=device)
-            _launch(function, device, (data.flatten(0, 1), words, errors.flatten()), (nk, -1))
-        found = (words, errors)
-        if source.capacity is None and layout.keeps_what_is_derived:
+            shape = (len(found.errors.view(-1)), source.static.num_words)
+            found.words = torch.empty(shape, dtype=torch.int32, device=device)
+            arguments = (data.flatten(0, 1), found.words, found.errors.view(-1))
+            _launch(function, device, arguments, (source.num_blocks[1],))
+        if source.capacity is not None:
+            _fit(layout, functions, found)
+        if layout.keeps_what_is_derived:
             layout.derived_bits = found
     return found
 
 
-class _Dummies(NamedTuple):
-    """Arrays for arguments that are not looked at."""
+def _number_documents(layout: DeviceLayout, functions: _Functions, errors: Tensor) -> bool:
+    """Number the documents of a layout, and look for errors; False where there are none for it."""
+    mask = layout.source.within
+    if mask is None or not mask.on_device or mask.by_head:
+        return False
+    known = documents_and_rest(mask)
+    if known is None or known[0].is_numbered or not layout.keeps_what_is_derived:
+        return False
+    cu_seqlens, length = known[0].cu_seqlens, known[0].extents()[0]
+    numbers = torch.empty(length, dtype=torch.int32, device=layout.device)
+    _launch(functions.number_documents, layout.device, (cu_seqlens, numbers, errors.view(-1)))
+    known[0].numbers = numbers
+    return True
 
-    words: Tensor
-    table: Tensor
-    own: Tensor
-    tiles: Tensor
 
-
-@functools.cache
-def _zeros(n: int, device: torch.device) -> Tensor:
-    return torch.zeros(n, dtype=torch.int32, device=device)
-
-
-@functools.cache
-def _dummies(device: torch.device) -> _Dummies:
-    def zeros(*shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=torch.int32, device=device)
-
-    return _Dummies(zeros(1, 1), zeros(1, 1, 1), zeros(1, 4), zeros(1, 2))
+def _fit(layout: DeviceLayout, functions: _Functions, found: BlockBits) -> None:
+    """Take out rows beyond the capacity, marked, and blocks of which the mask leaves nothing."""
+    source, device = layout.source, layout.device
+    cut = cut_by(layout, layout.block, transposed=None)
+    assert source.capacity is not None
+    grid = grid_of(source.lengths, layout.block)
+    assert grid is not None
+    rows = len(found.errors.view(-1))
+    fitting = torch.empty(rows, -(-source.num_blocks[1] // 32), dtype=torch.int32, device=device)
+    counts = torch.empty(3, rows, dtype=torch.int32, device=device)
+    lines = Lines(layout.block, source.heads[1], 1, transposed=False)
+    options = list_sizes(source.static, grid, lines, 0, cut.facts)
+    if found.words is None:
+        options = (*options[:_WORDS], 0, *options[_WORDS + 1 :])
+    rest = (constant_zeros((1, 4), device), constant_zeros((2,), device), found.errors.view(-1))
+    arguments = (
+        *_data(found.words, cut, layout.num_patterns, device),
+        *counts.unbind(),
+        fitting,
+        *rest,
+    )
+    _launch(functions.fit_rows, device, arguments, options)
+    ends = counts[1:].cumsum(1)
+    most = (source.capacity[0], min(source.capacity))
+    for n, code in enumerate((TILES, BIT_TILES)):
+        if n == 0 or cut.numbers is not None:
+            beyond = (ends[n] > most[n]) & (counts[1 + n] > 0)
+            fitting.masked_fill_(beyond[:, None], 0)
+            found.errors |= (beyond * code).to(torch.uint8).view_as(found.errors)
+    found.words = fitting
 
 
 def mark_invalid(
@@ -298,7 +386,7 @@ def _reason() -> str | None:
     return dsl_unsupported_reason()  # which looks into the packages that are installed
 
 
-def _ready(device: torch.device, *functions: Callable[..., None]) -> bool:
+def _ready(device: torch.device, functions: list[Callable[..., None]]) -> bool:
     """Whether functions can be launched now: a CUDA graph cannot capture that code is loaded."""
     if not torch._C._cuda_isCurrentStreamCapturing():
         return True
@@ -321,23 +409,32 @@ class _Functions(NamedTuple):
     from_int64: Callable[..., None]
     from_int32: Callable[..., None]
     from_table: Callable[..., None]
-    count_tiles: Callable[..., None]
+    fit_rows: Callable[..., None]
+    list_rows: Callable[..., None]
+    list_columns: Callable[..., None]
     work_items: Callable[..., None]
-    list_tiles: Callable[..., None]
     own_bits: Callable[..., None]
+    number_documents: Callable[..., None]
 
-    def of_data(self, layout: DeviceLayout) -> Callable[..., None] | None:
-        """What makes words of the layout's data; None where all blocks are chosen."""
-        indices = layout.source.indices
+    def of_data(self, source: Source) -> Callable[..., None] | None:
+        """The kernel that packs the data into words; None if all blocks are chosen."""
+        indices = source.indices
         if indices is None:
-            return None if layout.source.table is None else self.from_table
+            return None if source.table is None else self.from_table
         return self.from_int64 if indices.dtype == torch.int64 else self.from_int32
 
-    def needed(self, layout: DeviceLayout, cut: Cut) -> list[Callable[..., None]]:
-        """What a schedule launches."""
-        lists = [self.count_tiles, self.work_items, self.list_tiles]
-        of_data = self.of_data(layout)
-        return [*lists, *([of_data] if of_data else []), *([self.own_bits] if cut.own else [])]
+    def needed(self, source: Source, transposed: bool) -> list[Callable[..., None]]:
+        """The kernels that a schedule may launch."""
+        cut = source.within is not None and source.within.on_device
+        every = (
+            self.of_data(source),
+            None if source.capacity is None else self.fit_rows,
+            self.list_columns if transposed else self.list_rows,
+            self.work_items,
+            self.number_documents if cut else None,
+            self.own_bits if cut else None,
+        )
+        return [*filter(None, every)]
 
 
 def data_kernel_names() -> list[str]:
@@ -348,7 +445,7 @@ def data_kernel_names() -> list[str]:
 
 def compile_data_kernel(name: str, arch: str) -> Any:
     """Compile a kernel for an architecture, as "sm_90a", whether or not there is a GPU."""
-    from sparse_flash.kernels import data_lists, invalid_rows, work_items
+    from sparse_flash.kernels import data_lists, document_bits, invalid_rows, work_items
 
     kind, _, rest = name.partition("_")
     if kind == "from":
@@ -359,8 +456,10 @@ def compile_data_kernel(name: str, arch: str) -> Any:
     if name == "work_items":
         return work_items.compile_work_items(arch)
     if name == "own_bits":
-        return data_lists.compile_own_bits(arch)
-    return data_lists.compile_list_tiles(name == "list_tiles", arch)
+        return document_bits.compile_own_bits(arch)
+    if name == "number_documents":
+        return document_bits.compile_number_documents(arch)
+    return data_lists.compile_list_tiles(name == "list_columns", name == "fit_rows", arch)
 
 
 @functools.cache

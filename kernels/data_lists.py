@@ -1,17 +1,16 @@
 """Kernels that list the tiles of a layout of data by rows, or by columns for the backward pass.
 
     indices or table -> BlockBits -> words, a bit for each block
-    words, mask -> ListTiles (count) -> WorkItems (sums) -> ListTiles (fill) -> OwnBits
+    words, mask -> ListTiles -> lists -> WorkItems (work_items.py), OwnBits (document_bits.py)
 
 A line is a row of tiles of a pattern, or a column of tiles with the query heads of a key head in
-turn. Each lane of a warp looks at one of 32 candidates: lists come out in order, whatever
-the timing.
+turn. Each lane of a warp looks at one of 32 candidates.
 """
 
 from typing import NamedTuple
 
 import cutlass
-from cutlass import Int32, Uint8, cute
+from cutlass import Int32, Int64, Uint8, cute
 
 THREADS = 256
 WARPS = THREADS // 32
@@ -33,10 +32,9 @@ class Sizes(NamedTuple):
     numbered: Patterns whose tokens have numbers of documents: none, one for all, or each.
     own: Whether each partial tile has a bit tile of its own, 0 or 1.
     known: Bit tiles of the mask's table, before those of sets of blocks.
-    patterns: Patterns.
     own_heads, heads: Heads with patterns of their own, and query heads.
     group: Query heads of a key head.
-    stacked: Key heads with lines of their own, by columns; 0: lines are rows.
+    stacked: Key heads with lines of their own, by columns.
     """
 
     rows: Int32
@@ -57,7 +55,6 @@ class Sizes(NamedTuple):
     numbered: Int32
     own: Int32
     known: Int32
-    patterns: Int32
     own_heads: Int32
     heads: Int32
     group: Int32
@@ -68,9 +65,9 @@ class BlockBits:
     """A warp for each block row: its blocks as bits, and whether an index is out of range.
 
     data: Indices (patterns x nq, k), int64 or int32, or bools (patterns x nq, nk) as uint8.
-    words: int32 (patterns x nq, ceil(nk / 32)), zeros at first where the data are indices.
-    errors: uint8 (patterns x nq,), zeros at first: 1 where an index is none of -1 and 0..nk - 1.
-        Such rows have no blocks.
+    words: int32 (patterns x nq, ceil(nk / 32)).
+    errors: uint8 (patterns x nq,): 1 is added where an index is none of -1 and 0..nk - 1. Such rows
+        have no blocks.
     """
 
     def __init__(self, from_table: bool) -> None:
@@ -78,37 +75,24 @@ class BlockBits:
 
     @cute.jit
     def __call__(
-        self,
-        data: cute.Tensor,
-        words: cute.Tensor,
-        errors: cute.Tensor,
-        blocks: Int32,
-        none: Int32,
-        stream,
+        self, data: cute.Tensor, words: cute.Tensor, errors: cute.Tensor, blocks: Int32, stream
     ):
-        """Launch on the stream. blocks: nk. none: Another index that stands for none."""
-        self.kernel(data, words, errors, blocks, none).launch(
+        """Launch on the stream. blocks: nk."""
+        self.kernel(data, words, errors, blocks).launch(
             grid=(cute.ceil_div(cute.size(words, mode=[0]), WARPS), 1, 1),
             block=(THREADS, 1, 1),
             stream=stream,
         )
 
     @cute.kernel
-    def kernel(
-        self,
-        data: cute.Tensor,
-        words: cute.Tensor,
-        errors: cute.Tensor,
-        blocks: Int32,
-        none: Int32,
-    ):
+    def kernel(self, data: cute.Tensor, words: cute.Tensor, errors: cute.Tensor, blocks: Int32):
         """One block row for each warp."""
         row = cute.arch.block_idx()[0] * WARPS + cute.arch.warp_idx()
         if row < cute.size(words, mode=[0]):
             if cutlass.const_expr(self.from_table):
                 self.of_table(data, words, row, blocks)
             else:
-                self.of_indices(data, words, errors, row, (blocks, none))
+                self.of_indices(data, words, errors, row, blocks)
 
     @cute.jit
     def of_table(self, data, words, row, blocks):
@@ -123,45 +107,55 @@ class BlockBits:
                 words[row, i] = word
 
     @cute.jit
-    def of_indices(self, data, words, errors, row, limits):
-        """The words of a row of indices, or an error."""
-        (blocks, none), lane = limits, cute.arch.lane_idx()
+    def of_indices(self, data, words, errors, row, blocks):
+        """The words of a row of indices, or an error. Each lane makes one word of 32."""
+        lane = cute.arch.lane_idx()
         count, wrong = cute.size(data, mode=[1]), Int32(0)
         for i in cutlass.range(lane, count, 32, unroll=1):
             index = data[row, i]
-            outside = index < 0 or index >= blocks
-            if outside and index != -1 and index != none:  # noqa: PLR1714
+            if index < -1 or index >= blocks:
                 wrong = Int32(1)
-        if cute.arch.vote_ballot_sync(wrong != 0) != 0:
-            if lane == 0:
-                errors[row] = Uint8(1)
-        else:
-            for i in cutlass.range(lane, count, 32, unroll=1):
-                index = data[row, i]
-                if index >= 0 and index < blocks:
-                    block = index.to(Int32)
-                    goal = words.iterator + cute.crd2idx((row, block // 32), words.layout)
-                    bit = Int32(1) << block % 32
-                    cute.arch.atomic_or(goal, bit, sem="relaxed", scope="gpu")
+        wrong = cute.arch.vote_ballot_sync(wrong != 0)
+        if wrong != 0 and lane == 0:
+            errors[row] = (errors[row].to(Int32) | 1).to(Uint8)
+        for n in cutlass.range(cute.ceil_div(cute.size(words, mode=[1]), 32), unroll=1):
+            i, word = n * 32 + lane, Int32(0)
+            for j in cutlass.range(cute.ceil_div(count, 32), unroll=1):
+                block = Int32(-1)
+                if j * 32 + lane < count:
+                    index = data[row, j * 32 + lane]
+                    if index >= 0 and index < blocks:
+                        block = index.to(Int32)
+                for source in cutlass.range_constexpr(32):
+                    other = cute.arch.shuffle_sync(block, source)
+                    bit = Int32(1) << (other & 31)
+                    word = word | (bit if other >> 5 == i else Int32(0))
+            if i < cute.size(words, mode=[1]):
+                words[row, i] = word if wrong == 0 else Int32(0)
 
 
 class ListTiles:
-    """A warp for each line: its tiles are counted, or listed.
+    """A warp for each line: its tiles, in the next free stretch of the list.
+
+    Tiles of a line are in order; where its stretch lies is up to the timing.
 
     words: As of `BlockBits`. states: Table of a mask, int32 (tables, rows, cols). table_of: Its
     pattern for each pattern, int32 (patterns,). numbers: Document of each token, int32 (1 or
-    patterns, tokens).
-    counts, partials: Tiles and partial tiles of each line, int32; filled where `fill` is False.
-
-    Where `fill` is True, begins and own_begins are the sums over the lines before, and
-    tiles: Column (row, with the heads stacked) and bit tile or -1, int32 (capacity + 1, 2).
+    patterns, tokens), ascending.
+    begins, counts, partials: First tile, tiles, and partial tiles of each line, int32 (lines,).
+    tiles: Column (row, with the heads stacked) and bit tile or -1, int32 (capacity + 1, 2). The
+        last one is zeros.
     own: For each bit tile of its own pattern x rows + row, column, state in the table, and set of
         blocks, int32 (most, 4).
-    errors: uint8 (patterns x nq,): 4 where a bit tile finds no space.
+    used: Tiles in the list, and bit tiles of their own, int32 (2,), zeros at first.
+    errors: uint8 (patterns x nq,): 2 is added where a tile, 4 where a bit tile finds no space.
+
+    With `fit` the lines are block rows, and nothing is listed: `tiles` are the words of the blocks
+    of which the mask leaves something, int32 (lines, ceil(nk / 32)).
     """
 
-    def __init__(self, fill: bool) -> None:
-        self.fill = fill
+    def __init__(self, by_column: bool, fit: bool = False) -> None:
+        self.by_column, self.fit = by_column, fit
 
     @cute.jit
     def __call__(
@@ -170,10 +164,12 @@ class ListTiles:
         states: cute.Tensor,
         table_of: cute.Tensor,
         numbers: cute.Tensor,
+        begins: cute.Tensor,
         counts: cute.Tensor,
         partials: cute.Tensor,
         tiles: cute.Tensor,
         own: cute.Tensor,
+        used: cute.Tensor,
         errors: cute.Tensor,
         rows: Int32,
         cols: Int32,
@@ -193,78 +189,111 @@ class ListTiles:
         numbered: Int32,
         has_own: Int32,
         known: Int32,
-        patterns: Int32,
         own_heads: Int32,
         heads: Int32,
         group: Int32,
         stacked: Int32,
         stream,
     ):
-        """Launch on the stream. counts and partials are begins and own_begins to fill by."""
+        """Launch on the stream."""
         sizes = (rows, cols, height, width, q_len, kv_len, down, across, split_down, split_across)
         sizes = (*sizes, nq, nk, num_words, all_blocks, tables, numbered, has_own, known)
-        sizes = (*sizes, patterns, own_heads, heads, group, stacked)
+        sizes = (*sizes, own_heads, heads, group, stacked)
         data = (words, states, table_of, numbers)
-        self.kernel(data, (counts, partials), (tiles, own, errors), sizes).launch(
+        self.kernel(data, (begins, counts, partials), (tiles, own, used, errors), sizes).launch(
             grid=(cute.ceil_div(cute.size(counts, mode=[0]), WARPS), 1, 1),
             block=(THREADS, 1, 1),
             stream=stream,
         )
 
     @cute.kernel
-    def kernel(self, data, sums, lists, sizes):
+    def kernel(self, data, lines, lists, sizes):
         """One line for each warp."""
         s = Sizes(*sizes)
-        counts, partials = sums
+        begins, counts, partials = lines
+        tiles, _, used, _ = lists
         lane = cute.arch.lane_idx()
         line = cute.arch.block_idx()[0] * WARPS + cute.arch.warp_idx()
         if line < cute.size(counts, mode=[0]):
-            candidates = s.cols if s.stacked == 0 else s.rows * s.group
-            found, own = Int32(0), Int32(0)
-            if cutlass.const_expr(self.fill):
-                found, own = counts[line], partials[line]
-            before = (Int32(1) << lane) - 1
-            for i in cutlass.range(cute.ceil_div(candidates, 32), unroll=4):
-                place = self.place(line, i * 32 + lane, candidates, s)
-                exists, partial, state, blocks = self.tile(data, place, s)
-                here = cute.arch.vote_ballot_sync(exists != 0)
-                cut = cute.arch.vote_ballot_sync(partial != 0)
-                if cutlass.const_expr(self.fill):
-                    if exists != 0:
-                        slot = own + cute.arch.popc(cut & before)
-                        where = found + cute.arch.popc(here & before)
-                        values = (partial, state, blocks, slot)
-                        self.put(lists, place, where, values, s)
-                found += cute.arch.popc(here)
-                own += cute.arch.popc(cut)
-            if cutlass.const_expr(not self.fill):
+            zero = (Int32(0), Int32(0))
+            found, own = self.walk(data, lists, line, zero, s, not self.fit)
+            if lane == 0:
+                counts[line], partials[line] = found, own
+            if cutlass.const_expr(not self.fit):
+                first, slot = Int32(0), Int32(0)
                 if lane == 0:
-                    counts[line], partials[line] = found, own
+                    if line == 0:
+                        last = cute.size(tiles, mode=[0]) - 1
+                        tiles[last, 0], tiles[last, 1] = Int32(0), Int32(0)
+                    first = _add(used.iterator, found)
+                    if own > 0 and s.own != 0:
+                        slot = _add(used.iterator + 1, own)
+                    begins[line] = first
+                start = (cute.arch.shuffle_sync(first, 0), cute.arch.shuffle_sync(slot, 0))
+                if found > 0:
+                    self.walk(data, lists, line, start, s, False)
 
     @cute.jit
-    def place(self, line, candidate, candidates, s):
-        """Pattern, row, column, and name in the list of a candidate; a pattern below 0: none."""
-        pattern, row, col, name = line // s.rows, line % s.rows, candidate, candidate
-        if s.stacked != 0:
-            stack, head = line // s.cols, candidate // s.rows
-            query_head = stack % s.stacked * s.group + head
-            pattern = stack // s.stacked * s.own_heads + query_head * s.own_heads // s.heads
-            row, col = candidate % s.rows, line % s.cols
-        return (pattern if candidate < candidates else Int32(-1)), row, col, name
+    def walk(self, data, lists, line, start, s, count: cutlass.Constexpr):
+        """Look at the candidates of a line, 32 at a time: count the tiles, or list them.
+
+        Returns:
+            Number of tiles and of partial tiles, added to `start`.
+        """
+        lane = cute.arch.lane_idx()
+        before = (Int32(1) << lane) - 1
+        found, own = start
+        if cutlass.const_expr(self.by_column):
+            stack, col = line // s.cols, line % s.cols
+            for head in cutlass.range(s.group, unroll=1):
+                query_head = stack % s.stacked * s.group + head
+                pattern = stack // s.stacked * s.own_heads + query_head * s.own_heads // s.heads
+                for i in cutlass.range(cute.ceil_div(s.rows, 32), unroll=4):
+                    row = i * 32 + lane
+                    coord = (pattern, row, col, row < s.rows, head * s.rows + row)
+                    found, own = self.look(data, lists, coord, (found, own), before, s, count)
+        else:
+            pattern, row = line // s.rows, line % s.rows
+            for i in cutlass.range(cute.ceil_div(s.cols, 32), unroll=4):
+                col = i * 32 + lane
+                coord = (pattern, row, col, col < s.cols, col)
+                if cutlass.const_expr(self.fit):
+                    exists, partial, _, _ = self.tile(data, coord, s)
+                    here = cute.arch.vote_ballot_sync(exists != 0)
+                    found += cute.arch.popc(here)
+                    own += cute.arch.popc(cute.arch.vote_ballot_sync(partial != 0))
+                    if lane == 0:
+                        lists[0][line, i] = here
+                else:
+                    found, own = self.look(data, lists, coord, (found, own), before, s, count)
+        return found, own
 
     @cute.jit
-    def tile(self, data, place, s):
+    def look(self, data, lists, coord, sums, before, s, count: cutlass.Constexpr):
+        """Count, or list, a candidate for each lane. Returns the new sums."""
+        found, own = sums
+        exists, partial, state, blocks = self.tile(data, coord, s)
+        here = cute.arch.vote_ballot_sync(exists != 0)
+        cut = cute.arch.vote_ballot_sync(partial != 0)
+        if cutlass.const_expr(not count):
+            if exists != 0:
+                slot = own + cute.arch.popc(cut & before)
+                where = found + cute.arch.popc(here & before)
+                self.put(lists, coord, where, (partial, state, blocks, slot), s)
+        return found + cute.arch.popc(here), own + cute.arch.popc(cut)
+
+    @cute.jit
+    def tile(self, data, coord, s):
         """Whether a tile exists, whether it is partial, its state in the table, and its blocks."""
         words, states, table_of, numbers = data
-        pattern, row, col, _ = place
+        pattern, row, col, inside, _ = coord
         exists, partial, state, blocks = Int32(0), Int32(0), Int32(FULL), s.all_blocks
-        if pattern >= 0:
+        if inside:
             exists = Int32(1)
             if s.words != 0:
                 blocks, exists = self.blocks(words, pattern, row, col, s)
             if s.tables != 0 and exists != 0:
-                table = table_of[pattern]
-                state = states[table, row, col]
+                state = states[table_of[pattern], row, col]
                 exists = Int32(0) if state == EMPTY else exists
             partial = Int32(0) if state == FULL and blocks == s.all_blocks else Int32(1)
             if s.numbered != 0 and exists != 0:
@@ -285,24 +314,31 @@ class ListTiles:
     def blocks(self, words, pattern, row, col, s):
         """The set of a tile's blocks that are chosen, or beyond the end, and whether any is."""
         found, any_chosen = Int32(0), Int32(0)
-        top, left = row // s.split_down * s.down, col // s.split_across * s.across
+        top, left = (
+            row * s.down,
+            col * s.across,
+        )  # blocks are split, or tiles hold several: not both
+        if s.split_down > 1:
+            top = row // s.split_down
+        if s.split_across > 1:
+            left = col // s.split_across
         for i in cutlass.range(s.down, unroll=1):
             for j in cutlass.range(s.across, unroll=1):
-                bit = Int32(1)
-                if top + i < s.nq and left + j < s.nk:
-                    word = words[pattern * s.nq + top + i, (left + j) // 32]
-                    bit = word >> (left + j) % 32 & 1
+                bit, block = Int32(1), left + j
+                if top + i < s.nq and block < s.nk:
+                    word = words[pattern * s.nq + top + i, block >> 5]
+                    bit = word >> (block & 31) & 1
                     any_chosen = any_chosen | bit
                 found = found | bit << (i * s.across + j)
         return found, any_chosen
 
     @cute.jit
-    def put(self, lists, place, where, values, s):
-        """Write a tile to the list, and what its own bit tile is made of."""
-        tiles, own, errors = lists
-        pattern, row, col, name = place
+    def put(self, lists, coord, where, values, s):
+        """Write a tile to the list, with the source of its own bit tile."""
+        tiles, own, _, errors = lists
+        pattern, row, col, _, name = coord
         partial, state, blocks, slot = values
-        entry = Int32(FULL)
+        entry, wrong = Int32(FULL), Int32(0)
         if partial != 0:
             entry = state
             if blocks != s.all_blocks:  # sets follow the bit tiles of the table, for each of them
@@ -315,103 +351,28 @@ class ListTiles:
                     for i in cutlass.range_constexpr(4):
                         own[slot, i] = fields[i]
                 else:
-                    top = row // s.split_down * s.down
-                    for i in cutlass.range(top, cutlass.min(top + s.down, s.nq), unroll=1):
-                        errors[pattern * s.nq + i] = Uint8(4)
+                    wrong = Int32(4)
         if where < cute.size(tiles, mode=[0]) - 1:
             tiles[where, 0], tiles[where, 1] = name, entry
+        else:
+            wrong = wrong | 2
+        if wrong != 0:
+            top = row * s.down
+            if s.split_down > 1:
+                top = row // s.split_down
+            for i in cutlass.range(top, cutlass.min(top + s.down, s.nq), unroll=1):
+                at = pattern * s.nq + i
+                errors[at] = (errors[at].to(Int32) | wrong).to(Uint8)
 
 
-class OwnBits:
-    """A CTA for each bit tile of its own: bits in fragment order (see kernels.fragment).
-
-    own: As of `ListTiles`. counts: int32 (4,); the last is the number of bit tiles.
-    mask_bits: Bit tiles of the mask's table in the same order, int32 (known, height / 64, 128, 2).
-    bits: int32 (most, height / 64, 128, 2); heights are of keys where lines are columns.
-    """
-
-    @cute.jit
-    def __call__(
-        self,
-        own: cute.Tensor,
-        counts: cute.Tensor,
-        numbers: cute.Tensor,
-        mask_bits: cute.Tensor,
-        bits: cute.Tensor,
-        rows: Int32,
-        height: Int32,
-        width: Int32,
-        q_len: Int32,
-        kv_len: Int32,
-        down: Int32,
-        across: Int32,
-        numbered: Int32,
-        all_blocks: Int32,
-        stacked: Int32,
-        stream,
-    ):
-        """Launch on the stream."""
-        sizes = (rows, height, width, q_len, kv_len, down, across, numbered, all_blocks, stacked)
-        self.kernel(own, counts, numbers, mask_bits, bits, sizes).launch(
-            grid=(cute.size(bits, mode=[0]), 1, 1), block=(128, 1, 1), stream=stream
-        )
-
-    @cute.kernel
-    def kernel(
-        self,
-        own: cute.Tensor,
-        counts: cute.Tensor,
-        numbers: cute.Tensor,
-        mask_bits: cute.Tensor,
-        bits: cute.Tensor,
-        sizes,
-    ):
-        """One bit tile."""
-        slot, thread = cute.arch.block_idx()[0], cute.arch.thread_idx()[0]
-        rows, height, width, _, _, down, across, numbered, _, _ = sizes
-        if slot < counts[3]:
-            row, col, state, blocks = (own[slot, i] for i in range(4))
-            table = row // rows if numbered > 1 else Int32(0)
-            corner = (row % rows * height, col * width, table)
-            sides = (height // down, width // across)
-            lines = 16 * (thread // 32) + thread % 32 // 4
-            for group in cutlass.range(cute.size(bits, mode=[1]), unroll=1):
-                for n in cutlass.range_constexpr(2):
-                    line = group * 64 + lines + 8 * n
-                    word = Int32(-1)
-                    if state >= 0:
-                        word = mask_bits[state, group, thread, n]
-                    place = (line, 2 * (thread % 4))
-                    bits[slot, group, thread, n] = word & self.word(
-                        numbers, place, corner, sides, blocks, sizes
-                    )
-
-    @cute.jit
-    def word(self, numbers, place, corner, sides, blocks, sizes):
-        """32 bits of a line: columns 8 j + place[1] and the next one, for j in 0..15."""
-        _, height, width, q_len, kv_len, _, across, numbered, all_blocks, stacked = sizes
-        line, first = place
-        reach = width if stacked == 0 else height
-        result = Int32(0)
-        for j in cutlass.range(16, unroll=4):
-            for c in cutlass.range_constexpr(2):
-                column = 8 * j + first + c
-                if column < reach:
-                    q, kv = (line, column) if stacked == 0 else (column, line)
-                    allowed = Int32(1)
-                    if blocks != all_blocks:
-                        cell = q // sides[0] * across + kv // sides[1]
-                        allowed = blocks >> cell & 1
-                    if numbered != 0:
-                        query = cutlass.min(corner[0] + q, q_len - 1)
-                        key = cutlass.min(corner[1] + kv, kv_len - 1)
-                        same = numbers[corner[2], query] == numbers[corner[2], key]
-                        allowed = allowed if same else Int32(0)
-                    result = result | allowed << (2 * j + c)
-        return result
+@cute.jit
+def _add(goal, number):
+    """Add to a number in memory. Returns its value before."""
+    return cute.arch.atomic_add(goal, number, sem="relaxed", scope="gpu")
 
 
-def _ints(*shape, dtype=Int32):
+def ints(*shape, dtype=Int32):
+    """A compact tensor without memory, for compilation."""
     order = tuple(reversed(range(len(shape))))
     return cute.runtime.make_fake_compact_tensor(dtype, shape, stride_order=order)
 
@@ -420,35 +381,23 @@ def compile_block_bits(kind: str, arch: str):
     """Compile for data of "int64", "int32" or "table", whether or not there is a GPU."""
     from sparse_flash.kernels.compile import compile_kernel
 
-    dtype = {"int64": cutlass.Int64, "int32": Int32, "table": Uint8}[kind]
+    dtype = {"int64": Int64, "int32": Int32, "table": Uint8}[kind]
     rows, size = cute.sym_int(), cute.sym_int
-    arguments = (_ints(rows, size(), dtype=dtype), _ints(rows, size()), _ints(rows, dtype=Uint8))
-    return compile_kernel(BlockBits(kind == "table"), (*arguments, Int32(1), Int32(1)), arch)
+    arguments = (ints(rows, size(), dtype=dtype), ints(rows, size()), ints(rows, dtype=Uint8))
+    return compile_kernel(BlockBits(kind == "table"), (*arguments, Int32(1)), arch)
 
 
-def compile_list_tiles(fill: bool, arch: str):
+def compile_list_tiles(by_column: bool, fit: bool, arch: str):
     """Compile, whether or not there is a GPU."""
     from sparse_flash.kernels.compile import compile_kernel
 
     lines, size = cute.sym_int(), cute.sym_int
     arguments = (
-        *(_ints(size(), size()), _ints(size(), size(), size())),
-        *(_ints(size()), _ints(size(), size())),
-        *(_ints(lines), _ints(lines), _ints(size(), 2), _ints(size(), 4)),
-        _ints(size(), dtype=Uint8),
+        *(ints(size(), size()), ints(size(), size(), size())),
+        *(ints(size()), ints(size(), size())),
+        *(ints(lines) for _ in range(3)),
+        *(ints(lines, size()) if fit else ints(size(), 2), ints(size(), 4), ints(2)),
+        ints(size(), dtype=Uint8),
         *(Int32(1) for _ in Sizes._fields),
     )
-    return compile_kernel(ListTiles(fill), arguments, arch)
-
-
-def compile_own_bits(arch: str):
-    """Compile, whether or not there is a GPU."""
-    from sparse_flash.kernels.compile import compile_kernel
-
-    size, groups = cute.sym_int, cute.sym_int()
-    arguments = (
-        *(_ints(size(), 4), _ints(4), _ints(size(), size())),
-        *(_ints(size(), groups, 128, 2), _ints(size(), groups, 128, 2)),
-        *(Int32(1) for _ in range(10)),
-    )
-    return compile_kernel(OwnBits(), arguments, arch)
+    return compile_kernel(ListTiles(by_column, fit), arguments, arch)

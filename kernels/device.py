@@ -35,7 +35,7 @@ class DeviceFacts:
         """The facts of a CUDA device, read from the driver once per device.
 
         Raises:
-            ValueError: The device is no CUDA device.
+            ValueError: The device is not a CUDA device.
         """
         facts = cls._of.get(device)
         if facts is None:

@@ -250,7 +250,7 @@ def _work_items(
     split = (of > 1) & exists
     part = torch.where(split, split.cumsum(0, dtype=torch.int32) - 1, -1)
     first = torch.where(count > 0, begin[row] + lower, len(listed.tiles) - 1)
-    item_cost = cost[row] * count.clamp(min=1) / mine.clamp(min=1)
+    item_cost = (cost / parts)[row]  # a part may have a tile more than another
     work = torch.stack(_records(row, sizes, first, count, part), 1)
     several = parts > 1
     number = several.cumsum(0)

@@ -42,7 +42,8 @@ def _reorder(bit_tiles: Tensor) -> Tensor:
     shifts = torch.arange(0, 8, 2, dtype=torch.uint8, device=bit_tiles.device)
     pairs = (bit_tiles.unsqueeze(2) >> shifts[:, None]) & 3  # (n, rows, 4, bytes)
     pairs = pad(pairs, (0, 16 - pairs.shape[3])).unflatten(3, (4, 4))
-    packed = (pairs << shifts).sum(4, dtype=torch.uint8)  # four pairs a byte: (n, rows, 4, 4)
+    first, second, third, fourth = pairs.unbind(4)  # four pairs a byte: (n, rows, 4, 4)
+    packed = first | second << 2 | third << 4 | fourth << 6
     words = packed.view(torch.int32).squeeze(3)  # (n, rows, q)
     # A row is (warpgroup, warp, which of the thread's two, octet).
     n, rows, _ = words.shape

@@ -13,6 +13,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from sparse_flash.kernels.plan import Plan
 
+_binding = threading.Lock()
+
 
 class Kernel:
     """A compiled kernel with its launch state. Thread safe.
@@ -130,3 +132,23 @@ class Kernel:
             torch.empty((number, *shape), dtype=torch.float32, device=device)
             for shape in self.split_shapes
         ]
+
+
+def bind(plan: Any, kernels: dict[Any, Kernel], make: Callable[[Any], Kernel]) -> Kernel:
+    """The kernel of a plan's config, loaded or compiled if need be, and kept with the plan.
+
+    Plans with the same config share one kernel, and its counters. Thread safe.
+
+    Args:
+        plan: The plan.
+        kernels: The kernels of this computation so far, by config.
+        make: Loads or compiles the kernel of a config.
+    """
+    kernel = kernels.get(plan.config)
+    if kernel is None:
+        with _binding:
+            kernel = kernels.get(plan.config)
+            if kernel is None:
+                kernel = kernels[plan.config] = make(plan.config)
+    plan.kernel = kernel
+    return kernel

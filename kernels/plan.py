@@ -62,7 +62,7 @@ class Plan(Generic[Config]):
     errors: Tensor | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        # What a launch takes, gathered once: `follow` changes the contents of arrays, no array.
+        # Arguments of a launch, gathered once: `follow` changes only the contents of arrays.
         s = self.schedule
         self.lists, self.combine = (s.work, s.tiles, s.bits), (s.combine, s.counts)
         self.num_splits, self.num_ctas = s.num_splits, s.num_ctas
@@ -106,9 +106,9 @@ class Planner(Generic[Config]):
 
 
 class PlanKey(NamedTuple):
-    """What a plan of a layout depends on. A named tuple: every call makes one.
+    """Key of a plan of a layout. A named tuple, since every call constructs one.
 
-    planner: What is computed, with the candidate configs.
+    planner: The operation, with its candidate configs.
     batch: Number of batch entries.
     heads: Number of query heads.
     kv_heads: Number of key heads.

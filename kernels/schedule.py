@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from sparse_flash.kernels.config import KernelConfig
@@ -19,10 +19,14 @@ from sparse_flash.kernels.device import DeviceFacts
 from sparse_flash.kernels.fragment import fragment_order
 from sparse_flash.masks.layout import FULL_TILE, BlockLayout
 from sparse_flash.masks.retile import retile
+from sparse_flash.masks.transfer import moved
 from torch import Tensor
 from torch.nn.functional import pad
 
 WORK_FIELDS = 8  # int32 words of a work item, padded to a sector of memory
+_GRID = 1 << 24  # tiles of which a table of bools is made
+_MOST_ON_HOST = 1 << 14  # tiles, and rows of all heads, of a schedule that is made on the CPU
+_CUT_ON_HOST = 8  # times as few tiles if they are cut into others, which takes longest on a CPU
 ARRAYS = ("work", "tiles", "bits", "combine", "kv_lens", "counts")  # of a Schedule
 
 
@@ -31,7 +35,7 @@ Config = TypeVar("Config", bound=KernelConfig)
 
 @dataclass(frozen=True)
 class CostModel:
-    """What the work of one architecture costs, in units of the time of a full tile.
+    """Cost model of one architecture, in units of the time of a full tile.
 
     Args:
         partial_tile: Cost of a partial tile.
@@ -93,7 +97,7 @@ class Schedule:
     work: (items, 8). m_block, head, batch, first tile, number of tiles, part (-1: not split), and
         two zeros.
     tiles: (tiles + 1, 2). n_block, and the bit tile or -1 for a full one; columns ascend in a row.
-        The last one is what items without tiles name as their first.
+        Items without tiles refer to the last one as their first.
     bits: (bit tiles and spare ones, tile_m / 64, 128, 2), in fragment order; `num_bit_tiles` of
         them are used.
     combine: (split rows, 8). m_block, head, batch, first part, number of parts, and three zeros.
@@ -120,6 +124,11 @@ class Schedule:
     def arrays(self) -> list[Tensor]:
         """The arrays in the order of `ARRAYS`."""
         return [self.work, self.tiles, self.bits, self.combine, self.kv_lens, self.counts]
+
+    def to(self, device: torch.device) -> Schedule:
+        """The same schedule with its arrays on another device, where they share one buffer."""
+        arrays: dict[str, Any] = dict(zip(ARRAYS, moved(self.arrays(), device), strict=True))
+        return replace(self, **arrays)
 
     def update_(self, other: Schedule) -> None:
         """Take over another schedule in place, so that captured CUDA graphs follow it.
@@ -202,7 +211,8 @@ def schedule(
     >>> s.work[0, 4].item(), s.work[-1, 4].item(), s.num_splits, len(s.combine)
     (52, 1, 80, 8)
     """
-    layout = retile(layout, tile)
+    device = layout.device
+    layout = retile(on_host(layout, batch * heads, tile), tile)
     starts = layout.crow_indices.long()
     owners = layout.pattern_map.long().expand(batch, heads).reshape(-1)  # of (batch, head) pairs
     tiles = starts.diff()[owners].flatten()  # of (batch, head, row) triples, as all that follows
@@ -228,7 +238,7 @@ def schedule(
     combined = (parts > 1).nonzero().squeeze(1)
     first_part = (in_parts.cumsum(0) - in_parts)[combined]
     counts = torch.tensor([len(work), len(combined)], dtype=torch.int32, device=layout.device)
-    return Schedule(
+    made = Schedule(
         counts=counts,
         work=work[_longest_first(item_cost, group, share, costs.long_item)],
         tiles=pad(
@@ -242,6 +252,26 @@ def schedule(
         num_ctas=min(len(work), facts.num_sms),
         tile=tile,
     )
+    return made if device == layout.device else made.to(device)
+
+
+def on_host(
+    layout: BlockLayout, pairs: int = 1, tile: tuple[int, int] | None = None
+) -> BlockLayout:
+    """A layout's copy on the CPU where it has few tiles and rows, else itself.
+
+    A schedule takes some 200 small operations. On a GPU each takes 5 to 10 us whatever its size,
+    and some make the host wait; on a CPU those on a few thousand tiles take 1 to 3 us.
+
+    Args:
+        layout: The layout.
+        pairs: Number of (batch, head) pairs, whose rows a schedule lists.
+        tile: Tile of the schedule; default: the layout's block.
+    """
+    rows = pairs * max(layout.num_block_rows, layout.num_block_cols)
+    cut = _CUT_ON_HOST if tile not in (None, layout.block) else 1
+    small = layout.num_tiles * cut <= _MOST_ON_HOST and rows <= _MOST_ON_HOST
+    return layout.host if small else layout
 
 
 def backward_schedule(
@@ -270,9 +300,12 @@ def backward_schedule(
     >>> s.work[:, 4].tolist(), s.tiles[:4, 0].tolist()
     ([6, 6, 4, 4, 4, 4], [0, 1, 3, 4])
     """
+    device = layout.device
+    layout = on_host(layout, batch * heads[0], tile[::-1])
     stacked = stack_heads(retile(layout.transpose(), tile), heads[0] // heads[1])
     plan = schedule(stacked, batch, heads[1], tile, facts, costs, q_bytes, split_last_wave)
-    return replace(plan, kv_lens=torch.full_like(plan.kv_lens, layout.kv_len))
+    plan = replace(plan, kv_lens=torch.full_like(plan.kv_lens, layout.kv_len))
+    return plan if device == layout.device else plan.to(device)
 
 
 def stack_heads(layout: BlockLayout, size: int) -> BlockLayout:
@@ -321,6 +354,7 @@ def best_config(layout: BlockLayout, configs: Sequence[Config]) -> Config:
     """
     if len(configs) == 1:
         return configs[0]
+    layout = on_host(layout)
     return min(configs, key=lambda c: cover(layout, c.tile) * c.tile_cost)
 
 
@@ -332,20 +366,30 @@ def cover(layout: BlockLayout, tile: tuple[int, int]) -> int:
     >>> cover(layout, (128, 128)), cover(layout, (192, 128)), cover(layout, (128, 64))
     (16, 14, 32)
     """
+    if tile == layout.block:
+        return layout.num_tiles
     (block_q, block_kv), (tile_m, tile_n) = layout.block, tile
-    rows = layout.tile_rows.long()
+    rows = layout.tile_rows
     pattern, rows = rows // layout.num_block_rows, rows % layout.num_block_rows
-    top, left = rows * block_q, layout.col_indices.long() * block_kv
-    bottom = (top + block_q).clamp(max=layout.q_len) - 1
-    right = (left + block_kv).clamp(max=layout.kv_len) - 1
     height, width = -(-layout.q_len // tile_m), -(-layout.kv_len // tile_n)
+    top, left = rows * block_q, layout.col_indices.long() * block_kv
+    # The lowest row and the last column of tiles that each block touches.
+    bottom = (top + (block_q - 1)).clamp(max=layout.q_len - 1) // tile_m
+    right = (left + (block_kv - 1)).clamp(max=layout.kv_len - 1) // tile_n
+    top, left = top // tile_m + pattern * height, left // tile_n
+    bottom = bottom + pattern * height
+    size = layout.num_patterns * height * width
+    seen = torch.zeros(size, dtype=torch.bool, device=rows.device) if size <= _GRID else None
     touched = []
     for i in range((block_q - 1) // tile_m + 2):
+        m = torch.minimum(top + i, bottom) * width
         for j in range((block_kv - 1) // tile_n + 2):
-            m, n = top // tile_m + i, left // tile_n + j
-            inside = (m <= bottom // tile_m) & (n <= right // tile_n)
-            touched.append(((pattern * height + m) * width + n)[inside])
-    return len(torch.cat(touched).unique())
+            tiles = m + torch.minimum(left + j, right)
+            if seen is None:
+                touched.append(tiles)
+            else:
+                seen[tiles] = True
+    return len(torch.cat(touched).unique()) if seen is None else int(seen.sum())
 
 
 def _split_last(

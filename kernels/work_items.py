@@ -1,17 +1,19 @@
-"""The kernel that makes the work items of a layout of data: one CTA for all lines.
+"""The kernel that makes the work items of a layout of data, in their order.
 
-What it computes is what `device_schedule` computes with PyTorch, item by item.
+The result equals that of `device_schedule`, which uses PyTorch, item by item. No CTA waits for
+another: each computes the sums over all lines itself, which is faster than a wait.
 """
+
+import operator
 
 import cutlass
 from cutlass import Float32, Int32, Int64, cute
 
 THREADS = 1024
 WARPS = THREADS // 32
-MOST_SORTED = 1 << 14  # items that the kernel sorts itself
-MOST_GROUPS = 1 << 10  # of heads that a key distinguishes
-_ITEM_BITS, _LAST = 20, 2**31 - 1  # of a key: group, cost from the largest down, item
-_SCANNED = 3  # numbers whose sums over the rows before are needed
+MAX_CTAS = 132  # CTAs take several chunks of rows each beyond that
+_LAST = 2**31 - 1
+_INT_SUMS = 3  # sums that one reduction gives
 
 
 @cute.jit
@@ -23,36 +25,37 @@ def bits_of(number):
 
 
 class WorkItems:
-    """The kernel for all layouts.
+    """The kernel for all layouts. A warp writes the items of a row.
 
-    tiles, partials: Tiles and partial tiles of each line, int32 (lines,).
-    begins, own_begins: Their sums over the lines before, int32 (lines,).
+    The rank of an item is the number of items that come before it (sorting by counting). Heads
+    are computed in groups, so only the rows of its own group need to be compared, unless some are
+    so long that they come before all groups.
+
+    begins, tiles, partials: First tile, tiles, and partial tiles of each line, int32 (lines,).
     work, combine: As of a `Schedule`.
-    draft: Shaped as work: the items in another order. Without `sort` work is not written.
-    keys: int64 (items,), by which the draft is to be sorted.
-    counts: int32 (4,). Items, split rows, tiles, and partial tiles.
+    counts: int32 (2,). Items and split rows.
+    kv_lens: int32 (batch,), which all become `kv_len`.
 
-    Then the numbers of `sizes` and `costs`:
+    Then kv_len, and the numbers of `sizes` and `costs`:
 
     sizes: batch, heads, batch entries and heads with lines of their own, lines of each, groups of
-        heads, index of the tile that stands for none, number of CTAs, rows of the last round,
-        fewest tiles of a part, and the number of items to sort as a power of two, or 0.
-    costs: Those of the `CostModel`: item, what a partial tile adds, largest_share, part, combine,
-        long_item.
+        heads, index of the tile that stands for none, number of CTAs of the attention kernel, rows
+        of the last round, and fewest tiles of a part.
+    costs: Fields of the `CostModel`: item, extra cost of a partial tile, largest_share, split,
+        combine, long_item.
     """
 
     @cute.jit
     def __call__(
         self,
+        begins: cute.Tensor,
         tiles: cute.Tensor,
         partials: cute.Tensor,
-        begins: cute.Tensor,
-        own_begins: cute.Tensor,
-        draft: cute.Tensor,
         work: cute.Tensor,
-        keys: cute.Tensor,
         combine: cute.Tensor,
         counts: cute.Tensor,
+        kv_lens: cute.Tensor,
+        kv_len: Int32,
         batch: Int32,
         heads: Int32,
         own_batch: Int32,
@@ -63,132 +66,208 @@ class WorkItems:
         ctas: Int32,
         rest: Int32,
         fewest: Int32,
-        log_items: Int32,
         item: Float32,
         partial_tile: Float32,
         largest_share: Float32,
-        part: Float32,
+        split: Float32,
         combine_cost: Float32,
         long_item: Float32,
         stream,
     ):
         """Launch on the stream."""
         sizes = (batch, heads, own_batch, own_heads, rows, groups, no_tile, ctas, rest, fewest)
-        sizes = (*sizes, log_items)
-        costs = (item, partial_tile, largest_share, part, combine_cost, long_item)
-        lists = (tiles, partials, begins, own_begins)
-        self.kernel(lists, (draft, work, keys, combine, counts), sizes, costs).launch(
-            grid=(1, 1, 1), block=(THREADS, 1, 1), stream=stream
+        costs = (item, partial_tile, largest_share, split, combine_cost, long_item)
+        chunks = cute.ceil_div(batch * heads * rows, WARPS)
+        lists, results = (begins, tiles, partials), (work, combine, counts)
+        self.kernel(lists, results, sizes, costs, kv_lens, kv_len).launch(
+            grid=(cutlass.min(chunks, MAX_CTAS), 1, 1), block=(THREADS, 1, 1), stream=stream
         )
 
     @cute.kernel
-    def kernel(self, lists, results, sizes, costs):
-        """All rows, THREADS at a time."""
-        draft, work, keys, combine, counts = results
-        thread = cute.arch.thread_idx()[0]
+    def kernel(self, lists, results, sizes, costs, kv_lens, kv_len):
+        """Some chunks of as many rows as there are warps."""
+        thread, cta = cute.arch.thread_idx()[0], cute.arch.block_idx()[0]
         smem = cutlass.utils.SmemAllocator()
         s_floats = smem.allocate_tensor(Float32, cute.make_layout(WARPS), 16)
-        layout = cute.make_layout((2, _SCANNED, WARPS), stride=(_SCANNED * WARPS, WARPS, 1))
-        s_sums = smem.allocate_tensor(Int32, layout, 16)
-        s_keys = smem.allocate_tensor(Int64, cute.make_layout(MOST_SORTED), 16)
-        self.sum_lines(lists, counts, s_sums, thread)
+        layout = cute.make_layout((_INT_SUMS, WARPS), stride=(WARPS, 1))
+        s_ints = smem.allocate_tensor(Int32, layout, 16)
+        s_keys = smem.allocate_tensor(Int64, cute.make_layout(THREADS), 16)
+        s_parts = smem.allocate_tensor(Int32, cute.make_layout(THREADS), 16)
         total = sizes[0] * sizes[1] * sizes[4]
-        chunks = cute.ceil_div(total, THREADS)
-        work_sum, dearest, cheapest, fewest = self.statistics(
-            lists, sizes, costs, thread, total, chunks, s_floats
+        work_sum, dearest, last, items, splits = self.totals(
+            lists, sizes, costs, (thread, total), (s_floats, s_ints)
         )
         share = work_sum / sizes[7].to(Float32)
-        limit = cutlass.max(share * costs[2], Float32(1e-6))
-        most, items = Int32(1), Int32(0)
-        for i in cutlass.range(chunks, unroll=1):
-            row = i * THREADS + thread
-            if row < total:
-                _, count, cost = self.row(lists, sizes, costs, row)
-                parts = self.parts(count, cost, limit, sizes)
-                most = cutlass.max(most, parts)
-                items += parts
-        most = self.reduce(most.to(Float32), s_floats, cutlass.max).to(Int32)
-        items = self.reduce(items.to(Float32), s_floats, lambda a, b: a + b).to(Int32)
-        last = Int32(1)
-        if sizes[8] > 0 and most == 1 and dearest <= 1.02 * cheapest:
-            last = self.last_parts(fewest, dearest, sizes, costs)
-        items += sizes[8] * (last - 1)
-        shares = (share, limit, work_sum / items.to(Float32))
-        carry = (Int32(0), Int32(0), Int32(0))
-        for i in cutlass.range(chunks, unroll=1):
-            row = i * THREADS + thread
-            begin, count, cost, parts = Int32(0), Int32(0), Float32(0.0), Int32(0)
-            if row < total:
-                begin, count, cost = self.row(lists, sizes, costs, row)
-                parts = self.parts(count, cost, limit, sizes)
-                if row >= total - sizes[8]:
-                    parts = cutlass.max(parts, last)
-            split = Int32(1) if parts > 1 else Int32(0)
-            before, carry = self.scan((parts, split, parts * split), carry, s_sums, i % 2)
-            if row < total:
-                named = (row, begin, count, cost, parts)
-                self.emit(named, before, shares, draft, keys, combine, sizes, costs)
-        rest = cute.size(keys, mode=[0]) - items
-        for i in cutlass.range(thread, rest, THREADS, unroll=1):
-            keys[items + i] = Int64(1 << 62)
-        if thread == 0:
-            counts[0], counts[1] = items, carry[1]
-        if sizes[10] > 0:
+        shares = (share, self.limit(share, costs), work_sum / items.to(Float32), last)
+        if cta == 0 and thread == 0:
+            results[2][0], results[2][1] = items, splits
+        if cta == 0:
+            for i in cutlass.range(thread, cute.size(kv_lens, mode=[0]), THREADS, unroll=1):
+                kv_lens[i] = kv_len
+        long = sizes[5] > 1 and dearest > costs[5] * shares[2]
+        simple = Int32(0) if long or splits > 0 else Int32(1)
+        memory = (s_ints, s_keys, s_parts)
+        for chunk in cutlass.range(
+            cta, cute.ceil_div(total, WARPS), cute.arch.grid_dim()[0], unroll=1
+        ):
+            self.chunk(chunk * WARPS, lists, results, sizes, costs, shares, simple, memory)
+
+    @cute.jit
+    def chunk(self, first, lists, results, sizes, costs, shares, simple, memory):
+        """The items of the rows from `first` on, one row for each warp."""
+        s_ints, s_keys, s_parts = memory
+        warp, lane = cute.arch.warp_idx(), cute.arch.lane_idx()
+        thread = cute.arch.thread_idx()[0]
+        total = sizes[0] * sizes[1] * sizes[4]
+        row = first + warp
+        mine = self.row(lists, sizes, costs, shares, cutlass.min(row, total - 1))
+        key, parts, front = mine[0], mine[1], mine[2]
+        end = cutlass.min(first + WARPS, total)
+        low = self.first_row(self.group(first, sizes), sizes)
+        high = self.first_row(self.group(end - 1, sizes) + 1, sizes)
+        before, splits, in_splits = low, Int32(0), Int32(0)
+        if simple == 0:
+            several, _, _ = self.add((front, Int32(0), Int32(0)), s_ints)
+            if several > 0:
+                low, high = Int32(0), total
+            before, splits, in_splits = self.before(
+                lists, sizes, costs, shares, (first, low, high), s_ints
+            )
+            earlier = Int32(1) if lane < warp and first + lane < total else Int32(0)
             cute.arch.sync_threads()
-            self.sort(keys, s_keys, sizes[10], thread)
-            for i in cutlass.range(thread, items, THREADS, unroll=1):
-                item = (s_keys[i] & Int64((1 << _ITEM_BITS) - 1)).to(Int32)
-                for n in cutlass.range_constexpr(8):
-                    work[i, n] = draft[item, n]
+            if lane == 0:
+                s_parts[warp] = parts
+            cute.arch.sync_threads()
+            other = s_parts[lane] * earlier
+            some = Int32(1) if other > 1 else Int32(0)
+            splits += cute.arch.warp_reduction(some, operator.add)
+            in_splits += cute.arch.warp_reduction(other * some, operator.add)
+        rank = Int32(0)
+        for i in cutlass.range(cute.ceil_div(high - low, THREADS), unroll=1):
+            start = low + i * THREADS
+            other, number = Int64(_LAST << 32), Int32(0)
+            if start + thread < high:
+                found = self.row(lists, sizes, costs, shares, start + thread)
+                other, number = found[0], found[1]
+            cute.arch.sync_threads()
+            s_keys[thread], s_parts[thread] = other, number
+            cute.arch.sync_threads()
+            count = cute.ceil_div(cutlass.min(high - start, THREADS), 32)
+            for j in cutlass.range(count, unroll=4):
+                index = j * 32 + lane
+                bound = key + (Int64(1) if start + index < row else Int64(0))
+                rank += s_parts[index] if s_keys[index] < bound else Int32(0)
+        cute.arch.sync_threads()
+        rank = before + cute.arch.warp_reduction(rank, operator.add)
+        if row < total:
+            self.emit(row, mine, (rank, splits, in_splits), lists, results, sizes)
 
     @cute.jit
-    def sum_lines(self, lists, counts, s_sums, thread):
-        """First tiles, and first partial tiles, of all lines."""
-        tiles, partials, begins, own_begins = lists
+    def totals(self, lists, sizes, costs, extents, memory):
+        """Of all rows: sum and largest of the costs, parts of the last rows, items, split rows.
+
+        Each line stands for the same number of rows.
+        """
+        (thread, total), (s_floats, s_ints) = extents, memory
+        _, tiles, partials = lists
         lines = cute.size(tiles, mode=[0])
-        carry = (Int32(0), Int32(0), Int32(0))
-        for i in cutlass.range(cute.ceil_div(lines, THREADS), unroll=1):
-            line = i * THREADS + thread
-            mine, cut = Int32(0), Int32(0)
-            if line < lines:
-                mine, cut = tiles[line], partials[line]
-            before, carry = self.scan((mine, cut, Int32(0)), carry, s_sums, i % 2)
-            if line < lines:
-                begins[line], own_begins[line] = before[0], before[1]
-        if thread == 0:
-            counts[2], counts[3] = carry[0], carry[1]
-        cute.arch.sync_threads()
+        repeats = total // lines
+        work_sum, dearest, cheapest = Float32(0.0), Float32(0.0), Float32.inf
+        few = Float32.inf
+        for line in cutlass.range(thread, lines, THREADS, unroll=4):
+            count = tiles[line]
+            cost = self.cost(count, partials[line], costs)
+            work_sum += cost
+            dearest, cheapest = cutlass.max(dearest, cost), cutlass.min(cheapest, cost)
+            few = cutlass.min(few, count.to(Float32))
+        work_sum = self.reduce(work_sum, s_floats, operator.add) * repeats.to(Float32)
+        dearest = self.reduce(dearest, s_floats, cutlass.max)
+        cheapest = self.reduce(cheapest, s_floats, cutlass.min)
+        few = self.reduce(few, s_floats, cutlass.min).to(Int32)
+        limit = self.limit(work_sum / sizes[7].to(Float32), costs)
+        items, splits = Int32(0), Int32(0)
+        for line in cutlass.range(thread, lines, THREADS, unroll=4):
+            count = tiles[line]
+            parts = self.parts(count, self.cost(count, partials[line], costs), limit, sizes)
+            items += parts
+            splits += Int32(1) if parts > 1 else Int32(0)
+        items, splits, _ = self.add((items, splits, Int32(0)), s_ints)
+        items, splits, last = items * repeats, splits * repeats, Int32(1)
+        if sizes[8] > 0 and splits == 0 and dearest <= 1.02 * cheapest:
+            last = self.last_parts(few, dearest, sizes, costs)
+            if last > 1:
+                items += sizes[8] * (last - 1)
+                splits = sizes[8]
+        return work_sum, dearest, last, items, splits
 
     @cute.jit
-    def sort(self, keys, s_keys, log_items, thread):
-        """Sort the keys into shared memory, in ascending order (bitonic: Batcher, 1968)."""
-        size = Int32(1) << log_items
-        for i in cutlass.range(thread, size, THREADS, unroll=1):
-            s_keys[i] = keys[i] if i < cute.size(keys, mode=[0]) else Int64(1 << 62)
-        for k in cutlass.range(log_items, unroll=1):
-            for j in cutlass.range(k + 1, unroll=1):
-                cute.arch.sync_threads()
-                distance = Int32(1) << (k - j)
-                for i in cutlass.range(thread, size // 2, THREADS, unroll=4):
-                    low = i & (distance - 1)
-                    first = 2 * (i - low) + low
-                    a, b = s_keys[first], s_keys[first + distance]
-                    ascending = (first >> (k + 1)) & 1
-                    if (a > b and ascending == 0) or (a < b and ascending == 1):
-                        s_keys[first], s_keys[first + distance] = b, a
-        cute.arch.sync_threads()
+    def before(self, lists, sizes, costs, shares, extents, s_ints):
+        """Items that come before the rows low..high - 1, and split rows before `first`.
+
+        Returns:
+            Number of items, number of split rows, and number of their parts.
+        """
+        first, low, high = extents
+        items, splits, in_splits = Int32(0), Int32(0), Int32(0)
+        total = sizes[0] * sizes[1] * sizes[4]
+        for row in cutlass.range(cute.arch.thread_idx()[0], total, THREADS, unroll=1):
+            found = self.row(lists, sizes, costs, shares, row)
+            parts, front = found[1], found[2]
+            if row < low or (row >= high and front > 0):
+                items += parts
+            if row < first and parts > 1:
+                splits += Int32(1)
+                in_splits += parts
+        return self.add((items, splits, in_splits), s_ints)
 
     @cute.jit
-    def row(self, lists, sizes, costs, row):
-        """First tile, number of tiles, and cost of a row."""
-        tiles, partials, begins, _ = lists
-        pair = row // sizes[4]
-        head, batch = pair % sizes[1], pair // sizes[1]
-        pattern = batch * sizes[2] // sizes[0] * sizes[3] + head * sizes[3] // sizes[1]
-        line = pattern * sizes[4] + row % sizes[4]
+    def row(self, lists, sizes, costs, shares, row):
+        """Key, number of parts, whether it comes before all groups, line, and tiles of a row.
+
+        Items are in the order of (key, row); the parts of a row take as long as each other, but
+        for a tile.
+        """
+        _, tiles, partials = lists
+        share, limit, mean, last = shares
+        total, line, group = sizes[0] * sizes[1] * sizes[4], row, Int32(0)
+        if cute.size(tiles, mode=[0]) != total or sizes[5] > 1:
+            pair = row // sizes[4]
+            head, batch = pair % sizes[1], pair // sizes[1]
+            pattern = batch * sizes[2] // sizes[0] * sizes[3] + head * sizes[3] // sizes[1]
+            line = pattern * sizes[4] + row - pair * sizes[4]
+            group = pair * sizes[5] // (sizes[0] * sizes[1])
         count = tiles[line]
-        cost = cutlass.max(count, 1).to(Float32) + costs[0]
-        return begins[line], count, cost + costs[1] * partials[line].to(Float32)
+        cost = self.cost(count, partials[line], costs)
+        parts = self.parts(count, cost, limit, sizes)
+        if row >= total - sizes[8]:
+            parts = cutlass.max(parts, last)
+        cost = cost / parts.to(Float32)
+        later = share * (sizes[5] - group).to(Float32) / sizes[5].to(Float32)
+        front = Int32(1) if sizes[5] > 1 and cost > later and cost > costs[5] * mean else Int32(0)
+        order = Int32(0) if front > 0 else group + 1
+        key = (order.to(Int64) << 32) | (_LAST - bits_of(cost)).to(Int64)
+        return key, parts, front, line, count
+
+    @cute.jit
+    def group(self, row, sizes):
+        """The group of heads of a row."""
+        return row // sizes[4] * sizes[5] // (sizes[0] * sizes[1])
+
+    @cute.jit
+    def first_row(self, group, sizes):
+        """The first row of a group of heads."""
+        return cute.ceil_div(group * (sizes[0] * sizes[1]), sizes[5]) * sizes[4]
+
+    @cute.jit
+    def cost(self, count, partial, costs):
+        """The cost of a line, as `CostModel.rows`."""
+        whole = cutlass.max(count, 1).to(Float32) + costs[0]
+        return whole + costs[1] * partial.to(Float32)
+
+    @cute.jit
+    def limit(self, share, costs):
+        """The largest cost of an item."""
+        return cutlass.max(share * costs[2], Float32(1e-6))
 
     @cute.jit
     def parts(self, count, cost, limit, sizes):
@@ -196,7 +275,9 @@ class WorkItems:
         wanted = cutlass.min(cost / limit, Float32(1 << 20))
         whole = wanted.to(Int32)
         whole += Int32(1) if whole.to(Float32) < wanted else Int32(0)
-        return cutlass.max(cutlass.min(whole, count // sizes[9]), 1)
+        if whole > 1:
+            whole = cutlass.max(cutlass.min(whole, count // sizes[9]), 1)
+        return cutlass.max(whole, 1)
 
     @cute.jit
     def last_parts(self, fewest, dearest, sizes, costs):
@@ -212,108 +293,75 @@ class WorkItems:
         return best
 
     @cute.jit
-    def statistics(self, lists, sizes, costs, thread, total, chunks, s_floats):
-        """Of all rows the sum, the largest and the least cost, and the fewest tiles."""
-        work_sum, dearest = Float32(0.0), Float32(0.0)
-        cheapest, fewest = Float32.inf, Float32.inf
-        for i in cutlass.range(chunks, unroll=1):
-            row = i * THREADS + thread
-            if row < total:
-                _, count, cost = self.row(lists, sizes, costs, row)
-                work_sum += cost
-                dearest, cheapest = cutlass.max(dearest, cost), cutlass.min(cheapest, cost)
-                fewest = cutlass.min(fewest, count.to(Float32))
-        work_sum = self.reduce(work_sum, s_floats, lambda a, b: a + b)
-        dearest = self.reduce(dearest, s_floats, cutlass.max)
-        cheapest = self.reduce(cheapest, s_floats, cutlass.min)
-        return work_sum, dearest, cheapest, self.reduce(fewest, s_floats, cutlass.min).to(Int32)
-
-    @cute.jit
     def reduce(self, value, s_floats, operation: cutlass.Constexpr):
-        """One number of all threads, to all threads, in a fixed order."""
-        warp, lane = cute.arch.warp_idx(), cute.arch.lane_idx()
-        for i in cutlass.range_constexpr(5):
-            value = operation(value, cute.arch.shuffle_sync_bfly(value, offset=1 << i))
-        cute.arch.sync_threads()  # what was there has been read
+        """One Float32 of all threads, to all threads, in a fixed order."""
+        warp, lane = cute.arch.warp_idx(), cute.arch.lane_idx()  # `warp_idx` is a shuffle
+        value = cute.arch.warp_reduction(value, operation)
+        cute.arch.sync_threads()  # earlier values have been read
         if lane == 0:
             s_floats[warp] = value
         cute.arch.sync_threads()
-        value = s_floats[lane]
-        for i in cutlass.range_constexpr(5):
-            value = operation(value, cute.arch.shuffle_sync_bfly(value, offset=1 << i))
-        return value
+        return cute.arch.warp_reduction(s_floats[lane], operation)
 
     @cute.jit
-    def scan(self, mine, carry, s_sums, buffer):
-        """Sums of numbers over all threads and chunks before, and with all of this chunk's."""
+    def add(self, values, s_ints):
+        """Sums of Int32 over all threads, to all threads."""
         warp, lane = cute.arch.warp_idx(), cute.arch.lane_idx()
-        values = [mine[0], mine[1], mine[2]]
-        for n in cutlass.range_constexpr(_SCANNED):
-            values[n] = self.scan_warp(values[n], lane)
-            if lane == 31:
-                s_sums[buffer, n, warp] = values[n]
+        cute.arch.sync_threads()  # earlier values have been read
+        for n in cutlass.range_constexpr(_INT_SUMS):
+            value = cute.arch.warp_reduction(values[n], operator.add)
+            if lane == 0:
+                s_ints[n, warp] = value
         cute.arch.sync_threads()
-        before, after = [], []
-        for n in cutlass.range_constexpr(_SCANNED):
-            sums = self.scan_warp(s_sums[buffer, n, lane], lane)
-            others = cute.arch.shuffle_sync(sums, cutlass.max(warp - 1, 0))
-            others = others if warp > 0 else Int32(0)
-            before.append(carry[n] + others + values[n] - mine[n])
-            after.append(carry[n] + cute.arch.shuffle_sync(sums, 31))
-        return tuple(before), tuple(after)
+        sums = (s_ints[n, lane] for n in range(_INT_SUMS))
+        return tuple(cute.arch.warp_reduction(value, operator.add) for value in sums)
 
     @cute.jit
-    def scan_warp(self, value, lane):
-        """The sum over the lanes up to this one."""
-        for i in cutlass.range_constexpr(5):
-            other = cute.arch.shuffle_sync_up(value, offset=1 << i)
-            value += other if lane >= 1 << i else Int32(0)
-        return value
+    def emit(self, row, mine, ranks, lists, results, sizes):
+        """The items of a row, four at a time, and its record where it is split."""
+        _, parts, _, line, count = mine
+        rank, split, first_part = ranks
+        work, combine, _ = results
+        lane = cute.arch.lane_idx()
+        field, pair = lane & 7, row // sizes[4]
+        head = pair % sizes[1] if field == 1 else pair // sizes[1]
+        name = row - pair * sizes[4] if field == 0 else head
+        begin = lists[0][line]
+        for i in cutlass.range(cute.ceil_div(parts, 4), unroll=1):
+            nth = i * 4 + (lane >> 3)
+            lower, upper = Int32(0), count
+            if parts > 1:
+                lower, upper = count * nth // parts, count * (nth + 1) // parts
+            first = begin + lower if upper > lower else sizes[6]
+            part = first_part + nth if parts > 1 else Int32(-1)
+            value = self.choose(field, name, first, upper - lower, part)
+            if nth < parts and rank + nth < cute.size(work, mode=[0]):
+                work[rank + nth, field] = value
+        if parts > 1 and lane < 8 and split < cute.size(combine, mode=[0]):
+            combine[split, field] = self.choose(field, name, first_part, parts, Int32(0))
 
     @cute.jit
-    def emit(self, named, before, shares, draft, keys, combine, sizes, costs):
-        """The items of a row, and its record where it is split."""
-        row, begin, count, cost, parts = named
-        pair = row // sizes[4]
-        names = (row % sizes[4], pair % sizes[1], pair // sizes[1])
-        group = pair * sizes[5] // (sizes[0] * sizes[1])
-        later = shares[0] * (sizes[5] - group).to(Float32) / sizes[5].to(Float32)
-        for nth in cutlass.range(parts, unroll=1):
-            item = before[0] + nth
-            lower, upper = count * nth // parts, count * (nth + 1) // parts
-            tiles = upper - lower
-            first = begin + lower if tiles > 0 else sizes[6]
-            part = before[2] + nth if parts > 1 else Int32(-1)
-            mine = cost * cutlass.max(tiles, 1).to(Float32)
-            mine = mine / cutlass.max(count, 1).to(Float32)
-            front = sizes[5] > 1 and mine > later and mine > costs[5] * shares[2]
-            if item < cute.size(draft, mode=[0]):
-                fields = (*names, first, tiles, part, Int32(0), Int32(0))
-                for i in cutlass.range_constexpr(8):
-                    draft[item, i] = fields[i]
-                place = (Int32(0) if front else group + 1).to(Int64)
-                by_cost = (_LAST - bits_of(mine)).to(Int64)
-                keys[item] = (place << (31 + _ITEM_BITS)) | (by_cost << _ITEM_BITS) | item.to(Int64)
-        if parts > 1 and before[1] < cute.size(combine, mode=[0]):
-            fields = (*names, before[2], parts, Int32(0), Int32(0), Int32(0))
-            for i in cutlass.range_constexpr(8):
-                combine[before[1], i] = fields[i]
+    def choose(self, field, name, first, count, part):
+        """The value of a field of a record whose first three fields are `name`."""
+        value = name if field < 3 else first
+        value = count if field == 4 else value
+        value = part if field == 5 else value
+        return Int32(0) if field > 5 else value
 
 
 def compile_work_items(arch: str):
     """Compile for an architecture, as "sm_90a", whether or not there is a GPU."""
     from sparse_flash.kernels.compile import compile_kernel
 
-    def ints(*shape, dtype=Int32):
+    def ints(*shape):
         order = tuple(reversed(range(len(shape))))
-        return cute.runtime.make_fake_compact_tensor(dtype, shape, stride_order=order)
+        return cute.runtime.make_fake_compact_tensor(Int32, shape, stride_order=order)
 
     size = cute.sym_int
-    items, lines = size(), size()
+    lines = size()
     arguments = (
-        *(ints(lines) for _ in range(4)),
-        *(ints(items, 8), ints(size(), 8), ints(items, dtype=Int64)),
-        *(ints(size(), 8), ints(4)),
+        *(ints(lines) for _ in range(3)),
+        *(ints(size(), 8), ints(size(), 8), ints(2), ints(size())),
         *(Int32(1) for _ in range(11)),
         *(Float32(1.0) for _ in range(6)),
     )

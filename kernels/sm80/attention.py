@@ -3,57 +3,38 @@
 from __future__ import annotations
 
 import functools
-import threading
 from dataclasses import replace
 from typing import Any
 
 import torch
+from sparse_flash.kernels import attention as shared
+from sparse_flash.kernels import launch
+from sparse_flash.kernels.attention import DTYPES
 from sparse_flash.kernels.device import DeviceFacts
-from sparse_flash.kernels.dsl import dsl_unsupported_reason
 from sparse_flash.kernels.launch import Kernel
 from sparse_flash.kernels.plan import Plan, PlanKey, Planner, plan_of
-from sparse_flash.kernels.sm80.compile import load_forward
+from sparse_flash.kernels.sm80.compile import load_function
 from sparse_flash.kernels.sm80.config import (
-    FORWARD_COSTS,
     ForwardConfig,
-    capability_of,
     forward_configs,
     shared_memory_of,
     target_of,
 )
-from sparse_flash.kernels.sm90 import attention as shared
+from sparse_flash.kernels.sm80.costs import COSTS
 from sparse_flash.masks.layout import BlockLayout
 from torch import Tensor
-
-DTYPES, HEAD_DIMS = shared.DTYPES, shared.HEAD_DIMS
 
 
 def unsupported_reason(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     """Why the kernels cannot take these tensors, with the way out; None where they can."""
-    if q.dtype not in DTYPES:
-        return f"it computes bfloat16 and float16, not {q.dtype}: convert q, k and v"
-    if not q.is_cuda:
-        return f"it needs a GPU of compute capability 8.0 (Ampere) or later, but q is on {q.device}"
-    if q.shape[3] not in HEAD_DIMS:
-        return f"head_dim must be a multiple of 8 from 16 to 256, got {q.shape[3]}: pad q, k and v"
-    facts = DeviceFacts.of(q.device)
-    major, minor = capability_of(facts)
-    if major < 8 or major > 12:
-        name = torch.cuda.get_device_name(q.device)
-        return (
-            f"it needs compute capability 8.0 (Ampere) to 12.x, {name} has {major}.{minor}: use "
-            "impl='reference'"
-        )
-    reason = dsl_unsupported_reason()
-    if reason:
-        return reason
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if not shared.is_aligned(x):
-            return (
-                f"{name} has strides {x.stride()}: the last must be 1, and all others, as the "
-                f"address, multiples of 16 bytes: use {name}.contiguous()"
-            )
-    return None
+    gpu = "a GPU of compute capability 8.0 (Ampere) or later"
+    return shared.unsupported_reason(q, k, v, gpu, _unsupported_gpu)
+
+
+def _unsupported_gpu(arch: str, found: str) -> str | None:
+    if 8 <= int(arch[3:-1]) <= 12:
+        return None
+    return f"it needs compute capability 8.0 (Ampere) to 12.x, {found}: use impl='reference'"
 
 
 @functools.cache
@@ -62,7 +43,7 @@ def forward_planner(
 ) -> Planner[ForwardConfig]:
     """The planner of the forward; K and V in 16 bits should stay in the L2 cache."""
     configs = forward_configs(DTYPES[dtype], head_dim, target, shared_memory)
-    return Planner(configs, FORWARD_COSTS, 4 * configs[0].head_dim)
+    return Planner(configs, COSTS[target].forward, 4 * configs[0].head_dim)
 
 
 def slots_of(facts: DeviceFacts, ctas_per_sm: int) -> DeviceFacts:
@@ -92,25 +73,19 @@ def forward(
     *,
     transient: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Attention on torch's current stream: (out, lse). Arguments are those of the Hopper forward.
-
-    out is `(b, s, h, d)` in q's dtype, lse `(b, h, s)` in float32.
-    """
+    """Attention on torch's current stream: (out, lse). See `kernels.attention.forward`."""
     if plan.kernel is None:
         bind(plan)
-    return shared.forward(q, k, v, plan, kv_lens, softmax_scale, transient=transient)  # type: ignore[arg-type]
+    return shared.forward(q, k, v, plan, kv_lens, softmax_scale, transient=transient)
 
 
 _kernels: dict[Any, Kernel] = {}  # by config
-_lock = threading.Lock()
 
 
 def bind(plan: Plan[ForwardConfig]) -> Kernel:
     """Load or compile the kernel of a plan's config, and keep it with the plan."""
-    config = plan.config
-    with _lock:  # plans with the same config share one kernel, and its counters
-        kernel = _kernels.get(config)
-        if kernel is None:
-            kernel = _kernels[config] = Kernel(load_forward(config), config.split_shapes)
-    plan.kernel = kernel
-    return kernel
+    return launch.bind(plan, _kernels, _make)
+
+
+def _make(config: ForwardConfig) -> Kernel:
+    return Kernel(load_function(config), config.split_shapes)

@@ -7,14 +7,14 @@ in memory, in no particular order. All warps of a CTA load and compute.
 
 import cutlass
 from cutlass import Float32, Int32, const_expr, cute
+from sparse_flash.kernels.combine import CombineGradients
+from sparse_flash.kernels.position_work_tiles import row_tiles
+from sparse_flash.kernels.preprocess import Bounds, Preprocess
 from sparse_flash.kernels.schedule import WORK_FIELDS
 from sparse_flash.kernels.sm80.backward_config import BackwardConfig
 from sparse_flash.kernels.sm80.backward_mainloop import ANNOUNCED, BackwardMainloop
 from sparse_flash.kernels.sm80.backward_postprocess import Postprocess
 from sparse_flash.kernels.sm80.backward_tile import BackwardLayouts
-from sparse_flash.kernels.sm90.combine import CombineGradients
-from sparse_flash.kernels.sm90.position_work_tiles import row_tiles
-from sparse_flash.kernels.sm90.preprocess import Bounds, Preprocess
 
 
 class BackwardSm80:

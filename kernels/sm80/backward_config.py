@@ -1,10 +1,8 @@
-"""What the backward kernel is compiled for, and which configs are shipped."""
+"""Configs of the backward kernel, and the shipped ones."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-
-from sparse_flash.kernels.schedule import CostModel
 
 
 @dataclass(frozen=True)
@@ -121,17 +119,6 @@ class BackwardConfig:
         return -(-size // 1024) * 1024
 
 
-# As those of the Hopper kernels; on other GPUs than an H200 they are estimates.
-BACKWARD_COSTS = CostModel(
-    partial_tile=1.05,
-    item=1.5,
-    largest_share=0.5,
-    long_item=2.5,
-    fewest_tiles=8,
-    split=1.0,
-    combine=2.0,
-    l2_share=0.4,
-)
 DTYPES = ("bfloat16", "float16")
 _ANY = "bfloat16"  # stands for either
 # Of each head_dim, the best first: a GPU takes the first one that fits its shared memory.
@@ -150,6 +137,7 @@ _BACKWARD = {
         ),
     ),
     96: (
+        BackwardConfig(_ANY, 96, 128, 128, 4, 2, 4),
         BackwardConfig(_ANY, 96, 64, 128, 4, 2, 4),
         BackwardConfig(_ANY, 96, 64, 64, 4, 2, 4),
     ),

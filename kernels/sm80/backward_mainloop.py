@@ -4,15 +4,14 @@ from typing import NamedTuple
 
 import cutlass
 from cutlass import Int32, const_expr, cute
+from sparse_flash.kernels.position_work_tiles import ColumnOffsets
 from sparse_flash.kernels.schedule import WORK_FIELDS
 from sparse_flash.kernels.sm80.backward_tile import BackwardLayouts, BackwardTile, recomputed
 from sparse_flash.kernels.sm80.primitives import TileLoader, copy_async, shared_address
-from sparse_flash.kernels.sm90.backward_producer import query_coord
-from sparse_flash.kernels.sm90.position_work_tiles import ColumnOffsets
-from sparse_flash.kernels.sm90.primitives import pack_pair, store_pairs
-from sparse_flash.kernels.sm90.work_tiles import ColumnWorkTile
+from sparse_flash.kernels.vectors import pack_pair, store_pairs
+from sparse_flash.kernels.work_tiles import ColumnWorkTile, query_coord
 
-LOADS = Q, DO, STATS = range(3)  # what is loaded of a tile
+LOADS = Q, DO, STATS = range(3)  # loads per tile
 ANNOUNCED = 4  # tiles in shared memory: the one before, this one, and two ahead
 
 
@@ -188,9 +187,9 @@ class BackwardMainloop:
 
     @cute.jit
     def load_ahead(self, j, stage):
-        """Start to load what has two stages of the tile after j; after the last one fetch an item.
+        """Load the two-stage operands of the tile after j; after the last tile fetch an item.
 
-        Tile j + 2 is announced.
+        Announces tile j + 2.
         """
         item = self.item()
         if j + 1 < item.count:
@@ -206,7 +205,7 @@ class BackwardMainloop:
 
     @cute.jit
     def load_again(self, which: cutlass.Constexpr, j):
-        """Start to load what has one stage of the tile after j. All warps are done with j's."""
+        """Load the single-stage operands of the tile after j. All warps released those of j."""
         if const_expr(self.stages(which) == 1):
             item = self.item()
             if j + 1 < item.count:

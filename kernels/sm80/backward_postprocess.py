@@ -2,14 +2,8 @@
 
 import cutlass
 from cutlass import Float32, Int32, const_expr, cute
-from sparse_flash.kernels.sm90.preprocess import exponent_in
-from sparse_flash.kernels.sm90.primitives import (
-    bits_of,
-    from_bits,
-    grid_coord,
-    pack_pair,
-    store_pairs,
-)
+from sparse_flash.kernels.preprocess import exponent_in
+from sparse_flash.kernels.vectors import bits_of, from_bits, grid_coord, pack_pair, store_pairs
 
 NAN_PAIR = 0x7FFF7FFF  # two NaN, in both 16-bit types
 
@@ -32,7 +26,7 @@ class Postprocess:
     """DQ from its sums, in 16 bits, scaled.
 
     The sums lie as the threads of `BackwardTile` hold them: one number of each thread, then the
-    next of each. What was added last comes first: it may still be in the L2 cache.
+    next of each. The sums added last are read first: they may still be in the L2 cache.
     """
 
     def __init__(self, config) -> None:
@@ -89,7 +83,7 @@ class Postprocess:
 
     @cute.jit
     def scale_of(self, stats, scale, place):
-        """What a row's sums are to be multiplied by."""
+        """The factor of the sums of a row."""
         if const_expr(self.config.fixed_point):
             batch, head, row = place
             exponent = exponent_in(*(stats[batch, head, i, row] for i in range(2)))

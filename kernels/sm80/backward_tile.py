@@ -13,6 +13,8 @@ import itertools
 
 import cutlass
 from cutlass import Float32, Int32, const_expr, cute
+from sparse_flash.kernels import online_softmax as online
+from sparse_flash.kernels.preprocess import exponent_in
 from sparse_flash.kernels.sm80.backward_postprocess import dq_index, dq_place
 from sparse_flash.kernels.sm80.primitives import (
     TileLayout,
@@ -23,9 +25,7 @@ from sparse_flash.kernels.sm80.primitives import (
     ldmatrix,
     multiply,
 )
-from sparse_flash.kernels.sm90 import online_softmax as online
-from sparse_flash.kernels.sm90.preprocess import exponent_in
-from sparse_flash.kernels.sm90.primitives import from_bits
+from sparse_flash.kernels.vectors import from_bits
 from sparse_flash.masks.layout import FULL_TILE
 
 
@@ -40,8 +40,8 @@ class BackwardLayouts:
 
 @cute.jit
 def recomputed(number):
-    """The number, so that what follows from it is computed where it is used: what is kept from tile
-    to tile, as addresses are, takes registers that are few.
+    """The number, opaque to the compiler: values derived from it, such as addresses, are recomputed
+    at each use instead of occupying registers.
     """
     return cute.arch.inline_ptx(
         "mov.b32 {$w0}, {$r0};", write_only_types=[Int32], read_only_args=[number]
@@ -275,7 +275,7 @@ class BackwardTile:
 
     @cute.jit
     def exponents(self, stage):
-        """Of the thread's rows of dQ: what they are multiplied by in fixed point, a byte each."""
+        """Fixed-point factors of the thread's rows of dQ, one byte each."""
         packed = Int32(0)
         for n in cutlass.range_constexpr(2 * self.dq_atoms):
             row, _ = dq_place(self.config, self.warp, self.lane, n, 0)

@@ -1,11 +1,10 @@
-"""What a forward kernel is compiled for, which configs are shipped, and what their work costs."""
+"""Configs of the forward kernel, the shipped ones, and their cost model."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
 from sparse_flash.kernels.device import DeviceFacts
-from sparse_flash.kernels.schedule import CostModel
 
 
 @dataclass(frozen=True)
@@ -24,6 +23,9 @@ class ForwardConfig:
         stages: Tiles of K and V in shared memory. With 1, V is loaded during S = Q K^T and the
             next K during O += P V; with 2, both are loaded a tile ahead.
         ctas_per_sm: CTAs that share a multiprocessor.
+        recompute: Values recomputed for each tile, to save registers: 0 none, 1 addresses of
+            queries, 2 all addresses and the rescale threshold. With 2, registers have 64 keys at a
+            time.
         offsets: Queries at positions (see `Positions`).
         arch: Compiler target.
     """
@@ -35,6 +37,7 @@ class ForwardConfig:
     warps: int = 4
     stages: int = 1
     ctas_per_sm: int = 2
+    recompute: int = 0
     offsets: bool = False
     arch: str = "sm_80"
 
@@ -46,6 +49,7 @@ class ForwardConfig:
         assert self.tile_n % 16 == 0
         assert self.tile_n <= 128  # a row's bits fill one word a thread
         assert self.stages in (1, 2)
+        assert self.recompute in (0, 1, 2)
 
     @property
     def threads(self) -> int:
@@ -65,7 +69,7 @@ class ForwardConfig:
     @property
     def tile_cost(self) -> float:
         """Time of a full tile, in units of one of 128 x 128; measured on an H200."""
-        slower = 1.16 if (self.head_dim, self.tile_n) == (32, 64) else 1.0
+        slower = {(32, 64): 1.16, (64, 64): 1.02}.get((self.head_dim, self.tile_n), 1.0)
         return slower * self.tile_m * self.tile_n / 128**2
 
     @property
@@ -80,17 +84,6 @@ class ForwardConfig:
         return 2 * rows * self.head_dim + 1024
 
 
-# Measured on an H200, compiled for it; on other GPUs they are estimates.
-FORWARD_COSTS = CostModel(
-    partial_tile=1.1,
-    item=1.5,
-    largest_share=0.5,
-    long_item=2.5,
-    fewest_tiles=8,
-    split=1.0,
-    combine=2.0,
-    l2_share=0.4,
-)
 DTYPES = ("bfloat16", "float16")
 # Bytes of shared memory that a CTA can use, by compiler target.
 _SMALL_LIMIT, _A100_LIMIT, _LARGE_LIMIT = LIMITS = (99 << 10, 163 << 10, 227 << 10)
@@ -113,17 +106,23 @@ _TARGETS = {
 }
 _ANY = "bfloat16"  # stands for either
 _SMALL = ForwardConfig(_ANY, 128, tile_m=64, tile_n=64)  # 310
+_NARROW = ForwardConfig(_ANY, 64, tile_m=128, tile_n=64, stages=2)  # 330
 # Of each head_dim the best first: a GPU takes the first ones that fit its shared memory. Those of a
 # tuple fit together, and a plan takes the one whose tiles cover its layout at the least cost.
 # TFLOP/s on an H200, dense, 16K queries (torch's FlashAttention-2: 200, 296, 339, 346, 309, 321):
 _FORWARD = {
     32: (
         (
-            ForwardConfig(_ANY, 32, tile_m=128, tile_n=128, stages=2),  # 224
+            ForwardConfig(_ANY, 32, tile_m=128, tile_n=128, stages=2, recompute=1),  # 234
             ForwardConfig(_ANY, 32, tile_m=128, tile_n=64, stages=2),  # 195
         ),
     ),
-    64: ((ForwardConfig(_ANY, 64, tile_m=128, tile_n=64, stages=2),),),  # 330
+    64: (
+        (
+            ForwardConfig(_ANY, 64, tile_m=128, tile_n=128, recompute=1),  # 338
+            _NARROW,
+        ),
+    ),
     96: (
         (ForwardConfig(_ANY, 96, tile_m=128, tile_n=64, stages=2),),  # 362
         (ForwardConfig(_ANY, 96, tile_m=128, tile_n=64),),  # 354
@@ -145,10 +144,15 @@ _FORWARD = {
 }
 
 # Targets for which ptxas spills registers with the tiles above.
-_WITHOUT_SPILLS = {(target, 128): ((_SMALL,),) for target in ("sm_100", "sm_110")}
+_WITHOUT_SPILLS = {
+    (target, size): ((config,),)
+    for target in ("sm_100", "sm_110")
+    for size, config in ((64, _NARROW), (128, _SMALL))
+}
 # Queries at positions take more registers, so that smaller tiles do without spills.
 _FORWARD_AT = {
     32: ForwardConfig(_ANY, 32, tile_m=128, tile_n=64, stages=2),
+    64: _NARROW,
     128: _SMALL,
 }
 
@@ -175,7 +179,7 @@ def target_of(facts: DeviceFacts) -> str:
 
 
 def shared_memory_of(facts: DeviceFacts) -> int:
-    """Bytes of shared memory that configs may use: the real limit, or what was tried at most."""
+    """Bytes of shared memory that configs may use: the real limit, or the largest tested value."""
     major, minor = capability_of(facts)
     tried = LIMITS[0] if 10 * major + minor in _UNMEASURED else facts.shared_memory
     return min(tried, facts.shared_memory)
@@ -207,11 +211,19 @@ def forward_configs(
     }
     for candidates, need in needs.items():
         if need <= shared_memory:
-            return tuple(replace(c, dtype=dtype, arch=target) for c in candidates)
+            return tuple(_variant(replace(c, dtype=dtype, arch=target)) for c in candidates)
     raise ValueError(
         f"head_dim {head_dim} needs {min(needs.values())} bytes of shared memory, but this GPU "
         f"({target}) has {shared_memory} bytes for a CTA: use impl='reference'"
     )
+
+
+def _variant(config: ForwardConfig) -> ForwardConfig:
+    """The config that compiles without spills for this dtype and target."""
+    wide = config.head_dim == 64 and config.tile_n == 128
+    if wide and (config.dtype == "float16" or config.arch in ("sm_86", "sm_89")):
+        return replace(config, recompute=2)
+    return config
 
 
 def forward_at_config(dtype: str, head_dim: int, target: str, shared_memory: int) -> ForwardConfig:

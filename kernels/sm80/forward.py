@@ -8,11 +8,11 @@ threads hold S (fragment.py), or reaches beyond the keys' length.
 
 import cutlass
 from cutlass import Float32, Int32, cute
+from sparse_flash.kernels.combine import CombineOutput
+from sparse_flash.kernels.position_work_tiles import positions_of
 from sparse_flash.kernels.sm80.config import ForwardConfig
 from sparse_flash.kernels.sm80.forward_mainloop import NUM_WORDS, ForwardMainloop, RowPlace
 from sparse_flash.kernels.sm80.primitives import TileLayout
-from sparse_flash.kernels.sm90.combine import CombineOutput
-from sparse_flash.kernels.sm90.position_work_tiles import positions_of
 
 
 class ForwardSm80:

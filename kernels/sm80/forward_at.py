@@ -7,7 +7,7 @@ import cutlass
 from cutlass import Float32, Int32, cute
 from sparse_flash.kernels.sm80.config import ForwardConfig
 from sparse_flash.kernels.sm80.forward import ForwardSm80
-from sparse_flash.kernels.sm90.split_combine import SplitCombine
+from sparse_flash.kernels.split_combine import SplitCombine
 
 
 class ForwardAtSm80(ForwardSm80):

@@ -1,4 +1,4 @@
-"""What the threads of a CTA of the forward kernel do.
+"""The work of the threads of a CTA of the forward kernel.
 
     S = Q K^T;    P = exp2(scale (S - max));    O = O + P V        (FlashAttention, online softmax)
 
@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import cutlass
 from cutlass import Boolean, Float32, Int32, const_expr, cute
+from sparse_flash.kernels import online_softmax as online
 from sparse_flash.kernels.sm80.primitives import (
     TileLayout,
     TileLoader,
@@ -26,15 +27,14 @@ from sparse_flash.kernels.sm80.primitives import (
     multiply,
     shared_address,
 )
-from sparse_flash.kernels.sm90 import online_softmax as online
-from sparse_flash.kernels.sm90.forward_producer import tiles_within
-from sparse_flash.kernels.sm90.primitives import pack_pair, store_pairs
+from sparse_flash.kernels.vectors import bits_of, from_bits, pack_pair, store_pairs
+from sparse_flash.kernels.work_tiles import tiles_within
 from sparse_flash.masks.layout import FULL_TILE
 
-# The next item in shared memory: its record, as in `Schedule.work`, then what the record names. The
-# count is -1 where there are no more items; the record's last word is the item's number.
+# The next item in shared memory: its record, as in `Schedule.work`, then the data of the record. A
+# count of -1 ends the list; the record's last word is the item's number.
 BATCH, FIRST, COUNT, INDEX, KV_LEN, TILES, NUM_WORDS = 2, 3, 4, 7, 8, 10, 16
-SLACK = 8.0  # by how many powers of two P may exceed 1 before its maximum is taken over
+SLACK = 8.0  # powers of two by which P may exceed 1 before the maximum is updated
 
 
 class RowWork(NamedTuple):
@@ -69,13 +69,12 @@ class KeyTile(NamedTuple):
 class ForwardMainloop:
     """State of a thread: O, the statistics of its rows, and where to find everything.
 
-    (What is written inside a dynamic `if` must be a local name: the DSL cannot carry attributes.)
+    (Values assigned inside a dynamic `if` must be local names: the DSL cannot carry attributes.)
     """
 
     def __init__(self, config, dtype, buffers, inputs, group_size, scale_log2):
         self.config, self.dtype = config, dtype
         self.group_size, self.scale_log2 = group_size, scale_log2
-        self.slack = SLACK / scale_log2
         (q, k, v), lists, self.positions, results = inputs
         self.records = not config.offsets  # whether items have records: see `Schedule.work`
         self.kv_lens, self.work, self.tiles, self.bits, self.counter, self.counts = lists
@@ -92,18 +91,10 @@ class ForwardMainloop:
         self.kv_layout = TileLayout(config.tile_n, config.head_dim)
         self.tid = cute.arch.thread_idx()[0]
         self.thread = self.tid % 128  # among the four warps that share 64 rows
-        threads = config.threads
-        self.q_loader = TileLoader(q, self.q_layout, threads, self.tid)
-        self.k_loader = TileLoader(k, self.kv_layout, threads, self.tid)
-        self.v_loader = TileLoader(v, self.kv_layout, threads, self.tid)
-        lane = cute.arch.lane_idx()
-        first_row = self.tid // 128 * 64 + self.thread // 32 * 16
-        self.q_lane = self.q_base + first_row * self.q_layout.pitch + self.q_layout.rows_first(lane)
-        self.k_lane = self.k_base + self.kv_layout.columns_first(lane)
-        self.v_lane = self.v_base + self.kv_layout.rows_first(lane)
-        groups = range(config.row_groups)
-        self.acc_o = [accumulators(config.head_dim) for _ in groups]
-        self.stats = [cute.make_rmem_tensor((2, 2), Float32) for _ in groups]
+        self.q, self.k, self.v = q, k, v
+        self.v_lane = self.v_base + self.kv_layout.rows_first(cute.arch.lane_idx())
+        self.acc_o = [accumulators(config.head_dim) for _ in range(config.row_groups)]
+        self.stats = [cute.make_rmem_tensor((2, 2), Float32) for _ in range(config.row_groups)]
 
     @cute.jit
     def run(self):
@@ -194,7 +185,7 @@ class ForwardMainloop:
     def fetches(self, item):
         """Whether the record of the next item comes into shared memory while this one is computed.
 
-        It takes three steps: its number, its record, and what the record names.
+        It takes three steps: its number, its record, and the data of the record.
         """
         return item.count >= 3
 
@@ -225,17 +216,25 @@ class ForwardMainloop:
 
     @cute.jit
     def fetch_details(self, item, j):
-        """Thread 0 copies what the record of the next item names."""
-        following, start = self.following, self.following_address
+        """Thread 0 copies the data of the record of the next item."""
         is_time = self.fetches(item) and j == item.count - 2
-        if in_loop(self.tid) == 0 and is_time and following[COUNT] >= 0:
-            first, last = following[FIRST], cutlass.max(following[COUNT] - 1, 0)
-            kv_len = address_of(self.kv_lens, (following[BATCH],))
-            copy_small(start + 4 * KV_LEN, kv_len, 4)
-            for n in cutlass.range_constexpr(3):
-                nth = (Int32(0), cutlass.min(Int32(1), last), last)[n]
-                tile = address_of(self.tiles, (first + nth, 0))
-                copy_small(start + 4 * TILES + 8 * n, tile, 8)
+        if in_loop(self.tid) == 0 and is_time:
+            # An `if` of its own: both sides of an `and` are read, here by all threads, while thread
+            # 0 may already write.
+            if self.following[COUNT] >= 0:
+                self.copy_details()
+
+    @cute.jit
+    def copy_details(self):
+        """Copy the length of the next item's keys, and its first two tiles and the last one."""
+        following, start = self.following, self.following_address
+        first, last = following[FIRST], cutlass.max(following[COUNT] - 1, 0)
+        kv_len = address_of(self.kv_lens, (following[BATCH],))
+        copy_small(start + 4 * KV_LEN, kv_len, 4)
+        for n in cutlass.range_constexpr(3):
+            nth = (Int32(0), cutlass.min(Int32(1), last), last)[n]
+            tile = address_of(self.tiles, (first + nth, 0))
+            copy_small(start + 4 * TILES + 8 * n, tile, 8)
 
     @cute.jit
     def fetched_item(self, item):
@@ -281,9 +280,10 @@ class ForwardMainloop:
             for i in cutlass.range_constexpr(len(place)):
                 places[item.slot, i] = place[i]
         if item.count > 0:
-            limit, any_row = cute.size(self.q_loader.tensor, mode=[1]), self.config.offsets
+            limit, any_row = cute.size(self.q, mode=[1]), self.config.offsets
             coord = (place.head, place.batch)
-            self.q_loader.start(self.q_base, coord, place.start, limit, any_row)
+            loader = self.loader(self.q, self.q_layout)
+            loader.start(self.q_base, coord, place.start, limit, any_row)
 
     @cute.jit
     def first_tiles(self, item):
@@ -337,21 +337,30 @@ class ForwardMainloop:
     @cute.jit
     def load_k(self, item, tile, stage):
         """Issue the copies of a tile's keys."""
-        self.load_keys(self.k_loader, self.k_base, item, tile, stage)
+        self.load_keys(self.k, self.k_base, item, tile, stage)
 
     @cute.jit
     def load_v(self, item, tile, stage):
         """Issue the copies of a tile's values; 0 beyond the limit, for 0 times NaN is NaN."""
-        self.load_keys(self.v_loader, self.v_base, item, tile, stage)
+        self.load_keys(self.v, self.v_base, item, tile, stage)
 
     @cute.jit
-    def load_keys(self, loader, base, item, tile, stage):
+    def load_keys(self, tensor, base, item, tile, stage):
         """Issue the copies of a tile of K or V."""
         coord = (item.kv_head, item.batch)
         first = item.key_start + tile.n_block * self.config.tile_n
         limit = item.key_start + item.limit
         address = base + stage * self.kv_layout.nbytes
+        loader = self.loader(tensor, self.kv_layout)
         loader.start(address, coord, first, limit, self.config.offsets)
+
+    def loader(self, tensor, layout):
+        """Loads tiles of a tensor."""
+        return TileLoader(tensor, layout, self.config.threads, self.again(self.tid, 2))
+
+    def again(self, number, level):
+        """The Int32, unknown to the compiler where the config recomputes at this level."""
+        return in_loop(number) if self.config.recompute >= level else number
 
     @cute.jit
     def mask_words(self, tile):
@@ -373,26 +382,48 @@ class ForwardMainloop:
         acc_s = [accumulators(config.tile_n) for _ in range(config.row_groups)]
         for acc in acc_s:
             acc.fill(0.0)
-        k_lane = in_loop(self.k_lane + stage * self.kv_layout.nbytes)
-        q_lane = in_loop(self.q_lane)
+        k_lane, q_lane = self.first_keys(stage), self.first_queries()
+        step = 64 if config.recompute == 2 else config.tile_n  # keys in registers at a time
         for column in cutlass.range_constexpr(0, config.head_dim, 16):
-            places = [(row, column) for row in range(0, config.tile_n, 16)]
-            keys = load_fragments(self.kv_layout, k_lane, places, False)
-            keys = as_operand_b(keys, self.dtype)
-            for group in cutlass.range_constexpr(config.row_groups):
-                place = (group * 16 * config.warps, column)
-                queries = load_fragments(self.q_layout, q_lane, [place], False)
-                multiply(acc_s[group], as_operand_a(queries, self.dtype), keys)
+            queries = [None] * config.row_groups
+            for first in cutlass.range_constexpr(0, config.tile_n, step):
+                places = [(row, column) for row in range(first, first + step, 16)]
+                keys = load_fragments(self.kv_layout, k_lane, places, False)
+                keys = as_operand_b(keys, self.dtype)
+                for group in cutlass.range_constexpr(config.row_groups):
+                    if const_expr(first == 0):
+                        place = (group * 16 * config.warps, column)
+                        queries[group] = load_fragments(self.q_layout, q_lane, [place], False)
+                    start = acc_s[group].iterator + first // 2
+                    acc = cute.make_tensor(start, cute.make_layout((4, 1, step // 8)))
+                    multiply(acc, as_operand_a(queries[group], self.dtype), keys)
         return acc_s
+
+    @cute.jit
+    def first_keys(self, stage):
+        """Address of the first keys of a stage for a lane."""
+        lane = self.again(self.tid, 2) % 32
+        start = self.k_base + self.kv_layout.columns_first(lane) + stage * self.kv_layout.nbytes
+        return start if const_expr(self.config.recompute == 2) else in_loop(start)
+
+    @cute.jit
+    def first_queries(self):
+        """Address of the first group of queries of a lane."""
+        tid, layout = self.again(self.tid, 1), self.q_layout
+        row = tid // 128 * 64 + tid % 128 // 32 * 16
+        start = self.q_base + row * layout.pitch + layout.rows_first(tid % 32)
+        return start if const_expr(self.config.recompute) else in_loop(start)
 
     @cute.jit
     def accumulate(self, acc_s, words, tile, limit, stage):
         """S becomes P; O += P V."""
         config = self.config
         self.apply_mask(acc_s, words, tile, limit)
+        scale_log2 = from_bits(self.again(bits_of(self.scale_log2), 2))
+        slack = SLACK * cute.arch.rcp_approx(scale_log2)
         for group in cutlass.range_constexpr(config.row_groups):
             acc, stats = acc_s[group], self.stats[group]
-            grown, decay = online.update_row_max(acc, stats, self.scale_log2, self.slack)
+            grown, decay = online.update_row_max(acc, stats, self.scale_log2, slack)
             if grown:
                 online.rescale(self.acc_o[group], decay)
         for row in cutlass.range_constexpr(0, config.tile_n, 16):

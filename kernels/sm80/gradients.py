@@ -3,37 +3,45 @@
 from __future__ import annotations
 
 import functools
-import math
-import threading
 from dataclasses import replace
 from typing import Any
 
 import torch
-from sparse_flash.kernels.compile import load
+from sparse_flash.kernels import attention, launch
+from sparse_flash.kernels.attention import (
+    DTYPES,
+    bounds_and_statistics,
+    gradient_tensors,
+    lengths_of,
+    row_tiles_of,
+)
 from sparse_flash.kernels.device import DeviceFacts
 from sparse_flash.kernels.launch import Kernel
 from sparse_flash.kernels.plan import Plan, PlanKey, Planner, plan_of
-from sparse_flash.kernels.sm80.attention import DTYPES, slots_of
-from sparse_flash.kernels.sm80.backward_compile import compile_backward
+from sparse_flash.kernels.positions import (
+    PositionKey,
+    PositionPlan,
+    lists_of,
+    offsets_of,
+    plan_of_key,
+)
+from sparse_flash.kernels.sm80.attention import forward_planner, slots_of
 from sparse_flash.kernels.sm80.backward_config import (
-    BACKWARD_COSTS,
     BackwardConfig,
     backward_config,
 )
+from sparse_flash.kernels.sm80.compile import load_function
 from sparse_flash.kernels.sm80.config import shared_memory_of, target_of
-from sparse_flash.kernels.sm90 import positions
-from sparse_flash.kernels.sm90.attention import is_aligned
-from sparse_flash.kernels.sm90.position_lists import backward_lists
+from sparse_flash.kernels.sm80.costs import COSTS
 from sparse_flash.masks.layout import BlockLayout
 from torch import Tensor
-
-_LOG2_E = math.log2(math.e)
 
 
 @functools.cache
 def planner_of(config: BackwardConfig) -> Planner[BackwardConfig]:
     """The planner of a config; Q, dO and the sums of dQ should stay in the L2 cache."""
-    return Planner((config,), BACKWARD_COSTS, 8 * config.head_dim, transposed=True)
+    costs = COSTS[config.arch].backward
+    return Planner((config,), costs, 8 * config.head_dim, transposed=True)
 
 
 def backward_plan(
@@ -53,6 +61,14 @@ def backward_plan(
     limits = (target_of(facts), shared_memory_of(facts))
     config = backward_config(DTYPES[q.dtype], q.shape[3], *limits, deterministic)
     return plan_with(config, layout, q, k, facts)
+
+
+def unsupported_blocks(layout: BlockLayout, q: Tensor, deterministic: bool) -> str | None:
+    """Why the kernels cannot take a layout of data with such blocks; None where they can."""
+    facts, d = DeviceFacts.of(q.device), q.shape[3]
+    limits = (target_of(facts), shared_memory_of(facts))
+    backward = planner_of(backward_config(DTYPES[q.dtype], d, *limits, deterministic))
+    return attention.unsupported_blocks(layout, (forward_planner(q.dtype, d, *limits), backward))
 
 
 def plan_with(
@@ -93,31 +109,24 @@ def backward(
         softmax_scale: Factor of the logits.
         transient: As in `Kernel.launch`.
     """
-    if not is_aligned(dout):
-        dout = dout.contiguous()
-    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    assert dq.data_ptr(), "meta and fake tensors have no memory to launch on"
-    lens = plan.schedule.kv_lens
-    if kv_lens is not None:
-        lens = kv_lens.to(q.device, torch.int32).clamp(0, k.shape[1])
-    given = lse if dlse is None else dlse.contiguous()
-    inputs = (q, k, v, out, dout, lse, given, dq, dk, dv, *_workspace(plan.config, q, k), lens)
-    scalars = (0 if dlse is None else 1, softmax_scale, softmax_scale * _LOG2_E)
-    (plan.kernel or bind(plan)).launch(inputs, plan, scalars, q.device, transient)
-    return dq, dk, dv
+    call = gradient_tensors(dout, dlse, q, k, v, out, lse, softmax_scale)
+    lens = lengths_of(plan, kv_lens, k)
+    inputs = (*call.inputs, *call.results, *_workspace(plan.config, q, k), lens)
+    (plan.kernel or bind(plan)).launch(inputs, plan, call.scalars, q.device, transient)
+    return call.results
 
 
 def backward_plan_at(
     layout: BlockLayout, q: Tensor, k: Tensor, deterministic: bool = False
-) -> positions.PositionPlan[Any]:
+) -> PositionPlan[Any]:
     """The plan of the gradients for queries at positions, for the tensors of `forward_plan_at`."""
     facts, (b, _, h, d) = DeviceFacts.of(layout.device), q.shape
     limits = (target_of(facts), shared_memory_of(facts))
     config: Any = backward_config(DTYPES[q.dtype], d, *limits, deterministic)
     config = replace(config, offsets=True)
     slots = slots_of(facts, config.ctas_per_sm)
-    key = positions.PositionKey(config, b, h, k.shape[2], slots, transposed=True)
-    return positions.plan_of_key(layout, key)
+    key = PositionKey(config, b, h, k.shape[2], slots, transposed=True)
+    return plan_of_key(layout, key)
 
 
 def backward_at(
@@ -128,7 +137,7 @@ def backward_at(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    plan: positions.PositionPlan[Any],
+    plan: PositionPlan[Any],
     kv_lens: Tensor | None,
     q_offset: Tensor | int | None,
     kv_starts: Tensor | None,
@@ -139,47 +148,33 @@ def backward_at(
     """The gradients on torch's current stream: (dq, dk, dv), shaped as q, k and v, contiguous.
 
     Keys that no query sees, and those outside kv_starts and kv_lens, get zeros. Arguments are those
-    of `backward` and `sm90.positions.forward_at`.
+    of `backward` and `positions.forward_at`.
     """
-    dout = dout if is_aligned(dout) else dout.contiguous()
     if not q.numel() or not k.numel():
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    offsets = positions.offsets_of(plan, kv_lens, q_offset, kv_starts)
-    shift = offsets.q_offset - offsets.kv_starts + offsets.q_base
-    lists = backward_lists(plan, shift, q.shape[1], k.shape[1], k.shape[2])
-    dq = torch.empty_like(q, memory_format=torch.contiguous_format)
-    dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (k, v))
-    given = lse if dlse is None else dlse.contiguous()
-    inputs = (q, k, v, out, dout, lse, given, dq, dk, dv, *_workspace(plan.config, q, k))
-    inputs = (*inputs, offsets.kv_lens, lists.q_pad, offsets.kv_starts)
-    scalars = (0 if dlse is None else 1, softmax_scale, softmax_scale * _LOG2_E)
-    listed: Any = positions.Listed(plan, (lists.work, lists.tiles, plan.bits), (lists.counts,))
-    (plan.kernel or bind(plan)).launch(inputs, listed, scalars, q.device, transient)
-    return dq, dk, dv
+    offsets = offsets_of(plan, kv_lens, q_offset, kv_starts)
+    lists, listed = lists_of(plan, offsets, q, k)
+    call = gradient_tensors(dout, dlse, q, k, v, out, lse, softmax_scale, zeros=True)
+    space, rows = _workspace(plan.config, q, k), (offsets.kv_lens, lists.q_pad, offsets.kv_starts)
+    inputs = (*call.inputs, *call.results, *space, *rows)
+    (plan.kernel or bind(plan)).launch(inputs, listed, call.scalars, q.device, transient)
+    return call.results
 
 
 def _workspace(config: BackwardConfig, q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
     """bounds, dq_sum and stats of `BackwardSm80.__call__`."""
-    b, s, h, _ = q.shape
-    tiles = -(-s // config.tile_m) + config.offsets  # at positions a tile may begin before query 0
-    return (
-        torch.zeros((2 * config.fixed_point, b, k.shape[2]), dtype=torch.int32, device=q.device),
-        torch.zeros((b, h, tiles, config.dq_chunk), dtype=torch.float32, device=q.device),
-        torch.empty((b, h, 2, tiles * config.tile_m), dtype=torch.float32, device=q.device),
-    )
+    bounds, stats = bounds_and_statistics(config, q, k)
+    dq_sum = stats.new_zeros((q.shape[0], q.shape[2], row_tiles_of(config, q), config.dq_chunk))
+    return bounds, dq_sum, stats
 
 
 _kernels: dict[Any, Kernel] = {}  # by config
-_lock = threading.Lock()
 
 
-def bind(plan: Plan[BackwardConfig] | positions.PositionPlan[Any]) -> Kernel:
+def bind(plan: Plan[BackwardConfig] | PositionPlan[Any]) -> Kernel:
     """Load or compile the kernel of a plan's config, and keep it with the plan."""
-    config = plan.config
-    with _lock:  # plans with the same config share one kernel, and its counters
-        kernel = _kernels.get(config)
-        if kernel is None:
-            kernel = Kernel(load(config, compile_backward), config.split_shapes)
-            _kernels[config] = kernel
-    plan.kernel = kernel
-    return kernel
+    return launch.bind(plan, _kernels, _make)
+
+
+def _make(config: BackwardConfig) -> Kernel:
+    return Kernel(load_function(config), config.split_shapes)

@@ -1,7 +1,7 @@
-"""What the mma.sync kernels have in common: tiles in shared memory, loads, and products.
+"""Primitives of the mma.sync kernels: tiles in shared memory, loads, and GEMMs.
 
 A product is made of `mma.sync.m16n8k16`. Its operands come from shared memory by `ldmatrix`, four
-8 x 8 matrices at a time; tiles come into shared memory by `cp.async`, 16 bytes a thread. Thread t
+8 x 8 matrices at a time; tiles come into shared memory by `cp.async`, 16 bytes per thread. Thread t
 of a warp has, of each 16 x 8 accumulator, rows t / 4 and t / 4 + 8 and columns 2 (t % 4) + {0, 1}.
 """
 
@@ -89,9 +89,9 @@ def shared_address(pointer):
 
 @cute.jit
 def in_loop(number):
-    """The same Int32, for the compiler a new one: what is computed from it stays in the loop.
+    """The same Int32, opaque to the compiler: values derived from it are computed inside the loop.
 
-    What is computed ahead of a loop takes registers, and the products need all of them.
+    Values hoisted out of a loop occupy registers, and the GEMMs need all of them.
     """
     return cute.arch.inline_ptx(
         "mov.b32 {$w0}, {$r0};", write_only_types=[Int32], read_only_args=[number]

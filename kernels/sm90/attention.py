@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import functools
-import math
-import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from sparse_flash.kernels import attention as shared
+from sparse_flash.kernels import launch
+from sparse_flash.kernels.attention import DTYPES, HEAD_DIMS
 from sparse_flash.kernels.device import DeviceFacts
-from sparse_flash.kernels.dsl import dsl_unsupported_reason
 from sparse_flash.kernels.launch import Kernel
-from sparse_flash.kernels.plan import Plan, PlanKey, Planner, fitting, plan_of
+from sparse_flash.kernels.plan import Plan, PlanKey, Planner, plan_of
 from sparse_flash.kernels.schedule import CostModel
 from sparse_flash.kernels.sm90.compile import load_function
 from sparse_flash.kernels.sm90.config import (
@@ -29,9 +29,6 @@ from sparse_flash.masks.layout import BlockLayout
 from torch import Tensor
 
 Config = TypeVar("Config", ForwardConfig, BackwardConfig, DqConfig)
-DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
-HEAD_DIMS = range(16, 257, 8)
-_LOG2_E = math.log2(math.e)
 
 
 class BackwardPlans(NamedTuple):
@@ -78,53 +75,19 @@ DETERMINISTIC_BACKWARD = _planners(
 
 def unsupported_reason(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     """Why the kernels cannot take these tensors, with the way out; None where they can."""
-    if q.dtype not in DTYPES:
-        return f"it computes bfloat16 and float16, not {q.dtype}: convert q, k and v"
-    if not q.is_cuda:
-        return f"it needs a Hopper GPU, but q is on {q.device}"
-    if q.shape[3] not in HEAD_DIMS:
-        return f"head_dim must be a multiple of 8 from 16 to 256, got {q.shape[3]}: pad q, k and v"
-    arch = DeviceFacts.of(q.device).arch
-    if arch != "sm_90":
-        capability = f"{arch[3:-1]}.{arch[-1]}"
-        name = torch.cuda.get_device_name(q.device)
-        return f"it needs a Hopper GPU (compute capability 9.0), {name} has {capability}"
-    reason = dsl_unsupported_reason()
-    if reason:
-        return reason
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if not is_aligned(x):
-            return (
-                f"{name} has strides {x.stride()}: the last must be 1, and all others, as the "
-                f"address, multiples of 16 bytes: use {name}.contiguous()"
-            )
-    return None
+    return shared.unsupported_reason(q, k, v, "a Hopper GPU", _unsupported_gpu)
+
+
+def _unsupported_gpu(arch: str, found: str) -> str | None:
+    if arch == "sm_90":
+        return None
+    return f"it needs a Hopper GPU (compute capability 9.0), {found}"
 
 
 def unsupported_blocks(layout: BlockLayout, q: Tensor, deterministic: bool) -> str | None:
     """Why the kernels cannot take a layout of data with such blocks; None where they can."""
-    backward = DETERMINISTIC_BACKWARD if deterministic else BACKWARD
-    key = q.dtype, q.shape[3]
-    planners: list[Planner[Any]] = [FORWARD[key], backward[key]]
-    if not backward[key].configs[0].dq:
-        planners.append(DQ[key])
-    if all(fitting(layout, planner) for planner in planners):
-        return None
-    return (
-        f"a layout of data on the device has blocks of {layout.block}, which do not fit its tiles: "
-        "take powers of two, at least 16 queries and 32 keys, or pass layout.fixed()"
-    )
-
-
-def is_aligned(x: Tensor) -> bool:
-    """Whether TMA can load it: the stride of a dimension of size 1 does not matter."""
-    b, s, h, d = x.stride()
-    # Dynamo cannot trace an offset; a compiled graph meets the kernel's own check of addresses.
-    if d != 1 or (not torch.compiler.is_compiling() and x.storage_offset() % 8):
-        return False
-    return not ((b | s | h) % 8) or not any(
-        stride % 8 and size > 1 for stride, size in zip((b, s, h), x.shape, strict=False)
-    )
+    planners = [FORWARD[q.dtype, q.shape[3]], *_gradient_planners(layout, q, deterministic)]
+    return shared.unsupported_blocks(layout, planners)
 
 
 def forward_plan(layout: BlockLayout, q: Tensor, k: Tensor) -> Plan[ForwardConfig]:
@@ -143,16 +106,27 @@ def backward_plans(
     """The plans of the gradients, for the tensors of `forward_plan`.
 
     One kernel computes all gradients and adds up dQ in memory, in any order; with `deterministic`
-    it does so in fixed point. Above head_dim 128 there is no space for that: two kernels compute
-    dK and dV, and dQ, both bitwise repeatable.
+    it does so in fixed point. Above head_dim 128 `deterministic` and dense layouts take two kernels
+    instead: one computes dK and dV, one dQ, both bitwise repeatable.
     """
-    b, _, h, d = q.shape
-    sizes = (b, h, k.shape[2], DeviceFacts.of(layout.device))
-    planner = (DETERMINISTIC_BACKWARD if deterministic else BACKWARD)[q.dtype, d]
-    dkdv: Plan[BackwardConfig] = plan_of(layout, PlanKey(planner, *sizes))
-    if dkdv.config.dq:
-        return BackwardPlans(dkdv)
-    return BackwardPlans(dkdv, plan_of(layout, PlanKey(DQ[q.dtype, d], *sizes)))
+    sizes = (q.shape[0], q.shape[2], k.shape[2], DeviceFacts.of(layout.device))
+    planners = _gradient_planners(layout, q, deterministic)
+    return BackwardPlans(*(plan_of(layout, PlanKey(planner, *sizes)) for planner in planners))
+
+
+def _gradient_planners(layout: BlockLayout, q: Tensor, deterministic: bool) -> list[Planner[Any]]:
+    """Planner of the kernel of all gradients, or those of dK and dV, and of dQ.
+
+    In a dense layout all CTAs of a head begin with the same queries and add to the same rows of dQ.
+    Above head_dim 128, where a tile has 64 keys, that is slower than a second kernel. On an H200 at
+    head_dim 256 and 8,192 tokens: dense 264 TFLOP/s, with two kernels 338; causal 456 and 315;
+    density 0.25 at 16,384 tokens 423 and 361.
+    """
+    key = q.dtype, q.shape[3]
+    tiles = len(layout.crow_indices) * layout.num_block_rows * layout.num_block_cols
+    dense = q.shape[3] > 128 and layout.num_tiles > 0.75 * tiles
+    backward = (DETERMINISTIC_BACKWARD if deterministic or dense else BACKWARD)[key]
+    return [backward] if backward.configs[0].dq else [backward, DQ[key]]
 
 
 def forward(
@@ -165,33 +139,10 @@ def forward(
     *,
     transient: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Attention on torch's current stream: (out, lse).
-
-    Args:
-        q: Queries `(b, s, h, d)`, bfloat16 or float16, with strides as in `is_aligned`.
-        k: Keys `(b, s_kv, h_kv, d)`.
-        v: Values, shaped as the keys.
-        plan: Of `forward_plan`.
-        kv_lens: Number of valid keys per batch entry, int `(b,)`, on any device. None: all.
-        softmax_scale: Factor of the logits, of any sign.
-        transient: As in `Kernel.launch`.
-
-    Returns:
-        out `(b, s, h, d)` in q's dtype, and lse `(b, h, s)` in float32.
-    """
-    b, s, h, _ = q.shape
-    device = q.device
-    if softmax_scale <= 0:  # the kernel takes maxima before it scales
-        q = -q if softmax_scale < 0 else torch.zeros_like(q)
-        softmax_scale = -softmax_scale or 1.0
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    assert out.data_ptr(), "meta and fake tensors have no memory to launch on"
-    lse = torch.empty(b, h, s, dtype=torch.float32, device=device)
-    lens = plan.schedule.kv_lens if kv_lens is None else _clamped(kv_lens, k)
-    inputs = (q, k, v, out, lse, lens)
-    kernel = plan.kernel or bind(plan)
-    kernel.launch(inputs, plan, (softmax_scale * _LOG2_E,), device, transient)
-    return out, lse
+    """Attention on torch's current stream: (out, lse). See `kernels.attention.forward`."""
+    if plan.kernel is None:
+        bind(plan)
+    return shared.forward(q, k, v, plan, kv_lens, softmax_scale, transient=transient)
 
 
 def backward(
@@ -223,57 +174,37 @@ def backward(
         softmax_scale: Factor of the logits.
         transient: As in `Kernel.launch`.
     """
-    plan, device = plans.dkdv, q.device
-    if not is_aligned(dout):
-        dout = dout.contiguous()
-    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    assert dq.data_ptr(), "meta and fake tensors have no memory to launch on"
-    lens = plan.schedule.kv_lens if kv_lens is None else _clamped(kv_lens, k)
-    done, bounds, dq_sum, stats = _workspace(plan.config, q, k)
-    given = lse if dlse is None else dlse.contiguous()
-    results = (dq, dk, dv, done, bounds, dq_sum, stats)
-    scales = (softmax_scale, softmax_scale * _LOG2_E)
-    outside = (q, k, v, out, dout, lse, given, *results, lens)
-    scalars = (0 if dlse is None else 1, *scales)
-    (plan.kernel or bind(plan)).launch(outside, plan, scalars, device, transient)
+    plan = plans.dkdv
+    call = shared.gradient_tensors(dout, dlse, q, k, v, out, lse, softmax_scale)
+    lens, space = shared.lengths_of(plan, kv_lens, k), workspace(plan.config, q, k)
+    inputs = (*call.inputs, *call.results, *space, lens)
+    (plan.kernel or bind(plan)).launch(inputs, plan, call.scalars, q.device, transient)
     if plans.dq is not None:
+        dout, stats = call.inputs[4], space[-1]
+        inputs = (q, k, v, dout, call.dq, stats, lens)
         kernel = plans.dq.kernel or bind(plans.dq)
-        kernel.launch((q, k, v, dout, dq, stats, lens), plans.dq, scales, device, transient)
-    return dq, dk, dv
+        kernel.launch(inputs, plans.dq, call.scalars[1:], q.device, transient)
+    return call.results
 
 
-def _workspace(config: BackwardConfig, q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
+def workspace(config: BackwardConfig, q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
     """done, bounds, dq_sum and stats of `BackwardSm90.__call__`; the first three are empty where
     the config needs none.
     """
-    b, s, h, _ = q.shape
-    device, float32, int32 = q.device, torch.float32, torch.int32
-    tiles = -(-s // config.tile_m)
-    chunks = 2 * tiles if config.dq else 0
-    return (
-        torch.empty((b, h, chunks), dtype=int32, device=device),
-        torch.zeros((2 * config.fixed_point, b, k.shape[2]), dtype=int32, device=device),
-        torch.empty((b, h, chunks, config.dq_chunk), dtype=float32, device=device),
-        torch.empty((b, h, 2, tiles * config.tile_m), dtype=float32, device=device),
-    )
-
-
-def _clamped(kv_lens: Tensor, k: Tensor) -> Tensor:
-    return kv_lens.to(k.device, torch.int32).clamp(0, k.shape[1])
+    b, _, h, _ = q.shape
+    chunks = 2 * shared.row_tiles_of(config, q) if config.dq else 0
+    bounds, stats = shared.bounds_and_statistics(config, q, k)
+    done = torch.empty((b, h, chunks), dtype=torch.int32, device=q.device)
+    return done, bounds, stats.new_empty((b, h, chunks, config.dq_chunk)), stats
 
 
 _kernels: dict[Any, Kernel] = {}  # by config
-_lock = threading.Lock()
 
 
-def bind(plan: Plan[Config]) -> Kernel:
+def bind(plan: Plan[Any]) -> Kernel:
     """Load or compile the kernel of a plan's config, and keep it with the plan."""
-    config = plan.config
-    kernel = _kernels.get(config)
-    if kernel is None:
-        with _lock:  # plans with the same config share one kernel, and its counters
-            kernel = _kernels.get(config)
-            if kernel is None:
-                kernel = _kernels[config] = Kernel(load_function(config), config.split_shapes)
-    plan.kernel = kernel
-    return kernel
+    return launch.bind(plan, _kernels, _make)
+
+
+def _make(config: Any) -> Kernel:
+    return Kernel(load_function(config), config.split_shapes)

@@ -9,13 +9,13 @@ no particular order.
 import cutlass
 from cutlass import Float32, Int32, cute
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
+from sparse_flash.kernels.combine import CombineGradients
+from sparse_flash.kernels.position_work_tiles import ColumnOffsets, row_tiles
+from sparse_flash.kernels.preprocess import Bounds, Preprocess
 from sparse_flash.kernels.sm90.backward_consumer import BackwardConsumer
 from sparse_flash.kernels.sm90.backward_producer import BackwardProducer, BackwardStorer
-from sparse_flash.kernels.sm90.combine import CombineGradients
 from sparse_flash.kernels.sm90.config import BackwardConfig
-from sparse_flash.kernels.sm90.position_work_tiles import ColumnOffsets, row_tiles
 from sparse_flash.kernels.sm90.postprocess import Postprocess
-from sparse_flash.kernels.sm90.preprocess import Bounds, Preprocess
 from sparse_flash.kernels.sm90.primitives import (
     LOAD,
     STORE,
@@ -95,7 +95,8 @@ class BackwardSm90:
     ):
         """Launch all kernels except the combination of splits.
 
-        offsets: q_pad and kv_starts, as in `ColumnOffsets`, or `None`.
+        offsets: q_pad and kv_starts, as in `ColumnOffsets`, or `None`. scales: softmax_scale and
+        scale_log2, and `ScoreTerms` of score_terms.py in kernels that have them.
         """
         config, (_, _, k, v), (dq_sum, done) = self.config, tensors, results[1]
         out, dout, lse, dlse, bounds, has_dlse = given
@@ -121,7 +122,7 @@ class BackwardSm90:
         v_layout = smem_layout(self.dtype, n, width, config.v_stages)
         rows, columns = (m, n) if config.dq_transposed else (n, m)
         ds_layout = smem_layout(self.dtype, rows, columns, config.ds_stages)
-        # (4 elements, thread, chunk, warpgroup, buffer): 16 bytes a thread at a time.
+        # (4 elements, thread, chunk, warpgroup, buffer): 16 bytes per thread at a time.
         shape = (4, 128, config.dq_chunk // 512, 2, config.buffers)
         dq_layout = cute.make_ordered_layout(shape, order=(0, 1, 2, 3, 4))
         stats_layout = cute.make_layout((m, 2, stages), stride=(1, m, 2 * m))
@@ -193,7 +194,7 @@ class BackwardSm90:
         sdQ = smem.dq.get_tensor(dq_layout)
         sdKV = self._dkv_buffers(sdQ, result_layout)
         sStats = smem.stats.get_tensor(stats_layout)
-        sTiles = smem.tiles.get_tensor(cute.make_layout(config.q_stages))
+        sTiles = smem.tiles.get_tensor(cute.make_layout(config.tile_words))
         kv_lens, work, tiles, bits, counter, counts = lists
         work_tiles = WorkList(work, counter, counts, smem.work, work_pipe)
         if cutlass.const_expr(config.offsets):
@@ -265,7 +266,7 @@ class BackwardSm90:
             ds_published: cute.struct.MemRange[cutlass.Int64, 1]
             buffer_free: cute.struct.MemRange[cutlass.Int64, 2 * config.buffers]
             work: work_storage()
-            tiles: cute.struct.MemRange[Int32, config.q_stages]
+            tiles: cute.struct.MemRange[Int32, config.tile_words]
             stats: cute.struct.Align[
                 cute.struct.MemRange[Float32, 2 * config.tile_m * config.q_stages], 128
             ]

@@ -24,30 +24,31 @@ and dV are stored, and dQ of the last tile is computed in the first step of the 
 import cutlass
 from cutlass import Float32, Int32, const_expr, cute, pipeline
 from cutlass.cute.nvgpu import warp, warpgroup
-from sparse_flash.kernels.sm90 import online_softmax as online
+from sparse_flash.kernels import online_softmax as online
+from sparse_flash.kernels import score_terms
+from sparse_flash.kernels.preprocess import exponent_in
 from sparse_flash.kernels.sm90.backward_gemms import BackwardGemms
 from sparse_flash.kernels.sm90.backward_producer import STORE_THREADS
-from sparse_flash.kernels.sm90.preprocess import exponent_in
-from sparse_flash.kernels.sm90.primitives import (
-    from_bits,
-    mul_pairs,
-    pack_pair,
-    store_pairs,
-)
-from sparse_flash.kernels.sm90.work_tiles import BackwardBarrier, ColumnWorkTile
-from sparse_flash.masks.layout import FULL_TILE
+from sparse_flash.kernels.sm90.backward_scores import BackwardScores
+from sparse_flash.kernels.sm90.barriers import BackwardBarrier
+from sparse_flash.kernels.sm90.primitives import mul_pairs
+from sparse_flash.kernels.vectors import from_bits, pack_pair, store_pairs
+from sparse_flash.kernels.work_tiles import ColumnWorkTile
 
 CONSUMER = pipeline.PipelineUserType.Consumer
 BOTH = 2 * 128  # threads of the two warpgroups
 
 
-class BackwardConsumer:
+class BackwardConsumer(BackwardScores):
     """State of one warpgroup: accumulators of dK and dV, operands, pipelines."""
 
     def __init__(self, config, dtype, tiled_mmas, buffers, pipes, signals, lists, results, scales):
         self.config, self.dtype = config, dtype
         self.work_tiles, self.bits, self.offsets = lists
-        self.scale, self.scale_log2 = scales
+        self.scale, self.scale_log2, *terms = scales
+        if const_expr(config.scored):
+            self.terms = score_terms.ScoreTerms(*terms[0])
+            self.cap_scale = self.terms.cap_scale
         _, _, self.sK, _, self.sdS, self.sdQ, self.sdKV, *others = buffers
         self.sStats, self.sTiles = others
         self.q_pipe, self.do_pipe, self.k_pipe, self.v_pipe = pipes
@@ -70,6 +71,8 @@ class BackwardConsumer:
         self.acc_dv = cute.make_rmem_tensor(shape, Float32)
         # Bit tile of the tile whose S' has been issued; valid in the first lane of each warp.
         self.bit_tile = cute.make_rmem_tensor(1, Int32)
+        # Likewise, for ALiBi: distance of the first query and key, and coefficient.
+        self.alibi = cute.make_rmem_tensor(2, Float32)
         # Fixed-point exponents of the thread's two rows of dQ, for the previous tile.
         self.exponents = cute.make_rmem_tensor(1, Int32)
 
@@ -191,7 +194,7 @@ class BackwardConsumer:
         before = config.dq and (config.overlap_items or not first)
         k_before = k_before if const_expr(first) else k_state  # of the previous tile
         staggered = config.dq and first and not last
-        p, acc_dp, delta = self.values(q_state, v_state, remaining, staggered)
+        p, weights, acc_dp, delta = self.values(q_state, v_state, remaining, staggered)
         ds = cute.make_rmem_tensor(p.shape, self.dtype)
         exponents = self.exponents_of(stage) if const_expr(config.fixed_point) else Int32(0)
         warpgroup.wait_group(config.p_slices)
@@ -199,7 +202,7 @@ class BackwardConsumer:
             self.v_pipe.consumer_release(v_state)
         self.zero_rows(acc_dp, remaining)
         for p_slice in cutlass.range_constexpr(config.p_slices):
-            self.derive(ds, acc_dp, p, delta, p_slice)
+            self.derive(ds, acc_dp, weights, delta, p_slice)
             if const_expr(config.dq and p_slice == config.p_slices - 1):
                 self.store_ds(ds, q_state, before)
             self.gemms.gemm_dk(self.acc_dk, ds, stage, p_slice)
@@ -236,7 +239,8 @@ class BackwardConsumer:
 
     @cute.jit
     def values(self, q_state, v_state, remaining, staggered: cutlass.Constexpr):
-        """Compute P' of a tile; dP' and dV are in flight. Returns P', dP' and delta.
+        """Compute P' of a tile; dP' and dV are in flight. Returns P', P' times the derivative of
+        the scores, dP' and delta.
 
         staggered: The second warpgroup waits for the first to finish its P'.
         """
@@ -246,7 +250,11 @@ class BackwardConsumer:
                 cute.arch.barrier(barrier_id=BackwardBarrier.STAGGER, number_of_threads=BOTH)
         acc_dp = cute.make_rmem_tensor(self.acc_s.shape, Float32)
         p = cute.make_rmem_tensor(acc_dp.shape, self.dtype)
-        few = const_expr(config.tile_m == 64)  # then lse fits into registers before dP' is issued
+        weights = p  # times the derivative of the softcap
+        if const_expr(config.softcap):
+            weights = cute.make_rmem_tensor(acc_dp.shape, self.dtype)
+        # Then lse fits into registers before dP' is issued.
+        few = const_expr(config.tile_m == 64 and not config.softcap)
         lse = self.statistics(0, stage) if few else None
         self.do_pipe.consumer_wait(q_state)
         self.gemms.gemm_dp(acc_dp, v_state.index, stage)
@@ -257,14 +265,14 @@ class BackwardConsumer:
             # Overlaps the exponentials, which hide the load latency.
             if const_expr(config.defer_handoff and p_slice == config.p_slices - 1):
                 delta = self.statistics(1, stage)
-            self.probabilities(p, lse, bit_tile, words, remaining, p_slice)
+            self.probabilities((p, weights), lse, bit_tile, words, remaining, p_slice)
             if const_expr(not config.defer_handoff and p_slice == config.p_slices - 1):
                 delta = self.statistics(1, stage)
             self.gemms.gemm_dv(self.acc_dv, p, stage, p_slice)
         if const_expr(staggered):
             if self.group == 0:
                 cute.arch.barrier_arrive(barrier_id=BackwardBarrier.STAGGER, number_of_threads=BOTH)
-        return p, acc_dp, delta
+        return p, weights, acc_dp, delta
 
     @cute.jit
     def derive(self, ds, acc_dp, p, delta, p_slice: cutlass.Constexpr):
@@ -276,44 +284,6 @@ class BackwardConsumer:
             cute.make_tensor(x.iterator + p_slice * size, cute.make_layout(size)) for x in (ds, p)
         )
         mul_pairs(mine, factors)
-
-    @cute.jit
-    def probabilities(self, p, lse, bit_tile, words, remaining, p_slice: cutlass.Constexpr):
-        """Compute one slice of P' from S'; masked elements are 0."""
-        size = cute.size(self.acc_s) // self.config.p_slices
-        acc = cute.make_tensor(self.acc_s.iterator + p_slice * size, cute.make_layout(size))
-        for i in cutlass.range_constexpr(size):
-            power = acc[i] * self.scale_log2 - lse[i % 2, (p_slice * size + i) // 4]
-            acc[i] = online.exp2(power)
-        if bit_tile != FULL_TILE or remaining < self.config.tile_n:
-            mine = cute.make_rmem_tensor(2, Int32)
-            for i in cutlass.range_constexpr(2):
-                mine[i] = words[i] >> (p_slice * size // 2) if self.row(i) < remaining else Int32(0)
-            online.apply_mask(acc, mine, Int32(-1), 0.0)
-        for i in cutlass.range_constexpr(size):
-            p[p_slice * size + i] = acc[i].to(self.dtype)
-
-    @cute.jit
-    def read_bit_tile(self, stage):
-        """Read a tile's bit tile, in the lane that releases the stage for its warp."""
-        bit_tile = Int32(0)
-        if self.thread % 32 == 0:
-            bit_tile = self.sTiles[stage]
-        self.bit_tile[0] = bit_tile
-
-    @cute.jit
-    def statistics(self, which: cutlass.Constexpr, stage):
-        """Load lse (0) or delta (1) of the thread's columns: (2, tile_m / 8)."""
-        values = cute.make_rmem_tensor((2, self.config.tile_m // 8), Float32)
-        mine = self.sStats[None, which, stage].iterator + 2 * (self.thread % 4)
-        layout = cute.make_layout((2, self.config.tile_m // 8), stride=(1, 8))
-        cute.autovec_copy(cute.make_tensor(mine.align(8), layout), values)
-        return values
-
-    @cute.jit
-    def row(self, i: cutlass.Constexpr):
-        """Index in the tile of the key in the thread's row i (0 or 1)."""
-        return self.keys * 64 + self.thread // 32 * 16 + self.thread % 32 // 4 + 8 * i
 
     @cute.jit
     def zero_rows(self, acc, remaining):

@@ -2,8 +2,9 @@
 
 import cutlass
 from cutlass import Int32, const_expr, cute, pipeline
+from sparse_flash.kernels.sm90.barriers import BackwardBarrier
 from sparse_flash.kernels.sm90.primitives import check_arrivals, tma_load, tma_store
-from sparse_flash.kernels.sm90.work_tiles import BackwardBarrier, ColumnWorkTile, end_of_work
+from sparse_flash.kernels.work_tiles import ColumnWorkTile, end_of_work, query_coord
 
 PRODUCER = pipeline.PipelineUserType.Producer
 CONSUMER = pipeline.PipelineUserType.Consumer
@@ -48,7 +49,7 @@ class BackwardProducer:
                 coord = (n_block, head, batch)
                 if const_expr(config.k_stages > 1):
                     self.load_keys(2, self.k_pipe, k_state, coord)
-                self.load_queries(q_state, first, head, batch)
+                self.load_queries(q_state, first, coord)
                 q_state.advance()
                 self.load_keys(3, self.v_pipe, v_state, coord)
                 v_state.advance()
@@ -56,11 +57,11 @@ class BackwardProducer:
                     self.load_keys(2, self.k_pipe, k_state, coord)
                 k_state.advance()
                 for j in cutlass.range(1, count - 1, unroll=1):
-                    self.load_queries(q_state, first + j, head, batch)
+                    self.load_queries(q_state, first + j, coord)
                     q_state.advance()
             index = self.work_tiles.next_index()
             if count > 1 and remaining > 0:
-                self.load_queries(q_state, first + count - 1, head, batch)
+                self.load_queries(q_state, first + count - 1, (n_block, head, batch))
                 q_state.advance()
         self.work_tiles.announce(work_state, end_of_work(ColumnWorkTile, count=Int32(-1)))
         self.work_tiles.reset_counters()
@@ -74,8 +75,9 @@ class BackwardProducer:
         tma_load(self.loads[which], self.buffers[which], coord, state.index, barrier, start)
 
     @cute.jit
-    def load_queries(self, state, tile, kv_head, batch):
+    def load_queries(self, state, tile, coord_of_keys):
         """Load Q, row statistics and dO of a tile, and publish its bit tile."""
+        n_block, kv_head, batch = coord_of_keys
         m_block, bit_tile = self.tiles[tile, 0], self.tiles[tile, 1]
         m_block, head = query_coord(m_block, kv_head, self.heads)
         coord, start = (m_block, head, batch), None
@@ -85,6 +87,10 @@ class BackwardProducer:
         sTiles, barrier = self.sTiles, self.q_pipe.producer_get_barrier(state)
         if cute.arch.lane_idx() == 0:
             sTiles[state.index] = bit_tile
+            if const_expr(self.config.alibi):
+                stages = self.config.q_stages
+                apart = m_block * self.config.tile_m - n_block * self.config.tile_n
+                sTiles[stages + state.index], sTiles[2 * stages + state.index] = apart, head
             # This arrival releases the store above.
             size = self.q_pipe.sync_object_full.tx_count
             cute.arch.mbarrier_arrive_and_expect_tx(barrier, size)
@@ -249,10 +255,3 @@ def load_relaxed(pointer):
         write_only_types=[Int32],
         read_only_args=[pointer.toint()],
     )
-
-
-@cute.jit
-def query_coord(column, kv_head, heads):
-    """(m_block, q head) of a block column; the q heads of a kv head are stacked in the layout."""
-    group_size, num_m_blocks = heads
-    return column % num_m_blocks, kv_head * group_size + column // num_m_blocks

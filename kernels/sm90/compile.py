@@ -34,45 +34,29 @@ def compile_config(config: Config) -> Any:
 
 def compile_forward(config: ForwardConfig) -> Any:
     """Compile without a GPU."""
-    from cutlass import Float32, Int32
     from sparse_flash.kernels.sm90.forward import ForwardSm90
+    from sparse_flash.kernels.sm90.scored import ForwardScoredSm90
 
-    of = Arguments(config)
-    arguments = (
-        *(of.queries(), of.keys(), of.keys(), of.queries()),  # q, k, v, out
-        of.floats(of.b, of.h, of.q_len),  # lse
-        *of.lists(config.warpgroups),
-        of.ints(2),  # counter
-        of.splits(config.tile_m, config.head_dim),
-        of.splits(config.tile_m),
-        *of.combine_arrays(),
-        *(Int32(1), Float32(1.0)),
-    )
-    return compile_kernel(ForwardSm90(config, of.dtype), arguments, config.arch)
+    of = Arguments(config).with_value_width()
+    if config.scored:
+        kernel = ForwardScoredSm90(config, of.dtype)
+        return compile_kernel(kernel, of.forward(scored=True), config.arch)
+    return compile_kernel(ForwardSm90(config, of.dtype), of.forward(), config.arch)
 
 
 def compile_backward(config: BackwardConfig) -> Any:
     """Compile without a GPU."""
-    from cutlass import Float32, Int32
     from sparse_flash.kernels.sm90.backward import BackwardSm90
+    from sparse_flash.kernels.sm90.backward_wide import BackwardWideSm90
+    from sparse_flash.kernels.sm90.scored import BackwardScoredSm90
 
-    of = Arguments(config)
-    arguments = (
-        *(of.queries(), of.keys(), of.keys(), of.queries(), of.queries()),  # q, k, v, out, dout
-        *(of.floats(of.b, of.h, of.q_len) for _ in range(2)),  # lse, dlse
-        of.compact(of.dtype, of.b, of.q_len, of.h, of.d),  # dq
-        *(of.keys(), of.keys()),  # dk, dv
-        of.ints(of.b, of.h, of.size()),  # done
-        of.ints(of.size(), of.b, of.h_kv),  # bounds
-        of.floats(of.b, of.h, of.size(), config.dq_chunk),  # dq_sum
-        of.row_stats(config.tile_m),
-        *of.lists(config.tile_n // 64),
-        of.ints(2),  # counter
-        *(of.splits(config.tile_n, config.head_dim) for _ in range(2)),
-        *of.combine_arrays(),
-        *(Int32(1), Int32(0), Float32(1.0), Float32(1.0)),
-    )
-    return compile_kernel(BackwardSm90(config, of.dtype), arguments, config.arch)
+    of = Arguments(config).with_value_width()
+    done = of.ints(of.b, of.h, of.size())
+    if config.scored:
+        kernel = BackwardScoredSm90(config, of.dtype)
+        return compile_kernel(kernel, of.backward(done, scored=True), config.arch)
+    plain = BackwardWideSm90 if config.wide else BackwardSm90
+    return compile_kernel(plain(config, of.dtype), of.backward(done), config.arch)
 
 
 def compile_dq(config: DqConfig) -> Any:
@@ -80,9 +64,9 @@ def compile_dq(config: DqConfig) -> Any:
     from cutlass import Float32, Int32
     from sparse_flash.kernels.sm90.dq import DqSm90
 
-    of = Arguments(config)
+    of = Arguments(config).with_value_width()
     arguments = (
-        *(of.queries(), of.keys(), of.keys(), of.queries(), of.queries()),  # q, k, v, dout, dq
+        *(of.queries(), of.keys(), of.values(), of.outputs(), of.queries()),  # q, k, v, dout, dq
         of.row_stats(64),  # tiles of the kernel over keys: 64 or 128
         *of.lists(config.warpgroups),
         of.ints(2),  # counter

@@ -26,6 +26,9 @@ class ForwardConfig:
     o_columns: int = 0  # 0: all
     q_in_registers: bool = False  # for the whole work tile
     offsets: bool = False  # queries at positions, see position_work_tiles.py
+    softcap: bool = False  # see score_terms.py, as the next two
+    alibi: bool = False
+    sinks: bool = False
     arch: str = "sm_90a"
 
     def __post_init__(self) -> None:
@@ -34,6 +37,11 @@ class ForwardConfig:
         assert self.tile_m in (128, 192)  # two or three warpgroups
         assert self.tile_n % 16 == 0
         assert self.tile_n <= 128  # a thread's mask bits of a row fit one 32-bit word
+
+    @property
+    def scored(self) -> bool:
+        """Whether the kernel has score terms, see score_terms.py."""
+        return self.softcap or self.alibi or self.sinks
 
     @property
     def tile(self) -> tuple[int, int]:
@@ -90,7 +98,8 @@ class BackwardConfig:
 
     With tile_n 128 each owns 64 keys, and one chunk of dQ at a time: half of the columns with
     tile_m 64 or 80, half of the rows with 128. With tile_n 64 (large head_dims) both own all keys
-    and half of the columns of dK and dV, and both compute the scores.
+    and half of the columns of dK and dV, and both compute the scores. With `dq` and tile_n 64 three
+    warpgroups compute one gradient each: see backward_wide.py.
 
     Args:
         dq: Compute dQ too, accumulated in global memory.
@@ -122,10 +131,17 @@ class BackwardConfig:
     p_slices: int = 2
     fixed_point: bool = False
     offsets: bool = False  # queries at positions, see position_work_tiles.py
+    softcap: bool = False  # see score_terms.py, as the next one
+    alibi: bool = False
     arch: str = "sm_90a"
 
     def __post_init__(self) -> None:
-        if self.dq:
+        if self.wide:
+            assert (self.tile_m, self.q_stages, self.ds_stages) == (64, 2, 2)
+            assert self.head_dim in _WIDE_REGISTERS
+            assert not self.fixed_point
+            assert not self.offsets
+        elif self.dq:
             assert self.tile_n == 128
             assert self.ds_stages == self.q_stages == 2  # see BackwardConsumer.store_ds
             assert not (
@@ -133,6 +149,38 @@ class BackwardConfig:
             )  # a row's exponent goes with its thread
             tiles = ((64, 128), (80, 128), (64, 96), (128, 64), (128, 32))
             assert (self.tile_m, self.head_dim) in tiles
+
+    @property
+    def wide(self) -> bool:
+        """Whether three warpgroups compute dV, dK and dQ: `backward_wide.BackwardWideSm90`."""
+        return self.dq and self.tile_n == 64
+
+    @property
+    def wide_registers(self) -> tuple[int, ...]:
+        """Registers per thread of the producer, and of the warpgroups of dV, dK and dQ."""
+        return _WIDE_REGISTERS[self.head_dim]
+
+    @property
+    def wide_columns(self) -> int:
+        """Columns of dV or dK that one GEMM computes; the register file limits them."""
+        return 192 if self.head_dim == 192 else 128
+
+    @property
+    def wide_dq_columns(self) -> int:
+        """As `wide_columns`, for dQ, whose warpgroup has the fewest registers."""
+        return 192 if self.head_dim == 192 else 64
+
+    @property
+    def scored(self) -> bool:
+        """Whether the kernel has score terms, see score_terms.py."""
+        return self.softcap or self.alibi
+
+    @property
+    def tile_words(self) -> int:
+        """Int32 words for the tiles in all stages: bit tiles, and for ALiBi the distances of
+        their first elements, and heads.
+        """
+        return self.q_stages * (3 if self.alibi else 1)
 
     @property
     def overlap_items(self) -> bool:
@@ -191,8 +239,8 @@ class BackwardConfig:
 
     @property
     def dq_columns(self) -> int:
-        """Columns of dQ that a warpgroup computes at a time."""
-        return min(64, self.head_dim)
+        """Columns of a chunk of dQ's sums."""
+        return self.head_dim // 2 if self.wide else min(64, self.head_dim)
 
     @property
     def dq_tile(self) -> tuple[int, int]:
@@ -215,6 +263,8 @@ class BackwardConfig:
         rows = 2 * self.q_stages * self.tile_m + (self.k_stages + self.v_stages) * self.tile_n
         scores = self.ds_stages * self.tile_m * self.tile_n if self.dq else 0
         results = 4 * self.buffers * self.dq_chunk if self.dq else 0
+        if self.wide:
+            scores, results = 2 * scores, 0  # P and dS; dQ is added from registers
         statistics = 8 * self.tile_m * self.q_stages
         return 2 * (rows * self.head_dim + scores + results) + statistics + 1024
 
@@ -260,6 +310,8 @@ class DqConfig:
 
 Config = ForwardConfig | BackwardConfig | DqConfig
 
+# By head_dim: see BackwardConfig.wide_registers. Together 512, the register file for 512 threads.
+_WIDE_REGISTERS = {192: (24, 184, 176, 128), 256: (24, 208, 208, 72)}
 
 # From speeds on an H200. Two random densities give `item` (1.0 at head_dim 64, 1.9 at 128), masks
 # with and without partial tiles `partial_tile` (1.2 and 1.05): one value stands between both.
@@ -308,6 +360,11 @@ _DETERMINISTIC = {
 }
 # Instead of _DQ[128], for layouts that blocks of this width cover well.
 _TILE80 = {128: BackwardConfig(_ANY, 128, tile_m=80, dq=True, p_slices=5)}
+# All gradients in one pass above head_dim 128.
+_WIDE = {
+    192: BackwardConfig(_ANY, 192, tile_m=64, dq=True, tile_n=64, k_stages=2, v_stages=2),
+    256: BackwardConfig(_ANY, 256, tile_m=64, dq=True, tile_n=64),
+}
 _DKDV = {
     32: BackwardConfig(_ANY, 32, tile_m=128, dq=False, k_in_registers=32, p_slices=1),
     64: BackwardConfig(_ANY, 64, tile_m=128, dq=False, k_in_registers=48),
@@ -339,14 +396,15 @@ class BackwardVariant(Enum):
     DQ: dQ, dK and dV in one kernel; dQ is accumulated in memory, in float32, in any order.
     TILE80: As DQ, with tiles of 80 queries, for layouts that they cover well.
     DETERMINISTIC: As DQ, in fixed point: bitwise repeatable.
+    WIDE: As DQ, for head_dims above 128: three warpgroups compute one gradient each.
     DKDV: dK and dV only, bitwise repeatable; dQ comes from a kernel of its own. Seven GEMMs
-        instead of five, without accumulation in memory: its buffers do not fit above head_dim
-        128.
+        instead of five, without accumulation in memory.
     """
 
     DQ = "dq"
     TILE80 = "tile80"
     DETERMINISTIC = "deterministic"
+    WIDE = "wide"
     DKDV = "dkdv"
 
 
@@ -354,6 +412,7 @@ _VARIANTS = {
     BackwardVariant.DQ: _DQ,
     BackwardVariant.TILE80: _TILE80,
     BackwardVariant.DETERMINISTIC: _DETERMINISTIC,
+    BackwardVariant.WIDE: _WIDE,
     BackwardVariant.DKDV: _DKDV,
 }
 
@@ -369,7 +428,7 @@ def backward_configs(
 ) -> tuple[BackwardConfig, ...]:
     """The candidates for this head_dim, the default first. `dq` tells whether they compute dQ."""
     if head_dim > 128:
-        variants = [BackwardVariant.DKDV]
+        variants = [BackwardVariant.DKDV if deterministic else BackwardVariant.WIDE]
     elif deterministic:
         variants = [BackwardVariant.DETERMINISTIC]
     elif head_dim > 96:

@@ -13,9 +13,9 @@ position_work_tiles.py for positions; a call without offsets is one whose query 
 import cutlass
 from cutlass import Float32, Int32, cute, pipeline
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
+from sparse_flash.kernels.position_work_tiles import positions_of
 from sparse_flash.kernels.sm90.decode_consumer import DecodeConsumer
 from sparse_flash.kernels.sm90.position_config import DecodeConfig
-from sparse_flash.kernels.sm90.position_work_tiles import positions_of
 from sparse_flash.kernels.sm90.primitives import (
     LOAD,
     barrier_storage,
@@ -30,8 +30,8 @@ from sparse_flash.kernels.sm90.primitives import (
     tma_load,
     tma_pipeline,
 )
-from sparse_flash.kernels.sm90.split_combine import SplitCombine
-from sparse_flash.kernels.sm90.work_tiles import DecodeWorkTile
+from sparse_flash.kernels.split_combine import SplitCombine
+from sparse_flash.kernels.work_tiles import DecodeWorkTile
 from sparse_flash.masks.layout import FULL_TILE
 
 CONSUMERS, PRODUCERS = 128, 32
@@ -145,7 +145,7 @@ class DecodeSm90:
 
     @cute.jit
     def work_tile(self, coord, reads, tiles, positions):
-        """What the CTA of this number computes: steps of tile_n keys, in the order of tiles."""
+        """The work of the CTA with this number: steps of tile_n keys, in the order of tiles."""
         config, positions = self.config, positions_of(self.config, positions)
         splits, (split, head, batch) = positions.numbers.num_splits, coord
         shift = positions.shift(reads)
@@ -208,7 +208,7 @@ class DecodeSm90:
             if cute.arch.lane_idx() == 0:
                 sTiles[state.index, 0] = code
                 sTiles[state.index, 1] = remaining
-                # This arrival releases what was just written.
+                # This arrival releases the preceding writes.
                 cute.arch.mbarrier_arrive_and_expect_tx(k_barrier, k_pipe.sync_object_full.tx_count)
             state.advance()
             n_block, bit_tile = next_block, next_bit_tile

@@ -3,10 +3,10 @@
 import cutlass
 from cutlass import Float32, Int32, cute, pipeline
 from cutlass.cute.nvgpu import warpgroup
-from sparse_flash.kernels.sm90 import online_softmax as online
+from sparse_flash.kernels import online_softmax as online
+from sparse_flash.kernels.sm90.barriers import DecodeBarrier
 from sparse_flash.kernels.sm90.forward_consumer import RESCALE_THRESHOLD
 from sparse_flash.kernels.sm90.primitives import gemm
-from sparse_flash.kernels.sm90.work_tiles import DecodeBarrier
 from sparse_flash.masks.layout import FULL_TILE
 
 CONSUMER = pipeline.PipelineUserType.Consumer

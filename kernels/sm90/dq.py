@@ -7,11 +7,11 @@ seven GEMMs instead of five, but no accumulation in memory.
 import cutlass
 from cutlass import Float32, Int32, cute, pipeline
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
-from sparse_flash.kernels.sm90.combine import CombineGradients
+from sparse_flash.kernels.combine import CombineGradients
+from sparse_flash.kernels.position_work_tiles import positions_of
 from sparse_flash.kernels.sm90.config import DqConfig
 from sparse_flash.kernels.sm90.dq_consumer import DqConsumer
 from sparse_flash.kernels.sm90.forward_producer import PRODUCER, ForwardProducer
-from sparse_flash.kernels.sm90.position_work_tiles import positions_of
 from sparse_flash.kernels.sm90.primitives import (
     LOAD,
     STORE,
@@ -29,7 +29,7 @@ from sparse_flash.kernels.sm90.primitives import (
     work_pipeline,
     work_storage,
 )
-from sparse_flash.kernels.sm90.work_tiles import KeyTile, end_of_work
+from sparse_flash.kernels.work_tiles import KeyTile, end_of_work
 
 
 class DqProducer(ForwardProducer):

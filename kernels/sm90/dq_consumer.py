@@ -9,10 +9,10 @@ bitwise repeatable. S and dP of a tile are issued together with dQ of the previo
 import cutlass
 from cutlass import Float32, const_expr, cute, pipeline
 from cutlass.cute.nvgpu import warpgroup
-from sparse_flash.kernels.sm90 import online_softmax as online
+from sparse_flash.kernels import online_softmax as online
 from sparse_flash.kernels.sm90.forward_consumer import CONSUMER, ForwardConsumer, StepKind
 from sparse_flash.kernels.sm90.primitives import gemm, mul_pairs
-from sparse_flash.kernels.sm90.work_tiles import PositionWorkTile, RowWorkTile
+from sparse_flash.kernels.work_tiles import PositionWorkTile, RowWorkTile
 from sparse_flash.masks.layout import FULL_TILE
 
 

@@ -12,11 +12,12 @@ extends beyond the number of keys.
 import cutlass
 from cutlass import Float32, Int32, cute
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
-from sparse_flash.kernels.sm90.combine import CombineOutput
+from sparse_flash.kernels.combine import CombineOutput
+from sparse_flash.kernels.position_work_tiles import positions_of
+from sparse_flash.kernels.score_terms import ScoreTerms
 from sparse_flash.kernels.sm90.config import ForwardConfig
 from sparse_flash.kernels.sm90.forward_consumer import WARPGROUP, ForwardConsumer
 from sparse_flash.kernels.sm90.forward_producer import ForwardProducer
-from sparse_flash.kernels.sm90.position_work_tiles import positions_of
 from sparse_flash.kernels.sm90.primitives import (
     LOAD,
     STORE,
@@ -75,11 +76,20 @@ class ForwardSm90:
 
     @cute.jit
     def launch(
-        self, tensors, lists, positions, results, num_ctas: Int32, scale_log2: Float32, stream
+        self,
+        tensors,
+        lists,
+        positions,
+        results,
+        num_ctas: Int32,
+        scale_log2: Float32,
+        stream,
+        terms=None,
     ):
         """Launch the attention kernel itself.
 
-        positions: Arrays, numbers and sizes of `Positions`, or `None`.
+        positions: Arrays, numbers and sizes of `Positions`, or `None`. terms: `ScoreTerms` of
+        score_terms.py, or `None`.
         """
         config, width = self.config, self.config.head_dim
         q, k, v, out = by_tiles(tensors)
@@ -97,6 +107,7 @@ class ForwardSm90:
             results,
             cute.size(q, mode=[2]) // cute.size(k, mode=[2]),
             scale_log2,
+            terms,
             self._storage(q_layout, kv_layout, o_layout),
         ).launch(
             grid=(num_ctas, 1, 1),
@@ -117,6 +128,7 @@ class ForwardSm90:
         results,
         group_size: Int32,  # q heads for each kv head
         scale_log2: Float32,
+        terms,
         storage: cutlass.Constexpr,
     ):
         """Set up shared memory and barriers, then run the role of the warp."""
@@ -149,7 +161,12 @@ class ForwardSm90:
         else:
             cute.arch.setmaxregister_increase(config.consumer_registers)
             outside = (store, (sQ, sK, sV, sO, sTiles), pipes, work_tiles, bits, results)
-            ForwardConsumer(config, self.dtype, tiled_mmas, *outside, scale_log2).run()
+            of_scores = None
+            if cutlass.const_expr(config.scored):
+                of_scores = (ScoreTerms(*terms), kv_lens)
+                if cutlass.const_expr(config.offsets):  # kv_starts and the number of keys
+                    of_scores = (*of_scores, positions[0][2], positions[2][3])
+            ForwardConsumer(config, self.dtype, tiled_mmas, *outside, scale_log2, of_scores).run()
 
     def _tiled_mmas(self):
         """Tiled MMAs of S = Q K^T (Q in shared memory), S (Q in registers), O += P V (P in

@@ -7,7 +7,7 @@ import cutlass
 from cutlass import Float32, Int32, cute
 from sparse_flash.kernels.sm90.config import ForwardConfig
 from sparse_flash.kernels.sm90.forward import ForwardSm90
-from sparse_flash.kernels.sm90.split_combine import SplitCombine
+from sparse_flash.kernels.split_combine import SplitCombine
 
 
 class ForwardAtSm90(ForwardSm90):

@@ -13,16 +13,13 @@ from enum import IntEnum
 import cutlass
 from cutlass import Float32, Int32, const_expr, cute, pipeline
 from cutlass.cute.nvgpu import cpasync, warp, warpgroup
-from sparse_flash.kernels.sm90 import online_softmax as online
+from sparse_flash.kernels import online_softmax as online
+from sparse_flash.kernels import score_terms
+from sparse_flash.kernels.sm90.barriers import ForwardBarrier
 from sparse_flash.kernels.sm90.forward_producer import FULL_BEYOND
-from sparse_flash.kernels.sm90.primitives import (
-    check_arrivals,
-    gemm,
-    load_a_to_registers,
-    pack_pair,
-    store_pairs,
-)
-from sparse_flash.kernels.sm90.work_tiles import ForwardBarrier, PositionWorkTile, RowWorkTile
+from sparse_flash.kernels.sm90.primitives import check_arrivals, gemm, load_a_to_registers
+from sparse_flash.kernels.vectors import pack_pair, store_pairs
+from sparse_flash.kernels.work_tiles import PositionWorkTile, RowWorkTile
 from sparse_flash.masks.layout import FULL_TILE
 
 CONSUMER = pipeline.PipelineUserType.Consumer
@@ -54,6 +51,7 @@ class ForwardConsumer:
         bits,
         results,
         scale_log2,
+        terms=None,
     ):
         self.config, self.dtype, self.bits, self.scale_log2 = config, dtype, bits, scale_log2
         self.work_tiles, self.work_tile_type = (
@@ -61,6 +59,11 @@ class ForwardConsumer:
             PositionWorkTile if config.offsets else RowWorkTile,
         )
         self.rescale_threshold = RESCALE_THRESHOLD / scale_log2
+        if const_expr(config.scored):  # see score_terms.py; and kv_lens
+            (self.terms, *self.lengths), self.cap_scale = terms, terms[0].cap_scale
+            # Coefficient of ALiBi, and position of the thread's first row minus that of the first
+            # key beyond the end and the thread's first column.
+            self.alibi = cute.make_rmem_tensor(2, Float32)
         self.mma_qk, self.mma_qk_rs, self.mma_pv, self.mma_store = tiled_mmas
         self.sQ, sK, self.sV, self.sO, self.sTiles = buffers
         self.q_pipe, self.k_pipe, self.v_pipe = pipes
@@ -99,6 +102,7 @@ class ForwardConsumer:
         work_state.advance()
         remaining = Int32(0)
         if work_tile.count > 0:
+            self.begin_alibi(work_tile)
             self.q_pipe.consumer_wait(q_state)
             kv_state, remaining = self.step(q_state.index, kv_state, StepKind.FIRST)
         while work_tile.count > 0:
@@ -115,6 +119,7 @@ class ForwardConsumer:
                 self.v_pipe.consumer_wait(kv_state)
             self.zero_beyond(self.sV, kv_state.index, remaining)
             if following.count > 0:
+                self.begin_alibi(following)
                 self.q_pipe.consumer_wait(q_state)
                 kv_state, remaining = self.step(q_state.index, kv_state, StepKind.BOUNDARY)
             else:
@@ -160,6 +165,7 @@ class ForwardConsumer:
         words = online.mask_words(self.bits, bit_tile, self.group, self.thread)
         warpgroup.wait_group(0 if const_expr(kind == StepKind.FIRST) else 1)
         self.k_pipe.consumer_release(kv_state)
+        self.add_terms(acc_s, remaining)
         if bit_tile != FULL_TILE:
             online.apply_mask(acc_s, words, online.columns_within(remaining, self.thread))
         if const_expr(kind != StepKind.INNER):
@@ -179,6 +185,28 @@ class ForwardConsumer:
             if grown:
                 online.rescale(self.acc_o, decay)
         return kv_state, remaining
+
+    @cute.jit
+    def add_terms(self, acc_s, remaining):
+        """Turn S into scores."""
+        if const_expr(self.config.softcap):
+            score_terms.apply_softcap(acc_s, self.cap_scale)
+        if const_expr(self.config.alibi):
+            distance = self.alibi[1] + Float32(remaining)
+            score_terms.add_alibi(acc_s, self.alibi[0], distance, False)
+
+    @cute.jit
+    def begin_alibi(self, work_tile):
+        """Prepare distances and coefficient of a work tile."""
+        if const_expr(self.config.alibi):
+            self.alibi[0] = self.terms.coefficient(work_tile.head)
+            query = work_tile.m_block * self.config.tile_m + self.row(0)
+            kv_lens, *at = self.lengths
+            limit = kv_lens[work_tile.batch]
+            if const_expr(self.config.offsets):  # as in `Positions.shift`
+                kv_starts, s_kv = at
+                limit = cutlass.min(limit, s_kv) - kv_starts[work_tile.batch]
+            self.alibi[1] = Float32(query - limit - self.thread % 4 * 2)
 
     @cute.jit
     def read_tile_info(self, stage):
@@ -229,7 +257,11 @@ class ForwardConsumer:
     @cute.jit
     def finish(self, work_tile, stats):
         """Store O / sum and the logsumexp: to the output, or as one split of a row."""
-        factors, log_sums = online.row_normalizers(stats, self.scale_log2)
+        sink = None
+        if const_expr(self.config.sinks):  # of a split row, the combination adds it
+            of_head = self.terms.sink(work_tile.head)
+            sink = of_head if work_tile.split_idx < 0 else -Float32.inf
+        factors, log_sums = online.row_normalizers(stats, self.scale_log2, sink)
         if const_expr(self.config.offsets):
             online.mark_unknown(factors, log_sums, work_tile.known, self.row(0))
             online.rescale(self.acc_o, factors)

@@ -3,12 +3,13 @@
 import cutlass
 from cutlass import Int32, const_expr, cute, pipeline
 from sparse_flash.kernels.sm90.primitives import tma_load
-from sparse_flash.kernels.sm90.work_tiles import (
+from sparse_flash.kernels.work_tiles import (
     KeyTile,
     Load,
     PositionWorkTile,
     RowWorkTile,
     end_of_work,
+    tiles_within,
 )
 from sparse_flash.masks.layout import FULL_TILE
 
@@ -146,21 +147,3 @@ class ForwardProducer:
         """Load K (1) or V (2)."""
         start = coord.start if const_expr(self.config.offsets) else None
         tma_load(self.loads[which], self.buffers[which], coord[:3], state.index, barrier, start)
-
-
-@cute.jit
-def tiles_within(tiles, first, count, limit, tile_n: cutlass.Constexpr):
-    """Number of tiles (columns ascending) that begin before key `limit`; at least 1.
-
-    A row without keys computes one tile with all keys masked.
-    """
-    low, high = Int32(count), Int32(count)
-    if tiles[first + count - 1, 0] * tile_n >= limit:
-        low = Int32(1)
-    while low < high:  # the answer is in low..high
-        middle = (low + high) // 2
-        if tiles[first + middle, 0] * tile_n < limit:
-            low = middle + 1
-        else:
-            high = middle
-    return low

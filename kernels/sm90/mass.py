@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from sparse_flash.kernels.attention import DTYPES
 from sparse_flash.kernels.compile import Arguments, compile_kernel, load
 from sparse_flash.kernels.device import DeviceFacts
 from sparse_flash.kernels.fragment import fragment_order
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 _LOG2_E = math.log2(math.e)
+PIECE = 100  # fewest tiles of a piece: small pieces keep the K of few heads in the L2 cache
 
 
 def unsupported_reason(q: Tensor, k: Tensor, layout: BlockLayout) -> str | None:
@@ -69,7 +71,7 @@ def tile_mass(
     if softmax_scale <= 0:  # masked logits are -inf before they are scaled
         q = -q if softmax_scale < 0 else torch.zeros_like(q)
         softmax_scale = -softmax_scale or 1.0
-    config = mass_config(attention.DTYPES[q.dtype], d, block)
+    config = mass_config(DTYPES[q.dtype], d, block)
     if kv_lens is None:
         kv_lens = torch.full((b,), k.shape[1], dtype=torch.int32, device=q.device)
     else:
@@ -81,8 +83,9 @@ def tile_mass(
     bits = _fragments(lists.bit_tiles)
     sms = DeviceFacts.of(q.device).num_sms
     num_ctas = min(b * h * lists.slots, sms * config.ctas_per_sm)
+    rounds = max(1, b * h * lists.slots // (num_ctas * PIECE))
     inputs = (q, k, lse.float().contiguous(), kv_lens, *lists[:3], bits, slice_mass)
-    scalars = (lists.row_slots, int(lists.by_column), num_ctas, softmax_scale * _LOG2_E)
+    scalars = (lists.row_slots, int(lists.by_column), rounds, num_ctas, softmax_scale * _LOG2_E)
     key = (config, q.device.index)
     if key not in _loaded and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
@@ -138,6 +141,6 @@ def compile_mass(config: MassConfig) -> Any:
         of.ints(of.size(), 2),  # tiles
         of.ints(of.size(), max(1, config.tile_m // 64), 128, 2),  # bits
         of.floats(of.size(), of.size(), config.slices),  # slice_mass
-        *(Int32(0), Int32(0), Int32(1), Float32(1.0)),
+        *(Int32(0), Int32(0), Int32(1), Int32(1), Float32(1.0)),
     )
     return compile_kernel(TileMassSm90(config, of.dtype), arguments, config.arch)

@@ -1,4 +1,4 @@
-"""What the tile-mass kernel is compiled for."""
+"""Config of the tile-mass kernel."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _TWO_CTAS = 113 << 10  # bytes of shared memory with which two CTAs fit a multip
 class MassConfig:
     """One compiled tile-mass kernel. Its tile is the block of the layout.
 
-    Two consumer warpgroups. With tile_m 128 they share a tile, with 64 they take turns.
+    Two consumer warpgroups share each tile: its rows with tile_m 128, its columns with 64.
     """
 
     dtype: str  # "bfloat16" or "float16"
@@ -21,7 +21,6 @@ class MassConfig:
     tile_n: int
     q_stages: int = 2
     k_stages: int = 3
-    polynomials: int = 0  # of each 8 exponentials, those computed without the special-function unit
     arch: str = "sm_90a"
     warpgroups: int = 2
 
@@ -45,9 +44,24 @@ class MassConfig:
         return ()
 
     @property
+    def row_tiles(self) -> int:
+        """Tiles of shared memory of a Q tile, 64 rows each."""
+        return self.tile_m // 64
+
+    @property
+    def chunk(self) -> int:
+        """Columns of S that a warpgroup computes at a time, of which it has two."""
+        return self.tile_n * self.row_tiles // 4
+
+    @property
+    def column_tiles(self) -> int:
+        """Tiles of shared memory of a K tile, one for each chunk."""
+        return self.tile_n // self.chunk
+
+    @property
     def slices(self) -> int:
-        """Slices of 16 rows of a tile, each the work of a warp."""
-        return self.tile_m // 16
+        """Numbers of a tile, one from each warp."""
+        return 8
 
     @property
     def shared_memory(self) -> int:
@@ -57,7 +71,7 @@ class MassConfig:
 
     @property
     def ctas_per_sm(self) -> int:
-        """CTAs that share a multiprocessor: the exponentials of one hide the products of others."""
+        """CTAs that share a multiprocessor: one computes while the other waits."""
         return 2 if self.shared_memory <= _TWO_CTAS else 1
 
 

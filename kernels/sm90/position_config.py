@@ -89,7 +89,11 @@ def forward_at_config(dtype: str, head_dim: int) -> ForwardConfig:
 
 
 def backward_at_config(dtype: str, head_dim: int, deterministic: bool = False) -> BackwardConfig:
-    """The config with offsets that computes this head_dim, with the default one's tiles."""
+    """The config with offsets that computes this head_dim, with the default one's tiles.
+
+    Above head_dim 128 it is the deterministic one, without dQ.
+    """
+    deterministic = deterministic or head_dim > 128
     return replace(backward_configs(dtype, head_dim, deterministic)[0], offsets=True)
 
 

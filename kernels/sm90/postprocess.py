@@ -2,15 +2,9 @@
 
 import cutlass
 from cutlass import Float32, Int32, const_expr, cute
+from sparse_flash.kernels.preprocess import exponent_in
 from sparse_flash.kernels.sm90.backward_producer import FREE, sum_address
-from sparse_flash.kernels.sm90.preprocess import exponent_in
-from sparse_flash.kernels.sm90.primitives import (
-    bits_of,
-    from_bits,
-    grid_coord,
-    pack_pair,
-    store_pairs,
-)
+from sparse_flash.kernels.vectors import bits_of, from_bits, grid_coord, pack_pair, store_pairs
 
 ROWS = 16  # accumulator rows of a slice of a chunk, one warp's; see BackwardConsumer.store_dq
 SLICES = 64 // ROWS
@@ -77,7 +71,8 @@ class Postprocess:
             row += nth * ROWS
         start = sum_address(dq_sum, coord) + 16 * (nth * 32 + lane)
         numbers = [read_four(start + 2048 * i) for i in range(config.dq_tile[1] // 8)]
-        there = Int32(0) if done[coord] == FREE else Int32(-1)
+        state = chunk // 2 * 2 if const_expr(config.wide) else chunk  # one for both chunks
+        there = Int32(0) if done[batch, head, state] == FREE else Int32(-1)
         scales = [self.scale_of(stats, scale, (batch, head, row + 8 * i)) for i in range(2)]
         if const_expr(config.dq_transposed):
             rows = [(x[:2], x[2:]) for x in numbers]

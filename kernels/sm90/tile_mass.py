@@ -1,13 +1,14 @@
 """The tile-mass kernel for Hopper: the attention probability of each stored tile.
 
-    slice_mass[tile, w] = 1 / rows  sum_{i in rows of warp w} sum_j exp2(scale s_ij - lse_i log2 e)
+    slice_mass[tile, w] = sum_{i, j of warp w} exp2(scale s_ij - lse_i log2 e - log2 rows)
 
 The logsumexp is known, so tiles do not depend on each other: there is no online softmax and no
-schedule. All tiles of all heads are one list, of which each CTA computes an equal piece, in order.
-As in the forward kernel one producer warp loads Q and K by TMA and says by records in shared memory
-what to mask; two consumer warpgroups with 64 rows each compute S = Q K^T by WGMMA. Two CTAs share a
-multiprocessor where they fit: the exponentials of one hide the products of the other. The producer
-is a single warp, without a warpgroup around it: all threads then have the registers they need.
+schedule. All tiles of all heads are one list, of which each CTA computes equal pieces, in order.
+One producer warp loads Q and K by TMA and writes to shared memory, for each tile, what to mask. Two
+consumer warpgroups compute S = Q K^T by WGMMA, in chunks of columns: the tensor cores compute a
+chunk while the threads sum the exponentials of the previous one. Two CTAs share a multiprocessor
+where shared memory allows it. The producer is a single warp, without a warpgroup around it: all
+threads then have the registers they need.
 """
 
 from enum import IntFlag
@@ -16,14 +17,12 @@ from typing import NamedTuple
 import cutlass
 from cutlass import Float32, Int32, const_expr, cute, pipeline
 from cutlass.cute.nvgpu import cpasync, warpgroup
-from sparse_flash.kernels.sm90 import online_softmax as online
+from sparse_flash.kernels import online_softmax as online
 from sparse_flash.kernels.sm90.mass_config import MassConfig
 from sparse_flash.kernels.sm90.primitives import (
     LOAD,
     barrier_storage,
-    bits_of,
     by_tiles,
-    from_bits,
     gemm,
     make_tiled_mma,
     smem_layout,
@@ -43,8 +42,6 @@ PRODUCER, CONSUMER = (
 FULL_BEYOND = -2  # instead of a bit tile: FULL_TILE, but reaching beyond the keys' length
 RECORD = 4  # numbers of a record: `bit_tile, remaining, slot, row_flags`
 LOG2_E = 1 / online.LN2
-# Coefficients of 2^x for x in -1/2..1/2 with the least relative error.
-POLYNOMIAL = (0.99992806, 0.69326097, 0.24261113, 0.05517166)
 
 
 class RowFlags(IntFlag):
@@ -55,7 +52,7 @@ class RowFlags(IntFlag):
 
 
 class Record(NamedTuple):
-    """What a consumer must know of a tile; all Int32."""
+    """The parameters of a tile for a consumer; all Int32."""
 
     bit_tile: Int32
     remaining: Int32  # keys from its first column on
@@ -84,6 +81,7 @@ class TileMassSm90:
         slice_mass: cute.Tensor,  # (b * h, slots of a head, slices) float32, zeros
         row_slots: Int32,  # slots of each block row; 0: tiles follow each other
         by_column: Int32,  # 1: the slot in a row is n_block
+        rounds: Int32,  # pieces of each CTA
         num_ctas: Int32,
         scale_log2: Float32,
         stream,
@@ -91,17 +89,20 @@ class TileMassSm90:
         """Launch on the stream."""
         config = self.config
         q, k = by_tiles((q, k))
-        rows = min(config.tile_m, 64)
-        groups = config.tile_m // rows
-        q_layout = smem_layout(self.dtype, rows, config.head_dim, groups * config.q_stages)
-        k_layout = smem_layout(self.dtype, config.tile_n, config.head_dim, config.k_stages)
+        sizes = (
+            (64, config.row_tiles * config.q_stages),
+            (config.chunk, config.column_tiles * config.k_stages),
+        )
+        q_layout, k_layout = (
+            smem_layout(self.dtype, rows, config.head_dim, tiles) for rows, tiles in sizes
+        )
         load = LOAD()
         self.kernel(
             (tma(load, q, q_layout), tma(load, k, k_layout)),
             (q_layout, k_layout),
-            make_tiled_mma(self.dtype, (64, config.tile_n)),
+            make_tiled_mma(self.dtype, (64, config.chunk)),
             (lse, kv_lens, owners, starts, tiles, bits, slice_mass),
-            (row_slots, by_column),
+            (row_slots, by_column, rounds),
             cute.size(q, mode=[2]) // cute.size(k, mode=[2]),
             scale_log2,
             self._storage(q_layout, k_layout),
@@ -120,7 +121,7 @@ class TileMassSm90:
         layouts,
         mma_qk,
         arrays,
-        slots,  # row_slots, by_column
+        walk,  # row_slots, by_column, rounds
         group_size: Int32,  # q heads for each kv head
         scale_log2: Float32,
         storage: cutlass.Constexpr,
@@ -137,7 +138,7 @@ class TileMassSm90:
         layout = cute.make_layout((config.k_stages, RECORD), stride=(RECORD, 1))
         records = smem.records.get_tensor(layout)
         if warp_idx == self.consumers // 32:
-            outside = (records, pipes, arrays, slots, group_size)
+            outside = (records, pipes, arrays, walk, group_size)
             MassProducer(config, loads, (sQ, sK), *outside).run()
         else:
             MassConsumer(config, mma_qk, (sQ, sK), records, pipes, arrays, scale_log2).run()
@@ -158,9 +159,9 @@ class TileMassSm90:
     def _pipelines(self, smem, layouts):
         """Rings of barrier_storage of Q and K, filled by TMA."""
         config, warps = self.config, self.consumers // 32
-        queries = tile_bytes(layouts[0], self.dtype, max(1, config.tile_m // 64))
+        queries = tile_bytes(layouts[0], self.dtype, config.row_tiles)
         q = tma_pipeline(smem.q_barriers, config.q_stages, warps, queries)
-        keys = tile_bytes(layouts[1], self.dtype)
+        keys = tile_bytes(layouts[1], self.dtype, config.column_tiles)
         k = tma_pipeline(smem.k_barriers, config.k_stages, warps, keys)
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
@@ -170,70 +171,95 @@ class TileMassSm90:
 class MassProducer:
     """The loads of a CTA's piece of the list: Q of each block row, K of each tile."""
 
-    def __init__(self, config, loads, buffers, records, pipes, arrays, slots, group_size):
+    def __init__(self, config, loads, buffers, records, pipes, arrays, walk, group_size):
         self.config, self.loads, self.buffers, self.records = config, loads, buffers, records
         self.q_pipe, self.k_pipe = pipes
         self.lse, self.kv_lens, self.owners, self.starts, self.tiles, _, self.slice_mass = arrays
-        (self.row_slots, self.by_column), self.group_size = slots, group_size
+        self.row_slots, self.by_column, self.rounds = walk
+        self.group_size = group_size
 
     @cute.jit
     def run(self):
-        """Row after row, until the end of the piece; then tell the consumers."""
-        config, starts, tiles = self.config, self.starts, self.tiles
-        q_state = pipeline.make_pipeline_state(PRODUCER, config.q_stages)
-        k_state = pipeline.make_pipeline_state(PRODUCER, config.k_stages)
-        heads, q_len = cute.size(self.lse, mode=[1]), cute.size(self.lse, mode=[2])
-        rows = cute.ceil_div(q_len, config.tile_m)
+        """Piece after piece, row after row; then tell the consumers."""
+        q_state = pipeline.make_pipeline_state(PRODUCER, self.config.q_stages)
+        k_state = pipeline.make_pipeline_state(PRODUCER, self.config.k_stages)
         per_head = cute.size(self.slice_mass, mode=[1])
-        work_tile, end = piece_of(cute.size(self.slice_mass, mode=[0]) * per_head)
+        total = cute.size(self.slice_mass, mode=[0]) * per_head
         known, row = Int32(-1), Int32(0)  # head whose row is known
-        while work_tile < end:
-            pair = work_tile // per_head
-            top = self.owners[pair] * rows
-            index = starts[top] + work_tile - pair * per_head
-            count = (
-                pair + 1
-            ) * per_head - work_tile  # to skip, where the pattern has no more tiles
-            if index < starts[top + rows]:
-                if pair != known:
-                    row = row_of(starts, top, rows, index)
-                while starts[top + row + 1] <= index:
-                    row += 1
-                count = cutlass.min(starts[top + row + 1] - index, end - work_tile)
-                batch, head = pair // heads, pair % heads
-                self.load_q(q_state, (row, head, batch))
-                q_state.advance()
-                limit = self.kv_lens[batch]
-                slot, by_column = work_tile, Int32(0)
-                if self.row_slots > 0:
-                    slot = pair * per_head + row * self.row_slots + index - starts[top + row]
-                    if self.by_column != 0:
-                        slot, by_column = pair * per_head + row * self.row_slots, Int32(1)
-                n_block, bit_tile = tiles[index, 0], tiles[index, 1]
-                for j in cutlass.range(count, unroll=1):
-                    # Read ahead: the wait below hides how long it takes.
-                    following = index + cutlass.min(j + 1, count - 1)
-                    next_block, next_bit_tile = tiles[following, 0], tiles[following, 1]
-                    row_flags = row * 4
-                    if j == 0:
-                        row_flags += RowFlags.FIRST.value
-                    if j == count - 1:
-                        row_flags += RowFlags.LAST.value
-                    goal = slot + (n_block if by_column == 1 else j)
-                    coord = (n_block, head // self.group_size, batch)
-                    self.load_k(k_state, coord, (bit_tile, limit, goal, row_flags))
-                    k_state.advance()
-                    n_block, bit_tile = next_block, next_bit_tile
+        for i in cutlass.range(self.rounds, unroll=1):
+            work_tile, end = piece_of(total, i, self.rounds)
+            while work_tile < end:
+                pair = work_tile // per_head
+                row, first, count = self.find(work_tile, end, row, pair == known)
                 known = pair
-            work_tile += count
+                if first >= 0:
+                    q_state, k_state = self.load_row(
+                        (q_state, k_state), work_tile, (pair, row, first), count
+                    )
+                work_tile += count
         self.finish(k_state)
+
+    @cute.jit
+    def find(self, work_tile, end, row, known):
+        """The block row of a tile, its index in the list, and how many of its tiles to load.
+
+        The index is -1 where the pattern has no more tiles: they are then to be skipped.
+        known: Whether the tile's row is the given one, or a later one.
+        """
+        starts, per_head = self.starts, cute.size(self.slice_mass, mode=[1])
+        rows = cute.ceil_div(cute.size(self.lse, mode=[2]), self.config.tile_m)
+        pair = work_tile // per_head
+        top = self.owners[pair] * rows
+        index = starts[top] + work_tile - pair * per_head
+        first, count = Int32(-1), (pair + 1) * per_head - work_tile
+        if index < starts[top + rows]:
+            if not known:
+                row = row_of(starts, top, rows, index)
+            while starts[top + row + 1] <= index:
+                row += 1
+            first, count = index, cutlass.min(starts[top + row + 1] - index, end - work_tile)
+        return row, first, count
+
+    @cute.jit
+    def load_row(self, states, work_tile, place, count):
+        """Q of a block row, and K of `count` of its tiles."""
+        (pair, row, index), tiles = place, self.tiles
+        q_state, k_state = (state.clone() for state in states)
+        heads, per_head = cute.size(self.lse, mode=[1]), cute.size(self.slice_mass, mode=[1])
+        rows = cute.ceil_div(cute.size(self.lse, mode=[2]), self.config.tile_m)
+        batch, head = pair // heads, pair % heads
+        self.load_q(q_state, (row, head, batch))
+        q_state.advance()
+        limit = self.kv_lens[batch]
+        slot, by_column = work_tile, Int32(0)
+        if self.row_slots > 0:
+            begin = self.starts[self.owners[pair] * rows + row]
+            slot = pair * per_head + row * self.row_slots + index - begin
+            if self.by_column != 0:
+                slot, by_column = pair * per_head + row * self.row_slots, Int32(1)
+        n_block, bit_tile = tiles[index, 0], tiles[index, 1]
+        for j in cutlass.range(count, unroll=1):
+            # Read ahead: the wait below hides how long it takes.
+            following = index + cutlass.min(j + 1, count - 1)
+            next_block, next_bit_tile = tiles[following, 0], tiles[following, 1]
+            row_flags = row * 4
+            if j == 0:
+                row_flags += RowFlags.FIRST.value
+            if j == count - 1:
+                row_flags += RowFlags.LAST.value
+            goal = slot + (n_block if by_column == 1 else j)
+            coord = (n_block, head // self.group_size, batch)
+            self.load_k(k_state, coord, (bit_tile, limit, goal, row_flags))
+            k_state.advance()
+            n_block, bit_tile = next_block, next_bit_tile
+        return q_state, k_state
 
     @cute.jit
     def load_q(self, state, coord):
         """A block row, 64 rows a tile of shared memory."""
         self.q_pipe.producer_acquire(state)
         barrier = self.q_pipe.producer_get_barrier(state)
-        (row, head, batch), tiles = coord, max(1, self.config.tile_m // 64)
+        (row, head, batch), tiles = coord, self.config.row_tiles
         for i in cutlass.range_constexpr(tiles):
             stage = state.index * tiles + i
             tile_coord = (row * tiles + i, head, batch)
@@ -250,9 +276,12 @@ class MassProducer:
         barrier = self.k_pipe.producer_get_barrier(state)
         if cute.arch.lane_idx() == 0:
             self.write(state.index, Record(bit_tile, remaining, slot, row_flags))
-            # This arrival releases what was just written.
+            # This arrival releases the preceding writes.
             cute.arch.mbarrier_arrive_and_expect_tx(barrier, self.k_pipe.sync_object_full.tx_count)
-        tma_load(self.loads[1], self.buffers[1], coord, state.index, barrier)
+        (n_block, head, batch), tiles = coord, self.config.column_tiles
+        for i in cutlass.range_constexpr(tiles):
+            stage, tile_coord = state.index * tiles + i, (n_block * tiles + i, head, batch)
+            tma_load(self.loads[1], self.buffers[1], tile_coord, stage, barrier)
 
     @cute.jit
     def finish(self, state):
@@ -271,7 +300,12 @@ class MassProducer:
 
 
 class MassConsumer:
-    """One warpgroup: 64 rows of each tile, or with tile_m 64 every second tile."""
+    """One warpgroup: 64 rows of each tile, or with tile_m 64 half of its columns.
+
+    Its part of a tile has two chunks of columns. While the threads sum the exponentials of one
+    chunk, the tensor cores compute the next one: the second chunk of the same tile, or the first
+    chunk of the following tile.
+    """
 
     def __init__(self, config, mma_qk, buffers, records, pipes, arrays, scale_log2):
         self.config, self.mma_qk, self.records, self.scale_log2 = (
@@ -284,36 +318,67 @@ class MassConsumer:
         self.lse, *_, self.bits, self.slice_mass = arrays
         self.thread = cute.arch.thread_idx()[0] % 128
         self.group = cute.arch.make_warp_uniform(cute.arch.thread_idx()[0] // 128)
+        # Which 64 rows of the tile, and which chunks of its columns.
+        self.row_group = self.group if const_expr(config.tile_m == 128) else 0
+        self.first_chunk = 0 if const_expr(config.tile_m == 128) else 2 * self.group
         self.tSrQ = mma_qk.make_fragment_A(mma_qk.get_slice(0).partition_A(buffers[0]))
         self.tSrK = mma_qk.make_fragment_B(mma_qk.get_slice(0).partition_B(buffers[1]))
-        self.shifts = cute.make_rmem_tensor(2, Float32)  # lse log2 e of the thread's two rows
-        self.inverse = cute.make_rmem_tensor(1, Float32)  # 1 / rows of the tile
+        shape = mma_qk.partition_shape_C((64, config.chunk))
+        self.acc = [cute.make_rmem_tensor(shape, Float32) for _ in range(2)]
+        self.shifts = cute.make_rmem_tensor(2, Float32)  # of the thread's two rows, see `begin_row`
+        self.next_shifts = cute.make_rmem_tensor(2, Float32)  # those of the following tile
 
     @cute.jit
     def run(self):
         """Tile after tile, until a record has none."""
         q_state = pipeline.make_pipeline_state(CONSUMER, self.config.q_stages)
         k_state = pipeline.make_pipeline_state(CONSUMER, self.config.k_stages)
-        self.shifts.fill(0.0)
-        self.inverse.fill(0.0)
+        self.next_shifts.fill(0.0)
         self.k_pipe.consumer_wait(k_state)
         record = self.read(k_state.index)
+        if record.slot >= 0:
+            self.q_pipe.consumer_wait(q_state)
+            self.begin_row(record)
+        # Without a tile this multiplies undefined shared memory; nobody reads the result.
+        self.issue(q_state.index, k_state.index, 0)
+        warpgroup.wait_group(0)
         while record.slot >= 0:
-            if record.row_flags % 2 == RowFlags.FIRST.value:
-                self.q_pipe.consumer_wait(q_state)
-                self.begin_row(record)
-            mine = record.slot % 2 == self.group
-            if const_expr(self.config.tile_m == 128):
-                mine = record.slot >= 0
-            if mine:
-                self.step(q_state.index, k_state.index, record)
-            self.k_pipe.consumer_release(k_state)
+            self.issue(q_state.index, k_state.index, 1)
+            self.shifts.store(self.next_shifts.load())
+            words = online.mask_words(self.bits, record.bit_tile, self.row_group, self.thread)
+            total = self.exp_sums(0, record, words)
             if record.row_flags // 2 % 2 == 1:
+                warpgroup.wait_group(0)
                 self.q_pipe.consumer_release(q_state)
                 q_state.advance()
+            used = k_state.clone()
             k_state.advance()
             self.k_pipe.consumer_wait(k_state)
-            record = self.read(k_state.index)
+            following = self.read(k_state.index)
+            if following.row_flags % 2 == RowFlags.FIRST.value:
+                self.q_pipe.consumer_wait(q_state)
+                self.begin_row(following)
+            self.issue(q_state.index, k_state.index, 0)
+            warpgroup.wait_group(1)
+            self.k_pipe.consumer_release(used)
+            # Always true, but opaque to ptxas, which moves the last wait ahead in a basic block.
+            if record.bit_tile >= FULL_BEYOND:
+                total = total + self.exp_sums(1, record, words)
+            for offset in (1, 2, 4, 8, 16):
+                total = total + cute.arch.shuffle_sync_bfly(total, offset=offset)
+            self.store(record, total)
+            record = following
+            # ptxas serializes WGMMAs that are in flight across a loop's end (C7514).
+            warpgroup.wait_group(0)
+
+    @cute.jit
+    def issue(self, q_stage, k_stage, chunk: cutlass.Constexpr):
+        """Begin the product of a chunk of columns."""
+        config = self.config
+        q_slot = q_stage * config.row_tiles + self.row_group
+        k_slot = k_stage * config.column_tiles + self.first_chunk + chunk
+        mine = self.tSrQ[None, None, None, q_slot]
+        gemm(self.mma_qk, self.acc[chunk], mine, self.tSrK, k_slot, True)
 
     @cute.jit
     def read(self, stage):
@@ -326,83 +391,60 @@ class MassConsumer:
 
     @cute.jit
     def begin_row(self, record):
-        """The logsumexps of a block row. Without keys, or beyond the last query, all is 0."""
-        config, lse, shifts = self.config, self.lse, self.shifts
+        """Load lse log2 e + log2 rows of the thread's two rows of the next block row.
+
+        It is inf, and all is 0, for a query without keys and beyond the last query.
+        """
+        config, lse, shifts = self.config, self.lse, self.next_shifts
         heads, q_len = cute.size(lse, mode=[1]), cute.size(lse, mode=[2])
         pair = record.slot // cute.size(self.slice_mass, mode=[1])
         start = record.row_flags // 4 * config.tile_m
-        row = start + self.thread // 32 * 16 + self.thread % 32 // 4
-        if const_expr(config.tile_m == 128):
-            row += self.group * 64
+        rows = cutlass.min(q_len - start, Int32(config.tile_m))
+        mean = cute.math.log2(rows.to(Float32), fastmath=True)
+        row = start + self.row_group * 64 + self.thread // 32 * 16 + self.thread % 32 // 4
         for r in cutlass.range_constexpr(2):
             shift = Float32.inf
             if row + 8 * r < q_len:
                 value = lse[pair // heads, pair % heads, row + 8 * r]
                 if value != -Float32.inf:
-                    shift = value * LOG2_E
+                    shift = value * LOG2_E + mean
             shifts[r] = shift
-        inverse = self.inverse
-        rows = cutlass.min(q_len - start, Int32(config.tile_m))
-        inverse[0] = cute.arch.rcp_approx(rows.to(Float32))
 
     @cute.jit
-    def step(self, q_stage, k_stage, record):
-        """S, its exponentials, and their sum over the 16 rows of each warp."""
-        config = self.config
-        acc_s = cute.make_rmem_tensor(self.mma_qk.partition_shape_C((64, config.tile_n)), Float32)
-        slot = q_stage
-        if const_expr(config.tile_m == 128):
-            slot = q_stage * 2 + self.group
-        gemm(self.mma_qk, acc_s, self.tSrQ[None, None, None, slot], self.tSrK, k_stage, True)
-        group = self.group if const_expr(config.tile_m == 128) else 0
-        words = online.mask_words(self.bits, record.bit_tile, group, self.thread)
-        warpgroup.wait_group(0)
+    def exp_sums(self, chunk: cutlass.Constexpr, record, words):
+        """The sum of the thread's exponentials of a chunk."""
+        config, acc = self.config, self.acc[chunk]
         if record.bit_tile != FULL_TILE:
             within = online.columns_within(record.remaining, self.thread)
-            online.apply_mask(acc_s, words, within)
+            place = (self.first_chunk + chunk) * (config.chunk // 4)  # of the chunk's first bit
+            online.apply_mask(acc, [words[r] >> place for r in range(2)], within >> place)
         sums = [Float32(0.0) for _ in range(4)]
-        for i in cutlass.range_constexpr(cute.size(acc_s)):
-            x = acc_s[i] * self.scale_log2 - self.shifts[i // 2 % 2]
-            if const_expr(i % 8 < config.polynomials):
-                sums[i % 4] = sums[i % 4] + polynomial_exp2(x)
-            else:
-                sums[i % 4] = sums[i % 4] + online.exp2(x)
-        total = (sums[0] + sums[1]) + (sums[2] + sums[3])
-        for offset in (1, 2, 4, 8, 16):
-            total = total + cute.arch.shuffle_sync_bfly(total, offset=offset)
-        self.store(record, total * self.inverse[0])
+        for i in cutlass.range_constexpr(cute.size(acc)):
+            x = acc[i] * self.scale_log2 - self.shifts[i // 2 % 2]
+            sums[i % 4] = sums[i % 4] + online.exp2(x)
+        return (sums[0] + sums[1]) + (sums[2] + sums[3])
 
     @cute.jit
     def store(self, record, total):
         """One number a warp."""
-        slice_mass, warp = self.slice_mass, self.thread // 32
-        if const_expr(self.config.tile_m == 128):
-            warp += 4 * self.group
-        per_head = cute.size(slice_mass, mode=[1])
+        slices = self.config.slices
+        layout = cute.make_layout(
+            (cute.size(self.slice_mass) // slices, slices), stride=(slices, 1)
+        )
+        by_slot = cute.make_tensor(self.slice_mass.iterator, layout)
         if self.thread % 32 == 0:
-            slice_mass[record.slot // per_head, record.slot % per_head, warp] = total
+            by_slot[record.slot, 4 * self.group + self.thread // 32] = total
 
 
 @cute.jit
-def polynomial_exp2(x):
-    """2^x by additions and multiplications, to 1e-4 of it (as in FlashAttention-4); x below 127.
+def piece_of(total, i, rounds):
+    """First and end of this CTA's piece i of a list.
 
-    Adding 1.5 2^23 rounds to an integer, which stands in the lowest bits and becomes the exponent.
+    All pieces are equal but for one tile. The pieces i of all CTAs follow each other.
     """
-    x = cute.arch.fmax(x, Float32(-126.0))
-    rounded = x + Float32(12582912.0)
-    rest = x - (rounded - Float32(12582912.0))  # -1/2 to 1/2
-    value = Float32(POLYNOMIAL[-1])
-    for i in cutlass.range_constexpr(len(POLYNOMIAL) - 1):
-        value = value * rest + Float32(POLYNOMIAL[-2 - i])
-    return from_bits(bits_of(value) + (bits_of(rounded) << 23))
-
-
-@cute.jit
-def piece_of(total):
-    """First and end of this CTA's piece of a list: all pieces are equal but for one tile."""
-    number, ctas = cute.arch.block_idx()[0], cute.arch.grid_dim()[0]
-    size, rest = total // ctas, total % ctas
+    ctas = cute.arch.grid_dim()[0]
+    number, pieces = i * ctas + cute.arch.block_idx()[0], rounds * ctas
+    size, rest = total // pieces, total % pieces
     start = number * size + cutlass.min(number, rest)
     end = start + size
     if number < rest:

@@ -15,10 +15,13 @@ COMPILER = """
 import os, sys, traceback
 import cutlass.cute
 from cutlass.base_dsl import dsl
-from sparse_flash.kernels.sm90.compile import compile_backward, compile_forward, compile_dq
+from sparse_flash.kernels.sm90.compile import (
+    compile_backward, compile_config, compile_dq, compile_forward
+)
 from sparse_flash.kernels.sm90.config import (
     all_backward_configs, all_forward_configs, all_dq_configs
 )
+from sparse_flash.kernels.sm90.scored_attention import checked_scored_configs
 from sparse_flash.kernels.sm90.mass import compile_mass
 from sparse_flash.kernels.sm90.mass_config import all_mass_configs
 from sparse_flash.kernels.data_kernels import compile_data_kernel, data_kernel_names
@@ -30,6 +33,7 @@ dsl._set_enable_frame_filtering = lambda enable: None
 
 COMPILE = {
     "forward": (compile_forward, all_forward_configs),
+    "scored": (compile_config, checked_scored_configs),
     "backward": (compile_backward, all_backward_configs),
     "dq": (compile_dq, all_dq_configs),
     "mass": (compile_mass, all_mass_configs),

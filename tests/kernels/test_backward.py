@@ -73,7 +73,7 @@ def run(q, k, v, mask, lens=None, dlse=True, **options):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@given(problem=problems(max_length=600, dims=(16, 24, 32, 64, 72, 96, 120, 128, 192, 256)))
+@given(problem=problems(max_length=600, dims=(16, 24, 32, 64, 72, 96, 120, 128, 136, 192, 256)))
 def test_equals_float64(problem, dtype):
     """All masks, lengths, granularities, heads and key lengths that the CPU tests know."""
     (q, k, v), dout, dlse = problem.tensors(dtype, "cuda")
@@ -90,7 +90,7 @@ def test_every_head_dim(dim, dtype):
     run(q, k, v, masks.causal(30) | masks.local(20), torch.tensor([270, 131], device="cuda"))
 
 
-@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("dim", [64, 128, 192, 256])
 @pytest.mark.parametrize("spec", ["full()", "global_tokens(100)", "star(3) | local(64)"])
 def test_long_columns_are_split(dim, spec):
     """Columns in parts, put together again: few keys, so that many CTAs share them."""
@@ -122,7 +122,7 @@ def test_transposed_dq(dim, length):
         run(q, k, v, mask, lens)
 
 
-@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("dim", [64, 128, 192, 256])
 def test_empty_rows_and_columns(dim):
     mask = masks.block_diagonal(64) & ~masks.sinks(300)
     q, k, v = tensors(1, 700, 2, dim)
@@ -134,7 +134,7 @@ def test_empty_rows_and_columns(dim):
         assert not x.any()
 
 
-@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("dim", [64, 128, 192, 256])
 @pytest.mark.parametrize("group", [1, 2, 4])
 def test_shared_kv_heads_with_patterns_of_their_own(dim, group):
     mask = masks.per_head([masks.causal(), masks.local(40), masks.sinks(10), masks.butterfly(64)])
@@ -142,7 +142,7 @@ def test_shared_kv_heads_with_patterns_of_their_own(dim, group):
     run(q, k, v, mask, torch.tensor([400, 77], device="cuda"))
 
 
-@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("dim", [64, 128, 192, 256])
 def test_keys_outside_are_never_read(dim):
     """NaN in keys and values of tiles that are not stored, and beyond kv_lens, changes nothing."""
     mask = masks.block_local(128, 1) & ~masks.sinks(128)
@@ -193,7 +193,7 @@ def test_only_the_lse_is_used():
     assert not v.grad.any()
 
 
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [64, 128, 192, 256])
 def test_dk_and_dv_are_repeatable(dim):
     """Split columns too; only dQ is summed up in no particular order."""
     q, k, v = tensors(1, 4000, 4, dim, 600, 2)
@@ -369,6 +369,7 @@ for d, mask, sizes, heads in (
     (64, masks.local(40) | masks.global_tokens(5), (300, 300), 1),
     (128, masks.causal(), (200, 260), 1),
     (64, masks.full(), (3000, 64), 1),
+    (192, masks.local(40), (1000, 1000), 8),  # as the next, in work tiles that overlap
     (256, masks.causal(), (100, 150), 1),
     (128, masks.local(40), (2200, 2200), 8),  # 144 items: some CTAs have two
     (64, masks.local(40), (2200, 2200), 8),

@@ -44,10 +44,12 @@ def compile_well(compiler, kind, index, kernels, tmp_path, warpgroups=2):
     assert "setmaxnreg ignored" not in log
     sass = "".join(path.read_text() for path in tmp_path.glob("*.sass"))
     assert not re.search(r"\b(LDL|STL)\b", sass)
-    low, high = sorted(int(n, 16) for n in re.findall(r"USETMAXREG.* 0x([0-9a-f]+)", sass))
+    low, *high = sorted(int(n, 16) for n in re.findall(r"USETMAXREG.* 0x([0-9a-f]+)", sass))
+    high = high * warpgroups if len(high) == 1 else high  # of all, or of each
+    assert len(high) == warpgroups
     threads = 128 * (1 + warpgroups)
     # A launch gives each thread as many; who asks for more than the others leave waits forever.
-    assert low + warpgroups * high <= (1 + warpgroups) * (65536 // threads // 8 * 8)
+    assert low + sum(high) <= (1 + warpgroups) * (65536 // threads // 8 * 8)
     return sass
 
 
@@ -67,7 +69,11 @@ def test_forward_compiles_well(compiler, index, tmp_path):
 def test_backward_compiles_well(compiler, index, tmp_path):
     config = BACKWARD[index]
     # Attention; statistics, and in fixed point bounds, before, conversion of dQ and sums after it.
-    sass = compile_well(compiler, "backward", index, 3 + config.dq + config.fixed_point, tmp_path)
+    kernels, warpgroups = 3 + config.dq + config.fixed_point, 3 if config.wide else 2
+    sass = compile_well(compiler, "backward", index, kernels, tmp_path, warpgroups)
+    if config.wide:
+        check_wide(config, sass)
+        return
     scores, keys, queries = config.head_dim // 16, config.tile_m // 16, config.tile_n // 16
     # S before an item's first tile (across items: of the first item and of later ones), and in all
     # steps but those of a last tile; in each step dP, dV, dK.
@@ -77,6 +83,16 @@ def test_backward_compiles_well(compiler, index, tmp_path):
         hgmma += (5 if config.overlap_items else 3) * queries
     assert len(re.findall(r"\bHGMMA\.", sass)) == hgmma
     assert len(re.findall(r"MUFU\.EX2", sass)) == steps * config.tile_m // 2  # each once
+
+
+def check_wide(config, sass):
+    """Five GEMMs of a tile, each in one role: S, dP, dV and dK before an inner step and in it."""
+    scores, steps = config.head_dim // 16, config.tile_m // 16
+    chunks = config.head_dim // config.wide_columns
+    hgmma = len(re.findall(r"\bHGMMA\.", sass))
+    assert hgmma == 2 * 2 * (scores + chunks * steps) + config.tile_n // 16
+    assert len(re.findall(r"MUFU\.EX2", sass)) == 2 * config.tile_m // 2
+    assert len(re.findall(r"\bREDG?\.E\.ADD\.F32x4", sass)) == config.wide_dq_columns // 8, "adds"
 
 
 @pytest.mark.parametrize("index", range(len(DATA)), ids=lambda i: DATA[i])
@@ -111,7 +127,10 @@ def test_configs():
             tiles_m = [[c.tile_m for c in some] for some in found]
             several = [[64]] * 2 if deterministic else [[64, 80]] * 2
             assert tiles_m == [[128], [128], [128], [64], *several]
-            (dkdv,) = backward_configs(dtype, 136, deterministic)
+        for head_dim in (136, 192, 200, 256):
+            (wide,) = backward_configs(dtype, head_dim)
+            assert (wide.head_dim, wide.wide) == (192 if head_dim <= 192 else 256, True)
+            (dkdv,) = backward_configs(dtype, head_dim, deterministic=True)
             assert (dkdv.head_dim, dkdv.dq, dkdv.fixed_point) == (256, False, False)
         assert dq_config(dtype, 136).head_dim == 256
     assert len(set(all_forward_configs())) == len(all_forward_configs())
@@ -157,7 +176,7 @@ def test_chunks_of_columns(width):
 
 def test_walk_of_a_list_on_the_host():
     """How many tiles lie within a length."""
-    from sparse_flash.kernels.sm90.forward_producer import tiles_within
+    from sparse_flash.kernels.work_tiles import tiles_within
 
     @cute.jit
     def count(tiles: cute.Tensor, out: cute.Tensor, first: Int32, number: Int32, limit: Int32):

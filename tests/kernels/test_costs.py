@@ -75,6 +75,7 @@ class TestCosts:
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
     def test_host_time_of_a_call(self, capsys, grad):
         """At most 1.5 times that of PyTorch's SDPA, by mask and by layout, with and without grad.
@@ -103,6 +104,7 @@ class TestCosts:
         assert times["layout"] <= 1.5 * times["sdpa"]
         assert times["new mask"] - times["mask, and making one"] <= 0.2 * times["sdpa"]
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "spec", ["local({}) | global_tokens(64) | butterfly(128)", "causal({})"]
     )
@@ -130,6 +132,7 @@ class TestCosts:
         assert ratio <= 10
         assert max(mib[1:]) <= 190
 
+    @pytest.mark.slow
     def test_second_process_starts_at_once(self, tmp_path):
         """Its first call takes a quarter of a compilation at most, the DSL's import included."""
         script = (

@@ -15,7 +15,7 @@ from sparse_flash.masks import BlockLayout
 
 from sparse_flash import masks
 from sparse_flash.implementations.data_layouts import stored_layout
-from tests.kernels.helpers import H200
+from tests.kernels.helpers import H200, sanitize
 from tests.kernels.test_schedule import makespan, rows_of
 
 CAUSAL, LOCAL = masks.causal(), masks.local((300, 70)) | masks.sinks(20)
@@ -32,6 +32,8 @@ def used(plan):
 def rows_with_tiles(plan):
     """{(batch, head, m_block): [(n_block, bits)]} without tiles in which nothing is allowed."""
     plan, rows = used(plan), {}
+    word = (1 << plan.tile[1] // 4) - 1  # of a row of a full tile, a quarter of its columns
+    full = word - (1 << 32) if word >= 1 << 31 else word
     split = {(r[2], r[1], r[0]): (r[3], r[4]) for r in plan.combine.tolist()}
     assert len(split) == len(plan.combine)
     parts = []
@@ -48,7 +50,7 @@ def rows_with_tiles(plan):
         for column, entry in plan.tiles[where].tolist():
             bits = None if entry < 0 else plan.bits[entry].flatten().tolist()
             if bits is None or any(bits):
-                found.append((column, None if bits is None or set(bits) == {-1} else bits))
+                found.append((column, None if bits is None or set(bits) == {full} else bits))
         rows[key] = found
     assert not split
     assert sorted(parts) == list(range(len(parts)))
@@ -126,31 +128,33 @@ def test_documents_are_those_of_the_host(within):
     assert rows_with_tiles(got) == rows_with_tiles(backward_schedule(host, *sizes))
 
 
-@pytest.mark.parametrize(
-    ("spec", "length", "heads"),
-    [
-        ("local(128) | global_tokens(128)", 65536, 8),
-        ("local(200) | global_tokens(37)", 65536, 8),
-        ("causal()", 16384, 16),
-        ("butterfly(128)", 65536, 8),
-        ("random_blocks(0.05, 128, 0)", 16384, 16),
-        ("full()", 16384, 16),
-        ("star(3)", 32768, 4),
-    ],
-)
-def test_work_is_balanced_as_on_the_host(spec, length, heads):
+BALANCED = [  # the patterns of test_schedule: spec, length, batch, heads, tile
+    ("local(128) | global_tokens(128)", 65536, 1, 8, (128, 128)),
+    ("local(200) | global_tokens(37)", 65536, 1, 8, (128, 128)),
+    ("causal()", 16384, 1, 16, (128, 128)),
+    ("butterfly(128)", 65536, 1, 8, (128, 128)),
+    ("random_blocks(0.05, 128, 0)", 16384, 1, 16, (128, 128)),
+    ("full()", 4096, 1, 8, (128, 128)),
+    ("full()", 16384, 1, 16, (128, 128)),
+    ("full()", 16384, 1, 16, (192, 128)),
+    ("full()", 2048, 32, 2, (192, 128)),
+    ("star(3)", 32768, 1, 4, (128, 128)),
+]
+
+
+@pytest.mark.parametrize(("spec", "length", "batch", "heads", "tile"), BALANCED)
+def test_work_is_balanced_as_on_the_host(spec, length, batch, heads, tile):
     mask = masks.parse(spec)
-    layout = mask.layout(length)
+    block = (64, 128) if tile[0] == 192 else tile  # tiles are of whole blocks
+    layout = mask.layout(length, block=block)
     table = torch.zeros(1, 1, layout.num_block_rows, layout.num_block_cols, dtype=torch.bool)
     table[0, 0, layout.tile_rows, layout.col_indices.long()] = True
-    data = BlockLayout.from_blocks(table, (128, 128), length, within=mask)
-    sizes = ((128, 128), H200)
-    got, _ = device_schedule(data, 1, heads, *sizes, FORWARD_COSTS, 4 * length * 64)
-    host = schedule(layout, 1, heads, *sizes, FORWARD_COSTS, 4 * length * 64)
+    data = BlockLayout.from_blocks(table, block, length, within=mask)
+    got, _ = device_schedule(data, batch, heads, tile, H200, FORWARD_COSTS, 4 * length * 64)
+    host = schedule(layout, batch, heads, tile, H200, FORWARD_COSTS, 4 * length * 64)
     assert makespan(used(got), 132)[0] <= 1.03 * makespan(host, 132)[0]
-    heads = (heads, heads)
-    got, _ = device_backward_schedule(data, 1, heads, *sizes, BACKWARD_COSTS, 8 * length * 64)
-    host = backward_schedule(layout, 1, heads, *sizes, BACKWARD_COSTS, 8 * length * 64)
+    sizes = (batch, (heads, heads), (128, 128), H200, BACKWARD_COSTS, 8 * length * 64)
+    got, host = device_backward_schedule(data, *sizes)[0], backward_schedule(layout, *sizes)
     longest = makespan(used(got), 132, BACKWARD_COSTS)[0]
     assert longest <= 1.03 * makespan(host, 132, BACKWARD_COSTS)[0]
 
@@ -228,6 +232,17 @@ def test_kernels_cut_by_documents(monkeypatch, within):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(("spec", "length", "batch", "heads", "tile"), BALANCED)
+def test_kernels_balance_as_pytorch_does(monkeypatch, spec, length, batch, heads, tile):
+    mask = masks.parse(spec)
+    layout = mask.layout(length, block=(64, 128), device="cuda")
+    table = torch.zeros(batch, 1, length // 64, length // 128, dtype=torch.bool, device="cuda")
+    table[:, 0, layout.tile_rows, layout.col_indices.long()] = True
+    data = BlockLayout.from_blocks(table, (64, 128), length, within=mask)
+    same_as_pytorch(monkeypatch, data, (heads, heads), 4 * length * 64, (tile, (128, 128)))
+
+
+@pytest.mark.gpu
 def test_kernels_mark_rows(monkeypatch):
     indices = torch.zeros(2, 2, 8, 3, dtype=torch.int32, device="cuda")
     indices[1, 0, 3, 1], indices[0, 1, 7, 2] = -2, 8
@@ -239,7 +254,6 @@ def test_kernels_mark_rows(monkeypatch):
 @pytest.mark.parametrize("block", [(128, 128), (64, 64), (256, 128)])
 @pytest.mark.parametrize("capacity", [(0, 0), (9, 0), (20, 3), (400, 400)])
 def test_kernels_keep_to_capacities(monkeypatch, block, capacity):
-    monkeypatch.setattr(data_kernels, "WITH_CAPACITY", True)
     nq, nk = 1024 // block[0], 1024 // block[1]
     indices = torch.randint(-1, nk, (1, 2, nq, 2), device="cuda")
     table = torch.rand(1, 1, nq, nk, device="cuda") < 0.5
@@ -251,3 +265,34 @@ def test_kernels_keep_to_capacities(monkeypatch, block, capacity):
         masks.documents(ends, length=1024, capacity=capacity).layout(1024, None, block, "cuda"),
     ):
         same_as_pytorch(monkeypatch, layout, (2, 2), 0)
+
+
+SANITIZED = """
+import torch
+from sparse_flash import masks
+from sparse_flash.kernels.device import DeviceFacts
+from sparse_flash.kernels.device_schedule import device_backward_schedule, device_schedule
+from sparse_flash.kernels.sm90.config import BACKWARD_COSTS, FORWARD_COSTS
+from sparse_flash.masks import BlockLayout
+
+facts = DeviceFacts.of(torch.device("cuda", 0))
+indices = torch.randint(-1, 40, (1, 2, 20, 7), device="cuda")
+ends = torch.tensor([0, 700, 2560], device="cuda")
+mask = masks.documents(ends, length=2560) & masks.causal()
+for layout in (
+    BlockLayout.from_topk(indices, (128, 64), 2560, capacity=(250, 0)),
+    BlockLayout.from_topk(indices, (128, 64), 2560, within=mask),
+    mask.layout(2560, device="cuda"),
+):
+    for kv_bytes in (0, 20 << 20):
+        device_schedule(layout, 1, 2, (128, 128), facts, FORWARD_COSTS, kv_bytes)
+        sizes = (1, (2, 2), (128, 64), facts, BACKWARD_COSTS, kv_bytes)
+        device_backward_schedule(layout, *sizes)
+torch.cuda.synchronize()
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tool", ["memcheck", "synccheck", "racecheck"])
+def test_sanitizer(tool):
+    sanitize(tool, SANITIZED)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparse_flash import block_sparse_attention, masks
+from sparse_flash import block_sparse_attention, clear_cache, masks
 from tests.kernels.helpers import DTYPES, sanitize, tensors, truth, wait
 from tests.oracle import dense_attention
 from tests.strategies import problems
@@ -196,9 +196,21 @@ def test_what_it_cannot_take_is_refused():
         attend(odd.contiguous().flatten()[4:-124].view(1, 99, 2, 64), k, v, masks.full())
     with pytest.raises(ValueError, match="layout is for 50 queries"):
         attend(q, k, v, masks.full().layout(50, device="cuda"))
-    with pytest.warns(UserWarning, match="which is slow"):
-        out = block_sparse_attention(q, odd, v, masks.full())  # "auto" takes another
-    assert out.isfinite().all()
+
+
+def test_auto_takes_the_reference_where_no_kernel_can_run(recwarn):
+    """And says so at the first call of its form."""
+    clear_cache()
+    q, _, v = tensors(1, 100, 2, 64)
+    odd = torch.randn(1, 100, 2, 68, device="cuda", dtype=torch.bfloat16)[..., :64]
+    with pytest.warns(UserWarning, match=r"'reference', which is slow: k has strides"):
+        out = block_sparse_attention(q, odd, v, masks.full())
+    recwarn.clear()
+    again = block_sparse_attention(q, odd, v, masks.full())
+    assert not recwarn
+    assert torch.equal(out, again)
+    low, _ = dense_attention(q, odd, v, truth(masks.full(), q, odd))
+    torch.testing.assert_close(out, low, atol=0.02, rtol=0.02)
 
 
 @pytest.mark.parametrize("scale", [-0.2, 0.0, 1e-3, 3.0])
@@ -402,6 +414,13 @@ for d, mask, sizes in (
     q = torch.randn(1, sizes[0], 2, d, device="cuda", dtype=torch.bfloat16)
     k, v = (torch.randn(1, sizes[1], 1, d, device="cuda", dtype=torch.bfloat16) for _ in "kv")
     f(q, k, v, mask, kv_lens=torch.tensor([sizes[1] - 30], device="cuda"), impl="IMPL")
+# Items of one, two, three and more tiles follow each other on a CTA; tiles of 128 and of 64 keys.
+mask = masks.local(40) | masks.block_diagonal(700)
+for d in (32, 64, 128):
+    q, k, v = (torch.randn(1, 2200, 24, d, device="cuda", dtype=torch.bfloat16) for _ in "qkv")
+    for width in (128, 64):
+        f(q, k, v, mask.layout(2200, block=(128, width), device="cuda"), impl="IMPL")
+    f(q[:, :300], k, v, masks.causal().layout(2200, device="cuda"), q_offset=1800, impl="IMPL")
 torch.cuda.synchronize()
 """
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from sparse_flash.kernels import attention
+from sparse_flash.kernels.attention import is_aligned
 from sparse_flash.kernels.launch import Kernel
 from sparse_flash.kernels.plan import Plan
 from sparse_flash.kernels.schedule import backward_schedule, schedule
@@ -29,7 +31,7 @@ from sparse_flash.kernels.sm90.config import (
 from sparse_flash import masks
 from tests.kernels.helpers import H200, plan_on_cpu
 
-DQ, TILE80, DETERMINISTIC, DKDV = BackwardVariant
+DQ, TILE80, DETERMINISTIC, WIDE, DKDV = BackwardVariant
 
 
 @dataclass
@@ -137,6 +139,8 @@ def launch_backward(q, k, v, mask, dout, dlse=None, variant=DQ):
         (DQ, 72, 64, 96),
         (DETERMINISTIC, 72, 64, 128),
         (TILE80, 104, 80, 128),
+        (WIDE, 136, 64, 192),
+        (WIDE, 200, 64, 256),
     ],
 )
 def test_backward_arguments_are_those_of_the_kernel(launched, variant, dim, tile_m, width):
@@ -155,12 +159,13 @@ def test_backward_arguments_are_those_of_the_kernel(launched, variant, dim, tile
     assert (dq.shape, dk.shape, dv.shape) == (q.shape, k.shape, v.shape)
     blocks = -(-20000 // tile_m)
     assert given["stats"].shape == (2, 4, 2, blocks * tile_m)
-    chunk = 64 * (80 if variant is TILE80 else min(64, width))
+    chunk = 64 * (80 if variant is TILE80 else width // 2 if variant is WIDE else min(64, width))
     assert given["dq_sum"].shape == (2, 4, 2 * blocks, chunk)
     assert given["done"].shape == (2, 4, 2 * blocks)
     assert given["bounds"].shape == (2 if variant is DETERMINISTIC else 0, 2, 2)
     assert not given["bounds"].any()
-    assert given["dk_splits"].shape == given["dv_splits"].shape == (plan.num_splits, 128, width)
+    shape = (plan.num_splits, 64 if variant is WIDE else 128, width)
+    assert given["dk_splits"].shape == given["dv_splits"].shape == shape
     assert given["num_ctas"] == min(132, plan.schedule.num_items)
     assert given["softmax_scale"] == 0.5
     assert given["scale_log2"] == pytest.approx(0.5 * math.log2(math.e))
@@ -222,14 +227,14 @@ def test_a_split_row_allocates_and_others_do_not(launched):
 
 def test_alignment():
     x = torch.randn(2, 30, 4, 64)
-    assert sm90.is_aligned(x)
-    assert sm90.is_aligned(x.transpose(1, 2))
-    assert sm90.is_aligned(x[:, :, :1].expand(-1, -1, 3, -1))
-    assert sm90.is_aligned(x[..., 8:24])
-    assert not sm90.is_aligned(x[..., 4:20])
-    assert not sm90.is_aligned(x.transpose(2, 3))
-    assert not sm90.is_aligned(torch.randn(2, 30, 4, 60))
-    assert sm90.is_aligned(torch.empty_strided((1, 30, 1, 64), (1, 64, 3, 1)))
+    assert is_aligned(x)
+    assert is_aligned(x.transpose(1, 2))
+    assert is_aligned(x[:, :, :1].expand(-1, -1, 3, -1))
+    assert is_aligned(x[..., 8:24])
+    assert not is_aligned(x[..., 4:20])
+    assert not is_aligned(x.transpose(2, 3))
+    assert not is_aligned(torch.randn(2, 30, 4, 60))
+    assert is_aligned(torch.empty_strided((1, 30, 1, 64), (1, 64, 3, 1)))
 
 
 def test_refusals_that_need_no_gpu():
@@ -253,9 +258,9 @@ def test_other_gpus_are_refused(monkeypatch):
         "it needs a Hopper GPU (compute capability 9.0), a GPU has 10.3"
     )
     monkeypatch.setitem(DeviceFacts._of, torch.device("cuda", 7), H200)
-    monkeypatch.setattr(sm90, "dsl_unsupported_reason", lambda: "no DSL")
+    monkeypatch.setattr(attention, "dsl_unsupported_reason", lambda: "no DSL")
     assert sm90.unsupported_reason(q, q, q) == "no DSL"
-    monkeypatch.setattr(sm90, "dsl_unsupported_reason", lambda: None)
+    monkeypatch.setattr(attention, "dsl_unsupported_reason", lambda: None)
     assert sm90.unsupported_reason(q, q, q) is None
     assert "multiple of 8 from 16 to 256, got 12" in sm90.unsupported_reason(*[q[..., :12]] * 3)
     assert "v has strides" in sm90.unsupported_reason(q, q, q.transpose(1, 3))

@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sparse_flash.kernels.device import DeviceFacts
 from sparse_flash.kernels.fragment import fragment_order
+from sparse_flash.kernels.position_lists import backward_lists
+from sparse_flash.kernels.positions import build_plan, num_splits, offsets_of
 from sparse_flash.kernels.sm90 import positions
 from sparse_flash.kernels.sm90.position_config import (
     all_position_configs,
@@ -18,8 +20,7 @@ from sparse_flash.kernels.sm90.position_config import (
     dq_at_config,
     forward_at_config,
 )
-from sparse_flash.kernels.sm90.position_lists import backward_lists
-from sparse_flash.kernels.sm90.positions import PositionKey, build_plan, num_splits, offsets_of
+from sparse_flash.kernels.sm90.positions import key_of
 
 from sparse_flash import masks
 from tests.kernels.position_problems import position_problems
@@ -32,7 +33,7 @@ lengths = st.integers(1, 400)
 
 
 def plan_of(problem, config):
-    return build_plan(problem.layout(), PositionKey(config, problem.batch, *problem.heads, H200))
+    return build_plan(problem.layout(), key_of(config, problem.batch, *problem.heads, H200))
 
 
 def seen(plan, tile, rows, columns):
@@ -47,7 +48,7 @@ def seen(plan, tile, rows, columns):
 
 def compiled_items(config):
     """Items of the forward grid, computed by the kernel's own code on the CPU."""
-    from sparse_flash.kernels.sm90.position_work_tiles import positions_of
+    from sparse_flash.kernels.position_work_tiles import positions_of
 
     @cute.jit
     def one(index, tiles, arrays, numbers, sizes, out):
@@ -147,8 +148,8 @@ def test_forward_items_cover_what_is_allowed(forward_items, problem, splits):
 
 
 def compiled_decode_items(config):
+    from sparse_flash.kernels.position_work_tiles import positions_of
     from sparse_flash.kernels.sm90.decode import DecodeSm90
-    from sparse_flash.kernels.sm90.position_work_tiles import positions_of
 
     kernel = DecodeSm90(config, cutlass.BFloat16)
 
@@ -224,7 +225,7 @@ def test_decode_items_cover_what_is_allowed(decode_items, problem, splits):
 def test_positions_beyond_the_layout_are_unknown(decode_items, forward_items):
     for (config, items), extra in ((decode_items, (1,)), (forward_items, ())):
         layout = masks.causal().layout(200, 300)
-        plan = build_plan(layout, PositionKey(config, 3, 1, 1, H200))
+        plan = build_plan(layout, key_of(config, 3, 1, 1, H200))
         lens, zeros = plan.unlimited, plan.zeros
         offset = torch.tensor([199, 200, 5000], dtype=torch.int32)
         width = 11 if extra else 15
@@ -243,7 +244,7 @@ def test_positions_beyond_the_layout_are_unknown(decode_items, forward_items):
 
 def test_integers_of_any_sign():
     """floor_divide and columns_before, as the device computes them."""
-    from sparse_flash.kernels.sm90.position_work_tiles import columns_before, floor_divide
+    from sparse_flash.kernels.position_work_tiles import columns_before, floor_divide
 
     @cute.jit
     def divide(numbers: cute.Tensor, out: cute.Tensor):
@@ -271,7 +272,7 @@ def test_integers_of_any_sign():
 
 
 def test_the_word_of_any_row():
-    from sparse_flash.kernels.sm90.online_softmax import word_of_row
+    from sparse_flash.kernels.online_softmax import word_of_row
 
     @cute.jit
     def words(bits: cute.Tensor, out: cute.Tensor, row: Int32):
@@ -338,17 +339,15 @@ def test_splits_fill_the_gpu():
 def test_heads_of_a_cta():
     layout = masks.causal().layout(1, 300)
     for heads, kv_heads, pack in ((32, 8, 4), (8, 8, 1), (128, 1, 64), (130, 1, 26), (6, 2, 3)):
-        plan = build_plan(
-            layout, PositionKey(decode_config("bfloat16", 64), 1, heads, kv_heads, H200)
-        )
+        plan = build_plan(layout, key_of(decode_config("bfloat16", 64), 1, heads, kv_heads, H200))
         assert positions.pack_of(plan, heads, kv_heads) == pack
     layout = masks.per_head([masks.full(), masks.causal()]).layout(1, 300)
-    plan = build_plan(layout, PositionKey(decode_config("bfloat16", 64), 1, 2, 1, H200))
+    plan = build_plan(layout, key_of(decode_config("bfloat16", 64), 1, 2, 1, H200))
     assert positions.pack_of(plan, 2, 1) == 1
 
 
 def test_a_plan_follows_another_layout():
-    key = PositionKey(forward_at_config("bfloat16", 64), 1, 1, 1, H200)
+    key = key_of(forward_at_config("bfloat16", 64), 1, 1, 1, H200)
     layout = masks.full().layout(500, 500)
     plan = build_plan(layout, key)
     arrays = plan.arrays()

@@ -26,7 +26,7 @@ def launched(monkeypatch):
 
     calls = []
 
-    def load(config, _):
+    def load(config):
         kernel = BackwardAtSm80 if config.offsets else BackwardSm80
         names = [n for n in inspect.signature(kernel.__call__).parameters if n != "self"]
 
@@ -36,7 +36,7 @@ def launched(monkeypatch):
 
         return function
 
-    monkeypatch.setattr(gradients, "load", load)
+    monkeypatch.setattr(gradients, "load_function", load)
     monkeypatch.setattr(gradients, "_kernels", {})
     for name, value in (
         ("_cuda_getDevice", None),

@@ -23,8 +23,8 @@ def launched(monkeypatch):
 
     calls = []
     for module, name, kernel in (
-        (attention, "load_forward", ForwardSm80),
-        (positions, "load_forward_at", ForwardAtSm80),
+        (attention, "load_function", ForwardSm80),
+        (positions, "load_function", ForwardAtSm80),
     ):
 
         def load(config, kernel=kernel):

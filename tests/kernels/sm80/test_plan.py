@@ -8,9 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from sparse_flash.kernels.device import DeviceFacts
-from sparse_flash.kernels.sm80 import attention, positions
+from sparse_flash.kernels.sm80 import attention, gradients, positions
+from sparse_flash.kernels.sm80.backward_config import backward_config
 from sparse_flash.kernels.sm80.config import (
     DTYPES,
+    LIMIT_OF,
     LIMITS,
     all_forward_configs,
     forward_at_config,
@@ -18,6 +20,7 @@ from sparse_flash.kernels.sm80.config import (
     shared_memory_of,
     target_of,
 )
+from sparse_flash.kernels.sm80.costs import COSTS
 
 from sparse_flash import masks
 from sparse_flash.call import AttentionCall
@@ -77,6 +80,19 @@ def test_targets(arch, target):
     assert shared_memory_of(facts) == (99 << 10 if unmeasured else 163 << 10)
 
 
+def test_every_target_has_costs():
+    """Measured on Hopper, estimated elsewhere, and used by the plans."""
+    assert COSTS.keys() == LIMIT_OF.keys()
+    assert [target for target, costs in COSTS.items() if not costs.estimated] == ["sm_90"]
+    for target, limit in LIMIT_OF.items():
+        forward = attention.forward_planner(torch.bfloat16, 64, target, limit)
+        backward = gradients.planner_of(backward_config("bfloat16", 64, target, limit))
+        assert forward.costs is COSTS[target].forward
+        assert backward.costs is COSTS[target].backward
+    # A cache in two halves may hold two copies.
+    assert COSTS["sm_89"].forward.l2_share > COSTS["sm_80"].forward.l2_share
+
+
 def test_too_little_shared_memory_is_refused():
     with pytest.raises(ValueError, match=r"head_dim 128 .* 50000 bytes .* impl='reference'"):
         forward_configs("bfloat16", 128, "sm_80", 50000)
@@ -130,17 +146,11 @@ def gpu_call(monkeypatch, facts, dtype=torch.bfloat16, dim=64, needs_grad=False)
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_87", "sm_89", "sm_100", "sm_110", "sm_121"])
-def test_auto_takes_it_outside_hopper(monkeypatch, recwarn, arch):
-    call = gpu_call(monkeypatch, replace(A100, arch=arch))
+@pytest.mark.parametrize("needs_grad", [False, True])
+def test_auto_takes_it_outside_hopper(monkeypatch, recwarn, arch, needs_grad):
+    call = gpu_call(monkeypatch, replace(A100, arch=arch), needs_grad=needs_grad)
     assert choose("auto", call).name == "sm80"
     assert not recwarn
-
-
-def test_auto_leaves_untested_gradients_to_the_reference(monkeypatch):
-    call = gpu_call(monkeypatch, A100, needs_grad=True)
-    with pytest.warns(UserWarning, match=r"the gradients of impl='sm80' were not tested on a GPU"):
-        assert choose("auto", call).name == "reference"
-    assert choose("sm80", call).name == "sm80"
 
 
 def test_on_hopper_auto_takes_the_hopper_kernels(monkeypatch):

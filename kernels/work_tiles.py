@@ -1,12 +1,12 @@
-"""Messages between the warps of a CTA: work tiles, tile coordinates, named barriers.
+"""Work tiles and tile coordinates: messages between the warps of a CTA.
 
 The fields of all NamedTuples are Int32.
 """
 
-from enum import IntEnum
 from typing import NamedTuple
 
-from cutlass import Int32
+import cutlass
+from cutlass import Int32, cute
 
 
 class RowWorkTile(NamedTuple):
@@ -81,30 +81,31 @@ class DecodeWorkTile(NamedTuple):
     known: Int32  # 0: the query is outside the layout
 
 
-class ForwardBarrier(IntEnum):
-    """Named barriers of the kernels with one work tile per query block."""
-
-    ALL = 0  # the whole CTA
-    TURN = 1  # one per warpgroup (two or three): its turn to issue GEMMs
-    OWN = 4  # one per warpgroup, among its own threads
-
-
-class DecodeBarrier(IntEnum):
-    """Named barriers of the decoding kernel."""
-
-    ALL = 0  # the whole CTA
-    CONSUMERS = 1
-
-
-class BackwardBarrier(IntEnum):
-    """Named barriers of the backward kernel."""
-
-    ALL = 0  # the whole CTA
-    BOTH = 1  # both warpgroups
-    READY = 2  # per buffer, one for each warpgroup with its store warp: the buffer is filled
-    STAGGER = 10  # delays the second warpgroup
-
-
 def end_of_work(record_type, **fields):
     """The record that ends the work: zeros except for the given fields."""
     return record_type(**{name: fields.get(name, Int32(0)) for name in record_type._fields})
+
+
+@cute.jit
+def tiles_within(tiles, first, count, limit, tile_n: cutlass.Constexpr):
+    """Number of tiles (columns ascending) that begin before key `limit`; at least 1.
+
+    A row without keys computes one tile with all keys masked.
+    """
+    low, high = Int32(count), Int32(count)
+    if tiles[first + count - 1, 0] * tile_n >= limit:
+        low = Int32(1)
+    while low < high:  # the answer is in low..high
+        middle = (low + high) // 2
+        if tiles[first + middle, 0] * tile_n < limit:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+@cute.jit
+def query_coord(column, kv_head, heads):
+    """(m_block, q head) of a block column; the q heads of a kv head are stacked in the layout."""
+    group_size, num_m_blocks = heads
+    return column % num_m_blocks, kv_head * group_size + column // num_m_blocks

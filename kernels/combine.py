@@ -9,7 +9,8 @@ import math
 
 import cutlass
 from cutlass import Float32, Int32, cute
-from sparse_flash.kernels.sm90.primitives import VECTOR, vector_at
+from sparse_flash.kernels.score_terms import ScoreTerms
+from sparse_flash.kernels.vectors import VECTOR, vector_at
 
 GRADIENT_THREADS = 256  # of a CTA that adds gradients
 ROWS = 16  # of a CTA of four warps; a warp takes a row at a time
@@ -23,9 +24,12 @@ class CombineOutput:
         self.tile_m, self.head_dim, self.dtype = tile_m, head_dim, dtype
 
     @cute.jit
-    def __call__(self, out, lse, combine, counts, out_splits, lse_splits, stream):
-        """Launch on the stream; out is (b, s, h, d), lse (b, h, s). See `Schedule.combine`."""
-        self.kernel(out, lse, combine, counts, out_splits, lse_splits).launch(
+    def __call__(self, out, lse, combine, counts, out_splits, lse_splits, stream, terms=None):
+        """Launch on the stream; out is (b, s, h, d), lse (b, h, s). See `Schedule.combine`.
+
+        terms: `ScoreTerms`, whose sinks are added, or `None`.
+        """
+        self.kernel(out, lse, combine, counts, out_splits, lse_splits, terms).launch(
             grid=(cute.size(combine, mode=[0]), self.tile_m // ROWS, 1),
             block=(128, 1, 1),
             stream=stream,
@@ -40,6 +44,7 @@ class CombineOutput:
         counts: cute.Tensor,
         out_splits: cute.Tensor,
         lse_splits: cute.Tensor,
+        terms,
     ):
         """Four rows for each warp."""
         record, chunk, _ = cute.arch.block_idx()
@@ -56,18 +61,23 @@ class CombineOutput:
                 q_idx = m_block * self.tile_m + row
                 if q_idx < cute.size(out, mode=[1]):
                     coord = (batch, q_idx, head)
-                    self.row(out, lse, out_splits, lse_splits, splits, row, coord, lane)
+                    self.row(out, lse, out_splits, lse_splits, splits, row, coord, lane, terms)
 
     @cute.jit
-    def row(self, out, lse, out_splits, lse_splits, splits, row, coord, lane):
+    def row(self, out, lse, out_splits, lse_splits, splits, row, coord, lane, terms):
         """One row by one warp, its columns spread over the lanes."""
         first, count = splits
         batch, q_idx, head = coord
         top = -Float32.inf
         for split_idx in cutlass.range(first, first + count, unroll=1):
             top = cute.arch.fmax(top, lse_splits[split_idx, row])
+        if cutlass.const_expr(terms is not None):
+            sink = ScoreTerms(*terms).sink(head)
+            top = cute.arch.fmax(top, sink / LOG2_E)
         shift = Float32(0.0) if top == -Float32.inf else top
         total = Float32(0.0)
+        if cutlass.const_expr(terms is not None):
+            total = cute.math.exp2(sink - shift * LOG2_E, fastmath=True)
         sums = cute.make_rmem_tensor(self.head_dim // 32, Float32)
         sums.fill(0.0)
         for split_idx in cutlass.range(first, first + count, unroll=1):
@@ -110,7 +120,7 @@ class CombineGradients:
         row = chunk * (GRADIENT_THREADS // self.threads) + thread // self.threads
         column = thread % self.threads * VECTOR
         result = results[0]
-        if record < counts[1] and row < self.height and column < cute.size(result, mode=[3]):
+        if record < counts[1] and row < self.height:
             block, head, batch = (combine[record, i] for i in range(3))
             first, count = combine[record, 3], combine[record, 4]
             index = block * self.height + row
@@ -118,18 +128,23 @@ class CombineGradients:
                 GRADIENT_THREADS // self.threads
             ):
                 for i in cutlass.range_constexpr(len(results)):
-                    total = cute.make_rmem_tensor(VECTOR, Float32)
-                    total.fill(0.0)
-                    value = cute.make_rmem_tensor(VECTOR, Float32)
-                    for split_idx in cutlass.range(first, first + count, unroll=1):
-                        cute.autovec_copy(
-                            self.split_vector(splits[i], split_idx, row, column), value
-                        )
-                        total.store(total.load() + value.load())
-                    rounded = cute.make_rmem_tensor(VECTOR, self.dtype)
-                    rounded.store(total.load().to(self.dtype))
-                    coord = (batch, index, head, column)
-                    cute.autovec_copy(rounded, vector_at(results[i], coord, 16))
+                    if column < cute.size(results[i], mode=[3]):
+                        coord = (batch, index, head, column)
+                        self.add(results[i], splits[i], (first, count), row, coord)
+
+    @cute.jit
+    def add(self, result, splits, which, row, coord):
+        """VECTOR elements of a row of one result. which: First split, and their number."""
+        first, count = which
+        total = cute.make_rmem_tensor(VECTOR, Float32)
+        total.fill(0.0)
+        value = cute.make_rmem_tensor(VECTOR, Float32)
+        for split_idx in cutlass.range(first, first + count, unroll=1):
+            cute.autovec_copy(self.split_vector(splits, split_idx, row, coord[3]), value)
+            total.store(total.load() + value.load())
+        rounded = cute.make_rmem_tensor(VECTOR, self.dtype)
+        rounded.store(total.load().to(self.dtype))
+        cute.autovec_copy(rounded, vector_at(result, coord, 16))
 
     @cute.jit
     def split_vector(self, splits, split_idx, row, column):

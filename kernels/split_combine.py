@@ -10,6 +10,7 @@ import math
 
 import cutlass
 from cutlass import Float32, Int32, cute
+from sparse_flash.kernels.score_terms import ScoreTerms
 
 WARPS = 8
 LOG2_E = math.log2(math.e)
@@ -27,14 +28,16 @@ class SplitCombine:
         self.vector = head_dim // 32  # columns of a lane, 32 apart
 
     @cute.jit
-    def __call__(self, out, lse, out_splits, lse_splits, num_splits: Int32, stream):
+    def __call__(self, out, lse, out_splits, lse_splits, num_splits: Int32, stream, terms=None):
         """Launch on the stream.
+
+        terms: `ScoreTerms`, whose sinks are added, or `None`.
 
         out: (b, s, h, d). lse: (b, h, s) float32. out_parts: (splits, b, s, h, head_dim) float32.
         lse_parts: (splits, b, h, s) float32.
         """
         rows = cute.size(out, mode=[0]) * cute.size(out, mode=[1]) * cute.size(out, mode=[2])
-        self.kernel(out, lse, out_splits, lse_splits, num_splits).launch(
+        self.kernel(out, lse, out_splits, lse_splits, num_splits, terms).launch(
             grid=(rows, 1, 1), block=(32 * WARPS, 1, 1), stream=stream, use_pdl=self.dependent
         )
 
@@ -46,6 +49,7 @@ class SplitCombine:
         out_splits: cute.Tensor,
         lse_splits: cute.Tensor,
         num_splits: Int32,
+        terms,
     ):
         """One row."""
         index = cute.arch.block_idx()[0]
@@ -65,6 +69,9 @@ class SplitCombine:
             top = cute.arch.fmax(top, lse_splits[split, batch, head, query])
         for i in cutlass.range_constexpr(5):
             top = cute.arch.fmax(top, cute.arch.shuffle_sync_bfly(top, offset=1 << i))
+        if cutlass.const_expr(terms is not None):
+            sink = ScoreTerms(*terms).sink(head) / LOG2_E
+            top = cute.arch.fmax(top, sink)
         shift = Float32(0.0) if top == -Float32.inf else top
         total, sums = Float32(0.0), cute.make_rmem_tensor(self.vector, Float32)
         sums.fill(0.0)
@@ -77,6 +84,9 @@ class SplitCombine:
                 sums[j] = sums[j] + weight * split_idx
         for j in cutlass.range_constexpr(self.vector):
             s_sums[warp, lane + 32 * j] = sums[j]
+        if cutlass.const_expr(terms is not None):
+            of_sink = cute.math.exp2((sink - shift) * LOG2_E, fastmath=True)
+            total += of_sink if warp == 0 else Float32(0.0)
         if lane == 0:
             s_totals[warp] = total
         cute.arch.sync_threads()

@@ -4,13 +4,7 @@ import math
 
 import cutlass
 from cutlass import Float32, Int32, cute
-from sparse_flash.kernels.sm90.primitives import (
-    VECTOR,
-    bits_of,
-    from_bits,
-    grid_coord,
-    load_vector,
-)
+from sparse_flash.kernels.vectors import VECTOR, bits_of, from_bits, grid_coord, load_vector
 
 THREADS = 256
 LOG2_E = math.log2(math.e)
@@ -193,7 +187,7 @@ class Bounds:
             for i in cutlass.range_constexpr(VECTOR):
                 largest = cutlass.max(largest, finite(a[i].to(Float32), a[i].to(Float32)))
                 square += finite(b[i].to(Float32), b[i].to(Float32) * b[i].to(Float32))
-            square = square if column < cute.size(k, mode=[3]) else Float32(0.0)
+            square = square if column < cute.size(v, mode=[3]) else Float32(0.0)
             for i in cutlass.range_constexpr(self.lanes.bit_length() - 1):
                 square += cute.arch.shuffle_sync_bfly(square, offset=1 << i)
             norm = cutlass.max(norm, square)

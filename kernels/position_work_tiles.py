@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import cutlass
 from cutlass import Int32, cute
-from sparse_flash.kernels.sm90.work_tiles import Load, PositionWorkTile
+from sparse_flash.kernels.work_tiles import Load, PositionWorkTile
 
 
 class PositionArrays(NamedTuple):

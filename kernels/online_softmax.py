@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 
 import cutlass
-from cutlass import Float32, Int32, cute
+from cutlass import Float32, Int32, const_expr, cute
+from sparse_flash.kernels.score_terms import with_sink
 
 LN2 = math.log(2.0)
 
@@ -120,15 +121,22 @@ def _row(acc_s, row):
 
 
 @cute.jit
-def row_normalizers(stats, scale_log2):
-    """1 / sum and log sum exp(scale S) of each row; 0 and -inf for rows without keys."""
+def row_normalizers(stats, scale_log2, sink=None):
+    """1 / sum and log sum exp(scale S) of each row; 0 and -inf for rows without keys.
+
+    sink: Logit without a value, times log2(e), or None.
+    """
     factors = cute.make_rmem_tensor(2, Float32)
     log_sums = cute.make_rmem_tensor(2, Float32)
     for row in cutlass.range_constexpr(2):
-        total = _quad(stats[row, 1], _add)
+        total, top = _quad(stats[row, 1], _add), stats[row, 0] * scale_log2
+        if const_expr(sink is not None):
+            top, decay, total = with_sink(top, total, sink)
         empty = total == 0.0
         factors[row] = Float32(0.0) if empty else cute.arch.rcp_approx(total)
-        log_sum = (stats[row, 0] * scale_log2 + cute.math.log2(total, fastmath=True)) * LN2
+        if const_expr(sink is not None):
+            factors[row] = factors[row] * decay
+        log_sum = (top + cute.math.log2(total, fastmath=True)) * LN2
         log_sums[row] = -Float32.inf if empty else log_sum
     return factors, log_sums
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from sparse_flash.kernels.schedule import WORK_FIELDS
@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 if TYPE_CHECKING:
-    from sparse_flash.kernels.sm90.config import BackwardConfig
-    from sparse_flash.kernels.sm90.positions import PositionPlan
+    from sparse_flash.kernels.positions import PositionPlan
 
 
 class BackwardLists(NamedTuple):
@@ -30,7 +29,7 @@ class BackwardLists(NamedTuple):
 
 
 def backward_lists(
-    plan: PositionPlan[BackwardConfig], shift: Tensor, s: int, s_kv: int, kv_heads: int
+    plan: PositionPlan[Any], shift: Tensor, s: int, s_kv: int, kv_heads: int
 ) -> BackwardLists:
     """The tiles that the queries of each batch entry touch, by key blocks.
 
@@ -39,7 +38,7 @@ def backward_lists(
     that nothing waits for the device.
 
     Args:
-        plan: Of `backward_plans_at`.
+        plan: Plan of a kernel that computes by key blocks.
         shift: Position of query 0 of each batch entry, int32 (b,).
         s: Number of queries.
         s_kv: Number of keys.

@@ -1,0 +1,199 @@
+"""Kernels for documents that data on the device decide: their numbers and their bit tiles."""
+
+import cutlass
+from cutlass import Int32, Int64, Uint8, cute
+from sparse_flash.kernels.data_lists import ints
+
+THREADS, MAX_CTAS = 128, 2048  # as many threads as columns of a bit tile
+INVALID = 8  # in `errors`: cu_seqlens that do not ascend from 0 to the length
+
+
+class NumberDocuments:
+    """The document of each token; a thread for each.
+
+    cu_seqlens: int64 (n,).
+    numbers: int32 (length,): how many of cu_seqlens are not beyond the token. Ascending.
+    errors: uint8 (patterns x nq,): INVALID is added everywhere where cu_seqlens do not ascend from
+        0 to the length.
+    """
+
+    @cute.jit
+    def __call__(self, cu_seqlens: cute.Tensor, numbers: cute.Tensor, errors: cute.Tensor, stream):
+        """Launch on the stream."""
+        self.kernel(cu_seqlens, numbers, errors).launch(
+            grid=(cute.ceil_div(cute.size(numbers, mode=[0]), THREADS), 1, 1),
+            block=(THREADS, 1, 1),
+            stream=stream,
+        )
+
+    @cute.kernel
+    def kernel(self, cu_seqlens: cute.Tensor, numbers: cute.Tensor, errors: cute.Tensor):
+        """THREADS tokens. Each warp checks cu_seqlens for itself."""
+        thread = cute.arch.block_idx()[0] * THREADS + cute.arch.thread_idx()[0]
+        n, length = cute.size(cu_seqlens, mode=[0]), cute.size(numbers, mode=[0])
+        wrong = Int32(0)
+        if cu_seqlens[0] != 0 or cu_seqlens[n - 1] != length:
+            wrong = Int32(1)
+        for i in cutlass.range(cute.arch.lane_idx(), n - 1, 32, unroll=1):
+            if cu_seqlens[i + 1] < cu_seqlens[i]:
+                wrong = Int32(1)
+        if cute.arch.vote_ballot_sync(wrong != 0) != 0:
+            stride = cute.arch.grid_dim()[0] * THREADS
+            for i in cutlass.range(thread, cute.size(errors, mode=[0]), stride, unroll=1):
+                errors[i] = (errors[i].to(Int32) | INVALID).to(Uint8)
+        if thread < length:
+            low, high = Int32(0), Int32(n)
+            while low < high:
+                middle = (low + high) >> 1
+                if cu_seqlens[middle] <= thread:
+                    low = middle + 1
+                else:
+                    high = middle
+            numbers[thread] = low
+
+
+class OwnBits:
+    """Bit tiles of their own, in fragment order (see kernels.fragment), by some CTAs.
+
+    own, used: As of `ListTiles`.
+    numbers: As of `ListTiles`. Ascending, so that each line is allowed an interval of columns.
+    mask_bits: Bit tiles of the mask's table in the same order, int32 (known, height / 64, 128, 2).
+    bits: int32 (most, height / 64, 128, 2); heights are of keys where lines are columns.
+    """
+
+    @cute.jit
+    def __call__(
+        self,
+        own: cute.Tensor,
+        used: cute.Tensor,
+        numbers: cute.Tensor,
+        mask_bits: cute.Tensor,
+        bits: cute.Tensor,
+        rows: Int32,
+        height: Int32,
+        width: Int32,
+        q_len: Int32,
+        kv_len: Int32,
+        down: Int32,
+        across: Int32,
+        numbered: Int32,
+        all_blocks: Int32,
+        by_column: Int32,
+        stream,
+    ):
+        """Launch on the stream."""
+        sizes = (rows, height, width, q_len, kv_len, down, across, numbered, all_blocks, by_column)
+        self.kernel(own, used, numbers, mask_bits, bits, sizes).launch(
+            grid=(cutlass.min(cute.size(bits, mode=[0]), MAX_CTAS), 1, 1),
+            block=(THREADS, 1, 1),
+            stream=stream,
+        )
+
+    @cute.kernel
+    def kernel(
+        self,
+        own: cute.Tensor,
+        used: cute.Tensor,
+        numbers: cute.Tensor,
+        mask_bits: cute.Tensor,
+        bits: cute.Tensor,
+        sizes,
+    ):
+        """Some bit tiles."""
+        s_numbers = cutlass.utils.SmemAllocator().allocate_tensor(
+            Int32, cute.make_layout(THREADS), 16
+        )
+        count = cutlass.min(used[1], cute.size(bits, mode=[0]))
+        for slot in cutlass.range(
+            cute.arch.block_idx()[0], count, cute.arch.grid_dim()[0], unroll=1
+        ):
+            self.bit_tile(slot, own, numbers, mask_bits, bits, s_numbers, sizes)
+
+    @cute.jit
+    def bit_tile(self, slot, own, numbers, mask_bits, bits, s_numbers, sizes):
+        """One bit tile: two words of a warpgroup's row pairs for each thread."""
+        thread = cute.arch.thread_idx()[0]
+        rows, height, width, q_len, kv_len, down, across, numbered, all_blocks, by_column = sizes
+        at, col, state, blocks = (own[slot, i] for i in range(4))
+        table = at // rows if numbered > 1 else Int32(0)
+        top, left = at % rows * height, col * width
+        reach = width if by_column == 0 else height  # columns of the bit tile
+        start, end = (left, kv_len) if by_column == 0 else (top, q_len)
+        from_line, last_line = (top, q_len - 1) if by_column == 0 else (left, kv_len - 1)
+        if numbered != 0:
+            cute.arch.sync_threads()  # the tile before has been read
+            s_numbers[thread] = numbers[table, cutlass.min(start + thread, end - 1)]
+            cute.arch.sync_threads()
+        lines = 16 * (thread // 32) + thread % 32 // 4
+        sides = (height // down, width // across, across)
+        for group in cutlass.range(cute.size(bits, mode=[1]), unroll=1):
+            for n in cutlass.range_constexpr(2):
+                line = group * 64 + lines + 8 * n
+                low, high = Int32(0), reach
+                if numbered != 0:
+                    number = numbers[table, cutlass.min(from_line + line, last_line)]
+                    low = self.below(s_numbers, number, reach)
+                    high = self.below(s_numbers, number + 1, reach)
+                word = self.interval(low, high, 2 * (thread % 4))
+                if blocks != all_blocks:
+                    word = word & self.chosen(blocks, line, 2 * (thread % 4), sides, by_column)
+                if state >= 0:
+                    word = word & mask_bits[state, group, thread, n]
+                bits[slot, group, thread, n] = word
+
+    @cute.jit
+    def below(self, s_numbers, number, reach):
+        """How many of the first `reach` numbers are less than `number`."""
+        low, high = Int32(0), reach
+        while low < high:
+            middle = (low + high) >> 1
+            if s_numbers[middle] < number:
+                low = middle + 1
+            else:
+                high = middle
+        return low
+
+    @cute.jit
+    def interval(self, low, high, first):
+        """The word of columns 8 j + first + c, bit 2 j + c, that lie in low..high - 1."""
+        word = Int32(0)
+        for c in cutlass.range_constexpr(2):
+            begin = cutlass.max(low - first - c + 7, 0) >> 3
+            end = cutlass.max(high - first - c + 7, 0) >> 3
+            found = ((Int64(1) << (2 * end)) - (Int64(1) << (2 * begin))).to(Int32)
+            word = word | (found & 0x55555555) << c
+        return word
+
+    @cute.jit
+    def chosen(self, blocks, line, first, sides, by_column):
+        """The word of columns in blocks of the set."""
+        result = Int32(0)
+        for j in cutlass.range(16, unroll=1):
+            for c in cutlass.range_constexpr(2):
+                column = 8 * j + first + c
+                q, kv = (line, column) if by_column == 0 else (column, line)
+                cell = (q // sides[0] * sides[2] + kv // sides[1]) & 31  # columns beyond the tile
+                result = result | (blocks >> cell & 1) << (2 * j + c)
+        return result
+
+
+def compile_number_documents(arch: str):
+    """Compile, whether or not there is a GPU."""
+    from sparse_flash.kernels.compile import compile_kernel
+
+    size = cute.sym_int
+    arguments = (ints(size(), dtype=Int64), ints(size()), ints(size(), dtype=Uint8))
+    return compile_kernel(NumberDocuments(), arguments, arch)
+
+
+def compile_own_bits(arch: str):
+    """Compile, whether or not there is a GPU."""
+    from sparse_flash.kernels.compile import compile_kernel
+
+    size, groups = cute.sym_int, cute.sym_int()
+    arguments = (
+        *(ints(size(), 4), ints(2), ints(size(), size())),
+        *(ints(size(), groups, 128, 2), ints(size(), groups, 128, 2)),
+        *(Int32(1) for _ in range(10)),
+    )
+    return compile_kernel(OwnBits(), arguments, arch)

@@ -1,0 +1,34 @@
+"""Named barriers of the Hopper kernels."""
+
+from enum import IntEnum
+
+
+class ForwardBarrier(IntEnum):
+    """Named barriers of the kernels with one work tile per query block."""
+
+    ALL = 0  # the whole CTA
+    TURN = 1  # one per warpgroup (two or three): its turn to issue GEMMs
+    OWN = 4  # one per warpgroup, among its own threads
+
+
+class DecodeBarrier(IntEnum):
+    """Named barriers of the decoding kernel."""
+
+    ALL = 0  # the whole CTA
+    CONSUMERS = 1
+
+
+class BackwardBarrier(IntEnum):
+    """Named barriers of the backward kernel."""
+
+    ALL = 0  # the whole CTA
+    BOTH = 1  # both warpgroups
+    READY = 2  # per buffer, one for each warpgroup with its store warp: the buffer is filled
+    STAGGER = 10  # delays the second warpgroup
+
+
+class WideBackwardBarrier(IntEnum):
+    """Named barriers of the backward kernel for large head_dims."""
+
+    ALL = 0  # the whole CTA
+    QUERIES = 1  # the warpgroup of dQ

@@ -1,0 +1,61 @@
+"""Schedules for a GPU: made on the CPU where they are small, and the same wherever made."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from sparse_flash.kernels import schedule as scheduling
+from sparse_flash.kernels.schedule import ARRAYS, backward_schedule, best_config, schedule
+from sparse_flash.kernels.sm90.config import BACKWARD_COSTS, FORWARD_COSTS, forward_configs
+
+from sparse_flash import masks
+from tests.kernels.helpers import H200
+
+MASKS = {
+    "cut": masks.local(200) | masks.global_tokens(64),
+    "heads": masks.per_head([masks.local(5), masks.causal()]),
+    "noise": masks.random_blocks(0.2, 32, 0),
+}
+
+
+def schedules(layout):
+    """A schedule of each pass."""
+    return (
+        schedule(layout, 2, 2, (192, 128), H200, FORWARD_COSTS, 1 << 20),
+        backward_schedule(layout, 2, (2, 2), (128, 80), H200, BACKWARD_COSTS, 1 << 20),
+    )
+
+
+def test_long_ones_stay_where_they_are():
+    layout = masks.causal().layout(1024)
+    assert scheduling.on_host(layout) is layout
+    assert scheduling.on_host(layout, pairs=1 << 20) is layout
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_to_moves_every_array(name):
+    for made in schedules(MASKS[name].layout(1500)):
+        moved = made.to(torch.device("cpu"))
+        assert all(torch.equal(getattr(made, x), getattr(moved, x)) for x in ARRAYS)
+        assert (moved.num_splits, moved.num_ctas, moved.tile) == (
+            *(made.num_splits, made.num_ctas),
+            made.tile,
+        )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", MASKS)
+def test_the_same_on_a_gpu(name, monkeypatch):
+    here = MASKS[name].layout(1500)
+    there = here.to("cuda")
+    configs = forward_configs("bfloat16", 64)
+    for most in (1 << 18, 0):  # made on the CPU, and on the GPU
+        monkeypatch.setattr(scheduling, "_MOST_ON_HOST", most)
+        assert best_config(there, configs) == best_config(here, configs)
+        for a, b in zip(schedules(here), schedules(there), strict=True):
+            for array in ARRAYS:
+                assert getattr(b, array).is_cuda
+                assert getattr(b, array).data_ptr() % 16 == 0
+                if array != "work":  # of equal costs, any order will do
+                    assert torch.equal(getattr(a, array), getattr(b, array).cpu())
+            assert sorted(a.work.tolist()) == sorted(b.work.tolist())

@@ -1,0 +1,85 @@
+"""Kernels with score terms: their code, and the arguments that they are launched with."""
+
+import inspect
+
+import pytest
+import torch
+from sparse_flash.kernels.sm90 import attention, positions
+from sparse_flash.kernels.sm90.config import BackwardConfig
+
+from sparse_flash import block_sparse_attention, masks, scores
+from tests.kernels.helpers import plan_on_cpu
+from tests.kernels.test_compile import compile_well
+
+pytest.importorskip("cutlass.cute")
+
+
+def test_forward_compiles_well(compiler, tmp_path):
+    """All terms at once, without spills; tanh and exp2 are one instruction each."""
+    sass = compile_well(compiler, "scored", 0, 2, tmp_path)
+    tanh = sass.count("MUFU.TANH")
+    assert tanh == 3 * 64  # first, inner and boundary step: a thread's 64 elements
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Numbers of arguments of launches, and the classes that they are for."""
+    from sparse_flash.kernels.sm90 import dq, scored
+    from sparse_flash.kernels.sm90.backward import BackwardSm90
+
+    seen = []
+
+    class Stub:
+        def launch(self, inputs, plan, scalars, device, transient):
+            config = plan.config
+            if not getattr(config, "scored", False):
+                kernel = BackwardSm90 if isinstance(config, BackwardConfig) else dq.DqSm90
+            elif isinstance(config, BackwardConfig):
+                kernel = scored.BackwardScoredSm90
+            else:
+                at = config.offsets
+                kernel = scored.ForwardAtScoredSm90 if at else scored.ForwardScoredSm90
+            splits = 0 if at_positions(config) else len(config.split_shapes)
+            arguments = (*inputs, *plan.lists, None, *[None] * splits, *plan.combine, 1, *scalars)
+            names = list(inspect.signature(kernel.__call__).parameters)
+            assert names[-1] == "stream"
+            assert len(arguments) == len(names) - 2, kernel  # self, stream
+            for name, x in zip(names[1:], arguments, strict=False):
+                assert name not in ("slopes", "sinks") or x.shape == (4,)
+            seen.append(kernel.__name__)
+
+    monkeypatch.setattr(attention, "unsupported_reason", lambda *_: None)
+    monkeypatch.setattr(attention, "bind", lambda plan: Stub())
+    monkeypatch.setattr(positions, "_bind", lambda plan: setattr(plan, "kernel", Stub()))
+    plan_on_cpu(monkeypatch)
+    return seen
+
+
+def at_positions(config):
+    return getattr(config, "offsets", False)
+
+
+@pytest.mark.parametrize(("d", "d_v"), [(64, 64), (192, 128), (64, 128)])
+@pytest.mark.parametrize("names", ["sinks", "softcap", "alibi", "all"])
+def test_arguments(launches, d, d_v, names):
+    if names != "sinks" and max(d, d_v) > 128:
+        return
+    terms = {
+        "sinks": {"sinks": torch.zeros(4, requires_grad=True)},
+        "softcap": {"softcap": 3.0},
+        "alibi": {"bias": scores.alibi(torch.rand(4))},
+    }
+    terms["all"] = terms["sinks"] | terms["softcap"] | terms["alibi"]
+    q = torch.randn(1, 300, 4, d).bfloat16().requires_grad_()
+    k, v = (torch.randn(1, 300, 2, x).bfloat16().requires_grad_() for x in (d, d_v))
+    out = block_sparse_attention(q, k, v, masks.causal(), impl="sm90", **terms[names])
+    assert out.shape == (1, 300, 4, d_v)
+    out.sum().backward()
+    assert [x.grad.shape for x in (q, k, v)] == [x.shape for x in (q, k, v)]
+    backward = "BackwardSm90" if names == "sinks" else "BackwardScoredSm90"
+    assert launches[:2] == ["ForwardScoredSm90", backward]
+    if d == d_v:
+        with torch.no_grad():
+            given = {"q_offset": 200, "impl": "sm90"} | terms[names]
+            block_sparse_attention(q[:, :7], k, v, masks.causal(), **given)
+        assert launches[-1] == "ForwardAtScoredSm90"
