@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import math
+import os
 import shlex
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 import tyro
+from tqdm import tqdm
 
+from sparse_flash import prebuild
 from sparse_flash.command import main
 from sparse_flash.command_tree import Commands, Folder, Number, Text
 from sparse_flash.density import densities
 from sparse_flash.experiments import lra, markdown, old_names, registry
 from sparse_flash.experiments.bench import own, steps
 from sparse_flash.experiments.bench import run as benchmark
+from sparse_flash.experiments.bench.turns import FEWEST
 from sparse_flash.experiments.compare import compare, compare_stages, picture
 from sparse_flash.experiments.config import CompareConfig, RunConfig
 from sparse_flash.experiments.curriculum import Curriculum
@@ -28,9 +33,12 @@ from sparse_flash.experiments.staged import follow
 from sparse_flash.experiments.train import train
 from sparse_flash.experiments.user_code import read_mask
 from sparse_flash.info import info
+from sparse_flash.kernels.cache import cache_dir
+from sparse_flash.kernels.device import DeviceFacts
 from sparse_flash.masks.notebook import lengths_of
 from sparse_flash.masks.operands import split_reference
 from sparse_flash.masks.picture import save_figure
+from sparse_flash.prediction import predict
 from sparse_flash.show import check_length, list_of_masks, words_of_reach
 
 __all__ = ["application", "main", "run"]
@@ -79,6 +87,50 @@ def show_mask(
         print(f"reach: {words_of_reach(mask, q_len)}")
     if png:
         print(f"picture: {png}")
+
+
+def advise_mask(
+    spec: tyro.conf.Positional[str],
+    length: Number = None,
+    heads: int = 8,
+    kv_heads: Number = None,
+    head_dim: int = 64,
+    batch: int = 1,
+    block: int = 128,
+    dtype: Literal["bfloat16", "float16"] = "bfloat16",
+    device: Text = None,
+) -> None:
+    """Predict time, speed, memory and HBM traffic of attention with a mask, and give advice.
+
+    Nothing is run, and no GPU is needed.
+
+    Args:
+        spec: The mask, for example "local(256) | global_tokens(64)", or of a file,
+            "my_masks.py:banded".
+        length: Number of queries and keys; default: the mask's own, or 4096.
+        heads: Query heads.
+        kv_heads: Key heads; default: as many as query heads.
+        head_dim: Width of a head.
+        batch: Batch size.
+        block: Tokens per block.
+        dtype: Data type of q, k and v.
+        device: GPU, as H200 or A100; default: the GPU here, or H200.
+    """
+    mask = read_mask(spec)
+    q_len, kv_len = lengths_of(mask) if length is None else (length, length)
+    check_length(max(q_len, kv_len), block)
+    layout = mask.layout(q_len, kv_len, block=(block, block))
+    made = predict(
+        layout,
+        heads,
+        head_dim,
+        batch=batch,
+        kv_heads=kv_heads,
+        dtype=getattr(torch, dtype),
+        device=device,
+    )
+    shapes = f"{batch} x {q_len} x {heads} heads of {head_dim}, {dtype}"
+    print(f"{mask!r}\n{shapes}, {densities(layout, head_dim)}\n{made}")
 
 
 def list_masks() -> None:
@@ -248,8 +300,10 @@ def bench(
     batch: int = 1,
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto",
     out: Path = Path("runs/bench"),
-    rounds: int = 3,
+    rounds: int = FEWEST,
     which: Literal["both", "forward", "backward"] = "both",
+    baselines: tuple[str, ...] = (),
+    seconds: float = 0.5,
 ) -> None:
     """Measure the speed of attention: ours and the installed baselines, on the same inputs.
 
@@ -267,8 +321,10 @@ def bench(
         dtype: Data type for --mask; auto is bfloat16 on a GPU, float32 on a CPU.
         out: Folder of the report: bench.json, bench.md, bench.png, TensorBoard events; own.json and
             own.md for --mask.
-        rounds: Measurements of each implementation, in turns.
+        rounds: Least number of turns; in a turn each implementation is called once.
         which: Passes to time.
+        baselines: Names of the baselines that a suite is timed with; default: all installed.
+        seconds: Duration of the turns of each case of a suite, about.
     """
     passes = benchmark.PASSES if which == "both" else (which,)
     if mask is None:
@@ -278,7 +334,7 @@ def bench(
                 "--length, --heads, --kv-heads, --head-dim, --batch and --dtype are those of "
                 "--mask SPEC; a suite has its own"
             )
-        report = benchmark.bench(suite, out, rounds, passes)
+        report = benchmark.bench(suite, out, rounds, passes, baselines, seconds)
         print(
             f"\n{markdown.benchmark(report)}\nreport: {out / 'bench.md'} and {out / 'bench.json'}"
         )
@@ -308,6 +364,46 @@ def bench_steps(
     """
     steps.bench_steps(cases, modes, out, mask=mask)
     print(f"report: {out / 'steps.md'} and {out / 'steps.json'}")
+
+
+def compile_kernels(
+    head_dims: tuple[int, ...] = (64, 128),
+    dtypes: tuple[Literal["bfloat16", "float16"], ...] = ("bfloat16",),
+    kernels: tuple[
+        Literal["forward", "backward", "deterministic", "positions", "mass", "data"], ...
+    ] = ("forward", "backward"),
+    arch: Text = None,
+    jobs: Number = None,
+) -> None:
+    """Compile kernels ahead of time into the cache, so that no call waits for the compiler.
+
+    Needs no GPU: an image for a cluster can be prepared on any machine with the same versions of
+    sparse_flash, the CuTe DSL and Python's platform. `sparse-flash info` shows the cache.
+
+    Args:
+        head_dims: Widths of a head, multiples of 8 from 16 to 256.
+        dtypes: Data types of q, k and v.
+        kernels: Kernels to build. deterministic: the backward pass with deterministic=True;
+            positions: calls with a KV cache or offsets; mass: attention mass by tile (Hopper);
+            data: layouts that data on the device decide.
+        arch: Compute capability of the GPU, as sm_90; default: that of the GPU here.
+        jobs: Number of processes; default: one for each core, at most 8.
+    """
+    if arch is None:
+        if not torch.cuda.is_available():
+            raise ValueError("torch sees no GPU here: give its compute capability, as --arch sm_90")
+        arch = DeviceFacts.of(torch.device("cuda")).arch
+    jobs = min(8, os.cpu_count() or 1) if jobs is None else jobs
+    start, compiled = time.perf_counter(), 0
+    wanted = prebuild.builds(arch, dtypes, head_dims, kernels)
+    with tqdm(total=len(wanted), desc="kernels", unit="kernel") as bar:
+        for built in prebuild.prebuild(wanted, jobs):
+            compiled += built.compiled
+            what = f"compiled in {built.seconds:.1f} s" if built.compiled else "in the cache"
+            bar.write(f"{built.name}: {what}")
+            bar.update()
+    seconds = time.perf_counter() - start
+    print(f"{len(wanted)} kernels, {compiled} of them compiled, in {seconds:.1f} s: {cache_dir()}")
 
 
 def _point_to_tensorboard(folder: Path) -> None:
@@ -345,6 +441,7 @@ def application() -> Commands:
     mask = Commands()
     train_, compare_ = _tasks(_train_command), _tasks(_compare_command)
     mask.command(name="show")(show_mask)
+    mask.command(name="advise")(advise_mask)
     mask.command(name="list")(list_masks)
     compare_.command(name="lra")(compare_lra)
     app.command(mask, name="mask", help="Look at masks.")
@@ -352,6 +449,7 @@ def application() -> Commands:
     app.command(compare_, name="compare", help="Compare attentions on a task.")
     app.command(name="bench")(bench)
     app.command(name="bench-steps")(bench_steps)
+    app.command(name="compile")(compile_kernels)
     app.command(name="info")(info)
     return app
 

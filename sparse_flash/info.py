@@ -117,7 +117,7 @@ def caches() -> dict[str, str]:
         return {"folder": f"{folder}: {note}"}
     return {
         "folder": f"{folder} ({CACHE_VARIABLE} moves it)",
-        "compiled kernels": _size(folder.glob("*.so")),
+        "compiled kernels": f"{_size(folder.glob('*.so'))} (sparse-flash compile builds more)",
         "data sets": _size((folder / "data").glob("*.pt")),
     }
 

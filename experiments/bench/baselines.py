@@ -176,7 +176,7 @@ def _cudnn(case: Case, layout: BlockLayout, q: Tensor, k: Tensor, v: Tensor) -> 
 def _intervals(case: Case, device: torch.device) -> Tensor:
     """Each query's visible keys as intervals [0, f0), [f1, f2), ...: int32 (1, n odd, queries).
 
-    Ends ascend; [s, s) fills up what a query does not need.
+    Ends ascend; [s, s) pads the intervals of a query.
     """
     mask, s = case.pattern, case.length
     kv, chunks = torch.arange(s, device=device), []

@@ -1,4 +1,4 @@
-"""What is measured: masks, lengths, heads."""
+"""Benchmark cases: masks, lengths, heads."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
-"""Timing side by side, in turns: a GPU at its power limit slows down whoever comes later."""
+"""One case by every implementation that can compute it: outputs compared, then timed in turns."""
 
 from __future__ import annotations
 
-import statistics
-import time
+import contextlib
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from sparse_flash.experiments.bench.baselines import (
     UnsupportedError,
 )
 from sparse_flash.experiments.bench.cases import Case
+from sparse_flash.experiments.bench.turns import FEWEST, Turns, take_turns
 from sparse_flash.experiments.machine import tensor_peak
 from sparse_flash.masks import BlockLayout
 from torch import Tensor
@@ -30,29 +30,60 @@ class DisagreementError(AssertionError):
 
 TOLERANCE = {"float32": 1e-3, "float64": 1e-6}  # relative L2 distance between outputs
 TOLERANCE_16 = 0.02  # the same in 16 bits
-CLOCK = 2e9  # cycles a second: no Hopper GPU has more
+MATRIX_PRODUCT = "matrix product"  # takes turns with all others, so that it meets the same clock
+MATRIX_SIZE = 8192
 
 
 def measure(
     case: Case,
     which: str = "forward",
     baselines: tuple[Baseline, ...] = BASELINES,
-    rounds: int = 3,
+    rounds: int = FEWEST,
     device: str = "cuda",
     strict: bool = True,
+    seconds: float = 0.5,
 ) -> list[Row]:
     """A row for each baseline: time, speed and memory, or the reason why it has none.
 
-    strict: Raise where outputs disagree; else skip the baseline.
-    which: The "forward" pass, or the "backward" pass alone, from dout to dq, dk and dv.
-    ms: Time on the GPU, median over rounds of medians; what the host takes is not in it.
-    wall_ms: Time of a call in a row of calls, what the host takes included.
-    tflops: 4 x elements of stored tiles x head_dim / ms, or 2.5 times that backward.
-    peak_mib: Memory that a call takes, its results included.
+    Args:
+        case: The problem.
+        which: The "forward" pass, or the "backward" pass alone, from dout to dq, dk and dv.
+        baselines: Implementations, ours first.
+        rounds: Least number of turns.
+        device: "cuda" or "cpu".
+        strict: Raise where outputs disagree; else skip the baseline.
+        seconds: Duration of the turns, about.
+
+    Keys of a row that was timed:
+        ms: Time on the GPU, median over turns; without host time.
+        wall_ms: Wall-clock time per call in a row of calls; with host time.
+        tflops: 4 x elements of stored tiles x head_dim / ms, or 2.5 times that backward.
+        ratio, ratio_low, ratio_high: Time over that of the first baseline within a turn: the
+            median and its 95 % confidence interval. The first has none.
+        matrix_tflops: Speed of an 8192^3 matrix product that takes turns with the others; GPU only.
+        turns, sm_mhz, watts: See `Turns.record`.
+        graph: Whether the call was timed as a CUDA graph.
+        peak_mib: Memory that a call takes, its results included.
 
     Raises:
         DisagreementError: Two implementations disagree.
     """
+    stream = torch.cuda.Stream() if device == "cuda" else None
+    with torch.cuda.stream(stream) if stream else contextlib.nullcontext():
+        rows, calls, layout = _prepare(case, which, baselines, device, strict)
+    if device == "cuda" and calls:
+        calls[MATRIX_PRODUCT] = _matrix_product()
+    turns = take_turns(calls, device, seconds, rounds, stream)
+    for row in rows:
+        if row["peer"] in turns.ms:
+            _enter(row, turns, _flops(case, layout, which))
+    return rows
+
+
+def _prepare(
+    case: Case, which: str, baselines: tuple[Baseline, ...], device: str, strict: bool
+) -> tuple[list[Row], dict[str, Call], BlockLayout]:
+    """Rows without times, the calls to time, and the layout."""
     kv_heads = case.kv_heads or case.heads
     layout = case.pattern.layout(case.length, block=(case.block, case.block), device=device)
     generator = torch.Generator(device).manual_seed(0)
@@ -96,12 +127,28 @@ def measure(
         del out
         row["peak_mib"] = tensor_peak(call, device)
         calls[baseline.name] = call
-    times = _in_turns(calls, rounds, device)
-    for row in rows:
-        if row["peer"] in times:
-            row["ms"], row["wall_ms"] = times[row["peer"]]
-            row["tflops"] = _flops(case, layout, which) / row["ms"] / 1e9
-    return rows
+    return rows, calls, layout
+
+
+def _matrix_product() -> Call:
+    """A product of two matrices of random numbers, bfloat16."""
+    a, b = (
+        torch.randn(MATRIX_SIZE, MATRIX_SIZE, device="cuda", dtype=torch.bfloat16) for _ in "ab"
+    )
+    return lambda: a @ b
+
+
+def _enter(row: Row, turns: Turns, flops: float) -> None:
+    """Write the times of a baseline into its row."""
+    name, first = row["peer"], next(iter(turns.ms))
+    row["ms"], row["wall_ms"] = turns.median(name), turns.wall_ms[name]
+    row["tflops"] = flops / row["ms"] / 1e9
+    if name != first:
+        row["ratio"], row["ratio_low"], row["ratio_high"] = turns.ratio(name, first)
+    if MATRIX_PRODUCT in turns.ms:
+        row["matrix_tflops"] = 2 * MATRIX_SIZE**3 / turns.median(MATRIX_PRODUCT) / 1e9
+        row["graph"] = name in turns.graphs
+    row |= turns.record()
 
 
 def _backward(call: Call, inputs: tuple[Tensor, ...], dout: Tensor) -> Call:
@@ -134,58 +181,3 @@ def _tensors(result: Result) -> tuple[Tensor, ...]:
 def _wait(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
-
-
-def _in_turns(calls: dict[str, Call], rounds: int, device: str) -> dict[str, tuple[float, float]]:
-    """GPU time and wall-clock time of each call in ms; every second round in reverse order.
-
-    On a CPU both are the wall-clock time.
-    """
-    gpu: dict[str, list[float]] = {name: [] for name in calls}
-    wall: dict[str, list[float]] = {name: [] for name in calls}
-    for i in range(rounds):
-        for name in list(calls)[:: -1 if i % 2 else 1]:
-            # In this order: the row of calls takes the GPU to the clock that such calls leave it.
-            wall[name].append(_on_the_wall(calls[name], device))
-            gpu[name].append(_on_gpu(calls[name]) if device == "cuda" else wall[name][-1])
-    return {name: (statistics.median(gpu[name]), statistics.median(wall[name])) for name in calls}
-
-
-def _on_the_wall(call: Call, device: str, seconds: float = 0.08) -> float:
-    """Milliseconds of a call in a row that takes about so many seconds."""
-    number = max(3 if device == "cuda" else 1, int(seconds / _seconds(call, device)[1]))
-    start = time.perf_counter()
-    for _ in range(number):
-        call()
-    _wait(device)
-    return (time.perf_counter() - start) / number * 1e3
-
-
-def _on_gpu(call: Call, seconds: float = 0.05) -> float:
-    """Median milliseconds of a call on the GPU, other data in its L2 cache before each.
-
-    Like triton.testing.do_bench, but the GPU sleeps until a call is queued as a whole: small ones
-    end before the host has launched their last kernel, and its time would be taken for theirs.
-    """
-    other = torch.empty(256 * 2**20, dtype=torch.int8, device="cuda")
-    host, whole = _seconds(call, "cuda")
-    number = max(3, min(100, int(seconds / whole)))
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(number)]
-    for begin, end in events:
-        other.zero_()
-        torch.cuda._sleep(int(2 * host * CLOCK))
-        begin.record()
-        call()
-        end.record()
-    torch.cuda.synchronize()
-    return statistics.median(begin.elapsed_time(end) for begin, end in events)
-
-
-def _seconds(call: Call, device: str) -> tuple[float, float]:
-    """Of one call, those until the host is free again, and all."""
-    _wait(device)
-    start = time.perf_counter()
-    call()
-    host = time.perf_counter() - start
-    _wait(device)
-    return host, time.perf_counter() - start

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from sparse_flash.experiments import markdown
 from sparse_flash.experiments.bench.baselines import (
     BASELINES,
@@ -20,6 +24,7 @@ from sparse_flash.experiments.bench.baselines import (
 from sparse_flash.experiments.bench.cases import Case
 from sparse_flash.experiments.bench.measure import Row, measure
 from sparse_flash.experiments.bench.run import PASSES, check_rounds
+from sparse_flash.experiments.bench.turns import FEWEST
 from sparse_flash.experiments.lock import exclusive
 from sparse_flash.experiments.machine import describe
 from sparse_flash.experiments.user_code import read_mask
@@ -31,6 +36,9 @@ from torch import Tensor
 DType = Literal["bfloat16", "float16", "float32"]
 LENGTHS = {"cuda": 16384, "cpu": 2048}  # by default, where the mask fits any
 DTYPES: dict[str, DType] = {"cuda": "bfloat16", "cpu": "float32"}
+
+CPU_SECONDS = 60.0  # estimated time of a baseline and pass on a CPU, above which it is not timed
+_CALLS = 5  # of a baseline besides the rounds: warm-up, check, memory
 
 
 def own_case(
@@ -57,7 +65,7 @@ def own_case(
         device: "cuda" or "cpu".
 
     Raises:
-        ValueError: A number is below 1, `kv_heads` does not divide `heads`, or the mask is no mask,
+        ValueError: A number is below 1, `kv_heads` does not divide `heads`, or the mask is invalid,
             or not for self-attention of this length.
 
     >>> own_case("local(64)", heads=4, kv_heads=2, device="cpu").label
@@ -82,14 +90,18 @@ def own_case(
 
 
 def bench_case(
-    case: Case, out: Path, rounds: int = 3, passes: Sequence[str] = PASSES, device: str = "cuda"
+    case: Case,
+    out: Path,
+    rounds: int = FEWEST,
+    passes: Sequence[str] = PASSES,
+    device: str = "cuda",
 ) -> dict[str, Any]:
     """Time a case by every baseline that can compute it, and write own.json and own.md.
 
     Args:
         case: See `own_case`.
         out: Folder of the report.
-        rounds: Number of measurements of each baseline, at least 1.
+        rounds: Least number of turns; in a turn each baseline is called once. At least 1.
         passes: "forward", "backward".
         device: "cuda" or "cpu".
 
@@ -113,6 +125,7 @@ def bench_case(
     with exclusive(out):
         for which in passes:
             timed, others = _baselines(device)
+            timed = tuple(_announced(baseline, which, rounds) for baseline in timed)
             rows += measure(case, which, timed, rounds, device, strict=False)
             rows += [{"pass": which, "peer": name, "left out": why} for name, why in others.items()]
         report = {
@@ -145,6 +158,37 @@ def _baselines(device: str) -> tuple[tuple[Baseline, ...], dict[str, str]]:
     return tuple(baseline for baseline in found if baseline.version is not None), others
 
 
+def _announced(baseline: Baseline, which: str, rounds: int) -> Baseline:
+    """The same baseline with a line on standard error, refused if it would take minutes."""
+
+    def prepare(case: Case, layout: BlockLayout, q: Tensor, k: Tensor, v: Tensor) -> Call:
+        print(f"timing {which}: {baseline.name}", file=sys.stderr, flush=True)
+        if q.device.type == "cpu":
+            density = 1.0 if baseline is MATRIX else layout.tile_density
+            flops = {"forward": 4, "backward": 14}[which] * density * q.shape[1] ** 2
+            seconds = flops * q.shape[0] * q.shape[2] * q.shape[3] / _flops_per_second()
+            if seconds * (_CALLS + rounds) > CPU_SECONDS:
+                raise UnsupportedError(
+                    f"about {seconds:.0f} s a call on this CPU: use a GPU, a shorter --length or "
+                    "fewer --heads"
+                )
+        return baseline.prepare(case, layout, q, k, v)
+
+    return replace(baseline, prepare=prepare)
+
+
+@functools.cache
+def _flops_per_second() -> float:
+    """Speed of attention on this CPU: about a quarter of that of a matrix product."""
+    a = torch.randn(512, 512)
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        a @ a
+        seconds.append(time.perf_counter() - start)
+    return 2 * 512**3 / min(seconds) / 4
+
+
 def _by_kernels(case: Case, layout: BlockLayout, q: Tensor, k: Tensor, v: Tensor) -> Call:
     reason = unsupported_reason(q, k, v)
     if reason is not None:
@@ -153,7 +197,7 @@ def _by_kernels(case: Case, layout: BlockLayout, q: Tensor, k: Tensor, v: Tensor
 
 
 def _where_kernels_cannot(case: Case, layout: BlockLayout, q: Tensor, k: Tensor, v: Tensor) -> Call:
-    """The reference, which is slow, is timed where it is what the user gets."""
+    """The slow reference is timed if the user's call would run it."""
     if unsupported_reason(q, k, v) is None:
         raise UnsupportedError("not needed: the kernels compute this case")
     return REFERENCE.prepare(case, layout, q, k, v)

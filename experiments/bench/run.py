@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from sparse_flash.experiments import markdown
-from sparse_flash.experiments.bench.baselines import BASELINES
+from sparse_flash.experiments.bench.baselines import BASELINES, Baseline
 from sparse_flash.experiments.bench.cases import SUITES, Case
 from sparse_flash.experiments.bench.measure import Row, measure
+from sparse_flash.experiments.bench.turns import FEWEST
 from sparse_flash.experiments.lock import exclusive
 from sparse_flash.experiments.logger import Logger
 from sparse_flash.experiments.machine import describe, matrix_peak
@@ -27,18 +28,26 @@ PASSES = ("forward", "backward")
 
 
 def bench(
-    suite: str | Sequence[Case], out: Path, rounds: int = 3, passes: tuple[str, ...] = PASSES
+    suite: str | Sequence[Case],
+    out: Path,
+    rounds: int = FEWEST,
+    passes: tuple[str, ...] = PASSES,
+    baselines: Sequence[str] = (),
+    seconds: float = 0.5,
 ) -> dict[str, Any]:
     """Time every case of a suite with every installed baseline; write the report into `out`.
 
     Args:
         suite: Name in `SUITES`, or cases of your own, whose masks may be Mask objects.
         out: Folder of the report.
-        rounds: Number of measurements of each baseline, at least 1.
+        rounds: Least number of turns; in a turn each baseline is called once. At least 1.
         passes: "forward", "backward".
+        baselines: Names of the baselines to time; default: all that are installed. Ours always
+            take part.
+        seconds: Duration of the turns of a case, about.
 
     Raises:
-        ValueError: No such suite or pass, or no Hopper GPU.
+        ValueError: No such suite, pass or baseline, or no Hopper GPU.
         FolderInUseError: Another process writes to the folder.
     """
     if isinstance(suite, str) and suite not in SUITES:
@@ -47,6 +56,7 @@ def bench(
     for which in passes:
         if which not in PASSES:
             raise ValueError(f"unknown pass {which!r}; there are {', '.join(map(repr, PASSES))}")
+    chosen = choose_baselines(baselines)
     if not torch.cuda.is_available():
         raise ValueError(
             "the suites need a CUDA GPU: torch sees none here. One case can be timed on a CPU: "
@@ -54,7 +64,23 @@ def bench(
         )
     name, cases = (suite, SUITES[suite]) if isinstance(suite, str) else ("own", list(suite))
     with exclusive(out):
-        return _bench(name, cases, out, rounds, passes)
+        return _bench(name, cases, out, rounds, passes, chosen, seconds)
+
+
+def choose_baselines(names: Sequence[str]) -> tuple[Baseline, ...]:
+    """Ours, and the baselines of these names; all where there are none.
+
+    Raises:
+        ValueError: There is no baseline of a name.
+
+    >>> [baseline.name for baseline in choose_baselines(["SDPA flash"])]
+    ['ours', 'SDPA flash']
+    """
+    known = [baseline.name for baseline in BASELINES]
+    for name in names:
+        if name not in known:
+            raise ValueError(f"unknown baseline {name!r}; there are {', '.join(map(repr, known))}")
+    return tuple(b for b in BASELINES if not names or b.name in names or b.name == "ours")
 
 
 def check_rounds(rounds: int) -> None:
@@ -64,15 +90,21 @@ def check_rounds(rounds: int) -> None:
 
 
 def _bench(
-    suite: str, cases: list[Case], out: Path, rounds: int, passes: tuple[str, ...]
+    suite: str,
+    cases: list[Case],
+    out: Path,
+    rounds: int,
+    passes: tuple[str, ...],
+    chosen: tuple[Baseline, ...],
+    seconds: float,
 ) -> dict[str, Any]:
-    versions = {baseline.name: baseline.version for baseline in BASELINES}
+    versions = {baseline.name: baseline.version for baseline in chosen}
     for name, version in versions.items():
         if version is None:
             print(
                 f"{name} is left out: it is not installed (pip install 'sparse-flash[baselines]')"
             )
-    installed = tuple(baseline for baseline in BASELINES if versions[baseline.name])
+    installed = tuple(baseline for baseline in chosen if versions[baseline.name])
     report: dict[str, Any] = {
         "suite": suite,
         "machine": describe("cuda"),
@@ -82,7 +114,7 @@ def _bench(
     }
     work = [(which, case) for which in passes for case in cases]
     for which, case in tqdm(work, desc="cases", unit="case"):
-        rows = measure(case, which, installed, rounds)
+        rows = measure(case, which, installed, rounds, seconds=seconds)
         report["rows"] += rows
         for row in rows:
             _derive(row, report)
@@ -96,10 +128,10 @@ def _bench(
 
 
 def _derive(row: Row, report: dict[str, Any]) -> None:
-    """Shares of the machine's matrix peak, and of the same baseline's dense speed."""
+    """Fractions of a matrix product's speed in the same turns, and of the own dense speed."""
     if "ms" not in row:
         return
-    row["of_peak"] = row["tflops"] / report["matrix_peak_tflops"]
+    row["of_peak"] = row["tflops"] / row.get("matrix_tflops", report["matrix_peak_tflops"])
     head_dim = row["case"].rpartition(" d")[2]
     for other in report["rows"]:
         same = all(other[key] == row[key] for key in ("pass", "peer"))
@@ -113,8 +145,12 @@ def _line(row: Row) -> str:
         return f"{name} left out: {row['left out']}"
     return (
         f"{name} {row['ms']:8.3f} ms  {row['tflops']:6.1f} TFLOP/s  "
-        f"wall {row['wall_ms']:8.3f} ms  {row['peak_mib']:7.0f} MiB"
+        f"wall {row['wall_ms']:8.3f} ms  {row['peak_mib']:7.0f} MiB{_clock(row)}"
     )
+
+
+def _clock(row: Row) -> str:
+    return f"  {row['sm_mhz']:.0f} MHz {row['watts']:.0f} W" if "sm_mhz" in row else ""
 
 
 def plot(report: dict[str, Any]) -> Figure:

@@ -57,6 +57,22 @@ def test_the_command(tmp_path, capsys):
     assert "backward" not in shown
 
 
+def test_a_long_case_on_a_cpu_says_what_it_does_and_ends(tmp_path, monkeypatch, capsys):
+    noise = masks.custom(lambda q, kv: (q * 73856093 ^ kv * 19349663) & 1023 < 100)
+    given = own.own_case(noise, 4096, 1, head_dim=64, device="cpu")
+    monkeypatch.setattr(own, "_flops_per_second", lambda: 1e8)
+    report = own.bench_case(given, tmp_path, rounds=1, device="cpu")
+    rows = [row for row in report["rows"] if "reference" in row["peer"] or "matrix" in row["peer"]]
+    assert len(rows) == 4
+    for row in rows:
+        assert "s a call on this CPU: use a GPU, a shorter --length or" in row["left out"]
+    shown = capsys.readouterr().err
+    assert shown.count("timing forward: ") == shown.count("timing backward: ") == 2
+    monkeypatch.setattr(own, "_flops_per_second", lambda: 1e15)
+    report = own.bench_case(case(), tmp_path, rounds=1, passes=("forward",), device="cpu")
+    assert sum("ms" in row for row in report["rows"]) == 2
+
+
 def test_a_baseline_that_disagrees_is_not_timed(tmp_path, monkeypatch):
     def wrong(case, layout, q, k, v):
         return lambda: q * 2
