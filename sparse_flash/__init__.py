@@ -15,11 +15,12 @@ from sparse_flash.install import check_one_install, folders
 
 check_one_install(Path(__file__).resolve().parent, folders())
 
-from sparse_flash import masks
+from sparse_flash import masks, scores
 from sparse_flash.api import block_sparse_attention
 from sparse_flash.density import Densities, computed_density, densities
 from sparse_flash.masks import BlockLayout
 from sparse_flash.masks.records import clear_cache, set_cache_limit
+from sparse_flash.prediction import Prediction, predict
 from sparse_flash.selection import merge_attention
 from sparse_flash.verification import Verification, verify
 
@@ -27,6 +28,7 @@ __version__ = "0.1.0"  # the only place: pyproject.toml reads it
 __all__ = [
     "BlockLayout",
     "Densities",
+    "Prediction",
     "Verification",
     "block_sparse_attention",
     "clear_cache",
@@ -34,6 +36,8 @@ __all__ = [
     "densities",
     "masks",
     "merge_attention",
+    "predict",
+    "scores",
     "set_cache_limit",
     "verify",
 ]

@@ -7,11 +7,12 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from sparse_flash import autograd, data_operators, operators
+from sparse_flash import autograd, data_operators, operators, score_operators
+from sparse_flash.call import ScoreTerms
 from sparse_flash.checks import (
     check_are_tensors,
     check_mask,
-    check_options,
+    check_scale,
     check_tensors,
     refuse_arguments,
 )
@@ -20,6 +21,8 @@ from sparse_flash.masks.device_builders import TracedLayout
 from sparse_flash.masks.traceable import to_operator
 from sparse_flash.positions import with_positions
 from sparse_flash.prepare import Options, prepare
+from sparse_flash.scores.arguments import score_terms
+from sparse_flash.scores.bias import ScoreBias
 
 
 @overload
@@ -33,7 +36,11 @@ def block_sparse_attention(
     kv_lens: Tensor | None = ...,
     q_offset: int | Tensor | None = ...,
     kv_starts: Tensor | None = ...,
+    bias: ScoreBias | None = ...,
+    softcap: float | None = ...,
+    sinks: Tensor | None = ...,
     dropout_p: float = ...,
+    generator: torch.Generator | None = ...,
     return_lse: Literal[False] = ...,
     deterministic: bool = ...,
     impl: str = ...,
@@ -51,7 +58,11 @@ def block_sparse_attention(
     kv_lens: Tensor | None = ...,
     q_offset: int | Tensor | None = ...,
     kv_starts: Tensor | None = ...,
+    bias: ScoreBias | None = ...,
+    softcap: float | None = ...,
+    sinks: Tensor | None = ...,
     dropout_p: float = ...,
+    generator: torch.Generator | None = ...,
     return_lse: Literal[True],
     deterministic: bool = ...,
     impl: str = ...,
@@ -68,7 +79,11 @@ def block_sparse_attention(
     kv_lens: Tensor | None = None,
     q_offset: int | Tensor | None = None,
     kv_starts: Tensor | None = None,
+    bias: ScoreBias | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     dropout_p: float = 0.0,
+    generator: torch.Generator | None = None,
     return_lse: bool = False,
     deterministic: bool = False,
     impl: str = "auto",
@@ -79,11 +94,15 @@ def block_sparse_attention(
     Computes only the tiles that the mask keeps. A query without any key gives output 0, lse -inf
     and gradients 0. Source: Dao et al., FlashAttention (2022), section 3.3 (block-sparse).
 
+    With all score terms, the score of a query and a key is
+    softcap * tanh(scale q k / softcap) + bias; then the mask applies; then sinks join the
+    denominator; then dropout drops probabilities.
+
     Args:
         q: Queries `(b, q_len, h, d)`; float64, float32, bfloat16 or float16, any strides.
         k: Keys `(b, kv_len, h_kv, d)`; h is a multiple of h_kv (grouped queries): head i of the
             queries uses head i // (h / h_kv) of the keys.
-        v: Values, shaped as the keys.
+        v: Values `(b, kv_len, h_kv, d_v)`; d_v may differ from d.
         mask: A Mask, whose layout is built once for these lengths and this device and then
             cached, or a BlockLayout on the device of the inputs.
         softmax_scale: Factor of the logits; default d ** -0.5.
@@ -98,21 +117,31 @@ def block_sparse_attention(
             are not checked: queries beyond the layout come out as NaN.
         kv_starts: First valid key of each batch entry, int `(b,)`, where padding is on the left;
             positions of keys and queries count from it. Earlier queries have no keys.
-        dropout_p: Must be 0: attention dropout is not implemented.
-        return_lse: Also return the logsumexp of the logits of each query (natural logarithm),
-            `(b, h, q_len)`, float32 (float64 for float64 inputs); differentiable.
+        bias: Terms of `sparse_flash.scores`, which add with `+`, such as alibi(slopes) or
+            relative(table); by positions, q_offset included. Gradients reach their tensors.
+        softcap: Bound of the scores, by tanh; a positive number. None: no bound. Source: Gemma
+            Team, Gemma 2 (2024).
+        sinks: A logit for each query head, floating point `(h,)`, which takes probability but has
+            no value; differentiable. Source: gpt-oss model card, OpenAI (2025).
+        dropout_p: Rate in [0, 1) at which probabilities are dropped, rounded to a multiple of
+            1/256; kept ones are divided by 1 - the rounded rate. lse is without dropout.
+        generator: Source of the seed of dropout; default: torch's own of the device.
+        return_lse: Also return the logsumexp of the scores of each query (natural logarithm),
+            `(b, h, q_len)`, float32 (float64 for float64 inputs); differentiable. Sinks are in it:
+            of a query without any key it is then the sink's logit.
         deterministic: Gradients are bitwise repeatable; also on with
             torch.use_deterministic_algorithms.
         impl: "auto", or the name of an implementation, which then never falls back to another.
         **unknown: Refused; arguments of other functions by what to write instead.
 
     Returns:
-        Output `(b, q_len, h, d)` in the inputs' dtype; with return_lse, (output, lse).
+        Output `(b, q_len, h, d_v)` in the inputs' dtype; with return_lse, (output, lse).
 
     Raises:
         TypeError: An argument of the wrong type or dtype, an unknown argument (is_causal, attn_mask
             and so on, with what to write instead), or no mask.
-        ValueError: Shapes, devices or lengths that do not fit, or kv_lens out of range.
+        ValueError: Shapes, devices or lengths that do not fit, or kv_lens, softcap or dropout_p out
+            of range.
 
     >>> import torch
     >>> from sparse_flash import block_sparse_attention, masks
@@ -130,21 +159,37 @@ def block_sparse_attention(
     if torch._C._is_any_autocast_enabled():
         check_are_tensors(q, k, v)
         q, k, v = _autocast(q, k, v)
-    options = Options(check_options(softmax_scale, dropout_p), deterministic, impl)
+    options = Options(check_scale(softmax_scale), deterministic, impl)
+    terms = None
+    if (
+        not (bias is softcap is sinks is generator is None and type(dropout_p) is float)
+        or dropout_p
+    ):
+        check_tensors(q, k, v)
+        lengths = q.shape[1], k.shape[1]
+        terms = score_terms(q, lengths, bias, softcap, sinks, dropout_p, generator)
     tensors = (q, k, v, kv_lens, q_offset, kv_starts)
     if isinstance(mask, TracedLayout):
-        out, lse = data_operators.attend(tensors, mask, options)
+        out, lse = data_operators.attend(tensors, mask, options, terms)
     elif torch.compiler.is_compiling() or _is_watched(q, k, v):
         check_mask(mask)
         check_tensors(q, k, v)
         tensors = with_positions(tensors, mask)
-        out, lse = operators.attention(*tensors, to_operator(mask, q), *options)
+        if terms is None:
+            out, lse = operators.attention(*tensors, to_operator(mask, q), *options)
+        else:
+            out, lse = score_operators.attend(tensors, mask, options, terms)
     else:
-        needs_grad = q.requires_grad or k.requires_grad or v.requires_grad
+        needs_grad = q.requires_grad or k.requires_grad or v.requires_grad or _any(terms)
         needs_grad = needs_grad and torch.is_grad_enabled()
-        call = prepare(tensors, mask, options, needs_grad=needs_grad)
+        call = prepare(tensors, mask, options, needs_grad=needs_grad, terms=terms)
         out, lse = autograd.attend(*call)
     return (out, lse) if return_lse else out
+
+
+def _any(terms: ScoreTerms | None) -> bool:
+    """Whether a tensor of the terms needs a gradient."""
+    return terms is not None and any(terms.wants)
 
 
 def _is_watched(q: Tensor, k: Tensor, v: Tensor) -> bool:

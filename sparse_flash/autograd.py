@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from sparse_flash.call import AttentionCall
+from sparse_flash.call import NUM_DIFFERENTIABLE, TERM_TENSORS, AttentionCall, ScoreTerms
 from sparse_flash.implementations import Implementation
 
 Tensors = tuple[Tensor, ...]
@@ -55,7 +55,7 @@ def attend(call: AttentionCall, implementation: Implementation) -> tuple[Tensor,
         return _Transformed.apply((call, implementation), *call.tensors)
     if call.needs_grad:
         # Fewer tensors cost less host time.
-        if call.kv_lens is call.q_offset is call.kv_starts is None:
+        if call.kv_lens is call.q_offset is call.kv_starts is call.terms is None:
             return _apply((call, implementation), call.q, call.k, call.v)
         return _apply((call, implementation), *call.tensors)
     return implementation.attend(call)
@@ -65,7 +65,9 @@ Bound = tuple[AttentionCall, Implementation]
 
 
 def _check_no_tangents(call: AttentionCall) -> None:
-    for x in (call.q, call.k, call.v):
+    for x in call.tensors:
+        if x is None or not x.is_floating_point():
+            continue
         if torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
             refuse_forward_mode()
 
@@ -77,18 +79,34 @@ _is_transformed = torch._C._functorch.is_functorch_wrapped_tensor
 def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
     """The gradients of (bound, *tensors)."""
     out, lse, *tensors = ctx.saved_tensors
-    rest = (None,) * (len(tensors) - 3)
     given = [x for x in (dout, dlse) if x is not None]
     if not given:
-        return (None,) * 4 + rest
+        return (None,) * (1 + len(tensors))
     if any(map(_is_batched, given)):
         refuse_batches_of_gradients()
     dout = torch.zeros_like(out) if dout is None else dout
     inputs = (ctx.bound, out, lse, dout, dlse, *tensors)
     # create_graph=True; torch.func
     if torch.is_grad_enabled() or any(map(_is_transformed, (out, *given))):
-        return None, *_Gradients.apply(*inputs), *rest
-    return None, *_Gradients.forward(*inputs), *rest
+        gradients = _Gradients.apply(*inputs)
+    else:
+        gradients = _Gradients.forward(*inputs)
+    return None, *by_input(gradients, ctx.bound[0].terms, len(tensors))
+
+
+def by_input(
+    gradients: Tensors, terms: ScoreTerms | None, inputs: int
+) -> tuple[Tensor | None, ...]:
+    """The gradient of each tensor of a call, in their order; None where it needs none.
+
+    gradients: Of q, k and v, then of the first tensors of the terms, empty where not wanted.
+    """
+    if terms is None:
+        return *gradients, *[None] * (inputs - 3)
+    positions = [None] * (inputs - 3 - len(TERM_TENSORS))
+    wanted = [x if w else None for x, w in zip(gradients[3:], terms.wants, strict=True)]
+    others = [None] * (len(TERM_TENSORS) - NUM_DIFFERENTIABLE)
+    return *gradients[:3], *positions, *wanted, *others
 
 
 class _Attention(torch.autograd.Function):
@@ -136,7 +154,7 @@ class _Transformed(torch.autograd.Function):
 
 
 class _Gradients(torch.autograd.Function):
-    """(dq, dk, dv), which have no derivatives."""
+    """(dq, dk, dv), and gradients of score terms, which have no derivatives."""
 
     @staticmethod
     def forward(

@@ -3,12 +3,70 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
 from sparse_flash.masks import BlockLayout
+
+
+class ScoreTerms(NamedTuple):
+    """Score terms, sinks and dropout of one call: tensors, numbers, and which gradients are wanted.
+
+    Score of query i and key j at positions p_i and p_j, in natural logits:
+
+        softcap * tanh(softmax_scale * q_i k_j / softcap) - slopes * |p_i - p_j|
+            + table[clip(p_i - p_j, -r, r) + r] + image_table[clip(y_i - y_j) + r_y, ...]
+    """
+
+    slopes: Tensor | None  # ALiBi, (h,)
+    table: Tensor | None  # by distance, (h, 2 r + 1)
+    image_table: Tensor | None  # by vertical and horizontal distance, (h, 2 r_y + 1, 2 r_x + 1)
+    sinks: Tensor | None  # logits without a value, (h,)
+    coordinates: Tensor | None  # row and column of each position of an image, int32 (2, n)
+    seed: Tensor | None  # of dropout, int64 (1,)
+    wants: tuple[bool, bool, bool, bool]  # whether the first four need gradients
+    softcap: float  # 0: none
+    dropped: int  # dropout: elements out of 256
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All tensors, in the order of `TERM_TENSORS`."""
+        return self[: len(TERM_TENSORS)]  # type: ignore[return-value]
+
+    @property
+    def signature(self) -> tuple[Any, ...]:
+        """All that an implementation may look at, without the numbers in tensors."""
+        shapes = [None if x is None else x.shape for x in self.tensors]
+        return (*shapes, *self[len(TERM_TENSORS) :])
+
+    def with_tensors(self, tensors: Iterable[Tensor | None]) -> ScoreTerms:
+        """The same terms of other tensors."""
+        return terms_of_options(self.wants, self.softcap, self.dropped, tensors)
+
+    def without_tensors(self) -> ScoreTerms:
+        """The options alone."""
+        return terms_of_options(self.wants, self.softcap, self.dropped)
+
+
+TERM_TENSORS = ScoreTerms._fields[:6]
+NUM_DIFFERENTIABLE = 4  # of these, at the beginning
+
+
+def terms_of_options(
+    wants: Iterable[bool],
+    softcap: float,
+    dropped: int,
+    tensors: Iterable[Tensor | None] = (None,) * len(TERM_TENSORS),
+) -> ScoreTerms:
+    """The terms with these options, and with these tensors or none."""
+    a, b, c, d = wants
+    slopes, table, image_table, sinks, *others = tensors
+    coordinates, seed = others
+    own = (slopes, table, image_table, sinks, coordinates, seed)
+    return ScoreTerms(*own, (a, b, c, d), softcap, dropped)
 
 
 @dataclass(frozen=True, eq=False)
@@ -17,7 +75,7 @@ class AttentionCall:
 
     q: Tensor  # queries (b, q_len, h, d)
     k: Tensor  # keys (b, kv_len, h_kv, d)
-    v: Tensor  # values, shaped as the keys
+    v: Tensor  # values (b, kv_len, h_kv, d_v)
     kv_lens: Tensor | None  # number of valid keys per batch entry, int (b,); None for all
     q_offset: Tensor | None  # position of the first query, int32 (b,); None: see `positions`
     kv_starts: Tensor | None  # first valid key per batch entry, int32 (b,); None for 0
@@ -30,11 +88,13 @@ class AttentionCall:
     # Whether memory allocated by the call must not outlive it: it may come from the memory pool
     # of a foreign CUDA graph.
     transient: bool = False
+    terms: ScoreTerms | None = None  # of the scores
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """All tensor arguments, in the order of `TENSORS`."""
-        return _tensors_of(self)
+        """All tensor arguments, in the order of `TENSORS`, then those of the score terms."""
+        tensors = _tensors_of(self)
+        return tensors if self.terms is None else tensors + self.terms.tensors
 
     def with_tensors(
         self,
@@ -44,6 +104,7 @@ class AttentionCall:
         kv_lens: Tensor | None = None,
         q_offset: Tensor | None = None,
         kv_starts: Tensor | None = None,
+        *terms: Tensor | None,
     ) -> AttentionCall:
         """The same call of other tensors. Faster than dataclasses.replace."""
         new = object.__new__(AttentionCall)
@@ -52,6 +113,8 @@ class AttentionCall:
         attributes["q"], attributes["k"], attributes["v"] = q, k, v
         attributes["kv_lens"], attributes["q_offset"] = kv_lens, q_offset
         attributes["kv_starts"] = kv_starts
+        if self.terms is not None:
+            attributes["terms"] = self.terms.with_tensors(terms)
         if self.q is None:
             attributes["_options"] = self
         return new
@@ -61,6 +124,8 @@ class AttentionCall:
         found: AttentionCall | None = self.__dict__.get("_options")
         if found is None:
             nothing: dict[str, Any] = dict.fromkeys(self.TENSORS)
+            if self.terms is not None:
+                nothing["terms"] = self.terms.without_tensors()
             return replace(self, **nothing)
         return found
 

@@ -9,13 +9,19 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from sparse_flash import masks
 from sparse_flash.masks import BlockLayout, Mask
 from sparse_flash.masks.traceable import Traceable
 
 # Arguments of SDPA, FlashAttention and FlexAttention, with their replacements.
 _CAUSAL = "pass the mask masks.causal(), or mask & masks.causal()"
 _SCALE = "write softmax_scale"
-_DROPOUT = "write dropout_p, which must be 0.0 for now"
+_DROPOUT = "write dropout_p"
+_BIAS = (
+    "pass bias= a term of sparse_flash.scores, such as alibi(slopes) or relative(table); softcap= "
+    "and sinks= are arguments"
+)
+_SINKS = "write sinks, one logit (h,) for each query head"
 _LENGTHS = (
     "packed sequences are one sequence with the mask masks.documents(lengths), or "
     "masks.documents(cu_seqlens, length=...) where a GPU has the lengths"
@@ -26,14 +32,20 @@ _OTHERS = {
     "attn_mask": "pass masks.from_dense(attn_mask) as the mask",
     "block_mask": "pass a Mask or a BlockLayout as the mask: masks.custom(fn) takes a predicate",
     "mask_mod": "pass masks.custom(fn) as the mask, with fn(q_idx, kv_idx)",
-    "score_mod": "logits can only be scaled: softmax_scale",
-    "alibi_slopes": "logits can only be scaled: softmax_scale",
-    "softcap": "logits can only be scaled: softmax_scale",
+    "score_mod": _BIAS,
+    "attn_bias": _BIAS,
+    "score_bias": _BIAS,
+    "alibi_slopes": "pass bias=sparse_flash.scores.alibi(slopes)",
+    "logits_soft_cap": "write softcap",
+    "s_aux": _SINKS,
+    "learnable_sink": _SINKS,
+    "sink": _SINKS,
     "window_size": "pass the mask masks.local((left, right))",
     "scale": _SCALE,
     "sm_scale": _SCALE,
     "dropout": _DROPOUT,
     "p_dropout": _DROPOUT,
+    "attention_dropout": _DROPOUT,
     "enable_gqa": "leave it out: k and v may have fewer heads than q",
     "cu_seqlens": _LENGTHS,
     "cu_seqlens_q": _LENGTHS,
@@ -54,6 +66,9 @@ def check_are_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
 def check_mask(mask: Mask | BlockLayout) -> None:
     """TypeError where it is neither."""
     if not isinstance(mask, Traceable):
+        name = getattr(mask, "__name__", None)
+        if name is not None and getattr(masks, name, None) is mask:
+            raise TypeError(f"mask is masks.{name} itself: call it, as in masks.{name}(...)")
         raise TypeError(
             f"mask must be a Mask or a BlockLayout, got {type(mask).__name__}; "
             "masks.parse makes one from text, masks.from_dense from bools, masks.custom from a "
@@ -73,8 +88,15 @@ def check_heads(mask: Mask | BlockLayout, heads: int) -> None:
 
 
 def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Check that shapes, dtypes and devices are consistent."""
+    """Check that layouts, shapes, dtypes and devices are consistent."""
     for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.is_nested or x.layout is not torch.strided:
+            kind = "a nested tensor" if x.is_nested else str(x.layout)
+            raise TypeError(
+                f"{name} must be an ordinary tensor (torch.strided), got {kind}: use x.to_dense(); "
+                "for sequences of several lengths pad them and pass kv_lens, or concatenate them "
+                "and use masks.documents(lengths)"
+            )
         if x.ndim != 4 or 0 in x.shape[1:]:
             raise ValueError(
                 f"{name} must be (batch, sequence, heads, head_dim), all but the batch at least 1, "
@@ -87,8 +109,11 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
             raise TypeError(f"{name} has dtype {x.dtype}, but q has {q.dtype}: convert one of them")
         if x.device != q.device:
             raise ValueError(f"{name} is on {x.device}, but q is on {q.device}: move one of them")
-    if k.shape != v.shape:
-        raise ValueError(f"k {tuple(k.shape)} and v {tuple(v.shape)} must have one shape")
+    if k.shape[:3] != v.shape[:3]:
+        raise ValueError(
+            f"k {tuple(k.shape)} and v {tuple(v.shape)} must have one batch, sequence and heads; "
+            "only the last dimension, the width of a head, may differ"
+        )
     if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         raise ValueError(
             f"q {tuple(q.shape)} and k {tuple(k.shape)} must agree in batch (first) "
@@ -112,32 +137,23 @@ def warn_of_heads_first(k: Tensor) -> None:
         )
 
 
-def check_options(softmax_scale: float | None, dropout_p: float) -> float | None:
+def check_scale(softmax_scale: float | None) -> float | None:
     """Check the scale; returns it as a float."""
-    if softmax_scale is None and dropout_p == 0:
+    if softmax_scale is None:
         return None
     if isinstance(softmax_scale, Tensor):
         raise TypeError(
             "softmax_scale must be a number, got a tensor: no gradient would reach it. Multiply q "
             "by a learned scale and pass softmax_scale=1.0; otherwise pass scale.item()"
         )
-    if softmax_scale is not None:
-        if isinstance(softmax_scale, bool) or not hasattr(softmax_scale, "__float__"):
-            raise TypeError(
-                f"softmax_scale must be a number, got {softmax_scale!r}"
-                + _as_number("softmax_scale", softmax_scale)
-            )
-        if not math.isfinite(softmax_scale):
-            raise ValueError(f"softmax_scale must be finite, got {softmax_scale}")
-        softmax_scale = float(softmax_scale)
-    if isinstance(dropout_p, bool) or not hasattr(dropout_p, "__float__"):
-        raise TypeError(f"dropout_p must be 0.0, a number, got {dropout_p!r}")
-    if dropout_p != 0:
-        raise ValueError(
-            f"dropout_p={dropout_p}: dropout of attention weights is not implemented; pass 0.0, "
-            "and apply torch.nn.Dropout to the output of attention instead"
+    if isinstance(softmax_scale, bool) or not hasattr(softmax_scale, "__float__"):
+        raise TypeError(
+            f"softmax_scale must be a number, got {softmax_scale!r}"
+            + _as_number("softmax_scale", softmax_scale)
         )
-    return softmax_scale
+    if not math.isfinite(softmax_scale):
+        raise ValueError(f"softmax_scale must be finite, got {softmax_scale}")
+    return float(softmax_scale)
 
 
 def _as_number(name: str, value: object) -> str:
@@ -201,6 +217,14 @@ def check_layout(layout: BlockLayout, q: Tensor, lengths: tuple[int, int], kv_he
                 f"the layout has patterns for {size} {name}, but q has {given} {name}: give "
                 f"masks.{maker}([...]) {given} masks, one for each {each}, or one mask for all"
             )
+
+
+def check_has_values(name: str, x: Tensor, q: Tensor) -> None:
+    """ValueError for positions or lengths on the meta device where the queries are not."""
+    if x.is_meta and not q.is_meta:
+        raise ValueError(
+            f"{name} is on meta and has no values, but q is on {q.device}: make it on {q.device}"
+        )
 
 
 def check_kv_lens(kv_lens: Tensor, batch: int, kv_len: int) -> None:

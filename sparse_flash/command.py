@@ -132,5 +132,5 @@ def _silence_stdout() -> None:
     try:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
-    except (OSError, ValueError):  # stdout is no file
+    except (OSError, ValueError):  # stdout is not a file
         pass

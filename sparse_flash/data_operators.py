@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from sparse_flash import autograd
+from sparse_flash.call import ScoreTerms
 from sparse_flash.masks import full
 from sparse_flash.masks.device_builders import TracedLayout, layout_of_data
 from sparse_flash.masks.traceable import SCHEMA_TYPE, from_operator, to_operator
@@ -39,13 +40,21 @@ _OPTIONS = 3  # arguments at the end
 
 
 def attend(
-    tensors: tuple[Any, ...], layout: TracedLayout, options: Options
+    tensors: tuple[Any, ...],
+    layout: TracedLayout,
+    options: Options,
+    terms: ScoreTerms | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of a call in a compiled function.
 
     Raises:
-        ValueError: The call has positions.
+        ValueError: The call has positions or score terms.
     """
+    if terms is not None:
+        raise ValueError(
+            "a layout that is made of data inside a compiled function takes no bias, softcap, "
+            "sinks or dropout: make the layout outside of it, or do not compile this call"
+        )
     q, k, v, kv_lens, q_offset, kv_starts = tensors
     if q_offset is not None or kv_starts is not None:
         raise ValueError("a layout of data on the device takes neither q_offset nor kv_starts")

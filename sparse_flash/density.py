@@ -76,7 +76,7 @@ def densities(
 
     Raises:
         TypeError: An argument of the wrong type.
-        ValueError: head_dim is below 1, or arch is no compute capability.
+        ValueError: head_dim is below 1, or arch is not a compute capability.
 
     >>> from sparse_flash import masks
     >>> layout = masks.random_blocks(0.1, block=32).layout(16384, block=(32, 32))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from sparse_flash import autograd
+from sparse_flash import autograd, autograd_key
 from sparse_flash.call import AttentionCall
 from sparse_flash.checks import check_tensors
 from sparse_flash.masks import BlockLayout
@@ -59,7 +59,7 @@ def _fake_attention(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, T
     check_tensors(q, k, v)
     b, s, h = q.shape[:3]
     dtype = torch.promote_types(q.dtype, torch.float32)
-    return q.new_empty(q.shape), q.new_empty((b, h, s), dtype=dtype)
+    return q.new_empty((b, s, h, v.shape[3])), q.new_empty((b, h, s), dtype=dtype)
 
 
 def _fake_backward(
@@ -100,31 +100,27 @@ for _name, _run, _fake in (
     torch.library.register_vmap(
         f"sparse_flash::{_name}", _vmap(getattr(torch.ops.sparse_flash, _name)), lib=_library
     )
-torch.library.register_autograd(
-    "sparse_flash::attention", _differentiate, setup_context=_setup, lib=_library
-)
-torch.library.register_autograd(
-    "sparse_flash::attention_backward", autograd.refuse_second_derivative, lib=_library
-)
+autograd_key.register(_library, "attention", _differentiate, _setup)
+autograd_key.register(_library, "attention_backward", autograd.refuse_second_derivative)
 
 
-def _products(q: Tensor, k: Tensor, mask: Any) -> int:
-    """Operations of a product Q K^T of the elements that the mask keeps, as PyTorch counts them."""
+def _elements(q: Tensor, k: Tensor, mask: Any) -> float:
+    """Twice the number of elements that the mask keeps: as PyTorch counts a product of width 1."""
     source, lengths = from_operator(mask), (q.shape[1], k.shape[1])
     layout = source if isinstance(source, BlockLayout) else layout_of(source, q, lengths)
-    b, q_len, h, d = q.shape
-    return round(2 * b * h * d * q_len * k.shape[1] * layout.density)
+    b, q_len, h, _ = q.shape
+    return 2 * b * h * q_len * k.shape[1] * layout.density
 
 
 @register_flop_formula(attention, get_raw=True)
 def _attention_flops(*inputs: Any, **_: Any) -> int:
     """S = Q K^T and O = P V."""
-    q, k, *_rest, mask, _scale, _deterministic, _impl = inputs
-    return 2 * _products(q, k, mask)
+    q, k, v, *_rest, mask, _scale, _deterministic, _impl = inputs
+    return round(_elements(q, k, mask) * (q.shape[3] + v.shape[3]))
 
 
 @register_flop_formula(attention_backward, get_raw=True)
 def _backward_flops(*inputs: Any, **_: Any) -> int:
     """S again, dP = dO V^T, dV = P^T dO, dQ = dS K and dK = dS^T Q."""
-    q, k, *_rest, mask, _scale, _deterministic, _impl = inputs[4:]
-    return 5 * _products(q, k, mask)
+    q, k, v, *_rest, mask, _scale, _deterministic, _impl = inputs[4:]
+    return round(_elements(q, k, mask) * (3 * q.shape[3] + 2 * v.shape[3]))

@@ -13,6 +13,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
+from sparse_flash.checks import check_has_values
 from sparse_flash.masks import BlockLayout, Mask
 
 _LEAST_LENGTH = 128  # for which a mask is laid out
@@ -60,6 +61,7 @@ def _per_entry(name: str, value: Any, q: Tensor) -> Tensor:
         raise TypeError(f"{name} must be an int or an int tensor ({batch},), got {value.dtype}")
     if value.shape != (batch,):
         raise ValueError(f"{name} must have shape ({batch},), got {tuple(value.shape)}")
+    check_has_values(name, value, q)
     return value.to(q.device, torch.int32)
 
 

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sparse_flash.call import AttentionCall
+from sparse_flash.call import AttentionCall, ScoreTerms
 from sparse_flash.checks import (
+    check_has_values,
     check_kv_lens,
     check_layout,
     check_mask,
@@ -35,7 +36,7 @@ class Options(NamedTuple):
 
 
 class _Known(NamedTuple):
-    """What was found out about calls like this one, and the call but for its tensors."""
+    """A prepared call: the call without its tensors, and derived objects."""
 
     call: AttentionCall
     implementation: Implementation
@@ -48,6 +49,7 @@ def prepare(
     *,
     needs_grad: bool,
     transient: bool = False,
+    terms: ScoreTerms | None = None,
 ) -> tuple[AttentionCall, Implementation]:
     """The call, and the implementation that runs it.
 
@@ -61,8 +63,8 @@ def prepare(
     if getattr(mask, "on_device", False):
         mask = layout_of_data(mask, tensors)
         q_offset, tensors = None, (q, k, v, kv_lens, None, None)
-    q_shape, k_shape = q.shape, k.shape
-    if len(q_shape) != 4 or len(k_shape) != 4:
+    q_shape, k_shape, v_shape = _shapes(q, k, v)
+    if len(q_shape) != 4 or len(k_shape) != 4 or not q_shape[3]:
         check_tensors(q, k, v)
     if q_offset is kv_starts is None:
         lengths = q_shape[1], k_shape[1]
@@ -78,10 +80,10 @@ def prepare(
     calls, state = _calls_of(mask)
     # All that checks and implementations look at: not the numbers.
     given = (kv_lens is None, q_offset is None, kv_starts is None)
-    sizes = (lengths, q_shape, q.stride(), k_shape, k.stride(), v.shape, v.stride())
+    sizes = (lengths, q_shape, q.stride(), k_shape, k.stride(), v_shape, v.stride())
     offset = (q.storage_offset() | k.storage_offset() | v.storage_offset()) % 8
     types = (q.dtype, k.dtype, v.dtype, q.device, k.device, v.device)
-    like = (state, impl, rest, offset, given, sizes, types)
+    like = (state, impl, rest, offset, given, sizes, types, terms and terms.signature)
     known = calls.get(like)
     if known is None:
         check_tensors(q, k, v)
@@ -90,9 +92,11 @@ def prepare(
             warn_of_alignment(mask, *lengths)
         layout = mask if isinstance(mask, BlockLayout) else layout_of(mask, q, lengths)
         check_layout(layout, q, lengths, k.shape[2])
-        call = AttentionCall(q, k, v, kv_lens, q_offset, kv_starts, layout, None, *rest)
+        call = AttentionCall(
+            q, k, v, kv_lens, q_offset, kv_starts, layout, None, *rest, terms=terms
+        )
         implementation = choose(impl, call)
-        nothing: Any = None  # a layout of data does not live as long as what is known of its calls
+        nothing: Any = None  # a layout of data lives shorter than its prepared calls
         changed = {"layout": nothing} if layout.on_device else {"plan": implementation.plan(call)}
         known = _Known(replace(call, **changed).without_tensors(), implementation)
         if len(calls) >= _MOST_CALLS:
@@ -100,18 +104,28 @@ def prepare(
         calls[like] = known
     if kv_lens is not None:
         check_kv_lens(kv_lens, q_shape[0], k_shape[1])
+        check_has_values("kv_lens", kv_lens, q)
     call = known.call
-    if mask.on_device:  # the layout is another one, with plans of its own
-        planned = replace(call.with_tensors(*tensors), layout=mask)
-        call = replace(call, layout=mask, plan=known.implementation.plan(planned))
+    if terms is not None:
+        tensors = (*tensors, *terms.tensors)
+    if mask.on_device:  # the layout is another one, and is planned with the launches
+        call = replace(call, layout=mask)
     return call.with_tensors(*tensors), known.implementation
 
 
+def _shapes(*tensors: Tensor) -> tuple[torch.Size, ...]:
+    try:
+        return tuple([x.shape for x in tensors])
+    except RuntimeError:  # nested tensors have none
+        check_tensors(*tensors)
+        raise
+
+
 def _calls_of(mask: Mask | BlockLayout) -> tuple[dict[Any, _Known], Any]:
-    """Where known calls with this mask are kept, and what the mask depends on now."""
+    """The cache of prepared calls of this mask, and the current state of the mask."""
     if type(mask) is BlockLayout:  # isinstance takes longer
         return mask.calls, None
-    if type(mask) is DeviceLayout:  # a new one for every call: what is known is shared
+    if type(mask) is DeviceLayout:  # constructed in every call: prepared calls are shared
         return CACHE.calls_of_data, mask.signature
     record = getattr(mask, "_record", None)
     if record is None:
@@ -140,7 +154,7 @@ def layout_of_data(mask: Mask | BlockLayout, tensors: Tensors) -> DeviceLayout:
 
 
 def layout_of(mask: Mask, q: Tensor, lengths: tuple[int, int]) -> BlockLayout:
-    """The layout of a mask for these lengths, on the device of q; built once, but of data anew."""
+    """The layout of a mask for these lengths, on the device of q; cached, except for data."""
     if mask.on_device:
         return mask.layout(*lengths, device=q.device)
     key = (lengths, q.device, mask.state())

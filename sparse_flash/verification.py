@@ -110,7 +110,7 @@ def verify(
         The checks. `.passed` tells whether all hold; `print` gives the table.
 
     Raises:
-        TypeError: The pattern is no Mask or BlockLayout, or a number is no int.
+        TypeError: The pattern is not a Mask or BlockLayout, or a number is not an int.
         ValueError: Shapes that do not fit the pattern, or no implementation runs the call.
 
     >>> from sparse_flash import masks

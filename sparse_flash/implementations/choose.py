@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -10,8 +11,9 @@ from torch import Tensor
 from sparse_flash.call import AttentionCall
 from sparse_flash.implementations.empty import EmptyBatch
 from sparse_flash.implementations.reference import Reference
+from sparse_flash.implementations.score_features import ScoreFeature
 from sparse_flash.implementations.sm80 import Sm80
-from sparse_flash.implementations.sm90 import Sm90
+from sparse_flash.implementations.sm90 import Sm90, untested_reason
 
 
 class Implementation(Protocol):
@@ -22,30 +24,35 @@ class Implementation(Protocol):
     """
 
     name: str
+    features: frozenset[ScoreFeature]  # of the scores; a call with others is refused
 
     def unsupported_reason(self, call: AttentionCall) -> str | None:
         """Why this implementation cannot run the call, with the way out; None where it can."""
 
+    def unsupported_scores(self, call: AttentionCall) -> str | None:
+        """Why it cannot compute the scores of a call, whatever its device; None where it can."""
+
     def plan(self, call: AttentionCall) -> Any:
-        """What is worth keeping for calls like this one; they find it in `call.plan`."""
+        """State that similar calls can reuse; they find it in `call.plan`."""
 
     def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
-        """Output `(b, q_len, h, d)` and logsumexp `(b, h, q_len)`."""
+        """Output `(b, q_len, h, d_v)` and logsumexp `(b, h, q_len)`."""
 
     def gradients(
         self, call: AttentionCall, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of q, k and v, from those of the output and, if any, of the logsumexp."""
+    ) -> tuple[Tensor, ...]:
+        """Gradients of q, k and v, from those of the output and, if any, of the logsumexp.
+
+        Where the call has score terms, also those of the terms' first tensors, in the order of
+        `ScoreTerms`; empty ones stand for gradients that are not wanted.
+        """
 
 
 # Best first: "auto" takes the first one that can run a call; the last one runs all.
 IMPLEMENTATIONS: tuple[Implementation, ...] = (Sm90(), Sm80(), Reference())
 _EMPTY = EmptyBatch()
-# Gradients that "auto" leaves to others until their shipped configs were tested on a GPU.
-_UNTESTED = {
-    "sm80": "the gradients of impl='sm80' were not tested on a GPU in this version; ask for it by "
-    "name to use them"
-}
+# Why "auto" leaves a call to others, by the name of the implementation.
+_UNTESTED: dict[str, Callable[[AttentionCall], str | None]] = {"sm90": untested_reason}
 
 
 def choose(impl: str, call: AttentionCall) -> Implementation:
@@ -75,8 +82,8 @@ def _best(call: AttentionCall) -> Implementation:
     reasons: list[str] = []
     for implementation in IMPLEMENTATIONS:
         reason = implementation.unsupported_reason(call)
-        if reason is None and call.needs_grad:
-            reason = _UNTESTED.get(implementation.name)
+        if reason is None and implementation.name in _UNTESTED:
+            reason = _UNTESTED[implementation.name](call)
         if reason is None:
             if implementation is IMPLEMENTATIONS[-1] and call.q.is_cuda:
                 name = implementation.name

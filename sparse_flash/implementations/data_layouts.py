@@ -92,14 +92,17 @@ def gradients(
     layout: DeviceLayout,
     given: tuple[Any, ...],
     reference: Callable[..., Any],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv) of the reference implementation; given: out, lse, dout and dlse."""
+) -> tuple[Tensor, ...]:
+    """(dq, dk, dv), and gradients of score terms, of the reference implementation.
+
+    given: out, lse, dout and dlse.
+    """
     with torch.autocast(call.q.device.type, enabled=False):
         if host_has(layout):
             stored = stored_layout(layout, call.q.shape[2])
-            dq, dk, dv = reference(replace(call, layout=stored), *given)
+            results = reference(replace(call, layout=stored), *given)
         else:
-            dq, dk, dv = reference_steps.gradients(call, layout, *given)
-    dq, dk, dv = (x.contiguous() for x in (dq, dk, dv))
+            results = reference_steps.gradients(call, layout, *given)
+    dq, dk, dv, *of_terms = (x.contiguous() for x in results)
     mark_backward(layout, layout.tiles_at(layout.block).errors, dq, dk, dv)
-    return dq, dk, dv
+    return dq, dk, dv, *of_terms

@@ -20,6 +20,13 @@ from torch import Tensor
 
 from sparse_flash.call import AttentionCall
 from sparse_flash.implementations import data_layouts
+from sparse_flash.implementations.score_features import FEATURES
+from sparse_flash.implementations.score_tiles import (
+    Places,
+    add_sinks,
+    gradients_of,
+    tiles_of,
+)
 from sparse_flash.masks import bits
 from sparse_flash.masks.device_layout import DeviceLayout
 from sparse_flash.masks.layout import FULL_TILE
@@ -32,6 +39,7 @@ class _Heads:
     """The heads of a part, n of them, of any batch entries: where their tokens and blocks begin."""
 
     count: int
+    index: Tensor  # (n,) among b * h
     q_tokens: Tensor  # (n, 1, 1) first query among tokens (b * q_len * h)
     kv_tokens: Tensor  # (n, 1, 1, 1) first key among tokens (b * kv_len * h_kv)
     q_blocks: Tensor  # (n, 1) block of position 0 among blocks (b * h * nq)
@@ -45,11 +53,12 @@ class _Heads:
 class _Part:
     """Some block rows of equal length, for some heads (of any batch entries) that share them.
 
-    Sizes: n heads, r block rows, c tiles of each. What is used several times is found once: on a
-    CPU, many small calls are what costs.
+    Sizes: n heads, r block rows, c tiles of each. Values used several times are computed
+    once: on a CPU, many small calls dominate the time.
     """
 
     shape: tuple[int, int, int]  # n, r, c
+    places: Places | None  # of the elements (n, r, block_q, c, block_kv); None without score terms
     q_tokens: Tensor  # (n * r * block_q,) among tokens (b * q_len * h)
     kv_tokens: Tensor  # (n * r * c * block_kv,) among tokens (b * kv_len * h_kv)
     q_blocks: Tensor  # (n * r,) among results (b * h * nq)
@@ -66,8 +75,8 @@ class _Problem:
     """The inputs, the parts of the work, and what each part needs of the inputs.
 
     Rows and keys are gathered token by token from where they are. Indices beyond the end of a
-    sequence are clamped to its last token, and what comes of them gets weight 0: so neither
-    padding nor copies are needed, and keys beyond kv_lens are never read.
+    sequence are clamped to its last token, and their results get weight 0. This needs neither
+    padding nor copies, and keys beyond kv_lens are never read.
     """
 
     def __init__(self, call: AttentionCall) -> None:
@@ -89,6 +98,7 @@ class _Problem:
         self.nq = -(-self.q_len // tiles.block[0]) + self.at_positions
         self.nk = -(-self.kv_len // tiles.block[1])
         self.q, self.k, self.v = _tokens(q), _tokens(k), _tokens(v)
+        self.terms = tiles_of(call)
         whole = torch.full((self.batch,), self.kv_len, device=device)
         limits = whole if call.kv_lens is None else call.kv_lens.to(device, torch.int64)
         self.limits = limits.clamp(0, self.kv_len)
@@ -103,7 +113,7 @@ class _Problem:
         self.bit_tiles = torch.cat([tiles.bit_tiles, full])  # so that entry -1, the last, is full
 
     def _check_positions(self) -> None:
-        """The host looks at positions here: what a kernel answers with NaN is refused."""
+        """Check positions on the host; a kernel returns NaN for invalid ones."""
         end = int(self.q_shift.max()) + self.q_len
         if end > self.tiles.q_len:
             raise ValueError(
@@ -180,6 +190,7 @@ class _Problem:
         kv_head = head // (self.heads // self.kv_heads)
         return _Heads(
             len(index),
+            index,
             (batch * self.q_len * self.heads + head)[:, None, None],
             (batch * self.kv_len * self.kv_heads + kv_head)[:, None, None, None],
             (index * self.nq - self.base[batch])[:, None],
@@ -196,6 +207,10 @@ class _Problem:
         block_q, block_kv = self.tiles.block
         query = rows * block_q + self.within[0]  # (r, block_q)
         key = (cols * block_kv)[..., None] + self.within[1]  # (r, c, block_kv)
+        places = None
+        if self.terms is not None:
+            pair = heads.index[:, None, None, None, None]
+            places = Places(pair, query[:, :, None, None], key[:, None])
         if self.shifted:  # positions become indices, other ones for each batch entry
             query, key = query - heads.q_shift, key + heads.kv_shift
         after_q = after_kv = None
@@ -209,6 +224,7 @@ class _Problem:
         partial = (entries != FULL_TILE).any(0).nonzero().flatten().tolist() if self.partial else []
         return _Part(
             (heads.count, *cols.shape),
+            places,
             (query * self.heads + heads.q_tokens).flatten(),
             (key * self.kv_heads + heads.kv_tokens).flatten(),
             (rows[:, 0] + heads.q_blocks).flatten(),
@@ -233,24 +249,48 @@ class _Problem:
         n, r, _ = part.shape
         return tokens.index_select(0, index).to(self.dtype).view(n * r, -1, tokens.shape[1])
 
-    def logits(self, part: _Part, shift: Tensor | None, q: Tensor, k: Tensor) -> Tensor:
-        """To base 2: scale q k^T log2(e) + shift, -inf where not allowed.
+    def logits(
+        self, part: _Part, shift: Tensor | None, q: Tensor, k: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """To base 2: log2(e) times the scores, + shift, -inf where not allowed.
 
-        shift: (n * r, block_q, 1). Returns (n * r, block_q, c * block_kv). (Base 2 because
-        torch.exp is several times slower than exp2 where its result is 0.)
+        shift: (n * r, block_q, 1). Returns (n * r, block_q, c * block_kv), and, with a shift, the
+        derivative of the scores by scale q k^T; None where it is 1. (Base 2 because torch.exp is
+        several times slower than exp2 where its result is 0.)
         """
-        beta, start = (0, q.new_zeros(1)) if shift is None else (1, shift)
-        factor = self.scale * _LOG2_E
-        logits = torch.baddbmm(start, q, k.transpose(1, 2), beta=beta, alpha=factor)
-        (n, r, c), (block_q, block_kv) = part.shape, self.tiles.block
-        view = logits.view(n, r, block_q, c, block_kv)
+        factor = None
+        if self.terms is not None and part.places is not None:
+            logits = torch.bmm(q, k.transpose(1, 2)).mul_(self.scale)
+            factor = self.terms.add_(self.view(part, logits), part.places, shift is not None)
+            logits.mul_(_LOG2_E)
+            if shift is not None:
+                logits.add_(shift)
+        else:
+            beta, start = (0, q.new_zeros(1)) if shift is None else (1, shift)
+            alpha = self.scale * _LOG2_E
+            logits = torch.baddbmm(start, q, k.transpose(1, 2), beta=beta, alpha=alpha)
+        view, block_kv = self.view(part, logits), self.tiles.block[1]
         if part.partial:
             bias = _bias(~bits.unpack(self.bit_tiles[part.entries], block_kv), self.dtype)
             for j, column in zip(part.partial, bias.unbind(1), strict=True):
                 view[:, :, :, j].add_(column)
         if part.after_kv is not None:
             view.add_(_bias(part.after_kv, self.dtype)[:, :, None])
-        return logits
+        return logits, factor
+
+    def view(self, part: _Part, elements: Tensor) -> Tensor:
+        """(n * r, block_q, c * block_kv) as (n, r, block_q, c, block_kv)."""
+        (n, r, c), (block_q, block_kv) = part.shape, self.tiles.block
+        return elements.view(n, r, block_q, c, block_kv)
+
+    def keep(self, part: _Part, like: Tensor) -> Tensor | None:
+        """Factors of dropout, shaped as `like` (n * r, block_q, c * block_kv); None without."""
+        if self.terms is None or part.places is None:
+            return None
+        kept = self.terms.keep(part.places, self.dtype)
+        return (
+            None if kept is None else kept.expand(self.view(part, like).shape).reshape(like.shape)
+        )
 
 
 def _chunk(q: Tensor, share: int) -> int:
@@ -294,23 +334,25 @@ def _shifts(call: AttentionCall) -> tuple[Tensor, Tensor]:
     return none if call.q_offset is None else call.q_offset.long() - starts, starts
 
 
-def _forward(problem: _Problem, q: Tensor) -> tuple[Tensor, Tensor]:
+def _forward(problem: _Problem, v: Tensor) -> tuple[Tensor, Tensor]:
     """Output as blocks, and logsumexp (b * h * nq, block_q)."""
     p = problem
-    out = p.query_blocks(q)
+    out = p.query_blocks(v)
     lse = torch.full_like(out[:, :, 0], -torch.inf)
-    for part in p.parts(_chunk(q, share=8)):  # no gradients are held: twice those of _backward
+    for part in p.parts(_chunk(p.q, share=8)):  # no gradients are held: twice those of _backward
         (queries,), (keys, values) = p.rows(part, p.q), p.keys(part, p.k, p.v)
-        logits = p.logits(part, None, queries, keys)
+        logits, _ = p.logits(part, None, queries, keys)
         if part.first:
             top = torch.full_like(logits[:, :, 0], -torch.inf)
             total = torch.zeros_like(top)
-            acc = torch.zeros_like(queries)
+            acc = out.new_zeros((*top.shape, out.shape[2]))
         new = torch.maximum(top, logits.amax(2))
         shift = new.masked_fill(new == -torch.inf, 0)  # a row without keys yet: 2^-inf, not NaN
         weights = logits.sub_(shift[:, :, None]).exp2_()
         decay = (top - shift).exp2()
         total = total * decay + weights.sum(2)
+        kept = p.keep(part, weights)
+        weights = weights if kept is None else weights.mul_(kept)
         acc = acc.mul_(decay[:, :, None]).baddbmm_(weights, values)
         top = new
         if part.last:
@@ -328,7 +370,7 @@ def _backward(
     delta: Tensor,
     deterministic: bool,
 ) -> list[Tensor]:
-    """Blocks of dq, dk, dv, from dout, lse and delta by token (b * q_len * h, d or 1)."""
+    """Blocks of dq, dk, dv, from dout, lse and delta by token (b * q_len * h, d_v or 1)."""
     p, (q, k, v) = problem, likes
     dq, dk, dv = p.query_blocks(q), p.key_blocks(k), p.key_blocks(v)
 
@@ -337,11 +379,26 @@ def _backward(
         grad, top, d = p.rows(part, dout, lse, delta)
         if part.after_q is not None:  # repetitions of the last row
             top.view(-1, *part.after_q.shape).masked_fill_(part.after_q, torch.inf)
-        weights = p.logits(part, top.neg_(), *p.rows(part, p.q), *p.keys(part, p.k)).exp2_()
-        _add(dv, part.kv_blocks, torch.bmm(weights.transpose(1, 2), grad), deterministic)
+        (queries,), (keys,) = p.rows(part, p.q), p.keys(part, p.k)
+        weights, factor = p.logits(part, top.neg_(), queries, keys)
+        weights.exp2_()
+        del queries, keys
+        kept = p.keep(part, weights)
+        dropped = weights if kept is None else weights * kept
+        _add(dv, part.kv_blocks, torch.bmm(dropped.transpose(1, 2), grad), deterministic)
+        del dropped
         (values,) = p.keys(part, p.v)
-        ds = torch.baddbmm(d, grad, values.transpose(1, 2), beta=-p.scale, alpha=p.scale)
-        ds.mul_(weights)
+        if p.terms is None or part.places is None:
+            ds = torch.baddbmm(d, grad, values.transpose(1, 2), beta=-p.scale, alpha=p.scale)
+            ds.mul_(weights)
+        else:
+            ds = torch.bmm(grad, values.transpose(1, 2))
+            ds = ds if kept is None else ds.mul_(kept)
+            ds.sub_(d).mul_(weights)
+            view = p.view(part, ds)
+            p.terms.collect(view, part.places)
+            view = view if factor is None else view.mul_(factor)
+            view.mul_(p.scale)
         del weights, values
         # Gathered twice rather than held:
         (queries,), (keys,) = p.rows(part, p.q), p.keys(part, p.k)
@@ -363,12 +420,17 @@ def _add(blocks: Tensor, index: Tensor, values: Tensor, deterministic: bool) -> 
 
 
 class Reference:
-    """Exact block-sparse attention in PyTorch: what runs where there is no kernel."""
+    """Exact block-sparse attention in PyTorch, for calls without a kernel."""
 
     name = "reference"
+    features = frozenset(FEATURES)
 
     def unsupported_reason(self, call: AttentionCall) -> str | None:
         """It runs all."""
+        return None
+
+    def unsupported_scores(self, call: AttentionCall) -> str | None:
+        """It has all score features."""
         return None
 
     def plan(self, call: AttentionCall) -> None:
@@ -380,14 +442,15 @@ class Reference:
             return data_layouts.attend(call, call.layout, self.attend)
         problem, q = _Problem(call), call.q
         with torch.autocast(q.device.type, enabled=False):  # the precision here is ours to choose
-            out, lse = _forward(problem, q)
-        lse = problem.of_queries(lse[..., None])[..., 0].transpose(1, 2)
-        return problem.of_queries(out).to(q.dtype).contiguous(), lse.contiguous()
+            out, lse = _forward(problem, call.v)
+            lse = problem.of_queries(lse[..., None])[..., 0].transpose(1, 2)
+            out, lse = add_sinks(call.terms, problem.of_queries(out), lse)
+        return out.to(q.dtype).contiguous(), lse.contiguous()
 
     def gradients(
         self, call: AttentionCall, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """(dq, dk, dv)."""
+    ) -> tuple[Tensor, ...]:
+        """(dq, dk, dv), and gradients of score terms."""
         if isinstance(call.layout, DeviceLayout):
             given = (out, lse, dout, dlse)
             return data_layouts.gradients(call, call.layout, given, self.gradients)
@@ -403,4 +466,5 @@ class Reference:
             dq, dk, dv = _backward(problem, likes, *rows, call.deterministic)
         dtype = call.q.dtype  # views of the blocks where nothing is converted: copies take memory
         dq, dk, dv = problem.of_queries(dq), problem.of_keys(dk), problem.of_keys(dv)
-        return dq.to(dtype), dk.to(dtype), dv.to(dtype)
+        of_terms = gradients_of(call, problem.terms, lse, delta)
+        return dq.to(dtype), dk.to(dtype), dv.to(dtype), *of_terms

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from sparse_flash.call import AttentionCall
+from sparse_flash.implementations.score_tiles import Places, add_sinks, gradients_of, tiles_of
 from sparse_flash.masks import bits
 from sparse_flash.masks.device_layout import DeviceLayout
 
@@ -25,10 +26,12 @@ class _Step(NamedTuple):
 
     blocks: Blocks of keys among all (b * h_kv * nk), int64 (n, nq).
     allowed: bool (n, nq, block_q, block_kv).
+    places: Which elements these are.
     """
 
     blocks: Tensor
     allowed: Tensor
+    places: Places
 
 
 class _Problem:
@@ -41,6 +44,7 @@ class _Problem:
         (b, s, h, _), (_, s_kv, h_kv, _) = q.shape, k.shape
         device, (block_q, block_kv) = q.device, layout.block
         self.nq, self.nk = -(-s // block_q), -(-s_kv // block_kv)
+        self.terms = tiles_of(call)
         pairs = torch.arange(b * h, device=device)
         batch, head = pairs // h, pairs % h
         own = layout.source.heads
@@ -91,6 +95,9 @@ class _Problem:
         """All tiles of a chunk."""
         block_kv = self.layout.block[1]
         within = torch.arange(block_kv, device=self.q.device)
+        pair = torch.arange(len(self.q), device=self.q.device)[part, None, None, None]
+        size = self.layout.block[0]
+        query = torch.arange(self.nq * size, device=self.q.device).view(1, self.nq, size, 1)
         for j in range(self.layout.source.longest):
             tile = self.begin[part] + j
             exists = tile < self.end[part]
@@ -100,35 +107,48 @@ class _Problem:
             here = (key < self.limits[part]) & exists[..., None]
             allowed = bits.unpack(self.bit_tiles[entry].flatten(0, 1), block_kv)
             allowed = allowed.view(*entry.shape, -1, block_kv) & here[:, :, None]
-            yield _Step(self.first[part, None] + column, allowed)
+            places = Places(pair, query, key[:, :, None])
+            yield _Step(self.first[part, None] + column, allowed, places)
 
-    def logits(self, part: slice, step: _Step) -> Tensor:
-        """Scaled logits (n, nq, block_q, block_kv), -inf where not allowed."""
+    def logits(
+        self, part: slice, step: _Step, derivative: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Scores (n, nq, block_q, block_kv), -inf where not allowed, and their derivative by
+        scale q k^T; None where it is 1 or not asked for.
+        """
         s = self.q[part] @ self.k[step.blocks].transpose(2, 3) * self.call.softmax_scale
-        return s.masked_fill_(~step.allowed, -torch.inf)
+        factor = None if self.terms is None else self.terms.add_(s, step.places, derivative)
+        return s.masked_fill_(~step.allowed, -torch.inf), factor
+
+    def keep(self, step: _Step) -> Tensor | None:
+        """Factors of dropout; None without it."""
+        return None if self.terms is None else self.terms.keep(step.places, self.dtype)
 
 
 def attend(call: AttentionCall, layout: DeviceLayout) -> tuple[Tensor, Tensor]:
     """(out, lse) of a call."""
     p = _Problem(call, layout)
-    out, lse = torch.zeros_like(p.q), torch.full_like(p.q[..., 0], -torch.inf)
+    out = p.q.new_zeros((*p.q.shape[:3], call.v.shape[3]))
+    lse = torch.full_like(p.q[..., 0], -torch.inf)
     for part in p.chunks():
         top, total = torch.full_like(lse[part], -torch.inf), torch.zeros_like(lse[part])
         acc = torch.zeros_like(out[part])
         for step in p.steps(part):
-            logits = p.logits(part, step)
+            logits, _ = p.logits(part, step)
             new = torch.maximum(top, logits.amax(3))
             shift = new.masked_fill(new == -torch.inf, 0)
             weights, decay = (logits - shift[..., None]).exp(), (top - shift).exp()
             total = total * decay + weights.sum(3)
+            kept = p.keep(step)
+            weights = weights if kept is None else weights * kept
             acc = acc * decay[..., None] + weights @ p.v[step.blocks]
             top = new
         some = total > 0
         out[part] = acc / total.where(some, 1)[..., None]
         lse[part] = (top + total.log()).where(some, -torch.inf)
     b, s, h, _ = call.q.shape
-    lse = lse.view(b, h, -1)[:, :, :s]
-    return p.of_queries(out).to(call.q.dtype).contiguous(), lse.contiguous()
+    out, lse = add_sinks(call.terms, p.of_queries(out), lse.view(b, h, -1)[:, :, :s])
+    return out.to(call.q.dtype).contiguous(), lse.contiguous()
 
 
 def gradients(
@@ -138,26 +158,34 @@ def gradients(
     lse: Tensor,
     dout: Tensor,
     dlse: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv) of a call."""
+) -> tuple[Tensor, ...]:
+    """(dq, dk, dv) of a call, and gradients of score terms."""
     p, scale = _Problem(call, layout), call.softmax_scale
     delta = (dout.to(p.dtype) * out.to(p.dtype)).sum(3, keepdim=True)
     if dlse is not None:
         delta = delta - dlse.transpose(1, 2)[..., None]
+    rows = delta[..., 0]
     grad, delta = p.queries(dout), p.queries(delta)
     top = p.queries(lse.transpose(1, 2)[..., None])
     top = top.masked_fill(top == -torch.inf, torch.inf)  # rows without keys: P = 0
     dq, dk, dv = torch.zeros_like(p.q), torch.zeros_like(p.k), torch.zeros_like(p.v)
     for part in p.chunks():
         for step in p.steps(part):
-            weights = (p.logits(part, step) - top[part]).exp()
-            _add(dv, step.blocks, weights.transpose(2, 3) @ grad[part], call.deterministic)
-            ds = grad[part] @ p.v[step.blocks].transpose(2, 3) - delta[part]
-            ds = ds.mul_(weights).mul_(scale)
+            logits, factor = p.logits(part, step, derivative=True)
+            weights, kept = (logits - top[part]).exp(), p.keep(step)
+            dropped = weights if kept is None else weights * kept
+            _add(dv, step.blocks, dropped.transpose(2, 3) @ grad[part], call.deterministic)
+            ds = grad[part] @ p.v[step.blocks].transpose(2, 3)
+            ds = ds if kept is None else ds.mul_(kept)
+            ds = ds.sub_(delta[part]).mul_(weights)
+            if p.terms is not None:
+                p.terms.collect(ds, step.places)
+            ds = (ds if factor is None else ds.mul_(factor)).mul_(scale)
             dq[part] += ds @ p.k[step.blocks]
             _add(dk, step.blocks, ds.transpose(2, 3) @ p.q[part], call.deterministic)
     dtype = call.q.dtype
-    return p.of_queries(dq).to(dtype), p.of_keys(dk).to(dtype), p.of_keys(dv).to(dtype)
+    of_terms = gradients_of(call, p.terms, lse, rows)
+    return p.of_queries(dq).to(dtype), p.of_keys(dk).to(dtype), p.of_keys(dv).to(dtype), *of_terms
 
 
 def _blocks(x: Tensor, count: int, size: int, dtype: torch.dtype) -> Tensor:

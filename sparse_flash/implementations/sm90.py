@@ -8,8 +8,18 @@ from torch import Tensor
 
 from sparse_flash.call import AttentionCall
 from sparse_flash.implementations import data_layouts
-from sparse_flash.kernels.sm90 import attention, positions
+from sparse_flash.implementations.score_features import (
+    ALIBI,
+    SINKS,
+    SOFTCAP,
+    WIDTH,
+    ScoreFeature,
+    missing_feature,
+)
+from sparse_flash.kernels.sm90 import attention, positions, scored_attention
 from sparse_flash.masks.device_layout import DeviceLayout
+
+MOST_TESTED_WIDTH = 128  # of values that are wider than queries
 
 
 class Plans(NamedTuple):
@@ -23,17 +33,36 @@ class Sm90:
     """CuTe DSL kernels for compute capability 9.0: TMA, WGMMA, warp specialization."""
 
     name = "sm90"
+    features: frozenset[ScoreFeature] = frozenset((SOFTCAP, SINKS, ALIBI, WIDTH))
 
     def unsupported_reason(self, call: AttentionCall) -> str | None:
         """Dtype, device, head_dim, the DSL, and strides decide."""
         reason = attention.unsupported_reason(call.q, call.k, call.v)
+        reason = reason or self.unsupported_scores(call)
         if reason is None and isinstance(call.layout, DeviceLayout):
-            reason = attention.unsupported_blocks(call.layout, call.q, call.deterministic)
+            wide = _widest(call)
+            reason = attention.unsupported_blocks(call.layout, wide, call.deterministic)
         return reason
 
+    def unsupported_scores(self, call: AttentionCall) -> str | None:
+        """Score features of the call decide, and with which others they come."""
+        return missing_feature(call, self.features) or _unsupported_terms(call)
+
     def plan(self, call: AttentionCall) -> Plans:
-        """Configs and schedules: made now, and not within somebody's CUDA graph of the backward."""
-        layout, q, k = call.layout, call.q, call.k
+        """Configs and schedules: made now, and not within somebody's CUDA graph of the backward.
+
+        Layouts of data are planned by `attend`.
+        """
+        layout, q, k = call.layout, _widest(call), call.k
+        if call.terms is not None:
+            flags = _arguments(call).flags
+            if call.q_offset is not None:
+                return Plans(scored_attention.forward_plan_at(layout, q, k, flags), None)
+            scored = scored_attention.forward_plan(layout, q, k, flags)
+            if not call.needs_grad:
+                return Plans(scored, None)
+            given = (layout, q, k, call.deterministic, flags)
+            return Plans(scored, scored_attention.backward_plans(*given))
         forward = positions.forward_plan_at if _at_positions(call) else attention.forward_plan
         backward = positions if call.q_offset is not None else attention
         if not call.needs_grad:
@@ -43,32 +72,117 @@ class Sm90:
 
     def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
         """(out, lse), lse in float32."""
+        if isinstance(call.layout, DeviceLayout):
+            return self._attend_by_data(call, call.layout)
         inputs, plan, scale = (call.q, call.k, call.v), call.plan.forward, call.softmax_scale
+        given = (call.kv_lens, call.q_offset, call.kv_starts)
+        if call.terms is not None:
+            terms = _arguments(call)
+            if call.q_offset is not None:
+                return scored_attention.forward_at(
+                    *inputs, plan, *given, scale, terms, transient=call.transient
+                )
+            return scored_attention.forward(
+                *inputs, plan, call.kv_lens, scale, terms, transient=call.transient
+            )
         if _at_positions(call):
-            given = (call.kv_lens, call.q_offset, call.kv_starts)
             return positions.forward_at(*inputs, plan, *given, scale, transient=call.transient)
-        out, lse = attention.forward(*inputs, plan, call.kv_lens, scale, transient=call.transient)
-        if isinstance(call.layout, DeviceLayout) and plan.errors is not None:
-            data_layouts.mark_forward(call.layout, plan.errors, out, lse)
+        return attention.forward(*inputs, plan, call.kv_lens, scale, transient=call.transient)
+
+    def _attend_by_data(self, call: AttentionCall, layout: DeviceLayout) -> tuple[Tensor, Tensor]:
+        """As `attend`, with the plans of both passes: the backward's while the GPU is busy."""
+        q, k = call.q, call.k
+        wide = _widest(call)
+        plan = attention.forward_plan(layout, wide, k)
+        given = (plan, call.kv_lens, call.softmax_scale)
+        out, lse = attention.forward(q, k, call.v, *given, transient=call.transient)
+        if plan.errors is not None:
+            data_layouts.mark_forward(layout, plan.errors, out, lse)
+        if call.needs_grad and not call.transient and layout.keeps_what_is_derived:
+            attention.backward_plans(layout, wide, k, call.deterministic)
         return out, lse
 
     def gradients(
         self, call: AttentionCall, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """(dq, dk, dv)."""
-        inputs = (dout, dlse, call.q, call.k, call.v, out, lse, call.plan.backward, call.kv_lens)
-        scale, transient = call.softmax_scale, call.transient
-        if call.q_offset is None:
-            dq, dk, dv = attention.backward(*inputs, scale, transient=transient)
-            errors = call.plan.backward.dkdv.errors
-            if isinstance(call.layout, DeviceLayout) and errors is not None:
-                data_layouts.mark_backward(call.layout, errors, dq, dk, dv)
-            return dq, dk, dv
-        given = (call.q_offset, call.kv_starts)
-        return positions.backward_at(*inputs, *given, scale, transient=transient)
+    ) -> tuple[Tensor, ...]:
+        """(dq, dk, dv), and gradients of score terms."""
+        layout, scale, transient = call.layout, call.softmax_scale, call.transient
+        plans: Any = None if layout.on_device else call.plan.backward
+        if isinstance(layout, DeviceLayout):
+            plans = attention.backward_plans(layout, _widest(call), call.k, call.deterministic)
+        inputs = (dout, dlse, call.q, call.k, call.v, out, lse, plans, call.kv_lens)
+        if call.q_offset is not None:
+            at = (call.q_offset, call.kv_starts)
+            return positions.backward_at(*inputs, *at, scale, transient=transient)
+        if call.terms is not None:
+            dq, dk, dv, sinks = scored_attention.backward(
+                *inputs, scale, _arguments(call), transient=transient
+            )
+            return dq, dk, dv, *_gradients_of_terms(call, sinks)
+        dq, dk, dv = attention.backward(*inputs, scale, transient=transient)
+        if isinstance(layout, DeviceLayout) and plans.dkdv.errors is not None:
+            data_layouts.mark_backward(layout, plans.dkdv.errors, dq, dk, dv)
+        return dq, dk, dv
+
+
+def untested_reason(call: AttentionCall) -> str | None:
+    """Why "auto" leaves a call to other implementations: it was not tested on a GPU."""
+    d, d_v = call.q.shape[3], call.v.shape[3]
+    slopes = None if call.terms is None else call.terms.slopes
+    if call.q_offset is not None and slopes is not None:
+        what = "ALiBi with q_offset"
+    elif d != d_v and not d < d_v <= MOST_TESTED_WIDTH:
+        what = f"head_dim {d} with values of {d_v}"
+    else:
+        return None
+    return f"{what} of impl='sm90' was not tested on a GPU in this version; ask for it by name"
 
 
 def _at_positions(call: AttentionCall) -> bool:
     """Whether the kernels for positions run the forward pass; one query takes the decoding one."""
     one = call.q.shape[1] == 1 and not call.layout.on_device
-    return call.q_offset is not None or one
+    return call.q_offset is not None or (one and call.q.shape[3] == call.v.shape[3])
+
+
+def _widest(call: AttentionCall) -> Tensor:
+    """The queries, or a stand-in with the values' head_dim if that is larger, for plans."""
+    q, width = call.q, call.v.shape[3]
+    return q if width <= q.shape[3] else q.new_empty((*q.shape[:3], width), device="meta")
+
+
+def _arguments(call: AttentionCall) -> scored_attention.ScoreArguments:
+    assert call.terms is not None
+    return scored_attention.ScoreArguments(call.terms.softcap, call.terms.slopes, call.terms.sinks)
+
+
+def _unsupported_terms(call: AttentionCall) -> str | None:
+    """Why the kernels cannot take a call with score terms; None where they can."""
+    terms = call.terms
+    if terms is None and call.q.shape[3] == call.v.shape[3]:
+        return None
+    if call.q_offset is not None and call.q.shape[3] != call.v.shape[3]:
+        return "it computes values of another head_dim without q_offset and kv_starts only"
+    if terms is None:
+        return None
+    if call.q_offset is not None and call.needs_grad:
+        return "it computes gradients with score terms without q_offset and kv_starts only"
+    if isinstance(call.layout, DeviceLayout):
+        return "it computes score terms on stored layouts only: pass layout.fixed()"
+    if call.softmax_scale == 0:
+        return "it computes score terms with a softmax_scale other than 0 only"
+    graded = call.needs_grad and (terms.softcap or terms.slopes is not None)
+    width = max(call.q.shape[3], call.v.shape[3])
+    if graded and width > scored_attention.MOST_HEAD_DIM:
+        return (
+            f"it computes gradients with softcap or ALiBi up to head_dim "
+            f"{scored_attention.MOST_HEAD_DIM}, not {width}"
+        )
+    return None
+
+
+def _gradients_of_terms(call: AttentionCall, sinks: Tensor | None) -> tuple[Tensor, ...]:
+    """Gradients of the first tensors of the terms, empty where not wanted."""
+    assert call.terms is not None
+    nothing = call.q.new_empty(0)
+    wanted = call.terms.wants[3] and sinks is not None
+    return nothing, nothing, nothing, sinks if wanted and sinks is not None else nothing

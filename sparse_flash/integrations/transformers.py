@@ -60,9 +60,6 @@ _SHIFT_INVARIANT = (causal, dilated, full, local, strided)
 _SHIFT_INVARIANT_COMBINATIONS = (And, HeadMasks, Not, Or, Shifted)
 # Arguments of an attention function that change its result, with their names for users.
 _UNSUPPORTED = {
-    "softcap": "soft-capping of logits",
-    "s_aux": "attention sinks",
-    "sinks": "attention sinks",
     "position_bias": "a bias of positions",
     "head_mask": "a mask of heads",
     "layer_head_mask": "a mask of heads",
@@ -74,9 +71,6 @@ _UNSUPPORTED = {
 }
 # Config fields that request these features.
 _FIELDS = {
-    "softcap": ("attn_logit_softcapping", "attention_logits_soft_cap", "attn_logit_softcap"),
-    "dropout": ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop", "attn_dropout",
-                "attention_dropout_prob", "attention_dropout_rate"),
     "position_bias": ("relative_attention_num_buckets", "rel_pos_bins"),
 }  # fmt: skip
 
@@ -202,23 +196,23 @@ class BlockSparseAttention:
             module: The model's attention module.
             query: Queries `(b, h, q_len, d)`.
             key: Keys `(b, h_kv, kv_len, d)`.
-            value: Values, shaped as the keys.
+            value: Values `(b, h_kv, kv_len, d_v)`.
             attention_mask: Result of `model_inputs`; None from models without masks.
             scaling: Factor of the logits; default d ** -0.5.
-            dropout: Must be 0.
+            dropout: Rate of dropout of attention weights; models pass 0 in evaluation.
             is_causal: Pattern without attention_mask; default: that of the module.
-            **options: Other arguments of the model's layers, refused where they change the
-                result.
+            **options: Other arguments of the model's layers: softcap and s_aux (sinks) are used,
+                others refused where they change the result.
 
         Returns:
-            Output `(b, q_len, h, d)`, and None for the weights.
+            Output `(b, q_len, h, d_v)`, and None for the weights.
 
         Raises:
             ValueError: The model needs a feature that block-sparse attention lacks.
         """
         config = getattr(module, "config", None)
-        _check_options(config, dropout, options)
-        _check_tensors(key, value, attention_mask)
+        _check_options(config, options)
+        _check_mask(attention_mask)
         if attention_mask is None:
             attention_mask = _without_mask(module, query, key, is_causal, options)
         inputs, patterns = attention_mask, self.patterns(module, config)
@@ -238,6 +232,9 @@ class BlockSparseAttention:
             kv_lens=_on(query, inputs.kv_lens),
             q_offset=_offset(query, key, inputs),
             kv_starts=_on(query, inputs.kv_starts),
+            softcap=options.get("softcap"),
+            sinks=_on(query, _sinks(options)),
+            dropout_p=dropout,
             deterministic=self.deterministic,
             impl=self.impl,
         )
@@ -298,13 +295,14 @@ def _without_mask(
     return LayerInputs(is_causal, None, 0, None, None, dropped=False)
 
 
-def _check_options(config: Any, dropout: float, options: dict[str, Any]) -> None:
-    """Refuse what changes the result, by the name of the config's field."""
-    if dropout:
-        raise ValueError(
-            f"{_field(config, 'dropout', dropout)}={dropout}: dropout of attention weights is not "
-            "implemented. Set it to 0 before the model is made, or call model.eval()"
-        )
+def _sinks(options: dict[str, Any]) -> Tensor | None:
+    """The sinks' logits, under either of their names."""
+    found = options.get("s_aux")
+    return options.get("sinks") if found is None else found
+
+
+def _check_options(config: Any, options: dict[str, Any]) -> None:
+    """Refuse features that change the result, by the name of their config field."""
     for name, meaning in _UNSUPPORTED.items():
         if options.get(name) is not None:
             raise ValueError(
@@ -327,16 +325,11 @@ def _field(config: Any, argument: str, value: Any) -> str:
     return argument
 
 
-def _check_tensors(key: Tensor, value: Tensor, attention_mask: Any) -> None:
-    """Refuse masks that are tensors, and values of another width."""
+def _check_mask(attention_mask: Any) -> None:
+    """Refuse masks that are tensors."""
     if attention_mask is not None and not isinstance(attention_mask, LayerInputs):
         shape = tuple(getattr(attention_mask, "shape", ()))
         raise ValueError(NO_FULL_MASK.format(shape))
-    if key.shape[-1] != value.shape[-1]:
-        raise ValueError(
-            f"config.v_head_dim={value.shape[-1]}: keys have {key.shape[-1]} channels a head, and "
-            "block-sparse attention needs as many for values; use attn_implementation='sdpa'"
-        )
 
 
 def _offset(query: Tensor, key: Tensor, inputs: LayerInputs) -> int | Tensor | None:

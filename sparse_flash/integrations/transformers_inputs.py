@@ -20,7 +20,7 @@ NO_FULL_MASK = (
     "register(name, mask=...)"
 )
 _CHANGED = (
-    "position_ids that start anew inside a row (packed sequences), block_sequence_ids, and models "
+    "position_ids that restart inside a row (packed sequences), block_sequence_ids, and models "
     "that combine their mask with another one are not supported. Give each sequence a row of its "
     "own, padded, with attention_mask, or use attn_implementation='sdpa'"
 )
@@ -141,7 +141,7 @@ def _check_pattern(config: Any, local_size: int | None, *, use_vmap: bool) -> No
 def _assert_one_sequence(
     mask_function: Callable[..., Any], batch_size: int, length: int, device: Any
 ) -> None:
-    """Check on the device that rows are no packed sequences, which a compiled graph cannot know.
+    """Check on the device that rows are not packed sequences, which a compiled graph cannot know.
 
     In a causal pattern of one sequence each token sees the token before, and not the one after.
     """

@@ -31,7 +31,7 @@ SELECTORS = ("moba", "dsa", "nsa")
 class TopKAttention(nn.Module):
     """Exact attention of each block of queries to the key blocks that a selector scores best.
 
-    What trains the selector depends on what it is:
+    The training signal depends on the selector:
 
     - scores that require no gradient are taken as they are (`PooledSelector`);
     - scores that do are trained to predict the attention paid to the chosen blocks, by
@@ -54,7 +54,7 @@ class TopKAttention(nn.Module):
         selection_loss: That of the last call that computed one, a scalar; None before.
 
     Raises:
-        TypeError: A number is no int, or selector cannot be called.
+        TypeError: A number is not an int, or selector cannot be called.
         ValueError: There are fewer blocks than forced ones.
 
     >>> import torch
@@ -146,7 +146,7 @@ class SelectedAttention(SelfAttention):
         core: The `TopKAttention`, with the chosen blocks and the loss of the last call.
 
     Raises:
-        TypeError: A size is no int, or selector cannot be called.
+        TypeError: A size is not an int, or selector cannot be called.
         ValueError: Sizes do not fit each other, or the selector's name is unknown.
 
     >>> import torch

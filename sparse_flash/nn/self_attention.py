@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, Literal
+
 import torch
 from einops import rearrange
 from torch import Tensor, nn
@@ -11,6 +13,8 @@ from sparse_flash.checks import check_heads, check_mask
 from sparse_flash.masks import BlockLayout, Mask
 from sparse_flash.masks.arguments import integer
 from sparse_flash.positions import end_of
+from sparse_flash.scores import ScoreBias, alibi, alibi_slopes, relative
+from sparse_flash.scores.arguments import check_softcap, dropped_levels
 
 
 class KVCache:
@@ -23,6 +27,7 @@ class KVCache:
         head_dim: Width of a head.
         dtype: Of keys and values; default: torch's default dtype.
         device: Where they live; default: torch's default device.
+        v_head_dim: Width of a head of the values; default: as of the keys.
 
     Raises:
         ValueError: A size is below 1.
@@ -46,13 +51,18 @@ class KVCache:
         head_dim: int,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        v_head_dim: int | None = None,
     ) -> None:
         shape = (batch, capacity, kv_heads, head_dim)
-        if min(shape) < 1:
+        widths = (head_dim, head_dim if v_head_dim is None else v_head_dim)
+        if min(*shape, *widths) < 1:
             raise ValueError(
                 f"batch, capacity, kv_heads and head_dim must be at least 1, got {shape}"
+                + ("" if v_head_dim is None else f" and v_head_dim={v_head_dim}")
             )
-        self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in "kv")
+        self.keys, self.values = (
+            torch.zeros((*shape[:3], width), dtype=dtype, device=device) for width in widths
+        )
 
     @property
     def capacity(self) -> int:
@@ -62,7 +72,7 @@ class KVCache:
     def update(
         self, k: Tensor, v: Tensor, q_offset: int | Tensor, kv_lens: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Store k and v `(b, s, h_kv, d)` from a position on.
+        """Store k `(b, s, h_kv, d)` and v `(b, s, h_kv, d_v)` from a position on.
 
         Args:
             k: Keys of new tokens.
@@ -84,8 +94,9 @@ class KVCache:
                 "a KVCache does not carry gradients: use it under torch.no_grad() or "
                 "torch.inference_mode(), or pass q_offset to block_sparse_attention yourself"
             )
-        (b, _, *width), s = self.keys.shape, k.shape[1]
-        for name, x in (("keys", k), ("values", v)):
+        s = k.shape[1]
+        for name, x, stored in (("keys", k, self.keys), ("values", v, self.values)):
+            b, _, *width = stored.shape
             if (b, s, *width) != x.shape:
                 fits = f"({b}, s, {width[0]}, {width[1]})"
                 raise ValueError(f"the cache is for {name} {fits}, got {tuple(x.shape)}")
@@ -95,9 +106,9 @@ class KVCache:
                 f"the cache has space for {self.capacity} tokens, not for {end}: make a "
                 f"KVCache with a capacity of at least {end}, or begin again at q_offset=0"
             )
-        if isinstance(q_offset, Tensor):  # on a GPU, indexing refuses what has no space
+        if isinstance(q_offset, Tensor):  # on a GPU, indexing refuses positions beyond the capacity
             places = q_offset.to(k.device, torch.int64)[:, None] + torch.arange(s, device=k.device)
-            entries = torch.arange(b, device=k.device)[:, None]
+            entries = torch.arange(len(k), device=k.device)[:, None]
             self.keys[entries, places], self.values[entries, places] = k, v
             kv_lens = q_offset + s if kv_lens is None else kv_lens
             return self.keys, self.values, kv_lens
@@ -115,11 +126,19 @@ class SelfAttention(nn.Module):
             which moves with the module from device to device.
         kv_heads: Key and value heads, a divisor of `heads`; default: as many.
         bias: Whether the projections have one.
+        score_bias: "alibi" for the published slopes, which do not learn; "relative" for a learned
+            table `relative_table` `(heads, 2 * max_distance + 1)`, zeros at first. Default: none.
+        max_distance: Distance from which the table's values are those of the ends.
+        softcap: Bound of the scores by tanh; default: none.
+        sinks: Whether each head has a learned logit `sinks` `(heads,)` that takes probability but
+            has no value, 0 at first.
+        attention_dropout: Rate of dropout of probabilities in training, in [0, 1).
+        v_head_dim: Width of a head of the values; default: dim / heads.
 
     Raises:
-        TypeError: A size is no int, or mask is neither a Mask nor a BlockLayout.
-        ValueError: dim, heads and kv_heads do not divide each other, or the mask has patterns for
-            another number of heads.
+        TypeError: A size is not an int, or mask is neither a Mask nor a BlockLayout.
+        ValueError: dim, heads and kv_heads do not divide each other, the mask has patterns for
+            another number of heads, or a score option is out of range.
 
     >>> import torch
     >>> from sparse_flash import masks
@@ -128,6 +147,8 @@ class SelfAttention(nn.Module):
     torch.Size([2, 100, 64])
     """
 
+    alibi_slopes: Tensor
+
     def __init__(
         self,
         dim: int,
@@ -135,6 +156,13 @@ class SelfAttention(nn.Module):
         mask: Mask | BlockLayout,
         kv_heads: int | None = None,
         bias: bool = True,
+        *,
+        score_bias: Literal["alibi", "relative"] | None = None,
+        max_distance: int = 128,
+        softcap: float | None = None,
+        sinks: bool = False,
+        attention_dropout: float = 0.0,
+        v_head_dim: int | None = None,
     ) -> None:
         super().__init__()
         kv_heads = heads if kv_heads is None else kv_heads
@@ -150,8 +178,16 @@ class SelfAttention(nn.Module):
         self.mask = mask
         self.to_q = nn.Linear(dim, dim, bias)
         self.to_k = nn.Linear(dim, kv_heads * self.head_dim, bias)
-        self.to_v = nn.Linear(dim, kv_heads * self.head_dim, bias)
-        self.to_out = nn.Linear(dim, dim, bias)
+        self.v_head_dim = self.head_dim
+        if v_head_dim is not None:
+            self.v_head_dim = integer("SelfAttention", "v_head_dim", v_head_dim, least=1)
+        self.to_v = nn.Linear(dim, kv_heads * self.v_head_dim, bias)
+        self.to_out = nn.Linear(heads * self.v_head_dim, dim, bias)
+        check_softcap(softcap)
+        dropped_levels(attention_dropout)
+        self.softcap, self.attention_dropout = softcap, attention_dropout
+        self.sinks = nn.Parameter(torch.zeros(heads)) if sinks else None
+        self._make_bias(score_bias, max_distance)
         self.register_load_state_dict_pre_hook(_split_keys_and_values)
 
     def forward(
@@ -173,14 +209,15 @@ class SelfAttention(nn.Module):
             cache: Keys and values of earlier tokens; those of x are stored in it.
 
         Raises:
-            TypeError: x is no tensor, or cache is no KVCache.
+            TypeError: x is not a tensor, or cache is not a KVCache.
             ValueError: x is not (b, s, dim), an offset comes without a cache, or there are more
                 tokens than the cache has space for.
         """
         self._check_input(x)
+        widths = (self.head_dim, self.head_dim, self.v_head_dim)
         q, k, v = (
-            rearrange(project(x), "b s (h d) -> b s h d", d=self.head_dim)
-            for project in (self.to_q, self.to_k, self.to_v)
+            rearrange(project(x), "b s (h d) -> b s h d", d=d)
+            for project, d in zip((self.to_q, self.to_k, self.to_v), widths, strict=True)
         )
         if cache is None:
             if isinstance(q_offset, Tensor) or q_offset:
@@ -221,8 +258,35 @@ class SelfAttention(nn.Module):
         kv_lens: Tensor | None,
         q_offset: int | Tensor | None = None,
     ) -> Tensor:
-        """Attention itself, `(b, s, h, d)`: subclasses may override it, to rotate q and k say."""
-        return block_sparse_attention(q, k, v, self.mask, kv_lens=kv_lens, q_offset=q_offset)
+        """Attention itself, `(b, s, h, d_v)`: subclasses may override it, to rotate q and k say."""
+        return block_sparse_attention(
+            q, k, v, self.mask, kv_lens=kv_lens, q_offset=q_offset, **self.score_options()
+        )
+
+    def score_options(self) -> dict[str, Any]:
+        """The arguments of `block_sparse_attention` for scores: bias, softcap, sinks, dropout_p."""
+        bias: ScoreBias | None = None
+        if self.score_bias == "alibi":
+            bias = alibi(self.alibi_slopes)
+        elif self.score_bias == "relative":
+            bias = relative(self.relative_table)
+        options = {"bias": bias, "softcap": self.softcap, "sinks": self.sinks}
+        dropout_p = self.attention_dropout if self.training else 0.0
+        return {n: x for n, x in (options | {"dropout_p": dropout_p}).items() if x is not None}
+
+    def _make_bias(self, score_bias: str | None, max_distance: int) -> None:
+        """Slopes or table, by the name of the bias."""
+        if score_bias not in (None, "alibi", "relative"):
+            raise ValueError(
+                f"score_bias must be 'alibi', 'relative' or None, got {score_bias!r}; for others "
+                "override SelfAttention.score_options"
+            )
+        self.score_bias = score_bias
+        if score_bias == "alibi":
+            self.register_buffer("alibi_slopes", alibi_slopes(self.heads), persistent=False)
+        elif score_bias == "relative":
+            size = 2 * integer("SelfAttention", "max_distance", max_distance, least=0) + 1
+            self.relative_table = nn.Parameter(torch.zeros(self.heads, size))
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
         """A layout moves with the module: to(device), cuda(), cpu(). It stays when that is meta."""
@@ -235,7 +299,15 @@ class SelfAttention(nn.Module):
 
     def extra_repr(self) -> str:
         """Shown when the module is printed."""
-        return f"heads={self.heads}, kv_heads={self.kv_heads}, mask={self.mask!r}"
+        options = {
+            "score_bias": self.score_bias,
+            "softcap": self.softcap,
+            "sinks": self.sinks is not None or None,
+            "attention_dropout": self.attention_dropout or None,
+            "v_head_dim": None if self.v_head_dim == self.head_dim else self.v_head_dim,
+        }
+        given = "".join(f", {name}={x!r}" for name, x in options.items() if x is not None)
+        return f"heads={self.heads}, kv_heads={self.kv_heads}, mask={self.mask!r}{given}"
 
 
 def _split_keys_and_values(

@@ -1,4 +1,4 @@
-"""Sparsity that the data decide: scores of blocks, the best k, and what selectors learn from.
+"""Data-dependent sparsity: scores of blocks, the best k, and losses for selectors.
 
     q, k -> block_scores -> topk_blocks -> BlockLayout.from_topk -> block_sparse_attention
                 |                                                        |

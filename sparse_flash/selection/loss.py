@@ -1,4 +1,4 @@
-"""What a selector learns from: the divergence of its scores from the attention that was paid."""
+"""Selection loss: the divergence of a selector's scores from the attention mass of the tiles."""
 
 from __future__ import annotations
 

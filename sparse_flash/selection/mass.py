@@ -12,7 +12,7 @@ from sparse_flash.checks import (
     check_are_tensors,
     check_kv_lens,
     check_layout,
-    check_options,
+    check_scale,
     check_tensors,
 )
 from sparse_flash.kernels.sm90 import mass as sm90
@@ -93,7 +93,7 @@ def tile_mass(
         )
     if kv_lens is not None:
         check_kv_lens(kv_lens, q.shape[0], k.shape[1])
-    scale = check_options(softmax_scale, 0.0)
+    scale = check_scale(softmax_scale)
     scale = q.shape[3] ** -0.5 if scale is None else scale
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")

@@ -25,8 +25,8 @@ def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Ten
         out `(b, s, h, d)` in the dtype of the first output, and lse `(b, h, s)`.
 
     Raises:
-        TypeError: An entry is no tensor, or a logsumexp has 16 bits.
-        ValueError: No entries, as many outputs as logsumexps are missing, or shapes disagree.
+        TypeError: An entry is not a tensor, or a logsumexp has 16 bits.
+        ValueError: There are no entries, outputs and logsumexps differ in number or in shape.
 
     >>> import torch
     >>> from sparse_flash import block_sparse_attention, masks

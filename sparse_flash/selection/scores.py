@@ -91,7 +91,7 @@ def block_scores(
         differentiable. -inf where a block has no key that is allowed.
 
     Raises:
-        TypeError: q or k is no tensor, dtypes disagree, or block is no pair.
+        TypeError: q or k is not a tensor, dtypes disagree, or block is not a pair.
         ValueError: Shapes disagree, a block size is below 1, or pool is unknown; causal with
             lengths that differ.
 

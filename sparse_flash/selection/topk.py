@@ -37,7 +37,7 @@ def topk_blocks(
         to choose from. For `BlockLayout.from_topk`.
 
     Raises:
-        TypeError: scores is no floating-point tensor, or a number is no int.
+        TypeError: scores is not a floating-point tensor, or a number is not an int.
         ValueError: scores is not (b, h, nq, nk), k is below 1, or less than the forced blocks.
 
     >>> scores = torch.tensor([[[[1.0, 2, 3, 4], [4, 3, 2, 1]]]])

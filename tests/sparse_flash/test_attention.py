@@ -221,7 +221,7 @@ X = torch.randn(2, 32, 4, 8)
         *(({name: X.sum()}, ValueError, rf"{name} must be \(batch, sequence") for name in "qkv"),
         ({"v": X.int()}, TypeError, "v has dtype torch.int32; allowed are float64, float32"),
         ({"k": X.half()}, TypeError, "k has dtype torch.float16, but q has torch.float32"),
-        ({"v": X[..., :4]}, ValueError, "must have one shape"),
+        ({"v": X[:, :9]}, ValueError, "must have one batch, sequence and heads"),
         ({"k": X[..., :4], "v": X[..., :4]}, ValueError, "agree in batch .* and head_dim"),
         ({"k": X[:1], "v": X[:1]}, ValueError, "agree in batch"),
         (
@@ -230,7 +230,25 @@ X = torch.randn(2, 32, 4, 8)
             "4 query heads must be a multiple of the 3",
         ),
         ({"q": X.to("meta")}, ValueError, "k is on cpu, but q is on meta"),
+        ({"q": X[..., :0], "k": X[..., :0], "v": X[..., :0]}, ValueError, "at least 1, got"),
+        ({"k": X.to_sparse()}, TypeError, r"k must be an ordinary .*got torch.sparse_coo: use"),
+        ({"v": X.to_mkldnn()}, TypeError, r"v must be an ordinary .*got torch._mkldnn"),
+        *(
+            ({name: torch.nested.nested_tensor([X[0], X[1, :9]], layout=layout)}, TypeError, words)
+            for name in "qkv"
+            for layout, words in (
+                (torch.strided, rf"{name} must be .*a nested tensor.*masks.documents"),
+                (torch.jagged, rf"{name} must be .*a nested tensor.*pass kv_lens"),
+            )
+        ),
         ({"mask": "causal"}, TypeError, "masks.parse makes one from text"),
+        ({"mask": masks.causal}, TypeError, r"masks.causal itself: call it, as in masks.causal\("),
+        ({"mask": masks.local}, TypeError, r"masks.local itself: call it"),
+        ({"mask": print}, TypeError, "masks.custom from a function"),
+        *(
+            ({name: torch.tensor([3, 4], device="meta")}, ValueError, f"{name} is on meta and has")
+            for name in ("kv_lens", "q_offset", "kv_starts")
+        ),
         ({"mask": masks.causal().layout(32, 31)}, ValueError, "32 queries and 31 keys"),
         ({"mask": masks.documents((9, 9))}, ValueError, "made for q_len=18"),
         ({"mask": masks.per_head([masks.causal()] * 3)}, ValueError, "patterns for 3 heads"),
@@ -240,7 +258,7 @@ X = torch.randn(2, 32, 4, 8)
         ({"kv_lens": torch.tensor([3])}, ValueError, r"shape \(2,\)"),
         ({"kv_lens": torch.tensor([3, 33])}, ValueError, r"in 0..32 .*got 3..33"),
         ({"kv_lens": torch.tensor([-1, 3])}, ValueError, "got -1..3"),
-        ({"dropout_p": 0.1}, ValueError, "not implemented; pass 0.0"),
+        ({"dropout_p": 1.0}, ValueError, r"must be in \[0, 1\), got 1.0"),
         ({"softmax_scale": float("nan")}, ValueError, "finite"),
         ({"softmax_scale": "0.1"}, TypeError, "must be a number, got '0.1'"),
         ({"softmax_scale": torch.tensor(0.1)}, TypeError, "Multiply q by a learned scale"),
@@ -256,6 +274,7 @@ X = torch.randn(2, 32, 4, 8)
         ),
     ],
 )
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_bad_input(changes, error, words):
     with pytest.raises(error, match=words):
         bad(**changes)
@@ -318,7 +337,7 @@ def test_every_property_of_a_call_is_told_apart(monkeypatch):
         block_sparse_attention(q, k, v.float(), layout)
     with pytest.raises(ValueError, match="v is on meta|on meta, but q"):
         block_sparse_attention(q, k, v.to("meta"), layout)
-    with pytest.raises(ValueError, match="must have one shape"):
+    with pytest.raises(ValueError, match="must have one batch, sequence and heads"):
         block_sparse_attention(q, k, v[:, :, :2], layout)
     with pytest.raises(ValueError, match="32 queries"):
         block_sparse_attention(q[:, :31], k, v, layout)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
 
 from sparse_flash import block_sparse_attention, masks
 from tests.oracle import dense_attention
@@ -115,6 +117,87 @@ def test_forward_mode_is_refused(which, grad):
         of_one(forward_ad.make_dual(x, t))
     with forward_ad.dual_level():  # without a tangent there is nothing to refuse
         torch.testing.assert_close(ours(*tensors), dense(*tensors))
+
+
+def watched(f):
+    """The same function where a dispatch mode sees its operators."""
+
+    def run(*inputs):
+        with FlopCounterMode(display=False):
+            return f(*inputs)
+
+    return run
+
+
+# Where the operator runs, and not the function of autograd: f(x) to f(x).
+OPERATOR = {
+    "mode": watched,
+    "make_fx": lambda f: lambda *inputs: make_fx(f)(*inputs)(*inputs),
+    "compile": lambda f: torch.compile(f, fullgraph=True, backend="aot_eager"),
+}
+FORWARD = {
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (x,)),
+    "jacfwd": lambda f, x: torch.func.jacfwd(f)(x),
+    "jvp of grad": lambda f, x: torch.func.jvp(
+        torch.func.grad(lambda x: f(x).square().sum()), (x,), (x,)
+    ),
+    "jvp of vmap": lambda f, x: torch.func.jvp(torch.vmap(f), (x[None],), (x[None],)),
+    "hessian": lambda f, x: torch.func.hessian(lambda x: f(x).square().sum())(x),
+    "jvp in a cotangent": lambda f, x: torch.func.jvp(
+        lambda t: torch.func.vjp(f, x)[1](t)[0], (x,), (x,)
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("route", "which"), [("mode", 0), ("mode", 1), ("mode", 2), ("make_fx", 0), ("compile", 0)]
+)
+@pytest.mark.parametrize("way", FORWARD)
+def test_forward_mode_of_the_operator_is_refused(route, way, which):
+    torch._dynamo.reset()
+    tensors = make(s=3)
+
+    def of_one(x):
+        return ours(*tensors[:which], x, *tensors[which + 1 :])
+
+    attend = OPERATOR[route](lambda x: FORWARD[way](of_one, x))
+    with pytest.raises(Exception, match=r"no (forward-mode|second) derivative"):
+        attend(tensors[which])
+
+
+def test_linearize_is_refused():
+    q, k, v = make()
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        torch.func.linearize(lambda q: ours(q, k, v), q)
+
+
+def test_tangents_of_the_operator_are_refused():
+    q, k, v = make()
+    with FlopCounterMode(display=False), forward_ad.dual_level():
+        torch.testing.assert_close(ours(q, k, v), dense(q, k, v))
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            ours(q, forward_ad.make_dual(k, k), v)
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            torch.compile(ours, backend="eager")(q, k, forward_ad.make_dual(v, v))
+
+
+REVERSE = {
+    "grad": lambda f, x: torch.func.grad(lambda x: f(x).sin().sum())(x),
+    "vjp": lambda f, x: torch.func.vjp(f, x)[1](x)[0],
+    "jacrev": lambda f, x: torch.func.jacrev(f)(x),
+    "vmap of grad": lambda f, x: torch.vmap(torch.func.grad(lambda x: f(x).sin().sum()))(x[None]),
+    "grad of vmap": lambda f, x: torch.func.grad(lambda x: torch.vmap(f)(x).sin().sum())(x[None]),
+}
+
+
+@pytest.mark.parametrize("way", REVERSE)
+@pytest.mark.parametrize("route", OPERATOR)
+def test_transforms_of_the_operator(route, way):
+    """Under torch.func too, what a dispatch mode sees and what is compiled has these gradients."""
+    torch._dynamo.reset()
+    q, k, v = make(s=3)
+    attend = OPERATOR[route](lambda q: REVERSE[way](lambda q: ours(q, k, v), q))
+    torch.testing.assert_close(attend(q), REVERSE[way](lambda q: dense(q, k, v), q))
 
 
 def test_inputs_that_change_between_the_passes_are_noticed():

@@ -25,7 +25,10 @@ MASK = masks.causal()
         ({"dropout": 0.1}, "write dropout_p"),
         ({"enable_gqa": True}, "fewer heads"),
         ({"block_mask": 1}, "masks.custom"),
-        ({"score_mod": abs}, "softmax_scale"),
+        ({"score_mod": abs}, r"pass bias= a term of sparse_flash.scores.*softcap="),
+        ({"alibi_slopes": Q}, r"bias=sparse_flash.scores.alibi\(slopes\)"),
+        ({"s_aux": Q}, r"write sinks"),
+        ({"logits_soft_cap": 30.0}, r"write softcap"),
         ({"cu_seqlens": 1}, "masks.documents"),
         ({"kv_len": 3}, r"no argument kv_len=3: see help\(block_sparse_attention\)"),
     ],
@@ -52,8 +55,7 @@ def test_a_call_without_a_mask():
         ({"softmax_scale": True}, TypeError, "must be a number, got True"),
         ({"softmax_scale": 1j}, TypeError, "must be a number, got 1j"),
         ({"softmax_scale": float("nan")}, ValueError, "finite"),
-        ({"dropout_p": "0.1"}, TypeError, "dropout_p must be 0.0"),
-        ({"dropout_p": 0.1}, ValueError, "not implemented"),
+        ({"dropout_p": "0.1"}, TypeError, r"dropout_p must be a number in \[0, 1\), got '0.1'"),
     ],
 )
 def test_options(options, error, words):

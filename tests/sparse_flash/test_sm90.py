@@ -72,7 +72,7 @@ def calls(monkeypatch):
 def backward_config(dim, deterministic=False):
     """What computes the gradients of these tests."""
     if dim > 128:
-        variant = BackwardVariant.DKDV
+        variant = BackwardVariant.DKDV if deterministic else BackwardVariant.WIDE
     else:
         variant = BackwardVariant.DETERMINISTIC if deterministic else BackwardVariant.DQ
     return variant_config(variant, "bfloat16", dim)
@@ -146,7 +146,9 @@ def test_gradients_are_those_of_attention(calls, dim, deterministic):
     )
     for a, b in zip(got, expected, strict=True):
         assert (a.double() - b).norm() < 0.01 * b.norm()
-    assert calls[-1] == (q.shape, backward_config(dim, deterministic), False)
+    # A dense layout takes two kernels above head_dim 128.
+    config = backward_config(dim, deterministic or dim > 128)
+    assert calls[-1] == (q.shape, config, False)
 
 
 def test_only_the_lse_is_used(calls):
@@ -196,7 +198,21 @@ def test_how_gradients_are_made(calls, dim):
         plans = sm90.backward_plans(layout, q, q, deterministic)
         assert plans.dkdv.config == backward_config(dim, deterministic)
         assert plans.dkdv.config.fixed_point == (deterministic and dim <= 128)
-        assert (plans.dq is None) == (dim <= 128) == plans.dkdv.config.dq
+        assert plans.dkdv.config.dq == (dim <= 128 or not deterministic)
+        assert (plans.dq is None) == plans.dkdv.config.dq
+
+
+@pytest.mark.parametrize("dim", [136, 256])
+def test_dense_gradients_above_128_take_two_kernels(calls, dim):
+    q = torch.zeros(1, 1024, 2, 1).bfloat16().expand(-1, -1, -1, dim)
+    for mask, dense in (
+        (masks.full(), True),
+        (masks.causal(), False),
+        (masks.per_head([masks.full(), masks.local(100)]), False),
+    ):
+        plans = sm90.backward_plans(mask.layout(1024), q, q)
+        assert plans.dkdv.config == backward_config(dim, deterministic=dense)
+        assert (plans.dq is not None) == dense
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,42 @@
+"""Which implementation "auto" takes for score terms, without a GPU."""
+
+from __future__ import annotations
+
+import pytest
+from sparse_flash.kernels.sm80 import attention as sm80
+from sparse_flash.kernels.sm90 import attention as sm90
+
+from sparse_flash.implementations.choose import choose
+from sparse_flash.implementations.score_features import ALIBI, DROPOUT, SINKS, SLOPES, WIDTH
+from tools.score_table import call_of
+
+
+@pytest.fixture(autouse=True)
+def _on_gpu(monkeypatch):
+    for module in (sm80, sm90):
+        monkeypatch.setattr(module, "unsupported_reason", lambda *_: None)
+
+
+@pytest.mark.parametrize(
+    ("feature", "gradients", "offset", "name"),
+    [
+        (SINKS, True, False, "sm90"),
+        (SINKS, False, True, "sm90"),
+        (SINKS, True, True, "reference"),
+        (ALIBI, True, False, "sm90"),
+        (ALIBI, False, True, "reference"),  # not tested on a GPU
+        (SLOPES, True, False, "reference"),
+        (DROPOUT, False, False, "reference"),
+        (WIDTH, False, False, "reference"),  # narrower values: not tested on a GPU
+    ],
+)
+def test_auto(feature, gradients, offset, name):
+    assert choose("auto", call_of(feature, 64, gradients, offset)).name == name
+
+
+def test_by_name():
+    assert choose("sm90", call_of(ALIBI, 64, False, True)).name == "sm90"
+    with pytest.raises(ValueError, match="gradients of ALiBi slopes"):
+        choose("sm90", call_of(SLOPES, 64, True, False))
+    with pytest.raises(ValueError, match="up to head_dim 128, not 256"):
+        choose("sm90", call_of(ALIBI, 256, True, False))
