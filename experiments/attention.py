@@ -1,4 +1,4 @@
-"""The kinds of attention that a model can be given by name, ours and those it is compared with.
+"""Attentions of a model by name: ours and the baselines.
 
 Each is a module from q, k, v `(b, s, h, d)` and kv_lens (b,), or None where nothing is padding, to
 `(b, s, h, d)`. A new one is a class with the decorator `attention`; an installed package adds one
@@ -44,7 +44,7 @@ _ALSO_CALLED = {
 
 @dataclass(frozen=True)
 class AttentionType:
-    """What a kind of attention other than ours is made by.
+    """Constructor and cost of an attention other than ours.
 
     make: From (length, heads, head_dim, size) to the module.
     sized: Whether its name has a size, as in performer(256).
@@ -78,7 +78,7 @@ def attention(
 
 @dataclass(frozen=True)
 class AttentionKind:
-    """A kind of attention: what its name says, or the object that was given instead.
+    """An attention, by name or from an object of the user.
 
     name: "ours", "flex", "module" (a user's), "selected", or a name of `ATTENTIONS`.
     mask: None where there is none.
@@ -175,7 +175,7 @@ class AttentionKind:
 
     @property
     def label(self) -> str:
-        """The text that was given; of an object what it prints as."""
+        """The given text, or the repr of an object."""
         if self.text:
             return self.text
         if self.name == "module":
@@ -186,7 +186,7 @@ class AttentionKind:
 
     @property
     def type(self) -> AttentionType | None:
-        """How it is made; None for ours, flex and those of users."""
+        """Its constructor and cost; None for ours, flex and a user's attention."""
         own = ("ours", "flex", "module", "selected")
         return None if self.name in own else ATTENTIONS[self.name]
 
@@ -229,7 +229,7 @@ class AttentionKind:
 if TYPE_CHECKING:
     Attention = str | Mask | AttentionKind | Callable[..., Any]
 else:
-    Attention = str  # what the command line reads
+    Attention = str  # the text form of the command line
 
 
 def _mask(text: str) -> Mask:
@@ -280,7 +280,7 @@ def _features_flops(length: int, head_dim: int, features: int) -> int:
 
 
 def key_padding_mask(k: Tensor, kv_lens: Tensor | None) -> Tensor | None:
-    """Which keys are no padding: bool (b, s); None for all."""
+    """Keys without padding: bool (b, s); None for all."""
     if kv_lens is None:
         return None
     return torch.arange(k.shape[1], device=k.device) < kv_lens[:, None]
@@ -429,7 +429,7 @@ class Performer(nn.Module):
         for _ in range(-(-size // head_dim)):  # orthogonal within each block
             directions, _ = torch.linalg.qr(torch.randn(heads, head_dim, head_dim))
             norms = torch.randn(heads, head_dim, head_dim).norm(dim=1, keepdim=True)
-            # QR chooses signs by the numbers themselves: without new ones it would favor a side.
+            # QR determines the signs; random ones make the distribution symmetric.
             signs = torch.randn(heads, 1, head_dim).sign()
             blocks.append((directions * norms * signs).transpose(1, 2))
         self.register_buffer("features", torch.cat(blocks, 1)[:, :size])
@@ -441,7 +441,7 @@ class Performer(nn.Module):
             of_q, of_k = self.exponents(q), self.exponents(k)
             if real is not None:
                 of_k = of_k.masked_fill(~real[..., None, None], -torch.inf)
-            # Whatever is subtracted cancels: of a query its own maximum, of keys their common one.
+            # Any offset cancels: the maximum of each query, and the common maximum of the keys.
             of_q = (of_q - of_q.amax(-1, keepdim=True).detach()).exp()
             of_k = (of_k - of_k.amax((1, 3), keepdim=True).detach()).exp()
             out = _by_features(of_q + 1e-6, of_k + 1e-6, v.float(), real)

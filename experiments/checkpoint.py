@@ -19,7 +19,7 @@ _MAGIC = b"sparse_flash checkpoint 2\n"
 
 
 class CheckpointError(ValueError):
-    """A file that is no checkpoint of sparse_flash, is damaged, or belongs to another run."""
+    """A file that is not a checkpoint of sparse_flash, is damaged, or belongs to another run."""
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
@@ -37,7 +37,7 @@ def save(path: Path, state: dict[str, Any]) -> None:
 
 
 def load(
-    path: Path, way_out: str = "delete it (or choose another folder) to start anew"
+    path: Path, way_out: str = "delete it (or choose another folder) to start again"
 ) -> dict[str, Any]:
     """Read what `save` wrote, onto the CPU.
 
@@ -46,12 +46,12 @@ def load(
         way_out: Remedy for the user if the file cannot be read, for the message.
 
     Raises:
-        CheckpointError: It is no checkpoint of ours, or it is damaged.
+        CheckpointError: The file is not a checkpoint of sparse_flash, or is damaged.
     """
     content = path.read_bytes()
     header, digest = len(_MAGIC), hashlib.sha256().digest_size
     if content[:header] != _MAGIC:
-        raise CheckpointError(f"{path} is no checkpoint of sparse_flash: {way_out}")
+        raise CheckpointError(f"{path} is not a checkpoint of sparse_flash: {way_out}")
     data = content[header + digest :]
     if hashlib.sha256(data).digest() != content[header : header + digest]:
         raise CheckpointError(f"{path} is damaged (its checksum does not match): {way_out}")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sparse_flash.nn import TopKAttention
 
-_SMALLEST = 256  # pixels a side of a head's picture, about
+_SMALLEST = 256  # approximate pixels per side of a head's picture
 
 
 def pictures(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -1,4 +1,4 @@
-"""How much of a training step is attention: forward and backward, of any implementation."""
+"""Time of attention in a training step: forward and backward, of any implementation."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class AttentionClock:
         return _Mark.apply(self.ends, self.starts, self, tensor)[0]
 
     def now(self) -> Any:
-        """A point in time: of the device, where it runs ahead of the host."""
+        """A time stamp, of the device if it runs asynchronously."""
         if self.device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)

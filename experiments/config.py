@@ -31,7 +31,7 @@ class ModelConfig:
     """Encoder layers."""
     ffn: int = 128
     """Width of the feed-forward layers."""
-    positions: Literal["learned", "rotary", "rotary2d"] = "learned"
+    positions: Literal["learned", "rotary", "rotary2d", "none"] = "learned"
     """Position encoding; rotary2d: rows and columns of an image."""
     initial_span: tuple[float, ...] = ()
     """Distance that heads attend to before training, in tokens or pixels, cycled over the heads;
@@ -40,6 +40,18 @@ class ModelConfig:
     """Pooling of tokens into one vector."""
     dropout: float = 0.1
     """After attention, after the feed-forward layers, and on the embeddings."""
+    short_conv: int = 0
+    """Width of a causal depthwise convolution of queries, keys and values; 0: none."""
+    attention_dropout: float = 0.0
+    """Dropout of attention probabilities; this and the next four need a block-sparse pattern."""
+    score_bias: Literal["none", "alibi", "relative"] = "none"
+    """Term of the attention scores: ALiBi, or a learned value for each distance up to 128."""
+    softcap: float = 0.0
+    """Bound of the attention scores by tanh; 0: none."""
+    sinks: bool = False
+    """Learned logits, one per head, that take probability and have no value."""
+    v_head_dim: int = 0
+    """Width of a head of the values; 0: dim / heads."""
 
     def __post_init__(self) -> None:
         """Refuse inconsistent sizes."""
@@ -48,20 +60,37 @@ class ModelConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.dim % self.heads:
             raise ValueError(f"dim={self.dim} must be a multiple of heads={self.heads}")
-        step = {"learned": 1, "rotary": 2, "rotary2d": 4}[self.positions]
+        step = {"rotary": 2, "rotary2d": 4}.get(self.positions, 1)
         if self.dim // self.heads % step:
             raise ValueError(
                 f"{self.positions} positions need a head_dim that is a multiple of {step}, "
                 f"got {self.dim // self.heads}"
             )
         fits = len(self.initial_span) <= self.heads and min(self.initial_span, default=1) > 0
-        if not fits or (self.initial_span and self.positions == "learned"):
+        if not fits or (self.initial_span and not self.positions.startswith("rotary")):
             raise ValueError(
                 f"initial_span={self.initial_span} must be positive, at most one for each of "
                 f"{self.heads} heads, and needs rotary positions; they are {self.positions}"
             )
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in 0..1, got {self.dropout}")
+        for name in ("dropout", "attention_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in 0..1, got {getattr(self, name)}")
+        for name in ("softcap", "v_head_dim"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 or positive, got {getattr(self, name)}")
+        if self.short_conv < 0:
+            raise ValueError(f"short_conv must be 0 (none) or a width, got {self.short_conv}")
+
+    def score_options(self) -> dict[str, Any]:
+        """The arguments of `SelfAttention` for scores that are set; empty by default."""
+        given = {
+            "attention_dropout": self.attention_dropout,
+            "score_bias": None if self.score_bias == "none" else self.score_bias,
+            "softcap": self.softcap,
+            "sinks": self.sinks,
+            "v_head_dim": self.v_head_dim,
+        }
+        return {name: value for name, value in given.items() if value}
 
 
 @dataclass(frozen=True)
@@ -71,13 +100,13 @@ class TrainConfig:
     steps: int = 5_000
     """Optimizer steps."""
     batch_size: int = 32
-    """Examples a step."""
+    """Batch size, examples per step."""
     lr: float = 1e-3
     """Peak learning rate of AdamW; linear warm-up, then a cosine to zero."""
     warmup: int = 500
     """Steps of linear warm-up."""
     weight_decay: float = 0.01
-    """On matrices; biases, norms and embeddings have none."""
+    """Weight decay of matrices; biases, norms and embeddings have none."""
     clip: float = 1.0
     """Gradient clipping: largest norm of the gradient."""
     eval_every: int = 500
@@ -92,7 +121,7 @@ class TrainConfig:
     """On a GPU, run a step as one CUDA graph: small models are bound by the host otherwise."""
 
     def __post_init__(self) -> None:
-        """Refuse numbers that make no run possible."""
+        """Refuse invalid numbers."""
         counts = ("steps", "batch_size", "eval_every", "log_every", "checkpoint_every")
         for name in counts:
             if getattr(self, name) < 1:
@@ -194,7 +223,7 @@ class RunConfig(Common):
     seed: int = 0
     """Seed of the weights, dropout and the order of the data."""
     init: str = ""
-    """Folder of a run to begin with the weights of: of smaller images, say."""
+    """Folder of a run with the initial weights, for example of smaller images."""
 
     def __post_init__(self) -> None:
         """Refuse impossible settings before any work."""
@@ -220,7 +249,7 @@ class RunConfig(Common):
 
     @functools.cached_property
     def record(self) -> dict[str, Any]:
-        """`to_dict()`, and under "provenance" what decides on resuming; see `provenance`."""
+        """`to_dict()`, and under "provenance" the conditions for resuming; see `provenance`."""
         origin = {
             "attention": provenance.of_attention(self.kind, self.length, self.block),
             "task": provenance.of_task(self.task),
@@ -267,10 +296,10 @@ class CompareConfig(Common):
     budget: float = math.inf
     """Seconds of training per run; a run that reaches them is evaluated as it is."""
     init: str = ""
-    """Folder of a run to begin with the weights of."""
+    """Folder of a run with the initial weights."""
 
     def __post_init__(self) -> None:
-        """There must be something to compare, each once."""
+        """Refuse empty or repeated variants and seeds."""
         check_task(self.task)
         check_block(self.block)
         check_grid(self.labels, self.seeds, self.budget)
@@ -319,7 +348,7 @@ def check_grid(labels: tuple[str, ...], seeds: tuple[int, ...], budget: float) -
 
 
 def compared(run: RunConfig, *attentions: Attention) -> CompareConfig:
-    """A comparison whose runs are as `run`, but for the attention.
+    """A comparison of runs that differ from `run` only in the attention.
 
     attentions: Default: sdpa, dense, and the run's own.
     """

@@ -33,13 +33,13 @@ class Stage:
     """Images of one canvas and some contours, until they are learned."""
 
     size: Size
-    """Pixels a side of the canvas."""
+    """Pixels per side of the canvas."""
     contours: tuple[int, ...]
     """Paddles of the long curves; the last is evaluated."""
     weights: tuple[float, ...]
     """Sampling weight of each contour."""
     batch_size: int
-    """Images a step."""
+    """Batch size, images per step."""
     lr: float
     """Peak learning rate of AdamW: linear warm-up, then a cosine over all images to a tenth."""
     images: int
@@ -52,7 +52,7 @@ class Stage:
     """Largest number of evaluations."""
 
     def __post_init__(self) -> None:
-        """Refuse what no stage can be made of."""
+        """Refuse invalid settings."""
         if not self.contours or len(self.contours) != len(self.weights):
             raise ValueError(
                 f"a stage needs contours and a weight for each, got {self.contours} with weights "
@@ -69,7 +69,7 @@ class Stage:
                 f"batches of {self.batch_size} with {self.evaluations} evaluations"
             )
         for contour in self.contours:
-            Pathfinder(self.size, contour, geometry=256)  # refuses what cannot be drawn
+            Pathfinder(self.size, contour, geometry=256)  # refuses impossible drawings
 
     @property
     def steps(self) -> int:
@@ -82,7 +82,7 @@ class Stage:
         return self.steps // self.evaluations
 
     def learning_rate(self, step: int, warmup: int) -> float:
-        """Of a step (from 0) of the stage."""
+        """Learning rate at a step (from 0) of the stage."""
         done = max(0, step - warmup) / max(1, self.steps - warmup)
         cosine = 0.55 + 0.45 * math.cos(math.pi * done)
         return self.lr * min(1.0, (step + 1) / max(1, warmup)) * cosine
@@ -93,11 +93,12 @@ class Curriculum:
     """The stages of a run, and their common settings."""
 
     stages: tuple[Stage, ...]
-    """In this order."""
+    """The stages, in order."""
     geometry: Literal[32, 64, 128, 256] = 256
     """Size of the published images whose paddles are drawn on every canvas."""
     attention: Attention = ""
-    """As of a single run; PIXELS stands for the canvas. Empty: 3 x 3 patches and a butterfly."""
+    """Attention, as for a single run; PIXELS stands for the canvas. Empty: 3 x 3 patches and a
+    butterfly."""
     block: int = 128
     """Granularity of layouts, in tokens."""
     model: ModelConfig = field(
@@ -111,13 +112,13 @@ class Curriculum:
     warmup: int = 200
     """Steps of linear warm-up of each stage."""
     weight_decay: float = 0.01
-    """On matrices."""
+    """Weight decay of matrices."""
     clip: float = 1.0
     """Largest norm of the gradient."""
     val: int = 1_000
-    """Images to evaluate a stage on."""
+    """Validation images per stage."""
     test: int = 4_000
-    """Images to evaluate the last stage on in the end."""
+    """Test images of the last stage."""
     compile: bool = True
     """Run the model through torch.compile."""
     graph: bool = True
@@ -126,7 +127,7 @@ class Curriculum:
     """Seed of weights, training images and their order."""
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be trained, before any work."""
+        """Refuse invalid settings before any work."""
         if not self.stages or min(self.val, self.test) < 1:
             raise ValueError(
                 "a curriculum needs stages, and val and test images to evaluate on, got "
@@ -194,7 +195,7 @@ class Curriculum:
 
     @functools.cached_property
     def record(self) -> dict[str, Any]:
-        """`to_dict()`, and under "provenance" what decides on resuming; see `provenance`."""
+        """`to_dict()`, and under "provenance" the conditions for resuming; see `provenance`."""
         cls = self.model.pooling == "cls"
         origins = [
             provenance.of_attention(self.kind(size), size * size + cls, self.block)

@@ -91,7 +91,7 @@ def accuracy_by_time(figure: FigureBase, report: Report) -> None:
 
 
 def accuracy_by_step(figure: FigureBase, report: Report) -> None:
-    """Test accuracy against milliseconds a step, a point for each attention."""
+    """Test accuracy against milliseconds per step, one point per attention."""
     axes = _axes(figure, "Accuracy against step time", report)
     times = []
     for index, (row, label) in enumerate(_labeled(report)):
@@ -105,7 +105,7 @@ def accuracy_by_step(figure: FigureBase, report: Report) -> None:
         axes.errorbar(x, y, label=label, capsize=3, **bars, **style)
     if times and max(times) > 8 * min(times):
         axes.set_xscale("log")
-    _finish(axes, report, "milliseconds a step; up and left is better", "test accuracy")
+    _finish(axes, report, "milliseconds per step; up and left is better", "test accuracy")
 
 
 def speedups(figure: FigureBase, report: Report) -> None:

@@ -16,9 +16,9 @@ def density(config: RunConfig) -> float | None:
 def step_flops(config: RunConfig) -> float | None:
     """Operations of the matrix products of a training step, 2 for a multiplication and addition.
 
-    Of a token, forward and backward, 6 for each weight of the layers; of a sequence, layer and
-    head, those of `attention_flops`. Embeddings and the classifier are not counted. None where
-    those of the attention are not known.
+    Forward and backward: 6 per token and weight of the layers, plus `attention_flops` per sequence,
+    layer and head. Embeddings and the classifier are not counted. None if the operations of the
+    attention are unknown.
     """
     model, length = config.model, config.length
     sequences = config.train.batch_size * (2 if has_pairs(config.task) else 1)
@@ -62,7 +62,7 @@ def attention_flops(
         kind: The attention.
         length: Tokens of the sequence, n.
         head_dim: Channels of a head, d.
-        kept: What `kind.density` says, p; None for kinds without an attention matrix.
+        kept: Result of `kind.density`, p; None for kinds without an attention matrix.
 
     >>> attention_flops(AttentionKind.of("dense"), 100, 8, 1.0)
     960000.0

@@ -25,7 +25,7 @@ class Hybrid(nn.Module):
     SLA (Zhang et al., 2025): O = O_sparse + O_linear W, with a learned map W per head, 0 at first.
 
     Args:
-        mask: What is computed exactly, for all heads alike.
+        mask: Elements computed exactly, the same for all heads.
         length: Tokens of a sequence.
         heads: Number of heads.
         head_dim: Width of a head.
@@ -104,7 +104,7 @@ class Hybrid(nn.Module):
         return out, mass.transpose(1, 2)
 
     def features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """phi(q) and phi(k) `(b, s, h, f)`, and what was subtracted from the logarithm of their
+        """phi(q) and phi(k) `(b, s, h, f)`, and the offset subtracted from the logarithm of their
         product, `(b, s, h)`.
         """
         if self.performer is None:

@@ -77,7 +77,7 @@ def _status(field: str) -> float:
 
 
 def tensor_peak(function: Callable[[], object], device: torch.device | str = "cpu") -> float:
-    """The most MiB that PyTorch's tensors take while `function` runs, above those before it.
+    """Peak memory of PyTorch tensors while `function` runs, above the start, MiB.
 
     Counts each allocation, on a CPU too, so that functions can be compared in one process. On a
     CPU the function runs twice: first to warm up.

@@ -16,6 +16,10 @@ Report = Mapping[str, Any]
 Row = Mapping[str, Any]
 Run = Mapping[str, Any]
 OURS = ("ours", "ours, sm80", "ours, reference")  # names in rows of a benchmark
+INTERVALS = (
+    "Speed-up: over the fastest baseline, median of the ratio within a turn with its 95 % "
+    "confidence interval."
+)
 ON_CPU = (
     "No GPU: the reference implementation in PyTorch against SDPA, by wall-clock time on the CPU. "
     "This does not tell how fast the kernels are."
@@ -319,6 +323,8 @@ def benchmark(report: Report) -> str:
         f"### {which.capitalize()}\n\n{_speeds(report, which)}" for which in passes_of(report)
     )
     heading = f"bfloat16, TFLOP/s of stored elements. {gpu}, matrix peak {peak:.0f} TFLOP/s."
+    if any("ratio" in row for row in report["rows"]):
+        heading += f" {INTERVALS}"
     return "\n\n".join([heading, *passes, _measurements(report)]) + "\n"
 
 
@@ -338,6 +344,25 @@ def speed_up(rows: Mapping[str, Row], key: str = "ms") -> float | None:
     return min(others) / rows["ours"][key] if others else None
 
 
+def speed_up_text(rows: Mapping[str, Row]) -> str:
+    """Speed-up of ours over the fastest baseline, by GPU time, with its interval if recorded.
+
+    >>> speed_up_text({"ours": {"ms": 2.0}, "SDPA": {"ms": 3.0}})
+    '1.50x'
+    >>> low = {"ratio": 1.51, "ratio_low": 1.49, "ratio_high": 1.52}
+    >>> speed_up_text({"ours": {"ms": 2.0}, "SDPA": {"ms": 3.0, **low}})
+    '1.510x (1.490 to 1.520)'
+    """
+    ratio = speed_up(rows)
+    if ratio is None:
+        return ""
+    others = (row for name, row in rows.items() if name not in OURS and "ms" in row)
+    best = min(others, key=lambda row: row["ms"])
+    if "ratio" not in best:
+        return f"{ratio:.2f}x"
+    return f"{best['ratio']:.3f}x ({best['ratio_low']:.3f} to {best['ratio_high']:.3f})"
+
+
 def _speeds(report: Report, which: str) -> str:
     names = [name for name, version in report["versions"].items() if version]
     lines = [["case", "density", *names, "speed-up, GPU", "speed-up, wall-clock"]]
@@ -345,8 +370,8 @@ def _speeds(report: Report, which: str) -> str:
     for case in dict.fromkeys(row["case"] for row in measured):
         rows = {row["peer"]: row for row in measured if row["case"] == case}
         cells = [f"{rows[n]['tflops']:.0f}" if "ms" in rows.get(n, {}) else "" for n in names]
-        ratios = [speed_up(rows, key) for key in ("ms", "wall_ms")]
-        gains = ["" if ratio is None else f"{ratio:.2f}x" for ratio in ratios]
+        wall = speed_up(rows, "wall_ms")
+        gains = [speed_up_text(rows), "" if wall is None else f"{wall:.2f}x"]
         lines.append([case, f"{rows['ours']['density']:.2%}", *cells, *gains])
     return table(lines)
 
@@ -361,16 +386,22 @@ def _measurements(report: Report) -> str:
         "of the matrix peak",
         "of own dense",
         "MiB",
+        "SM MHz",
+        "W",
     ]
+    clocked = any("sm_mhz" in row for row in report["rows"])
+    head = head if clocked else head[:-2]
     lines = [head]
     for row in report["rows"]:
         names = [row["pass"], row["case"], row["peer"]]
         if "ms" not in row:
-            lines.append([*names, f"not timed: {row['left out']}", "", "", "", ""])
+            cells = [f"not timed: {row['left out']}"]
+            lines.append([*names, *cells, *[""] * (len(head) - 4)])
             continue
         times = [f"{row[key]:.3f}" for key in ("ms", "wall_ms")]
         shares = [number(row, key, ".0%") for key in ("of_peak", "of_own_dense")]
-        lines.append([*names, *times, *shares, f"{row['peak_mib']:.0f}"])
+        clock = [number(row, key, ".0f") for key in ("sm_mhz", "watts")] if clocked else []
+        lines.append([*names, *times, *shares, f"{row['peak_mib']:.0f}", *clock])
     return table(lines)
 
 
@@ -403,7 +434,7 @@ def own_case_table(report: Report) -> str:
     )
     method = ON_GPU if report["device"] == "cuda" else ON_CPU
     text = [f"{report['dtype']}, density {report['density']:.2%}. {method}", "", table(lines)]
-    return "\n".join([*text, "", "Not timed:", bullets(reasons)] if reasons else text)
+    return "\n".join([*text, "", "Not timed:", "", bullets(reasons)] if reasons else text)
 
 
 def training_steps(report: Report) -> str:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from sparse_flash import masks
 from sparse_flash.nn import SelfAttention
 
-# Of tokens and learned positions at the start, as in BERT: tokens as PyTorch draws them, of 1,
-# would drown the positions.
+# Standard deviation of token and position embeddings, as in BERT. PyTorch's default of 1 for
+# tokens would dominate the positions.
 EMBEDDING_STD = 0.02
 
 
@@ -51,12 +51,21 @@ class EncoderAttention(SelfAttention):
                 f"the mask has patterns for {entries} batch entries and {heads} heads; the model "
                 f"takes one for all batch entries, and for each of its {config.heads} heads or all"
             )
-        super().__init__(config.dim, config.heads, mask=layout)
+        options = config.score_options()
+        if options and kind.name != "ours":
+            raise ValueError(
+                f"the attention {kind.name!r} has no {', '.join(options)}: give the model a mask, "
+                "or leave them out"
+            )
+        super().__init__(config.dim, config.heads, mask=layout, **options)
         head_dim = config.dim // config.heads
         self.core = (
             None if kind.name == "ours" else core(kind, layout, length, config.heads, head_dim)
         )
         self.clock: AttentionClock | None = None
+        self.short_convs = nn.ModuleList(
+            ShortConv(config.dim, config.short_conv) for _ in range(3 if config.short_conv else 0)
+        )
         self.register_buffer("rope_cos_sin", rope_cos_sin, persistent=False)
         if rope_cos_sin is not None and config.initial_span:
             self.initialize_span(config)
@@ -90,8 +99,10 @@ class EncoderAttention(SelfAttention):
         kv_lens: Tensor | None,
         q_offset: int | Tensor | None = None,
     ) -> Tensor:
-        """Rotate, and attend; timed where a clock is set."""
+        """Convolve, rotate, and attend; timed where a clock is set."""
         assert q_offset is None  # an encoder sees all tokens at once
+        if self.short_convs:
+            q, k, v = (conv(x) for conv, x in zip(self.short_convs, (q, k, v), strict=True))
         if self.rope_cos_sin is not None:
             q, k = rotate(q, self.rope_cos_sin), rotate(k, self.rope_cos_sin)
         attend = super().attend if self.core is None else self.core
@@ -99,6 +110,37 @@ class EncoderAttention(SelfAttention):
             return attend(q, k, v, kv_lens)
         q, k, v = self.clock.enter(q, k, v)
         return self.clock.leave(attend(q, k, v, kv_lens))
+
+
+class ShortConv(nn.Module):
+    """Causal depthwise convolution of each channel of queries, keys or values.
+
+        y_t = x_t + sum_{i < width} w_i x_{t - i},    x before the sequence is 0
+
+    Keys then hold the token before them, which associative recall needs (Fu et al., H3, 2023;
+    Arora et al., Zoology, 2023). Weights start as in `nn.Conv1d`.
+
+    Args:
+        dim: Number of channels, over all heads.
+        width: Number of tokens, the current one included.
+
+    >>> conv = ShortConv(8, 3)
+    >>> conv(torch.randn(2, 5, 4, 2)).shape
+    torch.Size([2, 5, 4, 2])
+    """
+
+    def __init__(self, dim: int, width: int) -> None:
+        super().__init__()
+        bound = width**-0.5
+        self.weight = nn.Parameter(torch.empty(width, dim).uniform_(-bound, bound))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, s, h, d) to the same."""
+        y = x
+        for i, weight in enumerate(self.weight):
+            shifted = nn.functional.pad(x, (0, 0, 0, 0, i, 0))[:, : x.shape[1]]
+            y = y + shifted * weight.view(x.shape[2:]).to(x.dtype)
+        return y
 
 
 def rotary_cos_sin(coordinates: Tensor, dim: int) -> Tensor:
@@ -113,7 +155,7 @@ def rotary_cos_sin(coordinates: Tensor, dim: int) -> Tensor:
 
 
 def rotary_frequencies(dim: int, axes: int) -> Tensor:
-    """Of each axis: (dim / axes / 2,), in radians a token, or a pixel."""
+    """Frequencies of each axis, (dim / axes / 2,), in radians per token or pixel."""
     base, share = 10_000.0 if axes == 1 else 100.0, dim // axes
     return base ** -(torch.arange(0, share, 2).float() / share)
 
@@ -126,7 +168,7 @@ def rotate(x: Tensor, rope_cos_sin: Tensor) -> Tensor:
 
 
 class TokenEmbedding(nn.Embedding):
-    """An embedding whose gradient is added up in copies of the table, place by place.
+    """An embedding whose gradient is accumulated in several copies of the table, by position.
 
     Most pixels of an image are black, and on a GPU additions to one row of the table wait for each
     other.
@@ -238,7 +280,7 @@ class Encoder(nn.Module):
     def forward(
         self, tokens: Tensor, lengths: Tensor | None, queries: Tensor | None = None
     ) -> Tensor:
-        """Logits; what lies beyond a sequence's length has no influence on them.
+        """Logits; tokens beyond the length of a sequence have no influence.
 
         queries: Indices (b, n) of tokens whose logits (b, n, classes) are wanted, instead of those
             of the sequence.
@@ -273,7 +315,7 @@ class Encoder(nn.Module):
         return self.norm(x)
 
     def pool(self, x: Tensor, lengths: Tensor | None) -> Tensor:
-        """(b, s, dim) to (b, dim), over the tokens that are no padding."""
+        """(b, s, dim) to (b, dim), over the tokens without padding."""
         if self.pooling == "cls":
             return x[:, 0]
         if lengths is None:
@@ -296,7 +338,7 @@ def _embeddings(*shape: int) -> nn.Parameter:
 
 def _coordinates(config: ModelConfig, length: int, coordinates: Tensor | None) -> Tensor | None:
     """Where tokens are, for rotary positions; the CLS token, if there is one, is at the origin."""
-    if config.positions == "learned":
+    if config.positions in ("learned", "none"):
         return None
     if config.positions == "rotary":
         return torch.arange(length + (config.pooling == "cls"))

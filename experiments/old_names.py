@@ -16,6 +16,7 @@ T = TypeVar("T")
 MODEL = {"reach": "initial_span"}
 LISTOPS = {"easier": "curriculum", "easier_share": "curriculum_share"}
 PATHFINDER = {**LISTOPS, "mirrored": "augment"}
+METHODS = {"places": "coordinates"}  # of tasks on images
 METRICS = {"chance": "majority_accuracy"}
 _TASKS: dict[str, Mapping[str, str]] = {"listops": LISTOPS, "pathfinder": PATHFINDER}
 
@@ -74,12 +75,15 @@ def _warn(owner: str, old: str, new: str, level: int) -> None:
 def config(saved: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of a checkpoint, result.json or comparison.json under their new names.
 
+    Settings of the model that did not exist yet have the value that changes nothing.
+
     >>> config({"model": {"reach": [2.0]}, "task": {"name": "listops", "easier": [40]}})
-    {'model': {'initial_span': [2.0]}, 'task': {'name': 'listops', 'curriculum': [40]}}
+    {'model': {'short_conv': 0, 'initial_span': [2.0]}, 'task': {'name': 'listops', \
+'curriculum': [40]}}
     """
     new = dict(saved)
     if isinstance(saved.get("model"), Mapping):
-        new["model"] = _renamed(saved["model"], MODEL)
+        new["model"] = {"short_conv": 0} | _renamed(saved["model"], MODEL)
     task = saved.get("task")
     if isinstance(task, Mapping):
         new["task"] = _renamed(task, _TASKS.get(str(task.get("name")), {}))

@@ -1,7 +1,7 @@
 """Data parallel training: the processes that torchrun started, or this one alone.
 
 A step's batch is shared out, gradients are averaged, and all workers take the same step; the first
-one writes. So settings mean what they mean in one process: `batch_size` is that of all together.
+one writes. Settings have the meaning of a single process: `batch_size` is the global batch size.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Workers:
             if device.index is not None:
                 raise ValueError(
                     f"--device {device} under torchrun: each worker takes a GPU of its own, "
-                    "say cuda or auto"
+                    "use cuda or auto"
                 )
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
@@ -75,7 +75,7 @@ class Workers:
         return self.rank == 0
 
     def mean_(self, tensors: Sequence[Tensor]) -> None:
-        """Make tensors their means over the workers, in one message."""
+        """Average tensors over the workers in place, in one message."""
         if self.size == 1:
             return
         flat = torch.cat([x.flatten() for x in tensors])
@@ -86,7 +86,7 @@ class Workers:
             x.copy_(part.view_as(x))
 
     def sums(self, *values: float) -> list[float]:
-        """Of each number the sum over the workers."""
+        """Sum of each number over the workers."""
         if self.size == 1:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
@@ -94,7 +94,7 @@ class Workers:
         return total.tolist()
 
     def gather(self, item: Any) -> list[Any]:
-        """What each worker has, in their order."""
+        """The items of all workers, in the order of ranks."""
         items = [item] * self.size
         if self.size > 1:
             dist.all_gather_object(items, item)

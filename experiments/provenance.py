@@ -63,7 +63,7 @@ def layout_digest(layout: BlockLayout) -> str:
 
 
 def of_attention(kind: AttentionKind, length: int, block: int) -> Record:
-    """What decides on an attention, and where it comes from.
+    """The definition of an attention, and its origin.
 
     Returns:
         kind, size; of a mask its repr and layout_sha256; of a user's attention code_sha256; files:

@@ -55,7 +55,7 @@ def find_recipe(name: str) -> Recipe | type:
 
     Raises:
         UserCodeError: The file cannot be found, does not run, or lacks the name.
-        ValueError: An unknown name; or what it stands for is no recipe.
+        ValueError: The name is unknown, or its object is not a recipe.
 
     >>> find_recipe("listops").task.max_length
     2000
@@ -73,16 +73,16 @@ def find_recipe(name: str) -> Recipe | type:
 
 
 def installed_help() -> str:
-    """How a task of one's own is trained, and which ones installed packages declare."""
+    """Help on own tasks, and the tasks of installed packages."""
     installed = ", ".join(sorted(TASKS.installed()))
     return _OWN_TASK + (f"\n\nOf installed packages: {installed}." if installed else "")
 
 
 def as_recipe(value: Any, name: str) -> Recipe | type:
-    """What an object gives as a recipe: itself, the result of a function, settings of a task.
+    """Convert an object to a recipe: itself, the result of a function, settings of a task.
 
     Raises:
-        ValueError: It is none; `name` is in the message.
+        ValueError: The object is not a recipe; the message has `name`.
     """
     if isinstance(value, Recipe):
         return value

@@ -268,12 +268,15 @@ def picture(
         width: About this many cells, each way.
         kinds: Attention by label, for labels that cannot be parsed.
     """
-    masked = [row for row in report["rows"] if row["density"] not in (None, 1)]
+    length, block = report["length"], report["settings"]["block"]
+    masked = []
+    for row in report["rows"]:
+        attention = row["attention"]
+        found = (kinds or {}).get(attention)
+        kind = found or AttentionKind.of(attention.replace("PIXELS", str(math.isqrt(length))))
+        if kind.mask is not None and row["density"] not in (None, 1):
+            masked.append((row["density"], attention, kind))
     if not masked:
         return ""
-    attention = min(masked, key=lambda row: row["density"])["attention"]
-    length, block = report["length"], report["settings"]["block"]
-    found = (kinds or {}).get(attention)
-    kind = found or AttentionKind.of(attention.replace("PIXELS", str(math.isqrt(length))))
-    shown = kind.layout(length, block).text(width)
-    return f"{attention} at {length} tokens:\n{shown}"
+    _, attention, kind = min(masked, key=lambda one: one[0])
+    return f"{attention} at {length} tokens:\n{kind.layout(length, block).text(width)}"

@@ -28,11 +28,11 @@ _NAME = re.compile(r"(topk|nsa|hybrid)\s*\(")
 
 @dataclass(frozen=True)
 class Selected:
-    """What the kinds have in common."""
+    """Base class of the attentions with selection."""
 
     @property
     def digest(self) -> str:
-        """Tells apart what would train differently."""
+        """Identifies the settings that affect training."""
         return hashlib.sha256(repr(self).encode()).hexdigest()
 
     def make(self, length: int, heads: int, head_dim: int) -> nn.Module:
@@ -57,7 +57,7 @@ class TopK(Selected):
     block: int | tuple[int, int] = 64
     """Size of the blocks, in tokens: one number, or (queries, keys)."""
     selector: Literal["moba", "dsa", "nsa"] = "moba"
-    """What scores the blocks, and how it learns."""
+    """The selector of blocks, and its training signal."""
     pool: Literal["mean", "max", "token"] = "mean"
     """How tokens become one score of a block."""
     causal: bool = False
@@ -119,7 +119,7 @@ class HybridKind(Selected):
     """Exact attention within a mask, and features for the key blocks that it leaves out."""
 
     mask: Mask
-    """What is computed exactly."""
+    """Elements computed exactly."""
     features: int
     """Random features of a Performer; 0: the features of linear attention."""
     block: int = 64

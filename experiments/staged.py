@@ -31,8 +31,8 @@ from sparse_flash.experiments.train import RESULT, TrainingError
 from sparse_flash.experiments.warm_start import CHECKPOINT
 from sparse_flash.masks.files import atomic_write
 
-VALIDATION, TEST = 0, 1  # which sets of held-out images
-_AGREE_EVERY = 20  # steps between looks at the clock and at signals
+VALIDATION, TEST = 0, 1  # numbers of the held-out sets
+_AGREE_EVERY = 20  # steps between checks of the clock and of signals
 
 
 @dataclass

@@ -33,8 +33,8 @@ class TrainingStep:
 
     Each worker has one shard of the batch; gradients, loss and correct answers are reduced.
 
-    The first `WARM_UP` steps always run eagerly. A captured step computes what an eager one would;
-    it takes batches of one shape, and its outcome is overwritten by the next.
+    The first `WARM_UP` steps always run eagerly. A captured step computes the result of an eager
+    one. It takes batches of one shape, and the next step overwrites its result.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class TrainingStep:
         return loss, (right.sum(1) / (batch.labels >= 0).sum(1)).sum()
 
     def _aside(self, batch: Batch) -> Outcome:
-        """On a stream of its own, as a capture asks of what comes before it."""
+        """Run warm-up steps on a side stream, as a capture requires."""
         current = torch.cuda.current_stream(self.device)
         side = torch.cuda.Stream(self.device)
         side.wait_stream(current)

@@ -133,7 +133,7 @@ def finished(config: RunConfig, folder: Path) -> dict[str, Any] | None:
         result = old_names.result(json.loads(path.read_text()))
     except ValueError as error:
         raise checkpoint.CheckpointError(
-            f"{path} is no readable result ({error}): delete it, and the run is evaluated again"
+            f"{path} is not a readable result ({error}): delete it, and the run is evaluated again"
         ) from error
     checkpoint.check_same(path, differences(config.completed(result["config"]), config.record))
     result["config"]["attention"] = config.attention_label  # its digest is the recorded one

@@ -13,6 +13,7 @@ import importlib
 import importlib.util
 import inspect
 import linecache
+import re
 import sys
 import sysconfig
 import traceback
@@ -136,7 +137,7 @@ def defined_names(module: ModuleType) -> list[str]:
 
 
 def explain(error: BaseException) -> str | None:
-    """What an error in a user's code says: file, line, source line, error; None for other errors.
+    """An error in a user's code, in words: file, line, source line, error; None for other errors.
 
     The innermost line that lies in a file of the user counts: in a file that was loaded from a
     reference, or in a sibling that it imports.
@@ -160,7 +161,7 @@ def _users_frame(error: BaseException) -> traceback.FrameSummary | None:
 
 
 def users_files(module: ModuleType) -> list[Path]:
-    """The file of a module, and those beside it that it imports; none of what is no user's."""
+    """The file of a user's module, and the files beside it that it imports."""
     file = getattr(module, "__file__", None)
     if file is None or not _is_users(file):
         return []
@@ -232,10 +233,16 @@ def file_hint(text: str) -> str:
     """What to write where a text looks as if a file were meant."""
     for word in text.replace("(", " ").replace(")", " ").split():
         path, colon, name = word.rpartition(":")
-        if word.endswith(".py") and Path(word).is_file():
-            return f"name an object in the file, as in {word}:NAME"
+        file = word.removesuffix(":")
+        if file.endswith(".py") and Path(file).is_file():
+            return f"name an object in the file, as in {file}:NAME"
         if colon and not path.endswith(".py") and Path(f"{path}.py").is_file():
             return f"an object in a file is written {path}.py:{name}"
+        if colon and not path.endswith(".py") and Path(path).is_file():
+            return f"{path} is not a Python file: its name must end in .py"
+    for reference in re.findall(r"[^'\"|&~()\[\],=]+\.py:\w+", text):
+        if " " in reference.strip() and Path(reference.rpartition(":")[0].strip()).is_file():
+            return f"quote a path with spaces, as in 'causal() | \"{reference.strip()}\"'"
     return ""
 
 
@@ -272,7 +279,7 @@ def _folder_first(main: Path) -> Iterator[None]:
     finally:
         sys.path.remove(path)
         if path not in sys.path:
-            sys.path.append(path)  # for what functions import when they are called
+            sys.path.append(path)  # for imports inside functions
         for name, module in others.items():
             sys.modules.setdefault(name, module)
         if equal is not None:  # whose objects are pickled by this name

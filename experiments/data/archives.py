@@ -1,4 +1,4 @@
-"""Tar and zip archives as folders: links in them are followed, and damage is noticed."""
+"""Tar and zip archives as folders: links are followed, damage is reported."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from typing import IO, Any, BinaryIO, NamedTuple, cast
 from sparse_flash.experiments.data.files import DataError
 from sparse_flash.experiments.data.source import Folder, Listing, Source, check_size, is_stray
 
-_MOST_LINKS = 40  # that one may have to follow for one file, as in Linux
+_MOST_LINKS = 40  # maximum number of links per path, as in Linux
 
 
 class Member(NamedTuple):
     """A file of an archive.
 
-    - `order`: Where it is stored.
-    - `size`: Bytes.
-    - `handle`: By which it is opened.
+    - `order`: Position in the archive.
+    - `size`: Size in bytes.
+    - `handle`: Object of the archive library that opens it.
     """
 
     order: int
@@ -31,7 +31,7 @@ class Member(NamedTuple):
 
 
 class Archive(Source):
-    """An archive as a tree of folders, files and links to either."""
+    """An archive as a tree of folders, files and links."""
 
     format: str
 
@@ -39,10 +39,10 @@ class Archive(Source):
         super().__init__(name, where)
         self.members: dict[str, Member] = {}
         self.links: dict[str, str] = {}
-        self.tree: dict[str, dict[str, None]] = {}  # the names in each folder
+        self.tree: dict[str, dict[str, None]] = {}  # names in each folder
 
     def _need_index(self) -> None:
-        """List all members, once, and not where the archive need not be read: it takes seconds."""
+        """List all members once, on demand, since it takes seconds."""
         if not self.tree:
             self.tree[""] = {}
             with self._unharmed():
@@ -53,13 +53,13 @@ class Archive(Source):
         raise NotImplementedError
 
     def _open_all(self) -> contextlib.AbstractContextManager[Callable[[Member], IO[bytes]]]:
-        """What opens members."""
+        """A context with the function that opens members."""
         raise NotImplementedError
 
     def _add(self, name: str, content: Member | str | None) -> None:
         """Add a file, a link (to the path of its target) or a folder (None)."""
         path = _normal(name)
-        self.members.pop(path, None)  # of two of one name, the later replaces the other
+        self.members.pop(path, None)  # a later member of the same name replaces the earlier
         self.links.pop(path, None)
         if isinstance(content, Member):
             self.members[path] = content
@@ -79,7 +79,7 @@ class Archive(Source):
         """The path with all links followed.
 
         Raises:
-            DataError: Links go in a circle.
+            DataError: The links form a cycle.
         """
         start = path
         for _ in range(_MOST_LINKS):
@@ -105,7 +105,7 @@ class Archive(Source):
             path = posixpath.join(here, name)
             try:
                 target = self.resolve(path) if path in self.links else path
-            except DataError:  # a circle of links; an error only if somebody wants to read it
+            except DataError:  # a cycle of links; an error only if it is read
                 target = path
             if target in self.tree and target not in self.members:
                 folders[name] = target
@@ -116,7 +116,7 @@ class Archive(Source):
     def read(
         self, files: Iterable[str], most: int, what: str = "file"
     ) -> Iterator[tuple[str, bytes]]:
-        """Path and content of each of these files, as stored; a file goes by all its names."""
+        """Path and content of each of these files, in stored order, under all its names."""
         named: dict[int, tuple[Member, list[str]]] = {}
         for file in files:
             member = self._member(file, what)
@@ -131,7 +131,7 @@ class Archive(Source):
 
     @contextlib.contextmanager
     def open(self, file: str) -> Iterator[BinaryIO]:
-        """A file, to be read in pieces."""
+        """Open a file for streaming."""
         member = self._member(file, "file")
         with self._unharmed(), self._open_all() as opened, opened(member) as stream:
             yield cast(BinaryIO, stream)
@@ -145,16 +145,16 @@ class Archive(Source):
         return self.members[path]
 
     def paths(self, files: Callable[[], Iterable[str]]) -> tuple[str, ...]:
-        """The archive."""
+        """The path of the archive."""
         return (self.name,)
 
     def at(self, file: str) -> str:
-        """Archive and path in it."""
+        """Archive and path inside it."""
         return f"{self.name}: {file}" if file else self.name
 
     @contextlib.contextmanager
     def _unharmed(self) -> Iterator[None]:
-        """Turn whatever damaged bytes make the readers of archives raise into a DataError."""
+        """Convert errors of the archive libraries about damaged bytes to DataError."""
         try:
             yield
         except DataError:
@@ -162,7 +162,7 @@ class Archive(Source):
         except Exception as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__).rstrip(":")
             raise DataError(
-                f"{self.name} is no {self.format} archive, or not all of one ({reason}): fetch it "
+                f"{self.name} is no {self.format} archive, or is truncated ({reason}): download it "
                 f"again; {self.where}"
             ) from error
 
@@ -175,7 +175,7 @@ class Tar(Archive):
     def _index(self) -> None:
         with tarfile.open(self.name) as archive:
             while (member := archive.next()) is not None:
-                cast(Any, archive).members.clear()  # of millions of files they would take gigabytes
+                cast(Any, archive).members.clear()  # headers of millions of files take gigabytes
                 if member.islnk():
                     self._add(member.name, _normal(member.linkname))
                 elif member.issym():
@@ -185,14 +185,14 @@ class Tar(Archive):
                     self._add(member.name, Member(member.offset_data, member.size, handle))
                 elif member.isdir():
                     self._add(member.name, None)
-            # tarfile takes an archive that is cut off between two files, or whose header of a file
-            # is damaged, for one that ends there.
+            # tarfile treats truncation between two files, or a damaged header of a file, as the end
+            # of the archive.
             file = cast(BinaryIO, archive.fileobj)
             file.seek(archive.offset)
             end = file.read(tarfile.BLOCKSIZE)
             if end != tarfile.NUL * tarfile.BLOCKSIZE:
                 raise tarfile.ReadError("the end of the archive is missing")
-            while file.read(1 << 20):  # to the checksum
+            while file.read(1 << 20):  # up to the checksum
                 pass
 
     @contextlib.contextmanager
@@ -234,10 +234,10 @@ class Zip(Archive):
 
 
 def open_source(name: str, where: str) -> Source:
-    """The folder or the archive of this name.
+    """Open the folder or archive of this name.
 
     Raises:
-        DataError: There is none, or it cannot be read or is damaged.
+        DataError: It does not exist, cannot be read, or is damaged.
     """
     path = Path(name)
     try:
@@ -255,7 +255,7 @@ def open_source(name: str, where: str) -> Source:
 
 
 def _normal(path: str) -> str:
-    """A path below the archive: "a/b" for "./a//b" and "/a/b", "" for ".".
+    """Normalize a path inside the archive: "a/b" for "./a//b" and "/a/b", "" for ".".
 
     >>> [_normal(path) for path in ("./a//b", "/a/b/", ".", "a/../../b")]
     ['a/b', 'a/b', '', '../b']
@@ -265,7 +265,7 @@ def _normal(path: str) -> str:
 
 
 def _target(link: str, target: str) -> str:
-    """The path below the archive that a symbolic link stands for; one outside begins with "..".
+    """Target of a symbolic link as a path in the archive; ".." begins one outside.
 
     >>> _target("data/old", "../new"), _target("data/old", "/mnt/new")
     ('new', '../mnt/new')

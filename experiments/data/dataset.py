@@ -19,11 +19,11 @@ class Batch:
     """Examples of one step.
 
     - `tokens` (b, s) int64, 0 is padding
-    - `lengths` (b,) int64, tokens that are no padding; None where no example has padding
+    - `lengths` (b,) int64, number of tokens without padding; None if no example has padding
     - `labels` (b,) int64
 
-    For pairs (documents to compare) tokens are (b, 2, s) and lengths (b, 2). Where tokens have
-    labels, not sequences, these are (b, n), of the tokens at `queries` (b, n); -100 counts nowhere.
+    For pairs (documents to compare) tokens are (b, 2, s) and lengths (b, 2). With labels per token,
+    labels are (b, n) for the tokens at `queries` (b, n); the label -100 is ignored.
     """
 
     tokens: Tensor
@@ -33,7 +33,7 @@ class Batch:
 
 
 class Examples(abc.ABC):
-    """A set of examples with `labels` (n,) int64, from which batches are taken."""
+    """A set of examples with `labels` (n,) int64, indexed in batches."""
 
     labels: Tensor
 
@@ -63,7 +63,7 @@ class Examples(abc.ABC):
 
     @property
     def most_frequent(self) -> float:
-        """Majority-class accuracy: that of always answering the most frequent label."""
+        """Majority-class accuracy: the frequency of the most frequent label."""
         return self.labels.bincount().max().item() / len(self)
 
 
@@ -77,7 +77,7 @@ def check_curriculum_share(curriculum_share: float) -> None:
 class Split(Examples):
     """A set of examples: `tokens` (n, s) uint8, `lengths` (n,) int64, `labels` (n,) int64.
 
-    lengths is None where no example has padding. For pairs, shapes are (n, 2, s) and (n, 2).
+    lengths is None if no example has padding. For pairs, shapes are (n, 2, s) and (n, 2).
 
     >>> split = Split.from_sequences([(bytes([3, 4]), 1), (bytes([5]), 0)], length=3)
     >>> split.tokens
@@ -129,7 +129,7 @@ class Split(Examples):
 
 @dataclass(frozen=True)
 class Splits:
-    """Training, validation and test examples, and optional first examples of a curriculum.
+    """Training, validation and test examples, and optional examples of a curriculum.
 
     first: Examples that replace `train` in the first `first_share` of all steps.
     """
@@ -143,22 +143,22 @@ class Splits:
 
 
 class Task(Protocol):
-    """A task of classification: sizes, and the data.
+    """A classification task: sizes and data.
 
-    A task is a frozen dataclass whose fields are its settings; the command line makes them options,
-    `--task.length`. It needs no base class, but
+    A task is a frozen dataclass. Its fields are settings, which the command line turns into options
+    (`--task.length`). It needs no base class, but these members:
 
     - `vocabulary` and `classes`: ints, the number of different tokens and of labels;
-    - `length`: an int, tokens of an example, padding included: a field or a property;
+    - `length`: an int, the tokens per example with padding: a field or a property;
     - `load()`: returns `Splits` of training, validation and test examples;
 
-    and optionally
+    and optionally:
 
     - `pairs = True`: examples are pairs of documents;
-    - `coordinates()`: row and column of each token of an image, int64 (length, 2), for positions
-      "rotary2d".
+    - `coordinates()`: row and column of each token of an image, int64 (length, 2), for the
+      positions "rotary2d".
 
-    Draw the data from a fixed seed, so that all runs see the same data. Copy this and train it with
+    Generate the data from a fixed seed, so that all runs see the same data. Copy and train it with
     `sparse-flash train my_task.py:Needle --task.length 512`:
 
     >>> from dataclasses import dataclass
@@ -193,7 +193,7 @@ class Task(Protocol):
 
     @property
     def length(self) -> int:
-        """Tokens per example, or document of a pair, padding included."""
+        """Tokens per example, or per document of a pair, with padding."""
 
     def load(self) -> Splits:
         """Read or generate the data."""
@@ -205,13 +205,12 @@ def has_pairs(task: Task) -> bool:
 
 
 def coordinates_of(task: Task) -> Tensor | None:
-    """Row and column of each token of an image: (length, 2); None for other tasks."""
+    """Row and column of each token of an image, (length, 2); None for other tasks."""
     method = getattr(task, "coordinates", None)
     if method is None and hasattr(task, "places"):
         name = type(task).__name__
         warnings.warn(
-            f"{name}.places() is now {name}.coordinates(); the next version will not know the old "
-            "name",
+            f"{name}.places() is now {name}.coordinates(); the next version removes the old name",
             FutureWarning,
             stacklevel=2,
         )
@@ -224,7 +223,7 @@ def check_task(task: Task) -> None:
     """Refuse an invalid task before any work.
 
     Raises:
-        ValueError: A member of the protocol is missing, or a size is no positive int.
+        ValueError: A member of the protocol is missing, or a size is not a positive int.
     """
     name = type(task).__name__
     if not dataclasses.is_dataclass(task) or isinstance(task, type):
@@ -249,10 +248,10 @@ def check_task(task: Task) -> None:
 
 
 def check_splits(task: Task, splits: object) -> None:
-    """Refuse data that does not fit its task, which would fail later inside the model.
+    """Refuse data that does not match its task, before it fails inside the model.
 
     Raises:
-        ValueError: It is no `Splits`; shapes, dtypes, tokens, lengths or labels do not fit.
+        ValueError: `splits` is not a `Splits`, or has wrong shapes, dtypes or values.
     """
     name = f"{type(task).__name__}.load()"
     if not isinstance(splits, Splits):
@@ -274,7 +273,7 @@ def check_splits(task: Task, splits: object) -> None:
 
 
 def _wrong(task: Task, split: Split) -> Iterator[str]:
-    """Reasons why a split does not fit the task."""
+    """Reasons why a split does not match the task."""
     n, pair = len(split), (2,) if has_pairs(task) else ()
     tokens, lengths, labels = split.tokens, split.lengths, split.labels
     for what, values, shape in (
@@ -302,15 +301,15 @@ def _wrong(task: Task, split: Split) -> Iterator[str]:
 
 
 class Sampler:
-    """Endless shuffled batches; the batch of a step depends on seed and step alone.
+    """Endless shuffled batches; the batch of a step depends only on seed and step.
 
-    A resumed run sees the same batches as an uninterrupted one. Each epoch
-    is a permutation; a batch may end one epoch and begin the next.
+    A resumed run sees the same batches as an uninterrupted one. Each epoch is a permutation; a
+    batch may cross the border of two epochs.
 
     shard: Rank of this process, and number of processes that split each batch.
 
     Raises:
-        ValueError: The batch size is no multiple of the number of processes.
+        ValueError: The batch size is not a multiple of the number of processes.
     """
 
     def __init__(
@@ -318,7 +317,7 @@ class Sampler:
     ) -> None:
         if batch_size % shard[1]:
             raise ValueError(
-                f"batch_size={batch_size} must be a multiple of the {shard[1]} workers' number"
+                f"batch_size={batch_size} must be a multiple of the {shard[1]} workers"
             )
         self.split, self.batch_size, self.seed, self.shard = split, batch_size, seed, shard
         self._epochs: dict[int, Tensor] = {}
@@ -335,7 +334,7 @@ class Sampler:
         return self.split.take(torch.cat(pieces)[rank::workers])
 
     def _permutation(self, epoch: int) -> Tensor:
-        """Permutation of an epoch, on the device; the previous one is kept for shared batches."""
+        """Permutation of an epoch, on the device; the last two are cached for shared batches."""
         if epoch not in self._epochs:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             order = torch.randperm(len(self.split), generator=generator)
@@ -345,7 +344,7 @@ class Sampler:
 
 
 class CurriculumSampler:
-    """The batches of one sampler for some steps, then those of another from its first one on."""
+    """Batches of one sampler for the first steps, then batches of another from its start."""
 
     def __init__(self, first: Sampler, steps: int, then: Sampler) -> None:
         self.first, self.steps, self.then = first, steps, then

@@ -17,14 +17,14 @@ from sparse_flash.experiments.data.dataset import Examples, Split, Splits
 from sparse_flash.kernels.cache import cache_dir, load_or_make
 from sparse_flash.masks.files import atomic_write
 
-HUB = "hf:"  # before the name of what `hub` reads, be it a folder
-MOST_FILES = 1_000_000  # of a folder
-_MANY, _MUCH = 100, 0.01  # number and fraction of examples in two splits that are no coincidence
-_DIGEST = 32  # bytes of a SHA-256, before the data
+HUB = "hf:"  # prefix of sources for `hub`
+MOST_FILES = 1_000_000  # maximum number of files in a folder
+_MANY, _MUCH = 100, 0.01  # number and fraction of shared examples that trigger a warning
+_DIGEST = 32  # bytes of the SHA-256 that precedes the data
 
 
 class DataError(ValueError):
-    """Data is missing, damaged, or of another kind."""
+    """Data is missing, damaged, or of another type."""
 
 
 def cached(
@@ -35,10 +35,10 @@ def cached(
 ) -> Splits:
     """The result of `build`, cached for this task and the same files.
 
-    task: A dataclass with all settings. sources: Paths of the files that are read, or of an
-    archive or a folder, with "hf:" before it or not; none of what is generated. kind: What the
-    splits are. Processes that come at the same time build once; a file that was cut off or altered
-    is made anew. A cache that cannot be used costs a warning.
+    task: A dataclass with all settings. sources: Paths of the files, archives or folders that are
+    read, with or without "hf:"; empty for generated data. kind: Type of the splits. Concurrent
+    processes build once. A truncated or altered cache file is rebuilt. An unusable cache raises a
+    warning.
     """
     state = [_stamp(source.removeprefix(HUB)) for source in sources]
     name = type(task).__name__
@@ -66,7 +66,7 @@ def cached(
 
 
 def _stamp(source: str) -> str | None:
-    """What changes when the files of a folder, or a file, change; None if there is none."""
+    """A fingerprint of a file or of the files in a folder; None if it does not exist."""
     try:
         if not Path(source).is_dir():
             return _digest(Path(source))
@@ -87,7 +87,7 @@ def _digest(path: Path) -> str | None:
 
 
 def walk(folder: str) -> Iterator[Path]:
-    """All files below a folder, in which links are followed, but for hidden ones.
+    """All files below a folder, without hidden ones; links are followed.
 
     Raises:
         DataError: There are more than MOST_FILES.
@@ -103,16 +103,16 @@ def walk(folder: str) -> Iterator[Path]:
         count += 1 + len(files)
         if count > MOST_FILES:
             raise DataError(
-                f"{folder} holds more than {MOST_FILES:,} files: give the folder of the data "
+                f"{folder} has more than {MOST_FILES:,} files: give the folder of the data "
                 "itself with --task.source"
             )
         yield from (Path(here) / name for name in files if not name.startswith("."))
 
 
 def _warn_of_overlap(splits: Splits, source: str) -> None:
-    """Warn if examples are evaluated on that are trained on too; published sets have up to 0.5 %.
+    """Warn if training examples occur in validation or test data; published sets have up to 0.5 %.
 
-    They are kept, as in published results, but more of them are a copy that nobody meant to read.
+    The examples are kept, as in published results. A larger fraction suggests an accidental copy.
     """
     train, sets = splits.train, {"validate": splits.val, "test": splits.test}
     if not isinstance(train, Split):
@@ -142,7 +142,7 @@ def _read(path: Path, kind: Callable[..., Examples]) -> Splits | None:
         return None
     digest, content = data[:_DIGEST], data[_DIGEST:]
     if hashlib.sha256(content).digest() != digest:
-        warnings.warn(f"{path} was damaged: it is made anew", stacklevel=6)
+        warnings.warn(f"{path} was damaged and is rebuilt", stacklevel=6)
         with contextlib.suppress(OSError):
             path.unlink()
         return None

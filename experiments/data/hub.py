@@ -1,7 +1,7 @@
-"""Data sets of the Hugging Face Hub, or folders in a form that the package `datasets` reads.
+"""Data sets of the Hugging Face Hub, or folders that the package `datasets` can read.
 
-They go by `hf:NAME`, `hf:NAME@REVISION` or `hf:FOLDER` in place of a task's source. The package is
-optional; it downloads, resumes interrupted downloads, and verifies.
+The source of a task is then `hf:NAME`, `hf:NAME@REVISION` or `hf:FOLDER`. The package is optional;
+it downloads, resumes interrupted downloads, and verifies.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from datasets import DatasetDict
 
 _TABLES = {".parquet", ".csv", ".tsv", ".json", ".jsonl", ".arrow", ".txt", ".zip", ".tar"}
-# A split by any of the names that are in use for it.
+# Names in use for each split.
 SPLITS = {"train": ("train",), "val": ("validation", "val", "valid", "eval"), "test": ("test",)}
 
 
 def on_hub(source: str) -> bool:
-    """Whether this is the name of a data set, not of a file.
+    """Whether a source is the name of a data set, not of a file.
 
     >>> on_hub("hf:stanfordnlp/imdb"), on_hub("data/aclImdb")
     (True, False)
@@ -38,7 +38,7 @@ def on_hub(source: str) -> bool:
 class DataSet:
     """A data set by its source.
 
-    where: Where one gets the data; shown if it is not there.
+    where: Advice on where to get the data, for messages.
 
     Raises:
         DataError: `datasets` is not installed, or cannot read this.
@@ -50,14 +50,13 @@ class DataSet:
 
     @property
     def names(self) -> list[str]:
-        """Which of train, val and test there are."""
+        """The available splits among train, val and test."""
         return [name for name, names in SPLITS.items() if any(x in self.splits for x in names)]
 
     def rows(self, split: str, *columns: str) -> Iterator[list[Any]]:
-        """The rows of train, val or test, of each the columns of these names.
+        """The rows of train, val or test, restricted to these columns.
 
-        columns: Where a name differs from one data set to the next, all that are in use, with |
-            between them.
+        columns: Column names; alternatives of different data sets are separated by |.
 
         Raises:
             DataError: There is no such split or column.
@@ -83,7 +82,7 @@ class DataSet:
                 row = next(rows)
             except StopIteration:
                 return
-            except Exception as error:  # what readers of images and tables raise of damaged bytes
+            except Exception as error:  # errors of image and table readers about damaged bytes
                 raise DataError(
                     f"{self.source}: {split} {number} cannot be read ({error}): {self.where}"
                 ) from error
@@ -103,10 +102,10 @@ def _open(source: str, where: str) -> DatasetDict:
         raise DataError(f"{source!r} needs the name of a data set after 'hf:'; {where}")
     name, _, revision = path.partition("@")
     try:
-        if (Path(path) / "dataset_dict.json").exists():  # what save_to_disk has written
+        if (Path(path) / "dataset_dict.json").exists():  # written by save_to_disk
             return datasets.DatasetDict.load_from_disk(path)
         if Path(path).exists():
-            # Of a folder `datasets` would keep what it once was.
+            # `datasets` would cache an old state of a folder.
             with _own_folder() as folder:
                 _refuse_copies(path, folder)
                 return datasets.load_dataset(path, cache_dir=folder, keep_in_memory=True)
@@ -115,25 +114,25 @@ def _open(source: str, where: str) -> DatasetDict:
         if problem is None:
             folder = str(cache_dir() / "hub")
             return datasets.load_dataset(name, revision=revision or None, cache_dir=folder)
-        with _own_folder() as folder:  # `files.cached` warns
+        with _own_folder() as folder:  # `files.cached` warns about it
             return datasets.load_dataset(
                 name, revision=revision or None, cache_dir=folder, keep_in_memory=True
             )
     except DataError as error:
         raise DataError(f"{error}; {where}") from error
-    except Exception as error:  # JSONDecodeError, KeyError, ArrowException, ...: it has no base
+    except Exception as error:  # JSONDecodeError, KeyError, ...: no common base class
         raise DataError(f"{source} cannot be read ({error}): {where}") from error
 
 
 @contextlib.contextmanager
 def _own_folder() -> Iterator[str]:
-    """A temporary folder, in which `datasets` does without locks if there are none."""
+    """A temporary cache folder, where `datasets` runs without file locks if unsupported."""
     import datasets
 
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         with locked(lambda: Path(folder) / "probe.lock") as problem:
             pass
-        if problem is not None:  # nobody else uses the folder
+        if problem is not None:  # no other process uses the folder
             unlocked = mock.patch.object(datasets.builder, "FileLock", _no_lock)
             stack.enter_context(unlocked)
         yield folder
@@ -144,10 +143,10 @@ def _no_lock(*_: object, **__: object) -> contextlib.AbstractContextManager[None
 
 
 def _refuse_copies(path: str, folder: str) -> None:
-    """Raise DataError if `datasets` would read something twice for one split of a folder.
+    """Raise DataError if `datasets` would read a file twice for one split of a folder.
 
-    Two files are copies if their names say so, or if they hold the same: any tables, and images
-    with one name in folders of one name.
+    Two files are copies by name, or by content: any tables, and images with equal names in folders
+    of equal names.
     """
     import datasets
 
@@ -165,17 +164,17 @@ def _refuse_copies(path: str, folder: str) -> None:
 
 
 def _copies_by_name(paths: list[Path]) -> Iterator[tuple[Path, str]]:
-    """Files that are called like copies of others beside them, and what they are copies of."""
+    """Files named like copies of others beside them, with the original."""
     beside: dict[Path, list[str]] = {}
     for file in paths:
         beside.setdefault(file.parent, []).append(file.name)
     for folder, names in beside.items():
         for name in set(names) - set(originals(names)):
-            yield folder / name, "a file that is called the same but for this ending"
+            yield folder / name, "a file of the same name with another suffix"
 
 
 def _copies_by_content(paths: list[Path]) -> Iterator[tuple[Path, str]]:
-    """Files that hold the same as others, and what they are copies of."""
+    """Files with the content of others, with the original."""
     known: dict[object, str] = {}
     counts = Counter(_likeness(file) for file in paths)
     for file in paths:
@@ -188,6 +187,6 @@ def _copies_by_content(paths: list[Path]) -> Iterator[tuple[Path, str]]:
 
 
 def _likeness(file: Path) -> tuple[object, ...]:
-    """What two files share that may be copies."""
+    """A key that two copies share."""
     table = file.suffix.lower() in _TABLES
     return (file.stat().st_size, *(() if table else (file.parent.name, file.name)))

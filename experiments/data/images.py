@@ -1,4 +1,4 @@
-"""Images as sequences of pixels: Image (CIFAR-10 in gray), a token a pixel.
+"""Images as sequences of pixels: Image (CIFAR-10 in grayscale), one token per pixel.
 
 Source: Tay et al., Long Range Arena (2020).
 """
@@ -21,6 +21,7 @@ from sparse_flash.experiments.data.archives import open_source
 from sparse_flash.experiments.data.dataset import Batch, Examples, Split, Splits
 from sparse_flash.experiments.data.files import DataError, cached
 from sparse_flash.experiments.data.source import LARGEST, Look, Source, join, originals
+from sparse_flash.experiments.old_names import METHODS, renamed_fields
 from torch import Tensor
 from tqdm import tqdm
 
@@ -78,7 +79,7 @@ class Augmented(Examples):
         self.ways = _ways(order, side).to(self.labels.device)
 
     def state(self) -> tuple[Tensor | int | str | None, ...]:
-        """Not supported: only the images are cached."""
+        """Refused: only the images are cached."""
         raise TypeError("keep the images, and make Augmented of them again")
 
     def to(self, device: torch.device) -> Augmented:
@@ -106,9 +107,10 @@ def _ways(order: Order, side: int) -> Tensor:
     return there.inverse[laid[:, there.permutation]]
 
 
+@renamed_fields(METHODS)
 @dataclass(frozen=True)
 class Image:
-    """CIFAR-10 in gray: 45,000 images for training, 5,000 for validation, 10,000 for testing."""
+    """Grayscale CIFAR-10: 45,000 images for training, 5,000 for validation, 10,000 for testing."""
 
     source: str = "data/cifar-10-python.tar.gz"
     """The published archive or its folder, or images in {train,test}/CLASS/; or hf:uoft-cs/cifar10,
@@ -174,7 +176,7 @@ def gray(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def _images(source: str) -> Iterator[tuple[str, NDArray[np.uint8], int]]:
-    """(train or test, gray image, label) of each image of any form."""
+    """(train or test, grayscale image, label) of each image, from any source."""
     if hub.on_hub(source):
         images = hub.DataSet(source, CIFAR)
         for split in ("train", "test"):
@@ -201,7 +203,7 @@ def _images(source: str) -> Iterator[tuple[str, NDArray[np.uint8], int]]:
 
 
 def _find_images(source: Source) -> list[str]:
-    """The files of the one folder with the batches of CIFAR-10, or with train or test by class."""
+    """The files of the folder with the batches of CIFAR-10, or with train and test by class."""
 
     def files_of(look: Look, folder: str) -> list[str] | None:
         files = [join(folder, name) for name in look(folder).files if _BATCH.fullmatch(name)]
@@ -221,7 +223,7 @@ def _find_images(source: Source) -> list[str]:
 
 
 def _pictures(source: Source, look: Look, folder: str) -> list[str]:
-    """The images of a folder; names must differ in more than the ending."""
+    """The images of a folder; names must differ in more than the suffix."""
     names = [name for name in look(folder).files if name.lower().endswith(_SUFFIXES)]
     stems: dict[str, str] = {}
     for name in originals(names):
@@ -242,24 +244,24 @@ def _decode(name: str, content: bytes) -> NDArray[np.uint8]:
     except DataError:
         raise
     except Exception as error:  # damaged bytes make Pillow raise errors of many types
-        raise DataError(f"{name} is no image, or not all of one ({error}): {CIFAR}") from error
+        raise DataError(f"{name} is not an image, or is truncated ({error}): {CIFAR}") from error
 
 
 def pixels_of(image: Any, name: str, mode: str, side: int) -> NDArray[np.uint8]:
-    """The pixels of a square picture of Pillow's, in this mode.
+    """The pixels of a square Pillow image, in this mode.
 
     Raises:
-        DataError: It is no such picture, or of another size.
+        DataError: It is not an image, or has another size.
     """
     if not hasattr(image, "convert"):
-        raise DataError(f"{name} is no image: {str(image)[:60]!r}")
-    if image.size != (side, side):  # known before anything is decompressed
+        raise DataError(f"{name} is not an image: {str(image)[:60]!r}")
+    if image.size != (side, side):  # known before decompression
         raise DataError(f"{name} has {image.size[0]} x {image.size[1]} pixels, not {side} x {side}")
     return np.asarray(image.convert(mode))
 
 
 class _Arrays(pickle.Unpickler):
-    """Reads numpy arrays and plain data, and executes nothing else."""
+    """Unpickler of numpy arrays and plain data; executes nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
         """Allow only the classes of arrays."""
@@ -286,4 +288,4 @@ def _unpickle(name: str, content: bytes) -> dict[bytes, Any]:
             return batch
     except Exception as error:  # damaged bytes make pickle raise errors of any type
         reason = str(error)
-    raise DataError(f"{name} is no batch of CIFAR-10 ({reason}): {CIFAR}")
+    raise DataError(f"{name} is not a batch of CIFAR-10 ({reason}): {CIFAR}")

@@ -1,9 +1,9 @@
 """ListOps: nested lists of MIN, MAX, MED and SM (sum modulo 10) over digits, to be evaluated.
 
 Source: Nangia & Bowman, ListOps (2018), with the lengths of Long Range Arena (Tay et al., 2020).
-A tree is a digit with probability 0.75, and always at the largest depth; otherwise an operator
-with 2 to `max_args` children. Its length is 1 for a digit, and 2 (operator and closing bracket)
-plus its children's otherwise.
+A tree is a digit with probability 0.75, and always at the largest depth. Otherwise it is an
+operator with 2 to `max_args` children. A digit has length 1; an operator has length 2 (operator
+and closing bracket) plus the lengths of its children.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tqdm import tqdm
 OPERATORS = ("MIN", "MAX", "MED", "SM")
 PAD, CLOSE = 0, 15  # 1..10 are the digits, 11..14 the operators
 VOCABULARY = 16
-_CHUNK = 250  # examples that one seed makes
+_CHUNK = 250  # examples per seed
 _WORTH_KEEPING = 10_000_000  # tokens
 RELEASE = (
     "ListOps is in lra_release.gz at https://github.com/google-research/long-range-arena, or is "
@@ -41,7 +41,7 @@ class ListOps:
     """Generator settings of ListOps; the defaults are those of Long Range Arena.
 
     Raises:
-        ValueError: Sizes or limits that admit no example.
+        ValueError: Sizes or limits allow no example.
     """
 
     min_length: int = 500
@@ -59,17 +59,17 @@ class ListOps:
     test: int = 2_000
     """Test examples."""
     curriculum: tuple[int, ...] = ()
-    """Lengths of shorter examples that training starts with, `train` of each, all of them below
-    that length. None of them is an example of the task itself, whose examples are longer."""
+    """Lengths of the curriculum: training starts with `train` examples below each of them. These
+    are shorter than all examples of the task itself."""
     curriculum_share: float = 0.5
-    """Fraction of the training steps that use them."""
+    """Fraction of the training steps with curriculum examples."""
     seed: int = 0
     """Seed of the data, not of the training."""
     source: str = ""
-    """Folder with basic_{train,val,test}.tsv of the Long Range Arena release, a folder above it
-    (such as lra_release) or an archive (lra_release.gz); or hf: and the name of a data set of
-    the Hugging Face Hub with the columns Source and Target, read instead of generated; the
-    numbers of examples are then those of the files."""
+    """Files to read instead of generating examples; they set the numbers of examples. A folder
+    with basic_{train,val,test}.tsv of the Long Range Arena release, a folder above it (such as
+    lra_release), an archive (lra_release.gz), or hf: and the name of a data set of the Hugging Face
+    Hub with the columns Source and Target."""
 
     vocabulary = VOCABULARY
     classes = 10
@@ -92,7 +92,7 @@ class ListOps:
                 "ListOps needs at least one example in each split, got "
                 f"train={self.train}, val={self.val}, test={self.test}"
             )
-        # Longer ones could be test examples: both use the same seeds.
+        # Longer ones could be test examples, which use the same seeds.
         longest = self.min_length + 1
         if any(not 5 <= length <= longest for length in self.curriculum):
             raise ValueError(
@@ -107,7 +107,7 @@ class ListOps:
         return self.max_length - 1
 
     def coordinates(self) -> None:
-        """None: no image."""
+        """None: tokens are not pixels."""
 
     def load(self) -> Splits:
         """Generate all splits without repetitions, or read them; generate curriculum examples.
@@ -149,7 +149,7 @@ class ListOps:
         )
 
     def _shorter(self, length: int) -> Split:
-        """Examples below this length, with the common padding."""
+        """Examples below this length, padded to the common length."""
         task = replace(self, min_length=1, max_length=length, val=1, test=1, source="")
         train = task.load().train
         assert isinstance(train, Split)
@@ -158,16 +158,16 @@ class ListOps:
 
 
 def _rows(source: Source, path: str) -> Iterator[list[str]]:
-    """Source and target, with a tab between them, of each line of a file of the release."""
+    """Source and target, separated by a tab, of each line of a file of the release."""
     for _, line in lines(source, path):
         words, _, target = line.partition("\t")
         yield [words, target]
 
 
 def read(task: ListOps, rows: Iterable[list[str]], name: str) -> Split:
-    """Examples from rows of a source and a target, the first of which may be the heading.
+    """Examples from rows of a source and a target; the first row may be a header.
 
-    Brackets that group ("( " and " )") are left out; "]" is a token.
+    Grouping brackets ("( " and " )") are dropped; "]" is a token.
     """
     names = {str(digit): 1 + digit for digit in range(10)} | {"]": CLOSE}
     names |= {f"[{name}": 11 + i for i, name in enumerate(OPERATORS)}
@@ -191,7 +191,7 @@ def read(task: ListOps, rows: Iterable[list[str]], name: str) -> Split:
 
 
 def tree(rng: random.Random, task: ListOps, tokens: list[int], depth: int = 1) -> int:
-    """Append a random tree to `tokens` and return its value; stop where it is too long anyway."""
+    """Append a random tree to `tokens` and return its value; stop once it is too long."""
     if depth >= task.max_depth or rng.random() > 0.25:
         digit = rng.randrange(10)
         tokens.append(1 + digit)
@@ -278,7 +278,7 @@ def _chunks(task: ListOps, workers: int) -> Iterator[list[tuple[bytes, int]]]:
 def generate(task: ListOps, workers: int | None = None) -> Splits:
     """All splits of `task`; the same for any number of worker processes."""
     total = task.train + task.val + task.test
-    if workers is None:  # short sequences are made faster than processes are started
+    if workers is None:  # generating few short sequences is faster than starting processes
         workers = multiprocessing.cpu_count() if total * task.max_length > _WORTH_KEEPING else 1
     seen: dict[bytes, int] = {}
     fruitless = 0

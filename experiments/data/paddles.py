@@ -1,13 +1,13 @@
 """The geometry of Pathfinder images: two long dashed curves, short ones, and two markers.
 
 After Linsley et al., Learning long-range spatial dependencies with horizontal gated recurrent units
-(2018), whose images Long Range Arena took over. A curve is a chain of paddles, line segments of
-length L with gaps of 2 m between them. Compiled by numba; an image depends on its seed alone.
+(2018), whose images Long Range Arena uses. A curve is a chain of paddles: line segments of length L
+with gaps of 2 m between them. Compiled by numba; an image depends only on its seed.
 
-Curves are drawn by trial and error: on a canvas of 128 pixels, two of 14 paddles of 5 pixels with a
-margin of 3 take some 4,000 attempts. So an attempt must be cheap. All that depends on a paddle's
-direction alone is tabulated: the pixels it covers, and the directions that may follow. A failed
-attempt clears its own pixels, not the canvas.
+Curves are drawn by rejection sampling. On a canvas of 128 pixels, two curves of 14 paddles of 5
+pixels with a margin of 3 take some 4,000 attempts, so an attempt must be cheap. Tables by direction
+hold the pixels of a paddle and the possible next directions. A failed attempt clears its own
+pixels, not the canvas.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-FIELDS = 4  # of a paddle, in pixels: row and column of its pivot, and of its head from there
-_TRIES = 3  # for a paddle, before its curve is given up
-_ATTEMPTS = 1000  # for a short curve, before its image is begun anew
-_RESTARTS = 300_000  # of an image, before it is given up: about a second
-_COVERED = 1.8  # coverage of two paddles together from which they overlap
+FIELDS = 4  # of a paddle, in pixels: row and column of its pivot, and of its head relative to it
+_TRIES = 3  # attempts per paddle, before its curve is abandoned
+_ATTEMPTS = 1000  # attempts per short curve, before its image restarts
+_RESTARTS = 300_000  # restarts of an image, about a second, before an error
+_COVERED = 1.8  # sum of two coverages from which paddles overlap
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,14 @@ class Drawing:
     """How images are drawn; lengths are in pixels."""
 
     paddle: int
-    margins: tuple[int, ...]  # one is drawn for each image
+    margins: tuple[int, ...]  # one is sampled per image
     thickness: float
     marker: float  # radius
-    seed_distance: float  # between the first ends of the two long curves
-    padding: int  # that stays free at the border
-    continuity: float  # the larger, the straighter
+    seed_distance: float  # distance between the first ends of the two long curves
+    padding: int  # empty border
+    continuity: float  # larger values give straighter curves
     distractors: int  # four times the number of short curves
-    contrast: float  # of paddles; markers have 1
+    contrast: float  # contrast of paddles; markers have 1
 
 
 DRAWINGS = {
@@ -50,23 +50,23 @@ DRAWINGS = {
 }
 """By the size of published images."""
 
-# Seed distance and distractors on canvases that borrow the geometry of another size.
+# Seed distance and distractors on canvases with the geometry of another size.
 _CANVASES = {32: (7.0, 4), 64: (14.0, 8), 128: (20.0, 20), 256: (27.0, 30), 512: (38.0, 40)}
 SIZES = tuple(_CANVASES)
 
-DISTANCES = 46  # that are told apart where markers are placed: 32nds of the width
-SECTORS = 16  # directions from one marker to the other that are told apart
+DISTANCES = 46  # distance bins for balancing markers: 32nds of the width
+SECTORS = 16  # direction bins for balancing markers
 
 
 def drawing(size: int, geometry: int | None = None) -> Drawing:
-    """How a canvas of `size` pixels is drawn with the geometry of another size.
+    """Drawing parameters of a canvas of `size` pixels with the geometry of another size.
 
-    Paddles, margins, thickness, markers, continuity and contrast are those of `geometry`; the seed
-    distance and the number of distractors are scaled to the canvas, and only one pixel stays free
-    at the border.
+    Paddles, margins, thickness, markers, continuity and contrast come from `geometry`. The seed
+    distance and the number of distractors are scaled to the canvas, and the empty border is one
+    pixel.
 
     Raises:
-        ValueError: The geometry is unknown, or the size has none of its own.
+        ValueError: The geometry is unknown, or the size has no published geometry.
 
     >>> drawing(256) == drawing(256, 256) == DRAWINGS[256]
     True
@@ -81,13 +81,13 @@ def drawing(size: int, geometry: int | None = None) -> Drawing:
     if own == size:
         return DRAWINGS[size]
     if size not in _CANVASES:
-        raise ValueError(f"a canvas must have {SIZES} pixels a side, got {size}")
+        raise ValueError(f"a canvas must have {SIZES} pixels per side, got {size}")
     distance, distractors = _CANVASES[size]
     return replace(DRAWINGS[own], seed_distance=distance, distractors=distractors, padding=1)
 
 
 def number_of_paddles(size: int, contour: int, geometry: int | None = None) -> int:
-    """Of an image: two curves of `contour` paddles, and short ones of a third of it."""
+    """Paddles of an image: two curves of `contour` paddles, and short ones of a third of it."""
     return 2 * contour + drawing(size, geometry).distractors // 4 * (contour // 3)
 
 
@@ -97,17 +97,17 @@ def curves(
     """The curves of the images with these seeds.
 
     Args:
-        size: Pixels a side of the canvas.
-        contour: Paddles of a long curve.
-        seeds: One an image, (n,).
+        size: Pixels per side of the canvas.
+        contour: Paddles per long curve.
+        seeds: One seed per image, (n,).
         geometry: Size of the published images whose paddles are drawn; None: `size`.
 
     Returns:
-        paddles int16 (n, paddles, FIELDS); ends float32 (n, 2, 2, 2): of each of the two long
-        curves the first and the last end, row and column.
+        paddles int16 (n, paddles, FIELDS); ends float32 (n, 2, 2, 2): row and
+        column of the first and last end of the two long curves.
 
     Raises:
-        ValueError: Such long curves do not fit on the canvas.
+        ValueError: Curves of this length do not fit on the canvas.
     """
     d = drawing(size, geometry)
     paddles = np.zeros((len(seeds), number_of_paddles(size, contour, geometry), FIELDS), np.int16)
@@ -127,16 +127,16 @@ def curves(
 def mark(
     ends: NDArray[np.float32], size: int, seed: int
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Which ends to mark: one curve's first, and its own last one or the other curve's.
+    """Choose the ends to mark: the first end of a curve, and its own or the other curve's last end.
 
-    Where the ends of one curve lie is not where those of two do: labels drawn at random could be
-    predicted better than chance from the positions, distance and direction of the markers.
-    Here each pair of positions, each distance and each direction has about as many of both
-    labels.
+    The ends of one curve have another distribution than the ends of two curves. With random labels,
+    the positions, distance and direction of the markers would predict the label better than chance.
+    Here each pair of positions, each distance and each direction has both labels about equally
+    often.
 
     Returns:
-        markers float32 (n, 2, 2); labels int64 (n,): 1 where one curve joins the markers, -1 where
-        either label would make its markers tell something: leave that image out.
+        markers float32 (n, 2, 2); labels int64 (n,): 1 if one curve joins the markers, 0 if not, -1
+        for images to discard, whose markers would predict either label.
     """
     markers = np.zeros((len(ends), 2, 2), np.float32)
     labels = np.zeros(len(ends), np.int64)
@@ -146,7 +146,7 @@ def mark(
 
 @numba.njit(cache=True, nogil=True)
 def _place(one, two, size):  # type: ignore[no-untyped-def]
-    """The index of two positions: their cells in an 8 x 8 grid, and their distance.
+    """The bin of two positions: their cells in an 8 x 8 grid, and their distance.
 
     Equal for rotations, reflections and exchanged markers, which are equally likely.
     """
@@ -169,8 +169,8 @@ def _place(one, two, size):  # type: ignore[no-untyped-def]
 @numba.njit(cache=True, nogil=True)
 def _mark(ends, size, seed, markers, labels):  # type: ignore[no-untyped-def]
     np.random.seed(seed)
-    # How many more ones than zeros: by place, and by distance and by direction alone, lest small
-    # excesses add up. Pivots are rounded up, so short curves lean towards one corner.
+    # Excess of ones over zeros: per bin of positions, and per distance and per direction, so that
+    # small excesses do not add up. Pivots are rounded up, which shifts short curves to one corner.
     excess, together = np.zeros(64 * 64 * DISTANCES, np.int64), np.zeros(DISTANCES, np.int64)
     directions = np.zeros(SECTORS, np.int64)
     for i in range(len(ends)):
@@ -195,29 +195,29 @@ def _mark(ends, size, seed, markers, labels):  # type: ignore[no-untyped-def]
 
 
 class _Tables(NamedTuple):
-    """What depends on a paddle's direction alone, of k directions; lengths in pixels."""
+    """Tables over k paddle directions; lengths in pixels."""
 
     steps: NDArray[np.int32]
     """(k, 2) head from pivot, the integer offsets at length + margin; row and column."""
     ahead: NDArray[np.float64]
-    """(k, 2) the next paddle's pivot from this one's, before it is rounded up."""
+    """(k, 2) offset of the next paddle's pivot, before it is rounded up."""
     follow: NDArray[np.int32]
-    """(k, most) directions that may follow."""
+    """(k, most) possible next directions."""
     weights: NDArray[np.float64]
-    """(k, most) how likely they are, as bends go."""
+    """(k, most) probabilities of the next directions."""
     follows: NDArray[np.int64]
     """(k,) how many they are."""
     pixels: NDArray[np.int64]
-    """(k, most) pixels that may overlap, from the pivot, as distances in a flat mask."""
+    """(k, most) covered pixels, as offsets from the pivot in the flat mask."""
     covers: NDArray[np.float64]
-    """(k, most) how much of each is covered, 0..1."""
+    """(k, most) covered fraction of each pixel, 0..1."""
     cores: NDArray[np.int64]
     """(k,) how many they are."""
     spans: NDArray[np.int32]
-    """(k, rows, 2) first column that the dilated paddle covers in each row, and the one after the
-    last, both as columns of `coverage`."""
+    """(k, rows, 2) first column covered by the dilated paddle in each row, and the end, as columns
+    of `coverage`."""
     coverage: NDArray[np.float32]
-    """(k, rows, rows) how much of each pixel it covers, 0..1, the pivot in the middle."""
+    """(k, rows, rows) covered fraction of each pixel, 0..1, centered on the pivot."""
 
 
 @cache
@@ -261,7 +261,7 @@ def _tables(length: int, margin: int, thickness: float, continuity: float, size:
 
 
 def _ragged(rows: list[NDArray[Any]]) -> tuple[NDArray[Any], NDArray[np.int64]]:
-    """Rows of different lengths as one array, filled up with zeros; and their lengths."""
+    """Rows of different lengths as one array, padded with zeros, and their lengths."""
     lengths = np.array([len(row) for row in rows])
     array = np.zeros((len(rows), lengths.max()), rows[0].dtype)
     for row, values in zip(array, rows, strict=True):
@@ -270,7 +270,7 @@ def _ragged(rows: list[NDArray[Any]]) -> tuple[NDArray[Any], NDArray[np.int64]]:
 
 
 def _coverage(step, y, x, tip, half):  # type: ignore[no-untyped-def]
-    """How much of each pixel a dilated paddle from pivot (0, 0) covers, by its distance: 0..1."""
+    """Covered fraction of each pixel, 0..1, for a dilated paddle from pivot (0, 0)."""
     ay, ax = tip * step[0], tip * step[1]
     dy, dx = (1 - tip) * step[0], (1 - tip) * step[1]
     t = (((y - ay) * dy + (x - ax) * dx) / (dy * dy + dx * dx)).clip(0.0, 1.0)
@@ -280,11 +280,11 @@ def _coverage(step, y, x, tip, half):  # type: ignore[no-untyped-def]
 
 @numba.njit(cache=True, nogil=True)
 def _images(seeds, tables, tips, paddles, ends, size, contour, distance, padding, shorts):  # type: ignore[no-untyped-def]
-    """Fill in paddles and ends of all images; False where one cannot be drawn.
+    """Fill in paddles and ends of all images; False if one cannot be drawn.
 
-    tables, tips: A margin each; a tip is the first end, as a part of the way from pivot to head.
+    tables, tips: One per margin; a tip is the first end, as a fraction of pivot to head.
     """
-    directions = np.zeros(paddles.shape[1], np.int32)  # scratch, a paddle each
+    directions = np.zeros(paddles.shape[1], np.int32)  # scratch, one entry per paddle
     numbers = (size, contour, distance, padding, shorts)
     for i in range(len(seeds)):
         np.random.seed(seeds[i])
@@ -298,7 +298,7 @@ def _images(seeds, tables, tips, paddles, ends, size, contour, distance, padding
 def _image(  # type: ignore[no-untyped-def]
     tables, directions, paddles, ends, tip, size, contour, distance, padding, shorts
 ):  # fmt: skip
-    """Fill in paddles and ends; False where no attempt succeeds."""
+    """Fill in paddles and ends; False if no attempt succeeds."""
     stride, done, more = size + tables.coverage.shape[1] - 1, False, contour // 3
     mask = np.zeros(stride * stride, np.float32)  # coverage so far, with an empty border
     for _ in range(_RESTARTS):
@@ -326,7 +326,7 @@ def _image(  # type: ignore[no-untyped-def]
 
 @numba.njit(cache=True, nogil=True)
 def _long_curves(tables, mask, directions, paddles, size, contour, distance, padding):  # type: ignore[no-untyped-def]
-    """Both long curves, a paddle of each in turn; False, and an empty mask, if there is no way."""
+    """Both long curves, one paddle of each in turn; False, and an empty mask, on failure."""
     border = min(0.4 * size, padding + 2 * distance)
     y, x = (
         np.random.uniform(border, size - 1 - border),
@@ -354,7 +354,7 @@ def _long_curves(tables, mask, directions, paddles, size, contour, distance, pad
 
 @numba.njit(cache=True, nogil=True)
 def _short_curve(tables, mask, directions, paddles, size, first, end, padding):  # type: ignore[no-untyped-def]
-    """A curve anywhere; leaves the mask alone where it fails."""
+    """A curve anywhere; a failure leaves the mask unchanged."""
     y, x = (
         np.random.uniform(padding, size - 1 - padding),
         np.random.uniform(padding, size - 1 - padding),
@@ -375,9 +375,9 @@ def _short_curve(tables, mask, directions, paddles, size, first, end, padding): 
 
 @numba.njit(cache=True, nogil=True, inline="always")
 def _pixel(tables, size, y, x):  # type: ignore[no-untyped-def]
-    """A pixel's index in the flat mask, whose border is as wide as a paddle reaches.
+    """Index of a pixel in the flat mask, whose border is as wide as the reach of a paddle.
 
-    Unsigned: numba would take a negative one from the end, which costs time in each loop.
+    Unsigned: numba checks signed indices for negative values, which costs time in each loop.
     """
     rows = tables.coverage.shape[1]
     return np.uint64((y + rows // 2) * (size + rows - 1) + x + rows // 2)
@@ -400,7 +400,7 @@ def _seed(tables, mask, directions, paddles, size, i, padding, y, x):  # type: i
 
 @numba.njit(cache=True, nogil=True, inline="always")
 def _extend(tables, mask, directions, paddles, size, i, padding):  # type: ignore[no-untyped-def]
-    """Paddle i of a curve, after the one before it, which is not in the mask yet."""
+    """Paddle i of a curve; its predecessor is not in the mask yet."""
     low, high, before = padding, size - 1 - padding, directions[i - 1]
     y = int(np.ceil(paddles[i - 1, 0] + tables.ahead[before, 0]))
     x = int(np.ceil(paddles[i - 1, 1] + tables.ahead[before, 1]))
@@ -431,9 +431,9 @@ def _extend(tables, mask, directions, paddles, size, i, padding):  # type: ignor
 
 @numba.njit(cache=True, nogil=True, inline="always")
 def _overlaps(tables, mask, k, pivot):  # type: ignore[no-untyped-def]
-    """Whether the dilated paddle in direction k meets what is there; pivot: its index."""
+    """Whether the dilated paddle in direction k overlaps the mask; pivot: its index."""
     meets = False
-    for j in range(tables.cores[k]):  # without an end before the last, which takes more time
+    for j in range(tables.cores[k]):  # an early exit would take more time
         pixel = np.uint64(np.int64(pivot) + tables.pixels[k, j])
         meets |= mask[pixel] + tables.covers[k, j] >= _COVERED
     return meets
@@ -454,7 +454,7 @@ def _stamp(tables, mask, directions, paddles, size, i):  # type: ignore[no-untyp
 
 @numba.njit(cache=True, nogil=True, inline="always")
 def _clear(tables, mask, directions, paddles, size, i):  # type: ignore[no-untyped-def]
-    """Empty the mask where paddle i, dilated, is."""
+    """Remove paddle i, dilated, from the mask."""
     rows, k = tables.spans.shape[1], directions[i]
     top, left = paddles[i, 0] - rows // 2, paddles[i, 1] - rows // 2
     for row in range(max(0, -top), min(rows, size - top)):

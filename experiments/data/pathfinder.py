@@ -1,8 +1,8 @@
-"""Pathfinder: whether a dashed curve joins the two marked ends. Images of 32 to 256 pixels a side.
+"""Pathfinder: does a dashed curve join the two marked ends? Images of 32 to 512 pixels per side.
 
-Source: Linsley et al. (2018); Tay et al., Long Range Arena (2020), where 32 pixels are Pathfinder
-and 128 Path-X; Dao et al., FlashAttention (2022), for 256. Images are stored as geometry, some
-hundred bytes each, and rendered on the device on demand; or read from the release.
+Source: Linsley et al. (2018); Tay et al., Long Range Arena (2020), for 32 pixels (Pathfinder) and
+128 (Path-X); Dao et al., FlashAttention (2022), for 256. Generated images are stored as geometry, a
+few hundred bytes each, and rendered on the device on demand. The release can be read instead.
 """
 
 from __future__ import annotations
@@ -35,38 +35,38 @@ from sparse_flash.experiments.data.images import (
 )
 from sparse_flash.experiments.data.pathfinder_release import RELEASE
 from sparse_flash.experiments.data.source import Source
-from sparse_flash.experiments.old_names import PATHFINDER, renamed_fields
+from sparse_flash.experiments.old_names import METHODS, PATHFINDER, renamed_fields
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, pad
 from tqdm import tqdm
 
-_CHUNK = 64  # images that a thread makes at a time
-_DRAWN = 256  # images that are drawn at a time
-_OUTSIDE = -1_000  # of all images
-_KEPT = 1 << 30  # bytes of pixels that a GPU keeps: of more than that it draws each batch anew
+_CHUNK = 64  # images per task of a thread
+_DRAWN = 256  # images rendered per step
+_OUTSIDE = -1_000  # coordinate of padding paddles, pixels
+_KEPT = 1 << 30  # bytes; a GPU stores the pixels of smaller sets, and renders larger ones per batch
 
 
-@renamed_fields(PATHFINDER)
+@renamed_fields(PATHFINDER | METHODS)
 @dataclass(frozen=True)
 class Pathfinder:
-    """Images of `size` x `size` pixels, half of them with markers on one curve.
+    """Images of `size` x `size` pixels, half of them with both markers on one curve.
 
     Raises:
-        ValueError: Settings that admit no image.
+        ValueError: The settings allow no image.
     """
 
     size: Literal[32, 64, 128, 256, 512] = 32
     """Pixels per side."""
     contour: int = 14
-    """Paddles of a long curve: 14 in Long Range Arena; fewer are easier."""
+    """Paddles per long curve: 14 in Long Range Arena; fewer are easier."""
     geometry: Literal[32, 64, 128, 256] | None = None
-    """Size of the published images whose paddles, gaps, thickness and markers are drawn; None: that
-    of `size`. A model trained on small canvases transfers to large ones with the same geometry."""
+    """Size of the published images whose paddles, gaps, thickness and markers are drawn; None:
+    `size`. A model trained on small canvases transfers to large ones with the same geometry."""
     curriculum: tuple[int, ...] = ()
-    """Contours of the images that training starts with, `train` of each: a model that follows short
-    curves learns longer ones faster."""
+    """Contours of the curriculum, with `train` images each: a model that follows short curves
+    learns longer ones faster."""
     curriculum_share: float = 0.25
-    """Fraction of the training steps that use them."""
+    """Fraction of the training steps with images of the curriculum."""
     train: int = 160_000
     """Training images."""
     val: int = 20_000
@@ -80,9 +80,10 @@ class Pathfinder:
     augment: bool = False
     """Train on the eight rotations and reflections of each image."""
     source: str = ""
-    """Folder of the Long Range Arena release with imgs and metadata, a folder above it (such as
-    lra_release, for `size` and `contour`) or an archive (lra_release.gz); or hf: and the name of a
-    data set of the Hugging Face Hub with the columns image and label, read instead of generated."""
+    """Files to read instead of generating images: a folder of the Long Range Arena release with
+    imgs and metadata, a folder above it (such as lra_release, for `size` and `contour`), an archive
+    (lra_release.gz), or hf: and the name of a data set of the Hugging Face Hub with the columns
+    image and label."""
 
     vocabulary = 256
     classes = 2
@@ -95,12 +96,12 @@ class Pathfinder:
             raise ValueError(f"geometry must be 32, 64, 128, 256 or None, got {self.geometry}")
         if self.size == 512 and self.geometry is None:
             raise ValueError(
-                "no images of 512 pixels were published: say whose paddles to draw with geometry "
+                "no images of 512 pixels were published: choose their paddles with geometry "
                 "(--task.geometry 256)"
             )
         if self.source and self.geometry is not None:
             raise ValueError(
-                f"geometry is of images that are generated, not of those in {self.source!r}: leave "
+                f"geometry applies to generated images, not to those in {self.source!r}: leave "
                 "out geometry or source"
             )
         if not 3 <= self.contour <= 20:
@@ -121,7 +122,7 @@ class Pathfinder:
 
     @property
     def length(self) -> int:
-        """Tokens per image: one a pixel."""
+        """Tokens per image: one per pixel."""
         return self.size**2
 
     def coordinates(self) -> Tensor:
@@ -132,7 +133,7 @@ class Pathfinder:
         """Generate the geometry of all images, or read the release.
 
         Raises:
-            DataError: The source is missing, damaged, or of another size.
+            DataError: The source is missing or damaged, or has another size.
         """
         # These settings do not change the images.
         same = replace(
@@ -173,7 +174,7 @@ class Pathfinder:
         return Splits(*parts, first=joined(curriculum) if curriculum else None)
 
     def _drawings(self, split: int, count: int, contour: int, bar: tqdm[None]) -> Drawings:
-        """The images of a split; no other split has a seed of theirs."""
+        """The images of a split; splits share no seeds."""
         from sparse_flash.experiments.data import paddles as geometry
 
         start = (self.seed * 3 + split) << 28  # of the seeds
@@ -185,9 +186,9 @@ class Pathfinder:
             return made
 
         chunks = -(-count // _CHUNK)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # numba lets go of the interpreter
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # numba releases the GIL
             made = list(pool.map(make, range(chunks)))
-            while True:  # some are left out: see geometry.mark
+            while True:  # some are discarded: see `paddles.mark`
                 lines, ends = (np.concatenate(x) for x in zip(*made, strict=True))
                 markers, labels = geometry.mark(ends, self.size, start % 2**32)
                 kept = (labels >= 0).nonzero()[0][:count]
@@ -212,20 +213,20 @@ class Pathfinder:
                 empty.append(path)
         if len(empty) == len(row):
             raise DataError(f"{self.source} has no image that is not empty: {RELEASE}")
-        if len(empty) > 1:  # the release has one, 0/sample_172.png
+        if len(empty) > 1:  # the release contains one, 0/sample_172.png
             raise source.error(empty[0], f"is empty, and so are {len(empty) - 1} more images")
         kept = [i for path, i in row.items() if path not in empty]
         known = torch.tensor(list(labels.values()))
         return _parted(Split(torch.from_numpy(pixels), None, known).subset(torch.tensor(kept)))
 
     def _read_hub(self) -> Splits:
-        """Its own splits; or parts of the only one."""
+        """The splits of the data set; a single split is divided."""
         images = hub.DataSet(self.source, RELEASE)
         names = images.names
         if len(names) not in (1, len(hub.SPLITS)):
             raise DataError(
                 f"{self.source} has {' and '.join(names) or 'no splits'}: give one with train, "
-                f"validation and test, or with one of them, to be parted; {RELEASE}"
+                f"validation and test, or with one of them, which is divided; {RELEASE}"
             )
         parts = [self._split(self._images(images, name)) for name in names]
         return _parted(parts[0]) if len(parts) == 1 else Splits(*parts)
@@ -249,7 +250,7 @@ class Pathfinder:
 
 
 def _parted(whole: Split) -> Splits:
-    """80 : 10 : 10, as in Long Range Arena."""
+    """Divide 80 : 10 : 10, as in Long Range Arena."""
     order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(0))
     tenth = max(1, len(whole) // 10)
     val, test, train = order[:tenth], order[tenth : 2 * tenth], order[2 * tenth :]
@@ -259,8 +260,8 @@ def _parted(whole: Split) -> Splits:
 class Drawings(Examples):
     """Images as geometry: paddles int16 (n, paddles, 4), markers (n, 2, 2), labels (n,).
 
-    `take` draws them on the device where the geometry is; on a GPU, all are drawn once if that is
-    no more than a GiB.
+    `take` renders them on the device of the geometry. A GPU renders all images once if their pixels
+    fit 1 GiB.
     """
 
     def __init__(
@@ -277,7 +278,7 @@ class Drawings(Examples):
         self.permutation = token_order(order, size).permutation.to(labels.device)
 
     def state(self) -> tuple[Tensor | int | str | None, ...]:
-        """The arguments that make it again."""
+        """Arguments of the constructor that recreate it."""
         return self.paddles, self.markers, self.labels, self.size, self.order, self.geometry
 
     def to(self, device: torch.device) -> Examples:
@@ -308,13 +309,13 @@ class Drawings(Examples):
         return Batch(tokens.long(), None, self.labels[index])
 
     def _pixels(self, index: Tensor) -> Tensor:
-        """Images in the order of their tokens: uint8 (b, s)."""
+        """Pixels in token order: uint8 (b, s)."""
         images = draw(self.paddles[index], self.markers[index], self.size, self.geometry)
         return images.flatten(1)[:, self.permutation]
 
 
 def joined(parts: list[Drawings]) -> Drawings:
-    """All images of the parts; those of fewer paddles get some that lie far outside."""
+    """All images of the parts; images with fewer paddles are padded by paddles far outside."""
     most = max(part.paddles.shape[1] for part in parts)
     paddles = [pad(p.paddles, (0, 0, 0, most - p.paddles.shape[1]), value=_OUTSIDE) for p in parts]
     markers, labels = (torch.cat([getattr(p, n) for p in parts]) for n in ("markers", "labels"))
@@ -323,7 +324,7 @@ def joined(parts: list[Drawings]) -> Drawings:
 
 
 def draw(paddles: Tensor, markers: Tensor, size: int, geometry: int | None = None) -> Tensor:
-    """Images uint8 (b, size, size), at twice the size and scaled down; the brightest pixel is 255.
+    """Render images, uint8 (b, size, size), at twice the size, and scale down; the maximum is 255.
 
     The margin of an image follows from its paddles, whose reach is length plus margin.
     """
@@ -346,9 +347,9 @@ def draw(paddles: Tensor, markers: Tensor, size: int, geometry: int | None = Non
 
 
 def _coverage(start: Tensor, along: Tensor, half: float, radius: float) -> tuple[Tensor, Tensor]:
-    """Pixels around the middle of strokes (b, n, 2), and how much of each they cover, 0..1.
+    """Pixels around the center of strokes (b, n, 2), and the covered fraction of each, 0..1.
 
-    half: Half the width. radius: Of what may be covered.
+    half: Half the width. radius: Radius of the pixels considered.
     """
     steps = torch.arange(-int(radius) - 2, int(radius) + 3, device=start.device)
     grid = torch.cartesian_prod(steps, steps)
@@ -361,7 +362,7 @@ def _coverage(start: Tensor, along: Tensor, half: float, radius: float) -> tuple
 
 
 def _stamp(canvas: Tensor, pixels: Tensor, values: Tensor, contrast: float, side: int) -> None:
-    """Put strokes on canvases (b, side^2); where several meet, the brightest counts."""
+    """Draw strokes on canvases (b, side^2), combined by the maximum."""
     inside = ((pixels >= 0) & (pixels < side)).all(-1)
     index = (pixels[..., 0] * side + pixels[..., 1]).long().masked_fill(~inside, 0)
     values = values.masked_fill(~inside, 0) * contrast

@@ -1,4 +1,4 @@
-"""The files of Pathfinder as Long Range Arena released them: folders imgs and metadata."""
+"""The Pathfinder files of the Long Range Arena release: folders imgs and metadata."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ LARGEST_IMAGE = 1 << 24  # bytes
 
 
 def find_metadata(source: Source, size: int, contour: int) -> list[str]:
-    """The files metadata/*.npy of the one folder with images of this size and contour.
+    """The files metadata/*.npy of the folder with images of this size and contour.
 
-    Of a folder with 0.npy, 1.npy and so on, as released, other files (a combined.npy) repeat them.
+    In a folder with 0.npy, 1.npy and so on, as released, other files (a combined.npy) repeat them.
 
     Raises:
-        DataError: There is none, or by their names all are of another size or contour.
+        DataError: There is none, or all folders have names of another size or contour.
     """
     others: list[str] = []
 
@@ -52,13 +52,13 @@ def find_metadata(source: Source, size: int, contour: int) -> list[str]:
             raise
         raise DataError(
             f"{source.name} has no images with --task.size {size} and --task.contour {contour}, "
-            f"by the folders' names, but {', '.join(others)}: set these, or give one of these "
+            f"but, by the names of folders, {', '.join(others)}: set these, or give one of the "
             f"folders with --task.source; {RELEASE}"
         ) from error
 
 
 def _fits(folder: str, size: int, contour: int) -> bool:
-    """Whether no folder is named as the release's are for another size or contour.
+    """Whether no folder name is that of another size or contour in the release.
 
     >>> [_fits("pathfinder32/" + f, 32, 6) for f in ("curv_baseline", "curv_contour_length_9", "x")]
     [True, False, True]
@@ -70,10 +70,10 @@ def _fits(folder: str, size: int, contour: int) -> bool:
 
 
 def labels_of(source: Source, metadata: list[str]) -> dict[str, int]:
-    """The label of each image, by its path, in the order of the files of metadata.
+    """The label of each image by path, in the order of the metadata files.
 
     Raises:
-        DataError: A file is something else, or an image has two labels.
+        DataError: A file is not metadata, or an image has two labels.
     """
     labels: dict[str, int] = {}
     again = 0
@@ -102,7 +102,7 @@ def labels_of(source: Source, metadata: list[str]) -> dict[str, int]:
 
 
 def _fields(source: Source, path: str) -> Iterator[tuple[int, list[str]]]:
-    """The numbered lines of a file of metadata: text in the release, np.save elsewhere."""
+    """The numbered lines of a metadata file: text in the release, np.save elsewhere."""
     with source.open(path) as file:
         start = file.read(6)
     if start != b"\x93NUMPY":
@@ -126,7 +126,7 @@ def gray(content: bytes, name: str, size: int) -> NDArray[np.uint8]:
     """The pixels of an image file, (size * size,).
 
     Raises:
-        DataError: It is no image, not all of one, or of another size.
+        DataError: It is not an image, is truncated, or has another size.
     """
     from PIL import Image
 
@@ -136,4 +136,4 @@ def gray(content: bytes, name: str, size: int) -> NDArray[np.uint8]:
     except DataError:
         raise
     except Exception as error:  # damaged bytes make Pillow raise errors of many types
-        raise DataError(f"{name} is no image, or not all of one ({error}): {RELEASE}") from error
+        raise DataError(f"{name} is not an image, or is truncated ({error}): {RELEASE}") from error

@@ -1,7 +1,7 @@
-"""Where published data is read from: a folder, or a tar or zip archive, searched for one data root.
+"""Sources of published data: a folder, or a tar or zip archive, searched for one data root.
 
-A data root is a folder that holds a data set in the layout that a task expects. Only the files of
-that root are opened; everything beside it, copies included, costs a name in a listing.
+A data root is a folder with a data set in the layout that a task expects. Only the files of that
+root are opened. Everything else, copies included, is only listed.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from typing import BinaryIO, NamedTuple
 
 from sparse_flash.experiments.data.files import DataError
 
-MOST_NAMES = 500_000  # that are listed in search of a data root
+MOST_NAMES = 500_000  # maximum number of listed names in a search
 LONGEST_LINE = 1 << 26  # bytes
-LARGEST = 1 << 28  # bytes of a file that is read whole: a batch of CIFAR-10 has 2^25
+LARGEST = 1 << 28  # bytes per file read at once; a batch of CIFAR-10 has 2^25
 _FEW = 16
 _ARCHIVES = (".tar", ".tgz", ".tbz", ".txz", ".gz", ".bz2", ".xz", ".zip")
 _STRAY = {"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin"}
@@ -34,10 +34,10 @@ _COPY = re.compile(
 
 
 class Listing(NamedTuple):
-    """What a folder holds, without stray files.
+    """Content of a folder, without stray files.
 
-    folders: Names, in order, with what identifies each folder (links to one folder share it).
-    files: Names, in order, of everything else.
+    folders: Names, in order, with the identity of each folder (links to one folder share it).
+    files: Names, in order, of all other entries.
     """
 
     folders: dict[str, Hashable]
@@ -51,8 +51,8 @@ class Source(abc.ABC):
     """Files by their path below a folder, or in an archive; "" is the folder itself.
 
     Args:
-        name: The path that the user gave.
-        where: Where one gets the data; ends every message.
+        name: Path given by the user.
+        where: Advice on where to get the data, appended to every message.
     """
 
     def __init__(self, name: str, where: str) -> None:
@@ -60,11 +60,11 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def listing(self, folder: str, most: int) -> Listing:
-        """What a folder holds.
+        """Content of a folder.
 
         Raises:
             OSError: It cannot be read.
-            OverflowError: It holds more than `most` names.
+            OverflowError: It has more than `most` names.
         """
 
     @abc.abstractmethod
@@ -79,7 +79,7 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def open(self, file: str) -> AbstractContextManager[BinaryIO]:
-        """A file, to be read in pieces.
+        """Open a file for streaming.
 
         Raises:
             DataError: There is no such file.
@@ -87,26 +87,26 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def paths(self, files: Callable[[], Iterable[str]]) -> tuple[str, ...]:
-        """The paths on disk by which one can tell whether any of these files has changed."""
+        """The paths on disk whose changes indicate a change of any of these files."""
 
     @abc.abstractmethod
     def at(self, file: str) -> str:
         """The name of a file in messages."""
 
     def error(self, file: str, message: str) -> DataError:
-        """The error that says this of a file."""
+        """A DataError about a file, with the advice."""
         return DataError(f"{self.at(file)} {message}: {self.where}")
 
     def find(self, files_of: Callable[[Look, str], list[str] | None], wanted: str) -> list[str]:
-        """The files of the only data root: the source itself, or the folder nearest below it.
+        """The files of the only data root: the source itself, or the nearest folder below it.
 
-        Folders are searched level by level, to the first level that has a data root; a data root
-        is not searched further. Of several on that level one is taken if all hold the same.
+        Folders are searched level by level, down to the first level with a data root. A data root
+        is not searched further. Several on that level are accepted if their files are equal.
 
         Args:
-            files_of: Returns the files that belong to the data if a folder is a data root, and
-                None if not. An empty list means that neither this folder nor any below is one.
-            wanted: What a data root holds, for messages.
+            files_of: Function that returns the data files of a folder, or None if the folder is not
+                a data root. An empty list excludes the folder and all folders below.
+            wanted: Content of a data root, for messages.
 
         Raises:
             DataError: There is no data root, several differ, or there is too much to search.
@@ -154,9 +154,9 @@ class Source(abc.ABC):
         return roots[first]
 
     def _digest(self, root: str, files: list[str]) -> str:
-        """Of names and contents."""
+        """Digest of names and contents."""
         contents = {}
-        if len(files) > _FEW:  # opened one by one, an archive would be unpacked for each
+        if len(files) > _FEW:  # one pass: each opening decompresses an archive
             for file, content in self.read(files, LARGEST):
                 contents[file[len(root) :]] = hashlib.sha256(content).hexdigest()
         else:
@@ -170,7 +170,7 @@ class Folder(Source):
     """The files of a folder; links are followed."""
 
     def listing(self, folder: str, most: int) -> Listing:
-        """What a folder holds."""
+        """Content of a folder."""
         folders, files, count = dict[str, Hashable](), list[str](), 0
         with os.scandir(Path(self.name) / folder) as entries:
             for entry in entries:
@@ -181,7 +181,7 @@ class Folder(Source):
                     continue
                 try:
                     status = entry.stat() if entry.is_dir() else None
-                except OSError:  # a link in a circle, or gone meanwhile
+                except OSError:  # a link cycle, or deleted meanwhile
                     status = None
                 if status is None:
                     files.append(entry.name)
@@ -204,13 +204,13 @@ class Folder(Source):
 
     @contextlib.contextmanager
     def open(self, file: str) -> Iterator[BinaryIO]:
-        """A file, to be read in pieces."""
+        """Open a file for streaming."""
         with self._opened(file, "file") as (stream, _):
             yield stream
 
     @contextlib.contextmanager
     def _opened(self, file: str, what: str) -> Iterator[tuple[BinaryIO, int]]:
-        """A regular file and its size; a pipe would keep one waiting for ever."""
+        """A regular file and its size; reading a pipe could block forever."""
         path = Path(self.name) / file
         try:
             status = path.stat()
@@ -222,7 +222,7 @@ class Folder(Source):
         except (OSError, ValueError) as error:
             raise self.error(file, f"cannot be read ({error})") from error
         if stream is None:
-            raise self.error(file, "is no regular file")
+            raise self.error(file, "is not a regular file")
         with stream:
             yield stream, status.st_size
 
@@ -236,10 +236,10 @@ class Folder(Source):
 
 
 def lines(source: Source, file: str) -> Iterator[tuple[int, str]]:
-    """The numbered lines of a text file, without what ends them; blank last lines are left out.
+    """The numbered lines of a text file, without line ends and without blank lines at the end.
 
     Raises:
-        DataError: There is no such file, or it is no text.
+        DataError: There is no such file, or it is not text.
     """
     blank = list[int]()
     with source.open(file) as stream:
@@ -252,13 +252,13 @@ def lines(source: Source, file: str) -> Iterator[tuple[int, str]]:
                 return
             if len(line) > LONGEST_LINE:
                 raise source.error(
-                    file, f"is no text: line {number} has more than {LONGEST_LINE} bytes"
+                    file, f"is not text: line {number} has more than {LONGEST_LINE} bytes"
                 )
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
             except UnicodeDecodeError as error:
                 raise source.error(
-                    file, f"is no text in UTF-8 (line {number}: {error.reason})"
+                    file, f"is not text in UTF-8 (line {number}: {error.reason})"
                 ) from error
             if not text.strip():
                 blank.append(number)
@@ -269,7 +269,7 @@ def lines(source: Source, file: str) -> Iterator[tuple[int, str]]:
 
 
 def find_tables(source: Source, names: list[str]) -> list[str]:
-    """The paths of files of these names in the one folder that has any of them.
+    """The paths of files of these names in the folder that has any of them.
 
     Raises:
         DataError: No folder has.
@@ -292,7 +292,7 @@ def digest(stream: BinaryIO) -> str:
 
 
 def join(folder: str, name: str) -> str:
-    """The path of what is in a folder below the source.
+    """The path of an entry of a folder below the source.
 
     >>> join("", "train"), join("train", "pos")
     ('train', 'train/pos')
@@ -301,7 +301,7 @@ def join(folder: str, name: str) -> str:
 
 
 def is_stray(name: str) -> bool:
-    """Whether this is what an operating system leaves in folders, or hidden.
+    """Whether this is a hidden file, or one that an operating system creates in folders.
 
     >>> [is_stray(name) for name in (".DS_Store", "._0_7.txt", "Thumbs.db", "0_7.txt")]
     [True, True, True, False]
@@ -321,7 +321,7 @@ def originals(names: Iterable[str]) -> list[str]:
 
 
 def _original(name: str) -> str | None:
-    """What the file was called of which this is a copy, by its name."""
+    """Name of the original, if the name is that of a copy."""
     if name.lower().startswith("copy of "):
         return name[len("copy of ") :]
     stem, suffix = os.path.splitext(name)  # noqa: PTH122
@@ -332,7 +332,7 @@ def _original(name: str) -> str | None:
 
 
 def check_size(source: Source, file: str, size: int, most: int) -> None:
-    """Raise DataError if a file is far larger than any that the task reads."""
+    """Raise DataError if a file is far larger than all files that the task reads."""
     if size > most:
         raise source.error(file, f"has {size:,} bytes, and should have {most:,} at most")
 
@@ -342,7 +342,7 @@ class _UnreadableError(DataError):
 
 
 class _Search:
-    """Listings of a source, each taken once, of no more than MOST_NAMES names in all."""
+    """Listings of a source, each read once, with at most MOST_NAMES names in total."""
 
     def __init__(self, source: Source) -> None:
         self.source, self.left = source, MOST_NAMES
@@ -372,7 +372,7 @@ class _Search:
         return self.known[folder]
 
     def _largest(self, last: str) -> str:
-        """The folder directly below the source with most names, in words; `last` has the rest."""
+        """The folder directly below the source with most names, in words; `last` holds the rest."""
         counts = Counter({last.partition("/")[0]: self.left})
         for folder, listing in self.known.items():
             counts[folder.partition("/")[0]] += len(listing.folders) + len(listing.files)

@@ -1,8 +1,8 @@
-"""An endless stream of fresh Pathfinder images, rendered in the background during training.
+"""An endless stream of fresh Pathfinder images, generated in the background during training.
 
-Images come in pools of some thousand: markers are balanced over all images of a pool, and a pool is
-kept on disk with a checksum. The batch of a step depends on the settings and the step alone, so a
-resumed run sees the same images as an uninterrupted one, also on another machine.
+Images are generated in pools of a few thousand. Markers are balanced over all images of a pool, and
+a pool is cached on disk with a checksum. The batch of a step depends only on the settings and the
+step, so a resumed run sees the same images as an uninterrupted one, also on another machine.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ from sparse_flash.experiments.data.files import cached
 from sparse_flash.experiments.data.images import Augmented, Order
 from sparse_flash.experiments.data.pathfinder import Drawings, joined
 
-POOL = 8_192  # images that are drawn for a pool; some are left out, see `paddles.mark`
-_CHUNK = 256  # images that a thread draws at a time
+POOL = 8_192  # images generated per pool; some are discarded, see `paddles.mark`
+_CHUNK = 256  # images per task of a thread
 _AHEAD = 2  # pools prefetched
-_HELD_OUT = 1 << 31  # seeds from here on are held out
+_HELD_OUT = 1 << 31  # first held-out seed
 
 
 @dataclass(frozen=True)
 class Pool:
-    """Images that are drawn together; equal pools hold equal images."""
+    """Images that are generated together; equal pools have equal images."""
 
     size: int
     contour: int
     geometry: int | None
     order: Order
     seed: int
-    """Seed of the first image; the others follow."""
+    """Seed of the first image; the other seeds are consecutive."""
     count: int = POOL
-    """Images to draw; fewer are kept."""
+    """Images to generate; fewer remain."""
 
     def draw(self, threads: ThreadPoolExecutor) -> Drawings:
-        """The images, from the disk cache if they exist.
+        """The images, from the disk cache if present.
 
         Raises:
             ValueError: The curves do not fit on the canvas.
@@ -53,7 +53,7 @@ class Pool:
 
         seeds = self.seed + np.arange(self.count)
         chunks = np.array_split(seeds, -(-self.count // _CHUNK))
-        made = threads.map(  # numba lets go of the interpreter
+        made = threads.map(  # numba releases the GIL
             lambda some: geometry.curves(self.size, self.contour, some, self.geometry), chunks
         )
         lines, ends = (np.concatenate(parts) for parts in zip(*made, strict=True))
@@ -80,18 +80,18 @@ def held_out(
     count: int,
     number: int,
 ) -> Drawings:
-    """Images that no stream trains on, whatever its seed.
+    """Images that no stream uses for training, with any seed.
 
     Args:
-        threads: Threads that draw them.
-        size: Pixels a side of the canvas.
-        contour: Paddles of a long curve.
+        threads: Threads that generate them.
+        size: Pixels per side of the canvas.
+        contour: Paddles per long curve.
         geometry: Size of the published images whose paddles are drawn; None: `size`.
         order: Order of the pixels.
         count: Number of images.
-        number: Number of the set, 0..7: two sets have no image in common.
+        number: Number of the set, 0..7; sets are disjoint.
     """
-    more = count + count // 8 + 64  # some are left out
+    more = count + count // 8 + 64  # some are discarded
     while True:
         pool = Pool(size, contour, geometry, order, _HELD_OUT + (number << 28), more)
         images = pool.draw(threads)
@@ -101,31 +101,31 @@ def held_out(
 
 
 def workers(part: float = 1.0) -> ThreadPoolExecutor:
-    """Threads that draw: a part of the cores, two of which are left to training."""
+    """Threads for a part of the cores, of which two are reserved for training."""
     return ThreadPoolExecutor(max(1, round(part * ((os.cpu_count() or 1) - 2))), "draw")
 
 
 class Stream:
     """Batches of fresh images of several contours, in a fixed order.
 
-    Each image of a batch has one of the contours, drawn by their weights, and is augmented
-    at random. All is drawn from `seed` and the number of the step.
+    Each image of a batch has one of the contours, sampled by their weights, and is augmented at
+    random. All samples depend on `seed` and the number of the step.
 
     Args:
-        size: Pixels a side of the canvas.
+        size: Pixels per side of the canvas.
         geometry: Size of the published images whose paddles are drawn; None: `size`.
         order: Order of the pixels.
-        contours: Paddles of the long curves.
+        contours: Paddles per long curve.
         weights: Relative frequency of each contour.
-        batch_size: Images a step.
+        batch_size: Images per step.
         seed: Seed of the images, their order and their mixture.
-        reuse: How often an image is shown on average, in one of eight orientations each time.
+        reuse: Mean number of uses of an image, each in one of eight orientations.
         device: Device that renders the images.
-        threads: Threads that draw the geometry.
+        threads: Threads that generate the geometry.
         shard: Rank of this process, and number of processes that split each batch.
 
     Raises:
-        ValueError: The batch cannot be shared out evenly.
+        ValueError: The batch size is not a multiple of the number of processes.
     """
 
     def __init__(
@@ -144,20 +144,20 @@ class Stream:
     ) -> None:
         if batch_size % shard[1]:
             raise ValueError(
-                f"batch_size={batch_size} must be a multiple of the {shard[1]} workers' number"
+                f"batch_size={batch_size} must be a multiple of the {shard[1]} workers"
             )
         self.contours, self.weights = tuple(contours), torch.tensor(weights, dtype=torch.float64)
         self.batch_size, self.seed, self.device, self.shard = batch_size, seed, device, shard
         self.threads = threads
         each = self.weights / self.weights.sum() * batch_size
         self.steps = [max(1, round(POOL * reuse / count)) for count in each.tolist()]
-        """Steps for which a pool of each contour is used."""
+        """Number of steps per pool of each contour."""
         start = seed * 2_654_435_761
         self.firsts = [
             Pool(size, contour, geometry, order, (start + (contour << 26)) % _HELD_OUT)
             for contour in contours
         ]
-        # One at a time for each contour: they wait for the threads that do the work.
+        # One thread per contour, which waits for the threads that generate.
         self.assemblers = ThreadPoolExecutor(len(self.firsts), "pool")
         self.pools: dict[tuple[int, int], Future[Drawings]] = {}
         self.mixed: tuple[tuple[int, ...], Augmented, list[int], list[int]] | None = None
@@ -165,12 +165,12 @@ class Stream:
     def prepare(
         self, step: int, ahead: int = _AHEAD, threads: ThreadPoolExecutor | None = None
     ) -> None:
-        """Begin to draw what this step needs, and more pools of each contour; returns at once.
+        """Start to generate the pools of this step and `ahead` more of each contour; do not wait.
 
         Args:
             step: Step of the run.
-            ahead: Pools of each contour to draw before they are needed.
-            threads: Threads that draw, if others than the stream's.
+            ahead: Pools of each contour to prefetch.
+            threads: Threads that generate; default: those of the stream.
         """
         for which, steps in enumerate(self.steps):
             first = step // steps
@@ -199,7 +199,7 @@ class Stream:
         return images.take(index[rank::size].to(self.device))
 
     def _images(self, step: int) -> tuple[Augmented, list[int], list[int]]:
-        """The images of this step's pools; where those of each contour begin, and their number."""
+        """The images of the pools of this step; start and number of the images of each contour."""
         numbers = tuple(step // steps for steps in self.steps)
         if self.mixed is None or self.mixed[0] != numbers:
             pools = [self.pools[key].result() for key in enumerate(numbers)]
@@ -211,6 +211,6 @@ class Stream:
         return self.mixed[1:]
 
     def close(self) -> None:
-        """Draw nothing that has not been begun."""
+        """Cancel pools that have not been started."""
         self.assemblers.shutdown(wait=False, cancel_futures=True)
         self.pools.clear()

@@ -1,7 +1,7 @@
 """Bytes of documents: Text (is a film review positive?) and Retrieval (are two papers related?).
 
-Source: Tay et al., Long Range Arena (2020). A token is a byte; 0, which no text contains, is
-padding. Reviews longer than `max_length` are truncated.
+Source: Tay et al., Long Range Arena (2020). A token is a byte. The byte 0, which no text contains,
+is padding. Texts longer than `max_length` are truncated.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ AAN = (
 )
 
 
-_LONGEST = 1 << 24  # bytes of a review: published ones have at most 13,704
+_LONGEST = 1 << 24  # maximum bytes per review; published ones have at most 13,704
 
 
 class _Bytes:
-    """Base of tasks on the bytes of documents."""
+    """Base class of tasks on the bytes of documents."""
 
     max_length: int
     vocabulary = 256
@@ -56,7 +56,7 @@ class _Bytes:
         return self.max_length
 
     def coordinates(self) -> None:
-        """None: no image."""
+        """None: tokens are not pixels."""
 
 
 @dataclass(frozen=True)
@@ -113,14 +113,14 @@ class Text(_Bytes):
 
 
 def _reviews(source: str) -> Iterator[tuple[str, str, bytes, int]]:
-    """(train or test, name, content, whether it is positive) of each review."""
+    """(train or test, name, content, label: 1 for positive) of each review."""
     if hub.on_hub(source):
         reviews = hub.DataSet(source, IMDB)
         for split in ("train", "test"):
             for number, (text, label) in enumerate(reviews.rows(split, "text", "label"), 1):
                 name = f"{source}: {split} {number}"
                 if not isinstance(text, str) or label not in (0, 1):
-                    raise DataError(f"{name} is no review with 0 or 1: {IMDB}")
+                    raise DataError(f"{name} is not a review with the label 0 or 1: {IMDB}")
                 yield split, name, text.encode(), int(label)
         return
     files = open_source(source, IMDB)
@@ -130,7 +130,7 @@ def _reviews(source: str) -> Iterator[tuple[str, str, bytes, int]]:
 
 
 def _find_reviews(source: Source) -> list[str]:
-    """The files of the one folder with train or test, and in these pos or neg."""
+    """The files of the folder with train or test, which have pos or neg."""
 
     def files_of(look: Look, folder: str) -> list[str] | None:
         files: list[str] = []
@@ -145,19 +145,19 @@ def _find_reviews(source: Source) -> list[str]:
 
 
 def _review(name: str, content: bytes) -> bytes:
-    """A review without what an editor may have put around it."""
+    """A review without byte order mark, carriage returns and newlines at the end."""
     try:
         text = content.decode("utf-8-sig").replace("\r\n", "\n").rstrip("\n")
     except UnicodeDecodeError as error:
-        raise DataError(f"{name} is no text in UTF-8 ({error}): {IMDB}") from error
+        raise DataError(f"{name} is not text in UTF-8 ({error}): {IMDB}") from error
     if not text or "\0" in text:
-        raise DataError(f"{name} is no text: it is empty or has a zero byte: {IMDB}")
+        raise DataError(f"{name} is not text: it is empty or has a zero byte: {IMDB}")
     return text.encode()
 
 
 @dataclass(frozen=True)
 class Retrieval(_Bytes):
-    """Pairs of papers, one of which cites the other or not; byte by byte.
+    """Pairs of papers as bytes; the label is 1 if one cites the other.
 
     Raises:
         ValueError: A size below 1.
@@ -220,7 +220,7 @@ class Retrieval(_Bytes):
 
 
 def _pairs(source: Source, path: str) -> Iterator[list[str]]:
-    """Label and two texts of each line of a file of the release."""
+    """Label and two texts per line of a file of the release."""
     for number, line in lines(source, path):
         fields = line.split("\t")
         if len(fields) != 5:
@@ -232,7 +232,7 @@ def _pairs(source: Source, path: str) -> Iterator[list[str]]:
 
 
 def _plain(text: str) -> bytes:
-    """The bytes of a text; some releases write it as a Python literal, b'like this'."""
+    """The bytes of a text; some releases contain a Python literal, b'like this'."""
     if len(text) >= 3 and text[0] == "b" and text[1] in "'\"" and text[-1] == text[1]:
         text = text[2:-1]
     return text.encode().replace(b"\0", b" ") or b" "

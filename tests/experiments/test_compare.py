@@ -95,6 +95,8 @@ def test_what_has_no_attention_matrix_has_no_density(comparison, tmp_path, monke
     ("sparsest", "others"),
     [("flex: local(3)", ("sdpa", "dense", "local(9)")), ("local(3)", ("flex: local(9)", "linear")),
      ("per_head([local(3), local(3)])", ("performer(4)",)), ("axial(4, 12)", ("standard",)),
+     ("local(9)", ("dense", "topk(1, block=16)", "nsa(1, block=16)")),
+     ("", ("topk(1, block=16)", "hybrid(local(3), linear, block=16)")),
      ("", ("sdpa", "dense", "flex: dense")), ("", WITHOUT_MATRIX)],
 )  # fmt: skip
 def test_nothing_fails_once_all_is_trained(comparison, tmp_path, monkeypatch, sparsest, others):

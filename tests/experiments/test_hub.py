@@ -129,11 +129,11 @@ def test_what_is_not_there(tmp_path, monkeypatch):
 def test_what_is_something_else(tmp_path):
     wrong = reviews("train") | {"label": [0, 1] * 3 + [2, 3]}
     source = parquet(tmp_path / "a", train=wrong, test=reviews("test"))
-    with pytest.raises(DataError, match=r"train 7 is no review with 0 or 1"):
+    with pytest.raises(DataError, match=r"train 7 is not a review with the label 0 or 1"):
         Text(source).load()
     text = {"img": ["x"], "label": [0]}
     source = parquet(tmp_path / "b", train=text, test=text)
-    with pytest.raises(DataError, match=r"train 1 is no image: 'x'"):
+    with pytest.raises(DataError, match=r"train 1 is not an image: 'x'"):
         Image(source).load()
     source = parquet(tmp_path / "c", train=reviews("train"), test=reviews("test"))
     file = next((tmp_path / "c").glob("test*"))
@@ -193,7 +193,7 @@ def test_copies_in_a_folder_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"copy among the files for train: .*/train.csv repeats"):
         Text(f"hf:{tmp_path / 'a'}", max_length=40, val=3).load()
     table(tmp_path / "b", "train (1).csv", reviews("train", 2))  # another version
-    with pytest.raises(DataError, match=r"train \(1\).csv repeats a file that is called the same"):
+    with pytest.raises(DataError, match=r"train \(1\).csv repeats a file of the same name"):
         Text(f"hf:{tmp_path / 'b'}", max_length=40, val=3).load()
     for name in (".DS_Store", "Thumbs.db", "desktop.ini", "._train.csv"):
         (tmp_path / "c" / name).write_bytes(b"\0stray")

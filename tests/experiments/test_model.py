@@ -6,7 +6,13 @@ import pytest
 import torch
 from sparse_flash.experiments.clock import AttentionClock
 from sparse_flash.experiments.config import ModelConfig
-from sparse_flash.experiments.model import Encoder, TokenEmbedding, rotary_cos_sin, rotate
+from sparse_flash.experiments.model import (
+    Encoder,
+    ShortConv,
+    TokenEmbedding,
+    rotary_cos_sin,
+    rotate,
+)
 
 
 def make(attention="dense", coordinates=None, pairs=False, **changes):
@@ -67,6 +73,39 @@ def test_rotary_positions_are_relative():
         for a in (rope_cos_sin[:, :30], rope_cos_sin[:, 17:47])
     ]
     torch.testing.assert_close(*scores, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("width", [1, 3, 50])
+def test_short_convolution_is_causal_and_depthwise(width):
+    """Against PyTorch's, also where it is wider than the sequence."""
+    conv, x = ShortConv(8, width).double(), torch.randn(2, 40, 4, 2, dtype=torch.float64)
+    channels = torch.nn.functional.pad(x.flatten(2).mT, (width - 1, 0))
+    kernel = conv.weight.T.flip(1)[:, None]
+    expected = x.flatten(2) + torch.nn.functional.conv1d(channels, kernel, groups=8).mT
+    torch.testing.assert_close(conv(x).flatten(2), expected)
+    torch.testing.assert_close(conv(x[:, :7]), conv(x)[:, :7])
+
+
+def test_models_with_a_short_convolution():
+    """Padding has no influence; without it the weights are as before."""
+    model = make("local(5)", short_conv=3, positions="none")
+    other = TOKENS.clone()
+    other[1, 13:] = 0
+    out = model(TOKENS, LENGTHS)
+    torch.testing.assert_close(out, model(other, LENGTHS))
+    out.sum().backward()
+    assert all(conv.weight.grad.any() for conv in model.layers[0].attention.short_convs)
+    assert not any("short" in name for name, _ in make().named_parameters())
+    with pytest.raises(ValueError, match="short_conv must be 0"):
+        make(short_conv=-1)
+    with pytest.raises(ValueError, match="needs rotary positions"):
+        make(positions="none", initial_span=(1.0,))
+
+
+def test_without_positions_order_has_no_influence():
+    model = make(positions="none")
+    shuffled = TOKENS[:, torch.randperm(40)]
+    torch.testing.assert_close(model(TOKENS, None), model(shuffled, None))
 
 
 def test_the_clock_sees_attention_forward_and_backward():

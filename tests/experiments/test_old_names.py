@@ -9,6 +9,7 @@ import torch
 from sparse_flash.experiments import checkpoint, markdown, old_names
 from sparse_flash.experiments.config import ModelConfig
 from sparse_flash.experiments.data.dataset import coordinates_of
+from sparse_flash.experiments.data.images import Image
 from sparse_flash.experiments.data.listops import ListOps
 from sparse_flash.experiments.data.pathfinder import Pathfinder
 from sparse_flash.experiments.train import RESULT, train
@@ -110,6 +111,12 @@ def test_places_of_a_task_are_its_coordinates():
     with pytest.warns(FutureWarning, match=r"Old.places\(\) is now Old.coordinates\(\)"):
         assert coordinates_of(Old()).shape == (4, 2)
     assert coordinates_of(object()) is None
+
+
+@pytest.mark.parametrize("task", [Pathfinder(), Image()], ids=["Pathfinder", "Image"])
+def test_places_of_our_tasks_are_their_coordinates(task):
+    with pytest.warns(FutureWarning, match=f"{type(task).__name__}.places is now"):
+        assert task.places().equal(task.coordinates())
 
 
 def test_the_former_spelling_of_a_pattern():

@@ -116,10 +116,10 @@ def test_curves_that_do_not_fit_are_refused(monkeypatch):
         paddles.curves(64, 20, np.arange(1), 256)
     with pytest.raises(ValueError, match="no geometry is known for 512 pixels"):
         paddles.drawing(512)
-    with pytest.raises(ValueError, match="a canvas must have .* pixels a side, got 96"):
+    with pytest.raises(ValueError, match="a canvas must have .* pixels per side, got 96"):
         paddles.drawing(96, 256)
     assert paddles.drawing(512, 256).margins == (3,)
-    with pytest.raises(ValueError, match="say whose paddles to draw with geometry"):
+    with pytest.raises(ValueError, match="choose their paddles with geometry"):
         task(512)
     with pytest.raises(ValueError, match="geometry must be 32, 64, 128, 256 or None, got 48"):
         task(64, geometry=48)
@@ -334,7 +334,7 @@ def test_a_damaged_release(tmp_path):
         Pathfinder(64, source=source).load()
     image = tmp_path / "a/imgs/0/sample_5.png"
     image.write_bytes(image.read_bytes()[:60])
-    with pytest.raises(DataError, match="is no image, or not all of one"):
+    with pytest.raises(DataError, match="is not an image, or is truncated"):
         Pathfinder(source=source).load()
     for image in (tmp_path / "a/imgs").rglob("*.png"):
         image.write_bytes(b"")

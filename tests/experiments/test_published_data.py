@@ -77,7 +77,7 @@ def test_damaged_reviews(tmp_path):
     whole = archive(tmp_path / "whole.tar.gz", REVIEWS)
     cut = tmp_path / "cut.tar.gz"
     cut.write_bytes((tmp_path / "whole.tar.gz").read_bytes()[:-60])
-    with pytest.raises(DataError, match=r"no tar archive, or not all of one .*fetch it again"):
+    with pytest.raises(DataError, match=r"no tar archive, or is truncated .*download it again"):
         Text(str(cut)).load()
     foreign = tmp_path / "foreign.tar.gz"
     foreign.write_bytes(b"<html>404</html>")
@@ -87,7 +87,7 @@ def test_damaged_reviews(tmp_path):
     with pytest.raises(DataError, match=r"4 negative and 3 positive reviews to\s+test"):
         Text(archive(tmp_path / "fewer.tar.gz", fewer)).load()
     binary = REVIEWS | {"aclImdb/test/pos/3_7.txt": b"a\0b"}
-    with pytest.raises(DataError, match="is no text"):
+    with pytest.raises(DataError, match="is not text"):
         Text(archive(tmp_path / "binary.tar.gz", binary)).load()
     with pytest.raises(ValueError, match=r"must leave some: 1\.\.7, got 8"):
         Text(whole, val=8).load()
@@ -131,7 +131,7 @@ def test_missing_pairs(tmp_path):
     with pytest.raises(DataError, match=r"there is no .*new_aan_pairs.train.tsv: Retrieval is in"):
         Retrieval(str(tmp_path)).load()
     (tmp_path / "new_aan_pairs.train.tsv").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(DataError, match="no text in UTF-8"):
+    with pytest.raises(DataError, match="not text in UTF-8"):
         Retrieval(str(tmp_path)).load()
 
 
@@ -216,7 +216,7 @@ def test_pixels_in_another_order(tmp_path):
 def test_damaged_images(tmp_path):
     contents = image_folder()
     first = next(iter(contents))
-    with pytest.raises(DataError, match="is no image, or not all of one"):
+    with pytest.raises(DataError, match="is not an image, or is truncated"):
         Image(write(tmp_path / "cut", contents | {first: contents[first][:200]})).load()
     small = png(np.zeros((31, 32, 3), np.uint8))
     with pytest.raises(DataError, match="has 32 x 31 pixels"):
@@ -236,7 +236,7 @@ class Evil:
 @pytest.mark.parametrize("content", [b"", b"\x80", pickle.dumps({}), pickle.dumps(Evil())])
 def test_a_batch_that_is_none(tmp_path, content, capsys):
     contents = published() | {"cifar-10-batches-py/test_batch": content}
-    with pytest.raises(DataError, match="no batch of CIFAR-10"):
+    with pytest.raises(DataError, match="not a batch of CIFAR-10"):
         Image(archive(tmp_path / "x.tar.gz", contents)).load()
     assert "run by" not in capsys.readouterr().out
 
@@ -257,7 +257,7 @@ def test_a_cache_is_used_and_mended(tmp_path):
     (entry,) = (tmp_path / "cache" / "data").glob("*.pt")
     for damaged in (entry.read_bytes()[:-5], b"", entry.read_bytes()[:50] + b"x" * 900):
         entry.write_bytes(damaged)
-        with pytest.warns(UserWarning, match="was damaged: it is made anew"):
+        with pytest.warns(UserWarning, match="was damaged and is rebuilt"):
             splits = files.cached(Text(str(source)), (str(source),), made)
         assert splits.train.tokens.tolist() == [[0, 1, 2], [3, 4, 5]]
     assert made.calls == 4

@@ -11,6 +11,7 @@ from sparse_flash.experiments.data.recall import IGNORED, Recall, best_recall, u
 from sparse_flash.experiments.model import Encoder
 from sparse_flash.experiments.recipes import recall
 from sparse_flash.experiments.registry import find_recipe
+from sparse_flash.experiments.step import TrainingStep
 from sparse_flash.experiments.train import train
 from sparse_flash.experiments.warm_start import begin_with
 
@@ -146,6 +147,22 @@ def test_logits_of_queries_are_those_of_their_tokens():
 
 
 DSA = "topk(2, block=(8, 16), selector=dsa, pool=token, causal=True, local=0)"
+
+
+@pytest.mark.parametrize(
+    "attention", ["causal()", "topk(3, block=(2, 4), pool=token, causal=True, local=0)"]
+)
+def test_a_short_convolution_learns_to_recall(attention):
+    """In some steps; guessing a value of the example would be right in one of 3 cases."""
+    task = Recall(length=24, kv_pairs=3, vocabulary=16, power=1.0)
+    model = replace(recall().model, dim=32, heads=1, layers=1, ffn=32)
+    run = small(task=task, model=model, attention=attention)
+    torch.manual_seed(0)
+    model = Encoder.for_task(run.model, task, run.kind, run.block)
+    step = TrainingStep(model, run.train, torch.device("cpu"))
+    sampler = Sampler(task.load().train, 64, 0)
+    right = [step(sampler.batch(i), 1e-2).correct.item() / 64 for i in range(40)]
+    assert sum(right[-10:]) / 10 > 0.95
 
 
 def trained(run, folder, **options):

@@ -138,7 +138,7 @@ def test_links_in_folders(tmp_path, name):
         task(tmp_path / "data").load()
     wanted.unlink()
     os.mkfifo(wanted)  # to be read, somebody would have to write
-    with pytest.raises(DataError, match="is no regular file"):
+    with pytest.raises(DataError, match="is not a regular file"):
         task(tmp_path / "data").load()
 
 
@@ -288,13 +288,13 @@ def test_a_tar_that_ends_early(tmp_path, name):
     end = len(whole.rstrip(b"\0"))
     for size in range(512, end, max(512, end // 40 // 512 * 512)):
         cut.write_bytes(whole[:size])
-        with pytest.raises(DataError, match="no tar archive, or not all of one .*fetch it again"):
+        with pytest.raises(DataError, match="no tar archive, or is truncated .*download it again"):
             task(cut).load()
     altered = bytearray(whole)
     header = whole.rindex(b"ustar") - 257  # of the last file
     altered[header] ^= 1
     cut.write_bytes(altered)
-    with pytest.raises(DataError, match="no tar archive, or not all of one"):
+    with pytest.raises(DataError, match="no tar archive, or is truncated"):
         task(cut).load()
 
 
@@ -304,7 +304,7 @@ def test_compressed_archives_that_are_damaged(tmp_path, form):
     path = tmp_path / "damaged"
     for size in range(0, len(whole), len(whole) // 20):
         path.write_bytes(whole[:size])
-        with pytest.raises(DataError, match=rf"^{path} is no .*archive, or not all of one"):
+        with pytest.raises(DataError, match=rf"^{path} is no .*archive, or is truncated"):
             Text(str(path), val=3).load()
     path.write_bytes(whole[:-8] + b"\0" * 8)  # the checksum of gz, or the directory of zip
     with contextlib.suppress(DataError):  # bz2 and xz may notice nothing, of what holds no data
@@ -320,14 +320,14 @@ def _loads(path):
 
 
 DAMAGE = [
-    ("text", "aclImdb/test/pos/0_7.txt", b"caf\xe9", r"pos/0_7.txt is no text in UTF-8"),
-    ("text", "aclImdb/test/pos/0_7.txt", b"\n", r"pos/0_7.txt is no text: it is empty"),
-    ("batches", "cifar-10-batches-py/test_batch", b"[]", "test_batch is no batch of CIFAR-10"),
+    ("text", "aclImdb/test/pos/0_7.txt", b"caf\xe9", r"pos/0_7.txt is not text in UTF-8"),
+    ("text", "aclImdb/test/pos/0_7.txt", b"\n", r"pos/0_7.txt is not text: it is empty"),
+    ("batches", "cifar-10-batches-py/test_batch", b"[]", "test_batch is not a batch of CIFAR-10"),
     (
         "batches",
         "cifar-10-batches-py/test_batch",
         pickle.dumps({b"labels": [*range(9), 12] * 2, b"data": np.zeros((20, 3072), np.uint8)}, 2),
-        r"test_batch is no batch of CIFAR-10 \(it has the label 12, not 0..9\)",
+        r"test_batch is not a batch of CIFAR-10 \(it has the label 12, not 0..9\)",
     ),
     (
         "batches",
@@ -343,12 +343,12 @@ DAMAGE = [
     ),
     ("batches", "cifar-10-batches-py/train/cat/0.png", png(), "has batches .* and folders train"),
     ("pictures", "pictures/test/cat/0.jpg", png(), r"test/cat has 0.jpg and 0.png: keep one"),
-    ("pictures", "pictures/test/cat/0.png", b"", r"test/cat/0.png is no image"),
+    ("pictures", "pictures/test/cat/0.png", b"", r"test/cat/0.png is not an image"),
     ("pictures", "pictures/test/cat/0.png", png(size=64), r"cat/0.png has 64 x 64 pixels"),
     ("pathfinder", "curves/metadata/0.npy", METADATA + b"imgs/0 x.png\n", "npy, line 13: not a"),
     ("pathfinder", "curves/metadata/0.npy", METADATA[:50] + b"\n" + METADATA, "npy, line 2"),
     ("pathfinder", "curves/metadata/0.npy", b"\x93NUMPY\1\0", "0.npy: not a line .* np.save"),
-    ("pathfinder", "curves/metadata/0.npy", b"\xff\xfe", r"0.npy is no text in UTF-8 \(line 1"),
+    ("pathfinder", "curves/metadata/0.npy", b"\xff\xfe", r"0.npy is not text in UTF-8 \(line 1"),
     (
         "pathfinder",
         "curves/metadata/1.npy",
@@ -357,7 +357,7 @@ DAMAGE = [
     ),
     ("listops", "listops-1000/basic_val.tsv", LISTS + b"[SM 1 ]\t10\n", "val.tsv, line 4"),
     ("listops", "listops-1000/basic_val.tsv", LISTS + b"\n" + LISTS, "val.tsv, line 4"),
-    ("listops", "listops-1000/basic_val.tsv", b"\xff", r"val.tsv is no text in UTF-8 \(line 1"),
+    ("listops", "listops-1000/basic_val.tsv", b"\xff", r"val.tsv is not text in UTF-8 \(line 1"),
     ("listops", "listops-1000/basic_val.tsv", b"\n\n", r"val.tsv is empty"),
     ("retrieval", "tsv_data/new_aan_pairs.eval.tsv", PAIRS + b"0.0\ta\n", "eval.tsv, line 3"),
     ("retrieval", "tsv_data/new_aan_pairs.eval.tsv", PAIRS + b"2\t1\t2\ta\tb\n", "eval.tsv, row 3"),

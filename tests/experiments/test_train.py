@@ -274,8 +274,8 @@ def test_foreign_and_damaged_checkpoints(tiny_config, tiny_data, tmp_path):
     good = path.read_bytes()
     (tmp_path / "result.json").unlink()
     for bad, words in [
-        (b"", "no checkpoint of sparse_flash"),
-        (b"PK\x03\x04 something else", "no checkpoint of sparse_flash"),
+        (b"", "not a checkpoint of sparse_flash"),
+        (b"PK\x03\x04 something else", "not a checkpoint of sparse_flash"),
         (good[:-100], "is damaged"),
         (good[:5000] + bytes([good[5000] ^ 1]) + good[5001:], "is damaged"),
     ]:
@@ -293,7 +293,7 @@ def test_foreign_and_damaged_checkpoints(tiny_config, tiny_data, tmp_path):
 def test_damaged_result(tiny_config, tiny_data, tmp_path):
     result = train(tiny_config, tmp_path, "cpu", tiny_data)
     (tmp_path / "result.json").write_text("{")
-    with pytest.raises(CheckpointError, match="no readable result .* delete it"):
+    with pytest.raises(CheckpointError, match="not a readable result .* delete it"):
         train(tiny_config, tmp_path, "cpu", tiny_data)
     (tmp_path / "result.json").unlink()
     again = train(tiny_config, tmp_path, "cpu", tiny_data)

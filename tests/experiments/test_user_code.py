@@ -41,12 +41,13 @@ BAD = {
     "mymasks.py:banded": r"no file mymasks.py in /.*; did you mean 'my_masks.py'\?",
     "gone/x.py:banded": "there is no file gone/x.py in /",
     "my_masks.py:three": r"three takes \(q, kv, x\); .*exactly two arguments \(q_idx, kv_idx\)",
-    "my_masks.py:window": r"takes \(width\); .* is called, as in my_masks.py:window\(64\)",
+    "my_masks.py:window": r"takes .*Call it to get a mask, as in my_masks.py:window\(64\)",
     "my_masks.py:number": "number is 3; a mask must be a Mask, or a function of exactly two",
-    "my_masks.py:number(3)": "my_masks.py:number is no function: write my_masks.py:number alone",
-    "my_masks.py:both(3)": "my_masks.py:both is no function: write my_masks.py:both alone",
+    "my_masks.py:number(3)": "my_masks.py:number is not a function: write my_masks.py:number alone",
+    "my_masks.py:both(3)": "my_masks.py:both is not a function: write my_masks.py:both alone",
     "my_masks.py:window()": "window.width.: missing a required argument: 'width'",
     "my_masks.py": "name an object in the file, as in my_masks.py:NAME",
+    "my_masks.py:": "name an object in the file, as in my_masks.py:NAME",
     "local(3) | my_masks:banded": "an object in a file is written my_masks.py:banded",
     "my_masks.py:banded |": "cannot read the mask",
     "folder.py:x": "folder.py is a folder, not a Python file",
@@ -113,7 +114,7 @@ def test_flex_attentions_predicates_say_what_to_write_or_work(user_files):  # no
 
 def test_text_alone_runs_no_file(user_files):  # noqa: F811
     (user_files / "my_masks.py").write_text("raise SystemExit")
-    with pytest.raises(ValueError, match="masks.parse runs none: import the file"):
+    with pytest.raises(ValueError, match="masks.parse runs no files: import it"):
         masks.parse("my_masks.py:banded | local(3)")
 
 

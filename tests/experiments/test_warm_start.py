@@ -92,7 +92,7 @@ def test_the_folder_of_the_only_run_inside(tmp_path):
         find_checkpoint(str(tmp_path / "all"))
     with pytest.raises(CheckpointError, match="no checkpoint .*/c to begin with"):
         find_checkpoint(str(tmp_path / "c"))
-    with pytest.raises(CheckpointError, match="is no checkpoint .* another run with --init"):
+    with pytest.raises(CheckpointError, match="is not a checkpoint .* another run with --init"):
         train(replace(run, init=str(tmp_path / "all" / "b")), tmp_path / "d", "cpu")
 
 
