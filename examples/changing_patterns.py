@@ -2,7 +2,7 @@
 
     python examples/changing_patterns.py
 
-Each query block keeps the key blocks with the largest mean score, and chooses anew every few steps.
+Each query block keeps the key blocks with the largest mean score, and updates it every few steps.
 The layout changes in place: `update_`. Nothing is compiled or captured again.
 """
 

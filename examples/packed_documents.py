@@ -2,7 +2,7 @@
 
     python examples/packed_documents.py
 
-Each document gets what it would get alone, and no token is spent on padding.
+Each document has the same result as alone, and no token is padding.
 """
 
 import torch

@@ -19,7 +19,7 @@ from sparse_flash.experiments.data.listops import OPERATORS, ListOps, generate
 
 from sparse_flash import cli
 from tests.docpages import PAGES, ROOT, SHELL, blocks
-from tools import backward_log, figures, gallery, report, tables
+from tools import backward_log, figures, gallery, prose, report, tables
 
 SPLITS = ("train", "val", "test")
 
@@ -143,14 +143,20 @@ def test_every_page_is_in_the_navigation():
         assert f": {page.name}\n" in config, page.name
 
 
-def test_the_site_asks_for_nothing_outside(tmp_path):
-    """Fonts, scripts and styles of the site lie in its folder."""
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The folder of the built site."""
     pytest.importorskip("mkdocstrings_handlers")
-    out = tmp_path / "site"
+    out = tmp_path_factory.mktemp("site")
     subprocess.run(["make", "-s", "-o", "install-dev", "sources"], cwd=ROOT, check=True)
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-d", str(out)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=120)
-    for page in out.glob("*.html"):
+    return out
+
+
+def test_site_asks_for_nothing_outside(site):
+    """Fonts, scripts and styles of the site lie in its folder."""
+    for page in site.glob("*.html"):
         text = page.read_text()
         loaded = re.findall(r"<(?:script|img|iframe)[^>]*\ssrc=\"?(https?:[^\s\">]*)", text)
         loaded += re.findall(r"<link[^>]*rel=\"?(?:stylesheet|preconnect)[^>]*https?:[^>]*", text)
@@ -158,13 +164,53 @@ def test_the_site_asks_for_nothing_outside(tmp_path):
         assert r"\|" not in re.sub(r"<pre>.*?</pre>", "", text, flags=re.DOTALL), page.name
 
 
-def test_ten_questions_are_answered():
-    """Each has an answer of its own, which ends in the page that says more, or needs none."""
+def test_site_renders_paragraphs_and_lists(site):
+    """Markers of generated texts do not end a paragraph, and a list is not part of one."""
+    for page in site.glob("*.html"):
+        text = re.sub(r"<pre>.*?</pre>", "", page.read_text(), flags=re.DOTALL)
+        assert "<!-- report" not in text, page.name
+        assert "<blockquote>" not in text, f"{page.name}: an example is shown as a quotation"
+        for paragraph in re.findall(r"<p>(.*?)</p>", text, re.DOTALL):
+            assert not re.search(r"^(?:-|\d+\.) ", paragraph, re.MULTILINE), paragraph[:200]
+
+
+def test_site_links_lead_to_anchors(site):
+    """Links between pages, and to headings, as the browser follows them."""
+    pages = {page.name: page.read_text() for page in site.glob("*.html")}
+    known = {name: set(re.findall(r"\bid=\"?([^\s\">]+)", text)) for name, text in pages.items()}
+    for name, text in pages.items():
+        for link in re.findall(r"<a[^>]*\shref=\"?([^\s\">]+)", text):
+            page, _, anchor = link.partition("#")
+            if name == "404.html" or "://" in link or not (page or anchor):
+                continue
+            target = page or name
+            assert (site / target).exists(), (name, link)
+            if anchor and target in known:
+                assert anchor in known[target], (name, link)
+
+
+def test_site_search_finds_ten_questions(site):
+    """One search finds the answer; one click more leads to the page that says more, if any."""
     text = (ROOT / "docs" / "faq.md").read_text().partition("## Limits")[0]
     questions = re.split(r"^### ", text, flags=re.MULTILINE)[1:]
     assert len(questions) == 10
-    assert all(question.partition("\n")[0].endswith("?") for question in questions)
     assert sum("](" in question for question in questions) >= 8
+    index = json.loads((site / "search" / "search_index.json").read_text())["docs"]
+    found = {entry["title"]: entry["location"] for entry in index}
+    anchors_ = set(re.findall(r"\bid=\"?([^\s\">]+)", (site / "faq.html").read_text()))
+    for question in questions:
+        title = question.partition("\n")[0]
+        assert title.endswith("?")
+        page, _, anchor = found[title].partition("#")
+        assert page == "faq.html", title
+        assert anchor in anchors_, title
+
+
+def test_no_address_is_made_up():
+    """The repository has no public address: no page or package metadata names one."""
+    files = ("pyproject.toml", "CITATION.cff", "CHANGELOG.md", "CONTRIBUTING.md", "mkdocs.yml")
+    for path in (*PAGES, *(ROOT / name for name in files)):
+        assert "/sparse-flash/" not in path.read_text(), path.name
 
 
 def commands() -> list[list[str]]:
@@ -215,6 +261,16 @@ def test_blocks_are_python_or_shell():
         for block in blocks(page):
             if block.language == "python":
                 ast.parse(block.code)
+
+
+def test_prose_is_checked_below_headings_and_tables():
+    page = (
+        "# Title\n\n| a | b |\n\nThe peers run.\n\n```text\nThe peers run.\n```\n\nIt is no mask."
+    )
+    assert [line for line, _ in prose.findings(page)] == [5, 11]
+    code = '"""What is held."""  # one a tile, anew\n'
+    assert len(list(prose.code_findings(code))) == 3
+    assert not list(prose.findings("There is no mask. It is no longer used, and no faster."))
 
 
 def test_findings_quote_the_log():

@@ -145,7 +145,7 @@ def layout_of_picture(name: str) -> BlockLayout:
 
 
 def picture_data(name: str) -> dict[str, Any]:
-    """What a picture shows, compact enough for the PNG's field `data`."""
+    """The content of a picture, compact enough for the PNG field `data`."""
     layout = layout_of_picture(name)
     return {"mask": EXAMPLES[name][1], "elements": round(layout.density * PICTURE_LENGTH**2),
             "tiles": layout.num_tiles}  # fmt: skip

@@ -21,7 +21,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from tools import backward_log, figures, gallery, tables
+from tools import backward_log, figures, gallery, io_model, tables
 
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -39,6 +39,7 @@ TEXTS: dict[str, Callable[[], str]] = {
     "range-backward": lambda: tables.ratio_range("backward"),
     "range-backward-wall": lambda: tables.ratio_range("backward", wall=True),
     "range-flex": tables.flex_range,
+    "turns": tables.turns,
     "steps": lambda: tables.steps("h200-steps"),
     "steps-lra": lambda: tables.steps("h200-lra-steps"),
     "lra": tables.lra,
@@ -55,6 +56,7 @@ TEXTS: dict[str, Callable[[], str]] = {
     "path-64-5000": lambda: tables.path_64(5000),
     "lra-second-seed": tables.lra_second_seed,
     "listops-operators": tables.listops_operators,
+    "recall": tables.recall,
     "path": tables.path,
     "path-256-curve": tables.path_256_curve,
     "path-256-curriculum": tables.path_256_curriculum,
@@ -77,13 +79,17 @@ TEXTS: dict[str, Callable[[], str]] = {
     "day-needle-answers": lambda: tables.day_answers("needle"),
     "day-text": lambda: tables.day_comparison("text"),
     "day-bench": tables.day_bench,
+    "io": io_model.table,
+    "traffic": io_model.traffic,
+    "traffic-factor": io_model.factor,
+    "prediction-errors": tables.prediction_errors,
     "gallery": gallery.markdown,
 }
 _MARKED = re.compile(r"(<!-- report: ([\w-]+) -->)(\n?).*?(\n?<!-- end -->)", re.DOTALL)
 
 
 def regenerated(page: str) -> str:
-    """The page with all its marked texts made anew.
+    """The page with all marked texts generated again.
 
     Raises:
         KeyError: A marker names no text.

@@ -8,6 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from sparse_flash.experiments import markdown
+from sparse_flash.experiments.attention import AttentionKind
+from sparse_flash.experiments.selected import HybridKind, TopK
+
+from sparse_flash import masks
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"
@@ -111,6 +115,42 @@ def all_cases(which: str) -> str:
         gpu, wall = (_ratio(found, key) for key in ("ms", "wall_ms"))
         rows.append([*cells, f"{gpu:.2f} / {wall:.2f}"])
     return table(head, rows)
+
+
+def turns() -> str:
+    """The recorded cases in which libraries took turns call by call."""
+    rows = read(BENCH / "h200-turns" / "bench.json")["rows"]
+    names = ["FlashAttention-4", "SDPA cuDNN"]
+    head = ["pass", "case", TITLES["ours"], *names, "speed-up", "of the product", "SM MHz"]
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in rows:
+        if "ms" in row:
+            found.setdefault((row["pass"], row["case"]), {})[row["peer"]] = row
+    lines = []
+    for (which, case), by in found.items():
+        ours = by["ours"]
+        cells = [which, case, *(_tflops(by.get(name)) for name in ("ours", *names))]
+        share = f"{ours['tflops'] / ours['matrix_tflops']:.2f}"
+        clock = f"{ours['sm_mhz']:.0f}"
+        lines.append([*cells, markdown.speed_up_text(by), share, clock])
+    return table(head, lines)
+
+
+def prediction_errors() -> str:
+    """Errors of predictions on layouts that the constants were not fitted to."""
+    from sparse_flash.experiments.bench import calibrate
+
+    from sparse_flash.prediction_devices import constants_of, gpu_of
+
+    head, rows = calibrate.read_times(RESULTS / "costs" / "h200-seed1.jsonl")
+    gpu = gpu_of(head["gpu"])
+    found = calibrate.errors(rows, gpu, constants_of(gpu)[1])
+    sizes = sorted(abs(error) for _, error in found)
+    within = sum(size <= 0.15 for size in sizes)
+    return (
+        f"{within} of {len(sizes)} times are within 15 %, the median error is "
+        f"{100 * sizes[len(sizes) // 2]:.1f} %, the largest {100 * sizes[-1]:.1f} %"
+    )
 
 
 def ratio_range(which: str, wall: bool = False) -> str:
@@ -250,6 +290,35 @@ def listops_operators() -> str:
     rate = {name: record[name]["right"] / record[name]["examples"] for name in names}
     parts = [f"{100 * rate[split]:.1f} % of the {name} examples" for split, name in names.items()]
     return f"{parts[0]}, {parts[1]} and {parts[2]}"
+
+
+RECALL_BLOCK = (16, 64)  # queries and keys of a tile in the recorded comparison
+
+
+def recall() -> str:
+    """Associative recall: the share of the causal tiles, and test accuracy over seeds."""
+    record = read(RESULTS / "recall-h200" / "comparison.json")
+    length = record["length"]
+    causal = _recall_tiles("causal()", length)
+    lines = []
+    for row in record["rows"]:
+        share = _recall_tiles(row["attention"], length) / causal
+        accuracy = f"{100 * row['test_accuracy']:.1f}%"
+        if row["results"] > 1:
+            accuracy += f" ± {100 * row['spread']:.1f}"
+        lines.append([row["attention"], f"{100 * share:.1f}%", accuracy, str(row["results"])])
+    return table(["attention", "causal tiles", "test accuracy", "seeds"], lines)
+
+
+def _recall_tiles(attention: str, length: int) -> float:
+    """Tiles of `RECALL_BLOCK` that an attention computes exactly."""
+    kind = AttentionKind.of(attention)
+    rows, columns = (-(-length // size) for size in RECALL_BLOCK)
+    if isinstance(kind.user, TopK):
+        return kind.user.density(length) * rows * columns
+    mask = kind.user.mask if isinstance(kind.user, HybridKind) else kind.mask
+    assert mask is not None
+    return (mask & masks.causal()).layout(length, block=RECALL_BLOCK).num_tiles
 
 
 def path() -> str:
