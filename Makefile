@@ -57,7 +57,7 @@ $(VENV)/.installed-docs: $(VENV)/.installed-dev
 docs: $(VENV)/.installed-docs sources
 	$(BIN)/python -m tools.report --check
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict -q
-	$(BIN)/python -m pytest tests/test_docs.py -k outside
+	$(BIN)/python -m pytest tests/test_docs.py -k site
 	@echo "open site/index.html"
 
 # mypy does not follow setuptools' package-dir mapping: show it the folders as one package.
