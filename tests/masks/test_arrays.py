@@ -238,7 +238,7 @@ def test_floats_are_torchs_to_the_last_bit(a, compare, constant):
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_rules_are_traced(rule):
-    """All but those that read shapes, change arrays in place, or count from a table's end."""
+    """Every rule that reads no shape, changes no array in place, and does not count from an end."""
     elements = Elements(masks.custom(rule), (300, 300))
     first = np.array([3])
     traced = elements._trace(first, first) is not None
