@@ -8,9 +8,10 @@ from typing import ClassVar, NoReturn
 
 import torch
 from sparse_flash.masks.extents import Extents, merge_extents
-from sparse_flash.masks.mask import Mask, inherit_changeable, named, through
+from sparse_flash.masks.mask import Mask, named, through
 from sparse_flash.masks.modes import plain_torch
 from sparse_flash.masks.orders import TokenOrder
+from sparse_flash.masks.records import inherit_changeable
 from sparse_flash.masks.ternary import Blocks, Index
 from torch import Tensor
 

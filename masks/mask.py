@@ -20,7 +20,7 @@ from sparse_flash.masks.extents import (
 )
 from sparse_flash.masks.kleene import NotUnderstoodError, Symbol
 from sparse_flash.masks.modes import plain_torch, reduce_without_derived
-from sparse_flash.masks.records import CACHE
+from sparse_flash.masks.records import CACHE, inherit_changeable
 from sparse_flash.masks.registry import Registry
 from sparse_flash.masks.ternary import Blocks, Index, Truth
 from sparse_flash.masks.traceable import Traceable
@@ -196,10 +196,8 @@ class Mask(Traceable):
         """
         q, kv = integer("shift", "q", q, None), integer("shift", "kv", kv, None)
         for name, value in (("q", q), ("kv", kv)):
-            if abs(value) > validation.MAX_LENGTH:
-                raise ValueError(
-                    f"shift: {name} must be within +-{validation.MAX_LENGTH}, got {value}"
-                )
+            if abs(value) > (most := validation.MAX_LENGTH):
+                raise ValueError(f"shift: {name} must be within +-{most}, got {value}")
         return Shifted(self, q, kv) if q or kv else self
 
     __reduce_ex__ = reduce_without_derived
@@ -484,13 +482,6 @@ class Shifted(Mask):
     def __repr__(self) -> str:
         kv = f", {self.by_kv}" if self.by_kv else ""
         return f"shift({self.mask!r}, {self.by_q}{kv})"
-
-
-def inherit_changeable(mask: Mask) -> None:
-    """Mark a composite as changeable or on-device if an operand is."""
-    for name in ("changeable", "on_device"):
-        if any(getattr(operand, name) for operand in mask.operands()):
-            object.__setattr__(mask, name, True)
 
 
 def _combine(kind: type[_Combination], left: Mask, right: Mask) -> Mask:

@@ -170,3 +170,10 @@ def set_cache_limit(nbytes: int) -> None:
         raise ValueError(f"the limit must be at least 0 bytes, got {nbytes}")
     CACHE.limit = nbytes
     CACHE.trim()
+
+
+def inherit_changeable(mask: Any) -> None:
+    """Mark a composite as changeable or on-device if an operand is."""
+    for name in ("changeable", "on_device"):
+        if any(getattr(operand, name) for operand in mask.operands()):
+            object.__setattr__(mask, name, True)
