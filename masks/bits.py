@@ -49,7 +49,8 @@ def deduplicate(packed: Tensor) -> tuple[Tensor, Tensor]:
     (2, True)
     """
     flat = packed.reshape(len(packed), packed.shape[1] * packed.shape[2])
-    words = pad(flat, (0, -flat.shape[1] % 8)).contiguous().view(torch.int64)
+    rest = -flat.shape[1] % 8
+    words = (pad(flat, (0, rest)) if rest else flat.contiguous()).view(torch.int64)
     first, index = distinct_rows(words)
     return (packed if len(first) == len(packed) else packed[first]), index
 

@@ -23,10 +23,11 @@ from torch import Tensor
 EMPTY_TILE = -2  # index of an evaluated tile without allowed elements
 _CELL = 16  # tokens per side of the cells of a tile, some of which are decided as a whole
 _PROBED = 64  # tiles that show whether cells are worth while
-_AT_ONCE = 1 << 18  # bytes of a temporary, which fits the cache of a core
+_AT_ONCE = 1 << 20  # bytes of a temporary: fits a core's cache, and outlasts a switch of threads
 _AT_ONCE_CUDA = 1 << 21  # elements per step
+_TILES_AT_ONCE, _TILES_AT_ONCE_CUDA = 1 << 12, 1 << 18  # whose signatures are compared
 _WIDEST = 4096  # elements in a row of a strip
-_BATCH = 8  # consecutive evaluations per thread
+_BATCH = 4  # consecutive evaluations per thread
 _PATIENCE = 5.0  # seconds of evaluation before a progress bar appears
 
 
@@ -80,7 +81,7 @@ def _tiles(rows: Tensor, cols: Tensor, lengths: Lengths) -> Blocks:
 
 
 def _kinds(
-    predicate: Predicate, rows: Tensor, cols: Tensor, lengths: Lengths, chunk: int = 1 << 18
+    predicate: Predicate, rows: Tensor, cols: Tensor, lengths: Lengths
 ) -> tuple[Tensor, Tensor]:
     """The first tile of each signature, and the signature number of every tile."""
     every = torch.arange(len(rows), device=rows.device)
@@ -88,7 +89,7 @@ def _kinds(
     twins: list[Tensor] = []
     kept: list[Tensor] = []
     count = 0
-    for part in every.split(chunk):
+    for part in every.split(_TILES_AT_ONCE_CUDA if every.is_cuda else _TILES_AT_ONCE):
         blocks = _tiles(rows[part], cols[part], lengths)
         signature = predicate.signature(blocks)
         if signature is None:
@@ -124,8 +125,11 @@ def _evaluate_all(
     count = 0
     for part, packed in _with_progress(_chunks(predicate, rows, cols, lengths), predicate, rows):
         distinct, twin = bits.deduplicate(packed)
-        while count + len(distinct) > len(store):
-            store = torch.cat([store, torch.empty_like(store)])
+        if count + len(distinct) > len(store):  # twice as many, or what this rate will need
+            expected = (count + len(distinct)) * len(rows) // min(part.stop, len(rows))
+            larger = store.new_empty(max(2 * len(store), expected), *store.shape[1:])
+            larger[:count] = store[:count]
+            store = larger
         store[count : count + len(distinct)] = distinct
         some = bits.count(distinct) > 0
         index[order[part]] = torch.where(some[twin], twin + count, EMPTY_TILE)
@@ -139,20 +143,19 @@ def _chunks(
     """Packed tiles, in chunks that keep temporaries small."""
     block_q, block_kv = lengths[2]
     area = min(block_q, lengths[0]) * min(block_kv, lengths[1])
-    whole = max(1, (1 << 24) // area)
+    whole = max(1, (1 << 26) // area)
     cut = min(lengths[:2]) >= _CELL and block_q % _CELL == block_kv % _CELL == 0 and area >= 4096
     truth, start = Elements(predicate, lengths[:2]), 0
     if cut and len(rows) > _PROBED:  # a few tiles tell whether cells of others are decided
         some = torch.arange(_PROBED, device=rows.device) * len(rows) // _PROBED
         cut = _cells(predicate, rows[some], cols[some], lengths) is not None
     while start < len(rows):
-        part = slice(start, start + (4 * whole if cut else whole))
+        part = slice(start, start + whole)
         packed = None
         if cut:
             packed = _packed_by_cells(predicate, truth, rows[part], cols[part], lengths)
             cut = packed is not None
         if packed is None:
-            part = slice(start, start + whole)
             packed = _packed(truth, rows[part], cols[part], lengths)
         yield part, packed
         start = part.stop

@@ -101,14 +101,20 @@ class Ternary(Symbol):
     Args:
         value: The truth values, int8.
         decided_by: Function that returns the signature of undecided blocks; None: no signature.
+        operands: Truth values that this one combines, instead of `decided_by`.
 
     >>> a, b = Ternary(torch.tensor([0, 1, 2])), Ternary(torch.tensor([1, 1, 1]))
     >>> (a | b).value, (a & b).value, (~a).value
     (tensor([1, 1, 2]), tensor([0, 1, 1]), tensor([2, 1, 0]))
     """
 
-    def __init__(self, value: Tensor, decided_by: Callable[[], Columns] | None = None) -> None:
-        self.value, self._decided_by = value, decided_by
+    def __init__(
+        self,
+        value: Tensor,
+        decided_by: Callable[[], Columns] | None = None,
+        operands: tuple[Ternary, ...] = (),
+    ) -> None:
+        self.value, self._decided_by, self._operands = value, decided_by, operands
         self.like = value
 
     @classmethod
@@ -129,10 +135,20 @@ class Ternary(Symbol):
         Raises:
             NotUnderstoodError: The truth value has no signature.
         """
+        return self._columns(torch.ones_like(self.value, dtype=torch.bool), self.value)
+
+    def _columns(self, undecided: Tensor, decided: Tensor) -> Columns:
+        """The signature; columns are `decided` where the whole expression is not `undecided`.
+
+        Each column is selected once, however deep the expression is.
+        """
+        decided = torch.where(undecided, self.value, decided)
+        undecided = undecided & (self.value == UNKNOWN)
+        if self._operands:
+            return [c for each in self._operands for c in each._columns(undecided, decided)]
         if self._decided_by is None:
             raise NotUnderstoodError("a truth value of unknown origin")
-        undecided = self.value == UNKNOWN
-        return [torch.where(undecided, c, self.value).long() for c in self._decided_by()]
+        return [torch.where(undecided, c, decided).long() for c in self._decided_by()]
 
     def __and__(self, other: Any) -> Ternary:
         return self._combine(other, torch.minimum)
@@ -145,7 +161,7 @@ class Ternary(Symbol):
         return (self & ~other) | (~self & other)
 
     def __invert__(self) -> Ternary:
-        return Ternary(FULL - self.value, self._decided_by and self.columns)
+        return Ternary(FULL - self.value, operands=(self,))
 
     def __eq__(self, other: object) -> Ternary:  # type: ignore[override]
         return ~(self ^ other)
@@ -165,10 +181,7 @@ class Ternary(Symbol):
 
     def _combine(self, other: Any, operation: Callable[[Tensor, Tensor], Tensor]) -> Ternary:
         other = self._operand(other)
-        both = (self, other)
-        known = None not in (self._decided_by, other._decided_by)
-        columns = (lambda: [c for side in both for c in side.columns()]) if known else None
-        return Ternary(operation(self.value, other.value), columns)
+        return Ternary(operation(self.value, other.value), operands=(self, other))
 
     def _operand(self, other: Any) -> Ternary:
         if isinstance(other, Ternary):

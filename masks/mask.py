@@ -153,8 +153,9 @@ class Mask(Traceable):
         except NotUnderstoodError:
             return None
         shape = blocks.q_lo.shape
-        none = blocks.q_lo.new_empty(*shape, 0)
-        return torch.cat([none, *(column.long().expand(shape)[:, None] for column in columns)], 1)
+        none = blocks.q_lo.new_empty(0, *shape)
+        # Whole columns are written, not a number of each row at a time.
+        return torch.cat([none, *(column.long().expand(1, *shape) for column in columns)]).T
 
     def __or__(self, other: Mask) -> Mask:
         return _combine(Or, self, other)
