@@ -196,28 +196,28 @@ def _lra(
 ) -> dict[str, Any]:
     runs: list[dict[str, Any]] = []
     report: dict[str, Any] = {}
+    written = False
     for task in config.tasks:
         base = by_task[task]()
         load = functools.cache(config.run(base, task, config.trained[0], 0).task.load)
         for seed, attention in config.grid():
             run = config.run(base, task, attention, seed)
             folder = _folder(out, task, attention, seed)
-            result = (
-                finished(run, folder)
-                if only_report
-                else train(run, folder, device, load, config.budget, in_comparison=True)
-            )
+            before = result = finished(run, folder)
+            if not only_report:
+                result = train(run, folder, device, load, config.budget, in_comparison=True)
             if result is None:
                 continue
             share = result["metrics"]["steps"] / base.train.steps
             facts = {"task": task, "attention": attention, "seed": seed, "share": share}
             runs.append(facts | result)
             report = _report(config, runs)
-            if not only_report:  # after each run, so that an interruption loses nothing
+            written = result != before
+            if written:  # after each new run, so that an interruption loses nothing
                 _write(config, out, report, by_task)
     if not report:
         raise ValueError(f"no run of this grid was finished in {out}: leave out --only-report")
-    if only_report:
+    if not written:
         _write(config, out, report, by_task)
     return report
 
