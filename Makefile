@@ -4,12 +4,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO ?= runs/demo
 
-.PHONY: install install-dev demo docs prose test lint types imports unit format clean
+.PHONY: install install-dev demo docs prose test lint types imports unit thorough format clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo     compare dense with block-sparse attention on short ListOps (CPU, minutes)"
 	@echo "make test     linters, types, import rules and all tests"
+	@echo "make thorough the tests that repeat others for other dtypes, sizes or an older PyTorch"
 	@echo "make docs     the documentation as a site, in site/"
 	@echo "make install  the package and its command line, in $(VENV)"
 	@echo "make format   let ruff format and fix what it can"
@@ -33,7 +34,10 @@ install-dev: $(VENV)/.installed-dev
 demo: install
 	$(BIN)/sparse-flash compare listops-short --out $(DEMO)
 
-test: lint prose types imports unit
+# The checks use one core each.
+test: install-dev
+	$(MAKE) -j 2 --output-sync=target lint prose types imports
+	$(MAKE) unit
 
 lint: install-dev
 	$(BIN)/ruff check .
@@ -79,9 +83,15 @@ imports: install-dev
 
 # Two workers, a thread each, a half of the files each; who is ready first takes from the other.
 # What is timed or large runs alone, afterwards.
+PYTEST := $(BIN)/python -m pytest
+HERE := not gpu and not matrix and not thorough
 unit: install-dev
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu and not matrix"
-	$(BIN)/python -m pytest -m "slow and not gpu and not matrix"
+	$(PYTEST) -n 2 --dist worksteal -m "$(HERE) and not slow"
+	$(PYTEST) -m "$(HERE) and slow"
+
+# What repeats the above for other dtypes, other sizes or an older PyTorch.
+thorough: install-dev
+	$(PYTEST) -n 2 --dist worksteal -m "thorough and not gpu"
 
 format: install-dev
 	$(BIN)/ruff check --fix .

@@ -14,6 +14,10 @@ settings.register_profile("thorough", max_examples=1000, **common)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
+# Processes that tests start find the package compiled, as a user's do.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+
 def pytest_configure(config):
     # With several test workers, each with a thread a core would be slower than one each.
     if "PYTEST_XDIST_WORKER" in os.environ:

@@ -136,10 +136,16 @@ def test_a_failed_attempt_leaves_nothing_behind():
 
 
 # Canvas, contour, geometry; those of 64 and 128 pixels are the curriculum's.
-CANVASES = [(32, 14, None), (64, 5, 256), (64, 14, None), (128, 9, 256), (256, 14, None)]
+# Large ones take the whole machine for a while.
+CANVASES = [
+    (32, 14, None),
+    (64, 5, 256),
+    pytest.param((64, 14, None), marks=pytest.mark.thorough),
+    pytest.param((128, 9, 256), marks=pytest.mark.thorough),
+    pytest.param((256, 14, None), marks=pytest.mark.thorough),
+]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("canvas", CANVASES)
 def test_labels_cannot_be_read_off_simple_statistics(canvas):
     """A guess by bins of a statistic, learned on one half, is right on the other half by chance."""

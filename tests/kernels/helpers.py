@@ -16,6 +16,20 @@ DTYPES = [torch.bfloat16, torch.float16]
 H200 = DeviceFacts("sm_90", num_sms=132, shared_memory=227 << 10, l2_bytes=60 << 20)
 
 
+def common_first(configs):
+    """Indices of configs as parameters: those of `make test`; the rest has the mark `thorough`.
+
+    Of each tile of the common head_dims one dtype: float16 where sums are in fixed point.
+    """
+
+    def common(config):
+        dtype = "float16" if getattr(config, "fixed_point", False) else "bfloat16"
+        return config.dtype == dtype and config.head_dim in (64, 128, 256)
+
+    rest = pytest.mark.thorough
+    return [i if common(c) else pytest.param(i, marks=rest) for i, c in enumerate(configs)]
+
+
 def plan_on_cpu(monkeypatch, facts=H200):
     """Plan for this GPU where the tensors are on the CPU."""
     monkeypatch.setitem(DeviceFacts._of, torch.device("cpu"), facts)

@@ -10,13 +10,14 @@ import sys
 import warnings
 
 import pytest
+import torch
 from sparse_flash.kernels import cache
 
-pytest.importorskip("cutlass")
+cute = pytest.importorskip("cutlass.cute")
 
 # A host function that compiles in a moment stands for a kernel; it says when it is compiled.
 SOURCE = """
-import sys, torch, cutlass.cute as cute
+import torch, cutlass.cute as cute
 from cutlass import Int32
 from sparse_flash.kernels import cache
 
@@ -30,18 +31,8 @@ def build():
     return cute.compile(fill, like, Int32(1), options="--enable-tvm-ffi --gpu-arch sm_90a")
 
 x = torch.zeros(4, dtype=torch.int32)
-cache.load_or_compile("fill", sys.argv[1], build)(x, 7)
+cache.load_or_compile("fill", "key", build)(x, 7)
 print(x[0].item())
-"""
-
-
-# Runs other code, its first argument, and then the script whose path is the second.
-PRELUDE = """
-import runpy, sys
-code = sys.argv[1]
-del sys.argv[:2]
-exec(code)
-runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
@@ -58,10 +49,10 @@ def run(script):
     return functools.partial(start, script)
 
 
-def start(script, folder, key="key", wait=True, before=""):
-    """Run the script with this cache; `before` is code that the process executes first."""
+def start(script, folder, wait=True):
+    """Run the script with this cache."""
     process = subprocess.Popen(
-        [sys.executable, *(["-c", PRELUDE, before] if before else []), str(script), key],
+        [sys.executable, str(script)],
         env={**os.environ, cache.CACHE_VARIABLE: str(folder)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -84,8 +75,6 @@ def test_second_process_compiles_nothing(run, tmp_path):
     assert run(tmp_path / "cache")[0] == ["compiled", "7"]
     assert run(tmp_path / "cache")[0] == ["7"]
     assert len(entries(tmp_path / "cache")) == 1
-    assert run(tmp_path / "cache", "other")[0] == ["compiled", "7"]
-    assert len(entries(tmp_path / "cache")) == 2
 
 
 def test_concurrent_processes_compile_once(run, tmp_path):
@@ -95,12 +84,51 @@ def test_concurrent_processes_compile_once(run, tmp_path):
     assert all(out[-1] == "7" for out in outputs)
 
 
+@pytest.fixture(scope="module")
+def compiled():
+    """The script's kernel, compiled in this process."""
+    from cutlass import Int32
+
+    def fill(x, value):
+        x[0] = value
+
+    fill.__annotations__ = {"x": cute.Tensor, "value": Int32}
+    like = cute.runtime.from_dlpack(torch.zeros(4, dtype=torch.int32), enable_tvm_ffi=True)
+    options = "--enable-tvm-ffi --gpu-arch sm_90a"
+    return cute.compile(cute.jit(fill), like, Int32(1), options=options)
+
+
+@pytest.fixture
+def load(compiled, monkeypatch):
+    """Load or compile with the cache in a folder: whether it compiled, and the warnings' texts."""
+
+    def load_from(folder, key="key"):
+        built = []
+        if folder is not None:
+            monkeypatch.setenv(cache.CACHE_VARIABLE, str(folder))
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            kernel = cache.load_or_compile("fill", key, lambda: built.append(1) or compiled)
+        x = torch.zeros(4, dtype=torch.int32)
+        kernel(x, 7)
+        assert x[0] == 7
+        return len(built), [str(warning.message) for warning in said]
+
+    return load_from
+
+
+def test_each_key_has_an_entry(load, tmp_path):
+    assert [load(tmp_path, key)[0] for key in ("one", "other", "one")] == [1, 1, 0]
+    assert len(entries(tmp_path)) == 2
+
+
 @pytest.mark.parametrize("damage", ["truncated", "altered", "empty"])
-def test_corrupt_entry_is_a_miss(run, tmp_path, damage):
-    run(tmp_path / "cache")
-    (path,) = entries(tmp_path / "cache")
+def test_corrupt_entry_is_a_miss(load, tmp_path, damage):
+    assert load(tmp_path) == (1, [])
+    (path,) = entries(tmp_path)
     content = path.read_bytes()
     middle = len(content) // 2
+    path.unlink()  # this process has it loaded: the damaged one is another file
     path.write_bytes(
         {
             "truncated": content[:middle],
@@ -108,79 +136,82 @@ def test_corrupt_entry_is_a_miss(run, tmp_path, damage):
             "empty": b"",
         }[damage]
     )
-    assert run(tmp_path / "cache")[0] == ["compiled", "7"]
-    assert len(entries(tmp_path / "cache")) == 1
-    assert run(tmp_path / "cache")[0] == ["7"]
+    assert load(tmp_path) == (1, [])
+    assert len(entries(tmp_path)) == 1
+    assert load(tmp_path) == (0, [])
 
 
-def test_folder_that_cannot_be_written(run, tmp_path):
+def test_folder_that_cannot_be_written(load, tmp_path):
     folder = tmp_path / "file"
     folder.write_text("in the way")
-    out, err = run(folder)
-    assert out == ["compiled", "7"]
-    assert "every process will compile its own" in err
-    assert cache.CACHE_VARIABLE in err
+    compilations, (said,) = load(folder)
+    assert compilations == 1
+    assert "every process will compile its own" in said
+    assert cache.CACHE_VARIABLE in said
 
 
-NO_LOCKS = """
-import fcntl
-def flock(*_): raise OSError({code}, "no locks here")
-fcntl.flock = flock
-"""
-FULL = """
-import os
-def fsync(_): raise OSError(28, "No space left on device")
-os.fsync = fsync
-"""
-READ_ONLY = """
-import tempfile
-def refuse(*_, **__): raise OSError(30, "Read-only file system")
-tempfile.mkstemp = refuse
-"""
-NO_HOME = """
-import os, pathlib
-os.environ.pop("SPARSE_FLASH_CACHE_DIR")
-os.environ.pop("XDG_CACHE_HOME", None)
-def nobody(*_): raise RuntimeError("Could not determine home directory.")
-pathlib.Path.home = nobody
-"""
+def refuse(code):
+    def refusing(*_, **__):
+        raise OSError(code, os.strerror(code))
+
+    return refusing
 
 
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP])
-def test_without_locks_kernels_are_kept_all_the_same(run, tmp_path, code):
-    out, err = run(tmp_path / "cache", before=NO_LOCKS.format(code=code))
-    assert out == ["compiled", "7"]
-    assert err.count("UserWarning") == 1
-    assert "cannot be locked" in err
-    assert cache.CACHE_VARIABLE in err
-    out, err = run(tmp_path / "cache", before=NO_LOCKS.format(code=code))
-    assert (out, err.count("UserWarning")) == (["7"], 0)
+def test_without_locks_kernels_are_kept_all_the_same(load, tmp_path, monkeypatch, code):
+    monkeypatch.setattr("fcntl.flock", refuse(code))
+    compilations, (said,) = load(tmp_path)
+    assert compilations == 1
+    assert "cannot be locked" in said
+    assert cache.CACHE_VARIABLE in said
+    assert load(tmp_path) == (0, [])
+
+
+def missing(monkeypatch):
+    return "/proc/nowhere"
+
+
+def full(monkeypatch):
+    monkeypatch.setattr("os.fsync", refuse(errno.ENOSPC))
+
+
+def read_only(monkeypatch):
+    monkeypatch.setattr("tempfile.mkstemp", refuse(errno.EROFS))
+
+
+def homeless(monkeypatch):
+    def nobody(*_):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv(cache.CACHE_VARIABLE, raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("pathlib.Path.home", nobody)
 
 
 @pytest.mark.parametrize(
-    ("folder", "before", "reason"),
+    ("trouble", "reason"),
     [
-        ("/proc/nowhere", "", "No such file"),
-        ("cache", FULL, "No space left"),
-        ("cache", READ_ONLY, "Read-only file system"),
-        ("cache", NO_HOME, "the user has no home folder"),
+        (missing, "No such file"),
+        (full, "No space left"),
+        (read_only, "Read-only file system"),
+        (homeless, "the user has no home folder"),
     ],
 )
-def test_folder_that_is_missing_full_or_read_only(run, tmp_path, folder, before, reason):
-    out, err = run(tmp_path / folder, before=before)
-    assert out == ["compiled", "7"]
-    assert err.count("UserWarning") == 1
-    assert "cannot be kept" in err
-    assert reason in err
-    assert "[Errno" not in err
-    assert ("free space there, or set" in err) == (reason == "No space left")
-    assert cache.CACHE_VARIABLE in err
+def test_folder_that_is_missing_full_or_read_only(load, tmp_path, monkeypatch, trouble, reason):
+    folder = trouble(monkeypatch) or (None if trouble is homeless else tmp_path)
+    compilations, (said,) = load(folder)
+    assert compilations == 1
+    assert "cannot be kept" in said
+    assert reason in said
+    assert "[Errno" not in said
+    assert ("free space there, or set" in said) == (reason == "No space left")
+    assert cache.CACHE_VARIABLE in said
 
 
-def test_read_only_folder_is_read(run, tmp_path):
-    run(tmp_path / "cache")
-    out, err = run(tmp_path / "cache", before=READ_ONLY)
-    assert (out, err.count("UserWarning")) == (["7"], 0)
+def test_read_only_folder_is_read(load, tmp_path, monkeypatch):
+    load(tmp_path)
+    read_only(monkeypatch)
+    assert load(tmp_path) == (0, [])
 
 
 def test_errors_of_the_compiler_are_passed_on(tmp_path, monkeypatch):

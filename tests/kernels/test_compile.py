@@ -15,6 +15,8 @@ from sparse_flash.kernels.sm90.config import (
     forward_configs,
 )
 
+from tests.kernels.helpers import common_first
+
 cute = pytest.importorskip("cutlass.cute")
 cutlass = pytest.importorskip("cutlass")
 Int32 = cutlass.Int32
@@ -53,7 +55,7 @@ def compile_well(compiler, kind, index, kernels, tmp_path, warpgroups=2):
     return sass
 
 
-@pytest.mark.parametrize("index", range(len(CONFIGS)), ids=lambda i: name(CONFIGS[i]))
+@pytest.mark.parametrize("index", common_first(CONFIGS), ids=lambda i: name(CONFIGS[i]))
 def test_forward_compiles_well(compiler, index, tmp_path):
     config = CONFIGS[index]
     # Attention, and the combination.
@@ -65,7 +67,7 @@ def test_forward_compiles_well(compiler, index, tmp_path):
     assert len(re.findall(r"MUFU\.EX2", sass)) == 3 * (config.tile_n // 2 + 2) + 1
 
 
-@pytest.mark.parametrize("index", range(len(BACKWARD)), ids=lambda i: name(BACKWARD[i]))
+@pytest.mark.parametrize("index", common_first(BACKWARD), ids=lambda i: name(BACKWARD[i]))
 def test_backward_compiles_well(compiler, index, tmp_path):
     config = BACKWARD[index]
     # Attention; statistics, and in fixed point bounds, before, conversion of dQ and sums after it.
@@ -103,7 +105,7 @@ def test_kernels_for_data_compile_well(compiler, index, tmp_path):
     assert re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill", log) == [("0", "0")], log
 
 
-@pytest.mark.parametrize("index", range(len(DQ)), ids=lambda i: name(DQ[i]))
+@pytest.mark.parametrize("index", common_first(DQ), ids=lambda i: name(DQ[i]))
 def test_dq_compiles_well(compiler, index, tmp_path):
     config = DQ[index]
     sass = compile_well(compiler, "dq", index, 2, tmp_path)  # attention, and sums

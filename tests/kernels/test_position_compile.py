@@ -6,6 +6,8 @@ import pytest
 from sparse_flash.kernels.sm90.config import BackwardConfig
 from sparse_flash.kernels.sm90.position_config import DecodeConfig, all_position_configs
 
+from tests.kernels.helpers import common_first
+
 pytest.importorskip("cutlass.cute")
 CONFIGS = all_position_configs()
 
@@ -24,7 +26,7 @@ def kernels_of(config):
     return 1 if type(config).__name__ == "DqConfig" else 2
 
 
-@pytest.mark.parametrize("index", range(len(CONFIGS)), ids=lambda i: name(CONFIGS[i]))
+@pytest.mark.parametrize("index", common_first(CONFIGS), ids=lambda i: name(CONFIGS[i]))
 def test_compiles_well(compiler, index, tmp_path):
     """No spills, no stack; products by WGMMA, and not one after the other."""
     config = CONFIGS[index]

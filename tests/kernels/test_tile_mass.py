@@ -17,11 +17,15 @@ def name(config):
     return f"{config.dtype}-d{config.head_dim}-{config.tile_m}x{config.tile_n}"
 
 
-# In halves the products differ only by their type, which one size shows.
+def shown(config):
+    """Whether the others repeat it: one size with all tiles, and the largest tile of another."""
+    one = config.head_dim == 64 or (config.head_dim == 256 and config.tile == (128, 128))
+    return config.dtype == "bfloat16" and one
+
+
 COMPILED = [
-    c
-    for c in CONFIGS
-    if (c.dtype == "bfloat16" and (c.head_dim == 64 or c.tile == (128, 128))) or c.head_dim == 64
+    config if shown(config) else pytest.param(config, marks=pytest.mark.thorough)
+    for config in all_mass_configs()
 ]
 
 

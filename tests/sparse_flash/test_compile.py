@@ -250,6 +250,7 @@ def test_vmap_inside():
         torch.testing.assert_close(compiled[i], ref)
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(HANDLES, reason="this is what it starts")
 def test_with_handles():
     """The way of torch below 2.13: in a process of its own, for it is chosen at import."""

@@ -135,6 +135,7 @@ def test_opcheck(wants):
     torch.library.opcheck(score_operators.scored_attention_backward, (*given, *plain))
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(HANDLES, reason="this is what it starts")
 def test_with_handles():
     """The way of torch below 2.13: in a process of its own, for it is chosen at import."""
