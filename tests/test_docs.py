@@ -54,7 +54,7 @@ def write_files(page: Path, folder: Path) -> None:
 
 
 def test_the_day_shows_real_output(tmp_path, monkeypatch, capsys):
-    """`mask show` prints what the page shows, to the character."""
+    """`mask show` prints the output on the page, to the character."""
     page = ROOT / "docs" / "day.md"
     monkeypatch.chdir(tmp_path)
     write_files(page, tmp_path)

@@ -12,7 +12,7 @@ import torch
 
 from sparse_flash import masks
 
-SAYS = {  # what an example prints
+SAYS = {  # output of each example
     "changing_patterns": "step 2: 24 tiles",
     "custom_mask": "tile density",
     "packed_documents": "1024 tokens instead of 2000",

@@ -1,4 +1,4 @@
-"""What an installation has: the core alone, one checkout, and the wheel in a fresh environment."""
+"""Installations: the core alone, one checkout, and the wheel in a fresh environment."""
 
 from __future__ import annotations
 

@@ -242,7 +242,7 @@ def test_tensorboard_shows_the_comparison_in_a_browser(comparison, tmp_path):
 
 
 def check_first_view(browser):
-    """What is seen without a click: the report's four pictures, before all else."""
+    """The first view without a click: the report's four pictures, before everything else."""
     text, height = everything(browser), browser.execute_script("return innerHeight")
     assert text.index("_report") < min(text.index(run) for run in ("dense-seed0", "sdpa-seed0"))
     groups = ["0report", "1masks", "by_training_millisecond", "eval"]

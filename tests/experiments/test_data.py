@@ -94,7 +94,7 @@ def test_training_begins_with_shorter_lists():
     first = splits.first
     assert len(first) == 2 * 300
     assert first.tokens.shape[1] == task.length
-    assert splits.test.lengths.min() > first.lengths.max()  # what is tested is new
+    assert splits.test.lengths.min() > first.lengths.max()  # test lengths are new
     for i, (row, length, label) in enumerate(
         zip(first.tokens.tolist(), first.lengths.tolist(), first.labels, strict=True)
     ):

@@ -1,4 +1,4 @@
-"""What is kept of data: used again if nothing has changed, and never a condition."""
+"""The cache of data: read again if nothing has changed; without it, data are made again."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_a_file_system_without_locks(tmp_path, name, code, monkeypatch):
     with pytest.warns(UserWarning, match="cannot be locked .*set SPARSE_FLASH_CACHE_DIR") as told:
         assert counts(task(folder)) == expected
     assert len(told) == 1
-    with warnings.catch_warnings():  # what was kept needs no lock to be read
+    with warnings.catch_warnings():  # a cached entry is read without a lock
         warnings.simplefilter("error")
         assert counts(task(folder)) == expected
 

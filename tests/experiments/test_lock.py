@@ -82,7 +82,7 @@ def test_after_a_kill_the_folder_is_free_at_once(owner):
     folder, process = owner
     os.kill(process.pid, signal.SIGKILL)
     process.wait(20)
-    assert (folder / LOCK).exists(), "what a killed process leaves behind"
+    assert (folder / LOCK).exists(), "the file of a killed process stays"
     with exclusive(folder):
         assert f'"pid": {os.getpid()},' in (folder / LOCK).read_text()
     assert not (folder / LOCK).exists()

@@ -132,7 +132,7 @@ def test_a_grid_that_is_stopped_goes_on(tmp_path, config, recipes, monkeypatch):
     assert report["runs"][:2] == half["runs"]
     for task in (ListOps, Pathfinder):
         monkeypatch.setattr(task, "load", lambda self: pytest.fail("loaded"))
-    assert lra.lra(config, tmp_path, "cpu", recipes) == report  # what is done needs no data
+    assert lra.lra(config, tmp_path, "cpu", recipes) == report  # finished runs need no data
 
 
 def test_a_budget_ends_runs_and_a_larger_one_goes_on(tmp_path, config, recipes):

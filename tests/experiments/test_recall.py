@@ -133,7 +133,7 @@ def small(**changes):
 
 
 def test_logits_of_queries_are_those_of_their_tokens():
-    """Without a look at later tokens; the loss leaves out what has no label."""
+    """The convolution sees no later tokens; the loss ignores tokens without a label."""
     run = small()
     torch.manual_seed(0)
     model = Encoder.for_task(run.model, run.task, run.kind, run.block)

@@ -1,4 +1,4 @@
-"""topk, nsa and hybrid by name: what they compute, their densities, pictures and records."""
+"""topk, nsa and hybrid by name: their output, densities, pictures and records."""
 
 from dataclasses import replace
 

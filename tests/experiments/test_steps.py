@@ -1,4 +1,4 @@
-"""Training steps: what the benchmark of steps measures, and the step itself."""
+"""Training steps: the benchmark of steps, and the step itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a task must be, and what its data: refused by name before anything is trained."""
+"""Requirements on tasks and their data, checked before training; errors name the task."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Turns: their order, intervals of medians, and what is recorded."""
+"""Turns: their order, confidence intervals of medians, and the record."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A process that compiles kernels, for all tests that look into what comes out."""
+"""A process that compiles kernels, for all tests that inspect the compiled code."""
 
 from __future__ import annotations
 

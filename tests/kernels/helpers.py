@@ -1,4 +1,4 @@
-"""What the tests of kernels on a GPU share."""
+"""Functions shared by tests of kernels."""
 
 from __future__ import annotations
 

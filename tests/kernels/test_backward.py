@@ -49,7 +49,7 @@ def check(got, q, k, v, allowed, dout, dlse=None, scale=None):
     for name, x, y, ref in zip(("dq", "dk", "dv"), got, low, exact, strict=True):
         assert x.isfinite().all(), name
         eps = torch.finfo(q.dtype).eps / 2
-        # Sums that cancel, as with one key, leave the rounding of what is summed.
+        # Sums that cancel, as with one key, leave the rounding of the summands.
         floor = 1e-5 * max(y.abs().max() for y in (dout, q, k, v))
         errors = [(z.double() - ref) for z in (x, y)]
         assert errors[0].abs().max() <= (

@@ -1,4 +1,4 @@
-"""The compile cache: found again, by other processes too; what is broken is made anew."""
+"""The compile cache: other processes find its entries; damaged entries are compiled again."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ print(x[0].item())
 
 @pytest.fixture(scope="module")
 def script(tmp_path_factory):
-    """Written once: the DSL reads what it compiles, in processes that may start at any time."""
+    """Written once: the DSL reads its source, in processes that may start at any time."""
     path = tmp_path_factory.mktemp("script") / "script.py"
     path.write_text(SOURCE)
     return path

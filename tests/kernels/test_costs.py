@@ -1,4 +1,4 @@
-"""What a call on a Hopper GPU costs besides the kernel: host time, launches, processes."""
+"""The costs of a call on a Hopper GPU besides the kernel: host time, launches, processes."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def best_in_turns(calls, rounds=100, number=30):
 
 
 class TestCosts:
-    """What a step must not pay for."""
+    """Costs that a step must not have."""
 
     def test_new_masks_compile_nothing(self, monkeypatch):
         from sparse_flash.kernels import compile as compiling

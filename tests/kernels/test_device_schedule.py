@@ -22,7 +22,7 @@ CAUSAL, LOCAL = masks.causal(), masks.local((300, 70)) | masks.sinks(20)
 
 
 def used(plan):
-    """A schedule on the CPU, without what is not in use."""
+    """A schedule on the CPU, without its unused memory."""
     items, rows = plan.counts.tolist()
     arrays = {name: getattr(plan, name).cpu() for name in ("tiles", "bits", "kv_lens", "counts")}
     work, combine = plan.work[:items].cpu(), plan.combine[:rows].cpu()
@@ -187,7 +187,7 @@ def same_as_pytorch(
         if not same_items:
             continue
         assert torch.equal(a.counts, b.counts)
-        # Costs that differ in their last bit alone make another order, and parts are numbered anew.
+        # Costs that differ in their last bit alone make another order, and other numbers of parts.
         assert a.work[:, [0, 1, 2, 4]].unique(dim=0).equal(b.work[:, [0, 1, 2, 4]].unique(dim=0))
         first, second = makespan(a, facts.num_sms), makespan(b, facts.num_sms)
         assert first[0] == pytest.approx(second[0], rel=1e-3)

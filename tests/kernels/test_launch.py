@@ -1,4 +1,4 @@
-"""The host side of a launch, without a GPU: what the kernel is given, and what is refused."""
+"""The host side of a launch, without a GPU: the kernel's arguments, and refused calls."""
 
 from __future__ import annotations
 
@@ -283,7 +283,7 @@ def test_any_number_of_sequences(launched, mode, sequences):
 
 
 class TestLaunchState:
-    """Counters and split buffers: who shares them, and what is kept."""
+    """Counters and split buffers: shared by which launches, and kept for how long."""
 
     def attend(self, launched, **options):
         q = torch.randn(1, 128, 1, 64).bfloat16()

@@ -1,4 +1,4 @@
-"""Plans, what they are keyed by, and their way through a custom op; configs as text."""
+"""Plans, their keys, and their way through a custom op; configs as text."""
 
 from __future__ import annotations
 

@@ -247,7 +247,7 @@ def table_of(layout):
     """Which tile is where in a layout of one pattern: its bit tile, or -2 for none."""
     table = torch.full((layout.num_block_rows, layout.num_block_cols), -2, dtype=torch.int32)
     entries = layout.bit_tile_indices.clone()
-    found = (entries >= 0).nonzero().squeeze(1)  # a pattern of its own numbers its bit tiles anew
+    found = (entries >= 0).nonzero().squeeze(1)  # a single pattern has its own numbers of bit tiles
     for i in found.tolist():
         entries[i] = hash(layout.bit_tiles[entries[i].item()].numpy().tobytes()) % 1000003
     table[layout.tile_rows.long(), layout.col_indices.long()] = entries

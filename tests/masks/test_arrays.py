@@ -76,7 +76,7 @@ def indices(q_len, kv_len):
 
 
 def run(traced, arrays, q, kv):
-    """What a program computes, repeatedly in the same memory, other keys in between."""
+    """Results of a program, repeatedly in the same memory, with other keys in between."""
     program = Program(traced.whole(), *(index.whole() for index in arrays))
     shape = torch.broadcast_shapes(q.shape, kv.shape)
     results = [

@@ -1,4 +1,4 @@
-"""Custom predicates: what they may be, what they read, and when a layout of theirs is old."""
+"""Custom predicates: valid ones, the tensors they read, and outdated layouts."""
 
 from __future__ import annotations
 

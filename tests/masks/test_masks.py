@@ -40,7 +40,7 @@ def morton_neighbourhood():
     return near
 
 
-# Each pattern against its formula, written down anew in numpy.
+# Each pattern against its formula, written a second time, in NumPy.
 FORMULAS = {
     "full()": Q >= 0,
     "causal()": KV <= Q,

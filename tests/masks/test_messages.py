@@ -1,4 +1,4 @@
-"""Mistakes with masks and layouts: what was given, what is allowed, and the way out."""
+"""Messages about masks and layouts: the given value, the allowed values, and the way out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shifted masks, what is relative, and which lengths fit."""
+"""Shifted masks, relative masks, and lengths that fit."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_shifts_that_are_refused():
         inside.through(masks.raster(3, 6)).layout(18)
     with pytest.raises(TypeError, match="shift takes a mask"):
         masks.shift("local(3)", 1)
-    # What is out of range alone may be in range together.
+    # Two values out of range may be in range together.
     assert mask.shift(-2).shift(3) == mask.shift(1)
 
 

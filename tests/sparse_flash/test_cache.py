@@ -151,7 +151,7 @@ def test_the_cache_is_the_only_module_state():
 
 @pytest.mark.parametrize("grad", [False, True])
 def test_no_tensor_of_a_call_stays(grad):
-    """What is known of a call is kept with its mask, but for the tensors."""
+    """Facts about a call are kept with its mask; its tensors are not."""
     q = torch.randn(1, 48, 1, 4, requires_grad=grad)
     mask = masks.local(5)
     lens = torch.tensor([40])

@@ -1,4 +1,4 @@
-"""The command line: what it prints, how it ends, and what it says of mistakes."""
+"""The command line: its output, exit codes, and messages about mistakes."""
 
 from __future__ import annotations
 

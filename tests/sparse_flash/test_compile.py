@@ -1,4 +1,4 @@
-"""torch.compile, wherever a mask or layout comes from, and without compiling anew for another.
+"""torch.compile: masks and layouts from anywhere; another one compiles nothing.
 
 `test_with_handles` runs this file again as with a torch below 2.13.
 """
@@ -251,7 +251,7 @@ def test_vmap_inside():
 
 
 @pytest.mark.thorough
-@pytest.mark.skipif(HANDLES, reason="this is what it starts")
+@pytest.mark.skipif(HANDLES, reason="the test starts this process")
 def test_with_handles():
     """The way of torch below 2.13: in a process of its own, for it is chosen at import."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]

@@ -193,7 +193,7 @@ REVERSE = {
 @pytest.mark.parametrize("way", REVERSE)
 @pytest.mark.parametrize("route", OPERATOR)
 def test_transforms_of_the_operator(route, way):
-    """Under torch.func too, what a dispatch mode sees and what is compiled has these gradients."""
+    """torch.func gives these gradients under dispatch modes and in compiled functions too."""
     torch._dynamo.reset()
     q, k, v = make(s=3)
     attend = OPERATOR[route](lambda q: REVERSE[way](lambda q: ours(q, k, v), q))

@@ -70,7 +70,7 @@ def test_independent_of_tiles_and_equal_to_dense(block):
 
 
 def test_positions_of_a_cache_drop_the_same_elements():
-    """A query at a position drops what it drops within the whole sequence."""
+    """A query at a position drops the same keys as within the whole sequence."""
     q, k, v = make(b=1)
     seeded = lambda: torch.Generator().manual_seed(1)  # noqa: E731
     whole = block_sparse_attention(q, k, v, masks.causal(), dropout_p=0.5, generator=seeded())

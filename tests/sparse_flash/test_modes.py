@@ -160,7 +160,7 @@ def test_flops_are_counted():
 
     forward = flops(lambda: block_sparse_attention(q.detach(), k, v, masks.full()))
     assert forward == 4 * 2 * 4 * 50 * 50 * 8
-    # PyTorch counts nothing inside of what it composes on a CPU: by its formula, 2 + 5 products.
+    # PyTorch counts nothing inside its composed CPU attention: 2 + 5 products by its formula.
     assert flops(lambda: ours(masks.full())) == forward * 7 // 2
     layout = masks.local(9).layout(50)
     kept = int(layout.to_dense().sum())

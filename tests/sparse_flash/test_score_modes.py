@@ -136,7 +136,7 @@ def test_opcheck(wants):
 
 
 @pytest.mark.thorough
-@pytest.mark.skipif(HANDLES, reason="this is what it starts")
+@pytest.mark.skipif(HANDLES, reason="the test starts this process")
 def test_with_handles():
     """The way of torch below 2.13: in a process of its own, for it is chosen at import."""
     files = [__file__, __file__.replace("test_score_modes", "test_dropout")]

@@ -1,4 +1,4 @@
-"""Attention to chosen blocks: what it computes, what trains the selector, what is refused."""
+"""Attention to chosen blocks: output, training of the selector, refused calls."""
 
 import copy
 import pickle

@@ -315,7 +315,7 @@ def test_an_attached_loss_adds_its_gradient_alone():
 
 
 def test_the_host_counts_tiles_of_several_patterns_once(monkeypatch):
-    """So a call can be captured in a CUDA graph; an updated layout is counted anew."""
+    """So a call can be captured in a CUDA graph; an updated layout is counted again."""
     q, k, v = tensors()
     mask = masks.per_head([masks.causal(), masks.local(5), masks.full(), masks.local(5)])
     layout = mask.layout(S, block=(64, 64))

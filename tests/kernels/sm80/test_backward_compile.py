@@ -1,4 +1,4 @@
-"""The backward configs, and what the compiler makes of them."""
+"""The backward configs and their compiled code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the forward kernels for Ampere and later are given, without a GPU."""
+"""Arguments of the forward kernels for Ampere and later, without a GPU."""
 
 from __future__ import annotations
 

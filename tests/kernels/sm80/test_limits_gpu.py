@@ -21,7 +21,7 @@ DIMS = (32, 64, 96, 128, 192, 256)
 
 
 def configs(dim, limit, deterministic=False):
-    """What a GPU with so much shared memory takes."""
+    """The configs of a GPU with this much shared memory."""
     limits = ("bfloat16", dim, "sm_90", limit)
     return (
         forward_configs(*limits),

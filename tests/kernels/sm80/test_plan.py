@@ -1,4 +1,4 @@
-"""Configs and plans by what a GPU has, and which implementation runs where, without a GPU."""
+"""Configs and plans by the GPU's limits, and the implementation of each GPU, without a GPU."""
 
 from __future__ import annotations
 

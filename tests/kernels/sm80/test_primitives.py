@@ -80,7 +80,7 @@ def test_fragments(layout, base):
                 assert (operand_b(turned[2 * n : 2 * n + 2]) == part[:, mine].T).all()
 
 
-# Those that the loader takes: all threads have whole rows of a block.
+# The loader's blocks: all threads have whole rows of one.
 COPIES = [
     (layout, threads)
     for layout in LAYOUTS
