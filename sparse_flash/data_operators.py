@@ -18,7 +18,7 @@ from sparse_flash.call import ScoreTerms
 from sparse_flash.masks import full
 from sparse_flash.masks.device_builders import TracedLayout, layout_of_data
 from sparse_flash.masks.traceable import SCHEMA_TYPE, from_operator, to_operator
-from sparse_flash.operators import _fake_attention, _fake_backward, _vmap
+from sparse_flash.operators import fake_attention, fake_backward, vmap_rule
 from sparse_flash.prepare import Options, prepare
 
 FULL = full()  # stands for no mask
@@ -105,13 +105,13 @@ def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[
 
 
 for _name, _run, _fake in (
-    ("attention_of_data", _attention, _fake_attention),
-    ("attention_of_data_backward", _attention_backward, _fake_backward),
+    ("attention_of_data", _attention, fake_attention),
+    ("attention_of_data_backward", _attention_backward, fake_backward),
 ):
     _library.impl(_name, _run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"sparse_flash::{_name}", _fake, lib=_library)
     torch.library.register_vmap(
-        f"sparse_flash::{_name}", _vmap(getattr(torch.ops.sparse_flash, _name)), lib=_library
+        f"sparse_flash::{_name}", vmap_rule(getattr(torch.ops.sparse_flash, _name)), lib=_library
     )
 torch.library.register_autograd(
     "sparse_flash::attention_of_data", _differentiate, setup_context=_setup, lib=_library

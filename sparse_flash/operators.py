@@ -19,11 +19,11 @@ from sparse_flash.masks import BlockLayout
 from sparse_flash.masks.traceable import SCHEMA_TYPE, from_operator
 from sparse_flash.prepare import Options, layout_of, prepare
 
-# As AttentionCall.TENSORS.
-_TENSORS = ", ".join(
+# The tensors of a call, in the language of operator schemas.
+TENSORS = ", ".join(
     f"Tensor{'' if name in ('q', 'k', 'v') else '?'} {name}" for name in AttentionCall.TENSORS
 )
-_INPUTS = f"{_TENSORS}, {SCHEMA_TYPE} mask, float? softmax_scale, bool deterministic, str impl"
+_INPUTS = f"{TENSORS}, {SCHEMA_TYPE} mask, float? softmax_scale, bool deterministic, str impl"
 _GIVEN = "Tensor out, Tensor lse, Tensor dout, Tensor? dlse"
 _library = torch.library.Library("sparse_flash", "DEF")
 # The launched kernels depend on the mask, which a recorded CUDA graph would not notice.
@@ -52,19 +52,21 @@ def _attention_backward(
         tuple(tensors), from_operator(mask), options, needs_grad=True, transient=True
     )
     dq, dk, dv = implementation.gradients(call, out, lse, dout, dlse)
-    return dq.contiguous(), dk.contiguous(), dv.contiguous()  # as `_fake_backward` says
+    return dq.contiguous(), dk.contiguous(), dv.contiguous()  # as `fake_backward` says
 
 
-def _fake_attention(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def fake_attention(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    """Output and lse without values, for all operators of attention."""
     check_tensors(q, k, v)
     b, s, h = q.shape[:3]
     dtype = torch.promote_types(q.dtype, torch.float32)
     return q.new_empty((b, s, h, v.shape[3])), q.new_empty((b, h, s), dtype=dtype)
 
 
-def _fake_backward(
+def fake_backward(
     out: Tensor, lse: Tensor, dout: Tensor, dlse: Any, q: Tensor, k: Tensor, v: Tensor, *_: Any
 ) -> tuple[Tensor, ...]:
+    """Gradients of q, k and v without values, for all operators of gradients."""
     return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
 
@@ -84,7 +86,9 @@ def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[
     return *attention_backward(out, lse, dout, dlse, *tensors, ctx.mask, *ctx.options), *rest
 
 
-def _vmap(operator: Any) -> Any:
+def vmap_rule(operator: Any) -> Any:
+    """The vmap rule of an operator: one call for each entry of the mapped dimension."""
+
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:
         return autograd.one_by_one(operator, info.batch_size, in_dims, inputs)
 
@@ -92,13 +96,13 @@ def _vmap(operator: Any) -> Any:
 
 
 for _name, _run, _fake in (
-    ("attention", _attention, _fake_attention),
-    ("attention_backward", _attention_backward, _fake_backward),
+    ("attention", _attention, fake_attention),
+    ("attention_backward", _attention_backward, fake_backward),
 ):
     _library.impl(_name, _run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"sparse_flash::{_name}", _fake, lib=_library)
     torch.library.register_vmap(
-        f"sparse_flash::{_name}", _vmap(getattr(torch.ops.sparse_flash, _name)), lib=_library
+        f"sparse_flash::{_name}", vmap_rule(getattr(torch.ops.sparse_flash, _name)), lib=_library
     )
 autograd_key.register(_library, "attention", _differentiate, _setup)
 autograd_key.register(_library, "attention_backward", autograd.refuse_second_derivative)
@@ -113,14 +117,14 @@ def _elements(q: Tensor, k: Tensor, mask: Any) -> float:
 
 
 @register_flop_formula(attention, get_raw=True)
-def _attention_flops(*inputs: Any, **_: Any) -> int:
+def attention_flops(*inputs: Any, **_: Any) -> int:
     """S = Q K^T and O = P V."""
     q, k, v, *_rest, mask, _scale, _deterministic, _impl = inputs
     return round(_elements(q, k, mask) * (q.shape[3] + v.shape[3]))
 
 
 @register_flop_formula(attention_backward, get_raw=True)
-def _backward_flops(*inputs: Any, **_: Any) -> int:
+def backward_flops(*inputs: Any, **_: Any) -> int:
     """S again, dP = dO V^T, dV = P^T dO, dQ = dS K and dK = dS^T Q."""
     q, k, v, *_rest, mask, _scale, _deterministic, _impl = inputs[4:]
     return round(_elements(q, k, mask) * (3 * q.shape[3] + 2 * v.shape[3]))

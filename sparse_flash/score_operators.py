@@ -15,12 +15,12 @@ from sparse_flash import autograd, autograd_key
 from sparse_flash.call import NUM_DIFFERENTIABLE, TERM_TENSORS, ScoreTerms, terms_of_options
 from sparse_flash.masks.traceable import SCHEMA_TYPE, from_operator, to_operator
 from sparse_flash.operators import (
-    _TENSORS,
-    _attention_flops,
-    _backward_flops,
-    _fake_attention,
-    _fake_backward,
-    _vmap,
+    TENSORS,
+    attention_flops,
+    backward_flops,
+    fake_attention,
+    fake_backward,
+    vmap_rule,
 )
 from sparse_flash.prepare import Options, prepare
 from sparse_flash.scores.arguments import draw_seed
@@ -28,7 +28,7 @@ from sparse_flash.scores.arguments import draw_seed
 _TERMS = ", ".join(f"Tensor? {name}" for name in TERM_TENSORS)
 _OPTIONS = "bool[] wants, float softcap, int dropped"
 _CALL = "float? softmax_scale, bool deterministic, str impl"
-_INPUTS = f"{_TENSORS}, {_TERMS}, {_OPTIONS}, {SCHEMA_TYPE} mask, {_CALL}"
+_INPUTS = f"{TENSORS}, {_TERMS}, {_OPTIONS}, {SCHEMA_TYPE} mask, {_CALL}"
 _GIVEN = "Tensor out, Tensor lse, Tensor dout, Tensor? dlse"
 _GRADIENTS = ", ".join(["Tensor"] * (3 + NUM_DIFFERENTIABLE))
 _library = torch.library.Library("sparse_flash", "FRAGMENT")
@@ -84,7 +84,7 @@ def _fake_scored_backward(
 ) -> tuple[Tensor, ...]:
     *tensors, wants, _softcap, _dropped, _mask, _scale, _deterministic, _impl = inputs
     terms = tensors[len(tensors) - len(TERM_TENSORS) :]
-    results = _fake_backward(out, lse, dout, dlse, *inputs)
+    results = fake_backward(out, lse, dout, dlse, *inputs)
     of_terms = (
         x.new_empty(x.shape) if w else out.new_empty(0) for x, w in zip(terms, wants, strict=False)
     )
@@ -125,12 +125,12 @@ def _seed_vmap(info: Any, in_dims: Any, like: Tensor) -> Any:
 
 
 for _name, _run, _fake, _batched in (
-    ("scored_attention", _attention, _fake_attention, _vmap(scored_attention)),
+    ("scored_attention", _attention, fake_attention, vmap_rule(scored_attention)),
     (
         "scored_attention_backward",
         _attention_backward,
         _fake_scored_backward,
-        _vmap(scored_attention_backward),
+        vmap_rule(scored_attention_backward),
     ),
     ("dropout_seed", draw_seed, _fake_seed, _seed_vmap),
 ):
@@ -151,10 +151,10 @@ def _plain(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 @register_flop_formula(scored_attention, get_raw=True)
 def _scored_flops(*inputs: Any, **_: Any) -> int:
     """Products only, as without score terms."""
-    return _attention_flops(*_plain(inputs))
+    return attention_flops(*_plain(inputs))
 
 
 @register_flop_formula(scored_attention_backward, get_raw=True)
 def _scored_backward_flops(*inputs: Any, **_: Any) -> int:
     """Products only, as without score terms."""
-    return _backward_flops(*inputs[:4], *_plain(inputs[4:]))
+    return backward_flops(*inputs[:4], *_plain(inputs[4:]))
