@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sparse_flash.experiments import checkpoint, old_names
+from sparse_flash.experiments import checkpoint, old_names, stopping
 from sparse_flash.experiments.attention import check_trainable
 from sparse_flash.experiments.curriculum import Curriculum, Stage
 from sparse_flash.experiments.data.dataset import Batch, Examples
@@ -26,7 +26,6 @@ from sparse_flash.experiments.model import Encoder
 from sparse_flash.experiments.parallel import Workers
 from sparse_flash.experiments.provenance import differences
 from sparse_flash.experiments.step import START_UP, TrainingStep
-from sparse_flash.experiments.stopping import Interrupted, announce, check_budget, stop_on_signals
 from sparse_flash.experiments.train import RESULT, TrainingError
 from sparse_flash.experiments.warm_start import CHECKPOINT
 from sparse_flash.masks.files import atomic_write
@@ -75,13 +74,13 @@ def follow(
     The result's "stages" have for each stage that was trained: pixels, number of steps, step_ms,
     tokens_per_second, the three densities, peak_memory_MiB.
     """
-    check_budget(budget)
+    stopping.check_budget(budget)
     path = folder / RESULT
     if path.exists():
         result = old_names.result(json.loads(path.read_text()))
         if result["metrics"]["finished"]:
             checkpoint.check_same(path, differences(result["config"], curriculum.record))
-            announce(f"{folder} holds this run, finished: nothing to train")
+            stopping.announce(f"{folder} holds this run, finished: nothing to train")
             return result
     kind, where = curriculum.kind(curriculum.stages[0].size), pick_device(device)
     check_trainable(kind, where)
@@ -154,7 +153,7 @@ class _Run:
             checkpoint.check_same(path, different)
             self.progress = _Progress(**self.saved["progress"])
             at = f"stage {self.progress.stage + 1}, step {self.progress.step}"
-            announce(f"resuming at {at} from {path}")
+            stopping.announce(f"resuming at {at} from {path}")
         history = [tuple(r) for r in self.saved["history"]] if self.saved else ()
         self.log = Logger(folder if self.workers.first else None, history)
         self.before = self.progress.seconds
@@ -168,14 +167,14 @@ class _Run:
     def run(self) -> dict[str, Any]:
         """Train to the end or to the end of the budget, test, write the result."""
         try:
-            with self.log, stop_on_signals() as stop:
+            with self.log, stopping.stop_on_signals() as stop:
                 self._describe()
                 while self.progress.stage < len(self.curriculum.stages):
                     self._build()
                     if not self._train_stage(stop):
                         break
                 self._build()
-                return self._finish()
+                return self._finish(stop)
         finally:
             for stream in self.streams.values():
                 stream.close()
@@ -297,7 +296,7 @@ class _Run:
             if not learned and progress.step < stage.steps:
                 self._save()
                 if stopped:
-                    raise Interrupted(
+                    raise stopping.Interrupted(
                         f"stopped in stage {progress.stage + 1} at step {progress.step}; run the "
                         "same command to resume",
                         stop,
@@ -394,7 +393,9 @@ class _Run:
     def _evaluate(self, stage: Stage, loss: float, accuracy: float) -> bool:
         """Evaluate and record; returns whether the stage has reached its target."""
         progress = self.progress
-        _, validation = self._measure(self._set(stage, self.curriculum.val, VALIDATION), stage)
+        _, validation = self._measure(
+            self._set(stage, self.curriculum.val, VALIDATION), stage.batch_size
+        )
         progress.seconds = self._seconds()
         row = [progress.stage, progress.step, progress.images, progress.seconds]
         progress.curve.append([*row, progress.training_seconds, loss, accuracy, validation])
@@ -429,28 +430,28 @@ class _Run:
         return (rows[1][2] - rows[0][2]) / max(1e-9, rows[1][4] - rows[0][4])
 
     @torch.no_grad()
-    def _measure(self, images: Examples, stage: Stage) -> tuple[float, float]:
-        """Mean loss and accuracy of the averaged weights."""
+    def _measure(self, images: Examples, size: int, stop: stopping.Signals = None) -> list[float]:
+        """Mean loss and accuracy of the averaged weights, unless signals arrive."""
         assert self.train_step is not None
         kept = [w.clone() for w in self.weights]
         torch._foreach_copy_(self.weights, self.average)
         self.model.eval()
         sums = torch.zeros(2, device=self.device)
-        for number, batch in enumerate(images.batches(2 * stage.batch_size)):
+        batches = images.batches(2 * size)
+        for number, batch in stopping.until_stopped(batches, self.workers, stop):
             if number % self.workers.size == self.workers.rank:
                 loss, right = self.train_step.loss(batch)
                 sums += torch.stack([loss.float() * len(batch.labels), right.float()])
         torch._foreach_copy_(self.weights, kept)
         self.model.train()
-        total, correct = self.workers.sums(*sums.tolist())
-        return total / len(images), correct / len(images)
+        return [total / len(images) for total in self.workers.sums(*sums.tolist())]
 
-    def _finish(self) -> dict[str, Any]:
+    def _finish(self, stop: list[int]) -> dict[str, Any]:
         """Test on the longest curves of the stage in progress; write result.json."""
         c, progress, stage = self.curriculum, self.progress, self.stage
         finished = progress.stage >= len(c.stages)
         test = self._set(stage, c.test, TEST)
-        loss, accuracy = self._measure(test, stage)
+        loss, accuracy = self._measure(test, stage.batch_size, stop)
         progress.seconds = self._seconds()
         self._save()
         metrics = {

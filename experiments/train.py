@@ -37,7 +37,14 @@ from sparse_flash.experiments.model import Encoder
 from sparse_flash.experiments.parallel import Workers
 from sparse_flash.experiments.provenance import differences
 from sparse_flash.experiments.step import START_UP, TrainingStep
-from sparse_flash.experiments.stopping import Interrupted, announce, check_budget, stop_on_signals
+from sparse_flash.experiments.stopping import (
+    Interrupted,
+    Signals,
+    announce,
+    check_budget,
+    stop_on_signals,
+    until_stopped,
+)
 from sparse_flash.experiments.warm_start import CHECKPOINT, begin_with, find_checkpoint
 from sparse_flash.masks.files import atomic_write
 from torch import Tensor
@@ -235,7 +242,7 @@ class _Run:
                         raise Interrupted(
                             f"stopped at step {step}; run the same command to resume", stop
                         )
-            return self._finish()
+            return self._finish(stop)
 
     def _agreed(self, *mine: bool) -> list[bool]:
         """Whether each flag is set on any worker; exchanged at log steps, which wait anyway."""
@@ -336,11 +343,12 @@ class _Run:
         return max(round(1000 * self.progress.seconds), 1 + max(logged, default=-1))
 
     @torch.no_grad()
-    def _measure(self, split: Examples) -> tuple[float, float]:
-        """Mean loss and accuracy over a split, sharded over the workers."""
+    def _measure(self, split: Examples, stop: Signals = None) -> tuple[float, float]:
+        """Mean loss and accuracy over a split, sharded over the workers, unless signals arrive."""
         self.model.eval()
         loss = correct = 0.0
-        for number, batch in enumerate(split.batches(2 * self.config.train.batch_size)):
+        batches = split.batches(2 * self.config.train.batch_size)
+        for number, batch in until_stopped(batches, self.workers, stop):
             if number % self.workers.size == self.workers.rank:
                 mean, right = self.train_step.loss(batch)
                 loss += mean.item() * len(batch.labels)
@@ -348,11 +356,11 @@ class _Run:
         loss, correct = self.workers.sums(loss, correct)
         return loss / len(split), correct / len(split)
 
-    def _finish(self) -> dict[str, Any]:
+    def _finish(self, stop: Sequence[int]) -> dict[str, Any]:
         """Test the best weights, and write result.json last: it marks the run as finished."""
         if self.best is not None:
             self.model.load_state_dict(self.best)
-        loss, accuracy = self._measure(self.test)
+        loss, accuracy = self._measure(self.test, stop)
         progress, config = self.progress, self.config
         metrics = {
             "test_accuracy": accuracy,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -137,6 +139,21 @@ def test_a_run_in_pieces_is_as_one_without_a_stop(tmp_path, monkeypatch):
     assert follow(TINY, tmp_path / "whole", "cpu") == whole
     with pytest.raises(CheckpointError, match=r"other settings .different: warmup: \d+ -> 3"):
         follow(replace(TINY, warmup=3), tmp_path / "whole", "cpu")
+
+
+def test_a_signal_ends_the_test(tmp_path, monkeypatch):
+    finish = staged._Run._finish
+
+    def terminate(self, stop):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return finish(self, stop)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(staged._Run, "_finish", terminate)
+        with pytest.raises(KeyboardInterrupt, match="stopped during the test"):
+            follow(TINY, tmp_path, "cpu")
+    assert not (tmp_path / "result.json").exists()
+    assert follow(TINY, tmp_path, "cpu")["metrics"]["finished"]
 
 
 def test_a_stage_ends_when_it_is_learned(tmp_path):

@@ -235,6 +235,27 @@ def test_sigterm_saves_and_stops(tiny_config, tiny_data, tmp_path, monkeypatch):
     assert checkpoint.load(tmp_path / CHECKPOINT)["progress"]["step"] == 5
 
 
+def test_a_signal_ends_the_test_and_the_same_command_repeats_it(
+    tiny_config, tiny_data, tmp_path, monkeypatch
+):
+    """The last checkpoint is there already: nothing waits for thousands of test examples."""
+    whole = train(tiny_config, tmp_path / "whole", "cpu", tiny_data)
+    finish = _Run._finish
+
+    def terminate(self, stop):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return finish(self, stop)
+
+    monkeypatch.setattr(_Run, "_finish", terminate)
+    with pytest.raises(Interrupted, match="stopped during the test; run the same command"):
+        train(tiny_config, tmp_path / "run", "cpu", tiny_data)
+    assert not (tmp_path / "run" / "result.json").exists()
+    monkeypatch.setattr(_Run, "_finish", finish)
+    again = train(tiny_config, tmp_path / "run", "cpu", tiny_data)
+    for name in ("steps", "test_loss", "test_accuracy"):
+        assert again["metrics"][name] == whole["metrics"][name]
+
+
 def poison(monkeypatch, step):
     """Put a NaN among the weights before that step."""
     original = _Run._step
