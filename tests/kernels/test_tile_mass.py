@@ -10,23 +10,20 @@ from sparse_flash.kernels.sm90.mass_config import all_mass_configs, mass_config
 from sparse_flash import BlockLayout, block_sparse_attention, masks, selection
 from tests.kernels.helpers import DTYPES, tensors, wait
 
-CONFIGS = [c for c in all_mass_configs() if c.dtype == "bfloat16" or c.tile == (128, 128)]
-
 
 def name(config):
     return f"{config.dtype}-d{config.head_dim}-{config.tile_m}x{config.tile_n}"
 
 
-def shown(config):
-    """Whether the others repeat it: one size with all tiles, and the largest tile of another."""
-    one = config.head_dim == 64 or (config.head_dim == 256 and config.tile == (128, 128))
-    return config.dtype == "bfloat16" and one
+def marks(config):
+    """Where it is compiled: one size with all tiles, and a large one, show most."""
+    sizes = config.head_dim == 64 or (config.head_dim == 256 and config.tile == (128, 128))
+    if config.dtype == "bfloat16" and sizes:
+        return ()
+    return pytest.mark.thorough if config.tile == (128, 128) else pytest.mark.matrix
 
 
-COMPILED = [
-    config if shown(config) else pytest.param(config, marks=pytest.mark.thorough)
-    for config in all_mass_configs()
-]
+COMPILED = [pytest.param(config, marks=marks(config)) for config in all_mass_configs()]
 
 
 @pytest.mark.parametrize("config", COMPILED, ids=name)
