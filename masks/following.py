@@ -18,7 +18,6 @@ import torch
 from numpy.typing import NDArray
 from sparse_flash.masks import bits
 from sparse_flash.masks.layout import FULL_TILE, BlockLayout
-from sparse_flash.masks.threads import in_threads
 
 Bytes = NDArray[np.uint8]
 Words = NDArray[np.uint64]
@@ -158,12 +157,8 @@ class Graph:
                 found |= _union(levels, unions[:, start : start + portion])
             wider[rows] = found
 
-        batches = self._batches(seen.shape[1])
-        if isinstance(batches, list):
-            in_threads(unite, batches)
-        else:
-            for batch in batches:
-                unite(batch)
+        for batch in self._batches(seen.shape[1]):
+            unite(batch)
         return wider
 
     def missing(self, seen: Words, goal: Words) -> Words:
