@@ -27,7 +27,6 @@ _AT_ONCE = 1 << 20  # bytes of a temporary: fits a core's cache, and outlasts a 
 _AT_ONCE_CUDA = 1 << 21  # elements per step
 _TILES_AT_ONCE, _TILES_AT_ONCE_CUDA = 1 << 12, 1 << 18  # whose signatures are compared
 _WIDEST = 4096  # elements in a row of a strip
-_BATCH = 4  # consecutive evaluations per thread
 _PATIENCE = 5.0  # seconds of evaluation before a progress bar appears
 
 
@@ -329,12 +328,12 @@ class Elements:
     def _run(self, strips: list[_Strips], packed: NDArray[np.uint8]) -> list[_Strips]:
         """Fill the packed rectangles of strips; return the strips that are left to tensors."""
 
-        def fill(batch: list[_Strips]) -> list[_Strips]:
+        def filled(strip: _Strips) -> bool:
             with torch.no_grad(), np.errstate(all="ignore"):  # both are thread-local
-                return [strip for strip in batch if not self._filled(strip, packed)]
+                return self._filled(strip, packed)
 
-        batches = [strips[:1], *(strips[i : i + _BATCH] for i in range(1, len(strips), _BATCH))]
-        return [strip for left in in_threads(fill, batches) for strip in left]
+        done = in_threads(filled, strips)
+        return [strip for strip, is_done in zip(strips, done, strict=True) if not is_done]
 
     def _filled(self, strip: _Strips, packed: NDArray[np.uint8]) -> bool:
         """Fill the packed rectangles of strips; False if the program fails."""

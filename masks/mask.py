@@ -153,8 +153,7 @@ class Mask(Traceable):
         except NotUnderstoodError:
             return None
         shape = blocks.q_lo.shape
-        none = blocks.q_lo.new_empty(0, *shape)
-        # Whole columns are written, not a number of each row at a time.
+        none = blocks.q_lo.new_empty(0, *shape)  # whole columns are written, then seen as rows
         return torch.cat([none, *(column.long().expand(1, *shape) for column in columns)]).T
 
     def __or__(self, other: Mask) -> Mask:
