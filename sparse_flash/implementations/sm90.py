@@ -16,6 +16,7 @@ from sparse_flash.implementations.score_features import (
     ScoreFeature,
     missing_feature,
 )
+from sparse_flash.kernels.score_arguments import ScoreArguments
 from sparse_flash.kernels.sm90 import attention, positions, scored_attention
 from sparse_flash.masks.device_layout import DeviceLayout
 
@@ -150,9 +151,9 @@ def _widest(call: AttentionCall) -> Tensor:
     return q if width <= q.shape[3] else q.new_empty((*q.shape[:3], width), device="meta")
 
 
-def _arguments(call: AttentionCall) -> scored_attention.ScoreArguments:
+def _arguments(call: AttentionCall) -> ScoreArguments:
     assert call.terms is not None
-    return scored_attention.ScoreArguments(call.terms.softcap, call.terms.slopes, call.terms.sinks)
+    return ScoreArguments(call.terms.softcap, call.terms.slopes, call.terms.sinks)
 
 
 def _unsupported_terms(call: AttentionCall) -> str | None:
