@@ -18,6 +18,8 @@ from torch import Tensor
 DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 HEAD_DIMS = range(16, 257, 8)
 LOG2_E = math.log2(math.e)
+# Tensors by query head and numbers of score terms, from the softmax scale and lse (b, h, s).
+TermsOfCall = Callable[[float, Tensor], tuple[tuple[Tensor, ...], tuple[float, ...]]]
 
 
 def unsupported_reason(
@@ -103,6 +105,7 @@ def forward(
     plan: Plan[Any],
     kv_lens: Tensor | None,
     softmax_scale: float,
+    terms: TermsOfCall | None = None,
     *,
     transient: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -111,23 +114,29 @@ def forward(
     Args:
         q: Queries `(b, s, h, d)`, bfloat16 or float16, with strides as in `is_aligned`.
         k: Keys `(b, s_kv, h_kv, d)`.
-        v: Values, shaped as the keys.
+        v: Values `(b, s_kv, h_kv, d_v)`.
         plan: Plan of a forward kernel, with its kernel bound.
         kv_lens: Number of valid keys per batch entry, int `(b,)`, on any device. None: all.
-        softmax_scale: Factor of the logits, of any sign.
+        softmax_scale: Factor of the logits, of any sign; with terms other than 0.
+        terms: Returns the tensors and numbers of score terms, from the positive scale and lse; the
+            numbers begin with scale_log2. None: no terms.
         transient: As in `Kernel.launch`.
 
     Returns:
-        out `(b, s, h, d)` in q's dtype, and lse `(b, h, s)` in float32.
+        out `(b, s, h, d_v)` in q's dtype, and lse `(b, h, s)` in float32.
     """
     b, s, h, _ = q.shape
     q, softmax_scale = with_positive_scale(q, softmax_scale)
     out = q.new_empty((b, s, h, v.shape[3]))
     assert out.data_ptr(), "meta and fake tensors have no memory to launch on"
     lse = torch.empty(b, h, s, dtype=torch.float32, device=q.device)
-    inputs = (q, k, v, out, lse, lengths_of(plan, kv_lens, k))
+    of_heads: tuple[Tensor, ...] = ()
+    scales: tuple[float, ...] = (softmax_scale * LOG2_E,)
+    if terms is not None:
+        of_heads, scales = terms(softmax_scale, lse)
+    inputs = (q, k, v, out, lse, lengths_of(plan, kv_lens, k), *of_heads)
     assert plan.kernel is not None
-    plan.kernel.launch(inputs, plan, (softmax_scale * LOG2_E,), q.device, transient)
+    plan.kernel.launch(inputs, plan, scales, q.device, transient)
     return out, lse
 
 

@@ -93,7 +93,7 @@ class Arguments:
         from cutlass import Float32, Int32
 
         return (
-            *(self.queries(), self.keys(), self.keys(), self.queries()),  # q, k, v, out
+            *(self.queries(), self.keys(), self.values(), self.outputs()),  # q, k, v, out
             self.floats(self.b, self.h, self.q_len),  # lse
             *self.splits_of_rows(),
             *self.positions(self.head_terms(scored)),

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
-from sparse_flash.kernels.attention import LOG2_E, with_positive_scale
+from sparse_flash.kernels.attention import LOG2_E, TermsOfCall, with_positive_scale
 from sparse_flash.kernels.config import KernelConfig
 from sparse_flash.kernels.device import DeviceFacts
 from sparse_flash.kernels.fragment import fragment_order
@@ -38,8 +38,6 @@ ARRAYS = ("rows", "pattern_map", "tiles", "bits", "zeros", "unlimited")
 _MAX_INT32 = 2**31 - 1
 _SPLIT_BYTES = 1 << 28  # the most memory of the parts of split rows
 _lock = threading.Lock()
-# Tensors by query head and numbers of score terms, from the softmax scale and lse (b, h, s).
-TermsOfCall = Callable[[float, Tensor], tuple[tuple[Tensor, ...], tuple[float, ...]]]
 
 
 @dataclass(eq=False)
@@ -238,7 +236,7 @@ def forward_at(
     Args:
         q: Queries `(b, s, h, d)`.
         k: Keys `(b, s_kv, h_kv, d)`; s_kv is at most the layout's kv_len.
-        v: Values, shaped as k.
+        v: Values `(b, s_kv, h_kv, d_v)`.
         plan: Plan of a forward kernel, with its kernel bound.
         offsets: Positions of the call (see `offsets_of`).
         softmax_scale: Factor of the logits, of any sign.
@@ -249,12 +247,12 @@ def forward_at(
         transient: As in `Kernel.launch`.
 
     Returns:
-        out `(b, s, h, d)` in q's dtype, and lse `(b, h, s)` in float32. NaN for queries at
+        out `(b, s, h, d_v)` in q's dtype, and lse `(b, h, s)` in float32. NaN for queries at
         positions that the layout does not have.
     """
     b, s, h, _ = q.shape
     q, softmax_scale = with_positive_scale(q, softmax_scale)
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    out = q.new_empty((b, s, h, v.shape[3]))
     lse = torch.empty(b, h, s, dtype=torch.float32, device=q.device)
     if not out.numel() or not k.shape[1]:
         return out.zero_(), lse.fill_(-torch.inf)

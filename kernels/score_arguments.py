@@ -20,6 +20,9 @@ class ScoreFlags(NamedTuple):
     sinks: bool = False
 
 
+NO_FLAGS = ScoreFlags()
+
+
 class KernelTerms(NamedTuple):
     """Arguments of a kernel: slopes and sinks, scale_log2, slope_scale and cap_scale of
     score_terms.py.

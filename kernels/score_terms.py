@@ -76,6 +76,35 @@ def add_alibi(
             acc[i] = acc[i] + alibi_of(first + i, coefficient, start, transposed)
 
 
+@cute.jit
+def fill_with_alibi(
+    acc,
+    coefficient,
+    apart,
+    own,
+    tile: cutlass.Constexpr,
+    transposed: cutlass.Constexpr = False,
+):
+    """Set accumulators to coefficient |p_q - p_k|, before a GEMM adds S to them.
+
+    A tile whose distances have one sign, as almost all have, takes one FMA an element.
+
+    acc: Accumulators of a tile. apart: Position of its first query minus that of its first key.
+    own: Distance of the thread's first element minus `apart`. tile: Its queries and keys.
+    transposed: Whether rows are keys.
+    """
+    num_queries, num_keys = tile
+    distance = Float32(apart + own)
+    if apart >= num_keys or apart <= -num_queries:
+        slope = coefficient if apart > 0 else -coefficient
+        start = slope * distance
+        for i in cutlass.range_constexpr(cute.size(acc)):
+            acc[i] = slope * Float32(offset_of(i, transposed)) + start
+    else:
+        for i in cutlass.range_constexpr(cute.size(acc)):
+            acc[i] = coefficient * absolute(distance + Float32(offset_of(i, transposed)))
+
+
 def alibi_of(i: int, coefficient, start, transposed: bool):
     """|coefficient| |distance| of a thread's element i. start: Of its first element, signed."""
     return absolute(coefficient * Float32(offset_of(i, transposed)) + start)

@@ -9,18 +9,15 @@ from typing import Any
 import torch
 from sparse_flash.kernels import attention as shared
 from sparse_flash.kernels import launch
-from sparse_flash.kernels.attention import DTYPES
+from sparse_flash.kernels.attention import DTYPES, TermsOfCall
 from sparse_flash.kernels.device import DeviceFacts
 from sparse_flash.kernels.launch import Kernel
 from sparse_flash.kernels.plan import Plan, PlanKey, Planner, plan_of
+from sparse_flash.kernels.score_arguments import NO_FLAGS, ScoreFlags
 from sparse_flash.kernels.sm80.compile import load_function
-from sparse_flash.kernels.sm80.config import (
-    ForwardConfig,
-    forward_configs,
-    shared_memory_of,
-    target_of,
-)
+from sparse_flash.kernels.sm80.config import ForwardConfig, shared_memory_of, target_of
 from sparse_flash.kernels.sm80.costs import COSTS
+from sparse_flash.kernels.sm80.scored_config import scored_forward_configs
 from sparse_flash.masks.layout import BlockLayout
 from torch import Tensor
 
@@ -39,10 +36,14 @@ def _unsupported_gpu(arch: str, found: str) -> str | None:
 
 @functools.cache
 def forward_planner(
-    dtype: torch.dtype, head_dim: int, target: str, shared_memory: int
+    dtype: torch.dtype,
+    head_dim: int,
+    target: str,
+    shared_memory: int,
+    flags: ScoreFlags = NO_FLAGS,
 ) -> Planner[ForwardConfig]:
     """The planner of the forward; K and V in 16 bits should stay in the L2 cache."""
-    configs = forward_configs(DTYPES[dtype], head_dim, target, shared_memory)
+    configs = scored_forward_configs(DTYPES[dtype], head_dim, target, shared_memory, flags)
     return Planner(configs, COSTS[target].forward, 4 * configs[0].head_dim)
 
 
@@ -51,14 +52,16 @@ def slots_of(facts: DeviceFacts, ctas_per_sm: int) -> DeviceFacts:
     return replace(facts, num_sms=facts.num_sms * ctas_per_sm)
 
 
-def forward_plan(layout: BlockLayout, q: Tensor, k: Tensor) -> Plan[ForwardConfig]:
+def forward_plan(
+    layout: BlockLayout, q: Tensor, k: Tensor, flags: ScoreFlags = NO_FLAGS
+) -> Plan[ForwardConfig]:
     """The plan of a layout for queries `(b, q_len, h, d)` and keys `(b, kv_len, h_kv, d)`.
 
-    Only shapes and dtype of the tensors are read.
+    Only shapes and dtype of the tensors are read; d is the larger head_dim of queries and values.
     """
     b, _, h, d = q.shape
     facts = DeviceFacts.of(layout.device)
-    planner = forward_planner(q.dtype, d, target_of(facts), shared_memory_of(facts))
+    planner = forward_planner(q.dtype, d, target_of(facts), shared_memory_of(facts), flags)
     slots = slots_of(facts, planner.configs[0].ctas_per_sm)
     return plan_of(layout, PlanKey(planner, b, h, k.shape[2], slots))
 
@@ -70,13 +73,14 @@ def forward(
     plan: Plan[ForwardConfig],
     kv_lens: Tensor | None,
     softmax_scale: float,
+    terms: TermsOfCall | None = None,
     *,
     transient: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Attention on torch's current stream: (out, lse). See `kernels.attention.forward`."""
     if plan.kernel is None:
         bind(plan)
-    return shared.forward(q, k, v, plan, kv_lens, softmax_scale, transient=transient)
+    return shared.forward(q, k, v, plan, kv_lens, softmax_scale, terms, transient=transient)
 
 
 _kernels: dict[Any, Kernel] = {}  # by config

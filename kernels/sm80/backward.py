@@ -70,7 +70,8 @@ class BackwardSm80:
     ):
         """Launch all but the sums of parts.
 
-        offsets: q_pad and kv_starts, as in `ColumnOffsets`, or `None`.
+        offsets: q_pad and kv_starts, as in `ColumnOffsets`, or `None`. scales: softmax_scale and
+        scale_log2, and `ScoreTerms` of score_terms.py in kernels that have them.
         """
         config, (_, _, k, v), dq_sum = self.config, tensors, results[-1]
         out, dout, lse, dlse, bounds, has_dlse = given

@@ -25,6 +25,7 @@ class BackwardConfig:
     ctas_per_sm: CTAs on a multiprocessor.
     offsets: Queries at positions (see `BackwardAtSm80`).
     fixed_point: Add dQ in fixed point, so that the result does not depend on the order.
+    softcap, alibi: Score terms, as of `ScoreFlags`.
     """
 
     dtype: str  # "bfloat16" or "float16"
@@ -43,6 +44,8 @@ class BackwardConfig:
     ctas_per_sm: int = 1
     fixed_point: bool = False
     offsets: bool = False
+    softcap: bool = False
+    alibi: bool = False
     arch: str = "sm_80"
 
     def __post_init__(self) -> None:
@@ -56,8 +59,14 @@ class BackwardConfig:
         assert self.head_dim % (16 * self.dq_columns) == 0
         assert self.chunks == 1 or not self.exchange
         assert not (self.split_dq and self.dq_groups % 2)
+        assert not (self.scored and self.offsets)
 
     dq = False  # whether preprocess.Preprocess clears flags of sums
+
+    @property
+    def scored(self) -> bool:
+        """Whether there are score terms (see score_terms.py)."""
+        return self.softcap or self.alibi
 
     @property
     def warps(self) -> int:

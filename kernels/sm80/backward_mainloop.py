@@ -6,9 +6,10 @@ import cutlass
 from cutlass import Int32, const_expr, cute
 from sparse_flash.kernels.position_work_tiles import ColumnOffsets
 from sparse_flash.kernels.schedule import WORK_FIELDS
+from sparse_flash.kernels.score_terms import ScoreTerms
 from sparse_flash.kernels.sm80.backward_tile import BackwardLayouts, BackwardTile, recomputed
 from sparse_flash.kernels.sm80.primitives import TileLoader, copy_async, shared_address
-from sparse_flash.kernels.vectors import pack_pair, store_pairs
+from sparse_flash.kernels.vectors import bits_of, from_bits, pack_pair, store_pairs
 from sparse_flash.kernels.work_tiles import ColumnWorkTile, query_coord
 
 LOADS = Q, DO, STATS = range(3)  # loads per tile
@@ -23,6 +24,9 @@ class QueryTile(NamedTuple):
     bit_tile: Int32
 
 
+COEFFICIENT = len(QueryTile._fields)  # behind these: the bits of the head's, with ALiBi
+
+
 class BackwardMainloop:
     """Items after item: K and V once, then all tiles of queries; dK and dV at the end."""
 
@@ -33,7 +37,8 @@ class BackwardMainloop:
         self.dk, self.dv, self.dk_splits, self.dv_splits, self.dq_sum = results
         self.stats, self.heads = stats, heads
         self.kv_lens, self.work, self.tiles, bits, self.counter, self.counts = lists
-        self.scale, scale_log2 = scales
+        self.scale, scale_log2, *terms = scales
+        self.terms = ScoreTerms(*terms[0]) if const_expr(config.scored) else None
         self.thread = cute.arch.thread_idx()[0]
         layouts = BackwardLayouts(config)
         self.q_size = layouts.q.nbytes
@@ -51,7 +56,8 @@ class BackwardMainloop:
         self.layouts = layouts
         shared = (self.s_k, self.s_v, s_p, s_ds)
         warp, lane = cute.arch.make_warp_uniform(cute.arch.warp_idx()), cute.arch.lane_idx()
-        self.tile = BackwardTile(config, dtype, shared, self.s_stats, bits, scale_log2, warp, lane)
+        scales = (scale_log2, self.terms.cap_scale if const_expr(config.softcap) else None)
+        self.tile = BackwardTile(config, dtype, shared, self.s_stats, bits, scales, warp, lane)
         self.q_len = cute.size(q, mode=[1])
         if const_expr(config.offsets):
             self.offsets = ColumnOffsets(offsets, cute.size(k, mode=[1]))
@@ -160,11 +166,11 @@ class BackwardMainloop:
         exponents = Int32(0)
         if const_expr(config.fixed_point):
             exponents = self.tile.exponents(stats_stage)
-        limits = (self.tile_at(j).bit_tile, self.item().remaining)
+        limits, alibi = (self.tile_at(j).bit_tile, self.item().remaining), self.alibi(j)
         words = self.tile.mask_words(limits[0])
         operands = (q, do, r_v)
         if const_expr(config.exchange):
-            p, ds = self.tile.scores(operands, stats_stage, words, limits, 0)
+            p, ds = self.tile.scores(operands, stats_stage, words, limits, alibi, 0)
             cute.arch.sync_threads()
             self.load_again(STATS, j)
             self.tile.add(self.acc_dv, p, self.tile.p_rows, do, 0)
@@ -177,8 +183,10 @@ class BackwardMainloop:
             self.load_again(Q, j)
         else:
             for first in cutlass.range_constexpr(0, config.tile_m, self.tile.chunk):
-                p, ds = self.tile.scores(operands, stats_stage, words, limits, first)
-                self.tile.add(self.acc_dv, p, None, do, first)
+                given = (operands, stats_stage, words, limits, alibi, first)
+                p, ds = self.tile.scores(*given, self.acc_dv)
+                if const_expr(not config.softcap):
+                    self.tile.add(self.acc_dv, p, None, do, first)
                 self.tile.add(self.acc_dk, ds, None, q, first)
             cute.arch.sync_threads()
             for which in cutlass.range_constexpr(len(LOADS)):
@@ -278,6 +286,8 @@ class BackwardMainloop:
     def announce_tile(self, j):
         """Put the item's tile j into shared memory, by one thread, for the others' next step."""
         tile, s_tiles = self.tile_of(self.item(), j), self.s_tiles
+        if const_expr(self.config.alibi):
+            s_tiles[COEFFICIENT, j % ANNOUNCED] = bits_of(self.terms.coefficient(tile.head))
         for i in cutlass.range_constexpr(len(tile)):
             s_tiles[i, j % ANNOUNCED] = tile[i]
 
@@ -285,6 +295,14 @@ class BackwardMainloop:
     def tile_at(self, j):
         """Tile j, of which nothing is kept in registers while others are computed."""
         return QueryTile(*(self.s_tiles[i, j % ANNOUNCED] for i in range(len(QueryTile._fields))))
+
+    def alibi(self, j):
+        """Coefficient of tile j, and position of its first query minus that of its first key."""
+        if const_expr(not self.config.alibi):
+            return None
+        first = self.tile_at(j).m_block * self.config.tile_m
+        apart = first - self.item().n_block * self.config.tile_n
+        return from_bits(self.s_tiles[COEFFICIENT, j % ANNOUNCED]), apart
 
     @cute.jit
     def load_statistics(self, tile, batch, stage):

@@ -12,21 +12,19 @@ where ' is the transpose, and lse and delta belong to the queries, which are the
 import itertools
 
 import cutlass
-from cutlass import Float32, Int32, const_expr, cute
-from sparse_flash.kernels import online_softmax as online
+from cutlass import Int32, const_expr, cute
 from sparse_flash.kernels.preprocess import exponent_in
 from sparse_flash.kernels.sm80.backward_postprocess import dq_index, dq_place
+from sparse_flash.kernels.sm80.backward_scores import BackwardScores, recomputed
 from sparse_flash.kernels.sm80.primitives import (
     TileLayout,
     accumulators,
     as_operand_a,
     as_operand_b,
-    as_pairs,
     ldmatrix,
     multiply,
 )
 from sparse_flash.kernels.vectors import from_bits
-from sparse_flash.masks.layout import FULL_TILE
 
 
 class BackwardLayouts:
@@ -36,16 +34,6 @@ class BackwardLayouts:
         self.q = TileLayout(config.tile_m, config.head_dim)
         self.k = TileLayout(config.tile_n, config.head_dim)
         self.ds = TileLayout(config.tile_n, config.tile_m)
-
-
-@cute.jit
-def recomputed(number):
-    """The number, opaque to the compiler: values derived from it, such as addresses, are recomputed
-    at each use instead of occupying registers.
-    """
-    return cute.arch.inline_ptx(
-        "mov.b32 {$w0}, {$r0};", write_only_types=[Int32], read_only_args=[number]
-    )
 
 
 class Operand:
@@ -73,7 +61,7 @@ class Operand:
         return registers
 
 
-class BackwardTile:
+class BackwardTile(BackwardScores):
     """A warp's share of the products, and where it finds their operands.
 
     Of an operand's address, the part that depends on the lane is kept apart: it is the only one
@@ -81,11 +69,13 @@ class BackwardTile:
 
     shared: Addresses of K, V, P' and dS' in shared memory.
     stats: Statistics in shared memory (tile_m, 2, stages).
+    scales: scale_log2, and cap_scale of `ScoreTerms` or `None`.
     """
 
-    def __init__(self, config, dtype, shared, stats, bits, scale_log2, warp, lane):
+    def __init__(self, config, dtype, shared, stats, bits, scales, warp, lane):
         self.config, self.dtype, self.layouts = config, dtype, BackwardLayouts(config)
-        self.stats, self.bits, self.scale_log2 = stats, bits, scale_log2
+        self.stats, self.bits = stats, bits
+        self.scale_log2, self.cap_scale = scales
         k, v, p, ds = shared
         of_q, of_k, of_ds = self.layouts.q, self.layouts.k, self.layouts.ds
         self.warp, self.lane = warp, lane
@@ -123,7 +113,7 @@ class BackwardTile:
         return [accumulators(16 * self.groups) for _ in range(self.atoms)]
 
     @cute.jit
-    def scores(self, operands, stage, words, limits, first: cutlass.Constexpr):
+    def scores(self, operands, stage, words, limits, alibi, first: cutlass.Constexpr, acc_dv=None):
         """P' and dS' of a chunk of the warp's queries, in 16 bits: in registers, and as far as
         others read them in shared memory.
 
@@ -131,32 +121,39 @@ class BackwardTile:
         stage: Of the tile's statistics.
         words: Of `mask_words`.
         limits: Bit tile, and number of keys from the tile's first one on.
+        alibi: Coefficient, and position of the tile's first query minus that of its first key; or
+            None.
         first: The chunk's first query.
+        acc_dv: dV, to which P' dO is added where P' would occupy registers in addition to its
+            product with the softcap's derivative.
         """
         q, do, held = operands
-        acc = self.products_of_rows(self.k, None, q, first)
+        acc = [accumulators(self.chunk) for _ in range(self.atoms)]
+        self.begin_scores(acc, alibi, first)
+        self.add_products_of_rows(acc, self.k, None, q, first)
         lse = self.statistics(0, stage, first)
-        p = self.probabilities(acc, lse, words, limits, first)
+        p, weights = self.probabilities(acc, lse, words, limits, alibi, first)
         if const_expr(self.config.exchange):
             self.put(p, self.p_place, first)
-        acc = self.products_of_rows(self.v, held, do, first)
-        ds = self.derive(acc, p, self.statistics(1, stage, first))
+        elif const_expr(self.config.softcap):
+            self.add(acc_dv, p, None, do, first)
+        acc = [accumulators(self.chunk) for _ in range(self.atoms)]
+        for n in cutlass.range_constexpr(self.atoms):
+            acc[n].fill(0.0)
+        self.add_products_of_rows(acc, self.v, held, do, first)
+        ds = self.derive(acc, weights, self.statistics(1, stage, first))
         self.put(ds, self.ds_place, first)
         return p, ds
 
     @cute.jit
-    def products_of_rows(self, a, held, b, first: cutlass.Constexpr):
-        """The warp's keys times a chunk of its queries: S' or dP'."""
-        acc = [accumulators(self.chunk) for _ in range(self.atoms)]
-        for n in cutlass.range_constexpr(self.atoms):
-            acc[n].fill(0.0)
+    def add_products_of_rows(self, acc, a, held, b, first: cutlass.Constexpr):
+        """Add the warp's keys times a chunk of its queries to S' or dP'."""
         queries = range(first, first + self.chunk, 16)
         for k in cutlass.range_constexpr(self.config.head_dim // 16):
             rows = as_operand_b(self.q_rows.load(b, [(i, 16 * k) for i in queries]), self.dtype)
             for n in cutlass.range_constexpr(self.atoms):
                 mine = a.load(0, [(16 * n, 16 * k)]) if const_expr(held is None) else held[n, k]
                 multiply(acc[n], as_operand_a(mine, self.dtype), rows)
-        return acc
 
     @cute.jit
     def add(self, acc, pairs, shared, b, first: cutlass.Constexpr):
@@ -206,53 +203,6 @@ class BackwardTile:
         return self.first_key + 16 * n + 8 * i + self.lane // 4, column
 
     @cute.jit
-    def mask_words(self, bit_tile):
-        """For each 16 keys two words, as `online.mask_words`, from the warp's first query on."""
-        words = [cute.make_rmem_tensor(2, Int32) for _ in range(self.atoms)]
-        lane = recomputed(self.lane)
-        for n in cutlass.range_constexpr(self.atoms):
-            block = self.warp_n * self.atoms + n
-            thread = block % 4 * 32 + lane
-            found = online.mask_words(self.bits, bit_tile, block // 4, thread)
-            for i in cutlass.range_constexpr(2):
-                words[n][i] = found[i]
-        return words
-
-    @cute.jit
-    def probabilities(self, acc, lse, words, limits, first: cutlass.Constexpr):
-        """P' from S', in 16 bits; 0 where the mask or the keys' length says so."""
-        bit_tile, remaining = limits
-        for n in cutlass.range_constexpr(self.atoms):
-            for i in cutlass.range_constexpr(cute.size(acc[n])):
-                power = acc[n][i] * self.scale_log2 - lse[i % 2, i // 4]
-                acc[n][i] = online.exp2(power)
-        if bit_tile != FULL_TILE or remaining < self.config.tile_n:
-            lane = recomputed(self.lane)
-            for n in cutlass.range_constexpr(self.atoms):
-                mine = cute.make_rmem_tensor(2, Int32)
-                row = self.first_key + 16 * n + lane // 4
-                for i in cutlass.range_constexpr(2):
-                    word = words[n][i]
-                    if const_expr(self.chunk < self.config.tile_m):
-                        word = word >> (self.first_query + first) // 4
-                    mine[i] = word if row + 8 * i < remaining else Int32(0)
-                online.apply_mask(acc[n], mine, Int32(-1), 0.0)
-        return [as_pairs(acc[n], self.dtype) for n in range(self.atoms)]
-
-    @cute.jit
-    def derive(self, acc, p, delta):
-        """P' (dP' - delta), the product in 16 bits, two at a time."""
-        results = []
-        for n in cutlass.range_constexpr(self.atoms):
-            for i in cutlass.range_constexpr(cute.size(acc[n])):
-                acc[n][i] = acc[n][i] - delta[i % 2, i // 4]
-            ds = as_pairs(acc[n], self.dtype)
-            for i in cutlass.range_constexpr(cute.size(ds)):
-                ds[i] = multiply_pair(ds[i], p[n][i], self.dtype)
-            results.append(ds)
-        return results
-
-    @cute.jit
     def put(self, pairs, goal, first: cutlass.Constexpr):
         """P' or dS' into shared memory, from a query of the warp on."""
         goal = Operand(goal.layout, recomputed(goal.lane), goal.base)
@@ -262,16 +212,6 @@ class BackwardTile:
                 cute.arch.inline_ptx(
                     "st.shared.b32 [{$r0}], {$r1};", read_only_args=[address, pairs[n][i]]
                 )
-
-    @cute.jit
-    def statistics(self, which: cutlass.Constexpr, stage, first: cutlass.Constexpr):
-        """The lse (0) or delta (1) of the thread's columns: (2, chunk / 8)."""
-        count, lane = self.chunk // 8, recomputed(self.lane)
-        values = cute.make_rmem_tensor((2, count), Float32)
-        mine = self.stats[None, which, stage].iterator + (self.first_query + first + 2 * (lane % 4))
-        layout = cute.make_layout((2, count), stride=(1, 8))
-        cute.autovec_copy(cute.make_tensor(mine.align(8), layout), values)
-        return values
 
     @cute.jit
     def exponents(self, stage):
@@ -307,12 +247,3 @@ class BackwardTile:
                         "red.relaxed.gpu.global.add.f32 [{$r0}], {$r1};",
                         read_only_args=[goal, acc[n][i]],
                     )
-
-
-@cute.jit
-def multiply_pair(pair, factors, dtype: cutlass.Constexpr):
-    """Two numbers in 16 bits times two others; bfloat16 has no such product before sm_90."""
-    code = "mul.rn.f16x2 {$w0}, {$r0}, {$r1};"
-    if const_expr(dtype is cutlass.BFloat16):
-        code = "{ .reg .b32 z; mov.b32 z, 0x80008000; fma.rn.bf16x2 {$w0}, {$r0}, {$r1}, z; }"
-    return cute.arch.inline_ptx(code, write_only_types=[Int32], read_only_args=[pair, factors])

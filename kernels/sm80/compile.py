@@ -31,8 +31,15 @@ def compile_forward(config: ForwardConfig) -> Any:
     """Compile without a GPU."""
     from sparse_flash.kernels.sm80.forward import ForwardSm80
     from sparse_flash.kernels.sm80.forward_at import ForwardAtSm80
+    from sparse_flash.kernels.sm80.scored import ForwardAtScoredSm80, ForwardScoredSm80
 
-    of = Arguments(config)
+    of = Arguments(config).with_value_width()
+    if config.scored and config.offsets:
+        kernel = ForwardAtScoredSm80(config, of.dtype)
+        return compile_kernel(kernel, of.forward_at(scored=True), config.arch)
+    if config.scored:
+        kernel = ForwardScoredSm80(config, of.dtype)
+        return compile_kernel(kernel, of.forward(scored=True), config.arch)
     if config.offsets:
         return compile_kernel(ForwardAtSm80(config, of.dtype), of.forward_at(), config.arch)
     return compile_kernel(ForwardSm80(config, of.dtype), of.forward(), config.arch)
@@ -42,7 +49,11 @@ def compile_backward(config: BackwardConfig) -> Any:
     """Compile without a GPU."""
     from sparse_flash.kernels.sm80.backward import BackwardSm80
     from sparse_flash.kernels.sm80.backward_at import BackwardAtSm80
+    from sparse_flash.kernels.sm80.scored import BackwardScoredSm80
 
-    of = Arguments(config)
+    of = Arguments(config).with_value_width()
+    if config.scored:
+        scored = BackwardScoredSm80(config, of.dtype)
+        return compile_kernel(scored, of.backward(scored=True), config.arch)
     kernel = BackwardAtSm80 if config.offsets else BackwardSm80
     return compile_kernel(kernel(config, of.dtype), of.backward(), config.arch)

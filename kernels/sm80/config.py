@@ -24,9 +24,10 @@ class ForwardConfig:
             next K during O += P V; with 2, both are loaded a tile ahead.
         ctas_per_sm: CTAs that share a multiprocessor.
         recompute: Values recomputed for each tile, to save registers: 0 none, 1 addresses of
-            queries, 2 all addresses and the rescale threshold. With 2, registers have 64 keys at a
-            time.
+            queries, 2 all addresses and the rescale threshold. From 2 on, registers have 64 keys at
+            a time. With 3, an item's first tile is read from shared memory.
         offsets: Queries at positions (see `Positions`).
+        softcap, alibi, sinks: Score terms, as of `ScoreFlags`.
         arch: Compiler target.
     """
 
@@ -39,6 +40,9 @@ class ForwardConfig:
     ctas_per_sm: int = 2
     recompute: int = 0
     offsets: bool = False
+    softcap: bool = False
+    alibi: bool = False
+    sinks: bool = False
     arch: str = "sm_80"
 
     def __post_init__(self) -> None:
@@ -49,7 +53,12 @@ class ForwardConfig:
         assert self.tile_n % 16 == 0
         assert self.tile_n <= 128  # a row's bits fill one word a thread
         assert self.stages in (1, 2)
-        assert self.recompute in (0, 1, 2)
+        assert self.recompute in (0, 1, 2, 3)
+
+    @property
+    def scored(self) -> bool:
+        """Whether there are score terms (see score_terms.py)."""
+        return self.softcap or self.alibi or self.sinks
 
     @property
     def threads(self) -> int:

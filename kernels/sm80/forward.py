@@ -7,11 +7,13 @@ threads hold S (fragment.py), or reaches beyond the keys' length.
 """
 
 import cutlass
-from cutlass import Float32, Int32, cute
+from cutlass import Float32, Int32, const_expr, cute
 from sparse_flash.kernels.combine import CombineOutput
 from sparse_flash.kernels.position_work_tiles import positions_of
+from sparse_flash.kernels.score_terms import ScoreTerms
 from sparse_flash.kernels.sm80.config import ForwardConfig
-from sparse_flash.kernels.sm80.forward_mainloop import NUM_WORDS, ForwardMainloop, RowPlace
+from sparse_flash.kernels.sm80.forward_items import place_words
+from sparse_flash.kernels.sm80.forward_mainloop import NUM_WORDS, ForwardMainloop
 from sparse_flash.kernels.sm80.primitives import TileLayout
 
 
@@ -52,15 +54,24 @@ class ForwardSm80:
 
     @cute.jit
     def launch(
-        self, tensors, lists, positions, results, num_ctas: Int32, scale_log2: Float32, stream
+        self,
+        tensors,
+        lists,
+        positions,
+        results,
+        num_ctas: Int32,
+        scale_log2: Float32,
+        stream,
+        terms=None,
     ):
         """Launch the attention kernel itself.
 
-        positions: Arrays, numbers and sizes of `Positions`, or `None`.
+        positions: Arrays, numbers and sizes of `Positions`, or `None`. terms: `ScoreTerms` of
+        score_terms.py, or `None`.
         """
         q, k, _ = tensors
         group_size = cute.size(q, mode=[2]) // cute.size(k, mode=[2])
-        arguments = (tensors, lists, positions, results, group_size, scale_log2)
+        arguments = (tensors, lists, positions, results, group_size, scale_log2, terms)
         self.kernel(*arguments, self._storage()).launch(
             grid=(num_ctas, 1, 1),
             block=(self.config.threads, 1, 1),
@@ -78,6 +89,7 @@ class ForwardSm80:
         results,
         group_size: Int32,  # q heads for each kv head
         scale_log2: Float32,
+        terms,
         storage: cutlass.Constexpr,
     ):
         """Set up shared memory, then compute item after item."""
@@ -85,7 +97,10 @@ class ForwardSm80:
         buffers = (smem.q, smem.k, smem.v, smem.following, smem.places)
         positions = positions_of(self.config, positions)
         inputs = (tensors, lists, positions, results)
-        ForwardMainloop(self.config, self.dtype, buffers, inputs, group_size, scale_log2).run()
+        if const_expr(self.config.scored):
+            terms = ScoreTerms(*terms)
+        scales = (group_size, scale_log2, terms)
+        ForwardMainloop(self.config, self.dtype, buffers, inputs, *scales).run()
 
     def _storage(self):
         config, dtype = self.config, self.dtype
@@ -98,6 +113,6 @@ class ForwardSm80:
             k: cute.struct.Align[cute.struct.MemRange[dtype, kv_size], 1024]
             v: cute.struct.Align[cute.struct.MemRange[dtype, kv_size], 1024]
             following: cute.struct.Align[cute.struct.MemRange[Int32, NUM_WORDS], 16]  # work item
-            places: cute.struct.MemRange[Int32, 2 * len(RowPlace._fields)]
+            places: cute.struct.MemRange[Int32, 2 * place_words(config)]
 
         return Storage

@@ -7,21 +7,26 @@ by cp.async while products are computed. The first tile of the next item is load
 one of this item, so that short rows leave no bubble.
 """
 
-from typing import NamedTuple
-
 import cutlass
 from cutlass import Boolean, Float32, Int32, const_expr, cute
 from sparse_flash.kernels import online_softmax as online
+from sparse_flash.kernels.sm80.forward_items import (
+    COEFFICIENT,
+    FIRST_TILE,
+    TOP,
+    KeyTile,
+    RowPlace,
+    RowWork,
+    place_words,
+)
+from sparse_flash.kernels.sm80.forward_scores import ForwardScores
 from sparse_flash.kernels.sm80.primitives import (
     TileLayout,
     TileLoader,
     accumulators,
     address_of,
-    as_operand_a,
     as_operand_b,
-    as_pairs,
     copy_small,
-    fragment,
     in_loop,
     load_fragments,
     multiply,
@@ -29,7 +34,6 @@ from sparse_flash.kernels.sm80.primitives import (
 )
 from sparse_flash.kernels.vectors import bits_of, from_bits, pack_pair, store_pairs
 from sparse_flash.kernels.work_tiles import tiles_within
-from sparse_flash.masks.layout import FULL_TILE
 
 # The next item in shared memory: its record, as in `Schedule.work`, then the data of the record. A
 # count of -1 ends the list; the record's last word is the item's number.
@@ -37,44 +41,15 @@ BATCH, FIRST, COUNT, INDEX, KV_LEN, TILES, NUM_WORDS = 2, 3, 4, 7, 8, 10, 16
 SLACK = 8.0  # powers of two by which P may exceed 1 before the maximum is updated
 
 
-class RowWork(NamedTuple):
-    """The keys of a work item: of a block row, or a part of it. All Int32."""
-
-    kv_head: Int32
-    batch: Int32
-    first: Int32  # tile
-    count: Int32  # of tiles; 0: there are no more items
-    limit: Int32  # keys, counted from `key_start`
-    key_start: Int32  # key that is the first of block 0
-    slot: Int32  # where its `RowPlace` is in shared memory, 0 or 1
-
-
-class RowPlace(NamedTuple):
-    """The rows of a work item. All Int32; in shared memory while the item is computed."""
-
-    head: Int32
-    batch: Int32
-    part: Int32  # where a split row's partial result goes; -1: not split
-    start: Int32  # query that lies in the first row of the tile; negative: the tile begins earlier
-    known: Int32  # rows of the tile that are positions of the layout; only with offsets
-
-
-class KeyTile(NamedTuple):
-    """A stored tile: its block column, and its bit tile or FULL_TILE. Both Int32."""
-
-    n_block: Int32
-    bit_tile: Int32
-
-
-class ForwardMainloop:
+class ForwardMainloop(ForwardScores):
     """State of a thread: O, the statistics of its rows, and where to find everything.
 
     (Values assigned inside a dynamic `if` must be local names: the DSL cannot carry attributes.)
     """
 
-    def __init__(self, config, dtype, buffers, inputs, group_size, scale_log2):
+    def __init__(self, config, dtype, buffers, inputs, group_size, scale_log2, terms):
         self.config, self.dtype = config, dtype
-        self.group_size, self.scale_log2 = group_size, scale_log2
+        self.group_size, self.scale_log2, self.terms = group_size, scale_log2, terms
         (q, k, v), lists, self.positions, results = inputs
         self.records = not config.offsets  # whether items have records: see `Schedule.work`
         self.kv_lens, self.work, self.tiles, self.bits, self.counter, self.counts = lists
@@ -82,8 +57,8 @@ class ForwardMainloop:
         q_room, k_room, v_room, following, places = buffers
         self.following = following.get_tensor(cute.make_layout(NUM_WORDS))
         self.following_address = shared_address(following.data_ptr())
-        fields = len(RowPlace._fields)
-        self.places = places.get_tensor(cute.make_layout((2, fields), stride=(fields, 1)))
+        words = place_words(config)
+        self.places = places.get_tensor(cute.make_layout((2, words), stride=(words, 1)))
         self.q_base, self.k_base, self.v_base = (
             shared_address(room.data_ptr()) for room in (q_room, k_room, v_room)
         )
@@ -127,15 +102,18 @@ class ForwardMainloop:
     def step_one(self, item, j, tile):
         """A tile, with one stage. Returns the next item, and the tile that follows."""
         ticket = self.ask(item, j)
-        ahead = self.tile_at(item.first + cutlass.min(j + 1, item.count - 1))
+        if const_expr(self.config.recompute < 3):
+            ahead = self.tile_ahead(item, j + 1)
         cute.arch.cp_async_wait_group(0)
         cute.arch.sync_threads()  # K is there, and all warps are done with the last V
+        if const_expr(self.config.recompute == 3):
+            ahead = self.tile_ahead(item, j + 1)
         if const_expr(self.records):
             self.fetch_details(item, j)
         self.load_v(item, tile, 0)
         cute.arch.cp_async_commit_group()
         words = self.mask_words(tile)
-        acc_s = self.scores(0)
+        acc_s = self.scores(item, tile, 0)
         self.fetch(item, j, ticket)
         cute.arch.cp_async_wait_group(0)
         cute.arch.sync_threads()  # V is there, and all warps are done with Q and K
@@ -146,7 +124,7 @@ class ForwardMainloop:
         if following.count > 0:
             self.load_k(following, ahead, 0)
         cute.arch.cp_async_commit_group()
-        self.accumulate(acc_s, words, tile, item.limit, 0)
+        self.accumulate(acc_s, words, tile, item, 0)
         return following, ahead
 
     @cute.jit
@@ -155,9 +133,12 @@ class ForwardMainloop:
         is_last = j == item.count - 1
         early = self.fetches(item) if const_expr(self.records) else Boolean(False)
         ticket = self.ask(item, j)
-        later = self.tile_at(item.first + cutlass.min(j + 2, item.count - 1))
+        if const_expr(self.config.recompute < 3):
+            later = self.tile_ahead(item, j + 2)
         cute.arch.cp_async_wait_group(0)
         cute.arch.sync_threads()  # K and V are there, and all warps are done with the last ones
+        if const_expr(self.config.recompute == 3):
+            later = self.tile_ahead(item, j + 2)
         if const_expr(self.records):
             self.fetch_details(item, j)
         following = item
@@ -169,7 +150,7 @@ class ForwardMainloop:
             self.load_v(following, ahead, 1 - stage)
         cute.arch.cp_async_commit_group()
         words = self.mask_words(tile)
-        acc_s = self.scores(stage)
+        acc_s = self.scores(item, tile, stage)
         self.fetch(item, j, ticket)
         if is_last:
             cute.arch.sync_threads()  # all warps are done with Q
@@ -179,7 +160,7 @@ class ForwardMainloop:
                 self.load_k(following, ahead, 1 - stage)
                 self.load_v(following, ahead, 1 - stage)
         cute.arch.cp_async_commit_group()
-        self.accumulate(acc_s, words, tile, item.limit, stage)
+        self.accumulate(acc_s, words, tile, item, stage)
         return following, ahead, later
 
     def fetches(self, item):
@@ -279,17 +260,36 @@ class ForwardMainloop:
         if in_loop(self.tid) == 0:
             for i in cutlass.range_constexpr(len(place)):
                 places[item.slot, i] = place[i]
+            if const_expr(self.config.scored):
+                places[item.slot, FIRST_TILE] = item.first
+            if const_expr(self.config.alibi):
+                places[item.slot, TOP] = self.top(place)
+                places[item.slot, COEFFICIENT] = bits_of(self.terms.coefficient(place.head))
         if item.count > 0:
             limit, any_row = cute.size(self.q, mode=[1]), self.config.offsets
             coord = (place.head, place.batch)
             loader = self.loader(self.q, self.q_layout)
             loader.start(self.q_base, coord, place.start, limit, any_row)
 
+    def top(self, place):
+        """Position of the tile's first row."""
+        if const_expr(self.records):
+            return place.start
+        return self.positions.numbers.num_positions - place.known
+
     @cute.jit
     def first_tiles(self, item):
         """The first two tiles of an item."""
         second = item.first + cutlass.min(Int32(1), cutlass.max(item.count - 1, 0))
         return self.tile_at(item.first), self.tile_at(second)
+
+    @cute.jit
+    def tile_ahead(self, item, j):
+        """Tile j of an item, or its last one."""
+        first = item.first
+        if const_expr(self.config.recompute == 3):
+            first = self.places[item.slot, FIRST_TILE]
+        return self.tile_at(first + cutlass.min(j, item.count - 1))
 
     @cute.jit
     def tile_at(self, index):
@@ -363,62 +363,11 @@ class ForwardMainloop:
         return in_loop(number) if self.config.recompute >= level else number
 
     @cute.jit
-    def mask_words(self, tile):
-        """For each of the thread's rows the bits of its columns."""
-        return [
-            online.mask_words(self.bits, tile.bit_tile, self.row_group(group), self.thread)
-            for group in range(self.config.row_groups)
-        ]
-
-    @cute.jit
-    def row_group(self, group: cutlass.Constexpr):
-        """Which 64 rows of the tile the thread's group of rows belongs to."""
-        return self.tid // 128 + group * (self.config.warps // 4)
-
-    @cute.jit
-    def scores(self, stage):
-        """S = Q K^T of the thread's groups of rows."""
-        config = self.config
-        acc_s = [accumulators(config.tile_n) for _ in range(config.row_groups)]
-        for acc in acc_s:
-            acc.fill(0.0)
-        k_lane, q_lane = self.first_keys(stage), self.first_queries()
-        step = 64 if config.recompute == 2 else config.tile_n  # keys in registers at a time
-        for column in cutlass.range_constexpr(0, config.head_dim, 16):
-            queries = [None] * config.row_groups
-            for first in cutlass.range_constexpr(0, config.tile_n, step):
-                places = [(row, column) for row in range(first, first + step, 16)]
-                keys = load_fragments(self.kv_layout, k_lane, places, False)
-                keys = as_operand_b(keys, self.dtype)
-                for group in cutlass.range_constexpr(config.row_groups):
-                    if const_expr(first == 0):
-                        place = (group * 16 * config.warps, column)
-                        queries[group] = load_fragments(self.q_layout, q_lane, [place], False)
-                    start = acc_s[group].iterator + first // 2
-                    acc = cute.make_tensor(start, cute.make_layout((4, 1, step // 8)))
-                    multiply(acc, as_operand_a(queries[group], self.dtype), keys)
-        return acc_s
-
-    @cute.jit
-    def first_keys(self, stage):
-        """Address of the first keys of a stage for a lane."""
-        lane = self.again(self.tid, 2) % 32
-        start = self.k_base + self.kv_layout.columns_first(lane) + stage * self.kv_layout.nbytes
-        return start if const_expr(self.config.recompute == 2) else in_loop(start)
-
-    @cute.jit
-    def first_queries(self):
-        """Address of the first group of queries of a lane."""
-        tid, layout = self.again(self.tid, 1), self.q_layout
-        row = tid // 128 * 64 + tid % 128 // 32 * 16
-        start = self.q_base + row * layout.pitch + layout.rows_first(tid % 32)
-        return start if const_expr(self.config.recompute) else in_loop(start)
-
-    @cute.jit
-    def accumulate(self, acc_s, words, tile, limit, stage):
+    def accumulate(self, acc_s, words, tile, item, stage):
         """S becomes P; O += P V."""
         config = self.config
-        self.apply_mask(acc_s, words, tile, limit)
+        self.apply_softcap(acc_s, tile, item.slot)
+        self.apply_mask(acc_s, words, tile, item.limit)
         scale_log2 = from_bits(self.again(bits_of(self.scale_log2), 2))
         slack = SLACK * cute.arch.rcp_approx(scale_log2)
         for group in cutlass.range_constexpr(config.row_groups):
@@ -429,22 +378,6 @@ class ForwardMainloop:
         for row in cutlass.range_constexpr(0, config.tile_n, 16):
             pairs = [self.exponentiate(acc_s[g], g, row) for g in range(config.row_groups)]
             self.add_values(pairs, row, stage)
-
-    @cute.jit
-    def apply_mask(self, acc_s, words, tile, limit):
-        """-inf where the tile is masked, or beyond the keys' length."""
-        remaining = limit - tile.n_block * self.config.tile_n
-        if tile.bit_tile != FULL_TILE or remaining < self.config.tile_n:
-            within = online.columns_within(remaining, self.thread)
-            for group in cutlass.range_constexpr(self.config.row_groups):
-                online.apply_mask(acc_s[group], words[group], within)
-
-    @cute.jit
-    def exponentiate(self, acc_s, group: cutlass.Constexpr, row: cutlass.Constexpr):
-        """S of 16 keys from `row` on becomes P. Returns it as operand a of the next product."""
-        acc = cute.make_tensor(acc_s.iterator + row // 2, cute.make_layout(8))
-        online.exp2_and_sum(acc, self.stats[group], self.scale_log2)
-        return fragment(as_operand_a(as_pairs(acc, self.dtype), self.dtype), 0)
 
     @cute.jit
     def add_values(self, p, row: cutlass.Constexpr, stage):
@@ -462,7 +395,8 @@ class ForwardMainloop:
         fields = len(RowPlace._fields)
         place = RowPlace(*(self.places[item.slot, i] for i in range(fields)))
         for group in cutlass.range_constexpr(self.config.row_groups):
-            factors, log_sums = online.row_normalizers(self.stats[group], self.scale_log2)
+            sink = self.sink(place)
+            factors, log_sums = online.row_normalizers(self.stats[group], self.scale_log2, sink)
             row = self.row_group(group) * 64 + self.thread // 32 * 16 + self.thread % 32 // 4
             if const_expr(self.config.offsets):
                 online.mark_unknown(factors, log_sums, place.known, row)

@@ -25,14 +25,19 @@ from sparse_flash.kernels.positions import (
     offsets_of,
     plan_of_key,
 )
-from sparse_flash.kernels.sm80.attention import forward_planner, slots_of
-from sparse_flash.kernels.sm80.backward_config import (
-    BackwardConfig,
-    backward_config,
+from sparse_flash.kernels.score_arguments import (
+    NO_FLAGS,
+    Gradients,
+    ScoreArguments,
+    ScoreFlags,
+    sink_gradients,
 )
+from sparse_flash.kernels.sm80.attention import forward_planner, slots_of
+from sparse_flash.kernels.sm80.backward_config import BackwardConfig, backward_config
 from sparse_flash.kernels.sm80.compile import load_function
 from sparse_flash.kernels.sm80.config import shared_memory_of, target_of
 from sparse_flash.kernels.sm80.costs import COSTS
+from sparse_flash.kernels.sm80.scored_config import scored_backward_config
 from sparse_flash.masks.layout import BlockLayout
 from torch import Tensor
 
@@ -45,7 +50,11 @@ def planner_of(config: BackwardConfig) -> Planner[BackwardConfig]:
 
 
 def backward_plan(
-    layout: BlockLayout, q: Tensor, k: Tensor, deterministic: bool = False
+    layout: BlockLayout,
+    q: Tensor,
+    k: Tensor,
+    deterministic: bool = False,
+    flags: ScoreFlags = NO_FLAGS,
 ) -> Plan[BackwardConfig]:
     """The plan of the gradients for queries `(b, q_len, h, d)` and keys `(b, kv_len, h_kv, d)`.
 
@@ -53,13 +62,14 @@ def backward_plan(
 
     Args:
         layout: The layout.
-        q: Queries.
+        q: Queries; d is the larger head_dim of queries and values.
         k: Keys.
         deterministic: Bitwise repeatable: dQ is added up in fixed point.
+        flags: Score terms.
     """
     facts = DeviceFacts.of(layout.device)
-    limits = (target_of(facts), shared_memory_of(facts))
-    config = backward_config(DTYPES[q.dtype], q.shape[3], *limits, deterministic)
+    limits = (target_of(facts), shared_memory_of(facts), deterministic)
+    config = scored_backward_config(DTYPES[q.dtype], q.shape[3], *limits, flags)
     return plan_with(config, layout, q, k, facts)
 
 
@@ -114,6 +124,35 @@ def backward(
     inputs = (*call.inputs, *call.results, *_workspace(plan.config, q, k), lens)
     (plan.kernel or bind(plan)).launch(inputs, plan, call.scalars, q.device, transient)
     return call.results
+
+
+def scored_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    plan: Plan[BackwardConfig],
+    kv_lens: Tensor | None,
+    softmax_scale: float,
+    terms: ScoreArguments,
+    *,
+    transient: bool = False,
+) -> Gradients:
+    """As `backward`, with score terms; softmax_scale is not 0."""
+    call = gradient_tensors(dout, dlse, q, k, v, out, lse, softmax_scale)
+    lens, space = lengths_of(plan, kv_lens, k), _workspace(plan.config, q, k)
+    of_heads: tuple[Tensor, ...] = ()
+    scalars = call.scalars
+    if plan.config.scored:
+        of_heads, numbers = terms.with_lse(softmax_scale, lse)
+        scalars = (*call.scalars[:2], *numbers)
+    inputs = (*call.inputs, *call.results, *space, lens, *of_heads)
+    (plan.kernel or bind(plan)).launch(inputs, plan, scalars, q.device, transient)
+    of_sinks = None if terms.sinks is None else sink_gradients(terms.sinks, space[-1])
+    return Gradients(*call.results, of_sinks)
 
 
 def backward_plan_at(

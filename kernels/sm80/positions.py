@@ -10,7 +10,7 @@ from typing import Any
 
 from sparse_flash.kernels import launch
 from sparse_flash.kernels import positions as shared
-from sparse_flash.kernels.attention import DTYPES
+from sparse_flash.kernels.attention import DTYPES, TermsOfCall
 from sparse_flash.kernels.device import DeviceFacts
 from sparse_flash.kernels.launch import Kernel
 from sparse_flash.kernels.positions import (
@@ -20,26 +20,25 @@ from sparse_flash.kernels.positions import (
     plan_of_key,
     row_splits,
 )
+from sparse_flash.kernels.score_arguments import NO_FLAGS, ScoreFlags
 from sparse_flash.kernels.sm80.attention import slots_of
 from sparse_flash.kernels.sm80.compile import load_function
-from sparse_flash.kernels.sm80.config import (
-    ForwardConfig,
-    forward_at_config,
-    shared_memory_of,
-    target_of,
-)
+from sparse_flash.kernels.sm80.config import ForwardConfig, shared_memory_of, target_of
+from sparse_flash.kernels.sm80.scored_config import scored_forward_at_config
 from sparse_flash.masks.layout import BlockLayout
 from torch import Tensor
 
 
-def forward_plan_at(layout: BlockLayout, q: Tensor, k: Tensor) -> PositionPlan[Any]:
+def forward_plan_at(
+    layout: BlockLayout, q: Tensor, k: Tensor, flags: ScoreFlags = NO_FLAGS
+) -> PositionPlan[Any]:
     """The plan of a layout of positions for queries `(b, s, h, d)` and keys `(b, s_kv, h_kv, d)`.
 
-    Only shapes and dtype of the tensors are read.
+    Only shapes and dtype of the tensors are read; d is the larger head_dim of queries and values.
     """
     facts, (b, _, h, d) = DeviceFacts.of(layout.device), q.shape
     limits = (target_of(facts), shared_memory_of(facts))
-    config: Any = forward_at_config(DTYPES[q.dtype], d, *limits)
+    config: Any = scored_forward_at_config(DTYPES[q.dtype], d, *limits, flags)
     slots = slots_of(facts, config.ctas_per_sm)
     return plan_of_key(layout, PositionKey(config, b, h, k.shape[2], slots))
 
@@ -53,6 +52,7 @@ def forward_at(
     q_offset: Tensor | int | None,
     kv_starts: Tensor | None,
     softmax_scale: float,
+    terms: TermsOfCall | None = None,
     *,
     transient: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -61,19 +61,22 @@ def forward_at(
     Args:
         q: Queries `(b, s, h, d)`.
         k: Keys `(b, s_kv, h_kv, d)`; s_kv is at most the layout's kv_len.
-        v: Values, shaped as k.
+        v: Values `(b, s_kv, h_kv, d_v)`.
         plan: Of `forward_plan_at`.
         kv_lens: End of the valid keys of each batch entry, int32 (b,). None: all.
         q_offset: Index, among the keys, of the first query: a number, or int32 (b,). None: 0.
         kv_starts: First valid key of each batch entry, from which positions count, int32 (b,).
             None: 0.
-        softmax_scale: Factor of the logits, of any sign.
+        softmax_scale: Factor of the logits, of any sign; with terms other than 0.
+        terms: As of `kernels.positions.forward_at`.
         transient: As in `Kernel.launch`.
     """
     if plan.kernel is None and q.numel() and k.shape[1]:
         bind(plan)
     offsets, splits = offsets_of(plan, kv_lens, q_offset, kv_starts), row_splits(plan, q, k)
-    return shared.forward_at(q, k, v, plan, offsets, softmax_scale, splits, transient=transient)
+    return shared.forward_at(
+        q, k, v, plan, offsets, softmax_scale, splits, terms=terms, transient=transient
+    )
 
 
 _kernels: dict[Any, Kernel] = {}  # by config

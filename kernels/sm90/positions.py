@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 from sparse_flash.kernels import launch
 from sparse_flash.kernels import positions as shared
-from sparse_flash.kernels.attention import DTYPES, gradient_tensors
+from sparse_flash.kernels.attention import DTYPES, TermsOfCall, gradient_tensors
 from sparse_flash.kernels.device import DeviceFacts
 from sparse_flash.kernels.launch import Kernel
 from sparse_flash.kernels.positions import (
@@ -102,7 +102,7 @@ def forward_at(
     q_offset: Tensor | int | None,
     kv_starts: Tensor | None,
     softmax_scale: float,
-    terms: shared.TermsOfCall | None = None,
+    terms: TermsOfCall | None = None,
     *,
     transient: bool = False,
 ) -> tuple[Tensor, Tensor]:

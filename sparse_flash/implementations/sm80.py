@@ -8,7 +8,15 @@ from torch import Tensor
 
 from sparse_flash.call import AttentionCall
 from sparse_flash.implementations import data_layouts
-from sparse_flash.implementations.score_features import ScoreFeature, missing_feature
+from sparse_flash.implementations.score_features import (
+    ALIBI,
+    SINKS,
+    SOFTCAP,
+    WIDTH,
+    ScoreFeature,
+    missing_feature,
+)
+from sparse_flash.kernels.score_arguments import NO_FLAGS, ScoreArguments, ScoreFlags
 from sparse_flash.kernels.sm80 import attention, gradients, positions
 from sparse_flash.masks.device_layout import DeviceLayout
 
@@ -24,64 +32,109 @@ class Sm80:
     """CuTe DSL kernels for compute capability 8.0 and later: mma.sync, ldmatrix, cp.async."""
 
     name = "sm80"
-    features: frozenset[ScoreFeature] = frozenset()
+    features: frozenset[ScoreFeature] = frozenset((SOFTCAP, SINKS, ALIBI, WIDTH))
 
     def unsupported_reason(self, call: AttentionCall) -> str | None:
         """Dtype, device, head_dim, the DSL, and strides decide."""
         reason = attention.unsupported_reason(call.q, call.k, call.v)
         reason = reason or self.unsupported_scores(call)
         if reason is None and isinstance(call.layout, DeviceLayout):
-            reason = gradients.unsupported_blocks(call.layout, call.q, call.deterministic)
+            reason = gradients.unsupported_blocks(call.layout, _widest(call), call.deterministic)
         return reason
 
     def unsupported_scores(self, call: AttentionCall) -> str | None:
-        """Score features of the call decide."""
-        return missing_feature(call, self.features)
+        """Score features of the call decide, and with which others they come."""
+        return missing_feature(call, self.features) or _unsupported_terms(call)
 
     def plan(self, call: AttentionCall) -> Plans:
         """Configs and schedules: made now, and not within somebody's CUDA graph of the backward.
 
         Layouts of data are planned with the launches.
         """
-        layout, q, k = call.layout, call.q, call.k
-        at = call.q_offset is not None
-        forward = positions.forward_plan_at if at else attention.forward_plan
+        given, flags = (call.layout, _widest(call), call.k), _flags(call)
+        if call.q_offset is None:
+            forward: Any = attention.forward_plan(*given, flags)
+            if not call.needs_grad:
+                return Plans(forward, None)
+            return Plans(forward, gradients.backward_plan(*given, call.deterministic, flags))
+        forward = positions.forward_plan_at(*given, flags)
         if not call.needs_grad:
-            return Plans(forward(layout, q, k), None)
-        backward = gradients.backward_plan_at if at else gradients.backward_plan
-        return Plans(forward(layout, q, k), backward(layout, q, k, call.deterministic))
+            return Plans(forward, None)
+        return Plans(forward, gradients.backward_plan_at(*given, call.deterministic))
 
     def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
         """(out, lse), lse in float32."""
         inputs, scale, layout = (call.q, call.k, call.v), call.softmax_scale, call.layout
         if isinstance(layout, DeviceLayout):
-            plan = attention.forward_plan(layout, call.q, call.k)
+            plan = attention.forward_plan(layout, _widest(call), call.k)
             out, lse = attention.forward(
                 *inputs, plan, call.kv_lens, scale, transient=call.transient
             )
             if plan.errors is not None:
                 data_layouts.mark_forward(layout, plan.errors, out, lse)
             return out, lse
-        plan = call.plan.forward
+        plan, transient = call.plan.forward, call.transient
+        terms = None if call.terms is None else _arguments(call).with_lse
         if call.q_offset is not None:
             given = (call.kv_lens, call.q_offset, call.kv_starts)
-            return positions.forward_at(*inputs, plan, *given, scale, transient=call.transient)
-        return attention.forward(*inputs, plan, call.kv_lens, scale, transient=call.transient)
+            return positions.forward_at(*inputs, plan, *given, scale, terms, transient=transient)
+        return attention.forward(*inputs, plan, call.kv_lens, scale, terms, transient=transient)
 
     def gradients(
         self, call: AttentionCall, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """(dq, dk, dv)."""
+    ) -> tuple[Tensor, ...]:
+        """(dq, dk, dv), and gradients of score terms."""
         scale, transient, layout = call.softmax_scale, call.transient, call.layout
         inputs = (dout, dlse, call.q, call.k, call.v, out, lse)
         if isinstance(layout, DeviceLayout):
-            plan = gradients.backward_plan(layout, call.q, call.k, call.deterministic)
+            plan = gradients.backward_plan(layout, _widest(call), call.k, call.deterministic)
             dq, dk, dv = gradients.backward(*inputs, plan, call.kv_lens, scale, transient=transient)
             if plan.errors is not None:
                 data_layouts.mark_backward(layout, plan.errors, dq, dk, dv)
             return dq, dk, dv
         given = (call.plan.backward, call.kv_lens)
+        if call.terms is not None:
+            dq, dk, dv, sinks = gradients.scored_backward(
+                *inputs, *given, scale, _arguments(call), transient=transient
+            )
+            return dq, dk, dv, *_gradients_of_terms(call, sinks)
         if call.q_offset is None:
             return gradients.backward(*inputs, *given, scale, transient=transient)
         at = (call.q_offset, call.kv_starts)
         return gradients.backward_at(*inputs, *given, *at, scale, transient=transient)
+
+
+def _widest(call: AttentionCall) -> Tensor:
+    """The queries, or a stand-in with the values' head_dim if that is larger, for plans."""
+    q, width = call.q, call.v.shape[3]
+    return q if width <= q.shape[3] else q.new_empty((*q.shape[:3], width), device="meta")
+
+
+def _flags(call: AttentionCall) -> ScoreFlags:
+    return NO_FLAGS if call.terms is None else _arguments(call).flags
+
+
+def _arguments(call: AttentionCall) -> ScoreArguments:
+    assert call.terms is not None
+    return ScoreArguments(call.terms.softcap, call.terms.slopes, call.terms.sinks)
+
+
+def _unsupported_terms(call: AttentionCall) -> str | None:
+    """Why the kernels cannot take a call with score terms; None where they can."""
+    if call.terms is None:
+        return None
+    if call.q_offset is not None and call.needs_grad:
+        return "it computes gradients with score terms without q_offset and kv_starts only"
+    if isinstance(call.layout, DeviceLayout):
+        return "it computes score terms on stored layouts only: pass layout.fixed()"
+    if call.softmax_scale == 0:
+        return "it computes score terms with a softmax_scale other than 0 only"
+    return None
+
+
+def _gradients_of_terms(call: AttentionCall, sinks: Tensor | None) -> tuple[Tensor, ...]:
+    """Gradients of the first tensors of the terms, empty where not wanted."""
+    assert call.terms is not None
+    nothing = call.q.new_empty(0)
+    wanted = call.terms.wants[3] and sinks is not None
+    return nothing, nothing, nothing, sinks if wanted and sinks is not None else nothing

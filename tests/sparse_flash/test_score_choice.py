@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from sparse_flash.kernels.sm80 import attention as sm80
 from sparse_flash.kernels.sm90 import attention as sm90
 
 from sparse_flash.implementations.choose import choose
-from sparse_flash.implementations.score_features import ALIBI, DROPOUT, SINKS, SLOPES, WIDTH
+from sparse_flash.implementations.score_features import (
+    ALIBI,
+    DROPOUT,
+    SINKS,
+    SLOPES,
+    SOFTCAP,
+    WIDTH,
+)
 from tools.score_table import call_of
 
 
@@ -24,10 +33,10 @@ def _on_gpu(monkeypatch):
         (SINKS, False, True, "sm90"),
         (SINKS, True, True, "reference"),
         (ALIBI, True, False, "sm90"),
-        (ALIBI, False, True, "reference"),  # not tested on a GPU
+        (ALIBI, False, True, "sm80"),  # that of sm90 was not tested on a GPU
         (SLOPES, True, False, "reference"),
         (DROPOUT, False, False, "reference"),
-        (WIDTH, False, False, "reference"),  # narrower values: not tested on a GPU
+        (WIDTH, False, False, "sm80"),  # narrower values of sm90 neither
     ],
 )
 def test_auto(feature, gradients, offset, name):
@@ -40,3 +49,25 @@ def test_by_name():
         choose("sm90", call_of(SLOPES, 64, True, False))
     with pytest.raises(ValueError, match="up to head_dim 128, not 256"):
         choose("sm90", call_of(ALIBI, 256, True, False))
+
+
+@pytest.mark.parametrize("head_dim", [64, 256])
+@pytest.mark.parametrize("feature", [SOFTCAP, SINKS, ALIBI, WIDTH])
+@pytest.mark.parametrize("gradients", [False, True])
+def test_auto_outside_hopper(monkeypatch, feature, gradients, head_dim):
+    """The kernels for Ampere compute them at all head_dims, forward at positions too."""
+    monkeypatch.setattr(sm90, "unsupported_reason", lambda *_: "no Hopper")
+    assert choose("auto", call_of(feature, head_dim, gradients, False)).name == "sm80"
+    assert choose("auto", call_of(feature, head_dim, False, True)).name == "sm80"
+
+
+def test_refusals_outside_hopper():
+    for feature, gradients, offset, words in (
+        (SLOPES, True, False, "gradients of ALiBi slopes"),
+        (SOFTCAP, True, True, "without q_offset"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            choose("sm80", call_of(feature, 64, gradients, offset))
+    zero = replace(call_of(SOFTCAP, 64, False, False), softmax_scale=0.0)
+    with pytest.raises(ValueError, match="softmax_scale other than 0"):
+        choose("sm80", zero)

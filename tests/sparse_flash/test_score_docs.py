@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparse_flash import block_sparse_attention, masks
+from sparse_flash import block_sparse_attention, masks, scores
 from sparse_flash.implementations import IMPLEMENTATIONS
 from sparse_flash.implementations.score_features import FEATURES
+from sparse_flash.implementations.sm80 import Sm80
 from tools.score_table import table
 
 PAGE = Path(__file__).parents[2] / "docs" / "scores.md"
@@ -30,8 +31,10 @@ def test_a_missing_feature_is_named(monkeypatch):
 
     monkeypatch.setattr(attention, "unsupported_reason", lambda *_: None)
     q = torch.randn(1, 8, 2, 16).bfloat16()
-    with pytest.raises(ValueError, match=r"sm80.*does not compute softcap \(softcap=\).*auto"):
-        block_sparse_attention(q, q, q, masks.full(), softcap=3.0, impl="sm80")
+    bias = scores.relative(torch.zeros(2, 3))
+    with pytest.raises(ValueError, match=r"sm80.*not compute relative positions \(bias=.*auto"):
+        block_sparse_attention(q, q, q, masks.full(), bias=bias, impl="sm80")
+    monkeypatch.setattr(Sm80, "features", frozenset())
     with pytest.raises(ValueError, match=r"values of another head_dim \(v \(b, kv_len, h_kv, d_v"):
         block_sparse_attention(q, q, q[..., :8], masks.full(), impl="sm80")
     out = block_sparse_attention(q, q, q, masks.full(), softcap=3.0)  # the reference

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,6 +14,14 @@ from tests.oracle import dense_scored_attention
 from tests.strategies import problems
 
 pytestmark = pytest.mark.gpu
+CHOSEN = {}  # options of all calls
+
+
+@pytest.fixture(autouse=True, scope="module", params=["sm90", "sm80"])
+def implementation(request):
+    """All tests run with the kernels of each architecture."""
+    CHOSEN["impl"] = request.param
+    return request.param
 
 
 def largest(error):
@@ -34,7 +44,7 @@ def draw_terms(heads, names, seed, sharp=1.0):
 def call(q, k, v, mask, terms, **options):
     bias = scores.alibi(terms["slopes"]) if "slopes" in terms else None
     options |= {n: terms[n] for n in ("softcap", "sinks") if n in terms}
-    return block_sparse_attention(q, k, v, mask, bias=bias, impl="sm90", **options)
+    return block_sparse_attention(q, k, v, mask, bias=bias, **CHOSEN, **options)
 
 
 def check(q, k, v, dout, dlse, allowed, mask, terms, lens=None, grads=(), **options):
@@ -187,9 +197,8 @@ def test_split_rows(names, dim):
     check(q, k, v, q, dlse, allowed, mask, terms)
 
 
-def test_other_values_compile_nothing():
-    from sparse_flash.kernels.sm90 import attention
-
+def test_other_values_compile_nothing(implementation):
+    attention = importlib.import_module(f"sparse_flash.kernels.{implementation}.attention")
     q, k, v = (torch.randn(1, 300, 2, 64, device="cuda", dtype=torch.bfloat16) for _ in "qkv")
     known = None
     for i in range(3):

@@ -21,7 +21,8 @@ CONFIGS = list(
 
 def tiles(config):
     for warp in range(config.warps):
-        yield BackwardTile(config, cutlass.BFloat16, (K, V, P, DS), None, None, 1.0, warp, LANES)
+        shared, scales = (K, V, P, DS), (1.0, None)
+        yield BackwardTile(config, cutlass.BFloat16, shared, None, None, scales, warp, LANES)
 
 
 def check(found, layout, base, row, column, rows_first):

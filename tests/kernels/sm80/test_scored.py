@@ -1,0 +1,169 @@
+"""Kernels with score terms for Ampere and later: their code, and the arguments of launches."""
+
+from __future__ import annotations
+
+import inspect
+import math
+
+import pytest
+import torch
+from sparse_flash.kernels.score_arguments import ScoreArguments, ScoreFlags
+from sparse_flash.kernels.sm80 import attention, gradients, positions
+from sparse_flash.kernels.sm80.config import LIMIT_OF, ForwardConfig
+from sparse_flash.kernels.sm80.scored_config import (
+    all_scored_configs,
+    scored_backward_config,
+    scored_forward_at_config,
+    scored_forward_configs,
+)
+
+from sparse_flash import masks
+from tests.kernels.helpers import plan_on_cpu
+from tests.kernels.sm80.test_compile import TARGETS
+from tests.kernels.sm80.test_plan import A100, RTX4090
+
+pytest.importorskip("cutlass.cute")
+LOG2_E = math.log2(math.e)
+ALL = ScoreFlags(softcap=True, alibi=True, sinks=True)
+ALIBI, SOFTCAP = ScoreFlags(alibi=True), ScoreFlags(softcap=True)
+
+
+def limits(target, dim, dtype="bfloat16"):
+    return dtype, dim, target, LIMIT_OF[target]
+
+
+SOME = [
+    scored_forward_configs(*limits("sm_80", 128), ALL)[0],
+    scored_forward_at_config(*limits("sm_120", 64), ALL),
+    scored_backward_config(*limits("sm_90", 64), False, SOFTCAP),
+]
+
+
+def name(config):
+    tile = f"{config.tile_m}x{config.tile_n}"
+    names = [n for n in ("softcap", "alibi", "sinks", "fixed_point", "offsets") if has(config, n)]
+    kernel = type(config).__name__.removesuffix("Config").lower()
+    return "-".join((config.arch, kernel, config.dtype, f"d{config.head_dim}", tile, *names))
+
+
+def has(config, feature):
+    return getattr(config, feature, False)
+
+
+def check(compile_for, config):
+    """No spills; tanh is one instruction, and one for each score."""
+    compiled = compile_for("sparse_flash.kernels.sm80.compile.compile_config", config)
+    forward = isinstance(config, ForwardConfig)
+    kernels = 2 if forward else 4 + config.fixed_point
+    compiled.check(kernels, config.threads, config.ctas_per_sm)
+    assert (
+        compiled.count(r"MUFU\.TANH") == config.softcap * math.prod(config.tile) // config.threads
+    )
+
+
+@pytest.mark.parametrize("config", SOME, ids=name)
+def test_some_compile_well(compile_for, config):
+    check(compile_for, config)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("config", [c for t in TARGETS for c in all_scored_configs(t)], ids=name)
+def test_all_compile_well(compile_for, config):
+    check(compile_for, config)
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Arguments of the launches, by name."""
+    from sparse_flash.kernels.sm80 import scored
+    from sparse_flash.kernels.sm80.backward import BackwardSm80
+
+    calls = []
+
+    def load(config):
+        if not isinstance(config, ForwardConfig):
+            kernel = scored.BackwardScoredSm80 if config.scored else BackwardSm80
+        else:
+            kernel = scored.ForwardAtScoredSm80 if config.offsets else scored.ForwardScoredSm80
+        names = [n for n in inspect.signature(kernel.__call__).parameters if n != "self"]
+
+        def function(*arguments):
+            assert len(arguments) == len(names) - 1  # the stream is torch's current one
+            calls.append({"config": config, **dict(zip(names, arguments, strict=False))})
+
+        return function
+
+    for module in (attention, positions, gradients):
+        monkeypatch.setattr(module, "load_function", load)
+        monkeypatch.setattr(module, "_kernels", {})
+    for attribute, value in (
+        ("_cuda_getDevice", None),
+        ("_cuda_getCurrentRawStream", 0),
+        ("_cuda_isCurrentStreamCapturing", False),
+    ):
+        monkeypatch.setattr(torch._C, attribute, lambda *_, value=value: value, raising=False)
+    return calls
+
+
+def problem(width):
+    q = torch.randn(2, 200, 4, 64).bfloat16()
+    k, v = (torch.randn(2, 300, 2, d).bfloat16() for d in (64, width))
+    return (
+        q,
+        k,
+        v,
+        *(torch.randn(2, 200, 4, width).bfloat16() for _ in "od"),
+        torch.randn(2, 4, 200),
+    )
+
+
+@pytest.mark.parametrize("facts", [A100, RTX4090], ids=lambda f: f.arch)
+@pytest.mark.parametrize("flags", [ALL, ALIBI, ScoreFlags(sinks=True)])
+@pytest.mark.parametrize("width", [64, 40, 128])
+def test_arguments_are_those_of_the_kernel(launched, monkeypatch, facts, flags, width):
+    plan_on_cpu(monkeypatch, facts)
+    q, k, v, out, dout, lse = problem(width)
+    wide = q if width <= 64 else torch.zeros(2, 200, 4, width, dtype=q.dtype)
+    slopes, sinks = torch.rand(4), torch.randn(4)
+    terms = ScoreArguments(
+        3.0 * flags.softcap, slopes if flags.alibi else None, sinks if flags.sinks else None
+    )
+    assert terms.flags == flags
+    layout = masks.causal().layout(200, 300)
+    plan = attention.forward_plan(layout, wide, k, flags)
+    found, _ = attention.forward(q, k, v, plan, None, 0.5, terms.with_lse)
+    assert found.shape == (2, 200, 4, width)
+    plan = gradients.backward_plan(layout, wide, k, False, flags)
+    given = (dout, None, q, k, v, out, lse, plan, None, 0.5, terms)
+    results = gradients.scored_backward(*given)
+    assert [x.shape for x in results[:3]] == [q.shape, k.shape, v.shape]
+    assert (results.sinks is None) == (not flags.sinks)
+    at = positions.forward_plan_at(layout, wide, k, flags)
+    found, _ = positions.forward_at(q, k, v, at, None, 7, None, 0.5, terms.with_lse)
+    assert found.shape == (2, 200, 4, width)
+    unit = 3.0 if flags.softcap else 0.5
+    for call in launched:
+        assert [has(call["config"], n) for n in ("softcap", "alibi")] == list(flags[:2])
+        assert call["config"].head_dim >= max(64, width)
+        assert call["scale_log2"] == pytest.approx(unit * LOG2_E)
+        if call["config"].scored:
+            assert not flags.alibi or call["slopes"] is slopes
+            assert not flags.sinks or call["sinks"] is sinks
+            assert call["slope_scale"] == pytest.approx(-1 / unit)
+            assert not flags.softcap or call["cap_scale"] == pytest.approx(0.5 / 3.0)
+    assert [type(c["config"]).__name__[:7] for c in launched] == ["Forward", "Backwar", "Forward"]
+
+
+def test_features_without_use_change_nothing():
+    for dim in (64, 128):
+        for dtype in ("bfloat16", "float16"):
+            given = limits("sm_80", dim, dtype)
+            assert scored_forward_configs(*given, ScoreFlags()) == _plain(*given)
+            sinks = ScoreFlags(sinks=True)
+            assert not scored_backward_config(*given, False, sinks).scored
+
+
+def _plain(*given):
+    from sparse_flash.kernels.sm80.config import forward_configs
+
+    return forward_configs(*given)
