@@ -14,6 +14,7 @@ from sparse_flash import block_sparse_attention, masks
 from tests.kernels.helpers import tensors, truth, wait
 from tests.kernels.test_backward import check as check_gradients
 from tests.kernels.test_forward import check as check_output
+from tests.sparse_flash import test_scores_gpu as scored
 
 pytestmark = pytest.mark.gpu
 *SMALL, LARGE = LIMITS
@@ -77,3 +78,22 @@ def test_positions_equal_float64(monkeypatch, dim, limit):
     out, lse = block_sparse_attention(q, k, v, layout, impl="sm80", q_offset=400, return_lse=True)
     wait()
     check_output(out, lse, q, k, v, truth(masks.causal(400), q, k))
+
+
+@pytest.mark.parametrize("names", [["slopes"], ["softcap"], ["softcap", "slopes", "sinks"]])
+@pytest.mark.parametrize("limit", SMALL)
+@pytest.mark.parametrize("dim", [64, 96, 128, 256])
+def test_score_terms_equal_float64(monkeypatch, dim, limit, names):
+    """Softcap, ALiBi and sinks in the tiles of GPUs with less shared memory."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    facts = replace(DeviceFacts.of(device), shared_memory=limit)
+    monkeypatch.setitem(DeviceFacts._of, device, facts)
+    monkeypatch.setitem(scored.CHOSEN, "impl", "sm80")
+    layout = (masks.causal() & masks.local(200)).layout(500, device="cuda")
+    allowed = layout.to_dense().expand(1, 4, -1, -1)
+    q, k, v = tensors(1, 500, 4, dim, kv_heads=2)
+    dout, dlse = torch.randn_like(q), torch.randn(1, 4, 500, device="cuda")
+    terms = scored.draw_terms(4, names, 1)
+    deterministic = limit == SMALL[0]
+    given = (q, k, v, dout, dlse, allowed, layout, terms)
+    scored.check(*given, grads=("sinks",), deterministic=deterministic)
