@@ -1,0 +1,160 @@
+"""Dropout in registers: which elements of a thread's accumulators are kept.
+
+The generator and its layout are those of `sparse_flash.scores.philox`. One evaluation of
+Philox4x32-7 gives 16 bytes: for two rows and two columns, and for those 8 further on, of a tile of
+16 x 16. In the accumulators of mma.sync (m16n8k16) and wgmma, two threads four lanes apart have 8
+of these elements each. So of two adjacent tiles each of both threads evaluates one, and they
+exchange half of their results.
+
+An element is kept if its byte is at least `dropped`: if byte + (256 - dropped) carries. The carries
+of four bytes are computed at once, and each pair of 16-bit elements gets a mask of 32 bits. An
+element costs four instructions, half of them for the generator.
+"""
+
+from __future__ import annotations
+
+import cutlass
+from cutlass import Int32, Uint32, Uint64, const_expr, cute
+
+ROUNDS = 7
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+WEYL = (0x9E3779B9, 0xBB67AE85)
+TILE = 16  # rows and columns
+BYTES = 0x01010101  # times a byte: in each byte of a word
+SIGNS = 0x80 * BYTES
+
+
+class Dropout:
+    """Masks of a thread's elements of accumulators, of which a warp has 16 rows.
+
+    seed: int32 (2,), the low and the high word. dropped: Number of byte values that drop an
+    element, Int32 in 1..255. transposed: Whether rows are keys instead of queries.
+    """
+
+    def __init__(self, seed, dropped, transposed: bool) -> None:
+        self.transposed, self.lane = transposed, cute.arch.lane_idx()
+        # In uniform registers.
+        self.keys = round_keys(*(cute.arch.make_warp_uniform(seed[i]) for i in range(2)))
+        self.levels = levels_of(dropped)
+
+    @cute.jit
+    def masks(self, pair, row, column, count: cutlass.Constexpr):
+        """Masks for the warp's 16 rows and `count` tiles of 16 columns.
+
+        pair: Batch entry * query heads + query head. row, column: Positions of the first row and
+        column, multiples of 16; q_offset and kv_starts are included. Returns 4 count words: all
+        bits of the elements 2 i and 2 i + 1 of the thread that are kept.
+        """
+        found = []
+        for tile in cutlass.range_constexpr(0, count, 2):
+            if const_expr(tile + 1 < count):
+                tiles = self._two_tiles(pair, row, column + tile * TILE)
+            else:
+                words = self._evaluate(pair, row, column // 4 + tile * (TILE // 4) + self.lane % 4)
+                tiles = self._halves(words)[:1]
+            for words in tiles:
+                # Elements of a thread: two columns, two rows, then two further columns.
+                order = (0, 1, 2, 3) if self.transposed else (0, 2, 1, 3)
+                found += [pair_mask(words, byte) for byte in order]
+        return found
+
+    @cute.jit
+    def _two_tiles(self, pair, row, column):
+        """The thread's words of two adjacent tiles."""
+        mine, others = self._halves(self._evaluate(pair, row, column // 4 + self.lane % 8))
+        given = [self._from_partner(x) for x in others]
+        odd = self.lane // 4 % 2 == 1
+        first = [b if odd else a for a, b in zip(mine, given, strict=True)]
+        second = [a if odd else b for a, b in zip(mine, given, strict=True)]
+        return first, second
+
+    @cute.jit
+    def _evaluate(self, pair, row, unit):
+        """Flags of 16 elements. unit: Index of their columns, in the terms of scores.philox."""
+        units = ((row // 4 + self.lane // 8).to(Uint32), unit.to(Uint32))
+        q, kv = units[::-1] if self.transposed else units
+        words = philox((kv, q, pair.to(Uint32), Uint32(0)), self.keys)
+        return [keep_flags(word, self.levels) for word in words]
+
+    @cute.jit
+    def _halves(self, words):
+        """The words of this thread's row, and those of the thread four lanes away.
+
+        A word of a half is for even columns, the next one for odd columns.
+        """
+        odd = self.lane // 4 % 2 == 1
+        order = (0, 2, 1, 3) if self.transposed else (0, 1, 2, 3)
+        of_even, of_odd = ([words[i] for i in order[j : j + 2]] for j in (0, 2))
+        mine = [b if odd else a for a, b in zip(of_even, of_odd, strict=True)]
+        others = [a if odd else b for a, b in zip(of_even, of_odd, strict=True)]
+        return mine, others
+
+    def _from_partner(self, word):
+        return cute.arch.shuffle_sync_bfly(word, offset=4)
+
+
+def round_keys(low, high):
+    """The keys of all rounds, from the words of the seed."""
+    steps = [[Uint32(i * weyl & 0xFFFFFFFF) for i in range(ROUNDS)] for weyl in WEYL]
+    return [(low.to(Uint32) + x, high.to(Uint32) + y) for x, y in zip(*steps, strict=True)]
+
+
+def levels_of(dropped):
+    """256 - dropped in each byte of a word."""
+    return ((256 - dropped) * BYTES).to(Uint32)
+
+
+def philox(counter, keys):
+    """The four words of a counter of four words; see `scores.philox.philox4x32`."""
+    a, b, c, d = counter
+    for low, high in keys:
+        first, second = (
+            x.to(Uint64) * Uint64(factor) for x, factor in zip((a, c), MULTIPLIERS, strict=True)
+        )
+        a, b, c, d = (
+            (second >> 32).to(Uint32) ^ b ^ low,
+            second.to(Uint32),
+            (first >> 32).to(Uint32) ^ d ^ high,
+            first.to(Uint32),
+        )
+    return a, b, c, d
+
+
+def keep_flags(word, levels):
+    """In bit 7 of each byte, whether the sum of the bytes of `word` and `levels` carries.
+
+    The other bits mean nothing.
+    """
+    low = Uint32(SIGNS - BYTES)
+    sums = (word & low) + (levels & low)  # bit 7 is the carry into it
+    return word & levels | (word | levels) & sums
+
+
+def pair_mask(flags, byte: int):
+    """Bit 7 of a byte of two words, as 16 bits each: prmt replicates signs."""
+    return cute.arch.inline_ptx(
+        "prmt.b32 {$w0}, {$r0}, {$r1}, {$r2};",
+        write_only_types=[Int32],
+        read_only_args=[*flags, Int32(0x1100 * (12 + byte) + 0x11 * (8 + byte))],
+    )
+
+
+@cute.jit
+def as_pairs(values):
+    """A register tensor of 16-bit elements as int32 pairs."""
+    start = cute.recast_ptr(values.iterator, dtype=Int32)
+    return cute.make_tensor(start, cute.make_layout(cute.size(values) // 2))
+
+
+@cute.jit
+def drop(values, masks, dropped=None):
+    """Set dropped elements of a register tensor of 16-bit elements to 0.
+
+    dropped: Another one, for the values of dropped elements; 0 elsewhere. Or `None`.
+    """
+    pairs = as_pairs(values)
+    others = None if const_expr(dropped is None) else as_pairs(dropped)
+    for i in cutlass.range_constexpr(cute.size(pairs)):
+        if const_expr(dropped is not None):
+            others[i] = pairs[i] & ~masks[i]
+        pairs[i] = pairs[i] & masks[i]
