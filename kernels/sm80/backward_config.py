@@ -25,7 +25,7 @@ class BackwardConfig:
     ctas_per_sm: CTAs on a multiprocessor.
     offsets: Queries at positions (see `BackwardAtSm80`).
     fixed_point: Add dQ in fixed point, so that the result does not depend on the order.
-    softcap, alibi: Score terms, as of `ScoreFlags`.
+    softcap, alibi, dropout: Score terms, as of `ScoreFlags`.
     """
 
     dtype: str  # "bfloat16" or "float16"
@@ -46,6 +46,7 @@ class BackwardConfig:
     offsets: bool = False
     softcap: bool = False
     alibi: bool = False
+    dropout: bool = False
     arch: str = "sm_80"
 
     def __post_init__(self) -> None:
@@ -66,7 +67,12 @@ class BackwardConfig:
     @property
     def scored(self) -> bool:
         """Whether there are score terms (see score_terms.py)."""
-        return self.softcap or self.alibi
+        return self.softcap or self.alibi or self.dropout
+
+    @property
+    def weighted(self) -> bool:
+        """Whether dS' has other weights than P'."""
+        return self.softcap or self.dropout
 
     @property
     def warps(self) -> int:

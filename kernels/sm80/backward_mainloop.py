@@ -7,7 +7,8 @@ from cutlass import Int32, const_expr, cute
 from sparse_flash.kernels.position_work_tiles import ColumnOffsets
 from sparse_flash.kernels.schedule import WORK_FIELDS
 from sparse_flash.kernels.score_terms import ScoreTerms
-from sparse_flash.kernels.sm80.backward_tile import BackwardLayouts, BackwardTile, recomputed
+from sparse_flash.kernels.sm80.backward_scores import TilePlace, recomputed
+from sparse_flash.kernels.sm80.backward_tile import BackwardLayouts, BackwardTile
 from sparse_flash.kernels.sm80.primitives import TileLoader, copy_async, shared_address
 from sparse_flash.kernels.vectors import bits_of, from_bits, pack_pair, store_pairs
 from sparse_flash.kernels.work_tiles import ColumnWorkTile, query_coord
@@ -56,7 +57,7 @@ class BackwardMainloop:
         self.layouts = layouts
         shared = (self.s_k, self.s_v, s_p, s_ds)
         warp, lane = cute.arch.make_warp_uniform(cute.arch.warp_idx()), cute.arch.lane_idx()
-        scales = (scale_log2, self.terms.cap_scale if const_expr(config.softcap) else None)
+        scales = (scale_log2, self.terms)
         self.tile = BackwardTile(config, dtype, shared, self.s_stats, bits, scales, warp, lane)
         self.q_len = cute.size(q, mode=[1])
         if const_expr(config.offsets):
@@ -166,11 +167,11 @@ class BackwardMainloop:
         exponents = Int32(0)
         if const_expr(config.fixed_point):
             exponents = self.tile.exponents(stats_stage)
-        limits, alibi = (self.tile_at(j).bit_tile, self.item().remaining), self.alibi(j)
+        limits, place = (self.tile_at(j).bit_tile, self.item().remaining), self.place(j)
         words = self.tile.mask_words(limits[0])
         operands = (q, do, r_v)
         if const_expr(config.exchange):
-            p, ds = self.tile.scores(operands, stats_stage, words, limits, alibi, 0)
+            p, ds = self.tile.scores(operands, stats_stage, words, limits, place, 0)
             cute.arch.sync_threads()
             self.load_again(STATS, j)
             self.tile.add(self.acc_dv, p, self.tile.p_rows, do, 0)
@@ -183,9 +184,9 @@ class BackwardMainloop:
             self.load_again(Q, j)
         else:
             for first in cutlass.range_constexpr(0, config.tile_m, self.tile.chunk):
-                given = (operands, stats_stage, words, limits, alibi, first)
+                given = (operands, stats_stage, words, limits, place, first)
                 p, ds = self.tile.scores(*given, self.acc_dv)
-                if const_expr(not config.softcap):
+                if const_expr(not config.weighted):
                     self.tile.add(self.acc_dv, p, None, do, first)
                 self.tile.add(self.acc_dk, ds, None, q, first)
             cute.arch.sync_threads()
@@ -296,13 +297,14 @@ class BackwardMainloop:
         """Tile j, of which nothing is kept in registers while others are computed."""
         return QueryTile(*(self.s_tiles[i, j % ANNOUNCED] for i in range(len(QueryTile._fields))))
 
-    def alibi(self, j):
-        """Coefficient of tile j, and position of its first query minus that of its first key."""
-        if const_expr(not self.config.alibi):
+    def place(self, j):
+        """Where tile j is, for score terms; None without."""
+        if const_expr(not self.config.scored):
             return None
-        first = self.tile_at(j).m_block * self.config.tile_m
-        apart = first - self.item().n_block * self.config.tile_n
-        return from_bits(self.s_tiles[COEFFICIENT, j % ANNOUNCED]), apart
+        tile, item, heads = self.tile_at(j), self.item(), cute.size(self.q, mode=[2])
+        query, key = tile.m_block * self.config.tile_m, item.n_block * self.config.tile_n
+        coefficient = from_bits(self.s_tiles[COEFFICIENT, j % ANNOUNCED])
+        return TilePlace(query, key, item.batch * heads + tile.head, coefficient)
 
     @cute.jit
     def load_statistics(self, tile, batch, stage):
@@ -357,6 +359,8 @@ class BackwardMainloop:
         for n in cutlass.range_constexpr(self.tile.atoms):
             for i in cutlass.range_constexpr(cute.size(self.acc_dk[n])):
                 self.acc_dk[n][i] = self.acc_dk[n][i] * self.scale
+                if const_expr(self.config.dropout):
+                    self.acc_dv[n][i] = self.acc_dv[n][i] * self.terms.keep_scale
         if item.split_idx < 0:
             self.store(self.acc_dk, self.dk, item)
             self.store(self.acc_dv, self.dv, item)

@@ -1,11 +1,16 @@
 """From S' to P' and dS' in the backward kernel: score terms, masks, and row statistics."""
 
+from typing import NamedTuple
+
 import cutlass
 from cutlass import Float32, Int32, const_expr, cute
 from sparse_flash.kernels import online_softmax as online
 from sparse_flash.kernels import score_terms
 from sparse_flash.kernels.sm80.primitives import as_pairs
+from sparse_flash.kernels.vectors import pack_pair
 from sparse_flash.masks.layout import FULL_TILE
+
+SIGNS = -0x7FFF8000  # of two 16-bit numbers
 
 
 @cute.jit
@@ -18,17 +23,27 @@ def recomputed(number):
     )
 
 
+class TilePlace(NamedTuple):
+    """Where a tile is, for score terms."""
+
+    query: Int32  # position of the first one
+    key: Int32  # position of the first one
+    pair: Int32  # batch entry * query heads + query head
+    coefficient: Float32  # of ALiBi
+
+
 class BackwardScores:
     """The part of `BackwardTile` that knows scores, masks and row statistics."""
 
     @cute.jit
-    def begin_scores(self, acc, alibi, first: cutlass.Constexpr):
+    def begin_scores(self, acc, place, first: cutlass.Constexpr):
         """What the product adds S' to: ALiBi, where it does not follow a softcap, or zeros."""
         config = self.config
         for n in cutlass.range_constexpr(self.atoms):
             if const_expr(config.alibi and not config.softcap):
                 tile, own = (config.tile_m, config.tile_n), self.own_distance(n, first)
-                score_terms.fill_with_alibi(acc[n], *alibi, own, tile, True)
+                distances = (place.coefficient, place.query - place.key, own)
+                score_terms.fill_with_alibi(acc[n], *distances, tile, True)
             else:
                 acc[n].fill(0.0)
 
@@ -53,12 +68,12 @@ class BackwardScores:
         return words
 
     @cute.jit
-    def probabilities(self, acc, lse, words, limits, alibi, first: cutlass.Constexpr):
+    def probabilities(self, acc, lse, words, limits, place, first: cutlass.Constexpr):
         """P' from S', in 16 bits, and P' times the derivative of the softcap; 0 where the mask or
         the keys' length says so.
         """
         if const_expr(self.config.softcap):
-            return self.capped_probabilities(acc, lse, words, limits, alibi, first)
+            return self.capped_probabilities(acc, lse, words, limits, place, first)
         for n in cutlass.range_constexpr(self.atoms):
             for i in cutlass.range_constexpr(cute.size(acc[n])):
                 power = acc[n][i] * self.scale_log2 - lse[i % 2, i // 4]
@@ -68,15 +83,15 @@ class BackwardScores:
         return p, p
 
     @cute.jit
-    def capped_probabilities(self, acc, lse, words, limits, alibi, first: cutlass.Constexpr):
+    def capped_probabilities(self, acc, lse, words, limits, place, first: cutlass.Constexpr):
         """As `probabilities`, with a softcap; ALiBi follows it."""
         for n in cutlass.range_constexpr(self.atoms):
-            score_terms.apply_softcap(acc[n], self.cap_scale)
+            score_terms.apply_softcap(acc[n], self.terms.cap_scale)
         self.mask(acc, words, limits, first, score_terms.MASKED)
         p, weights = [], []
         for n in cutlass.range_constexpr(self.atoms):
             derived = cute.make_rmem_tensor(cute.size(acc[n]), Float32)
-            sign, coefficient, start = self.signed_alibi(alibi, n, first)
+            sign, coefficient, start = self.signed_alibi(place, n, first)
             for i in cutlass.range_constexpr(cute.size(acc[n])):
                 power = acc[n][i]
                 if const_expr(self.config.alibi):
@@ -89,11 +104,11 @@ class BackwardScores:
         return p, weights
 
     @cute.jit
-    def signed_alibi(self, alibi, n: cutlass.Constexpr, first: cutlass.Constexpr):
+    def signed_alibi(self, place, n: cutlass.Constexpr, first: cutlass.Constexpr):
         """Sign, coefficient, and their product with the first distance; zeros without ALiBi."""
         sign, coefficient, start = Float32(0.0), Float32(0.0), Float32(0.0)
         if const_expr(self.config.alibi):
-            coefficient, apart = alibi
+            coefficient, apart = place.coefficient, place.query - place.key
             start = coefficient * Float32(apart + self.own_distance(n, first))
             sign = Float32(-1.0) if coefficient < 0 else Float32(1.0)
         return sign, coefficient, start
@@ -115,15 +130,42 @@ class BackwardScores:
                 online.apply_mask(acc[n], mine, Int32(-1), otherwise)
 
     @cute.jit
-    def derive(self, acc, p, delta):
-        """P' (dP' - delta), the product in 16 bits, two at a time."""
+    def drop(self, p, weights, place, first: cutlass.Constexpr):
+        """P' for dV, without the elements that dropout drops, and the weights of dS', whose signs
+        are set for these elements.
+        """
+        kept, signed = [], []
+        column = place.query + self.first_query + first
+        for n in cutlass.range_constexpr(self.atoms):
+            row = place.key + self.first_key + 16 * n
+            masks = self.dropout.masks(place.pair, row, column, self.chunk // 16)
+            kept.append(cute.make_rmem_tensor(len(masks), Int32))
+            signed.append(cute.make_rmem_tensor(len(masks), Int32))
+            for i in cutlass.range_constexpr(len(masks)):
+                kept[n][i] = p[n][i] & masks[i]
+                signed[n][i] = weights[n][i] | ~masks[i] & Int32(SIGNS)
+        return kept, signed
+
+    @cute.jit
+    def derive(self, acc, weights, delta):
+        """dS': weights times dP' - delta, the product in 16 bits, two at a time.
+
+        With dropout dP' is scaled, or 0 where the weight is negative.
+        """
         results = []
         for n in cutlass.range_constexpr(self.atoms):
             for i in cutlass.range_constexpr(cute.size(acc[n])):
-                acc[n][i] = acc[n][i] - delta[i % 2, i // 4]
+                dp = acc[n][i]
+                if const_expr(self.config.dropout):
+                    dp = dp * self.terms.keep_scale
+                acc[n][i] = dp - delta[i % 2, i // 4]
             ds = as_pairs(acc[n], self.dtype)
             for i in cutlass.range_constexpr(cute.size(ds)):
-                ds[i] = multiply_pair(ds[i], p[n][i], self.dtype)
+                if const_expr(self.config.dropout):
+                    dropped = sign_mask(weights[n][i])
+                    of_delta = pack_pair(delta[0, i // 2], delta[1, i // 2], self.dtype)
+                    ds[i] = ds[i] & ~dropped | of_delta & dropped
+                ds[i] = multiply_pair(ds[i], weights[n][i], self.dtype)
             results.append(ds)
         return results
 
@@ -136,6 +178,14 @@ class BackwardScores:
         layout = cute.make_layout((2, count), stride=(1, 8))
         cute.autovec_copy(cute.make_tensor(mine.align(8), layout), values)
         return values
+
+
+@cute.jit
+def sign_mask(pair):
+    """All bits of each of two 16-bit numbers whose sign is set."""
+    return cute.arch.inline_ptx(
+        "prmt.b32 {$w0}, {$r0}, 0, 0xBB99;", write_only_types=[Int32], read_only_args=[pair]
+    )
 
 
 @cute.jit

@@ -13,6 +13,7 @@ import itertools
 
 import cutlass
 from cutlass import Int32, const_expr, cute
+from sparse_flash.kernels.dropout import Dropout
 from sparse_flash.kernels.preprocess import exponent_in
 from sparse_flash.kernels.sm80.backward_postprocess import dq_index, dq_place
 from sparse_flash.kernels.sm80.backward_scores import BackwardScores, recomputed
@@ -69,13 +70,15 @@ class BackwardTile(BackwardScores):
 
     shared: Addresses of K, V, P' and dS' in shared memory.
     stats: Statistics in shared memory (tile_m, 2, stages).
-    scales: scale_log2, and cap_scale of `ScoreTerms` or `None`.
+    scales: scale_log2, and `ScoreTerms` or `None`.
     """
 
     def __init__(self, config, dtype, shared, stats, bits, scales, warp, lane):
         self.config, self.dtype, self.layouts = config, dtype, BackwardLayouts(config)
         self.stats, self.bits = stats, bits
-        self.scale_log2, self.cap_scale = scales
+        self.scale_log2, self.terms = scales
+        if const_expr(config.dropout):
+            self.dropout = Dropout(self.terms.seed, self.terms.dropped, transposed=True)
         k, v, p, ds = shared
         of_q, of_k, of_ds = self.layouts.q, self.layouts.k, self.layouts.ds
         self.warp, self.lane = warp, lane
@@ -113,7 +116,7 @@ class BackwardTile(BackwardScores):
         return [accumulators(16 * self.groups) for _ in range(self.atoms)]
 
     @cute.jit
-    def scores(self, operands, stage, words, limits, alibi, first: cutlass.Constexpr, acc_dv=None):
+    def scores(self, operands, stage, words, limits, place, first: cutlass.Constexpr, acc_dv=None):
         """P' and dS' of a chunk of the warp's queries, in 16 bits: in registers, and as far as
         others read them in shared memory.
 
@@ -121,21 +124,22 @@ class BackwardTile(BackwardScores):
         stage: Of the tile's statistics.
         words: Of `mask_words`.
         limits: Bit tile, and number of keys from the tile's first one on.
-        alibi: Coefficient, and position of the tile's first query minus that of its first key; or
-            None.
+        place: `TilePlace`, or `None` without score terms.
         first: The chunk's first query.
-        acc_dv: dV, to which P' dO is added where P' would occupy registers in addition to its
-            product with the softcap's derivative.
+        acc_dv: dV, to which P' dO is added at once where dS' has other weights than P', so that
+            both do not occupy registers.
         """
         q, do, held = operands
         acc = [accumulators(self.chunk) for _ in range(self.atoms)]
-        self.begin_scores(acc, alibi, first)
+        self.begin_scores(acc, place, first)
         self.add_products_of_rows(acc, self.k, None, q, first)
         lse = self.statistics(0, stage, first)
-        p, weights = self.probabilities(acc, lse, words, limits, alibi, first)
+        p, weights = self.probabilities(acc, lse, words, limits, place, first)
+        if const_expr(self.config.dropout):
+            p, weights = self.drop(p, weights, place, first)
         if const_expr(self.config.exchange):
             self.put(p, self.p_place, first)
-        elif const_expr(self.config.softcap):
+        elif const_expr(self.config.weighted):
             self.add(acc_dv, p, None, do, first)
         acc = [accumulators(self.chunk) for _ in range(self.atoms)]
         for n in cutlass.range_constexpr(self.atoms):

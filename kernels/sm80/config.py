@@ -27,7 +27,7 @@ class ForwardConfig:
             queries, 2 all addresses and the rescale threshold. From 2 on, registers have 64 keys at
             a time. With 3, an item's first tile is read from shared memory.
         offsets: Queries at positions (see `Positions`).
-        softcap, alibi, sinks: Score terms, as of `ScoreFlags`.
+        softcap, alibi, sinks, dropout: Score terms, as of `ScoreFlags`.
         arch: Compiler target.
     """
 
@@ -43,6 +43,7 @@ class ForwardConfig:
     softcap: bool = False
     alibi: bool = False
     sinks: bool = False
+    dropout: bool = False
     arch: str = "sm_80"
 
     def __post_init__(self) -> None:
@@ -58,7 +59,7 @@ class ForwardConfig:
     @property
     def scored(self) -> bool:
         """Whether there are score terms (see score_terms.py)."""
-        return self.softcap or self.alibi or self.sinks
+        return self.softcap or self.alibi or self.sinks or self.dropout
 
     @property
     def threads(self) -> int:

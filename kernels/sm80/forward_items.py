@@ -27,14 +27,14 @@ class RowPlace(NamedTuple):
     known: Int32  # rows of the tile that are positions of the layout; only with offsets
 
 
-# What lies behind the `RowPlace` in kernels with score terms: the item's first tile; with ALiBi the
-# position of its first row, and the bits of the head's coefficient.
-FIRST_TILE, TOP, COEFFICIENT = range(len(RowPlace._fields), len(RowPlace._fields) + 3)
+# What lies behind the `RowPlace` in kernels with score terms: the item's first tile, the position of
+# its first row, batch entry * query heads + query head, and the bits of ALiBi's coefficient.
+FIRST_TILE, TOP, PAIR, COEFFICIENT = range(len(RowPlace._fields), len(RowPlace._fields) + 4)
 
 
 def place_words(config) -> int:
     """Words of shared memory of the place of an item."""
-    return len(RowPlace._fields) + (3 if config.scored else 0)
+    return len(RowPlace._fields) + (4 if config.scored else 0)
 
 
 class KeyTile(NamedTuple):

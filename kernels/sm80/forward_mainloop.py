@@ -10,9 +10,11 @@ one of this item, so that short rows leave no bubble.
 import cutlass
 from cutlass import Boolean, Float32, Int32, const_expr, cute
 from sparse_flash.kernels import online_softmax as online
+from sparse_flash.kernels.dropout import Dropout
 from sparse_flash.kernels.sm80.forward_items import (
     COEFFICIENT,
     FIRST_TILE,
+    PAIR,
     TOP,
     KeyTile,
     RowPlace,
@@ -25,8 +27,10 @@ from sparse_flash.kernels.sm80.primitives import (
     TileLoader,
     accumulators,
     address_of,
+    as_operand_a,
     as_operand_b,
     copy_small,
+    fragment,
     in_loop,
     load_fragments,
     multiply,
@@ -64,6 +68,8 @@ class ForwardMainloop(ForwardScores):
         )
         self.q_layout = TileLayout(config.tile_m, config.head_dim)
         self.kv_layout = TileLayout(config.tile_n, config.head_dim)
+        if const_expr(config.dropout):
+            self.dropout = Dropout(terms.seed, terms.dropped, transposed=False)
         self.tid = cute.arch.thread_idx()[0]
         self.thread = self.tid % 128  # among the four warps that share 64 rows
         self.q, self.k, self.v = q, k, v
@@ -261,9 +267,11 @@ class ForwardMainloop(ForwardScores):
             for i in cutlass.range_constexpr(len(place)):
                 places[item.slot, i] = place[i]
             if const_expr(self.config.scored):
+                heads = cute.size(self.q, mode=[2])
                 places[item.slot, FIRST_TILE] = item.first
-            if const_expr(self.config.alibi):
                 places[item.slot, TOP] = self.top(place)
+                places[item.slot, PAIR] = place.batch * heads + place.head
+            if const_expr(self.config.alibi):
                 places[item.slot, COEFFICIENT] = bits_of(self.terms.coefficient(place.head))
         if item.count > 0:
             limit, any_row = cute.size(self.q, mode=[1]), self.config.offsets
@@ -375,8 +383,14 @@ class ForwardMainloop(ForwardScores):
             grown, decay = online.update_row_max(acc, stats, self.scale_log2, slack)
             if grown:
                 online.rescale(self.acc_o[group], decay)
+        if const_expr(config.dropout):
+            place = (self.places[item.slot, PAIR], self.places[item.slot, TOP])
+            p = [self.dropped(acc_s[g], g, tile, place) for g in range(config.row_groups)]
         for row in cutlass.range_constexpr(0, config.tile_n, 16):
-            pairs = [self.exponentiate(acc_s[g], g, row) for g in range(config.row_groups)]
+            if const_expr(config.dropout):
+                pairs = [fragment(as_operand_a(x, self.dtype), row // 16) for x in p]
+            else:
+                pairs = [self.exponentiate(acc_s[g], g, row) for g in range(config.row_groups)]
             self.add_values(pairs, row, stage)
 
     @cute.jit
@@ -400,6 +414,9 @@ class ForwardMainloop(ForwardScores):
             row = self.row_group(group) * 64 + self.thread // 32 * 16 + self.thread % 32 // 4
             if const_expr(self.config.offsets):
                 online.mark_unknown(factors, log_sums, place.known, row)
+            if const_expr(self.config.dropout):
+                for r in cutlass.range_constexpr(2):
+                    factors[r] = factors[r] * self.terms.keep_scale
             online.rescale(self.acc_o[group], factors)
             for r in cutlass.range_constexpr(2):
                 self.finish_row(place, self.acc_o[group], r, row + 8 * r, log_sums[r])

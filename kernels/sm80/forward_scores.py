@@ -129,3 +129,21 @@ class ForwardScores:
         acc = cute.make_tensor(acc_s.iterator + row // 2, cute.make_layout(8))
         online.exp2_and_sum(acc, self.stats[group], self.scale_log2)
         return fragment(as_operand_a(as_pairs(acc, self.dtype), self.dtype), 0)
+
+    @cute.jit
+    def dropped(self, acc_s, group: cutlass.Constexpr, tile, place):
+        """S of all keys becomes P, in pairs of 16 bits; 0 where dropout drops it.
+
+        place: `PAIR` and `TOP` of the item.
+        """
+        config, (pair, top) = self.config, place
+        online.exp2_and_sum(acc_s, self.stats[group], self.scale_log2)
+        p = as_pairs(acc_s, self.dtype)
+        row = top + self.row_group(group) * 64 + in_loop(self.thread) // 32 * 16
+        step = cutlass.min(32, config.tile_n)  # keys of an evaluation
+        for first in cutlass.range_constexpr(0, config.tile_n, step):
+            column = tile.n_block * config.tile_n + first
+            masks = self.dropout.masks(pair, row, column, step // 16)
+            for i in cutlass.range_constexpr(len(masks)):
+                p[first // 4 + i] = p[first // 4 + i] & masks[i]
+        return p
