@@ -18,8 +18,8 @@ from torch import Tensor
 DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 HEAD_DIMS = range(16, 257, 8)
 LOG2_E = math.log2(math.e)
-# Tensors by query head and numbers of score terms, from the softmax scale and lse (b, h, s).
-TermsOfCall = Callable[[float, Tensor], tuple[tuple[Tensor, ...], tuple[float, ...]]]
+# The `ScoreTerms` argument of a kernel, and scale_log2, from the softmax scale.
+TermsOfCall = Callable[[float], tuple[Any, float]]
 
 
 def unsupported_reason(
@@ -118,8 +118,8 @@ def forward(
         plan: Plan of a forward kernel, with its kernel bound.
         kv_lens: Number of valid keys per batch entry, int `(b,)`, on any device. None: all.
         softmax_scale: Factor of the logits, of any sign; with terms other than 0.
-        terms: Returns the tensors and numbers of score terms, from the positive scale and lse; the
-            numbers begin with scale_log2. None: no terms.
+        terms: Returns the kernel's score terms and scale_log2, from the positive scale. None: no
+            terms.
         transient: As in `Kernel.launch`.
 
     Returns:
@@ -130,13 +130,13 @@ def forward(
     out = q.new_empty((b, s, h, v.shape[3]))
     assert out.data_ptr(), "meta and fake tensors have no memory to launch on"
     lse = torch.empty(b, h, s, dtype=torch.float32, device=q.device)
-    of_heads: tuple[Tensor, ...] = ()
-    scales: tuple[float, ...] = (softmax_scale * LOG2_E,)
+    inputs: tuple[Any, ...] = (q, k, v, out, lse, lengths_of(plan, kv_lens, k))
+    scale_log2 = softmax_scale * LOG2_E
     if terms is not None:
-        of_heads, scales = terms(softmax_scale, lse)
-    inputs = (q, k, v, out, lse, lengths_of(plan, kv_lens, k), *of_heads)
+        of_scores, scale_log2 = terms(softmax_scale)
+        inputs = (*inputs, of_scores)
     assert plan.kernel is not None
-    plan.kernel.launch(inputs, plan, scales, q.device, transient)
+    plan.kernel.launch(inputs, plan, (scale_log2,), q.device, transient)
     return out, lse
 
 

@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from sparse_flash.kernels.attention import LOG2_E
 from torch import Tensor
+
+LEVELS = 256  # values of dropout's random byte
 
 
 class ScoreFlags(NamedTuple):
@@ -18,20 +20,15 @@ class ScoreFlags(NamedTuple):
     softcap: bool = False
     alibi: bool = False
     sinks: bool = False
+    dropout: bool = False
+
+    @property
+    def of_backward(self) -> dict[str, bool]:
+        """The features of backward kernels; the sinks' gradients need none."""
+        return {name: used for name, used in self._asdict().items() if name != "sinks"}
 
 
 NO_FLAGS = ScoreFlags()
-
-
-class KernelTerms(NamedTuple):
-    """Arguments of a kernel: slopes and sinks, scale_log2, slope_scale and cap_scale of
-    score_terms.py.
-    """
-
-    of_heads: tuple[Tensor, Tensor]
-    scale_log2: float
-    slope_scale: float
-    cap_scale: float
 
 
 class ScoreArguments(NamedTuple):
@@ -40,34 +37,35 @@ class ScoreArguments(NamedTuple):
     softcap: Bound of the scores; 0 for none.
     slopes: Of ALiBi, float32 (h,), or None.
     sinks: Logits without a value, float32 (h,), or None.
+    seed: Of dropout, int64 (1,), or None.
+    dropped: Number of byte values that drop an element.
     """
 
     softcap: float
     slopes: Tensor | None
     sinks: Tensor | None
+    seed: Tensor | None = None
+    dropped: int = 0
 
     @property
     def flags(self) -> ScoreFlags:
         """The features that are used."""
-        return ScoreFlags(self.softcap > 0, self.slopes is not None, self.sinks is not None)
+        tensors = (self.slopes, self.sinks, self.seed)
+        return ScoreFlags(self.softcap > 0, *(x is not None for x in tensors))
 
-    def for_kernel(self, softmax_scale: float, unused: Tensor) -> KernelTerms:
-        """The arguments of a kernel whose scores are scaled by a softmax_scale other than 0.
+    def for_kernel(self, softmax_scale: float, backward: bool = False) -> tuple[Any, float]:
+        """The fields of a kernel's `score_terms.ScoreTerms`, and scale_log2.
 
-        unused: float32 (h,) on the device, in place of tensors that the kernel does not read.
+        softmax_scale: Other than 0. backward: Whether for a backward kernel, which has no sinks.
         """
         unit = self.softcap or softmax_scale
-        slopes = unused if self.slopes is None else self.slopes
-        sinks = unused if self.sinks is None else self.sinks
-        cap_scale = softmax_scale / self.softcap if self.softcap else 1.0
-        return KernelTerms((slopes, sinks), unit * LOG2_E, -1 / unit, cap_scale)
-
-    def with_lse(
-        self, softmax_scale: float, lse: Tensor
-    ) -> tuple[tuple[Tensor, ...], tuple[float, ...]]:
-        """Tensors and numbers of `for_kernel`; lse `(b, h, s)` stands for unused tensors."""
-        of_heads, *numbers = self.for_kernel(softmax_scale, lse.view(-1)[: lse.shape[1]])
-        return of_heads, tuple(numbers)
+        alibi = (None, None) if self.slopes is None else (self.slopes, -1 / unit)
+        cap_scale = softmax_scale / self.softcap if self.softcap else None
+        dropout: tuple[Any, ...] = (None, None, None)
+        if self.seed is not None:
+            dropout = (self.seed.view(torch.int32), self.dropped, LEVELS / (LEVELS - self.dropped))
+        sinks = None if backward else self.sinks
+        return (*alibi, cap_scale, sinks, *dropout, None, None, None), unit * LOG2_E
 
 
 class Gradients(NamedTuple):

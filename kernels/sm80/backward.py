@@ -80,7 +80,9 @@ class BackwardSm80:
         if const_expr(config.fixed_point):
             Bounds(config)(k, v, bounds, kv_lens, work, counts, starts, stream)
         preprocess = Preprocess(config)
-        preprocess(out, dout, lse, dlse, stats, None, bounds, pads, has_dlse, stream)
+        keep_scale = scales[2].keep_scale if const_expr(config.dropout) else None
+        given = (bounds, pads, has_dlse, stream, keep_scale)
+        preprocess(out, dout, lse, dlse, stats, None, *given)
         q_len, tile_m = cute.size(dq, mode=[1]), config.tile_m
         num_m_blocks = row_tiles(q_len, tile_m) if config.offsets else cute.ceil_div(q_len, tile_m)
         heads = (cute.size(dq, mode=[2]) // cute.size(k, mode=[2]), num_m_blocks)

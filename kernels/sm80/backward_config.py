@@ -64,6 +64,8 @@ class BackwardConfig:
 
     dq = False  # whether preprocess.Preprocess clears flags of sums
 
+    distance_bias = False  # relative positions are not computed
+
     @property
     def scored(self) -> bool:
         """Whether there are score terms (see score_terms.py)."""

@@ -56,6 +56,8 @@ class ForwardConfig:
         assert self.stages in (1, 2)
         assert self.recompute in (0, 1, 2, 3)
 
+    distance_bias = False  # relative positions are not computed
+
     @property
     def scored(self) -> bool:
         """Whether there are score terms (see score_terms.py)."""

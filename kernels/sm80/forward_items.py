@@ -27,8 +27,8 @@ class RowPlace(NamedTuple):
     known: Int32  # rows of the tile that are positions of the layout; only with offsets
 
 
-# What lies behind the `RowPlace` in kernels with score terms: the item's first tile, the position of
-# its first row, batch entry * query heads + query head, and the bits of ALiBi's coefficient.
+# What lies behind the `RowPlace` in kernels with score terms: the item's first tile, the position
+# of its first row, batch entry * query heads + query head, and the bits of ALiBi's coefficient.
 FIRST_TILE, TOP, PAIR, COEFFICIENT = range(len(RowPlace._fields), len(RowPlace._fields) + 4)
 
 

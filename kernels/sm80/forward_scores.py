@@ -140,10 +140,9 @@ class ForwardScores:
         online.exp2_and_sum(acc_s, self.stats[group], self.scale_log2)
         p = as_pairs(acc_s, self.dtype)
         row = top + self.row_group(group) * 64 + in_loop(self.thread) // 32 * 16
-        step = cutlass.min(32, config.tile_n)  # keys of an evaluation
-        for first in cutlass.range_constexpr(0, config.tile_n, step):
+        for first in cutlass.range_constexpr(0, config.tile_n, 32):  # keys of an evaluation
             column = tile.n_block * config.tile_n + first
-            masks = self.dropout.masks(pair, row, column, step // 16)
+            masks = self.dropout.masks(pair, row, column, 2)
             for i in cutlass.range_constexpr(len(masks)):
                 p[first // 4 + i] = p[first // 4 + i] & masks[i]
         return p

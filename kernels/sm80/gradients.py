@@ -144,12 +144,11 @@ def scored_backward(
     """As `backward`, with score terms; softmax_scale is not 0."""
     call = gradient_tensors(dout, dlse, q, k, v, out, lse, softmax_scale)
     lens, space = lengths_of(plan, kv_lens, k), _workspace(plan.config, q, k)
-    of_heads: tuple[Tensor, ...] = ()
     scalars = call.scalars
+    inputs: tuple[Any, ...] = (*call.inputs, *call.results, *space, lens)
     if plan.config.scored:
-        of_heads, numbers = terms.with_lse(softmax_scale, lse)
-        scalars = (*call.scalars[:2], *numbers)
-    inputs = (*call.inputs, *call.results, *space, lens, *of_heads)
+        of_scores, scale_log2 = terms.for_kernel(softmax_scale, backward=True)
+        inputs, scalars = (*inputs, of_scores), (*call.scalars[:2], scale_log2)
     (plan.kernel or bind(plan)).launch(inputs, plan, scalars, q.device, transient)
     of_sinks = None if terms.sinks is None else sink_gradients(terms.sinks, space[-1])
     return Gradients(*call.results, of_sinks)

@@ -1,6 +1,5 @@
-"""The kernels for Ampere and later with score terms: softcap, ALiBi, sinks (see score_terms.py).
-
-They are those without, and take the fields of `ScoreTerms`.
+"""The kernels for Ampere and later with score terms (see score_terms.py): those without, with an
+argument.
 """
 
 import cutlass
@@ -30,8 +29,7 @@ class ForwardScoredSm80(ForwardSm80):
         out: cute.Tensor,  # (b, s_q, h, d_v)
         lse: cute.Tensor,  # (b, h, s_q) float32
         kv_lens: cute.Tensor,  # (b,) int32
-        slopes: cute.Tensor,  # (h,) float32
-        sinks: cute.Tensor,  # (h,) float32
+        terms: ScoreTerms,
         work: cute.Tensor,  # (items, WORK_FIELDS) int32
         tiles: cute.Tensor,  # (tiles, 2) int32: n_block and bit tile
         bits: cute.Tensor,  # (bit tiles, tile_m / 64, 128, 2) int32, in fragment order
@@ -42,14 +40,11 @@ class ForwardScoredSm80(ForwardSm80):
         counts: cute.Tensor,  # (2,) int32: numbers of work tiles and of combined rows
         num_ctas: Int32,
         scale_log2: Float32,
-        slope_scale: Float32,
-        cap_scale: Float32,
         stream,
     ):
         """Launch on the stream. See `Schedule` for work tiles and splits."""
         lists = (kv_lens, work, tiles, bits, counter, counts)
         results = (out, lse, out_splits, lse_splits)
-        terms = ScoreTerms(slopes, sinks, slope_scale, cap_scale)
         self.launch((q, k, v), lists, None, results, num_ctas, scale_log2, stream, terms)
         if cute.size(combine, mode=[0]) > 0:
             rows = CombineOutput(self.config.tile_m, self.config.head_dim, self.dtype)
@@ -78,8 +73,7 @@ class ForwardAtScoredSm80(ForwardSm80):
         kv_lens: cute.Tensor,  # (b,) int32
         q_offset: cute.Tensor,  # (b,) int32
         kv_starts: cute.Tensor,  # (b,) int32
-        slopes: cute.Tensor,  # (h,) float32
-        sinks: cute.Tensor,  # (h,) float32
+        terms: ScoreTerms,
         rows: cute.Tensor,  # (patterns, block rows + 1, 4) int32: see `PositionPlan.rows`
         pattern_map: cute.Tensor,  # (1 or b, 1 or h) int32
         tiles: cute.Tensor,  # (tiles, 2) int32: n_block and bit tile
@@ -90,8 +84,6 @@ class ForwardAtScoredSm80(ForwardSm80):
         num_positions: Int32,  # q_len of the layout
         num_splits: Int32,
         scale_log2: Float32,
-        slope_scale: Float32,
-        cap_scale: Float32,
         stream,
     ):
         """Launch on the stream."""
@@ -103,7 +95,6 @@ class ForwardAtScoredSm80(ForwardSm80):
         )
         lists = (kv_lens, None, tiles, bits, counter, None)
         results = (out, lse, out_splits, lse_splits)
-        terms = ScoreTerms(slopes, sinks, slope_scale, cap_scale)
         self.launch((q, k, v), lists, positions, results, num_ctas, scale_log2, stream, terms)
         if num_splits > 1:
             combine = SplitCombine(self.config.head_dim, self.dtype)
@@ -135,8 +126,7 @@ class BackwardScoredSm80(BackwardSm80):
         dq_sum: cute.Tensor,  # (b, h, tiles, dq_chunk) float32 or int32, zeros; see Postprocess
         stats: cute.Tensor,  # (b, h, 2, s_q rounded up to tile_m) float32
         kv_lens: cute.Tensor,  # (b,) int32
-        slopes: cute.Tensor,  # (h,) float32
-        sinks: cute.Tensor,  # (h,) float32
+        terms: ScoreTerms,
         work: cute.Tensor,  # (items, WORK_FIELDS) int32
         tiles: cute.Tensor,  # (tiles, 2) int32: m_block and bit tile
         bits: cute.Tensor,  # (bit tiles, tile_n / 64, 128, 2) int32, in fragment order
@@ -149,15 +139,13 @@ class BackwardScoredSm80(BackwardSm80):
         has_dlse: Int32,
         softmax_scale: Float32,
         scale_log2: Float32,
-        slope_scale: Float32,
-        cap_scale: Float32,
         stream,
     ):
         """Launch all kernels on the stream. See `Schedule` for work tiles and splits."""
         lists = (kv_lens, work, tiles, bits, counter, counts)
         given = (out, dout, lse, dlse, bounds, has_dlse)
         results = (dk, dv, dk_splits, dv_splits, dq_sum)
-        scales = (softmax_scale, scale_log2, ScoreTerms(slopes, sinks, slope_scale, cap_scale))
+        scales = (softmax_scale, scale_log2, terms)
         self.run((q, dout, k, v), given, stats, dq, results, lists, None, num_ctas, scales, stream)
         if cute.size(combine, mode=[0]) > 0:
             total = CombineGradients(self.config.tile_n, self.config.head_dim, self.dtype)

@@ -12,7 +12,25 @@ from sparse_flash.kernels.sm80.backward_config import BackwardConfig
 from sparse_flash.kernels.sm80.config import ForwardConfig
 
 # All sets of features.
-FLAGS = tuple(ScoreFlags(*(bool(n >> i & 1) for i in range(3))) for n in range(1, 8))
+FLAGS = tuple(ScoreFlags(*(bool(n >> i & 1) for i in range(4))) for n in range(1, 16))
+_ANY = "bfloat16"  # stands for either
+# Tiles for features that need many registers; up to head_dim 192 they fit all GPUs.
+_SMALL_FORWARD = {
+    32: ForwardConfig(_ANY, 32, tile_m=128, tile_n=64, stages=2),
+    64: ForwardConfig(_ANY, 64, tile_m=128, tile_n=64, stages=2),
+    96: ForwardConfig(_ANY, 96, tile_m=64, tile_n=64),
+    128: ForwardConfig(_ANY, 128, tile_m=64, tile_n=64, ctas_per_sm=2),
+    192: ForwardConfig(_ANY, 192, tile_m=64, tile_n=64, ctas_per_sm=1),
+    256: ForwardConfig(_ANY, 256, tile_m=64, tile_n=64, ctas_per_sm=1),
+}
+_SMALL_BACKWARD = {
+    32: BackwardConfig(_ANY, 32, 64, 128, 4, 1, 4, stats_stages=1, chunks=4, ctas_per_sm=2),
+    64: BackwardConfig(_ANY, 64, 64, 128, 4, 2, 2),
+    96: BackwardConfig(_ANY, 96, 64, 64, 4, 2, 4),
+    128: BackwardConfig(_ANY, 128, 64, 64, 4, 2, 2, do_stages=1),
+    192: BackwardConfig(_ANY, 192, 32, 64, 4, 2, 2, do_stages=1),
+    256: BackwardConfig(_ANY, 256, 32, 64, 4, 2, 2, do_stages=1, stats_stages=1),
+}
 
 
 @functools.cache
@@ -21,7 +39,24 @@ def scored_forward_configs(
 ) -> tuple[ForwardConfig, ...]:
     """As `forward_configs`, with these features."""
     configs = forward.forward_configs(dtype, head_dim, target, shared_memory)
-    return tuple(_forward_variant(config, flags) for config in configs)
+    if not any(flags):
+        return configs
+    given = {"dtype": dtype, "arch": target, **flags._asdict()}
+    if _is_heavy(flags):
+        return (replace(_SMALL_FORWARD[configs[0].head_dim], **given),)
+    return tuple(replace(_lighter(config), **given) for config in configs)
+
+
+def _is_heavy(flags: ScoreFlags) -> bool:
+    """Whether the features need more registers than any one of softcap and ALiBi."""
+    return flags.dropout or (flags.softcap and flags.alibi)
+
+
+def _lighter(config: ForwardConfig) -> ForwardConfig:
+    """The config in fewer registers where it has none to spare."""
+    if config.row_groups > 1 and config.head_dim * config.tile_n >= 64 * 128:
+        return replace(config, recompute=3, stages=1)
+    return config
 
 
 def scored_forward_at_config(
@@ -29,15 +64,10 @@ def scored_forward_at_config(
 ) -> ForwardConfig:
     """As `forward_at_config`, with these features."""
     config = forward.forward_at_config(dtype, head_dim, target, shared_memory)
-    return _forward_variant(config, flags)
-
-
-def _forward_variant(config: ForwardConfig, flags: ScoreFlags) -> ForwardConfig:
     if not any(flags):
         return config
-    full = config.row_groups > 1 and config.head_dim * config.tile_n >= 64 * 128
-    recompute = 3 if full else config.recompute
-    return replace(config, recompute=recompute, **flags._asdict())
+    small = _SMALL_FORWARD[config.head_dim]
+    return replace(small, dtype=dtype, arch=target, offsets=True, **flags._asdict())
 
 
 @functools.cache
@@ -51,12 +81,16 @@ def scored_backward_config(
 ) -> BackwardConfig:
     """As `backward_config`, with these features; sinks need no kernel of their own."""
     config = backward.backward_config(dtype, head_dim, target, shared_memory, deterministic)
-    config = replace(config, softcap=flags.softcap, alibi=flags.alibi)
-    if config.scored and config.head_dim == 64:
-        return replace(config, chunks=4, do_stages=1)
-    if config.scored and config.head_dim == 96 and config.tile_m == 128:
-        return replace(config, tile_m=64)
-    return config
+    if not any(flags.of_backward.values()):
+        return config
+    size, large = config.head_dim, shared_memory > forward.LIMITS[0]
+    few = size == 96 or (size in (64, 128) and not large) or (size == 128 and flags.softcap)
+    if few or (_is_heavy(flags) and (large or size < 256)):
+        given = {"dtype": dtype, "arch": target, "fixed_point": deterministic}
+        config = replace(_SMALL_BACKWARD[size], **given)
+    elif size == 64:
+        config = replace(config, chunks=4, do_stages=1)
+    return replace(config, **flags.of_backward)
 
 
 def all_scored_configs(target: str) -> list[ForwardConfig | BackwardConfig]:

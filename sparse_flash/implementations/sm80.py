@@ -10,6 +10,7 @@ from sparse_flash.call import AttentionCall
 from sparse_flash.implementations import data_layouts
 from sparse_flash.implementations.score_features import (
     ALIBI,
+    DROPOUT,
     SINKS,
     SOFTCAP,
     WIDTH,
@@ -32,7 +33,9 @@ class Sm80:
     """CuTe DSL kernels for compute capability 8.0 and later: mma.sync, ldmatrix, cp.async."""
 
     name = "sm80"
-    features: frozenset[ScoreFeature] = frozenset((SOFTCAP, SINKS, ALIBI, WIDTH))
+    features: frozenset[ScoreFeature] = frozenset(
+        (SOFTCAP, SINKS, ALIBI, DROPOUT, WIDTH)
+    )
 
     def unsupported_reason(self, call: AttentionCall) -> str | None:
         """Dtype, device, head_dim, the DSL, and strides decide."""
@@ -74,7 +77,7 @@ class Sm80:
                 data_layouts.mark_forward(layout, plan.errors, out, lse)
             return out, lse
         plan, transient = call.plan.forward, call.transient
-        terms = None if call.terms is None else _arguments(call).with_lse
+        terms = None if call.terms is None else _arguments(call).for_kernel
         if call.q_offset is not None:
             given = (call.kv_lens, call.q_offset, call.kv_starts)
             return positions.forward_at(*inputs, plan, *given, scale, terms, transient=transient)
@@ -116,7 +119,8 @@ def _flags(call: AttentionCall) -> ScoreFlags:
 
 def _arguments(call: AttentionCall) -> ScoreArguments:
     assert call.terms is not None
-    return ScoreArguments(call.terms.softcap, call.terms.slopes, call.terms.sinks)
+    terms = call.terms
+    return ScoreArguments(terms.softcap, terms.slopes, terms.sinks, terms.seed, terms.dropped)
 
 
 def _unsupported_terms(call: AttentionCall) -> str | None:

@@ -35,7 +35,7 @@ def _on_gpu(monkeypatch):
         (ALIBI, True, False, "sm90"),
         (ALIBI, False, True, "sm80"),  # that of sm90 was not tested on a GPU
         (SLOPES, True, False, "reference"),
-        (DROPOUT, False, False, "reference"),
+        (DROPOUT, False, False, "sm80"),
         (WIDTH, False, False, "sm80"),  # narrower values of sm90 neither
     ],
 )

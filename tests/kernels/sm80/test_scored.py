@@ -23,8 +23,9 @@ from tests.kernels.sm80.test_compile import TARGETS
 from tests.kernels.sm80.test_plan import A100, RTX4090
 
 pytest.importorskip("cutlass.cute")
+score_terms = pytest.importorskip("sparse_flash.kernels.score_terms")
 LOG2_E = math.log2(math.e)
-ALL = ScoreFlags(softcap=True, alibi=True, sinks=True)
+ALL = ScoreFlags(softcap=True, alibi=True, sinks=True, dropout=True)
 ALIBI, SOFTCAP = ScoreFlags(alibi=True), ScoreFlags(softcap=True)
 
 
@@ -41,7 +42,8 @@ SOME = [
 
 def name(config):
     tile = f"{config.tile_m}x{config.tile_n}"
-    names = [n for n in ("softcap", "alibi", "sinks", "fixed_point", "offsets") if has(config, n)]
+    features = ("softcap", "alibi", "sinks", "dropout", "fixed_point", "offsets")
+    names = [n for n in features if has(config, n)]
     kernel = type(config).__name__.removesuffix("Config").lower()
     return "-".join((config.arch, kernel, config.dtype, f"d{config.head_dim}", tile, *names))
 
@@ -118,20 +120,20 @@ def problem(width):
 
 
 @pytest.mark.parametrize("facts", [A100, RTX4090], ids=lambda f: f.arch)
-@pytest.mark.parametrize("flags", [ALL, ALIBI, ScoreFlags(sinks=True)])
+@pytest.mark.parametrize("flags", [ALL, ALIBI, SOFTCAP, ScoreFlags(sinks=True)])
 @pytest.mark.parametrize("width", [64, 40, 128])
 def test_arguments_are_those_of_the_kernel(launched, monkeypatch, facts, flags, width):
     plan_on_cpu(monkeypatch, facts)
     q, k, v, out, dout, lse = problem(width)
     wide = q if width <= 64 else torch.zeros(2, 200, 4, width, dtype=q.dtype)
     slopes, sinks = torch.rand(4), torch.randn(4)
-    terms = ScoreArguments(
-        3.0 * flags.softcap, slopes if flags.alibi else None, sinks if flags.sinks else None
-    )
+    of_dropout = (torch.tensor([1 << 40]), 26) if flags.dropout else (None, 0)
+    of_heads = slopes if flags.alibi else None, sinks if flags.sinks else None
+    terms = ScoreArguments(3.0 * flags.softcap, *of_heads, *of_dropout)
     assert terms.flags == flags
     layout = masks.causal().layout(200, 300)
     plan = attention.forward_plan(layout, wide, k, flags)
-    found, _ = attention.forward(q, k, v, plan, None, 0.5, terms.with_lse)
+    found, _ = attention.forward(q, k, v, plan, None, 0.5, terms.for_kernel)
     assert found.shape == (2, 200, 4, width)
     plan = gradients.backward_plan(layout, wide, k, False, flags)
     given = (dout, None, q, k, v, out, lse, plan, None, 0.5, terms)
@@ -139,18 +141,26 @@ def test_arguments_are_those_of_the_kernel(launched, monkeypatch, facts, flags, 
     assert [x.shape for x in results[:3]] == [q.shape, k.shape, v.shape]
     assert (results.sinks is None) == (not flags.sinks)
     at = positions.forward_plan_at(layout, wide, k, flags)
-    found, _ = positions.forward_at(q, k, v, at, None, 7, None, 0.5, terms.with_lse)
+    found, _ = positions.forward_at(q, k, v, at, None, 7, None, 0.5, terms.for_kernel)
     assert found.shape == (2, 200, 4, width)
     unit = 3.0 if flags.softcap else 0.5
     for call in launched:
-        assert [has(call["config"], n) for n in ("softcap", "alibi")] == list(flags[:2])
+        assert [has(call["config"], n) for n in ("softcap", "alibi", "dropout")] == [
+            *flags[:2],
+            flags[3],
+        ]
         assert call["config"].head_dim >= max(64, width)
         assert call["scale_log2"] == pytest.approx(unit * LOG2_E)
         if call["config"].scored:
-            assert not flags.alibi or call["slopes"] is slopes
-            assert not flags.sinks or call["sinks"] is sinks
-            assert call["slope_scale"] == pytest.approx(-1 / unit)
-            assert not flags.softcap or call["cap_scale"] == pytest.approx(0.5 / 3.0)
+            given = score_terms.ScoreTerms(*call["terms"])
+            assert given.slopes is (slopes if flags.alibi else None)
+            assert given.slope_scale == (pytest.approx(-1 / unit) if flags.alibi else None)
+            assert given.cap_scale == (pytest.approx(0.5 / 3.0) if flags.softcap else None)
+            forward = isinstance(call["config"], ForwardConfig)
+            assert given.sinks is (sinks if flags.sinks and forward else None)
+            assert (given.seed is not None) == flags.dropout
+            assert given.dropped == (26 if flags.dropout else None)
+            assert given.keep_scale == (pytest.approx(256 / 230) if flags.dropout else None)
     assert [type(c["config"]).__name__[:7] for c in launched] == ["Forward", "Backwar", "Forward"]
 
 
