@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import cutlass
 from cutlass import Int32, Uint32, Uint64, const_expr, cute
+from sparse_flash.kernels.vectors import as_pairs
 
 ROUNDS = 7
+LEVELS = 256  # values of a byte
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
 TILE = 16  # rows and columns
@@ -101,7 +103,7 @@ def round_keys(low, high):
 
 def levels_of(dropped):
     """256 - dropped in each byte of a word."""
-    return ((256 - dropped) * BYTES).to(Uint32)
+    return ((LEVELS - dropped) * BYTES).to(Uint32)
 
 
 def philox(counter, keys):
@@ -137,13 +139,6 @@ def pair_mask(flags, byte: int):
         write_only_types=[Int32],
         read_only_args=[*flags, Int32(0x1100 * (12 + byte) + 0x11 * (8 + byte))],
     )
-
-
-@cute.jit
-def as_pairs(values):
-    """A register tensor of 16-bit elements as int32 pairs."""
-    start = cute.recast_ptr(values.iterator, dtype=Int32)
-    return cute.make_tensor(start, cute.make_layout(cute.size(values) // 2))
 
 
 @cute.jit
