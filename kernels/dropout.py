@@ -29,8 +29,6 @@ SIGNS = 0x80 * BYTES
 class Dropout:
     """Masks of a thread's elements of accumulators, of which a warp has 16 rows.
 
-    Positions are multiples of 16; q_offset and kv_starts are included.
-
     seed: int32 (2,), the low and the high word. dropped: Number of byte values that drop an
     element, Int32 in 1..255. transposed: Whether rows are keys instead of queries.
     """
@@ -42,32 +40,12 @@ class Dropout:
         self.levels = levels_of(dropped)
 
     @cute.jit
-    def drop(self, values, coord, dropped=None, others=()):
-        """Set dropped elements of a register tensor of 16-bit elements to 0.
-
-        coord: pair, row and column of `masks`. dropped: Another one, for the values of dropped
-        elements; 0 elsewhere. Or `None`. others: Further ones, as `values`.
-        """
-        pair, row, column = coord
-        size = cute.size(values)
-        step = 16 if const_expr(size % 16 == 0) else 8  # elements of one evaluation, or of its half
-        for first in cutlass.range_constexpr(0, size, step):
-            masks = self.masks(pair, row, column + 2 * first, step // 8)
-            for i, mask in enumerate(masks, first // 2):
-                if const_expr(dropped is not None):
-                    rest = as_pairs(dropped)
-                    rest[i] = as_pairs(values)[i] & ~mask
-                for tensor in (values, *others):
-                    pairs = as_pairs(tensor)
-                    pairs[i] = pairs[i] & mask
-
-    @cute.jit
     def masks(self, pair, row, column, count: cutlass.Constexpr):
         """Masks for the warp's 16 rows and `count` tiles of 16 columns.
 
         pair: Batch entry * query heads + query head. row, column: Positions of the first row and
-        column. Returns 4 count words: all bits of the elements 2 i and 2 i + 1 of the thread that
-        are kept.
+        column, multiples of 16; q_offset and kv_starts are included. Returns 4 count words: all
+        bits of the elements 2 i and 2 i + 1 of the thread that are kept.
         """
         found = []
         for tile in cutlass.range_constexpr(0, count, 2):
@@ -161,3 +139,17 @@ def pair_mask(flags, byte: int):
         write_only_types=[Int32],
         read_only_args=[*flags, Int32(0x1100 * (12 + byte) + 0x11 * (8 + byte))],
     )
+
+
+@cute.jit
+def drop(values, masks, dropped=None):
+    """Set dropped elements of a register tensor of 16-bit elements to 0.
+
+    dropped: Another one, for the values of dropped elements; 0 elsewhere. Or `None`.
+    """
+    pairs = as_pairs(values)
+    others = None if const_expr(dropped is None) else as_pairs(dropped)
+    for i in cutlass.range_constexpr(cute.size(pairs)):
+        if const_expr(dropped is not None):
+            others[i] = pairs[i] & ~masks[i]
+        pairs[i] = pairs[i] & masks[i]

@@ -16,6 +16,7 @@ from sparse_flash.kernels.attention import (
     row_tiles_of,
 )
 from sparse_flash.kernels.device import DeviceFacts
+from sparse_flash.kernels.distance_table import DistanceBias
 from sparse_flash.kernels.launch import Kernel
 from sparse_flash.kernels.plan import Plan, PlanKey, Planner, plan_of
 from sparse_flash.kernels.positions import (
@@ -151,7 +152,7 @@ def scored_backward(
         inputs, scalars = (*inputs, of_scores), (*call.scalars[:2], scale_log2)
     (plan.kernel or bind(plan)).launch(inputs, plan, scalars, q.device, transient)
     of_sinks = None if terms.sinks is None else sink_gradients(terms.sinks, space[-1])
-    return Gradients(*call.results, of_sinks)
+    return Gradients(*call.results, of_sinks, DistanceBias(None, None))
 
 
 def backward_plan_at(

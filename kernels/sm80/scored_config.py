@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
+from typing import Any
 
 from sparse_flash.kernels.score_arguments import ScoreFlags
 from sparse_flash.kernels.sm80 import backward_config as backward
@@ -33,6 +34,16 @@ _SMALL_BACKWARD = {
 }
 
 
+def of_forward(flags: ScoreFlags) -> dict[str, Any]:
+    """The features of forward kernels."""
+    return {name: getattr(flags, name) for name in ("softcap", "alibi", "sinks", "dropout")}
+
+
+def of_backward(flags: ScoreFlags) -> dict[str, Any]:
+    """The features of backward kernels; the sinks' gradients need none."""
+    return {name: getattr(flags, name) for name in ("softcap", "alibi", "dropout")}
+
+
 @functools.cache
 def scored_forward_configs(
     dtype: str, head_dim: int, target: str, shared_memory: int, flags: ScoreFlags
@@ -41,7 +52,7 @@ def scored_forward_configs(
     configs = forward.forward_configs(dtype, head_dim, target, shared_memory)
     if not any(flags):
         return configs
-    given = {"dtype": dtype, "arch": target, **flags._asdict()}
+    given = {"dtype": dtype, "arch": target, **of_forward(flags)}
     if _is_heavy(flags):
         return (replace(_SMALL_FORWARD[configs[0].head_dim], **given),)
     return tuple(replace(_lighter(config), **given) for config in configs)
@@ -67,7 +78,7 @@ def scored_forward_at_config(
     if not any(flags):
         return config
     small = _SMALL_FORWARD[config.head_dim]
-    return replace(small, dtype=dtype, arch=target, offsets=True, **flags._asdict())
+    return replace(small, dtype=dtype, arch=target, offsets=True, **of_forward(flags))
 
 
 @functools.cache
@@ -81,7 +92,8 @@ def scored_backward_config(
 ) -> BackwardConfig:
     """As `backward_config`, with these features; sinks need no kernel of their own."""
     config = backward.backward_config(dtype, head_dim, target, shared_memory, deterministic)
-    if not any(flags.of_backward.values()):
+    features = of_backward(flags)
+    if not any(features.values()):
         return config
     size, large = config.head_dim, shared_memory > forward.LIMITS[0]
     few = size == 96 or (size in (64, 128) and not large) or (size == 128 and flags.softcap)
@@ -90,7 +102,7 @@ def scored_backward_config(
         config = replace(_SMALL_BACKWARD[size], **given)
     elif size == 64:
         config = replace(config, chunks=4, do_stages=1)
-    return replace(config, **flags.of_backward)
+    return replace(config, **features)
 
 
 def all_scored_configs(target: str) -> list[ForwardConfig | BackwardConfig]:

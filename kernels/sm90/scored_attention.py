@@ -1,13 +1,13 @@
-"""Attention with softcap, ALiBi and sinks on Hopper: plans, and how its kernels are launched."""
+"""Attention with score terms on Hopper: plans, and how its kernels are launched."""
 
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
 
 import torch
 from sparse_flash.kernels import attention as shared
 from sparse_flash.kernels.device import DeviceFacts
+from sparse_flash.kernels.distance_table import DistanceBias, DistanceGrid, gradients_of
 from sparse_flash.kernels.plan import Plan, PlanKey, Planner, plan_of
 from sparse_flash.kernels.positions import PositionPlan
 from sparse_flash.kernels.score_arguments import (
@@ -22,54 +22,16 @@ from sparse_flash.kernels.sm90.config import (
     FORWARD_COSTS,
     BackwardConfig,
     ForwardConfig,
-    backward_configs,
-    forward_configs,
 )
-from sparse_flash.kernels.sm90.position_config import forward_at_config
+from sparse_flash.kernels.sm90.scored_config import (
+    scored_backward_configs,
+    scored_forward_at_config,
+    scored_forward_configs,
+)
 from sparse_flash.masks.layout import BlockLayout
 from torch import Tensor
 
-MOST_HEAD_DIM = 128  # of gradients with softcap or ALiBi
-
-
-@functools.cache
-def scored_forward_configs(
-    dtype: str, head_dim: int, flags: ScoreFlags
-) -> tuple[ForwardConfig, ...]:
-    """The forward configs of a head_dim with these features."""
-    return tuple(replace(c, **flags._asdict()) for c in forward_configs(dtype, head_dim))
-
-
-@functools.cache
-def scored_backward_configs(
-    dtype: str, head_dim: int, deterministic: bool, flags: ScoreFlags
-) -> tuple[BackwardConfig, ...]:
-    """The backward configs of a head_dim with these features; sinks need no kernel of their own.
-
-    The terms take the registers of K and V. With a softcap P' and P' times the derivative are there
-    at a time: tiles of 128 queries, those of small head_dims, would spill.
-    """
-    if not (flags.softcap or flags.alibi):
-        return backward_configs(dtype, head_dim, deterministic)
-    if flags.softcap:
-        head_dim = 128 if deterministic or head_dim > 96 else 96
-    config = backward_configs(dtype, head_dim, deterministic)[0]
-    return (
-        replace(
-            config,
-            softcap=flags.softcap,
-            alibi=flags.alibi,
-            k_in_registers=0,
-            v_in_registers=0,
-            p_slices=4 if config.tile_m == 128 else config.p_slices,
-        ),
-    )
-
-
-def checked_scored_configs() -> list[ForwardConfig | BackwardConfig]:
-    """Configs whose compiled code tests look into."""
-    everything = ScoreFlags(softcap=True, alibi=True, sinks=True)
-    return [*scored_forward_configs("bfloat16", 64, everything)[:1]]
+MOST_HEAD_DIM = 128  # of gradients with softcap, ALiBi or dropout
 
 
 @functools.cache
@@ -96,7 +58,7 @@ def backward_plans(
     layout: BlockLayout, q: Tensor, k: Tensor, deterministic: bool, flags: ScoreFlags
 ) -> attention.BackwardPlans:
     """As `attention.backward_plans`, for score features."""
-    if not (flags.softcap or flags.alibi):
+    if not any(flags.of_backward.values()):
         return attention.backward_plans(layout, q, k, deterministic)
     dtype = shared.DTYPES[q.dtype]
     configs = scored_backward_configs(dtype, q.shape[3], deterministic, flags)
@@ -124,10 +86,11 @@ def forward(
     out = q.new_empty((b, s, h, v.shape[3]))
     assert out.data_ptr(), "meta and fake tensors have no memory to launch on"
     lse = torch.empty(b, h, s, dtype=torch.float32, device=q.device)
-    of_heads, numbers = terms.with_lse(softmax_scale, lse)
-    inputs = (q, k, v, out, lse, shared.lengths_of(plan, kv_lens, k), *of_heads)
+    grid = DistanceGrid.of((s, k.shape[1]), plan.config.tile, transposed=False)
+    of_scores, scale_log2 = terms.for_kernel(softmax_scale, grid=grid)
+    inputs = (q, k, v, out, lse, shared.lengths_of(plan, kv_lens, k), of_scores)
     kernel = plan.kernel or attention.bind(plan)
-    kernel.launch(inputs, plan, numbers, q.device, transient)
+    kernel.launch(inputs, plan, (scale_log2,), q.device, transient)
     return out, lse
 
 
@@ -135,8 +98,8 @@ def forward_plan_at(
     layout: BlockLayout, q: Tensor, k: Tensor, flags: ScoreFlags
 ) -> PositionPlan[ForwardConfig]:
     """As `positions.forward_plan_at`, for score features; one query takes no kernel of its own."""
-    config = forward_at_config(shared.DTYPES[q.dtype], q.shape[3])
-    return positions.plan_of(layout, replace(config, **flags._asdict()), q, k)
+    config = scored_forward_at_config(shared.DTYPES[q.dtype], q.shape[3], flags)
+    return positions.plan_of(layout, config, q, k)
 
 
 def forward_at(
@@ -154,7 +117,9 @@ def forward_at(
 ) -> tuple[Tensor, Tensor]:
     """As `positions.forward_at`, with score terms; softmax_scale is not 0."""
     given = (kv_lens, q_offset, kv_starts)
-    of_scores = terms.with_lse
+    lengths = (plan.num_positions, k.shape[1])
+    grid = DistanceGrid.of(lengths, plan.config.tile, transposed=False)
+    of_scores = functools.partial(terms.for_kernel, grid=grid)
     return positions.forward_at(
         q, k, v, plan, *given, softmax_scale, of_scores, transient=transient
     )
@@ -180,15 +145,21 @@ def backward(
     call = shared.gradient_tensors(dout, dlse, q, k, v, out, lse, softmax_scale)
     lens, space = shared.lengths_of(plan, kv_lens, k), attention.workspace(plan.config, q, k)
     scalars, stats = call.scalars, space[-1]
-    of_heads: tuple[Tensor, ...] = ()
+    inputs = (*call.inputs, *call.results, *space, lens)
+    grid = DistanceGrid.of((k.shape[1], q.shape[1]), plan.config.tile, transposed=True)
+    sums = None
+    if plan.config.distance_grads:
+        sums = torch.zeros((q.shape[2], grid.length), dtype=torch.float32, device=q.device)
     if plan.config.scored:
-        of_heads, numbers = terms.with_lse(softmax_scale, lse)
-        scalars = (*call.scalars[:2], *numbers)
-    inputs = (*call.inputs, *call.results, *space, lens, *of_heads)
+        of_scores, scale_log2 = terms.for_kernel(softmax_scale, backward=True, grid=grid, sums=sums)
+        inputs, scalars = (*inputs, of_scores), (*call.scalars[:2], scale_log2)
     (plan.kernel or attention.bind(plan)).launch(inputs, plan, scalars, q.device, transient)
     if plans.dq is not None:
         inputs = (q, k, v, call.inputs[4], call.dq, stats, lens)
         kernel = plans.dq.kernel or attention.bind(plans.dq)
         kernel.launch(inputs, plans.dq, call.scalars[1:], q.device, transient)
     of_sinks = None if terms.sinks is None else sink_gradients(terms.sinks, stats)
-    return Gradients(*call.results, of_sinks)
+    of_bias = DistanceBias(None, None)
+    if terms.bias is not None and sums is not None:
+        of_bias = gradients_of(terms.bias, sums, grid)
+    return Gradients(*call.results, of_sinks, of_bias)

@@ -33,9 +33,7 @@ class Sm80:
     """CuTe DSL kernels for compute capability 8.0 and later: mma.sync, ldmatrix, cp.async."""
 
     name = "sm80"
-    features: frozenset[ScoreFeature] = frozenset(
-        (SOFTCAP, SINKS, ALIBI, DROPOUT, WIDTH)
-    )
+    features: frozenset[ScoreFeature] = frozenset((SOFTCAP, SINKS, ALIBI, DROPOUT, WIDTH))
 
     def unsupported_reason(self, call: AttentionCall) -> str | None:
         """Dtype, device, head_dim, the DSL, and strides decide."""
@@ -97,10 +95,9 @@ class Sm80:
             return dq, dk, dv
         given = (call.plan.backward, call.kv_lens)
         if call.terms is not None:
-            dq, dk, dv, sinks = gradients.scored_backward(
-                *inputs, *given, scale, _arguments(call), transient=transient
-            )
-            return dq, dk, dv, *_gradients_of_terms(call, sinks)
+            arguments = (scale, _arguments(call))
+            found = gradients.scored_backward(*inputs, *given, *arguments, transient=transient)
+            return found.dq, found.dk, found.dv, *_gradients_of_terms(call, found.sinks)
         if call.q_offset is None:
             return gradients.backward(*inputs, *given, scale, transient=transient)
         at = (call.q_offset, call.kv_starts)

@@ -21,7 +21,7 @@ from sparse_flash.kernels.sm90.compile import (
 from sparse_flash.kernels.sm90.config import (
     all_backward_configs, all_forward_configs, all_dq_configs
 )
-from sparse_flash.kernels.sm90.scored_attention import checked_scored_configs
+from sparse_flash.kernels.sm90.scored_config import checked_scored_configs
 from sparse_flash.kernels.sm90.mass import compile_mass
 from sparse_flash.kernels.sm90.mass_config import all_mass_configs
 from sparse_flash.kernels.data_kernels import compile_data_kernel, data_kernel_names

@@ -1,0 +1,129 @@
+"""A bias by distance in registers: relative positions, and what else depends on p_q - p_k alone.
+
+The kernels get its values as rows of numbers, one for each distance (see distance_table.py). A tile
+of R rows and C columns needs R + C of them, which the producer copies to shared memory: its window.
+Along a row of the tile distances increase by 1 with the column, so a thread loads the values of two
+adjacent columns at once. Two copies of the rows, one shifted by an element, align all these loads.
+
+The gradient of a value is the sum of a diagonal of dS. A warp adds up what its threads have of each
+diagonal of its 16 rows, and adds the sums to memory, in no particular order.
+"""
+
+from __future__ import annotations
+
+import cutlass
+from cutlass import Float32, Int32, cute
+
+ROWS = 8  # of a warp's accumulators; each thread has two of them, ROWS apart
+COPIES = 2
+
+
+def window_size(tile: tuple[int, int]) -> int:
+    """Values of a tile of rows x columns; one more than it has distances."""
+    return sum(tile)
+
+
+def window_layout(tile: tuple[int, int], stages: int):
+    """Of windows in shared memory: (value, copy, stage)."""
+    size = window_size(tile)
+    return cute.make_layout((size, COPIES, stages), stride=(1, size, COPIES * size))
+
+
+class DistanceWindows:
+    """The windows of a CTA's stages, for the warp that loads them and for those that use them.
+
+    terms: `ScoreTerms`. windows: Shared memory of `window_layout`. tile: (rows, columns).
+    """
+
+    def __init__(self, terms, windows, tile: tuple[int, int]) -> None:
+        self.bias, self.num_rows, self.windows = terms.bias, terms.bias_rows, windows
+        self.rows, self.size = tile[0], window_size(tile)
+
+    @cute.jit
+    def load(self, head, row, column, stage, barrier):
+        """Copy the window of a tile to a stage; completes on the barrier. One lane calls it.
+
+        row, column: Positions of the tile's first row and column.
+        """
+        start = self.num_rows + column - row - self.rows
+        start = cutlass.max(cutlass.min(start, cute.size(self.bias, mode=[2]) - self.size), 0)
+        for copy in cutlass.range_constexpr(COPIES):
+            source = self.bias.iterator + cute.crd2idx((head, copy, start), self.bias.layout)
+            goal = self.windows[None, copy, stage].iterator
+            cute.arch.inline_ptx(
+                "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
+                "[{$r0}], [{$r1}], {$r2}, [{$r3}];",
+                read_only_args=[
+                    goal.toint(),
+                    source.toint(),
+                    Int32(4 * self.size),
+                    barrier.toint(),
+                ],
+            )
+
+    @cute.jit
+    def values(self, stage, row, first: cutlass.Constexpr, size: cutlass.Constexpr):
+        """Values for `size` elements of a thread's accumulators, from element `first` on.
+
+        row: In the tile, of the thread's first element. Returns a list.
+        """
+        lane, groups = cute.arch.lane_idx(), size // 4 + 1  # of 8 columns
+        odd = row % 2
+        start = self.rows - row - odd + 2 * (lane % 4) + (2 * first - ROWS)
+        mine = self.windows[None, odd, stage].iterator + start
+        values = cute.make_rmem_tensor((2, groups), Float32)
+        layout = cute.make_layout((2, groups), stride=(1, 8))
+        cute.autovec_copy(cute.make_tensor(mine.align(8), layout), values)
+        return [values[i % 2, i // 4 - i // 2 % 2 + 1] for i in range(size)]
+
+
+def window_storage(tile: tuple[int, int], stages: int):
+    """Shared-memory storage of `window_layout`."""
+    return cute.struct.Align[
+        cute.struct.MemRange[Float32, stages * COPIES * window_size(tile)], 128
+    ]
+
+
+def window_bytes(tile: tuple[int, int]) -> int:
+    """Bytes that a stage's load copies."""
+    return 4 * COPIES * window_size(tile)
+
+
+def scratch_size(columns: int) -> int:
+    """Numbers in shared memory that a warp needs for `add_diagonals` of so many columns."""
+    return ROWS * (columns + ROWS)
+
+
+@cute.jit
+def add_diagonals(ds, scratch, sums):
+    """Add the diagonals of a warp's dS to sums in global memory.
+
+    ds: Thread's elements of some columns. scratch: Shared memory of the warp. sums: Pointer to the
+    sum of the distance of the first row and column, minus ROWS.
+    """
+    lane, groups = cute.arch.lane_idx(), cute.size(ds) // 4 + 1
+    width = 8 * groups
+    # Row by row (ROWS rows; the lower half of the warp's is shifted by ROWS columns).
+    totals = cute.make_rmem_tensor((2, groups), Float32)
+    totals.fill(0.0)
+    for i in cutlass.range_constexpr(cute.size(ds)):
+        group = i // 4 - i // 2 % 2 + 1
+        totals[i % 2, group] = totals[i % 2, group] + ds[i].to(Float32)
+    start = scratch.iterator + (lane // 4 * width + 2 * (lane % 4))
+    layout = cute.make_layout((2, groups), stride=(1, 8))
+    cute.arch.sync_warp()  # the previous sums have been read
+    cute.autovec_copy(totals, cute.make_tensor(start.align(8), layout))
+    cute.arch.sync_warp()
+    for part in cutlass.range_constexpr(cute.ceil_div(width + ROWS - 1, 32)):
+        diagonal = part * 32 + lane - (ROWS - 1)  # column minus row
+        total = Float32(0.0)
+        for row in cutlass.range_constexpr(ROWS):
+            column = diagonal + row
+            inside = column >= 0 and column < width
+            value = scratch[row * width + cutlass.min(cutlass.max(column, 0), width - 1)]
+            total += value if inside else Float32(0.0)
+        if diagonal < width and total != 0.0:
+            address = (sums + diagonal).toint()
+            cute.arch.inline_ptx(
+                "red.relaxed.gpu.global.add.f32 [{$r0}], {$r1};", read_only_args=[address, total]
+            )
