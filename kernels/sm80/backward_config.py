@@ -191,6 +191,12 @@ def _variant(
     return found
 
 
+def fits(config: BackwardConfig, shared_memory: int) -> bool:
+    """Whether a GPU with so much shared memory for a CTA runs the config."""
+    # CTAs that share a multiprocessor take 1 KiB more each; it has 1 KiB more than one can use.
+    return config.ctas_per_sm * (config.shared_memory + 1024) <= shared_memory + 1024
+
+
 def backward_config(
     dtype: str, head_dim: int, target: str, shared_memory: int, deterministic: bool = False
 ) -> BackwardConfig:
@@ -204,8 +210,7 @@ def backward_config(
     """
     size = min(size for size in _BACKWARD if head_dim <= size)
     for config in _BACKWARD[size]:
-        # CTAs that share a multiprocessor take 1 KiB more each; it has 1 KiB more than one can use.
-        if config.ctas_per_sm * (config.shared_memory + 1024) <= shared_memory + 1024:
+        if fits(config, shared_memory):
             return _variant(config, dtype, target, deterministic)
     raise ValueError(
         f"the kernels need {_BACKWARD[size][-1].shared_memory} bytes of shared memory, but this "

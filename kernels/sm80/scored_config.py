@@ -15,7 +15,7 @@ from sparse_flash.kernels.sm80.config import ForwardConfig
 # All sets of features.
 FLAGS = tuple(ScoreFlags(*(bool(n >> i & 1) for i in range(4))) for n in range(1, 16))
 _ANY = "bfloat16"  # stands for either
-# Tiles for features that need many registers; up to head_dim 192 they fit all GPUs.
+# Tiles for features that need many registers.
 _SMALL_FORWARD = {
     32: ForwardConfig(_ANY, 32, tile_m=128, tile_n=64, stages=2),
     64: ForwardConfig(_ANY, 64, tile_m=128, tile_n=64, stages=2),
@@ -24,13 +24,17 @@ _SMALL_FORWARD = {
     192: ForwardConfig(_ANY, 192, tile_m=64, tile_n=64, ctas_per_sm=1),
     256: ForwardConfig(_ANY, 256, tile_m=64, tile_n=64, ctas_per_sm=1),
 }
+# A GPU takes the first that fits its shared memory, or where there is none the plain tiles.
 _SMALL_BACKWARD = {
-    32: BackwardConfig(_ANY, 32, 64, 128, 4, 1, 4, stats_stages=1, chunks=4, ctas_per_sm=2),
-    64: BackwardConfig(_ANY, 64, 64, 128, 4, 2, 2),
-    96: BackwardConfig(_ANY, 96, 64, 64, 4, 2, 4),
-    128: BackwardConfig(_ANY, 128, 64, 64, 4, 2, 2, do_stages=1),
-    192: BackwardConfig(_ANY, 192, 32, 64, 4, 2, 2, do_stages=1),
-    256: BackwardConfig(_ANY, 256, 32, 64, 4, 2, 2, do_stages=1, stats_stages=1),
+    32: (BackwardConfig(_ANY, 32, 64, 128, 4, 1, 4, stats_stages=1, chunks=4, ctas_per_sm=2),),
+    64: (BackwardConfig(_ANY, 64, 64, 128, 4, 2, 2),),
+    96: (BackwardConfig(_ANY, 96, 64, 64, 4, 2, 4),),
+    128: (
+        BackwardConfig(_ANY, 128, 32, 128, 4, 2, 2),
+        BackwardConfig(_ANY, 128, 64, 64, 4, 2, 2, do_stages=1),
+    ),
+    192: (BackwardConfig(_ANY, 192, 32, 64, 4, 2, 2, do_stages=1),),
+    256: (BackwardConfig(_ANY, 256, 32, 64, 4, 2, 2, do_stages=1, stats_stages=1),),
 }
 
 
@@ -97,9 +101,10 @@ def scored_backward_config(
         return config
     size, large = config.head_dim, shared_memory > forward.LIMITS[0]
     few = size == 96 or (size in (64, 128) and not large) or (size == 128 and flags.softcap)
-    if few or (_is_heavy(flags) and (large or size < 256)):
+    if few or _is_heavy(flags):
+        fitting = [c for c in _SMALL_BACKWARD[size] if backward.fits(c, shared_memory)]
         given = {"dtype": dtype, "arch": target, "fixed_point": deterministic}
-        config = replace(_SMALL_BACKWARD[size], **given)
+        config = replace(fitting[0], **given) if fitting else config
     elif size == 64:
         config = replace(config, chunks=4, do_stages=1)
     return replace(config, **features)
