@@ -111,7 +111,7 @@ class Arguments:
 
         config = self.config
         kv_lens, *lists = self.lists(config.tile_n // 64)
-        offsets = (self.ints(self.b), self.ints(self.b)) if config.offsets else ()
+        offsets = [self.ints(self.b) for _ in range(2 + scored)] if config.offsets else ()
         return (
             *(self.queries(), self.keys(), self.values()),  # q, k, v
             *(self.outputs(), self.outputs()),  # out, dout
@@ -122,7 +122,7 @@ class Arguments:
             self.ints(self.size(), self.b, self.h_kv),  # bounds
             self.floats(self.b, self.h, self.size(), config.dq_chunk),  # dq_sum
             self.row_stats(config.tile_m),
-            *(kv_lens, *self.terms(scored), *offsets, *lists),  # offsets: q_pad, kv_starts
+            *(kv_lens, *self.terms(scored), *offsets, *lists),  # offsets: q_pad, kv_starts, q_tops
             self.ints(2),  # counter
             *(self.splits(config.tile_n, config.head_dim) for _ in range(2)),
             *((self.ints(2),) if config.offsets else self.combine_arrays()),  # counts

@@ -70,8 +70,9 @@ class BackwardSm80:
     ):
         """Launch all but the sums of parts.
 
-        offsets: q_pad and kv_starts, as in `ColumnOffsets`, or `None`. scales: softmax_scale and
-        scale_log2, and `ScoreTerms` of score_terms.py in kernels that have them.
+        offsets: q_pad and kv_starts, as in `ColumnOffsets`, and with score terms the positions of
+        the first tiles; or `None`. scales: softmax_scale and scale_log2, and `ScoreTerms` of
+        score_terms.py in kernels that have them.
         """
         config, (_, _, k, v), dq_sum = self.config, tensors, results[-1]
         out, dout, lse, dlse, bounds, has_dlse = given
@@ -103,7 +104,7 @@ class BackwardSm80:
         results,  # dk and dv; their parts; sums of dq
         stats,
         lists,
-        offsets,  # q_pad and kv_starts, or None
+        offsets,  # as of `run`
         heads,  # q heads for each kv head, and tiles of queries
         scales,
         storage: cutlass.Constexpr,

@@ -60,7 +60,6 @@ class BackwardConfig:
         assert self.head_dim % (16 * self.dq_columns) == 0
         assert self.chunks == 1 or not self.exchange
         assert not (self.split_dq and self.dq_groups % 2)
-        assert not (self.scored and self.offsets)
 
     dq = False  # whether preprocess.Preprocess clears flags of sums
 

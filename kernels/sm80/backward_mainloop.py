@@ -26,6 +26,7 @@ class QueryTile(NamedTuple):
 
 
 COEFFICIENT = len(QueryTile._fields)  # behind these: the bits of the head's, with ALiBi
+TOP = 7  # field of an item, with score terms: position of the first row of tile 0
 
 
 class BackwardMainloop:
@@ -61,7 +62,8 @@ class BackwardMainloop:
         self.tile = BackwardTile(config, dtype, shared, self.s_stats, bits, scales, warp, lane)
         self.q_len = cute.size(q, mode=[1])
         if const_expr(config.offsets):
-            self.offsets = ColumnOffsets(offsets, cute.size(k, mode=[1]))
+            self.offsets = ColumnOffsets(offsets[:2], cute.size(k, mode=[1]))
+            self.q_tops = offsets[2] if const_expr(config.scored) else None
         self.acc_dk, self.acc_dv = self.tile.keys_accumulators(), self.tile.keys_accumulators()
 
     @cute.jit
@@ -108,6 +110,8 @@ class BackwardMainloop:
                 limit = self.kv_lens[batch]
                 if const_expr(self.config.offsets):
                     limit = self.offsets.limit(limit, batch)
+                    if const_expr(self.config.scored):
+                        s_item[TOP, 0] = self.q_tops[batch]
                 s_item[6, 0] = limit - s_item[0, 1] * self.config.tile_n
         cute.arch.sync_threads()
 
@@ -303,6 +307,8 @@ class BackwardMainloop:
             return None
         tile, item, heads = self.tile_at(j), self.item(), cute.size(self.q, mode=[2])
         query, key = tile.m_block * self.config.tile_m, item.n_block * self.config.tile_n
+        if const_expr(self.config.offsets):
+            query += self.s_item[TOP, 0]
         coefficient = from_bits(self.s_tiles[COEFFICIENT, j % ANNOUNCED])
         return TilePlace(query, key, item.batch * heads + tile.head, coefficient)
 

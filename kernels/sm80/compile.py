@@ -34,26 +34,27 @@ def compile_forward(config: ForwardConfig) -> Any:
     from sparse_flash.kernels.sm80.scored import ForwardAtScoredSm80, ForwardScoredSm80
 
     of = Arguments(config).with_value_width()
-    if config.scored and config.offsets:
-        kernel = ForwardAtScoredSm80(config, of.dtype)
-        return compile_kernel(kernel, of.forward_at(scored=True), config.arch)
-    if config.scored:
-        kernel = ForwardScoredSm80(config, of.dtype)
-        return compile_kernel(kernel, of.forward(scored=True), config.arch)
+    kernel: Any
     if config.offsets:
-        return compile_kernel(ForwardAtSm80(config, of.dtype), of.forward_at(), config.arch)
-    return compile_kernel(ForwardSm80(config, of.dtype), of.forward(), config.arch)
+        kernel = ForwardAtScoredSm80 if config.scored else ForwardAtSm80
+        arguments = of.forward_at(config.scored)
+    else:
+        kernel = ForwardScoredSm80 if config.scored else ForwardSm80
+        arguments = of.forward(config.scored)
+    return compile_kernel(kernel(config, of.dtype), arguments, config.arch)
 
 
 def compile_backward(config: BackwardConfig) -> Any:
     """Compile without a GPU."""
     from sparse_flash.kernels.sm80.backward import BackwardSm80
     from sparse_flash.kernels.sm80.backward_at import BackwardAtSm80
-    from sparse_flash.kernels.sm80.scored import BackwardScoredSm80
+    from sparse_flash.kernels.sm80.scored import BackwardAtScoredSm80, BackwardScoredSm80
 
     of = Arguments(config).with_value_width()
-    if config.scored:
-        scored = BackwardScoredSm80(config, of.dtype)
-        return compile_kernel(scored, of.backward(scored=True), config.arch)
-    kernel = BackwardAtSm80 if config.offsets else BackwardSm80
-    return compile_kernel(kernel(config, of.dtype), of.backward(), config.arch)
+    kernel: Any
+    if config.offsets:
+        kernel = BackwardAtScoredSm80 if config.scored else BackwardAtSm80
+    else:
+        kernel = BackwardScoredSm80 if config.scored else BackwardSm80
+    arguments = of.backward(scored=config.scored)
+    return compile_kernel(kernel(config, of.dtype), arguments, config.arch)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
 from typing import Any
 
 import torch
 from sparse_flash.kernels import attention, launch
 from sparse_flash.kernels.attention import (
     DTYPES,
+    GradientTensors,
     bounds_and_statistics,
     gradient_tensors,
     lengths_of,
@@ -41,6 +41,8 @@ from sparse_flash.kernels.sm80.costs import COSTS
 from sparse_flash.kernels.sm80.scored_config import scored_backward_config
 from sparse_flash.masks.layout import BlockLayout
 from torch import Tensor
+
+NO_BIAS = DistanceBias(None, None)
 
 
 @functools.cache
@@ -102,10 +104,11 @@ def backward(
     plan: Plan[BackwardConfig],
     kv_lens: Tensor | None,
     softmax_scale: float,
+    terms: ScoreArguments | None = None,
     *,
     transient: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients on torch's current stream: (dq, dk, dv), shaped as q, k and v, contiguous.
+) -> Gradients:
+    """The gradients on torch's current stream: dq, dk, dv, shaped as q, k and v, contiguous.
 
     Args:
         dout: Gradient of out `(b, s, h, d)`, of any strides.
@@ -117,52 +120,26 @@ def backward(
         lse: Output of `forward`.
         plan: Of `backward_plan`.
         kv_lens: Number of valid keys per batch entry.
-        softmax_scale: Factor of the logits.
+        softmax_scale: Factor of the logits; with terms other than 0.
+        terms: Score terms. None: none.
         transient: As in `Kernel.launch`.
     """
     call = gradient_tensors(dout, dlse, q, k, v, out, lse, softmax_scale)
-    lens = lengths_of(plan, kv_lens, k)
-    inputs = (*call.inputs, *call.results, *_workspace(plan.config, q, k), lens)
-    (plan.kernel or bind(plan)).launch(inputs, plan, call.scalars, q.device, transient)
-    return call.results
-
-
-def scored_backward(
-    dout: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    plan: Plan[BackwardConfig],
-    kv_lens: Tensor | None,
-    softmax_scale: float,
-    terms: ScoreArguments,
-    *,
-    transient: bool = False,
-) -> Gradients:
-    """As `backward`, with score terms; softmax_scale is not 0."""
-    call = gradient_tensors(dout, dlse, q, k, v, out, lse, softmax_scale)
-    lens, space = lengths_of(plan, kv_lens, k), _workspace(plan.config, q, k)
-    scalars = call.scalars
-    inputs: tuple[Any, ...] = (*call.inputs, *call.results, *space, lens)
-    if plan.config.scored:
-        of_scores, scale_log2 = terms.for_kernel(softmax_scale, backward=True)
-        inputs, scalars = (*inputs, of_scores), (*call.scalars[:2], scale_log2)
-    (plan.kernel or bind(plan)).launch(inputs, plan, scalars, q.device, transient)
-    of_sinks = None if terms.sinks is None else sink_gradients(terms.sinks, space[-1])
-    return Gradients(*call.results, of_sinks, DistanceBias(None, None))
+    rows = (lengths_of(plan, kv_lens, k),)
+    return _launch(plan, plan, call, _workspace(plan.config, q, k), rows, terms, transient)
 
 
 def backward_plan_at(
-    layout: BlockLayout, q: Tensor, k: Tensor, deterministic: bool = False
+    layout: BlockLayout,
+    q: Tensor,
+    k: Tensor,
+    deterministic: bool = False,
+    flags: ScoreFlags = NO_FLAGS,
 ) -> PositionPlan[Any]:
     """The plan of the gradients for queries at positions, for the tensors of `forward_plan_at`."""
     facts, (b, _, h, d) = DeviceFacts.of(layout.device), q.shape
-    limits = (target_of(facts), shared_memory_of(facts))
-    config: Any = backward_config(DTYPES[q.dtype], d, *limits, deterministic)
-    config = replace(config, offsets=True)
+    limits = (target_of(facts), shared_memory_of(facts), deterministic)
+    config: Any = scored_backward_config(DTYPES[q.dtype], d, *limits, flags, offsets=True)
     slots = slots_of(facts, config.ctas_per_sm)
     key = PositionKey(config, b, h, k.shape[2], slots, transposed=True)
     return plan_of_key(layout, key)
@@ -181,23 +158,52 @@ def backward_at(
     q_offset: Tensor | int | None,
     kv_starts: Tensor | None,
     softmax_scale: float,
+    terms: ScoreArguments | None = None,
     *,
     transient: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients on torch's current stream: (dq, dk, dv), shaped as q, k and v, contiguous.
+) -> Gradients:
+    """The gradients on torch's current stream: dq, dk, dv, shaped as q, k and v, contiguous.
 
     Keys that no query sees, and those outside kv_starts and kv_lens, get zeros. Arguments are those
     of `backward` and `positions.forward_at`.
     """
     if not q.numel() or not k.numel():
-        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        sinks = None if terms is None or terms.sinks is None else torch.zeros_like(terms.sinks)
+        return Gradients(*(torch.zeros_like(x) for x in (q, k, v)), sinks, NO_BIAS)
     offsets = offsets_of(plan, kv_lens, q_offset, kv_starts)
     lists, listed = lists_of(plan, offsets, q, k)
     call = gradient_tensors(dout, dlse, q, k, v, out, lse, softmax_scale, zeros=True)
-    space, rows = _workspace(plan.config, q, k), (offsets.kv_lens, lists.q_pad, offsets.kv_starts)
-    inputs = (*call.inputs, *call.results, *space, *rows)
-    (plan.kernel or bind(plan)).launch(inputs, listed, call.scalars, q.device, transient)
-    return call.results
+    rows = (offsets.kv_lens, lists.q_pad, offsets.kv_starts)
+    if plan.config.scored:
+        shift = offsets.q_offset - offsets.kv_starts + offsets.q_base
+        rows = (*rows, shift - lists.q_pad)
+    return _launch(plan, listed, call, _workspace(plan.config, q, k), rows, terms, transient)
+
+
+def _launch(
+    plan: Any,
+    listed: Any,
+    call: GradientTensors,
+    space: tuple[Tensor, ...],
+    rows: tuple[Tensor, ...],
+    terms: ScoreArguments | None,
+    transient: bool,
+) -> Gradients:
+    """Launch a plan's kernel on the lists of a call.
+
+    space: Of `_workspace`. rows: Lengths of the keys, and where rows lie.
+    """
+    inputs: tuple[Any, ...] = (*call.inputs, *call.results, *space, rows[0])
+    scalars, sinks = call.scalars, None
+    if plan.config.scored:
+        assert terms is not None
+        of_scores, scale_log2 = terms.for_kernel(scalars[1], backward=True)
+        inputs, scalars = (*inputs, of_scores), (*scalars[:2], scale_log2)
+    kernel = plan.kernel or bind(plan)
+    kernel.launch((*inputs, *rows[1:]), listed, scalars, call.dq.device, transient)
+    if terms is not None and terms.sinks is not None:
+        sinks = sink_gradients(terms.sinks, space[-1])
+    return Gradients(*call.results, sinks, NO_BIAS)
 
 
 def _workspace(config: BackwardConfig, q: Tensor, k: Tensor) -> tuple[Tensor, ...]:

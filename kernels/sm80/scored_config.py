@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -93,21 +94,25 @@ def scored_backward_config(
     shared_memory: int,
     deterministic: bool,
     flags: ScoreFlags,
+    offsets: bool = False,
 ) -> BackwardConfig:
-    """As `backward_config`, with these features; sinks need no kernel of their own."""
+    """As `backward_config`, with these features; sinks need no kernel of their own.
+
+    offsets: Queries at positions.
+    """
     config = backward.backward_config(dtype, head_dim, target, shared_memory, deterministic)
     features = of_backward(flags)
     if not any(features.values()):
-        return config
+        return replace(config, offsets=offsets)
     size, large = config.head_dim, shared_memory > forward.LIMITS[0]
-    few = size == 96 or (size in (64, 128) and not large) or (size == 128 and flags.softcap)
-    if few or _is_heavy(flags):
+    tight = size == 96 or (size in (64, 128) and not large) or (size == 128 and flags.softcap)
+    if tight or offsets or _is_heavy(flags):
         fitting = [c for c in _SMALL_BACKWARD[size] if backward.fits(c, shared_memory)]
-        given = {"dtype": dtype, "arch": target, "fixed_point": deterministic}
-        config = replace(fitting[0], **given) if fitting else config
+        small = fitting[0] if fitting else config
+        config = replace(small, dtype=dtype, arch=target, fixed_point=deterministic)
     elif size == 64:
         config = replace(config, chunks=4, do_stages=1)
-    return replace(config, **features)
+    return replace(config, offsets=offsets, **features)
 
 
 def all_scored_configs(target: str) -> list[ForwardConfig | BackwardConfig]:
@@ -119,8 +124,8 @@ def all_scored_configs(target: str) -> list[ForwardConfig | BackwardConfig]:
             for flags in FLAGS:
                 found |= dict.fromkeys(scored_forward_configs(*limits, flags))
                 found[scored_forward_at_config(*limits, flags)] = None
-                for fixed in (False, True):
-                    config = scored_backward_config(*limits, fixed, flags)
+                for fixed, offsets in itertools.product((False, True), repeat=2):
+                    config = scored_backward_config(*limits, fixed, flags, offsets)
                     if config.scored:
                         found[config] = None
     return list(found)

@@ -61,7 +61,7 @@ class Sm80:
         forward = positions.forward_plan_at(*given, flags)
         if not call.needs_grad:
             return Plans(forward, None)
-        return Plans(forward, gradients.backward_plan_at(*given, call.deterministic))
+        return Plans(forward, gradients.backward_plan_at(*given, call.deterministic, flags))
 
     def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
         """(out, lse), lse in float32."""
@@ -89,19 +89,18 @@ class Sm80:
         inputs = (dout, dlse, call.q, call.k, call.v, out, lse)
         if isinstance(layout, DeviceLayout):
             plan = gradients.backward_plan(layout, _widest(call), call.k, call.deterministic)
-            dq, dk, dv = gradients.backward(*inputs, plan, call.kv_lens, scale, transient=transient)
+            found = gradients.backward(*inputs, plan, call.kv_lens, scale, transient=transient)
             if plan.errors is not None:
-                data_layouts.mark_backward(layout, plan.errors, dq, dk, dv)
-            return dq, dk, dv
+                data_layouts.mark_backward(layout, plan.errors, found.dq, found.dk, found.dv)
+            return found.dq, found.dk, found.dv
+        terms = None if call.terms is None else _arguments(call)
         given = (call.plan.backward, call.kv_lens)
-        if call.terms is not None:
-            arguments = (scale, _arguments(call))
-            found = gradients.scored_backward(*inputs, *given, *arguments, transient=transient)
-            return found.dq, found.dk, found.dv, *_gradients_of_terms(call, found.sinks)
         if call.q_offset is None:
-            return gradients.backward(*inputs, *given, scale, transient=transient)
-        at = (call.q_offset, call.kv_starts)
-        return gradients.backward_at(*inputs, *given, *at, scale, transient=transient)
+            found = gradients.backward(*inputs, *given, scale, terms, transient=transient)
+        else:
+            at = (call.q_offset, call.kv_starts)
+            found = gradients.backward_at(*inputs, *given, *at, scale, terms, transient=transient)
+        return found.dq, found.dk, found.dv, *_gradients_of_terms(call, found.sinks)
 
 
 def _widest(call: AttentionCall) -> Tensor:
@@ -124,8 +123,6 @@ def _unsupported_terms(call: AttentionCall) -> str | None:
     """Why the kernels cannot take a call with score terms; None where they can."""
     if call.terms is None:
         return None
-    if call.q_offset is not None and call.needs_grad:
-        return "it computes gradients with score terms without q_offset and kv_starts only"
     if isinstance(call.layout, DeviceLayout):
         return "it computes score terms on stored layouts only: pass layout.fixed()"
     if call.softmax_scale == 0:
@@ -134,8 +131,9 @@ def _unsupported_terms(call: AttentionCall) -> str | None:
 
 
 def _gradients_of_terms(call: AttentionCall, sinks: Tensor | None) -> tuple[Tensor, ...]:
-    """Gradients of the first tensors of the terms, empty where not wanted."""
-    assert call.terms is not None
+    """Gradients of the first tensors of the terms, if any; empty where not wanted."""
+    if call.terms is None:
+        return ()
     nothing = call.q.new_empty(0)
     wanted = call.terms.wants[3] and sinks is not None
     return nothing, nothing, nothing, sinks if wanted and sinks is not None else nothing

@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sparse_flash import block_sparse_attention, masks, scores
 from sparse_flash.scores.arguments import draw_seed
+from tests.sparse_flash.test_scores_gpu import CHOSEN, implementation  # noqa: F401 a fixture
 
 pytestmark = pytest.mark.gpu
 
@@ -40,7 +41,7 @@ def test_decisions_are_those_of_the_reference(d, p, deterministic):
 
     def attend(v):
         options = {"dropout_p": p, "generator": generator(), "deterministic": deterministic}
-        return block_sparse_attention(q, k, v, masks.full(), impl="sm90", **options)
+        return block_sparse_attention(q, k, v, masks.full(), **CHOSEN, **options)
 
     for first in range(0, kv_len, d):
         v = torch.zeros_like(v)
@@ -66,7 +67,7 @@ def test_large_positions_and_heads():
     keys = torch.arange(s, device="cuda")
     v[0, keys, :, keys % d] = 1
     out = block_sparse_attention(
-        q, k, v, masks.local((d - 1, 0)), dropout_p=0.5, generator=generator(), impl="sm90"
+        q, k, v, masks.local((d - 1, 0)), dropout_p=0.5, generator=generator(), **CHOSEN
     )
     seed, queries = draw_seed(q, generator()), keys[-300:]
     for head in range(h):
@@ -80,7 +81,7 @@ def test_large_positions_and_heads():
 def test_positions_of_a_cache_drop_the_same_elements():
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 500, 4, 64, device="cuda", dtype=torch.bfloat16) for _ in "qkv")
-    options = {"dropout_p": 0.5, "impl": "sm90"}
+    options = {"dropout_p": 0.5} | CHOSEN
     whole = block_sparse_attention(q, k, v, masks.causal(), generator=generator(), **options)
     for first, end in ((337, 400), (0, 500), (499, 500)):
         part = block_sparse_attention(
@@ -96,7 +97,7 @@ def leaves_of(d=64):
 
 
 def attend(*x):
-    return block_sparse_attention(*x, masks.causal(), dropout_p=0.3, impl="sm90")
+    return block_sparse_attention(*x, masks.causal(), dropout_p=0.3, **CHOSEN)
 
 
 def test_manual_seed():
@@ -142,7 +143,7 @@ def test_replays_of_a_graph_draw_new_numbers():
         return out, torch.autograd.grad(out, v, dout)[0]
 
     def attend_full(*x):
-        return block_sparse_attention(*x, masks.full(), dropout_p=0.5, impl="sm90")
+        return block_sparse_attention(*x, masks.full(), dropout_p=0.5, **CHOSEN)
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

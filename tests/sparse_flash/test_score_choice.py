@@ -33,7 +33,7 @@ def _on_gpu(monkeypatch):
     [
         (SINKS, True, False, "sm90"),
         (SINKS, False, True, "sm90"),
-        (SINKS, True, True, "reference"),
+        (SINKS, True, True, "sm80"),
         (ALIBI, True, False, "sm90"),
         (ALIBI, False, True, "sm80"),  # that of sm90 was not tested on a GPU
         (SLOPES, True, False, "sm90"),
@@ -64,22 +64,20 @@ def test_by_name():
 
 
 @pytest.mark.parametrize("head_dim", [64, 256])
-@pytest.mark.parametrize("feature", [SOFTCAP, SINKS, ALIBI, WIDTH])
+@pytest.mark.parametrize("feature", [SOFTCAP, SINKS, ALIBI, DROPOUT, WIDTH])
 @pytest.mark.parametrize("gradients", [False, True])
-def test_auto_outside_hopper(monkeypatch, feature, gradients, head_dim):
-    """The kernels for Ampere compute them at all head_dims, forward at positions too."""
+@pytest.mark.parametrize("offset", [False, True])
+def test_auto_outside_hopper(monkeypatch, feature, gradients, offset, head_dim):
+    """The kernels for Ampere compute them at all head_dims, and at positions."""
     monkeypatch.setattr(sm90, "unsupported_reason", lambda *_: "no Hopper")
-    assert choose("auto", call_of(feature, head_dim, gradients, False)).name == "sm80"
-    assert choose("auto", call_of(feature, head_dim, False, True)).name == "sm80"
+    assert choose("auto", call_of(feature, head_dim, gradients, offset)).name == "sm80"
 
 
 def test_refusals_outside_hopper():
-    for feature, gradients, offset, words in (
-        (SLOPES, True, False, "gradients of ALiBi slopes"),
-        (SOFTCAP, True, True, "without q_offset"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            choose("sm80", call_of(feature, 64, gradients, offset))
+    with pytest.raises(ValueError, match="gradients of ALiBi slopes"):
+        choose("sm80", call_of(SLOPES, 64, True, False))
+    with pytest.raises(ValueError, match="relative positions"):
+        choose("sm80", call_of(RELATIVE, 64, False, False))
     zero = replace(call_of(SOFTCAP, 64, False, False), softmax_scale=0.0)
     with pytest.raises(ValueError, match="softmax_scale other than 0"):
         choose("sm80", zero)

@@ -17,7 +17,7 @@ from sparse_flash.kernels.sm80.scored_config import (
     scored_forward_configs,
 )
 
-from sparse_flash import masks
+from sparse_flash import block_sparse_attention, masks, scores
 from tests.kernels.helpers import plan_on_cpu
 from tests.kernels.sm80.test_compile import TARGETS
 from tests.kernels.sm80.test_plan import A100, RTX4090
@@ -79,14 +79,17 @@ def launched(monkeypatch):
     """Arguments of the launches, by name."""
     from sparse_flash.kernels.sm80 import scored
     from sparse_flash.kernels.sm80.backward import BackwardSm80
+    from sparse_flash.kernels.sm80.backward_at import BackwardAtSm80
 
     calls = []
 
     def load(config):
-        if not isinstance(config, ForwardConfig):
-            kernel = scored.BackwardScoredSm80 if config.scored else BackwardSm80
-        else:
+        if isinstance(config, ForwardConfig):
             kernel = scored.ForwardAtScoredSm80 if config.offsets else scored.ForwardScoredSm80
+        elif config.scored:
+            kernel = scored.BackwardAtScoredSm80 if config.offsets else scored.BackwardScoredSm80
+        else:
+            kernel = BackwardAtSm80 if config.offsets else BackwardSm80
         names = [n for n in inspect.signature(kernel.__call__).parameters if n != "self"]
 
         def function(*arguments):
@@ -137,12 +140,17 @@ def test_arguments_are_those_of_the_kernel(launched, monkeypatch, facts, flags, 
     assert found.shape == (2, 200, 4, width)
     plan = gradients.backward_plan(layout, wide, k, False, flags)
     given = (dout, None, q, k, v, out, lse, plan, None, 0.5, terms)
-    results = gradients.scored_backward(*given)
+    results = gradients.backward(*given)
     assert [x.shape for x in results[:3]] == [q.shape, k.shape, v.shape]
     assert (results.sinks is None) == (not flags.sinks)
     at = positions.forward_plan_at(layout, wide, k, flags)
     found, _ = positions.forward_at(q, k, v, at, None, 7, None, 0.5, terms.for_kernel)
     assert found.shape == (2, 200, 4, width)
+    at = gradients.backward_plan_at(layout, wide, k, False, flags)
+    gradients.backward_at(dout, None, q, k, v, out, lse, at, None, 70, None, 0.5, terms)
+    if at.config.scored:
+        assert launched[-1]["q_pad"].tolist() == [70 % at.config.tile_m] * 2
+        assert launched[-1]["q_tops"].tolist() == [70 - 70 % at.config.tile_m] * 2
     unit = 3.0 if flags.softcap else 0.5
     for call in launched:
         assert [has(call["config"], n) for n in ("softcap", "alibi", "dropout")] == [
@@ -161,7 +169,7 @@ def test_arguments_are_those_of_the_kernel(launched, monkeypatch, facts, flags, 
             assert (given.seed is not None) == flags.dropout
             assert given.dropped == (26 if flags.dropout else None)
             assert given.keep_scale == (pytest.approx(256 / 230) if flags.dropout else None)
-    assert [type(c["config"]).__name__[:7] for c in launched] == ["Forward", "Backwar", "Forward"]
+    assert [type(c["config"]).__name__[:7] for c in launched] == ["Forward", "Backwar"] * 2
 
 
 def test_features_without_use_change_nothing():
@@ -177,3 +185,38 @@ def _plain(*given):
     from sparse_flash.kernels.sm80.config import forward_configs
 
     return forward_configs(*given)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("names", ["sinks", "softcap", "alibi", "dropout", "all"])
+def test_gradients_at_positions(names, dim, deterministic):
+    """Chunks of a cache with padding on the left: as the reference in float64."""
+    torch.manual_seed(0)
+    q, dout = (torch.randn(2, 150, 4, dim, device="cuda").bfloat16() for _ in "qd")
+    k, v = (torch.randn(2, 700, 2, dim, device="cuda").bfloat16() for _ in "kv")
+    offset, starts = (torch.tensor(x, device="cuda") for x in ([500, 333], [70, 0]))
+    terms = {
+        "sinks": {"sinks": torch.randn(4, device="cuda")},
+        "softcap": {"softcap": 5.0},
+        "alibi": {"bias": scores.alibi(torch.rand(4, device="cuda") * 0.05)},
+        "dropout": {"dropout_p": 0.3},
+    }
+    terms["all"] = terms["sinks"] | terms["softcap"] | terms["alibi"] | terms["dropout"]
+    options = {"q_offset": offset, "kv_starts": starts, "deterministic": deterministic}
+
+    def gradients_by(impl, dtype):
+        given, leaves = dict(terms[names]), [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        if "sinks" in given:
+            given["sinks"] = given["sinks"].clone().requires_grad_()
+            leaves.append(given["sinks"])
+        if "dropout_p" in given:
+            given["generator"] = torch.Generator("cuda").manual_seed(1)
+        out = block_sparse_attention(*leaves[:3], masks.causal(), impl=impl, **given, **options)
+        return torch.autograd.grad(out, leaves, dout.to(dtype))
+
+    wanted = gradients_by("reference", torch.float64)
+    for got, want in zip(gradients_by("sm80", torch.bfloat16), wanted, strict=True):
+        assert (got - want).abs().max() < 0.03 * want.abs().max()
+        assert (got - want).norm() < 0.012 * want.norm()
