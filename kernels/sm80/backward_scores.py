@@ -37,7 +37,7 @@ class BackwardScores:
 
     @cute.jit
     def begin_scores(self, acc, place, first: cutlass.Constexpr):
-        """What the product adds S' to: ALiBi, where it does not follow a softcap, or zeros."""
+        """Initialize S' for its product: with ALiBi unless it follows a softcap, or zeros."""
         config = self.config
         for n in cutlass.range_constexpr(self.atoms):
             if const_expr(config.alibi and not config.softcap):

@@ -169,11 +169,12 @@ def backward_at(
     """
     if not q.numel() or not k.numel():
         sinks = None if terms is None or terms.sinks is None else torch.zeros_like(terms.sinks)
-        return Gradients(*(torch.zeros_like(x) for x in (q, k, v)), sinks, NO_BIAS)
+        dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
+        return Gradients(dq, dk, dv, sinks, NO_BIAS)
     offsets = offsets_of(plan, kv_lens, q_offset, kv_starts)
     lists, listed = lists_of(plan, offsets, q, k)
     call = gradient_tensors(dout, dlse, q, k, v, out, lse, softmax_scale, zeros=True)
-    rows = (offsets.kv_lens, lists.q_pad, offsets.kv_starts)
+    rows: tuple[Tensor, ...] = (offsets.kv_lens, lists.q_pad, offsets.kv_starts)
     if plan.config.scored:
         shift = offsets.q_offset - offsets.kv_starts + offsets.q_base
         rows = (*rows, shift - lists.q_pad)
