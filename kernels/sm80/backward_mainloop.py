@@ -171,11 +171,11 @@ class BackwardMainloop:
         exponents = Int32(0)
         if const_expr(config.fixed_point):
             exponents = self.tile.exponents(stats_stage)
-        limits, place = (self.tile_at(j).bit_tile, self.item().remaining), self.place(j)
+        limits = (self.tile_at(j).bit_tile, self.item().remaining)
         words = self.tile.mask_words(limits[0])
         operands = (q, do, r_v)
         if const_expr(config.exchange):
-            p, ds = self.tile.scores(operands, stats_stage, words, limits, place, 0)
+            p, ds = self.tile.scores(operands, stats_stage, words, limits, self.place(j), 0)
             cute.arch.sync_threads()
             self.load_again(STATS, j)
             self.tile.add(self.acc_dv, p, self.tile.p_rows, do, 0)
@@ -188,7 +188,7 @@ class BackwardMainloop:
             self.load_again(Q, j)
         else:
             for first in cutlass.range_constexpr(0, config.tile_m, self.tile.chunk):
-                given = (operands, stats_stage, words, limits, place, first)
+                given = (operands, stats_stage, words, limits, self.place(j), first)
                 p, ds = self.tile.scores(*given, self.acc_dv)
                 if const_expr(not config.weighted):
                     self.tile.add(self.acc_dv, p, None, do, first)
@@ -305,6 +305,7 @@ class BackwardMainloop:
         """Where tile j is, for score terms; None without."""
         if const_expr(not self.config.scored):
             return None
+        j = recomputed(j)
         tile, item, heads = self.tile_at(j), self.item(), cute.size(self.q, mode=[2])
         query, key = tile.m_block * self.config.tile_m, item.n_block * self.config.tile_n
         if const_expr(self.config.offsets):

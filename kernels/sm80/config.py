@@ -24,8 +24,8 @@ class ForwardConfig:
             next K during O += P V; with 2, both are loaded a tile ahead.
         ctas_per_sm: CTAs that share a multiprocessor.
         recompute: Values recomputed for each tile, to save registers: 0 none, 1 addresses of
-            queries, 2 all addresses and the rescale threshold. From 2 on, registers have 64 keys at
-            a time. With 3, an item's first tile is read from shared memory.
+            queries, 2 all addresses and the rescale threshold. With 2, registers have 64 keys at a
+            time.
         offsets: Queries at positions (see `Positions`).
         softcap, alibi, sinks, dropout: Score terms, as of `ScoreFlags`.
         arch: Compiler target.
@@ -54,7 +54,7 @@ class ForwardConfig:
         assert self.tile_n % 16 == 0
         assert self.tile_n <= 128  # a row's bits fill one word a thread
         assert self.stages in (1, 2)
-        assert self.recompute in (0, 1, 2, 3)
+        assert self.recompute in (0, 1, 2)
 
     distance_bias = False  # relative positions are not computed
 
@@ -197,6 +197,12 @@ def shared_memory_of(facts: DeviceFacts) -> int:
     return min(tried, facts.shared_memory)
 
 
+def space(config: ForwardConfig) -> int:
+    """Shared memory of all CTAs of a multiprocessor, in terms of what one can use."""
+    # CTAs that share a multiprocessor take 1 KiB more each; it has 1 KiB more than one can use.
+    return config.ctas_per_sm * (config.shared_memory + 1024) - 1024
+
+
 def forward_configs(
     dtype: str, head_dim: int, target: str, shared_memory: int
 ) -> tuple[ForwardConfig, ...]:
@@ -216,11 +222,7 @@ def forward_configs(
     """
     size = min(size for size in _FORWARD if head_dim <= size)
     listed = _WITHOUT_SPILLS.get((target, size), _FORWARD[size])
-    # CTAs that share a multiprocessor take 1 KiB more each; it has 1 KiB more than one can use.
-    needs = {
-        candidates: max(c.ctas_per_sm * (c.shared_memory + 1024) - 1024 for c in candidates)
-        for candidates in listed
-    }
+    needs = {candidates: max(map(space, candidates)) for candidates in listed}
     for candidates, need in needs.items():
         if need <= shared_memory:
             return tuple(_variant(replace(c, dtype=dtype, arch=target)) for c in candidates)

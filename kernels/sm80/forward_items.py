@@ -27,14 +27,14 @@ class RowPlace(NamedTuple):
     known: Int32  # rows of the tile that are positions of the layout; only with offsets
 
 
-# What lies behind the `RowPlace` in kernels with score terms: the item's first tile, the position
-# of its first row, batch entry * query heads + query head, and the bits of ALiBi's coefficient.
-FIRST_TILE, TOP, PAIR, COEFFICIENT = range(len(RowPlace._fields), len(RowPlace._fields) + 4)
+# Words behind the `RowPlace` in kernels with score terms: the position of the tile's first row,
+# batch entry * query heads + query head, and the bits of ALiBi's coefficient.
+TOP, PAIR, COEFFICIENT = range(len(RowPlace._fields), len(RowPlace._fields) + 3)
 
 
 def place_words(config) -> int:
     """Words of shared memory of the place of an item."""
-    return len(RowPlace._fields) + (4 if config.scored else 0)
+    return len(RowPlace._fields) + (3 if config.scored else 0)
 
 
 class KeyTile(NamedTuple):

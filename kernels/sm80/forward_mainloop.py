@@ -13,7 +13,6 @@ from sparse_flash.kernels import online_softmax as online
 from sparse_flash.kernels.dropout import Dropout
 from sparse_flash.kernels.sm80.forward_items import (
     COEFFICIENT,
-    FIRST_TILE,
     PAIR,
     TOP,
     KeyTile,
@@ -108,12 +107,9 @@ class ForwardMainloop(ForwardScores):
     def step_one(self, item, j, tile):
         """A tile, with one stage. Returns the next item, and the tile that follows."""
         ticket = self.ask(item, j)
-        if const_expr(self.config.recompute < 3):
-            ahead = self.tile_ahead(item, j + 1)
+        ahead = self.tile_at(item.first + cutlass.min(j + 1, item.count - 1))
         cute.arch.cp_async_wait_group(0)
         cute.arch.sync_threads()  # K is there, and all warps are done with the last V
-        if const_expr(self.config.recompute == 3):
-            ahead = self.tile_ahead(item, j + 1)
         if const_expr(self.records):
             self.fetch_details(item, j)
         self.load_v(item, tile, 0)
@@ -139,12 +135,9 @@ class ForwardMainloop(ForwardScores):
         is_last = j == item.count - 1
         early = self.fetches(item) if const_expr(self.records) else Boolean(False)
         ticket = self.ask(item, j)
-        if const_expr(self.config.recompute < 3):
-            later = self.tile_ahead(item, j + 2)
+        later = self.tile_at(item.first + cutlass.min(j + 2, item.count - 1))
         cute.arch.cp_async_wait_group(0)
         cute.arch.sync_threads()  # K and V are there, and all warps are done with the last ones
-        if const_expr(self.config.recompute == 3):
-            later = self.tile_ahead(item, j + 2)
         if const_expr(self.records):
             self.fetch_details(item, j)
         following = item
@@ -268,11 +261,11 @@ class ForwardMainloop(ForwardScores):
                 places[item.slot, i] = place[i]
             if const_expr(self.config.scored):
                 heads = cute.size(self.q, mode=[2])
-                places[item.slot, FIRST_TILE] = item.first
                 places[item.slot, TOP] = self.top(place)
                 places[item.slot, PAIR] = place.batch * heads + place.head
             if const_expr(self.config.alibi):
-                places[item.slot, COEFFICIENT] = bits_of(self.terms.coefficient(place.head))
+                head = place.head if item.count > 0 else Int32(0)  # after the last item any number
+                places[item.slot, COEFFICIENT] = bits_of(self.terms.coefficient(head))
         if item.count > 0:
             limit, any_row = cute.size(self.q, mode=[1]), self.config.offsets
             coord = (place.head, place.batch)
@@ -290,14 +283,6 @@ class ForwardMainloop(ForwardScores):
         """The first two tiles of an item."""
         second = item.first + cutlass.min(Int32(1), cutlass.max(item.count - 1, 0))
         return self.tile_at(item.first), self.tile_at(second)
-
-    @cute.jit
-    def tile_ahead(self, item, j):
-        """Tile j of an item, or its last one."""
-        first = item.first
-        if const_expr(self.config.recompute == 3):
-            first = self.places[item.slot, FIRST_TILE]
-        return self.tile_at(first + cutlass.min(j, item.count - 1))
 
     @cute.jit
     def tile_at(self, index):

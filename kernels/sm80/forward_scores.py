@@ -51,7 +51,7 @@ class ForwardScores:
             else:
                 acc_s[group].fill(0.0)
         k_lane, q_lane = self.first_keys(stage), self.first_queries()
-        step = 64 if config.recompute >= 2 else config.tile_n  # keys in registers at a time
+        step = 64 if config.recompute == 2 else config.tile_n  # keys in registers at a time
         for column in cutlass.range_constexpr(0, config.head_dim, 16):
             queries = [None] * config.row_groups
             for first in cutlass.range_constexpr(0, config.tile_n, step):
@@ -72,7 +72,7 @@ class ForwardScores:
         """Address of the first keys of a stage for a lane."""
         lane = self.again(self.tid, 2) % 32
         start = self.k_base + self.kv_layout.columns_first(lane) + stage * self.kv_layout.nbytes
-        return start if const_expr(self.config.recompute >= 2) else in_loop(start)
+        return start if const_expr(self.config.recompute == 2) else in_loop(start)
 
     @cute.jit
     def first_queries(self):

@@ -76,9 +76,14 @@ def backward_plan(
     return plan_with(config, layout, q, k, facts)
 
 
-def unsupported_blocks(layout: BlockLayout, q: Tensor, deterministic: bool) -> str | None:
-    """Why the kernels cannot take a layout of data with such blocks; None where they can."""
-    facts, d = DeviceFacts.of(q.device), q.shape[3]
+def unsupported_blocks(
+    layout: BlockLayout, q: Tensor, deterministic: bool, head_dim: int
+) -> str | None:
+    """Why the kernels cannot take a layout of data with such blocks; None where they can.
+
+    head_dim: The larger one of queries and values.
+    """
+    facts, d = DeviceFacts.of(q.device), head_dim
     limits = (target_of(facts), shared_memory_of(facts))
     backward = planner_of(backward_config(DTYPES[q.dtype], d, *limits, deterministic))
     return attention.unsupported_blocks(layout, (forward_planner(q.dtype, d, *limits), backward))

@@ -16,12 +16,17 @@ from sparse_flash.kernels.sm80.config import ForwardConfig
 # All sets of features.
 FLAGS = tuple(ScoreFlags(*(bool(n >> i & 1) for i in range(4))) for n in range(1, 16))
 _ANY = "bfloat16"  # stands for either
+# Tiles for softcap or ALiBi where the plain ones leave no registers.
+_FORWARD = {
+    64: ForwardConfig(_ANY, 64, tile_m=128, tile_n=64, stages=2),
+    128: ForwardConfig(_ANY, 128, tile_m=128, tile_n=32, stages=2),
+}
 # Tiles for features that need many registers.
 _SMALL_FORWARD = {
     32: ForwardConfig(_ANY, 32, tile_m=128, tile_n=64, stages=2),
     64: ForwardConfig(_ANY, 64, tile_m=128, tile_n=64, stages=2),
     96: ForwardConfig(_ANY, 96, tile_m=64, tile_n=64),
-    128: ForwardConfig(_ANY, 128, tile_m=64, tile_n=64, ctas_per_sm=2),
+    128: ForwardConfig(_ANY, 128, tile_m=64, tile_n=64),
     192: ForwardConfig(_ANY, 192, tile_m=64, tile_n=64, ctas_per_sm=1),
     256: ForwardConfig(_ANY, 256, tile_m=64, tile_n=64, ctas_per_sm=1),
 }
@@ -55,24 +60,19 @@ def scored_forward_configs(
 ) -> tuple[ForwardConfig, ...]:
     """As `forward_configs`, with these features."""
     configs = forward.forward_configs(dtype, head_dim, target, shared_memory)
-    if not any(flags):
-        return configs
-    given = {"dtype": dtype, "arch": target, **of_forward(flags)}
+    size = configs[0].head_dim
     if _is_heavy(flags):
-        return (replace(_SMALL_FORWARD[configs[0].head_dim], **given),)
-    return tuple(replace(_lighter(config), **given) for config in configs)
+        configs = (_SMALL_FORWARD[size],)
+    elif (flags.softcap or flags.alibi) and size in _FORWARD:
+        if forward.space(_FORWARD[size]) <= shared_memory:
+            configs = (_FORWARD[size],)
+    features = of_forward(flags)
+    return tuple(replace(c, dtype=dtype, arch=target, **features) for c in configs)
 
 
 def _is_heavy(flags: ScoreFlags) -> bool:
     """Whether the features need more registers than any one of softcap and ALiBi."""
     return flags.dropout or (flags.softcap and flags.alibi)
-
-
-def _lighter(config: ForwardConfig) -> ForwardConfig:
-    """The config in fewer registers where it has none to spare."""
-    if config.row_groups > 1 and config.head_dim * config.tile_n >= 64 * 128:
-        return replace(config, recompute=3, stages=1)
-    return config
 
 
 def scored_forward_at_config(
@@ -115,6 +115,19 @@ def scored_backward_config(
     return replace(config, offsets=offsets, **features)
 
 
+def unsupported_gradients(head_dim: int, shared_memory: int, flags: ScoreFlags) -> str | None:
+    """Why the gradients with these features have no config without spills; None where they have."""
+    if not flags.dropout or head_dim <= 192:
+        return None
+    (smallest,) = _SMALL_BACKWARD[256]
+    if backward.fits(smallest, shared_memory):
+        return None
+    return (
+        f"its gradients with dropout need {smallest.shared_memory} bytes of shared memory above "
+        f"head_dim 192, but this GPU has {shared_memory} bytes for a CTA"
+    )
+
+
 def all_scored_configs(target: str) -> list[ForwardConfig | BackwardConfig]:
     """All configs with score terms that GPUs of a compiler target take."""
     found: dict[ForwardConfig | BackwardConfig, None] = {}
@@ -126,6 +139,6 @@ def all_scored_configs(target: str) -> list[ForwardConfig | BackwardConfig]:
                 found[scored_forward_at_config(*limits, flags)] = None
                 for fixed, offsets in itertools.product((False, True), repeat=2):
                     config = scored_backward_config(*limits, fixed, flags, offsets)
-                    if config.scored:
+                    if config.scored and not unsupported_gradients(size, limits[3], flags):
                         found[config] = None
     return list(found)

@@ -17,8 +17,11 @@ from sparse_flash.implementations.score_features import (
     ScoreFeature,
     missing_feature,
 )
+from sparse_flash.kernels.device import DeviceFacts
 from sparse_flash.kernels.score_arguments import NO_FLAGS, ScoreArguments, ScoreFlags
 from sparse_flash.kernels.sm80 import attention, gradients, positions
+from sparse_flash.kernels.sm80.config import shared_memory_of
+from sparse_flash.kernels.sm80.scored_config import unsupported_gradients
 from sparse_flash.masks.device_layout import DeviceLayout
 
 
@@ -39,8 +42,13 @@ class Sm80:
         """Dtype, device, head_dim, the DSL, and strides decide."""
         reason = attention.unsupported_reason(call.q, call.k, call.v)
         reason = reason or self.unsupported_scores(call)
+        width = max(call.q.shape[3], call.v.shape[3])
+        if reason is None and call.needs_grad and call.terms is not None:
+            limit = shared_memory_of(DeviceFacts.of(call.q.device))
+            reason = unsupported_gradients(width, limit, _arguments(call).flags)
         if reason is None and isinstance(call.layout, DeviceLayout):
-            reason = gradients.unsupported_blocks(call.layout, _widest(call), call.deterministic)
+            given = (call.layout, call.q, call.deterministic, width)
+            reason = gradients.unsupported_blocks(*given)
         return reason
 
     def unsupported_scores(self, call: AttentionCall) -> str | None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
+from sparse_flash.kernels.device import DeviceFacts
 from sparse_flash.kernels.sm80 import attention as sm80
 from sparse_flash.kernels.sm90 import attention as sm90
 
@@ -19,6 +21,7 @@ from sparse_flash.implementations.score_features import (
     SOFTCAP,
     WIDTH,
 )
+from tests.kernels.helpers import H200
 from tools.score_table import call_of
 
 
@@ -26,6 +29,7 @@ from tools.score_table import call_of
 def _on_gpu(monkeypatch):
     for module in (sm80, sm90):
         monkeypatch.setattr(module, "unsupported_reason", lambda *_: None)
+    monkeypatch.setitem(DeviceFacts._of, torch.device("meta"), H200)
 
 
 @pytest.mark.parametrize(

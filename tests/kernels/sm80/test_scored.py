@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,9 +19,11 @@ from sparse_flash.kernels.sm80.scored_config import (
 )
 
 from sparse_flash import block_sparse_attention, masks, scores
+from sparse_flash.call import terms_of_options
+from sparse_flash.implementations.sm80 import Sm80
 from tests.kernels.helpers import plan_on_cpu
 from tests.kernels.sm80.test_compile import TARGETS
-from tests.kernels.sm80.test_plan import A100, RTX4090
+from tests.kernels.sm80.test_plan import A100, RTX4090, gpu_call
 
 pytest.importorskip("cutlass.cute")
 score_terms = pytest.importorskip("sparse_flash.kernels.score_terms")
@@ -68,8 +71,21 @@ def test_some_compile_well(compile_for, config):
     check(compile_for, config)
 
 
+def features(config):
+    return sum(has(config, n) for n in ("softcap", "alibi", "sinks", "dropout"))
+
+
+# Each feature alone, and all together.
+MATRIX = [
+    config
+    for target in TARGETS
+    for config in all_scored_configs(target)
+    if features(config) in (1, 3 + isinstance(config, ForwardConfig))
+]
+
+
 @pytest.mark.matrix
-@pytest.mark.parametrize("config", [c for t in TARGETS for c in all_scored_configs(t)], ids=name)
+@pytest.mark.parametrize("config", MATRIX, ids=name)
 def test_all_compile_well(compile_for, config):
     check(compile_for, config)
 
@@ -171,6 +187,17 @@ def test_arguments_are_those_of_the_kernel(launched, monkeypatch, facts, flags, 
             assert given.keep_scale == (pytest.approx(256 / 230) if flags.dropout else None)
     forward = [isinstance(call["config"], ForwardConfig) for call in launched]
     assert forward == [True, False] * 2
+
+
+def test_dropout_gradients_that_do_not_fit_are_refused(monkeypatch):
+    for facts, dim, refused in ((A100, 256, False), (RTX4090, 192, False), (RTX4090, 200, True)):
+        call = gpu_call(monkeypatch, facts, dim=dim, needs_grad=True)
+        seed = torch.zeros(1, dtype=torch.int64)
+        terms = terms_of_options((False,) * 4, 0.0, 26, (None,) * 5 + (seed,))
+        reason = Sm80().unsupported_reason(replace(call, terms=terms))
+        assert bool(reason) == refused, (facts, dim, reason)
+        assert Sm80().unsupported_reason(replace(call, terms=terms, needs_grad=False)) is None
+    assert "123904 bytes of shared memory above head_dim 192, but this GPU has 101376" in reason
 
 
 def test_features_without_use_change_nothing():
