@@ -39,7 +39,7 @@ def _with_terms(config: ForwardConfig, flags: ScoreFlags) -> ForwardConfig:
     the output.
     """
     config = replace(config, **flags.of_forward)
-    if flags.softcap and flags.dropout and flags.distance_bias:
+    if config.draws_ahead:
         config = replace(config, q_in_registers=False)
     if config.shared_memory > MOST_SHARED_MEMORY:
         config = replace(config, o_columns=config.o_columns // 2)
@@ -102,7 +102,7 @@ def all_scored_configs() -> list[ForwardConfig | BackwardConfig]:
             forward = scored_forward_configs(dtype, size, flags)
             found |= dict.fromkeys((*forward, scored_forward_at_config(dtype, size, flags)))
             for deterministic in (False, True):
-                refused = flags.alibi or (deterministic and flags.distance_grads)
+                refused = deterministic and flags.distance_grads
                 if size <= MOST_HEAD_DIM and not refused:
                     backward = scored_backward_configs(dtype, size, deterministic, flags)
                     found |= dict.fromkeys(c for c in backward if c.scored)
