@@ -142,7 +142,7 @@ class Arguments:
         if not scored:
             return ()
         found: dict[str, Any] = {}
-        if self.config.alibi:
+        if getattr(self.config, "alibi", False):
             found |= {"slopes": values(Float32, self.h), "slope_scale": Float32(1.0)}
         if self.config.softcap:
             found |= {"cap_scale": Float32(1.0)}

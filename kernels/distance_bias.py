@@ -90,8 +90,18 @@ def window_bytes(tile: tuple[int, int]) -> int:
 
 
 def scratch_size(columns: int) -> int:
-    """Numbers in shared memory that a warp needs for `add_diagonals` of so many columns."""
-    return ROWS * (columns + ROWS)
+    """Numbers of a warp in shared memory for `add_diagonals` of so many columns.
+
+    Each row has ROWS zeros on both sides.
+    """
+    return ROWS * (columns + 3 * ROWS)
+
+
+@cute.jit
+def clear_scratch(scratch):
+    """Set a warp's scratch to 0, once before all `add_diagonals`."""
+    for i in cutlass.range(cute.arch.lane_idx(), cute.size(scratch), 32):
+        scratch[i] = Float32(0.0)
 
 
 @cute.jit
@@ -103,25 +113,24 @@ def add_diagonals(ds, scratch, sums):
     """
     lane, groups = cute.arch.lane_idx(), cute.size(ds) // 4 + 1
     width = 8 * groups
-    # Row by row (ROWS rows; the lower half of the warp's is shifted by ROWS columns).
+    stride = width + 2 * ROWS
+    # ROWS rows: the thread's second one is added to the first one, ROWS columns to the right.
     totals = cute.make_rmem_tensor((2, groups), Float32)
     totals.fill(0.0)
     for i in cutlass.range_constexpr(cute.size(ds)):
         group = i // 4 - i // 2 % 2 + 1
         totals[i % 2, group] = totals[i % 2, group] + ds[i].to(Float32)
-    start = scratch.iterator + (lane // 4 * width + 2 * (lane % 4))
+    start = scratch.iterator + (lane // 4 * stride + 2 * (lane % 4) + ROWS)
     layout = cute.make_layout((2, groups), stride=(1, 8))
     cute.arch.sync_warp()  # the previous sums have been read
     cute.autovec_copy(totals, cute.make_tensor(start.align(8), layout))
     cute.arch.sync_warp()
     for part in cutlass.range_constexpr(cute.ceil_div(width + ROWS - 1, 32)):
         diagonal = part * 32 + lane - (ROWS - 1)  # column minus row
-        total = Float32(0.0)
-        for row in cutlass.range_constexpr(ROWS):
-            column = diagonal + row
-            inside = column >= 0 and column < width
-            value = scratch[row * width + cutlass.min(cutlass.max(column, 0), width - 1)]
-            total += value if inside else Float32(0.0)
+        first = cutlass.min(diagonal, width - 1) + ROWS
+        total = scratch[first]
+        for row in cutlass.range_constexpr(1, ROWS):
+            total += scratch[first + row * (stride + 1)]
         if diagonal < width and total != 0.0:
             address = (sums + diagonal).toint()
             cute.arch.inline_ptx(

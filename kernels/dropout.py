@@ -47,18 +47,29 @@ class Dropout:
         column, multiples of 16; q_offset and kv_starts are included. Returns 4 count words: all
         bits of the elements 2 i and 2 i + 1 of the thread that are kept.
         """
+        return self.masks_of(self.flags(pair, row, column, count))
+
+    @cute.jit
+    def flags(self, pair, row, column, count: cutlass.Constexpr):
+        """The same in 2 count words, which need fewer registers: see `masks_of`."""
         found = []
         for tile in cutlass.range_constexpr(0, count, 2):
             if const_expr(tile + 1 < count):
-                tiles = self._two_tiles(pair, row, column + tile * TILE)
+                first, second = self._two_tiles(pair, row, column + tile * TILE)
+                found += [*first, *second]
             else:
                 words = self._evaluate(pair, row, column // 4 + tile * (TILE // 4) + self.lane % 4)
-                tiles = self._halves(words)[:1]
-            for words in tiles:
-                # Elements of a thread: two columns, two rows, then two further columns.
-                order = (0, 1, 2, 3) if self.transposed else (0, 2, 1, 3)
-                found += [pair_mask(words, byte) for byte in order]
+                found += self._halves(words)[0]
         return found
+
+    def masks_of(self, flags):
+        """The masks of `flags`, words or a register tensor of them."""
+        # Elements of a thread in a tile: two columns, two rows, then two further columns.
+        order = (0, 1, 2, 3) if self.transposed else (0, 2, 1, 3)
+        count = len(flags) if isinstance(flags, list) else cute.size(flags)
+        return [
+            pair_mask((flags[i], flags[i + 1]), byte) for i in range(0, count, 2) for byte in order
+        ]
 
     @cute.jit
     def _two_tiles(self, pair, row, column):

@@ -32,8 +32,11 @@ class ScoreFlags(NamedTuple):
 
     @property
     def of_backward(self) -> dict[str, Any]:
-        """The features of backward kernels; the sinks' gradients need none."""
-        return {name: used for name, used in self._asdict().items() if name != "sinks"}
+        """The features of backward kernels; the sinks' gradients need none, and ALiBi is a bias
+        by distance there.
+        """
+        fields = self._asdict().items()
+        return {name: used for name, used in fields if name not in ("sinks", "alibi")}
 
 
 NO_FLAGS = ScoreFlags()

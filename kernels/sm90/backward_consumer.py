@@ -30,7 +30,7 @@ from sparse_flash.kernels.dropout import Dropout
 from sparse_flash.kernels.preprocess import exponent_in
 from sparse_flash.kernels.sm90.backward_gemms import BackwardGemms
 from sparse_flash.kernels.sm90.backward_producer import STORE_THREADS
-from sparse_flash.kernels.sm90.backward_scores import BackwardScores, Places
+from sparse_flash.kernels.sm90.backward_scores import BackwardScores, Place
 from sparse_flash.kernels.sm90.barriers import BackwardBarrier
 from sparse_flash.kernels.vectors import from_bits, pack_pair, store_pairs
 from sparse_flash.kernels.work_tiles import ColumnWorkTile
@@ -72,6 +72,7 @@ class BackwardConsumer(BackwardScores):
         self.results, self.splits = results  # dV and dK
         self.thread = cute.arch.thread_idx()[0] % 128
         self.group = cute.arch.make_warp_uniform(cute.arch.thread_idx()[0] // 128 - 1)
+        self.clear_scratch()
         # Index of this warpgroup's 64 keys, and of its columns of dK and dV.
         self.keys, self.columns = self.group, 0
         if const_expr(config.split_columns):
@@ -85,9 +86,8 @@ class BackwardConsumer(BackwardScores):
         self.acc_dv = cute.make_rmem_tensor(shape, Float32)
         # Bit tile of the tile whose S' has been issued; valid in the first lane of each warp.
         self.bit_tile = cute.make_rmem_tensor(1, Int32)
-        # Likewise, its `Places`, and the coefficient of ALiBi.
-        self.places = cute.make_rmem_tensor(len(Places._fields), Int32)
-        self.coefficient = cute.make_rmem_tensor(1, Float32)
+        # Likewise, its `Place`.
+        self.place = cute.make_rmem_tensor(len(Place._fields), Int32)
         # Fixed-point exponents of the thread's two rows of dQ, for the previous tile.
         self.exponents = cute.make_rmem_tensor(1, Int32)
 
@@ -218,7 +218,6 @@ class BackwardConsumer(BackwardScores):
         self.zero_rows(acc_dp, remaining)
         for p_slice in cutlass.range_constexpr(config.p_slices):
             self.derive(ds, acc_dp, factors, self.of_slice(1, stage, p_slice, delta), p_slice)
-            self.add_distance_grads(ds, place, p_slice)
             if const_expr(config.dq and p_slice == config.p_slices - 1):
                 self.store_ds(ds, q_state, before)
             self.gemms.gemm_dk(self.acc_dk, ds, stage, p_slice)
@@ -236,6 +235,7 @@ class BackwardConsumer(BackwardScores):
             self.q_pipe.consumer_wait(following)
             self.acc_s.fill(0.0)  # frees its registers: the old content is dead
             self.gemms.gemm_s(self.acc_s, k_state.index, following.index)
+        self.add_distance_grads(ds, place)
         if const_expr(before):
             warpgroup.wait_group(0 if const_expr(last) else 1)
         if const_expr(config.dq):

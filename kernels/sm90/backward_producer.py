@@ -87,7 +87,7 @@ class BackwardProducer:
         self.q_pipe.sync_object_empty.wait(state.index, state.phase)
         sTiles, barrier = self.sTiles, self.q_pipe.producer_get_barrier(state)
         if cute.arch.lane_idx() == 0:
-            sTiles[state.index] = bit_tile
+            sTiles[state.index, 0] = bit_tile
             if const_expr(self.config.placed):
                 pair = batch * cute.size(self.loads[0][1], mode=[2]) + head
                 query, key = m_block * self.config.tile_m, n_block * self.config.tile_n

@@ -6,30 +6,19 @@ import cutlass
 from cutlass import Float32, Int32, const_expr, cute
 from sparse_flash.kernels import online_softmax as online
 from sparse_flash.kernels import score_terms
-from sparse_flash.kernels.distance_bias import ROWS, add_diagonals
+from sparse_flash.kernels.distance_bias import ROWS, add_diagonals, clear_scratch
 from sparse_flash.kernels.sm90.primitives import add_products, mul_pairs, split_signs
 from sparse_flash.kernels.vectors import as_pairs
 from sparse_flash.masks.layout import FULL_TILE
 
 
-class Places(NamedTuple):
+class Place(NamedTuple):
     """Where a tile is, for score terms that depend on positions; the fields are Int32."""
 
     query: Int32  # the first one
     key: Int32  # the first one
     head: Int32  # of q
     pair: Int32  # batch entry * query heads + query head
-
-
-class WarpPlace(NamedTuple):
-    """The same for the rows of a warp."""
-
-    coefficient: Float32  # of ALiBi
-    distance: Float32  # of the thread's first element
-    head: Int32
-    pair: Int32
-    row: Int32  # position of the warp's first key
-    column: Int32  # position of the first query
 
 
 class BackwardScores:
@@ -44,28 +33,22 @@ class BackwardScores:
         """
         masking, place, stage = shared
         acc, first = self.slice_of(self.acc_s, p_slice)
-        kept, coefficient, distance = factors[0], place.coefficient, place.distance
+        weights = factors[0]
         bias = None
         if const_expr(self.config.distance_bias):
             bias = self.windows.values(stage, self.row(0), first, cute.size(acc))
         if const_expr(self.config.softcap):
             score_terms.apply_softcap(acc, self.terms.cap_scale)
             self.mask(acc, *masking, first, score_terms.MASKED)
-            sign = Float32(-1.0) if coefficient < 0 else Float32(1.0)
-            start = coefficient * distance
             for i in cutlass.range_constexpr(cute.size(acc)):
                 power = acc[i]
-                if const_expr(self.config.alibi):
-                    power += sign * score_terms.alibi_of(first + i, coefficient, start, True)
                 if const_expr(self.config.distance_bias):
                     power += bias[i]
                 power = power * self.scale_log2 - lse[i % 2, i // 4]
                 probability = online.exp2(power)
                 p[first + i] = probability.to(self.dtype)
-                kept[first + i] = (probability * (1.0 - acc[i] * acc[i])).to(self.dtype)
+                weights[first + i] = (probability * (1.0 - acc[i] * acc[i])).to(self.dtype)
         else:
-            if const_expr(self.config.alibi):
-                score_terms.add_alibi(acc, coefficient, distance, True, first)
             for i in cutlass.range_constexpr(cute.size(acc)):
                 if const_expr(self.config.distance_bias):
                     acc[i] = acc[i] + bias[i]
@@ -84,9 +67,9 @@ class BackwardScores:
         signs, pairs = Int32(-0x7FFF8000), as_pairs(p)
         step = 2 if const_expr(cute.size(p) % 16 == 0) else 1  # tiles of 16 columns
         for tile in cutlass.range_constexpr(0, cute.size(p) // 8, step):
-            column = place.column + 2 * first + 16 * tile
+            column = place.query + 2 * first + 16 * tile
             for i, mask in enumerate(
-                self.dropout.masks(place.pair, place.row, column, step), 4 * tile
+                self.dropout.masks(place.pair, place.key, column, step), 4 * tile
             ):
                 if const_expr(self.config.softcap):
                     as_pairs(weights)[i] = as_pairs(weights)[i] | ~mask & signs
@@ -96,14 +79,22 @@ class BackwardScores:
                 pairs[i] = pairs[i] & mask
 
     @cute.jit
-    def add_distance_grads(self, ds, place, p_slice: cutlass.Constexpr):
-        """Add a slice of dS' to the gradients of the bias by distance."""
+    def clear_scratch(self):
+        """Clear the warp's scratch for gradients of the bias by distance."""
         if const_expr(self.config.distance_grads):
-            mine, first = self.slice_of(ds, p_slice)
+            clear_scratch(self.scratch[None, self.group * 4 + self.thread // 32])
+
+    @cute.jit
+    def add_distance_grads(self, ds, place):
+        """Add dS' to the gradients of the bias by distance, slice by slice."""
+        if const_expr(self.config.distance_grads):
             sums, warp = self.terms.bias_sums, self.group * 4 + self.thread // 32
-            distance = place.column + 2 * first - place.row - ROWS
-            index = cute.crd2idx((place.head, self.terms.bias_rows + distance), sums.layout)
-            add_diagonals(mine, self.scratch[None, warp], sums.iterator + index)
+            start = self.terms.bias_rows + place.query - place.key - ROWS
+            index = cute.crd2idx((place.head, start), sums.layout)
+            for p_slice in cutlass.range_constexpr(self.config.p_slices):
+                mine, first = self.slice_of(ds, p_slice)
+                goal = sums.iterator + (index + 2 * first)
+                add_diagonals(mine, self.scratch[None, warp], goal)
 
     @cute.jit
     def derive(self, ds, acc_dp, factors, delta, p_slice: cutlass.Constexpr):
@@ -158,37 +149,28 @@ class BackwardScores:
 
     @cute.jit
     def place_of_warp(self):
-        """The `WarpPlace` of the tile; zeros where it is not used."""
-        zero, none = Int32(0), Float32(0.0)
-        place = WarpPlace(none, none, zero, zero, zero, zero)
+        """The tile's `Place` from the warp's first key on; zeros where it is not used."""
+        place = Place(*[Int32(0)] * len(Place._fields))
         if const_expr(self.config.placed):
-            places = Places(*(cute.arch.shuffle_sync(self.places[i], 0) for i in range(4)))
-            row = places.key + self.keys * 64 + self.thread // 32 * 16
-            coefficient, distance = none, none
-            if const_expr(self.config.alibi):
-                coefficient = cute.arch.shuffle_sync(self.coefficient[0], 0)
-                apart = places.query - places.key
-                distance = Float32(apart + self.thread % 4 * 2 - self.row(0))
-            place = WarpPlace(coefficient, distance, places.head, places.pair, row, places.query)
+            query, key, head, pair = (cute.arch.shuffle_sync(self.place[i], 0) for i in range(4))
+            key += self.keys * 64 + self.thread // 32 * 16
+            place = Place(query, key, head, pair)
         return place
 
     @cute.jit
     def read_bit_tile(self, stage):
-        """Read a tile's bit tile and places, in the lane that releases the stage for its warp."""
+        """Read a tile's bit tile and place, in the lane that releases the stage for its warp."""
         bit_tile = Int32(0)
         if self.thread % 32 == 0:
             bit_tile = self.sTiles[stage, 0]
         self.bit_tile[0] = bit_tile
         if const_expr(self.config.placed):
-            places, coefficient = cute.make_rmem_tensor(4, Int32), Float32(0.0)
-            places.fill(0)
+            place = cute.make_rmem_tensor(self.place.shape, Int32)
+            place.fill(0)
             if self.thread % 32 == 0:
-                for i in cutlass.range_constexpr(4):
-                    places[i] = self.sTiles[stage, 1 + i]
-                if const_expr(self.config.alibi):
-                    coefficient = self.terms.coefficient(places[2])
-            self.places.store(places.load())
-            self.coefficient[0] = coefficient
+                for i in cutlass.range_constexpr(cute.size(place)):
+                    place[i] = self.sTiles[stage, 1 + i]
+            self.place.store(place.load())
 
     @cute.jit
     def statistics(self, which: cutlass.Constexpr, stage, first: cutlass.Constexpr = 0, slices=1):

@@ -79,6 +79,13 @@ class ForwardConfig:
         return self.warpgroups == 3
 
     @property
+    def draws_ahead(self) -> bool:
+        """Whether to draw which elements dropout keeps while the tensor cores compute S, as far as
+        there are registers for it.
+        """
+        return self.dropout and self.warpgroups == 2
+
+    @property
     def consumer_registers(self) -> int:
         """Registers per consumer thread. With the producer's they fill the register file."""
         return {2: 232, 3: 160}[self.warpgroups]
@@ -138,8 +145,7 @@ class BackwardConfig:
     sliced_statistics: bool = False
     fixed_point: bool = False
     offsets: bool = False  # queries at positions, see position_work_tiles.py
-    softcap: bool = False  # see score_terms.py, as the next four
-    alibi: bool = False
+    softcap: bool = False  # see score_terms.py, as the next three
     dropout: bool = False
     distance_bias: bool = False
     distance_grads: bool = False
@@ -188,12 +194,12 @@ class BackwardConfig:
     @property
     def placed(self) -> bool:
         """Whether score terms depend on the positions of queries and keys."""
-        return self.alibi or self.dropout or self.distance_bias
+        return self.dropout or self.distance_bias
 
     @property
     def tile_words(self) -> int:
-        """Int32 words of a tile in shared memory: its bit tile, and its `places` (see
-        BackwardScores).
+        """Int32 words of a tile in shared memory: its bit tile, and its `Place` (see
+        backward_scores.py).
         """
         return 5 if self.placed else 1
 
@@ -295,7 +301,8 @@ class BackwardConfig:
         distance_bias.add_diagonals.
         """
         rows, warps = 8, 8
-        return warps * rows * (self.tile_m // self.p_slices + rows) if self.distance_grads else 0
+        columns = self.tile_m // self.p_slices + 3 * rows
+        return warps * rows * columns if self.distance_grads else 0
 
 
 @dataclass(frozen=True)

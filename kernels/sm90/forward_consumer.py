@@ -11,7 +11,7 @@ work tile is issued together with the last one of this work tile, so short rows 
 from enum import IntEnum
 
 import cutlass
-from cutlass import Float32, Int32, const_expr, cute, pipeline
+from cutlass import Float32, Int32, Uint32, const_expr, cute, pipeline
 from cutlass.cute.nvgpu import cpasync, warp, warpgroup
 from sparse_flash.kernels import online_softmax as online
 from sparse_flash.kernels import score_terms
@@ -70,6 +70,7 @@ class ForwardConsumer:
             self.places = cute.make_rmem_tensor(3, Int32)
         if const_expr(config.dropout):
             self.dropout = Dropout(self.terms.seed, self.terms.dropped, transposed=False)
+            self.keep_flags = cute.make_rmem_tensor(config.tile_n // 8, Uint32)
         self.mma_qk, self.mma_qk_rs, self.mma_pv, self.mma_store = tiled_mmas
         self.sQ, sK, self.sV, self.sO, self.sTiles = buffers
         self.q_pipe, self.k_pipe, self.v_pipe = pipes
@@ -169,6 +170,7 @@ class ForwardConsumer:
             self.pass_turn()
         bit_tile, remaining = self.read_tile_info(kv_state.index)
         words = online.mask_words(self.bits, bit_tile, self.group, self.thread)
+        self.draw_flags(bit_tile, remaining)
         warpgroup.wait_group(0 if const_expr(kind == StepKind.FIRST) else 1)
         self.add_terms(acc_s, remaining, kv_state)
         if bit_tile != FULL_TILE:
@@ -210,12 +212,25 @@ class ForwardConsumer:
             self.k_pipe.consumer_release(kv_state)
 
     @cute.jit
+    def draw_flags(self, bit_tile, remaining):
+        """Draw which elements of the next P are kept, before the wait for its S."""
+        if const_expr(self.config.draws_ahead):
+            pair, row, column = self.places[0], self.places[1], self.places[2] - remaining
+            keep_flags = self.keep_flags
+            # Always true, but opaque to ptxas, as in `step`: the wait for S stays behind.
+            if bit_tile >= FULL_BEYOND:
+                flags = self.dropout.flags(pair, row, column, self.config.tile_n // 16)
+                for i in cutlass.range_constexpr(len(flags)):
+                    keep_flags[i] = flags[i]
+
+    @cute.jit
     def apply_dropout(self, remaining):
         """Drop elements of P, whose row sums are those without dropout."""
-        if const_expr(self.config.dropout):
-            pair, row, limit = self.places[0], self.places[1], self.places[2]
-            masks = self.dropout.masks(pair, row, limit - remaining, self.config.tile_n // 16)
-            drop(self.p, masks)
+        if const_expr(self.config.draws_ahead):
+            drop(self.p, self.dropout.masks_of(self.keep_flags))
+        elif const_expr(self.config.dropout):
+            pair, row, column = self.places[0], self.places[1], self.places[2] - remaining
+            drop(self.p, self.dropout.masks(pair, row, column, self.config.tile_n // 16))
 
     @cute.jit
     def begin_terms(self, work_tile):

@@ -31,8 +31,6 @@ from sparse_flash.kernels.sm90.scored_config import (
 from sparse_flash.masks.layout import BlockLayout
 from torch import Tensor
 
-MOST_HEAD_DIM = 128  # of gradients with softcap, ALiBi or dropout
-
 
 @functools.cache
 def _forward_planner(configs: tuple[ForwardConfig, ...]) -> Planner[ForwardConfig]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from dataclasses import replace
 from typing import Any
 
 from sparse_flash.kernels.score_arguments import ScoreFlags
 from sparse_flash.kernels.sm90.config import (
+    DTYPES,
     BackwardConfig,
     ForwardConfig,
     backward_configs,
@@ -15,6 +17,7 @@ from sparse_flash.kernels.sm90.config import (
 )
 from sparse_flash.kernels.sm90.position_config import forward_at_config
 
+MOST_HEAD_DIM = 128  # of gradients with softcap, bias or dropout
 MOST_SHARED_MEMORY = 227 << 10  # of a CTA, in bytes
 
 
@@ -32,8 +35,12 @@ def scored_forward_at_config(dtype: str, head_dim: int, flags: ScoreFlags) -> Fo
 
 
 def _with_terms(config: ForwardConfig, flags: ScoreFlags) -> ForwardConfig:
-    """The config with these features; windows take shared memory of the output."""
+    """The config with these features; they take registers of Q, and windows take shared memory of
+    the output.
+    """
     config = replace(config, **flags.of_forward)
+    if config.draws_ahead:
+        config = replace(config, q_in_registers=False)
     if config.shared_memory > MOST_SHARED_MEMORY:
         config = replace(config, o_columns=config.o_columns // 2)
     return config
@@ -70,12 +77,33 @@ def _changes(size: int, flags: ScoreFlags) -> dict[str, Any]:
     if size == 64:
         slices = {"p_slices": 1} if flags.dropout else {"p_slices": 2}
         return slices | {"v_stages": 1} | ({"k_stages": 1} if crowded else {})
-    if crowded:
+    if crowded or flags.softcap:
         return {"k_stages": 1, "sliced_statistics": True}
-    return {}
+    return {"k_stages": 1} if flags.distance_bias and size == 128 else {}
 
 
-def checked_scored_configs() -> list[ForwardConfig | BackwardConfig]:
-    """Configs whose compiled code tests look into."""
-    everything = ScoreFlags(softcap=True, alibi=True, sinks=True)
-    return [*scored_forward_configs("bfloat16", 64, everything)[:1]]
+def flag_sets() -> list[ScoreFlags]:
+    """The sets of features that calls can have; gradients of a bias need one, without a softcap."""
+    names = ("softcap", "sinks", "dropout", "distance_bias")
+    sets = [
+        dict(zip(names, used, strict=True)) for used in itertools.product((False, True), repeat=4)
+    ]
+    found = [ScoreFlags(**used) for used in sets if any(used.values())]
+    found += [ScoreFlags(alibi=True, sinks=sinks) for sinks in (False, True)]
+    graded = [f._replace(distance_grads=True) for f in found if f.distance_bias and not f.softcap]
+    return found + graded
+
+
+def all_scored_configs() -> list[ForwardConfig | BackwardConfig]:
+    """All configs that calls with score terms can have."""
+    found: dict[ForwardConfig | BackwardConfig, None] = {}
+    for dtype, flags in itertools.product(DTYPES, flag_sets()):
+        for size in (32, 64, 96, 128, 192, 256):
+            forward = scored_forward_configs(dtype, size, flags)
+            found |= dict.fromkeys((*forward, scored_forward_at_config(dtype, size, flags)))
+            for deterministic in (False, True):
+                refused = deterministic and flags.distance_grads
+                if size <= MOST_HEAD_DIM and not refused:
+                    backward = scored_backward_configs(dtype, size, deterministic, flags)
+                    found |= dict.fromkeys(c for c in backward if c.scored)
+    return list(found)

@@ -22,6 +22,7 @@ from sparse_flash.implementations.score_features import (
 from sparse_flash.kernels.distance_table import DistanceBias
 from sparse_flash.kernels.score_arguments import Gradients, ScoreArguments
 from sparse_flash.kernels.sm90 import attention, positions, scored_attention
+from sparse_flash.kernels.sm90.scored_config import MOST_HEAD_DIM
 from sparse_flash.masks.device_layout import DeviceLayout
 
 MOST_TESTED_WIDTH = 128  # of values that are wider than queries
@@ -159,8 +160,8 @@ def _arguments(call: AttentionCall) -> ScoreArguments:
     assert call.terms is not None
     terms, graded = call.terms, call.needs_grad and any(call.terms.wants[:2])
     bias, slopes = None, terms.slopes
-    # ALiBi alone is computed in registers, of which other terms leave too few.
-    others = (terms.table is not None, terms.softcap, terms.seed is not None, graded)
+    # ALiBi alone is computed in registers, of which other terms and gradients leave too few.
+    others = (terms.softcap, terms.seed is not None, call.needs_grad)
     if terms.table is not None or (slopes is not None and any(others)):
         bias, slopes = DistanceBias(slopes, terms.table), None
     return ScoreArguments(
@@ -188,10 +189,10 @@ def _unsupported_terms(call: AttentionCall) -> str | None:
 
 def _unsupported_gradients(call: AttentionCall) -> str | None:
     flags, width = _arguments(call).flags, max(call.q.shape[3], call.v.shape[3])
-    if any(flags.of_backward.values()) and width > scored_attention.MOST_HEAD_DIM:
+    if any(flags.of_backward.values()) and width > MOST_HEAD_DIM:
         return (
             f"it computes gradients with softcap, bias or dropout up to head_dim "
-            f"{scored_attention.MOST_HEAD_DIM}, not {width}"
+            f"{MOST_HEAD_DIM}, not {width}"
         )
     if flags.distance_grads and flags.softcap:
         return "it computes gradients of slopes and tables without softcap only"

@@ -5,7 +5,8 @@ import inspect
 import pytest
 import torch
 from sparse_flash.kernels.sm90 import attention, positions
-from sparse_flash.kernels.sm90.config import BackwardConfig
+from sparse_flash.kernels.sm90.config import BackwardConfig, ForwardConfig
+from sparse_flash.kernels.sm90.scored_config import all_scored_configs
 
 from sparse_flash import block_sparse_attention, clear_cache, masks, scores
 from tests.kernels.helpers import plan_on_cpu
@@ -14,12 +15,54 @@ from tests.kernels.test_compile import compile_well
 pytest.importorskip("cutlass.cute")
 from sparse_flash.kernels.score_terms import ScoreTerms
 
+CONFIGS = all_scored_configs()
+TERMS = ("softcap", "alibi", "sinks", "dropout", "distance_bias", "distance_grads")
 
-def test_forward_compiles_well(compiler, tmp_path):
-    """All terms at once, without spills; tanh and exp2 are one instruction each."""
-    sass = compile_well(compiler, "scored", 0, 2, tmp_path)
-    tanh = sass.count("MUFU.TANH")
-    assert tanh == 3 * 64  # first, inner and boundary step: a thread's 64 elements
+
+def used(config):
+    """The features of a config, and whether it is for positions or in fixed point."""
+    names = (*TERMS, "offsets", "fixed_point")
+    return tuple(name for name in names if getattr(config, name, False))
+
+
+def name(config):
+    kind = "forward" if isinstance(config, ForwardConfig) else "backward"
+    tile = f"d{config.head_dim}-{config.tile_m}x{config.tile_n}"
+    return f"{kind}-{config.dtype}-{tile}-{'+'.join(used(config))}"
+
+
+def marks(config):
+    """Compiled everywhere: a kernel of each pass. `thorough`: the terms one by one, and most of
+    them together; `matrix`: all.
+    """
+    if config.dtype == "bfloat16" and config.head_dim in (64, 128):
+        many = ("softcap", "sinks", "dropout", "distance_bias")
+        forward = isinstance(config, ForwardConfig)
+        first = many if forward else ("dropout",)
+        if config.head_dim == 64 and config.tile_m == 128 and used(config) == first:
+            return ()
+        graded = ("dropout", "distance_bias", "distance_grads")
+        if len(used(config)) == 1 or used(config) in (many, many[:1] + many[2:], graded):
+            return pytest.mark.thorough
+    return pytest.mark.matrix
+
+
+COMPILED = [pytest.param(config, marks=marks(config)) for config in CONFIGS]
+
+
+@pytest.mark.parametrize("config", COMPILED, ids=name)
+def test_compiles_well(compiler, config, tmp_path):
+    """Without spills; a tanh for each score in each step."""
+    forward = isinstance(config, ForwardConfig)
+    # Attention and the combination; in the backward pass statistics, bounds, and sums of dQ too.
+    kernels = 2 if forward else 4 + config.fixed_point
+    warpgroups = config.warpgroups if forward else 2
+    index = CONFIGS.index(config)
+    sass = compile_well(compiler, "scored", index, kernels, tmp_path, warpgroups)
+    # Of a thread in each step: first, inner, boundary; or first, inner, last, only.
+    elements = 3 * config.tile_n // 2 if forward else 4 * config.tile_m // 2
+    assert sass.count("MUFU.TANH") == (elements if config.softcap else 0)
+    assert ("PRMT" in sass) >= config.dropout
 
 
 @pytest.fixture
