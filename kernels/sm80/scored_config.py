@@ -104,15 +104,23 @@ def scored_backward_config(
     features = of_backward(flags)
     if not any(features.values()):
         return replace(config, offsets=offsets)
-    size, large = config.head_dim, shared_memory > forward.LIMITS[0]
-    tight = size == 96 or (size in (64, 128) and not large) or (size == 128 and flags.softcap)
-    if tight or offsets or _is_heavy(flags):
-        fitting = [c for c in _SMALL_BACKWARD[size] if backward.fits(c, shared_memory)]
+    if offsets or _is_tight(config.head_dim, shared_memory, flags):
+        fitting = [c for c in _SMALL_BACKWARD[config.head_dim] if backward.fits(c, shared_memory)]
         small = fitting[0] if fitting else config
         config = replace(small, dtype=dtype, arch=target, fixed_point=deterministic)
-    elif size == 64:
+    elif config.head_dim == 64 and (flags.softcap or flags.dropout):
         config = replace(config, chunks=4, do_stages=1)
     return replace(config, offsets=offsets, **features)
+
+
+def _is_tight(head_dim: int, shared_memory: int, flags: ScoreFlags) -> bool:
+    """Whether the plain tiles of the gradients leave too few registers for the features."""
+    large = shared_memory > forward.LIMITS[0]
+    if head_dim == 64:
+        return not large or (flags.softcap and flags.dropout)
+    if head_dim == 128:
+        return not large or flags.softcap or flags.dropout
+    return head_dim == 96 or _is_heavy(flags)
 
 
 def unsupported_gradients(head_dim: int, shared_memory: int, flags: ScoreFlags) -> str | None:
