@@ -158,7 +158,9 @@ def block_sparse_attention(
     if torch._C._is_any_autocast_enabled():
         check_are_tensors(q, k, v)
         q, k, v = _autocast(q, k, v)
-    options = Options(check_scale(softmax_scale), deterministic, impl)
+    options = _DEFAULTS
+    if not (softmax_scale is None and impl == "auto" and deterministic is False):
+        options = Options(check_scale(softmax_scale), deterministic, impl)
     terms = None
     if (
         not (bias is softcap is sinks is generator is None and type(dropout_p) is float)
@@ -185,6 +187,9 @@ def block_sparse_attention(
         call = prepare(tensors, mask, options, needs_grad=needs_grad, terms=terms)
         out, lse = autograd.attend(*call)
     return (out, lse) if return_lse else out
+
+
+_DEFAULTS = Options(None, deterministic=False, impl="auto")
 
 
 def _is_watched(q: Tensor, k: Tensor, v: Tensor) -> bool:

@@ -8,10 +8,11 @@ computes one gradient, and together five products, each once:
     dQ: dQ += dS K
 
 P' and dS' are operands from registers for dV and dK. P' passes from the first warpgroup to the
-second through shared memory, in register order, and dS' from the second to the third. P' has named
-barriers: threads read what other threads stored, which compute-sanitizer follows through them, but
-not through one lane's arrival for its warp. Tiles are 64 queries x 64 keys. Work tiles, loads and
-splits are those of `BackwardSm90`.
+second through shared memory, in register order, and dS' from the second to the third. Tiles are 64
+queries x 64 keys. Work tiles, loads and splits are those of `BackwardSm90`.
+
+Every thread arrives at the barriers of P', not one lane for its warp: compute-sanitizer follows
+what a thread stores and another one loads through the arrival of the thread itself only.
 """
 
 import cutlass
@@ -111,7 +112,7 @@ class BackwardWideSm90(BackwardSm90):
             for atom, _ in loads:
                 cpasync.prefetch_descriptor(atom)
         smem = cutlass.utils.SmemAllocator().allocate(storage)
-        *pipes, ds_pipe, work_pipe = self._pipelines(smem, layouts)
+        *pipes, p_pipe, ds_pipe, work_pipe = self._pipelines(smem, layouts)
         q_pipe, do_pipe, k_pipe, v_pipe = pipes
         q_layout, k_layout, v_layout, p_layout, ds_layout, stats_layout = layouts
         sQ, sdO, sK, sV, sdS = (
@@ -141,12 +142,12 @@ class BackwardWideSm90(BackwardSm90):
         elif warp_idx < 2 * WARPS:
             cute.arch.setmaxregister_increase(registers[0])
             operands, given = (sK, sQ, sdO), (k_pipe, q_pipe, do_pipe)
-            outside = ((mma_s, mma_dkv), operands, given, sP, (sStats, sTiles, bits))
+            outside = ((mma_s, mma_dkv), operands, given, (sP, p_pipe), (sStats, sTiles, bits))
             ValueGradient(*common, *outside, (dv, dv_splits), scales[1]).run()
         elif warp_idx < 3 * WARPS:
             cute.arch.setmaxregister_increase(registers[1])
             operands, given = (sV, sdO, sQ), (v_pipe, do_pipe, q_pipe)
-            outside = ((mma_s, mma_dkv), operands, given, sP, (sdS, ds_pipe), sStats)
+            outside = ((mma_s, mma_dkv), operands, given, (sP, p_pipe), (sdS, ds_pipe), sStats)
             KeyGradient(*common, *outside, (dk, dk_splits), scales[0]).run()
         else:
             cute.arch.setmaxregister_decrease(registers[2])
@@ -171,6 +172,7 @@ class BackwardWideSm90(BackwardSm90):
             do_barriers: barrier_storage(config.q_stages)
             k_barriers: barrier_storage(config.k_stages)
             v_barriers: barrier_storage(config.v_stages)
+            p_barriers: barrier_storage(config.ds_stages)
             ds_barriers: barrier_storage(config.ds_stages)
             work_barriers: barrier_storage(WORK_STAGES)
             work: work_storage()
@@ -188,7 +190,7 @@ class BackwardWideSm90(BackwardSm90):
         return Storage
 
     def _pipelines(self, smem, layouts):
-        """Pipelines: Q with its row statistics, dO, K, V (by TMA), dS', and work tiles."""
+        """Pipelines: Q with its row statistics, dO, K, V (by TMA), P', dS', and work tiles."""
         config = self.config
         queries, keys = (tile_bytes(layouts[i], self.dtype) for i in range(2))
         statistics = tile_bytes(layouts[5], Float32)
@@ -197,9 +199,10 @@ class BackwardWideSm90(BackwardSm90):
         do = tma_pipeline(smem.do_barriers, config.q_stages, 2 * WARPS, queries)
         k = tma_pipeline(smem.k_barriers, config.k_stages, 2 * WARPS, keys)
         v = tma_pipeline(smem.v_barriers, config.v_stages, WARPS, keys)
+        p = register_pipeline(smem.p_barriers, config.ds_stages, 128, 128)
         ds = register_pipeline(smem.ds_barriers, config.ds_stages, WARPS, WARPS)
         check_arrivals("the whole CTA", {"loading": 128, "consumers": GROUPS * 128}, THREADS)
         work = work_pipeline(smem.work_barriers, GROUPS * 128)
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
-        return q, do, k, v, ds, work
+        return q, do, k, v, p, ds, work

@@ -10,13 +10,12 @@ from cutlass.cute.nvgpu import warp, warpgroup
 from sparse_flash.kernels import online_softmax as online
 from sparse_flash.kernels.sm90.backward_producer import load_relaxed, query_coord, sum_address
 from sparse_flash.kernels.sm90.barriers import WideBackwardBarrier
-from sparse_flash.kernels.sm90.primitives import arrive_once, check_arrivals, gemm, mul_pairs
+from sparse_flash.kernels.sm90.primitives import arrive_once, gemm, mul_pairs
 from sparse_flash.kernels.vectors import pack_pair, store_pairs
 from sparse_flash.kernels.work_tiles import ColumnWorkTile
 from sparse_flash.masks.layout import FULL_TILE
 
 CONSUMER = pipeline.PipelineUserType.Consumer
-PAIR = 256  # threads of the warpgroups of dV and dK
 
 
 class KeyAccumulator:
@@ -148,10 +147,11 @@ class ValueGradient(KeyAccumulator):
     """dV, and P' for the warpgroup of dK."""
 
     def __init__(
-        self, config, dtype, work_tiles, mmas, operands, pipes, sP, inputs, result, scale_log2
+        self, config, dtype, work_tiles, mmas, operands, pipes, given_p, inputs, result, scale_log2
     ):
         super().__init__(config, dtype, work_tiles, mmas, operands, pipes, result)
-        self.scale_log2, self.sP = scale_log2, sP
+        self.scale_log2 = scale_log2
+        self.sP, self.p_pipe = given_p
         self.sStats, self.sTiles, self.bits = inputs
 
     @cute.jit
@@ -184,13 +184,10 @@ class ValueGradient(KeyAccumulator):
         """Round P', and give it to the warpgroup of dK."""
         for i in cutlass.range_constexpr(cute.size(acc)):
             self.scores[i] = acc[i].to(self.dtype)
-        check_arrivals("P'", {"of dV": 128, "of dK": 128}, PAIR)
-        stage = WideBackwardBarrier.FREE + q_state.index
-        cute.arch.barrier(barrier_id=stage, number_of_threads=PAIR)
+        self.p_pipe.sync_object_empty.wait(q_state.index, q_state.phase ^ 1)
         goal = self.sP[None, self.thread, None, q_state.index]
         cute.autovec_copy(cute.make_tensor(self.scores.iterator, goal.shape), goal)
-        stage = WideBackwardBarrier.FILLED + q_state.index
-        cute.arch.barrier_arrive(barrier_id=stage, number_of_threads=PAIR)
+        cute.arch.mbarrier_arrive(self.p_pipe.sync_object_full.get_barrier(q_state.index))
 
 
 class KeyGradient(KeyAccumulator):
@@ -204,24 +201,16 @@ class KeyGradient(KeyAccumulator):
         mmas,
         operands,
         pipes,
-        sP,
+        given_p,
         given_ds,
         sStats,
         result,
         scale,
     ):
         super().__init__(config, dtype, work_tiles, mmas, operands, pipes, result)
-        self.scale, self.sStats, self.sP = scale, sStats, sP
+        self.scale, self.sStats = scale, sStats
+        self.sP, self.p_pipe = given_p
         self.sdS, self.ds_pipe = given_ds
-
-    @cute.jit
-    def run(self):
-        """Declare the stages of P' free, then process work tiles."""
-        assert self.config.ds_stages == WideBackwardBarrier.FREE - WideBackwardBarrier.FILLED
-        for stage in cutlass.range_constexpr(self.config.ds_stages):
-            free = WideBackwardBarrier.FREE + stage
-            cute.arch.barrier_arrive(barrier_id=free, number_of_threads=PAIR)
-        KeyAccumulator.run(self)
 
     def load_mask(self, q_state):
         """No mask: P' of masked elements is 0."""
@@ -243,16 +232,14 @@ class KeyGradient(KeyAccumulator):
     def publish(self, acc, q_state, remaining):
         """Multiply by P', and give dS' to the warpgroup of dQ."""
         stage = q_state.index
-        filled = WideBackwardBarrier.FILLED + stage
-        cute.arch.barrier(barrier_id=filled, number_of_threads=PAIR)
+        self.p_pipe.consumer_wait(q_state)
         source = self.sP[None, self.thread, None, stage]
         p = cute.make_rmem_tensor(cute.size(acc), self.dtype)
         cute.autovec_copy(source, cute.make_tensor(p.iterator, source.shape))
         for i in cutlass.range_constexpr(cute.size(acc)):
             self.scores[i] = acc[i].to(self.dtype)
         mul_pairs(self.scores, p)
-        free = WideBackwardBarrier.FREE + stage
-        cute.arch.barrier_arrive(barrier_id=free, number_of_threads=PAIR)
+        cute.arch.mbarrier_arrive(self.p_pipe.sync_object_empty.get_barrier(stage))
         self.ds_pipe.sync_object_empty.wait(stage, q_state.phase ^ 1)
         stmatrix = cute.make_copy_atom(warp.StMatrix8x8x16bOp(num_matrices=4), self.dtype)
         copy = cute.make_tiled_copy_C(stmatrix, self.mma_s).get_slice(self.thread)

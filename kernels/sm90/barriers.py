@@ -32,5 +32,3 @@ class WideBackwardBarrier(IntEnum):
 
     ALL = 0  # the whole CTA
     QUERIES = 1  # the warpgroup of dQ
-    FILLED = 2  # per stage of P', between the warpgroups of dV and dK: dV's has stored it
-    FREE = 4  # per stage of P': dK's has read it

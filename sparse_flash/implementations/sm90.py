@@ -80,21 +80,21 @@ class Sm90:
         """(out, lse), lse in float32."""
         if call.layout.on_device:  # isinstance takes longer
             return self._attend_by_data(call)
-        plans, inputs, scale = call.plan, (call.q, call.k, call.v), call.softmax_scale
-        plan = plans.forward
-        if call.terms is None and not plans.at_positions:
-            return attention.forward(*inputs, plan, call.kv_lens, scale, transient=call.transient)
+        plan, scale, transient = call.plan.forward, call.softmax_scale, call.transient
+        inputs = (call.q, call.k, call.v, plan)
+        if call.terms is None and not call.plan.at_positions:
+            return attention.forward(*inputs, call.kv_lens, scale, transient=transient)
         given = (call.kv_lens, call.q_offset, call.kv_starts)
         if call.terms is not None:
             terms = _arguments(call)
             if call.q_offset is not None:
                 return scored_attention.forward_at(
-                    *inputs, plan, *given, scale, terms, transient=call.transient
+                    *inputs, *given, scale, terms, transient=transient
                 )
             return scored_attention.forward(
-                *inputs, plan, call.kv_lens, scale, terms, transient=call.transient
+                *inputs, call.kv_lens, scale, terms, transient=transient
             )
-        return positions.forward_at(*inputs, plan, *given, scale, transient=call.transient)
+        return positions.forward_at(*inputs, *given, scale, transient=transient)
 
     def _attend_by_data(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
         """As `attend`, with the plans of both passes: the backward's while the GPU is busy."""
