@@ -11,8 +11,8 @@ P' and dS' are operands from registers for dV and dK. P' passes from the first w
 second through shared memory, in register order, and dS' from the second to the third. Tiles are 64
 queries x 64 keys. Work tiles, loads and splits are those of `BackwardSm90`.
 
-Every thread arrives at the barriers of P', not one lane for its warp: compute-sanitizer follows
-what a thread stores and another one loads through the arrival of the thread itself only.
+Every thread arrives at the barriers of P', not one lane for its warp: compute-sanitizer takes an
+arrival to order the stores and loads of the arriving thread only.
 """
 
 import cutlass
