@@ -117,7 +117,7 @@ def _is_tight(head_dim: int, shared_memory: int, flags: ScoreFlags) -> bool:
     """Whether the plain tiles of the gradients leave too few registers for the features."""
     large = shared_memory > forward.LIMITS[0]
     if head_dim == 64:
-        return not large or (flags.softcap and flags.dropout)
+        return not large or (flags.dropout and (flags.softcap or flags.alibi))
     if head_dim == 128:
         return not large or flags.softcap or flags.dropout
     return head_dim == 96 or _is_heavy(flags)
