@@ -59,7 +59,7 @@ def check(compile_for, config):
     """No spills; tanh is one instruction, and one for each score."""
     compiled = compile_for("sparse_flash.kernels.sm80.compile.compile_config", config)
     forward = isinstance(config, ForwardConfig)
-    kernels = 2 if forward else 4 + config.fixed_point
+    kernels = 2 if forward else 4 + config.fixed_point - config.offsets
     compiled.check(kernels, config.threads, config.ctas_per_sm)
     assert (
         compiled.count(r"MUFU\.TANH") == config.softcap * math.prod(config.tile) // config.threads
