@@ -1,4 +1,4 @@
-"""Configs of the kernels with score terms: those without, in as many registers as there are."""
+"""Configs of the kernels with score terms: tiles that compile without spills."""
 
 from __future__ import annotations
 
