@@ -10,6 +10,7 @@ from sparse_flash import block_sparse_attention, masks, scores
 from sparse_flash.scores.arguments import draw_seed
 
 pytestmark = pytest.mark.gpu
+CAUSAL = masks.causal()
 
 
 def generator(seed=1):
@@ -96,7 +97,7 @@ def leaves_of(d=64):
 
 
 def attend(*x):
-    return block_sparse_attention(*x, masks.causal(), dropout_p=0.3, impl="sm90")
+    return block_sparse_attention(*x, CAUSAL, dropout_p=0.3, impl="sm90")
 
 
 def test_manual_seed():
