@@ -30,7 +30,7 @@ def window_layout(tile: tuple[int, int], stages: int):
 
 
 class DistanceWindows:
-    """The windows of a CTA's stages, for the warp that loads them and for those that use them.
+    """The windows of a CTA's stages: their producer, and the reads of consumer warps.
 
     terms: `ScoreTerms`. windows: Shared memory of `window_layout`. tile: (rows, columns).
     """

@@ -209,7 +209,7 @@ class BackwardConsumer(BackwardScores):
         before = config.dq and (config.overlap_items or not first)
         k_before = k_before if const_expr(first) else k_state  # of the previous tile
         staggered = config.dq and first and not last
-        p, factors, acc_dp, delta, place = self.values(q_state, v_state, remaining, staggered)
+        p, factors, acc_dp, delta = self.values(q_state, v_state, remaining, staggered)
         ds = cute.make_rmem_tensor(p.shape, self.dtype)
         exponents = self.exponents_of(stage) if const_expr(config.fixed_point) else Int32(0)
         warpgroup.wait_group(config.p_slices)
@@ -235,7 +235,7 @@ class BackwardConsumer(BackwardScores):
             self.q_pipe.consumer_wait(following)
             self.acc_s.fill(0.0)  # frees its registers: the old content is dead
             self.gemms.gemm_s(self.acc_s, k_state.index, following.index)
-        self.add_distance_grads(ds, place)
+        self.add_distance_grads(ds)
         if const_expr(before):
             warpgroup.wait_group(0 if const_expr(last) else 1)
         if const_expr(config.dq):
@@ -257,7 +257,7 @@ class BackwardConsumer(BackwardScores):
     def values(self, q_state, v_state, remaining, staggered: cutlass.Constexpr):
         """Compute P' of a tile; dP' and dV are in flight.
 
-        Returns P' for dV, factors of dS' (see `derive`), dP', delta, and the warp's place.
+        Returns P' for dV, factors of dS' (see `derive`), dP' and delta.
 
         staggered: The second warpgroup waits for the first to finish its P'.
         """
@@ -281,8 +281,7 @@ class BackwardConsumer(BackwardScores):
         lse = lse if few or sliced else self.statistics(0, stage)
         bit_tile = cute.arch.shuffle_sync(self.bit_tile[0], 0)
         words = online.mask_words(self.bits, bit_tile, self.keys, self.thread)
-        place = self.place_of_warp()
-        shared = ((bit_tile, words, remaining), place, stage)
+        shared = ((bit_tile, words, remaining), self.place_of_warp(), stage)
         for p_slice in cutlass.range_constexpr(config.p_slices):
             last = const_expr(p_slice == config.p_slices - 1 and not sliced)
             # Overlaps the exponentials, which hide the load latency.
@@ -296,7 +295,7 @@ class BackwardConsumer(BackwardScores):
         if const_expr(staggered):
             if self.group == 0:
                 cute.arch.barrier_arrive(barrier_id=BackwardBarrier.STAGGER, number_of_threads=BOTH)
-        return p, (weights, negated), acc_dp, delta, place
+        return p, (weights, negated), acc_dp, delta
 
     @cute.jit
     def zero_rows(self, acc, remaining):

@@ -85,9 +85,10 @@ class BackwardScores:
             clear_scratch(self.scratch[None, self.group * 4 + self.thread // 32])
 
     @cute.jit
-    def add_distance_grads(self, ds, place):
+    def add_distance_grads(self, ds):
         """Add dS' to the gradients of the bias by distance, slice by slice."""
         if const_expr(self.config.distance_grads):
+            place = self.place_of_warp()  # again: it would take registers until here
             sums, warp = self.terms.bias_sums, self.group * 4 + self.thread // 32
             start = self.terms.bias_rows + place.query - place.key - ROWS
             index = cute.crd2idx((place.head, start), sums.layout)
@@ -152,7 +153,8 @@ class BackwardScores:
         """The tile's `Place` from the warp's first key on; zeros where it is not used."""
         place = Place(*[Int32(0)] * len(Place._fields))
         if const_expr(self.config.placed):
-            query, key, head, pair = (cute.arch.shuffle_sync(self.place[i], 0) for i in range(4))
+            of_lane_0 = (cute.arch.shuffle_sync(self.place[i], 0) for i in range(4))
+            query, key, head, pair = (cute.arch.make_warp_uniform(x) for x in of_lane_0)
             key += self.keys * 64 + self.thread // 32 * 16
             place = Place(query, key, head, pair)
         return place

@@ -18,6 +18,7 @@ from sparse_flash.kernels.sm90.config import (
 from sparse_flash.kernels.sm90.position_config import forward_at_config
 
 MOST_HEAD_DIM = 128  # of gradients with softcap, bias or dropout
+MOST_WITH_BIAS_AND_DROPOUT = 96  # likewise, of gradients of a bias with dropout
 MOST_SHARED_MEMORY = 227 << 10  # of a CTA, in bytes
 
 
@@ -58,7 +59,7 @@ def scored_backward_configs(
     if not any(used.values()):
         return backward_configs(dtype, head_dim, deterministic)
     size = min(n for n in (32, 64, 96, 128) if head_dim <= n)
-    if size == 64 and (flags.softcap or flags.distance_grads):
+    if size == 64 and (flags.softcap or (flags.distance_grads and flags.dropout)):
         size = 96  # with tiles of 128 queries, P' and its factors would spill
     if size == 96 and deterministic:
         size = 128
@@ -77,8 +78,10 @@ def _changes(size: int, flags: ScoreFlags) -> dict[str, Any]:
     if size == 64:
         slices = {"p_slices": 1} if flags.dropout else {"p_slices": 2}
         return slices | {"v_stages": 1} | ({"k_stages": 1} if crowded else {})
-    if crowded or flags.softcap:
+    if crowded:
         return {"k_stages": 1, "sliced_statistics": True}
+    if flags.softcap and size == 128:
+        return {"p_slices": 1}
     return {"k_stages": 1} if flags.distance_bias and size == 128 else {}
 
 
@@ -103,7 +106,9 @@ def all_scored_configs() -> list[ForwardConfig | BackwardConfig]:
             found |= dict.fromkeys((*forward, scored_forward_at_config(dtype, size, flags)))
             for deterministic in (False, True):
                 refused = deterministic and flags.distance_grads
-                if size <= MOST_HEAD_DIM and not refused:
+                both = flags.distance_grads and flags.dropout
+                most = MOST_WITH_BIAS_AND_DROPOUT if both else MOST_HEAD_DIM
+                if size <= most and not refused:
                     backward = scored_backward_configs(dtype, size, deterministic, flags)
                     found |= dict.fromkeys(c for c in backward if c.scored)
     return list(found)

@@ -22,7 +22,7 @@ from sparse_flash.implementations.score_features import (
 from sparse_flash.kernels.distance_table import DistanceBias
 from sparse_flash.kernels.score_arguments import Gradients, ScoreArguments
 from sparse_flash.kernels.sm90 import attention, positions, scored_attention
-from sparse_flash.kernels.sm90.scored_config import MOST_HEAD_DIM
+from sparse_flash.kernels.sm90.scored_config import MOST_HEAD_DIM, MOST_WITH_BIAS_AND_DROPOUT
 from sparse_flash.masks.device_layout import DeviceLayout
 
 MOST_TESTED_WIDTH = 128  # of values that are wider than queries
@@ -201,6 +201,11 @@ def _unsupported_gradients(call: AttentionCall) -> str | None:
         return (
             f"it computes gradients with softcap, bias or dropout up to head_dim "
             f"{MOST_HEAD_DIM}, not {width}"
+        )
+    if flags.distance_grads and flags.dropout and width > MOST_WITH_BIAS_AND_DROPOUT:
+        return (
+            f"it computes gradients of slopes and tables with dropout up to head_dim "
+            f"{MOST_WITH_BIAS_AND_DROPOUT}, not {width}"
         )
     if flags.distance_grads and flags.softcap:
         return "it computes gradients of slopes and tables without softcap only"

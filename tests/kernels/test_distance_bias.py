@@ -1,4 +1,4 @@
-"""Biases by distance: what the kernels get for each distance, and how tiles index it."""
+"""Biases by distance: the values for each distance, and how tiles index them."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def marks(config):
         first = many if forward else ("dropout",)
         if config.head_dim == 64 and config.tile_m == 128 and used(config) == first:
             return ()
-        graded = ("dropout", "distance_bias", "distance_grads")
+        graded = ("distance_bias", "distance_grads")
         if len(used(config)) == 1 or used(config) in (many, many[:1] + many[2:], graded):
             return pytest.mark.thorough
     return pytest.mark.matrix
@@ -105,7 +105,7 @@ def check_terms(config, terms):
     rows = 207 if at_positions(config) else 300
     length = sum(-(-n // size) * size for n, size in zip((rows, 300), config.tile, strict=True))
     for used, fields in (
-        (config.alibi, {"slopes": (4,), "slope_scale": None}),
+        (getattr(config, "alibi", False), {"slopes": (4,), "slope_scale": None}),
         (config.softcap, {"cap_scale": None}),
         (getattr(config, "sinks", False), {"sinks": (4,)}),
         (config.dropout, {"seed": (2,), "dropped": None, "keep_scale": None}),

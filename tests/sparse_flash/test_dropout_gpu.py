@@ -11,6 +11,7 @@ from sparse_flash.scores.arguments import draw_seed
 from tests.sparse_flash.test_scores_gpu import CHOSEN, implementation  # noqa: F401 a fixture
 
 pytestmark = pytest.mark.gpu
+CAUSAL = masks.causal()
 
 
 def generator(seed=1):
@@ -97,7 +98,7 @@ def leaves_of(d=64):
 
 
 def attend(*x):
-    return block_sparse_attention(*x, masks.causal(), dropout_p=0.3, **CHOSEN)
+    return block_sparse_attention(*x, CAUSAL, dropout_p=0.3, **CHOSEN)
 
 
 def test_manual_seed():

@@ -61,6 +61,10 @@ def test_by_name():
     call = call_of(SLOPES, 64, True, False)
     with pytest.raises(ValueError, match="no fixed order.*deterministic=True"):
         choose("sm90", replace(call, deterministic=True))
+    dropout = {"seed": torch.zeros(1, dtype=torch.int64, device="meta"), "dropped": 26}
+    wide = call_of(SLOPES, 128, True, False)
+    with pytest.raises(ValueError, match="with dropout up to head_dim 96, not 128"):
+        choose("sm90", replace(wide, terms=wide.terms._replace(**dropout)))
     with pytest.raises(ValueError, match="slopes and tables without softcap"):
         choose("sm90", replace(call, terms=call.terms._replace(softcap=3.0)))
     with pytest.raises(ValueError, match="up to head_dim 128, not 256"):

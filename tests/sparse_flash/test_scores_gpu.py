@@ -162,15 +162,16 @@ def test_gradients(case, deterministic):
     problem, names, dtype = case
     tensors, lens = of_problem(problem, dtype)
     terms = draw_terms(problem.heads, names, problem.seed)
-    grads = graded(names, deterministic)
+    grads = graded(names, deterministic, tensors[0].shape[3])
     check(*tensors, terms, lens, grads=grads, deterministic=deterministic)
 
 
-def graded(names, deterministic):
+def graded(names, deterministic, dim):
     """The terms whose gradients the kernels compute."""
     if CHOSEN["impl"] == "sm80":
         return ("sinks",)
-    return ("sinks",) if deterministic or "softcap" in names else ("sinks", "slopes", "table")
+    refused = deterministic or "softcap" in names or ("dropout" in names and dim > 96)
+    return ("sinks",) if refused else ("sinks", "slopes", "table")
 
 
 @settings(max_examples=15)
@@ -223,7 +224,7 @@ def test_gradients_of_long_rows(dim, deterministic, names):
     if "slopes" in terms:
         terms["slopes"] *= 0.1
     given = (q, k, v, dout, dlse, allowed, mask)
-    grads = graded(names, deterministic)
+    grads = graded(names, deterministic, dim)
     check(*given, terms, grads=grads, deterministic=deterministic)
     if deterministic:
         runs = []
@@ -238,7 +239,9 @@ def test_gradients_of_long_rows(dim, deterministic, names):
 
 
 @pytest.mark.parametrize(
-    "names", [["sinks"], ["softcap"], ["slopes"], ["table"], ["dropout"], TERMS]
+    "names",
+    [["sinks"], ["softcap"], ["slopes"], ["table"], ["dropout"], TERMS],
+    ids="+".join,
 )
 @pytest.mark.parametrize("dim", [64, 128])
 def test_split_rows(names, dim):
@@ -266,7 +269,9 @@ def test_other_values_compile_nothing(implementation):
     assert len(attention._kernels) == known
 
 
-@pytest.mark.parametrize("names", [["sinks"], ["softcap", "slopes"], ["slopes", "table"]])
+@pytest.mark.parametrize(
+    "names", [["sinks"], ["softcap", "slopes"], ["slopes", "table"]], ids="+".join
+)
 @pytest.mark.parametrize("q_len", [1, 70])
 @pytest.mark.parametrize("dim", [64, 128])
 def test_positions(names, q_len, dim):
