@@ -111,7 +111,7 @@ class Arguments:
 
         config = self.config
         kv_lens, *lists = self.lists(config.tile_n // 64)
-        offsets = [self.ints(self.b) for _ in range(2 + scored)] if config.offsets else ()
+        offsets = [self.ints(self.b) for _ in range(2 + scored)] if config.offsets else []
         return (
             *(self.queries(), self.keys(), self.values()),  # q, k, v
             *(self.outputs(), self.outputs()),  # out, dout

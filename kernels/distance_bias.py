@@ -1,26 +1,19 @@
-"""A bias by distance in registers: relative positions, and what else depends on p_q - p_k alone.
+"""A bias by distance in registers: relative positions, and all terms of p_q - p_k alone.
 
-The kernels get its values as rows of numbers, one for each distance (see distance_table.py). A tile
-of R rows and C columns needs R + C of them, which the producer copies to shared memory: its window.
-Along a row of the tile distances increase by 1 with the column, so a thread loads the values of two
-adjacent columns at once. Two copies of the rows, one shifted by an element, align all these loads.
+Its values are rows of numbers, one for each distance (see distance_table.py). A tile of R rows and
+C columns needs R + C of them: its window, which the producer copies to shared memory. Adjacent
+columns have adjacent values, so a thread loads the values of two columns at once. Two copies of the
+values, one shifted by an element, align all these loads.
 
-The gradient of a value is the sum of a diagonal of dS. A warp adds up what its threads have of each
-diagonal of its 16 rows, and adds the sums to memory, in no particular order.
+The gradient of a value is the sum of a diagonal of dS. A warp sums the diagonals of its 16 rows
+through shared memory, and adds the sums to global memory, in no particular order.
 """
 
 from __future__ import annotations
 
 import cutlass
 from cutlass import Float32, Int32, cute
-
-ROWS = 8  # of a warp's accumulators; each thread has two of them, ROWS apart
-COPIES = 2
-
-
-def window_size(tile: tuple[int, int]) -> int:
-    """Values of a tile of rows x columns; one more than it has distances."""
-    return sum(tile)
+from sparse_flash.kernels.distance_table import COPIES, ROWS, window_size
 
 
 def window_layout(tile: tuple[int, int], stages: int):
@@ -82,19 +75,6 @@ def window_storage(tile: tuple[int, int], stages: int):
     return cute.struct.Align[
         cute.struct.MemRange[Float32, stages * COPIES * window_size(tile)], 128
     ]
-
-
-def window_bytes(tile: tuple[int, int]) -> int:
-    """Bytes that a stage's load copies."""
-    return 4 * COPIES * window_size(tile)
-
-
-def scratch_size(columns: int) -> int:
-    """Numbers of a warp in shared memory for `add_diagonals` of so many columns.
-
-    Each row has ROWS zeros on both sides.
-    """
-    return ROWS * (columns + 3 * ROWS)
 
 
 @cute.jit

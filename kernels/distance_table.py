@@ -11,6 +11,27 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+ROWS = 8  # distance of the two rows of a thread's accumulators
+COPIES = 2  # of the values; the second one begins at value 1
+
+
+def window_size(tile: tuple[int, int]) -> int:
+    """Values of a tile of rows x columns; one more than it has distances."""
+    return sum(tile)
+
+
+def window_bytes(tile: tuple[int, int]) -> int:
+    """Bytes of a tile's window in shared memory."""
+    return 4 * COPIES * window_size(tile)
+
+
+def scratch_size(columns: int) -> int:
+    """Numbers of a warp in shared memory for the diagonals of so many columns.
+
+    Each of ROWS rows has ROWS zeros on both sides.
+    """
+    return ROWS * (columns + 3 * ROWS)
+
 
 class DistanceBias(NamedTuple):
     """Values by distance, -slopes[h] |d| + table[h, clip(d, -r, r) + r], with d = p_q - p_k.
@@ -52,7 +73,7 @@ class DistanceGrid(NamedTuple):
 
 
 def values_of(bias: DistanceBias, grid: DistanceGrid, unit: float) -> Tensor:
-    """The values divided by `unit`, float32 (h, 2, length); the second copy begins at value 1."""
+    """The values divided by `unit`, float32 (h, COPIES, length)."""
     given = bias.slopes if bias.table is None else bias.table
     assert given is not None
     distances = grid.distances(given.device, extra=1)

@@ -236,7 +236,7 @@ def forward_at(
     Args:
         q: Queries `(b, s, h, d)`.
         k: Keys `(b, s_kv, h_kv, d)`; s_kv is at most the layout's kv_len.
-        v: Values `(b, s_kv, h_kv, d_v)`.
+        v: Values, shaped as k.
         plan: Plan of a forward kernel, with its kernel bound.
         offsets: Positions of the call (see `offsets_of`).
         softmax_scale: Factor of the logits, of any sign.
@@ -247,7 +247,7 @@ def forward_at(
         transient: As in `Kernel.launch`.
 
     Returns:
-        out `(b, s, h, d_v)` in q's dtype, and lse `(b, h, s)` in float32. NaN for queries at
+        out `(b, s, h, d)` in q's dtype, and lse `(b, h, s)` in float32. NaN for queries at
         positions that the layout does not have.
     """
     b, s, h, _ = q.shape

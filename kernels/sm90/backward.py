@@ -10,12 +10,8 @@ import cutlass
 from cutlass import Float32, Int32, cute
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from sparse_flash.kernels.combine import CombineGradients
-from sparse_flash.kernels.distance_bias import (
-    DistanceWindows,
-    window_bytes,
-    window_layout,
-    window_storage,
-)
+from sparse_flash.kernels.distance_bias import DistanceWindows, window_layout, window_storage
+from sparse_flash.kernels.distance_table import window_bytes
 from sparse_flash.kernels.position_work_tiles import ColumnOffsets, row_tiles
 from sparse_flash.kernels.preprocess import Bounds, Preprocess
 from sparse_flash.kernels.score_terms import ScoreTerms

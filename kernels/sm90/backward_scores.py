@@ -6,7 +6,8 @@ import cutlass
 from cutlass import Float32, Int32, const_expr, cute
 from sparse_flash.kernels import online_softmax as online
 from sparse_flash.kernels import score_terms
-from sparse_flash.kernels.distance_bias import ROWS, add_diagonals, clear_scratch
+from sparse_flash.kernels.distance_bias import add_diagonals, clear_scratch
+from sparse_flash.kernels.distance_table import ROWS
 from sparse_flash.kernels.sm90.primitives import add_products, mul_pairs, split_signs
 from sparse_flash.kernels.vectors import as_pairs
 from sparse_flash.masks.layout import FULL_TILE

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import Enum
 
+from sparse_flash.kernels.distance_table import scratch_size, window_bytes
 from sparse_flash.kernels.schedule import CostModel
 
 
@@ -99,7 +100,7 @@ class ForwardConfig:
     def shared_memory(self) -> int:
         """Bytes of shared memory: tiles, and less than 1 KiB of barriers and work items."""
         rows = self.q_stages * self.tile_m + 2 * self.kv_stages * self.tile_n
-        windows = 8 * self.kv_stages * sum(self.tile) if self.distance_bias else 0
+        windows = self.kv_stages * window_bytes(self.tile) if self.distance_bias else 0
         return 2 * (rows * self.head_dim + self.tile_m * self.o_columns) + windows + 1024
 
 
@@ -287,22 +288,14 @@ class BackwardConfig:
         if self.wide:
             scores, results = 2 * scores, 0  # P and dS; dQ is added from registers
         statistics = 8 * self.tile_m * self.q_stages
-        windows = 8 * self.q_stages * sum(self.tile) if self.distance_bias else 0
-        return (
-            2 * (rows * self.head_dim + scores + results)
-            + statistics
-            + windows
-            + 4 * (self.scratch + 256)
-        )
+        windows = self.q_stages * window_bytes(self.tile) if self.distance_bias else 0
+        others = statistics + windows + 4 * self.scratch + 1024
+        return 2 * (rows * self.head_dim + scores + results) + others
 
     @property
     def scratch(self) -> int:
-        """Numbers in shared memory for the gradients of a bias by distance; see
-        distance_bias.add_diagonals.
-        """
-        rows, warps = 8, 8
-        columns = self.tile_m // self.p_slices + 3 * rows
-        return warps * rows * columns if self.distance_grads else 0
+        """Numbers in shared memory for the gradients of a bias by distance, of eight warps."""
+        return 8 * scratch_size(self.tile_m // self.p_slices) if self.distance_grads else 0
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,8 @@ import cutlass
 from cutlass import Float32, Int32, cute
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from sparse_flash.kernels.combine import CombineOutput
-from sparse_flash.kernels.distance_bias import (
-    DistanceWindows,
-    window_bytes,
-    window_layout,
-    window_storage,
-)
+from sparse_flash.kernels.distance_bias import DistanceWindows, window_layout, window_storage
+from sparse_flash.kernels.distance_table import window_bytes
 from sparse_flash.kernels.position_work_tiles import positions_of
 from sparse_flash.kernels.score_terms import ScoreTerms
 from sparse_flash.kernels.sm90.config import ForwardConfig

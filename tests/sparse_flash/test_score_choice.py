@@ -39,7 +39,7 @@ def _on_gpu(monkeypatch):
         (SINKS, False, True, "sm90"),
         (SINKS, True, True, "sm80"),
         (ALIBI, True, False, "sm90"),
-        (ALIBI, False, True, "sm80"),  # that of sm90 was not tested on a GPU
+        (ALIBI, False, True, "sm90"),
         (SLOPES, True, False, "sm90"),
         (RELATIVE, True, False, "sm90"),
         (RELATIVE, False, True, "sm90"),
@@ -47,7 +47,7 @@ def _on_gpu(monkeypatch):
         (RELATIVE_2D, False, False, "reference"),
         (DROPOUT, True, False, "sm90"),
         (DROPOUT, False, True, "sm90"),
-        (WIDTH, False, False, "sm80"),  # narrower values of sm90 neither
+        (WIDTH, False, False, "sm80"),  # narrower values of sm90: not tested on a GPU
     ],
 )
 def test_auto(feature, gradients, offset, name):
