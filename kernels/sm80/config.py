@@ -198,7 +198,7 @@ def shared_memory_of(facts: DeviceFacts) -> int:
 
 
 def space(config: ForwardConfig) -> int:
-    """Shared memory of all CTAs of a multiprocessor, in terms of what one can use."""
+    """Bytes that a CTA must be able to use so that all CTAs of a multiprocessor fit."""
     # CTAs that share a multiprocessor take 1 KiB more each; it has 1 KiB more than one can use.
     return config.ctas_per_sm * (config.shared_memory + 1024) - 1024
 
