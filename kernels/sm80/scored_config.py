@@ -70,13 +70,18 @@ def scored_forward_configs(
     configs = forward.forward_configs(dtype, head_dim, target, shared_memory)
     size = configs[0].head_dim
     used = "+".join(name for name, used in of_backward(flags).items() if used)
-    listed, older = _FORWARD.get((used, size), ()), int(target[3:]) < 100
+    listed, older = _FORWARD.get((used, size), ()), _is_older(target)
     if listed and older and max(map(forward.space, listed)) <= shared_memory:
         configs = listed
-    elif _is_heavy(flags) or (used and not older):  # ptxas needs more registers for these targets
+    elif _is_heavy(flags) or (used and not older):
         configs = (_SMALL_FORWARD[size],)
     features = of_forward(flags)
     return tuple(replace(c, dtype=dtype, arch=target, **features) for c in configs)
+
+
+def _is_older(target: str) -> bool:
+    """Whether a compiler target is below 10.0, from which on ptxas needs more registers."""
+    return int(target[3:]) < 100
 
 
 def _is_heavy(flags: ScoreFlags) -> bool:
@@ -117,7 +122,7 @@ def scored_backward_config(
         fitting = [c for c in _SMALL_BACKWARD[config.head_dim] if backward.fits(c, shared_memory)]
         small = fitting[0] if fitting else config
         config = replace(small, dtype=dtype, arch=target, fixed_point=deterministic)
-    elif config.head_dim == 64 and (flags.softcap or flags.dropout):
+    elif config.head_dim == 64 and (flags.softcap or flags.dropout or not _is_older(target)):
         config = replace(config, chunks=4, do_stages=1)
     return replace(config, offsets=offsets, **features)
 
