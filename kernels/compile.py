@@ -80,12 +80,12 @@ class Arguments:
         return (
             *(self.queries(), self.keys(), self.values(), self.outputs()),  # q, k, v, out
             self.floats(self.b, self.h, self.q_len),  # lse
-            *(kv_lens, *self.head_terms(scored), *lists),
+            *(kv_lens, *self.terms(scored), *lists),
             self.ints(2),  # counter
             self.splits(height, self.config.head_dim),
             self.splits(height),
             *self.combine_arrays(),
-            *(Int32(1), *[Float32(1.0)] * (3 if scored else 1)),
+            *(Int32(1), Float32(1.0)),
         )
 
     def forward_at(self, scored: bool = False) -> tuple[Any, ...]:
@@ -96,10 +96,10 @@ class Arguments:
             *(self.queries(), self.keys(), self.keys(), self.queries()),  # q, k, v, out
             self.floats(self.b, self.h, self.q_len),  # lse
             *self.splits_of_rows(),
-            *self.positions(self.head_terms(scored)),
+            *self.positions(self.terms(scored)),
             *self.tiles(self.config.tile[0] // 64),
             self.ints(2),  # counter
-            *(Int32(1), Int32(0), Int32(1), Int32(1), *[Float32(1.0)] * (3 if scored else 1)),
+            *(Int32(1), Int32(0), Int32(1), Int32(1), Float32(1.0)),
         )
 
     def backward(self, *states: Any, scored: bool = False) -> tuple[Any, ...]:
@@ -122,23 +122,41 @@ class Arguments:
             self.ints(self.size(), self.b, self.h_kv),  # bounds
             self.floats(self.b, self.h, self.size(), config.dq_chunk),  # dq_sum
             self.row_stats(config.tile_m),
-            *(kv_lens, *self.head_terms(scored), *offsets, *lists),  # offsets: q_pad, kv_starts
+            *(kv_lens, *self.terms(scored), *offsets, *lists),  # offsets: q_pad, kv_starts
             self.ints(2),  # counter
             *(self.splits(config.tile_n, config.head_dim) for _ in range(2)),
             *((self.ints(2),) if config.offsets else self.combine_arrays()),  # counts
-            *(Int32(1), Int32(0), *[Float32(1.0)] * (4 if scored else 2)),
+            *(Int32(1), Int32(0), Float32(1.0), Float32(1.0)),
         )
 
-    def head_terms(self, scored: bool) -> tuple[Any, ...]:
-        """Slopes and sinks by query head, of kernels with score terms."""
-        from cutlass import Float32, cute
+    def terms(self, scored: bool) -> tuple[Any, ...]:
+        """The `ScoreTerms` of the config, in a tuple; an empty one for kernels without."""
+        from cutlass import Float32, Int32, cute
+        from sparse_flash.kernels.score_terms import ScoreTerms
 
-        def values() -> Any:
+        def values(dtype: Any, size: Any) -> Any:
             return cute.runtime.make_fake_compact_tensor(
-                Float32, (self.h,), stride_order=(0,), assumed_align=4
+                dtype, (size,), stride_order=(0,), assumed_align=4
             )
 
-        return (values(), values()) if scored else ()
+        if not scored:
+            return ()
+        found: dict[str, Any] = {}
+        if getattr(self.config, "alibi", False):
+            found |= {"slopes": values(Float32, self.h), "slope_scale": Float32(1.0)}
+        if self.config.softcap:
+            found |= {"cap_scale": Float32(1.0)}
+        if getattr(self.config, "sinks", False):  # of the forward pass alone
+            found |= {"sinks": values(Float32, self.h)}
+        if self.config.dropout:
+            seed = values(Int32, 2)
+            found |= {"seed": seed, "dropped": Int32(1), "keep_scale": Float32(1.0)}
+        if self.config.distance_bias:
+            length = self.size(divisibility=16)
+            found |= {"bias": self.floats(self.h, 2, length), "bias_rows": Int32(1)}
+        if getattr(self.config, "distance_grads", False):  # of the backward pass alone
+            found |= {"bias_sums": self.floats(self.h, length)}
+        return (ScoreTerms(**found),)
 
     def queries(self) -> Any:
         """As q: (b, s_q, h, d)."""

@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import cutlass
 from cutlass import Int32, Uint32, Uint64, const_expr, cute
+from sparse_flash.kernels.vectors import as_pairs
 
 ROUNDS = 7
+LEVELS = 256  # values of a byte
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
 TILE = 16  # rows and columns
@@ -45,18 +47,29 @@ class Dropout:
         column, multiples of 16; q_offset and kv_starts are included. Returns 4 count words: all
         bits of the elements 2 i and 2 i + 1 of the thread that are kept.
         """
+        return self.masks_of(self.flags(pair, row, column, count))
+
+    @cute.jit
+    def flags(self, pair, row, column, count: cutlass.Constexpr):
+        """The same in 2 count words, which need fewer registers: see `masks_of`."""
         found = []
         for tile in cutlass.range_constexpr(0, count, 2):
             if const_expr(tile + 1 < count):
-                tiles = self._two_tiles(pair, row, column + tile * TILE)
+                first, second = self._two_tiles(pair, row, column + tile * TILE)
+                found += [*first, *second]
             else:
                 words = self._evaluate(pair, row, column // 4 + tile * (TILE // 4) + self.lane % 4)
-                tiles = self._halves(words)[:1]
-            for words in tiles:
-                # Elements of a thread: two columns, two rows, then two further columns.
-                order = (0, 1, 2, 3) if self.transposed else (0, 2, 1, 3)
-                found += [pair_mask(words, byte) for byte in order]
+                found += self._halves(words)[0]
         return found
+
+    def masks_of(self, flags):
+        """The masks of `flags`, words or a register tensor of them."""
+        # Elements of a thread in a tile: two columns, two rows, then two further columns.
+        order = (0, 1, 2, 3) if self.transposed else (0, 2, 1, 3)
+        count = len(flags) if isinstance(flags, list) else cute.size(flags)
+        return [
+            pair_mask((flags[i], flags[i + 1]), byte) for i in range(0, count, 2) for byte in order
+        ]
 
     @cute.jit
     def _two_tiles(self, pair, row, column):
@@ -101,7 +114,7 @@ def round_keys(low, high):
 
 def levels_of(dropped):
     """256 - dropped in each byte of a word."""
-    return ((256 - dropped) * BYTES).to(Uint32)
+    return ((LEVELS - dropped) * BYTES).to(Uint32)
 
 
 def philox(counter, keys):
@@ -137,13 +150,6 @@ def pair_mask(flags, byte: int):
         write_only_types=[Int32],
         read_only_args=[*flags, Int32(0x1100 * (12 + byte) + 0x11 * (8 + byte))],
     )
-
-
-@cute.jit
-def as_pairs(values):
-    """A register tensor of 16-bit elements as int32 pairs."""
-    start = cute.recast_ptr(values.iterator, dtype=Int32)
-    return cute.make_tensor(start, cute.make_layout(cute.size(values) // 2))
 
 
 @cute.jit

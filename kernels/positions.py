@@ -38,8 +38,8 @@ ARRAYS = ("rows", "pattern_map", "tiles", "bits", "zeros", "unlimited")
 _MAX_INT32 = 2**31 - 1
 _SPLIT_BYTES = 1 << 28  # the most memory of the parts of split rows
 _lock = threading.Lock()
-# Tensors by query head and numbers of score terms, from the softmax scale and lse (b, h, s).
-TermsOfCall = Callable[[float, Tensor], tuple[tuple[Tensor, ...], tuple[float, ...]]]
+# The `ScoreTerms` argument of a kernel, and scale_log2, from the softmax scale.
+TermsOfCall = Callable[[float], tuple[Any, float]]
 
 
 @dataclass(eq=False)
@@ -244,8 +244,8 @@ def forward_at(
         softmax_scale: Factor of the logits, of any sign.
         splits: Number of splits per row (see `row_splits`).
         numbers: Further scalar arguments of the kernel, before the scale.
-        terms: Returns the tensors and numbers of score terms, from the positive scale and lse; the
-            numbers begin with scale_log2. None: no terms.
+        terms: Returns the kernel's score terms and scale_log2, from the positive scale. None: no
+            terms.
         transient: As in `Kernel.launch`.
 
     Returns:
@@ -262,12 +262,11 @@ def forward_at(
     used = splits if splits > 1 else 0
     parts = lse.new_empty((used, b, s, h, plan.config.head_dim)), lse.new_empty((used, b, h, s))
     *arrays, base = offsets
-    of_heads: tuple[Tensor, ...] = ()
-    scales: tuple[float, ...] = (softmax_scale * LOG2_E,)
+    inputs, scale_log2 = (q, k, v, out, lse, *parts, *arrays), softmax_scale * LOG2_E
     if terms is not None:
-        of_heads, scales = terms(softmax_scale, lse)
-    inputs = (q, k, v, out, lse, *parts, *arrays, *of_heads)
-    scalars = (base, plan.num_positions, splits, *numbers, *scales)
+        of_scores, scale_log2 = terms(softmax_scale)
+        inputs = (*inputs, of_scores)
+    scalars = (base, plan.num_positions, splits, *numbers, scale_log2)
     assert plan.kernel is not None
     plan.kernel.launch(inputs, plan, scalars, q.device, transient)  # type: ignore[arg-type]
     return out, lse

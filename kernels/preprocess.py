@@ -22,8 +22,8 @@ class Preprocess:
 
         |dQ| <= sum P |dP - delta| |K| <= (2 |dO| max |V| + |dlse|) max |K|
 
-    (norms of dO and of a value, largest absolute element of K: see `Bounds`). Exponent 255 marks a
-    row with NaN.
+    (norms of dO and of a value, largest absolute element of K: see `Bounds`). Dropout scales dP.
+    Exponent 255 marks a row with NaN.
     """
 
     def __init__(self, config) -> None:
@@ -33,12 +33,28 @@ class Preprocess:
         self.rows = THREADS // self.lanes
 
     @cute.jit
-    def __call__(self, out, dout, lse, dlse, stats, done, bounds, offsets, has_dlse: Int32, stream):
-        """Launch on the stream. offsets: q_pad, in a tuple, or `None`."""
+    def __call__(
+        self,
+        out,
+        dout,
+        lse,
+        dlse,
+        stats,
+        done,
+        bounds,
+        offsets,
+        has_dlse: Int32,
+        stream,
+        keep_scale=None,
+    ):
+        """Launch on the stream. offsets: q_pad, in a tuple, or `None`. keep_scale: Factor of dP
+        with dropout.
+        """
         chunks = cute.ceil_div(cute.size(stats, mode=[3]), self.rows)
         # A 1-D grid: the other dimensions are limited to 65,535.
         grid = (chunks * cute.size(out, mode=[2]) * cute.size(out, mode=[0]), 1, 1)
-        self.kernel(out, dout, lse, dlse, stats, done, bounds, offsets, has_dlse).launch(
+        given = (bounds, offsets, has_dlse, keep_scale)
+        self.kernel(out, dout, lse, dlse, stats, done, *given).launch(
             grid=grid, block=(THREADS, 1, 1), stream=stream
         )
 
@@ -54,6 +70,7 @@ class Preprocess:
         bounds: cute.Tensor,
         offsets,
         has_dlse: Int32,
+        keep_scale,
     ):
         """VECTOR elements per thread."""
         chunks = cute.ceil_div(cute.size(stats, mode=[3]), self.rows)
@@ -79,7 +96,10 @@ class Preprocess:
                     total -= given
             if cutlass.const_expr(self.config.fixed_point):
                 kv_head = head // (cute.size(out, mode=[2]) // cute.size(bounds, mode=[2]))
-                found = tuple(from_bits(bounds[n, batch, kv_head]) for n in range(2))
+                norm, largest = (from_bits(bounds[n, batch, kv_head]) for n in range(2))
+                if cutlass.const_expr(keep_scale is not None):
+                    norm *= keep_scale
+                found = (norm, largest)
                 log_sum, total = with_exponent(log_sum, total, found, square, given)
             stats[batch, head, 0, row] = log_sum
             stats[batch, head, 1, row] = total

@@ -13,7 +13,7 @@ import math
 from typing import NamedTuple
 
 import cutlass
-from cutlass import Float32, cute
+from cutlass import Float32, Int32, cute
 
 LOG2_E = math.log2(math.e)
 # Instead of -inf for tanh of masked elements: P is 0, and P times the derivative is not NaN.
@@ -21,12 +21,21 @@ MASKED = -1e18
 
 
 class ScoreTerms(NamedTuple):
-    """What kernels with score terms take."""
+    """The argument of kernels with score terms; fields of other terms than theirs are `None`.
 
-    slopes: cute.Tensor  # (h,) float32; not read without ALiBi
-    sinks: cute.Tensor  # (h,) float32; not read without sinks
-    slope_scale: Float32  # -log2(e) / scale_log2
-    cap_scale: Float32  # softmax_scale / softcap
+    On the host, a tuple of torch tensors and numbers.
+    """
+
+    slopes: cute.Tensor | None = None  # of ALiBi, (h,) float32
+    slope_scale: Float32 | None = None  # -log2(e) / scale_log2
+    cap_scale: Float32 | None = None  # of the softcap: softmax_scale / softcap
+    sinks: cute.Tensor | None = None  # (h,) float32
+    seed: cute.Tensor | None = None  # of dropout, (2,) int32: its low and its high word
+    dropped: Int32 | None = None  # see dropout.py
+    keep_scale: Float32 | None = None  # 256 / (256 - dropped)
+    bias: cute.Tensor | None = None  # by distance: see distance_table.values_of
+    bias_rows: Int32 | None = None  # DistanceGrid.rows
+    bias_sums: cute.Tensor | None = None  # gradients of the values, (h, length) float32
 
     def coefficient(self, head):
         """Coefficient of ALiBi."""

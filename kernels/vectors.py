@@ -31,6 +31,13 @@ def pack_pair(first, second, dtype: cutlass.Constexpr):
 
 
 @cute.jit
+def as_pairs(values):
+    """A register tensor of 16-bit elements as int32 pairs."""
+    start = cute.recast_ptr(values.iterator, dtype=Int32)
+    return cute.make_tensor(start, cute.make_layout(cute.size(values) // 2))
+
+
+@cute.jit
 def vector_at(tensor, coord, alignment: cutlass.Constexpr):
     """VECTOR adjacent elements of a row, starting at a four-mode coordinate."""
     start = (tensor.iterator + cute.crd2idx(coord, tensor.layout)).align(alignment)

@@ -10,8 +10,11 @@ import cutlass
 from cutlass import Float32, Int32, cute
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from sparse_flash.kernels.combine import CombineGradients
+from sparse_flash.kernels.distance_bias import DistanceWindows, window_layout, window_storage
+from sparse_flash.kernels.distance_table import window_bytes
 from sparse_flash.kernels.position_work_tiles import ColumnOffsets, row_tiles
 from sparse_flash.kernels.preprocess import Bounds, Preprocess
+from sparse_flash.kernels.score_terms import ScoreTerms
 from sparse_flash.kernels.sm90.backward_consumer import BackwardConsumer
 from sparse_flash.kernels.sm90.backward_producer import BackwardProducer, BackwardStorer
 from sparse_flash.kernels.sm90.config import BackwardConfig
@@ -105,7 +108,8 @@ class BackwardSm90:
         if cutlass.const_expr(config.fixed_point):
             Bounds(config)(k, v, bounds, kv_lens, work, counts, starts, stream)
         preprocess = Preprocess(config)
-        preprocess(out, dout, lse, dlse, stats, done, bounds, pads, has_dlse, stream)
+        factor = scales[2].keep_scale if cutlass.const_expr(config.dropout) else None
+        preprocess(out, dout, lse, dlse, stats, done, bounds, pads, has_dlse, stream, factor)
         self.launch(tensors, stats, results, lists, offsets, num_ctas, scales, stream)
         if cutlass.const_expr(config.dq):
             Postprocess(config)(dq_sum, done, stats, dq, pads, scales[0], stream)
@@ -194,7 +198,14 @@ class BackwardSm90:
         sdQ = smem.dq.get_tensor(dq_layout)
         sdKV = self._dkv_buffers(sdQ, result_layout)
         sStats = smem.stats.get_tensor(stats_layout)
-        sTiles = smem.tiles.get_tensor(cute.make_layout(config.tile_words))
+        sTiles = smem.tiles.get_tensor(cute.make_layout((config.q_stages, config.tile_words)))
+        windows = scratch = None
+        if cutlass.const_expr(config.distance_bias):
+            sWindows = smem.windows.get_tensor(window_layout(config.tile, config.q_stages))
+            windows = DistanceWindows(ScoreTerms(*scales[2]), sWindows, config.tile)
+        if cutlass.const_expr(config.distance_grads):
+            shape = (config.scratch // CONSUMER_WARPS, CONSUMER_WARPS)
+            scratch = smem.scratch.get_tensor(cute.make_layout(shape))
         kv_lens, work, tiles, bits, counter, counts = lists
         work_tiles = WorkList(work, counter, counts, smem.work, work_pipe)
         if cutlass.const_expr(config.offsets):
@@ -204,7 +215,7 @@ class BackwardSm90:
             if warp_idx == 0:
                 buffers = (sQ, sdO, sK, sV, sStats)
                 inputs = (kv_lens, tiles, heads, offsets)
-                outside = (buffers, sTiles, pipes, work_tiles, inputs)
+                outside = (buffers, sTiles, pipes, work_tiles, inputs, windows)
                 BackwardProducer(config, loads, *outside).run()
             elif cutlass.const_expr(config.dq):
                 if warp_idx <= 2:
@@ -216,7 +227,7 @@ class BackwardSm90:
             cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
             buffers = (sQ, sdO, sK, sV, sdS, sdQ, sdKV, sStats, sTiles)
             given = (buffers, pipes, (ds_published, buffer_free), (work_tiles, bits, offsets))
-            outside = (*given, results[::2], scales)
+            outside = (*given, results[::2], scales, (windows, scratch))
             BackwardConsumer(config, self.dtype, tiled_mmas, *outside).run()
 
     def _dkv_buffers(self, sdQ, layout):
@@ -248,7 +259,7 @@ class BackwardSm90:
 
     def _storage(self, q_layout, k_layout, v_layout, ds_layout, dq_layout):
         config, dtype = self.config, self.dtype
-
+        window_memory = window_storage(config.tile, config.q_stages if config.distance_bias else 0)
         ds_storage = dq_storage = cute.struct.MemRange[Float32, 1]  # not used
         if cutlass.const_expr(config.dq):
             ds_storage, dq_storage = (
@@ -266,7 +277,7 @@ class BackwardSm90:
             ds_published: cute.struct.MemRange[cutlass.Int64, 1]
             buffer_free: cute.struct.MemRange[cutlass.Int64, 2 * config.buffers]
             work: work_storage()
-            tiles: cute.struct.MemRange[Int32, config.tile_words]
+            tiles: cute.struct.MemRange[Int32, config.q_stages * config.tile_words]
             stats: cute.struct.Align[
                 cute.struct.MemRange[Float32, 2 * config.tile_m * config.q_stages], 128
             ]
@@ -276,6 +287,8 @@ class BackwardSm90:
             v: tile_storage(dtype, v_layout)
             dq: dq_storage
             ds: ds_storage
+            windows: window_memory
+            scratch: cute.struct.Align[cute.struct.MemRange[Float32, config.scratch], 128]
 
         return Storage
 
@@ -284,7 +297,8 @@ class BackwardSm90:
         config, warps = self.config, CONSUMER_WARPS
         queries, keys = (tile_bytes(layouts[i], self.dtype) for i in range(2))
         statistics = tile_bytes(layouts[5], Float32)
-        q = tma_pipeline(smem.q_barriers, config.q_stages, warps, queries + statistics)
+        windows = window_bytes(config.tile) if config.distance_bias else 0
+        q = tma_pipeline(smem.q_barriers, config.q_stages, warps, queries + statistics + windows)
         do = tma_pipeline(smem.do_barriers, config.q_stages, warps, queries)
         k = tma_pipeline(smem.k_barriers, config.k_stages, warps, keys)
         v = tma_pipeline(smem.v_barriers, config.v_stages, warps, keys)

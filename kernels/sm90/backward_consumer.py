@@ -26,12 +26,12 @@ from cutlass import Float32, Int32, const_expr, cute, pipeline
 from cutlass.cute.nvgpu import warp, warpgroup
 from sparse_flash.kernels import online_softmax as online
 from sparse_flash.kernels import score_terms
+from sparse_flash.kernels.dropout import Dropout
 from sparse_flash.kernels.preprocess import exponent_in
 from sparse_flash.kernels.sm90.backward_gemms import BackwardGemms
 from sparse_flash.kernels.sm90.backward_producer import STORE_THREADS
-from sparse_flash.kernels.sm90.backward_scores import BackwardScores
+from sparse_flash.kernels.sm90.backward_scores import BackwardScores, Place
 from sparse_flash.kernels.sm90.barriers import BackwardBarrier
-from sparse_flash.kernels.sm90.primitives import mul_pairs
 from sparse_flash.kernels.vectors import from_bits, pack_pair, store_pairs
 from sparse_flash.kernels.work_tiles import ColumnWorkTile
 
@@ -42,13 +42,27 @@ BOTH = 2 * 128  # threads of the two warpgroups
 class BackwardConsumer(BackwardScores):
     """State of one warpgroup: accumulators of dK and dV, operands, pipelines."""
 
-    def __init__(self, config, dtype, tiled_mmas, buffers, pipes, signals, lists, results, scales):
+    def __init__(
+        self,
+        config,
+        dtype,
+        tiled_mmas,
+        buffers,
+        pipes,
+        signals,
+        lists,
+        results,
+        scales,
+        of_distances=(None, None),
+    ):
         self.config, self.dtype = config, dtype
         self.work_tiles, self.bits, self.offsets = lists
         self.scale, self.scale_log2, *terms = scales
         if const_expr(config.scored):
             self.terms = score_terms.ScoreTerms(*terms[0])
-            self.cap_scale = self.terms.cap_scale
+            self.windows, self.scratch = of_distances
+        if const_expr(config.dropout):
+            self.dropout = Dropout(self.terms.seed, self.terms.dropped, transposed=True)
         _, _, self.sK, _, self.sdS, self.sdQ, self.sdKV, *others = buffers
         self.sStats, self.sTiles = others
         self.q_pipe, self.do_pipe, self.k_pipe, self.v_pipe = pipes
@@ -58,6 +72,7 @@ class BackwardConsumer(BackwardScores):
         self.results, self.splits = results  # dV and dK
         self.thread = cute.arch.thread_idx()[0] % 128
         self.group = cute.arch.make_warp_uniform(cute.arch.thread_idx()[0] // 128 - 1)
+        self.clear_scratch()
         # Index of this warpgroup's 64 keys, and of its columns of dK and dV.
         self.keys, self.columns = self.group, 0
         if const_expr(config.split_columns):
@@ -71,8 +86,8 @@ class BackwardConsumer(BackwardScores):
         self.acc_dv = cute.make_rmem_tensor(shape, Float32)
         # Bit tile of the tile whose S' has been issued; valid in the first lane of each warp.
         self.bit_tile = cute.make_rmem_tensor(1, Int32)
-        # Likewise, for ALiBi: distance of the first query and key, and coefficient.
-        self.alibi = cute.make_rmem_tensor(2, Float32)
+        # Likewise, its `Place`.
+        self.place = cute.make_rmem_tensor(len(Place._fields), Int32)
         # Fixed-point exponents of the thread's two rows of dQ, for the previous tile.
         self.exponents = cute.make_rmem_tensor(1, Int32)
 
@@ -194,7 +209,7 @@ class BackwardConsumer(BackwardScores):
         before = config.dq and (config.overlap_items or not first)
         k_before = k_before if const_expr(first) else k_state  # of the previous tile
         staggered = config.dq and first and not last
-        p, weights, acc_dp, delta = self.values(q_state, v_state, remaining, staggered)
+        p, factors, acc_dp, delta = self.values(q_state, v_state, remaining, staggered)
         ds = cute.make_rmem_tensor(p.shape, self.dtype)
         exponents = self.exponents_of(stage) if const_expr(config.fixed_point) else Int32(0)
         warpgroup.wait_group(config.p_slices)
@@ -202,7 +217,7 @@ class BackwardConsumer(BackwardScores):
             self.v_pipe.consumer_release(v_state)
         self.zero_rows(acc_dp, remaining)
         for p_slice in cutlass.range_constexpr(config.p_slices):
-            self.derive(ds, acc_dp, weights, delta, p_slice)
+            self.derive(ds, acc_dp, factors, self.of_slice(1, stage, p_slice, delta), p_slice)
             if const_expr(config.dq and p_slice == config.p_slices - 1):
                 self.store_ds(ds, q_state, before)
             self.gemms.gemm_dk(self.acc_dk, ds, stage, p_slice)
@@ -220,6 +235,7 @@ class BackwardConsumer(BackwardScores):
             self.q_pipe.consumer_wait(following)
             self.acc_s.fill(0.0)  # frees its registers: the old content is dead
             self.gemms.gemm_s(self.acc_s, k_state.index, following.index)
+        self.add_distance_grads(ds)
         if const_expr(before):
             warpgroup.wait_group(0 if const_expr(last) else 1)
         if const_expr(config.dq):
@@ -239,8 +255,9 @@ class BackwardConsumer(BackwardScores):
 
     @cute.jit
     def values(self, q_state, v_state, remaining, staggered: cutlass.Constexpr):
-        """Compute P' of a tile; dP' and dV are in flight. Returns P', P' times the derivative of
-        the scores, dP' and delta.
+        """Compute P' of a tile; dP' and dV are in flight.
+
+        Returns P' for dV, factors of dS' (see `derive`), dP' and delta.
 
         staggered: The second warpgroup waits for the first to finish its P'.
         """
@@ -250,40 +267,35 @@ class BackwardConsumer(BackwardScores):
                 cute.arch.barrier(barrier_id=BackwardBarrier.STAGGER, number_of_threads=BOTH)
         acc_dp = cute.make_rmem_tensor(self.acc_s.shape, Float32)
         p = cute.make_rmem_tensor(acc_dp.shape, self.dtype)
-        weights = p  # times the derivative of the softcap
+        weights, negated = p, None
         if const_expr(config.softcap):
             weights = cute.make_rmem_tensor(acc_dp.shape, self.dtype)
+        elif const_expr(config.dropout):
+            negated = cute.make_rmem_tensor(acc_dp.shape, self.dtype)
         # Then lse fits into registers before dP' is issued.
-        few = const_expr(config.tile_m == 64 and not config.softcap)
-        lse = self.statistics(0, stage) if few else None
+        sliced = config.sliced_statistics
+        few = const_expr(config.tile_m == 64 and not config.softcap and not sliced)
+        lse, delta = self.statistics(0, stage) if few else None, None
         self.do_pipe.consumer_wait(q_state)
         self.gemms.gemm_dp(acc_dp, v_state.index, stage)
-        lse = lse if few else self.statistics(0, stage)
+        lse = lse if few or sliced else self.statistics(0, stage)
         bit_tile = cute.arch.shuffle_sync(self.bit_tile[0], 0)
         words = online.mask_words(self.bits, bit_tile, self.keys, self.thread)
+        shared = ((bit_tile, words, remaining), self.place_of_warp(), stage)
         for p_slice in cutlass.range_constexpr(config.p_slices):
+            last = const_expr(p_slice == config.p_slices - 1 and not sliced)
             # Overlaps the exponentials, which hide the load latency.
-            if const_expr(config.defer_handoff and p_slice == config.p_slices - 1):
+            if const_expr(config.defer_handoff and last):
                 delta = self.statistics(1, stage)
-            self.probabilities((p, weights), lse, bit_tile, words, remaining, p_slice)
-            if const_expr(not config.defer_handoff and p_slice == config.p_slices - 1):
+            lse_of_slice = self.of_slice(0, stage, p_slice, lse)
+            self.probabilities(p, (weights, negated), lse_of_slice, shared, p_slice)
+            if const_expr(not config.defer_handoff and last):
                 delta = self.statistics(1, stage)
             self.gemms.gemm_dv(self.acc_dv, p, stage, p_slice)
         if const_expr(staggered):
             if self.group == 0:
                 cute.arch.barrier_arrive(barrier_id=BackwardBarrier.STAGGER, number_of_threads=BOTH)
-        return p, weights, acc_dp, delta
-
-    @cute.jit
-    def derive(self, ds, acc_dp, p, delta, p_slice: cutlass.Constexpr):
-        """Compute one slice of dS' = P' (dP' - delta), multiplying 16-bit pairs."""
-        size = cute.size(acc_dp) // self.config.p_slices
-        for i in cutlass.range_constexpr(p_slice * size, (p_slice + 1) * size):
-            ds[i] = (acc_dp[i] - delta[i % 2, i // 4]).to(self.dtype)
-        mine, factors = (
-            cute.make_tensor(x.iterator + p_slice * size, cute.make_layout(size)) for x in (ds, p)
-        )
-        mul_pairs(mine, factors)
+        return p, (weights, negated), acc_dp, delta
 
     @cute.jit
     def zero_rows(self, acc, remaining):
@@ -418,6 +430,9 @@ class BackwardConsumer(BackwardScores):
     def finish(self, work_tile, buffers_filled, which: cutlass.Constexpr):
         """Store dV (0) and dK (1): to the results, or as a split. Returns `buffers_filled`."""
         split_idx = work_tile.split_idx
+        if const_expr(self.config.dropout and 0 in which):
+            for i in cutlass.range_constexpr(cute.size(self.acc_dv)):
+                self.acc_dv[i] = self.acc_dv[i] * self.terms.keep_scale
         if const_expr(1 in which):
             for i in cutlass.range_constexpr(cute.size(self.acc_dk)):
                 self.acc_dk[i] = self.acc_dk[i] * self.scale

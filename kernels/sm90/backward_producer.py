@@ -20,8 +20,9 @@ class BackwardProducer:
     unless it has two stages, and V nearly as long.
     """
 
-    def __init__(self, config, loads, buffers, sTiles, pipes, work_tiles, inputs):
+    def __init__(self, config, loads, buffers, sTiles, pipes, work_tiles, inputs, windows=None):
         self.config, self.sTiles, self.work_tiles = config, sTiles, work_tiles
+        self.windows = windows  # DistanceWindows; only with `config.distance_bias`
         self.loads, self.buffers = loads, buffers
         self.q_pipe, self.do_pipe, self.k_pipe, self.v_pipe = pipes
         self.kv_lens, self.tiles, self.heads, self.offsets = inputs
@@ -86,14 +87,18 @@ class BackwardProducer:
         self.q_pipe.sync_object_empty.wait(state.index, state.phase)
         sTiles, barrier = self.sTiles, self.q_pipe.producer_get_barrier(state)
         if cute.arch.lane_idx() == 0:
-            sTiles[state.index] = bit_tile
-            if const_expr(self.config.alibi):
-                stages = self.config.q_stages
-                apart = m_block * self.config.tile_m - n_block * self.config.tile_n
-                sTiles[stages + state.index], sTiles[2 * stages + state.index] = apart, head
+            sTiles[state.index, 0] = bit_tile
+            if const_expr(self.config.placed):
+                pair = batch * cute.size(self.loads[0][1], mode=[2]) + head
+                query, key = m_block * self.config.tile_m, n_block * self.config.tile_n
+                for i, place in enumerate((query, key, head, pair)):
+                    sTiles[state.index, 1 + i] = place
             # This arrival releases the store above.
             size = self.q_pipe.sync_object_full.tx_count
             cute.arch.mbarrier_arrive_and_expect_tx(barrier, size)
+            if const_expr(self.config.distance_bias):
+                row, column = n_block * self.config.tile_n, m_block * self.config.tile_m
+                self.windows.load(head, row, column, state.index, barrier)
         tma_load(self.loads[0], self.buffers[0], coord, state.index, barrier, start)
         tma_load(self.loads[4], self.buffers[4], coord, state.index, barrier)
         self.do_pipe.producer_acquire(state)

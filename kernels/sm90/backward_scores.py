@@ -1,46 +1,136 @@
-"""From S' to P' in a consumer warpgroup of the backward kernel."""
+"""From S' to P' and dS' in a consumer warpgroup of the backward kernel."""
+
+from typing import NamedTuple
 
 import cutlass
 from cutlass import Float32, Int32, const_expr, cute
 from sparse_flash.kernels import online_softmax as online
 from sparse_flash.kernels import score_terms
+from sparse_flash.kernels.distance_bias import add_diagonals, clear_scratch
+from sparse_flash.kernels.distance_table import ROWS
+from sparse_flash.kernels.sm90.primitives import add_products, mul_pairs, split_signs
+from sparse_flash.kernels.vectors import as_pairs
 from sparse_flash.masks.layout import FULL_TILE
+
+
+class Place(NamedTuple):
+    """Where a tile is, for score terms that depend on positions; the fields are Int32."""
+
+    query: Int32  # the first one
+    key: Int32  # the first one
+    head: Int32  # of q
+    pair: Int32  # batch entry * query heads + query head
 
 
 class BackwardScores:
     """The part of `BackwardConsumer` that knows scores, masks and row statistics."""
 
     @cute.jit
-    def probabilities(self, results, lse, bit_tile, words, remaining, p_slice: cutlass.Constexpr):
+    def probabilities(self, p, factors, lse, shared, p_slice: cutlass.Constexpr):
         """Compute one slice of P' from S'; masked elements are 0.
 
-        results: P', and P' times the derivative of the scores.
+        p: P' for dV. factors: As of `derive`. lse: Of the slice. shared: Arguments of `mask`, the
+        warp's place, and the stage.
         """
-        p, weights = results
-        size = cute.size(self.acc_s) // self.config.p_slices
-        first = p_slice * size
-        acc = cute.make_tensor(self.acc_s.iterator + first, cute.make_layout(size))
+        masking, place, stage = shared
+        acc, first = self.slice_of(self.acc_s, p_slice)
+        weights = factors[0]
+        bias = None
+        if const_expr(self.config.distance_bias):
+            bias = self.windows.values(stage, self.row(0), first, cute.size(acc))
         if const_expr(self.config.softcap):
-            score_terms.apply_softcap(acc, self.cap_scale)
-            self.mask(acc, bit_tile, words, remaining, first, score_terms.MASKED)
-            sign, coefficient, start = self.signed_alibi()
-            for i in cutlass.range_constexpr(size):
+            score_terms.apply_softcap(acc, self.terms.cap_scale)
+            self.mask(acc, *masking, first, score_terms.MASKED)
+            for i in cutlass.range_constexpr(cute.size(acc)):
                 power = acc[i]
-                if const_expr(self.config.alibi):
-                    power += sign * score_terms.alibi_of(first + i, coefficient, start, True)
-                power = power * self.scale_log2 - lse[i % 2, (first + i) // 4]
+                if const_expr(self.config.distance_bias):
+                    power += bias[i]
+                power = power * self.scale_log2 - lse[i % 2, i // 4]
                 probability = online.exp2(power)
                 p[first + i] = probability.to(self.dtype)
                 weights[first + i] = (probability * (1.0 - acc[i] * acc[i])).to(self.dtype)
         else:
-            if const_expr(self.config.alibi):
-                score_terms.add_alibi(acc, *self.alibi_terms(), True, first)
-            for i in cutlass.range_constexpr(size):
-                power = acc[i] * self.scale_log2 - lse[i % 2, (first + i) // 4]
+            for i in cutlass.range_constexpr(cute.size(acc)):
+                if const_expr(self.config.distance_bias):
+                    acc[i] = acc[i] + bias[i]
+                power = acc[i] * self.scale_log2 - lse[i % 2, i // 4]
                 acc[i] = online.exp2(power)
-            self.mask(acc, bit_tile, words, remaining, first, 0.0)
-            for i in cutlass.range_constexpr(size):
+            self.mask(acc, *masking, first, 0.0)
+            for i in cutlass.range_constexpr(cute.size(acc)):
                 p[first + i] = acc[i].to(self.dtype)
+        if const_expr(self.config.dropout):
+            self.apply_dropout(p, factors, place, p_slice)
+
+    @cute.jit
+    def apply_dropout(self, p, factors, place, p_slice: cutlass.Constexpr):
+        """Drop elements of a slice of P', and mark them in the factors of dS' (see `derive`)."""
+        (p, first), (weights, _) = (self.slice_of(x, p_slice) for x in (p, factors[0]))
+        signs, pairs = Int32(-0x7FFF8000), as_pairs(p)
+        step = 2 if const_expr(cute.size(p) % 16 == 0) else 1  # tiles of 16 columns
+        for tile in cutlass.range_constexpr(0, cute.size(p) // 8, step):
+            column = place.query + 2 * first + 16 * tile
+            for i, mask in enumerate(
+                self.dropout.masks(place.pair, place.key, column, step), 4 * tile
+            ):
+                if const_expr(self.config.softcap):
+                    as_pairs(weights)[i] = as_pairs(weights)[i] | ~mask & signs
+                else:
+                    negated = as_pairs(self.slice_of(factors[1], p_slice)[0])
+                    negated[i] = (pairs[i] | signs) & ~mask
+                pairs[i] = pairs[i] & mask
+
+    @cute.jit
+    def clear_scratch(self):
+        """Clear the warp's scratch for gradients of the bias by distance."""
+        if const_expr(self.config.distance_grads):
+            clear_scratch(self.scratch[None, self.group * 4 + self.thread // 32])
+
+    @cute.jit
+    def add_distance_grads(self, ds):
+        """Add dS' to the gradients of the bias by distance, slice by slice."""
+        if const_expr(self.config.distance_grads):
+            place = self.place_of_warp()  # again: it would take registers until here
+            sums, warp = self.terms.bias_sums, self.group * 4 + self.thread // 32
+            start = self.terms.bias_rows + place.query - place.key - ROWS
+            index = cute.crd2idx((place.head, start), sums.layout)
+            for p_slice in cutlass.range_constexpr(self.config.p_slices):
+                mine, first = self.slice_of(ds, p_slice)
+                goal = sums.iterator + (index + 2 * first)
+                add_diagonals(mine, self.scratch[None, warp], goal)
+
+    @cute.jit
+    def derive(self, ds, acc_dp, factors, delta, p_slice: cutlass.Constexpr):
+        """Compute one slice of dS' = P' (dP' - delta), multiplying 16-bit pairs.
+
+        delta: Of the slice. factors: P' times the derivative of the scores. With dropout, kept
+        elements, whose dP' is scaled, and negated dropped ones, whose dP' is 0; or, with a softcap,
+        both in one: dropped elements are negative.
+        """
+        (weights, first), (mine, _) = (self.slice_of(x, p_slice) for x in (factors[0], ds))
+        for i in cutlass.range_constexpr(cute.size(mine)):
+            dp = acc_dp[first + i]
+            if const_expr(self.config.dropout):
+                dp *= self.terms.keep_scale
+            mine[i] = (dp - delta[i % 2, i // 4]).to(self.dtype)
+        if const_expr(not self.config.dropout):
+            mul_pairs(mine, weights)
+        else:
+            negated = None
+            if const_expr(self.config.softcap):
+                weights, negated = split_signs(weights)
+            else:
+                negated, _ = self.slice_of(factors[1], p_slice)
+            mul_pairs(mine, weights)
+            delta_pairs = cute.make_rmem_tensor(mine.shape, self.dtype)
+            for i in cutlass.range_constexpr(cute.size(mine)):
+                delta_pairs[i] = delta[i % 2, i // 4].to(self.dtype)
+            add_products(mine, negated, delta_pairs)
+
+    def slice_of(self, tensor, p_slice: int):
+        """A slice of a thread's elements, and the index of its first one."""
+        size = cute.size(tensor) // self.config.p_slices
+        first = p_slice * size
+        return cute.make_tensor(tensor.iterator + first, cute.make_layout(size)), first
 
     @cute.jit
     def mask(
@@ -60,45 +150,53 @@ class BackwardScores:
             online.apply_mask(acc, mine, Int32(-1), otherwise)
 
     @cute.jit
-    def alibi_terms(self):
-        """Coefficient, and distance of the thread's first element, of the tile."""
-        own = Float32(self.thread % 4 * 2 - self.row(0))
-        distance = cute.arch.shuffle_sync(self.alibi[0], 0) + own
-        return cute.arch.shuffle_sync(self.alibi[1], 0), distance
-
-    @cute.jit
-    def signed_alibi(self):
-        """Sign, coefficient, and their product with the first distance; zeros without ALiBi."""
-        sign, coefficient, start = Float32(0.0), Float32(0.0), Float32(0.0)
-        if const_expr(self.config.alibi):
-            coefficient, distance = self.alibi_terms()
-            start = coefficient * distance
-            sign = Float32(-1.0) if coefficient < 0 else Float32(1.0)
-        return sign, coefficient, start
+    def place_of_warp(self):
+        """The tile's `Place` from the warp's first key on; zeros where it is not used."""
+        place = Place(*[Int32(0)] * len(Place._fields))
+        if const_expr(self.config.placed):
+            of_lane_0 = (cute.arch.shuffle_sync(self.place[i], 0) for i in range(4))
+            query, key, head, pair = (cute.arch.make_warp_uniform(x) for x in of_lane_0)
+            key += self.keys * 64 + self.thread // 32 * 16
+            place = Place(query, key, head, pair)
+        return place
 
     @cute.jit
     def read_bit_tile(self, stage):
-        """Read a tile's bit tile, in the lane that releases the stage for its warp."""
+        """Read a tile's bit tile and place, in the lane that releases the stage for its warp."""
         bit_tile = Int32(0)
         if self.thread % 32 == 0:
-            bit_tile = self.sTiles[stage]
+            bit_tile = self.sTiles[stage, 0]
         self.bit_tile[0] = bit_tile
-        if const_expr(self.config.alibi):
-            apart, coefficient, stages = Float32(0.0), Float32(0.0), self.config.q_stages
+        if const_expr(self.config.placed):
+            place = cute.make_rmem_tensor(self.place.shape, Int32)
+            place.fill(0)
             if self.thread % 32 == 0:
-                apart = Float32(self.sTiles[stages + stage])
-                head = self.sTiles[2 * stages + stage]
-                coefficient = self.terms.coefficient(head)
-            self.alibi[0], self.alibi[1] = apart, coefficient
+                for i in cutlass.range_constexpr(cute.size(place)):
+                    place[i] = self.sTiles[stage, 1 + i]
+            self.place.store(place.load())
 
     @cute.jit
-    def statistics(self, which: cutlass.Constexpr, stage):
-        """Load lse (0) or delta (1) of the thread's columns: (2, tile_m / 8)."""
-        values = cute.make_rmem_tensor((2, self.config.tile_m // 8), Float32)
-        mine = self.sStats[None, which, stage].iterator + 2 * (self.thread % 4)
-        layout = cute.make_layout((2, self.config.tile_m // 8), stride=(1, 8))
+    def statistics(self, which: cutlass.Constexpr, stage, first: cutlass.Constexpr = 0, slices=1):
+        """Load lse (0) or delta (1) of the thread's columns: (2, tile_m / 8).
+
+        first: First column. slices: Number of slices of which one is loaded.
+        """
+        shape = (2, self.config.tile_m // 8 // slices)
+        values = cute.make_rmem_tensor(shape, Float32)
+        mine = self.sStats[None, which, stage].iterator + (2 * (self.thread % 4) + first)
+        layout = cute.make_layout(shape, stride=(1, 8))
         cute.autovec_copy(cute.make_tensor(mine.align(8), layout), values)
         return values
+
+    @cute.jit
+    def of_slice(self, which: cutlass.Constexpr, stage, p_slice: cutlass.Constexpr, values):
+        """Lse (0) or delta (1) of a slice's columns. values: Those of all columns, or `None`."""
+        slices = self.config.p_slices
+        first = self.config.tile_m // slices * p_slice
+        if const_expr(self.config.sliced_statistics):
+            return self.statistics(which, stage, first, slices)
+        shape = (2, self.config.tile_m // 8 // slices)
+        return cute.make_tensor(values.iterator + first // 4, cute.make_layout(shape))
 
     @cute.jit
     def row(self, i: cutlass.Constexpr):

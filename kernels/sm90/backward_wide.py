@@ -123,7 +123,7 @@ class BackwardWideSm90(BackwardSm90):
             )
         )
         sP, sStats = smem.p.get_tensor(p_layout), smem.stats.get_tensor(stats_layout)
-        sTiles = smem.tiles.get_tensor(cute.make_layout(config.q_stages))
+        sTiles = smem.tiles.get_tensor(cute.make_layout((config.q_stages, 1)))
         kv_lens, work, tiles, bits, counter, counts = lists
         work_tiles = WorkList(work, counter, counts, smem.work, work_pipe)
         (dv, dk), (dq_sum, done), (dv_splits, dk_splits) = results

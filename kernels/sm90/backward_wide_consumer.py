@@ -157,7 +157,7 @@ class ValueGradient(KeyAccumulator):
     @cute.jit
     def load_mask(self, q_state):
         """Load a tile's bit tile, and its mask bits of the thread, while GEMMs run."""
-        bit_tile = self.sTiles[q_state.index]
+        bit_tile = self.sTiles[q_state.index, 0]
         return bit_tile, online.mask_words(self.bits, bit_tile, 0, self.thread)
 
     @cute.jit

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import Enum
 
+from sparse_flash.kernels.distance_table import scratch_size, window_bytes
 from sparse_flash.kernels.schedule import CostModel
 
 
@@ -26,9 +27,11 @@ class ForwardConfig:
     o_columns: int = 0  # 0: all
     q_in_registers: bool = False  # for the whole work tile
     offsets: bool = False  # queries at positions, see position_work_tiles.py
-    softcap: bool = False  # see score_terms.py, as the next two
+    softcap: bool = False  # see score_terms.py, as the next four
     alibi: bool = False
     sinks: bool = False
+    dropout: bool = False
+    distance_bias: bool = False
     arch: str = "sm_90a"
 
     def __post_init__(self) -> None:
@@ -41,7 +44,8 @@ class ForwardConfig:
     @property
     def scored(self) -> bool:
         """Whether the kernel has score terms, see score_terms.py."""
-        return self.softcap or self.alibi or self.sinks
+        terms = (self.softcap, self.alibi, self.sinks, self.dropout, self.distance_bias)
+        return any(terms)
 
     @property
     def tile(self) -> tuple[int, int]:
@@ -76,6 +80,13 @@ class ForwardConfig:
         return self.warpgroups == 3
 
     @property
+    def draws_ahead(self) -> bool:
+        """Whether to draw which elements dropout keeps while the tensor cores compute S, as far as
+        there are registers for it.
+        """
+        return self.dropout and self.warpgroups == 2
+
+    @property
     def consumer_registers(self) -> int:
         """Registers per consumer thread. With the producer's they fill the register file."""
         return {2: 232, 3: 160}[self.warpgroups]
@@ -89,7 +100,8 @@ class ForwardConfig:
     def shared_memory(self) -> int:
         """Bytes of shared memory: tiles, and less than 1 KiB of barriers and work items."""
         rows = self.q_stages * self.tile_m + 2 * self.kv_stages * self.tile_n
-        return 2 * (rows * self.head_dim + self.tile_m * self.o_columns) + 1024
+        windows = self.kv_stages * window_bytes(self.tile) if self.distance_bias else 0
+        return 2 * (rows * self.head_dim + self.tile_m * self.o_columns) + windows + 1024
 
 
 @dataclass(frozen=True)
@@ -112,6 +124,8 @@ class BackwardConfig:
         v_in_registers: Columns of V in registers for the whole work tile.
         p_slices: Slices of P' and dS'. The GEMMs of a slice run while the threads compute the next
             one. At small head_dims the GEMMs are too short to be sliced.
+        sliced_statistics: Load lse and delta for one slice at a time: fewer registers, and a
+            latency that is not hidden.
         fixed_point: Accumulate dQ in fixed point, so the sum does not depend on the order of the
             additions. See `preprocess.Preprocess`.
     """
@@ -129,10 +143,13 @@ class BackwardConfig:
     k_in_registers: int = 0
     v_in_registers: int = 0
     p_slices: int = 2
+    sliced_statistics: bool = False
     fixed_point: bool = False
     offsets: bool = False  # queries at positions, see position_work_tiles.py
-    softcap: bool = False  # see score_terms.py, as the next one
-    alibi: bool = False
+    softcap: bool = False  # see score_terms.py, as the next three
+    dropout: bool = False
+    distance_bias: bool = False
+    distance_grads: bool = False
     arch: str = "sm_90a"
 
     def __post_init__(self) -> None:
@@ -173,14 +190,19 @@ class BackwardConfig:
     @property
     def scored(self) -> bool:
         """Whether the kernel has score terms, see score_terms.py."""
-        return self.softcap or self.alibi
+        return self.softcap or self.placed
+
+    @property
+    def placed(self) -> bool:
+        """Whether score terms depend on the positions of queries and keys."""
+        return self.dropout or self.distance_bias
 
     @property
     def tile_words(self) -> int:
-        """Int32 words for the tiles in all stages: bit tiles, and for ALiBi the distances of
-        their first elements, and heads.
+        """Int32 words of a tile in shared memory: its bit tile, and its `Place` (see
+        backward_scores.py).
         """
-        return self.q_stages * (3 if self.alibi else 1)
+        return 5 if self.placed else 1
 
     @property
     def overlap_items(self) -> bool:
@@ -266,7 +288,14 @@ class BackwardConfig:
         if self.wide:
             scores, results = 2 * scores, 0  # P and dS; dQ is added from registers
         statistics = 8 * self.tile_m * self.q_stages
-        return 2 * (rows * self.head_dim + scores + results) + statistics + 1024
+        windows = self.q_stages * window_bytes(self.tile) if self.distance_bias else 0
+        others = statistics + windows + 4 * self.scratch + 1024
+        return 2 * (rows * self.head_dim + scores + results) + others
+
+    @property
+    def scratch(self) -> int:
+        """Numbers in shared memory for the gradients of a bias by distance, of eight warps."""
+        return 8 * scratch_size(self.tile_m // self.p_slices) if self.distance_grads else 0
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ import cutlass
 from cutlass import Float32, Int32, cute
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from sparse_flash.kernels.combine import CombineOutput
+from sparse_flash.kernels.distance_bias import DistanceWindows, window_layout, window_storage
+from sparse_flash.kernels.distance_table import window_bytes
 from sparse_flash.kernels.position_work_tiles import positions_of
 from sparse_flash.kernels.score_terms import ScoreTerms
 from sparse_flash.kernels.sm90.config import ForwardConfig
@@ -150,6 +152,10 @@ class ForwardSm90:
             )
         )
         sTiles = smem.tiles.get_tensor(cute.make_layout((config.kv_stages, 2), stride=(2, 1)))
+        windows = None
+        if cutlass.const_expr(config.distance_bias):
+            sWindows = smem.windows.get_tensor(window_layout(config.tile, config.kv_stages))
+            windows = DistanceWindows(ScoreTerms(*terms), sWindows, config.tile)
         kv_lens, work, tiles, bits, counter, counts = lists
         work_tiles = WorkList(work, counter, counts, smem.work, work_pipe)
         if warp_idx < 4:
@@ -157,13 +163,13 @@ class ForwardSm90:
             if warp_idx == 0:
                 inputs = (kv_lens, tiles, group_size)
                 outside = (sTiles, pipes, work_tiles, inputs, positions_of(config, positions))
-                ForwardProducer(config, loads, (sQ, sK, sV), *outside).run()
+                ForwardProducer(config, loads, (sQ, sK, sV), *outside, windows).run()
         else:
             cute.arch.setmaxregister_increase(config.consumer_registers)
             outside = (store, (sQ, sK, sV, sO, sTiles), pipes, work_tiles, bits, results)
             of_scores = None
             if cutlass.const_expr(config.scored):
-                of_scores = (ScoreTerms(*terms), kv_lens)
+                of_scores = (ScoreTerms(*terms), windows, kv_lens)
                 if cutlass.const_expr(config.offsets):  # kv_starts and the number of keys
                     of_scores = (*of_scores, positions[0][2], positions[2][3])
             ForwardConsumer(config, self.dtype, tiled_mmas, *outside, scale_log2, of_scores).run()
@@ -182,6 +188,7 @@ class ForwardSm90:
 
     def _storage(self, q_layout, kv_layout, o_layout):
         config = self.config
+        window_memory = window_storage(config.tile, config.kv_stages if config.distance_bias else 0)
 
         @cute.struct
         class Storage:
@@ -195,6 +202,7 @@ class ForwardSm90:
             k: tile_storage(self.dtype, kv_layout)
             v: tile_storage(self.dtype, kv_layout)
             o: tile_storage(self.dtype, o_layout)
+            windows: window_memory
 
         return Storage
 
@@ -205,7 +213,8 @@ class ForwardSm90:
         keys = tile_bytes(layouts[1], self.dtype)
         check_arrivals("items", {"consumers": 32 * warps}, WARPGROUP * config.warpgroups)
         q = tma_pipeline(smem.q_barriers, config.q_stages, warps, queries)
-        k = tma_pipeline(smem.k_barriers, config.kv_stages, warps, keys)
+        windows = window_bytes(config.tile) if config.distance_bias else 0
+        k = tma_pipeline(smem.k_barriers, config.kv_stages, warps, keys + windows)
         v = tma_pipeline(smem.v_barriers, config.kv_stages, warps, keys)
         work = work_pipeline(smem.work_barriers, self.consumers)
         cute.arch.mbarrier_init_fence()

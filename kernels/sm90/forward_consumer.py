@@ -11,10 +11,11 @@ work tile is issued together with the last one of this work tile, so short rows 
 from enum import IntEnum
 
 import cutlass
-from cutlass import Float32, Int32, const_expr, cute, pipeline
+from cutlass import Float32, Int32, Uint32, const_expr, cute, pipeline
 from cutlass.cute.nvgpu import cpasync, warp, warpgroup
 from sparse_flash.kernels import online_softmax as online
 from sparse_flash.kernels import score_terms
+from sparse_flash.kernels.dropout import Dropout, drop
 from sparse_flash.kernels.sm90.barriers import ForwardBarrier
 from sparse_flash.kernels.sm90.forward_producer import FULL_BEYOND
 from sparse_flash.kernels.sm90.primitives import check_arrivals, gemm, load_a_to_registers
@@ -60,10 +61,16 @@ class ForwardConsumer:
         )
         self.rescale_threshold = RESCALE_THRESHOLD / scale_log2
         if const_expr(config.scored):  # see score_terms.py; and kv_lens
-            (self.terms, *self.lengths), self.cap_scale = terms, terms[0].cap_scale
+            self.terms, self.windows, *self.lengths = terms
             # Coefficient of ALiBi, and position of the thread's first row minus that of the first
             # key beyond the end and the thread's first column.
             self.alibi = cute.make_rmem_tensor(2, Float32)
+            # Batch entry and head in one, and positions of the warp's first row and of the first
+            # key beyond the end.
+            self.places = cute.make_rmem_tensor(3, Int32)
+        if const_expr(config.dropout):
+            self.dropout = Dropout(self.terms.seed, self.terms.dropped, transposed=False)
+            self.keep_flags = cute.make_rmem_tensor(config.tile_n // 8, Uint32)
         self.mma_qk, self.mma_qk_rs, self.mma_pv, self.mma_store = tiled_mmas
         self.sQ, sK, self.sV, self.sO, self.sTiles = buffers
         self.q_pipe, self.k_pipe, self.v_pipe = pipes
@@ -102,7 +109,7 @@ class ForwardConsumer:
         work_state.advance()
         remaining = Int32(0)
         if work_tile.count > 0:
-            self.begin_alibi(work_tile)
+            self.begin_terms(work_tile)
             self.q_pipe.consumer_wait(q_state)
             kv_state, remaining = self.step(q_state.index, kv_state, StepKind.FIRST)
         while work_tile.count > 0:
@@ -119,7 +126,7 @@ class ForwardConsumer:
                 self.v_pipe.consumer_wait(kv_state)
             self.zero_beyond(self.sV, kv_state.index, remaining)
             if following.count > 0:
-                self.begin_alibi(following)
+                self.begin_terms(following)
                 self.q_pipe.consumer_wait(q_state)
                 kv_state, remaining = self.step(q_state.index, kv_state, StepKind.BOUNDARY)
             else:
@@ -163,9 +170,9 @@ class ForwardConsumer:
             self.pass_turn()
         bit_tile, remaining = self.read_tile_info(kv_state.index)
         words = online.mask_words(self.bits, bit_tile, self.group, self.thread)
+        self.draw_flags(bit_tile, remaining)
         warpgroup.wait_group(0 if const_expr(kind == StepKind.FIRST) else 1)
-        self.k_pipe.consumer_release(kv_state)
-        self.add_terms(acc_s, remaining)
+        self.add_terms(acc_s, remaining, kv_state)
         if bit_tile != FULL_TILE:
             online.apply_mask(acc_s, words, online.columns_within(remaining, self.thread))
         if const_expr(kind != StepKind.INNER):
@@ -181,32 +188,68 @@ class ForwardConsumer:
             self.v_pipe.consumer_release(v_state)
         # S accumulators have the register layout of operand A of the next GEMM.
         self.p.store(acc_s.load().to(self.dtype).reshape(self.p.shape))
+        self.apply_dropout(remaining)
         if const_expr(kind == StepKind.INNER):
             if grown:
                 online.rescale(self.acc_o, decay)
         return kv_state, remaining
 
     @cute.jit
-    def add_terms(self, acc_s, remaining):
-        """Turn S into scores."""
+    def add_terms(self, acc_s, remaining, kv_state):
+        """Turn S into scores, and release the stage of K."""
+        if const_expr(not self.config.distance_bias):
+            self.k_pipe.consumer_release(kv_state)
         if const_expr(self.config.softcap):
-            score_terms.apply_softcap(acc_s, self.cap_scale)
+            score_terms.apply_softcap(acc_s, self.terms.cap_scale)
         if const_expr(self.config.alibi):
             distance = self.alibi[1] + Float32(remaining)
             score_terms.add_alibi(acc_s, self.alibi[0], distance, False)
+        if const_expr(self.config.distance_bias):
+            values = self.windows.values(kv_state.index, self.row(0), 0, cute.size(acc_s))
+            for i in cutlass.range_constexpr(cute.size(acc_s)):
+                acc_s[i] = acc_s[i] + values[i]
+            cute.arch.sync_warp()  # one lane releases for all
+            self.k_pipe.consumer_release(kv_state)
 
     @cute.jit
-    def begin_alibi(self, work_tile):
-        """Prepare distances and coefficient of a work tile."""
-        if const_expr(self.config.alibi):
-            self.alibi[0] = self.terms.coefficient(work_tile.head)
-            query = work_tile.m_block * self.config.tile_m + self.row(0)
+    def draw_flags(self, bit_tile, remaining):
+        """Draw which elements of the next P are kept, before the wait for its S."""
+        if const_expr(self.config.draws_ahead):
+            pair, row, column = self.places[0], self.places[1], self.places[2] - remaining
+            keep_flags = self.keep_flags
+            # Always true, but opaque to ptxas, as in `step`: the wait for S stays behind.
+            if bit_tile >= FULL_BEYOND:
+                flags = self.dropout.flags(pair, row, column, self.config.tile_n // 16)
+                for i in cutlass.range_constexpr(len(flags)):
+                    keep_flags[i] = flags[i]
+
+    @cute.jit
+    def apply_dropout(self, remaining):
+        """Drop elements of P, whose row sums are those without dropout."""
+        if const_expr(self.config.draws_ahead):
+            drop(self.p, self.dropout.masks_of(self.keep_flags))
+        elif const_expr(self.config.dropout):
+            pair, row, column = self.places[0], self.places[1], self.places[2] - remaining
+            drop(self.p, self.dropout.masks(pair, row, column, self.config.tile_n // 16))
+
+    @cute.jit
+    def begin_terms(self, work_tile):
+        """Prepare positions of a work tile, and the coefficient of its head."""
+        if const_expr(self.config.alibi or self.config.dropout):
             kv_lens, *at = self.lengths
             limit = kv_lens[work_tile.batch]
             if const_expr(self.config.offsets):  # as in `Positions.shift`
                 kv_starts, s_kv = at
                 limit = cutlass.min(limit, s_kv) - kv_starts[work_tile.batch]
-            self.alibi[1] = Float32(query - limit - self.thread % 4 * 2)
+            query = work_tile.m_block * self.config.tile_m
+            if const_expr(self.config.alibi):
+                self.alibi[0] = self.terms.coefficient(work_tile.head)
+                self.alibi[1] = Float32(query + self.row(0) - limit - self.thread % 4 * 2)
+            if const_expr(self.config.dropout):
+                heads = cute.size(self.lse, mode=[1])
+                self.places[0] = work_tile.batch * heads + work_tile.head
+                self.places[1] = query + self.group * 64 + self.thread // 32 * 16
+                self.places[2] = limit
 
     @cute.jit
     def read_tile_info(self, stage):
@@ -262,6 +305,9 @@ class ForwardConsumer:
             of_head = self.terms.sink(work_tile.head)
             sink = of_head if work_tile.split_idx < 0 else -Float32.inf
         factors, log_sums = online.row_normalizers(stats, self.scale_log2, sink)
+        if const_expr(self.config.dropout):
+            for r in cutlass.range_constexpr(2):
+                factors[r] = factors[r] * self.terms.keep_scale
         if const_expr(self.config.offsets):
             online.mark_unknown(factors, log_sums, work_tile.known, self.row(0))
             online.rescale(self.acc_o, factors)

@@ -27,11 +27,23 @@ class ForwardProducer:
     (Values written inside a dynamic `if` must be local names: the DSL cannot carry attributes.)
     """
 
-    def __init__(self, config, loads, buffers, sTiles, pipes, work_tiles, inputs, positions=None):
+    def __init__(
+        self,
+        config,
+        loads,
+        buffers,
+        sTiles,
+        pipes,
+        work_tiles,
+        inputs,
+        positions=None,
+        windows=None,
+    ):
         self.config, self.sTiles, self.work_tiles = config, sTiles, work_tiles
         self.loads, self.buffers = loads, buffers
         self.q_pipe, self.k_pipe, self.v_pipe = pipes
         self.kv_lens, self.tiles, self.group_size = inputs
+        self.windows = windows  # DistanceWindows; only with `config.distance_bias`
         self.positions = positions  # see position_work_tiles.Positions; only with `config.offsets`
         self.work_tile_type = PositionWorkTile if config.offsets else RowWorkTile
 
@@ -61,7 +73,7 @@ class ForwardProducer:
                 following = first + cutlass.min(j + 1, count - 1)
                 next_block, next_bit_tile = self.tiles[following, 0], self.tiles[following, 1]
                 coord = KeyTile(n_block, kv_head, load.batch, load.key_start)
-                self.load_k(k_state, coord, bit_tile, load.limit)
+                self.load_k(k_state, coord, bit_tile, load)
                 k_state.advance()
                 if v_coord.n_block >= 0:
                     self.load_v(v_state, v_coord)
@@ -122,9 +134,9 @@ class ForwardProducer:
             tma_load(tensor, stages, coord, stage, barrier)
 
     @cute.jit
-    def load_k(self, state, coord, bit_tile, limit):
+    def load_k(self, state, coord, bit_tile, load):
         """Load K of a tile, and publish its bit tile and number of keys."""
-        remaining = limit - coord.n_block * self.config.tile_n
+        remaining = load.limit - coord.n_block * self.config.tile_n
         if bit_tile == FULL_TILE and remaining < self.config.tile_n:
             bit_tile = Int32(FULL_BEYOND)
         self.k_pipe.sync_object_empty.wait(state.index, state.phase)
@@ -134,6 +146,10 @@ class ForwardProducer:
             sTiles[state.index, 1] = remaining
             # This arrival releases the stores above.
             cute.arch.mbarrier_arrive_and_expect_tx(barrier, self.k_pipe.sync_object_full.tx_count)
+            if const_expr(self.config.distance_bias):
+                tile_m, tile_n = self.config.tile
+                row, column = load.m_block * tile_m, coord.n_block * tile_n
+                self.windows.load(load.head, row, column, state.index, barrier)
         self.load_keys(1, coord, state, barrier)
 
     @cute.jit

@@ -6,6 +6,7 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
 from cutlass.tensor_utils import LayoutEnum
 from cutlass.utils import hopper_helpers
 from sparse_flash.kernels.schedule import WORK_FIELDS
+from sparse_flash.kernels.vectors import as_pairs
 
 WORK_STAGES = 2  # work tiles published ahead
 LOAD, STORE = cpasync.CopyBulkTensorTileG2SOp, cpasync.CopyBulkTensorTileS2GOp  # by TMA
@@ -67,19 +68,48 @@ def load_a_to_registers(tiled_mma, tensor, registers, thread):
 @cute.jit
 def mul_pairs(values, factors):
     """Multiply register tensors of 16-bit elements in place, two elements per instruction."""
-    pair_type = "bf16x2" if cutlass.const_expr(values.element_type is cutlass.BFloat16) else "f16x2"
-    pairs, others = (
-        cute.make_tensor(
-            cute.recast_ptr(x.iterator, dtype=Int32), cute.make_layout(cute.size(x) // 2)
-        )
-        for x in (values, factors)
-    )
+    pairs, others = (as_pairs(x) for x in (values, factors))
     for i in cutlass.range_constexpr(cute.size(pairs)):
         pairs[i] = cute.arch.inline_ptx(
-            f"mul.rn.{pair_type} {{$w0}}, {{$r0}}, {{$r1}};",
+            f"mul.rn.{_pair_type(values)} {{$w0}}, {{$r0}}, {{$r1}};",
             write_only_types=[Int32],
             read_only_args=[pairs[i], others[i]],
         )
+
+
+@cute.jit
+def add_products(values, factors, others):
+    """Add products of register tensors of 16-bit elements in place, two per instruction."""
+    pairs, a, b = (as_pairs(x) for x in (values, factors, others))
+    for i in cutlass.range_constexpr(cute.size(pairs)):
+        pairs[i] = cute.arch.inline_ptx(
+            f"fma.rn.{_pair_type(values)} {{$w0}}, {{$r0}}, {{$r1}}, {{$r2}};",
+            write_only_types=[Int32],
+            read_only_args=[a[i], b[i], pairs[i]],
+        )
+
+
+@cute.jit
+def split_signs(values):
+    """The non-negative and the negative elements of a register tensor of 16-bit elements, with 0
+    in place of the others.
+    """
+    parts = [cute.make_rmem_tensor(values.shape, values.element_type) for _ in range(2)]
+    pairs = as_pairs(values)
+    for operation, part in zip(("max", "min"), parts, strict=True):
+        goal = as_pairs(part)
+        for i in cutlass.range_constexpr(cute.size(pairs)):
+            goal[i] = cute.arch.inline_ptx(
+                "{ .reg .b32 zero; mov.b32 zero, 0; "
+                f"{operation}.{_pair_type(values)} {{$w0}}, {{$r0}}, zero; }}",
+                write_only_types=[Int32],
+                read_only_args=[pairs[i]],
+            )
+    return parts
+
+
+def _pair_type(values) -> str:
+    return "bf16x2" if values.element_type is cutlass.BFloat16 else "f16x2"
 
 
 @cute.jit

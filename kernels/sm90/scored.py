@@ -1,7 +1,4 @@
-"""The kernels for Hopper with score terms: softcap, ALiBi, sinks (see score_terms.py).
-
-They are those without, and take the fields of `ScoreTerms`.
-"""
+"""The kernels for Hopper with score terms (see score_terms.py): those without, with an argument."""
 
 import cutlass
 from cutlass import Float32, Int32, cute
@@ -29,8 +26,7 @@ class ForwardScoredSm90(ForwardSm90):
         out: cute.Tensor,  # (b, s_q, h, d)
         lse: cute.Tensor,  # (b, h, s_q) float32
         kv_lens: cute.Tensor,  # (b,) int32
-        slopes: cute.Tensor,  # (h,) float32
-        sinks: cute.Tensor,  # (h,) float32
+        terms: ScoreTerms,
         work: cute.Tensor,  # (items, WORK_FIELDS) int32
         tiles: cute.Tensor,  # (tiles, 2) int32: n_block and bit tile
         bits: cute.Tensor,  # (bit tiles, warpgroups, 128, 2) int32, in fragment order
@@ -41,14 +37,11 @@ class ForwardScoredSm90(ForwardSm90):
         counts: cute.Tensor,  # (2,) int32: numbers of work tiles and of combined rows
         num_ctas: Int32,
         scale_log2: Float32,
-        slope_scale: Float32,
-        cap_scale: Float32,
         stream,
     ):
         """Launch on the stream. See `Schedule` for work tiles and splits."""
         lists = (kv_lens, work, tiles, bits, counter, counts)
         results = (lse, out_splits, lse_splits)
-        terms = ScoreTerms(slopes, sinks, slope_scale, cap_scale)
         self.launch((q, k, v, out), lists, None, results, num_ctas, scale_log2, stream, terms)
         if cute.size(combine, mode=[0]) > 0:
             rows = CombineOutput(self.config.tile_m, self.config.head_dim, self.dtype)
@@ -77,8 +70,7 @@ class ForwardAtScoredSm90(ForwardSm90):
         kv_lens: cute.Tensor,  # (b,) int32
         q_offset: cute.Tensor,  # (b,) int32
         kv_starts: cute.Tensor,  # (b,) int32
-        slopes: cute.Tensor,  # (h,) float32
-        sinks: cute.Tensor,  # (h,) float32
+        terms: ScoreTerms,
         rows: cute.Tensor,  # (patterns, block rows + 1, 4) int32: see `PositionPlan`
         pattern_map: cute.Tensor,  # (1 or b, 1 or h) int32
         tiles: cute.Tensor,  # (tiles, 2) int32: n_block and bit tile
@@ -89,8 +81,6 @@ class ForwardAtScoredSm90(ForwardSm90):
         num_positions: Int32,  # q_len of the layout
         num_splits: Int32,
         scale_log2: Float32,
-        slope_scale: Float32,
-        cap_scale: Float32,
         stream,
     ):
         """Launch on the stream."""
@@ -102,7 +92,6 @@ class ForwardAtScoredSm90(ForwardSm90):
         )
         lists = (kv_lens, None, tiles, bits, counter, None)
         results = (lse, out_splits, lse_splits, out)
-        terms = ScoreTerms(slopes, sinks, slope_scale, cap_scale)
         self.launch((q, k, v, out), lists, positions, results, num_ctas, scale_log2, stream, terms)
         if num_splits > 1:
             combine = SplitCombine(self.config.head_dim, self.dtype)
@@ -135,8 +124,7 @@ class BackwardScoredSm90(BackwardSm90):
         dq_sum: cute.Tensor,  # (b, h, tiles x 2, dq_chunk) float32 or int32; see Postprocess
         stats: cute.Tensor,  # (b, h, 2, s_q rounded up to tile_m) float32
         kv_lens: cute.Tensor,  # (b,) int32
-        slopes: cute.Tensor,  # (h,) float32
-        sinks: cute.Tensor,  # (h,) float32
+        terms: ScoreTerms,
         work: cute.Tensor,  # (items, WORK_FIELDS) int32
         tiles: cute.Tensor,  # (tiles, 2) int32: m_block and bit tile
         bits: cute.Tensor,  # (bit tiles, tile_n / 64, 128, 2) int32, in fragment order
@@ -149,15 +137,12 @@ class BackwardScoredSm90(BackwardSm90):
         has_dlse: Int32,
         softmax_scale: Float32,
         scale_log2: Float32,
-        slope_scale: Float32,
-        cap_scale: Float32,
         stream,
     ):
         """Launch all kernels on the stream. See `Schedule` for work tiles and splits."""
         lists = (kv_lens, work, tiles, bits, counter, counts)
         given = (out, dout, lse, dlse, bounds, has_dlse)
         results = ((dv, dk), (dq_sum, done), (dv_splits, dk_splits))
-        terms = ScoreTerms(slopes, sinks, slope_scale, cap_scale)
         scales = (softmax_scale, scale_log2, terms)
         self.run((q, dout, k, v), given, stats, dq, results, lists, None, num_ctas, scales, stream)
         if cute.size(combine, mode=[0]) > 0:

@@ -1,134 +1,35 @@
-"""Attention with softcap, ALiBi and sinks on Hopper: plans, and how its kernels are launched."""
+"""Attention with score terms on Hopper: plans, and how its kernels are launched."""
 
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 from sparse_flash.kernels import attention as shared
 from sparse_flash.kernels.device import DeviceFacts
+from sparse_flash.kernels.distance_table import DistanceBias, DistanceGrid, gradients_of
 from sparse_flash.kernels.plan import Plan, PlanKey, Planner, plan_of
 from sparse_flash.kernels.positions import PositionPlan
+from sparse_flash.kernels.score_arguments import (
+    Gradients,
+    ScoreArguments,
+    ScoreFlags,
+    sink_gradients,
+)
 from sparse_flash.kernels.sm90 import attention, positions
 from sparse_flash.kernels.sm90.config import (
     BACKWARD_COSTS,
     FORWARD_COSTS,
     BackwardConfig,
     ForwardConfig,
-    backward_configs,
-    forward_configs,
 )
-from sparse_flash.kernels.sm90.position_config import forward_at_config
+from sparse_flash.kernels.sm90.scored_config import (
+    scored_backward_configs,
+    scored_forward_at_config,
+    scored_forward_configs,
+)
 from sparse_flash.masks.layout import BlockLayout
 from torch import Tensor
-
-MOST_HEAD_DIM = 128  # of gradients with softcap or ALiBi
-
-
-class ScoreFlags(NamedTuple):
-    """Features of the scores that a kernel is compiled for."""
-
-    softcap: bool = False
-    alibi: bool = False
-    sinks: bool = False
-
-
-class KernelTerms(NamedTuple):
-    """Arguments of a kernel: slopes and sinks, scale_log2, slope_scale and cap_scale of
-    score_terms.py.
-    """
-
-    of_heads: tuple[Tensor, Tensor]
-    scale_log2: float
-    slope_scale: float
-    cap_scale: float
-
-
-class ScoreArguments(NamedTuple):
-    """Values of the features.
-
-    softcap: Bound of the scores; 0 for none.
-    slopes: Of ALiBi, float32 (h,), or None.
-    sinks: Logits without a value, float32 (h,), or None.
-    """
-
-    softcap: float
-    slopes: Tensor | None
-    sinks: Tensor | None
-
-    @property
-    def flags(self) -> ScoreFlags:
-        """The features that are used."""
-        return ScoreFlags(self.softcap > 0, self.slopes is not None, self.sinks is not None)
-
-    def for_kernel(self, softmax_scale: float, unused: Tensor) -> KernelTerms:
-        """The arguments of a kernel whose scores are scaled by a softmax_scale other than 0.
-
-        unused: float32 (h,) on the device, in place of tensors that the kernel does not read.
-        """
-        unit = self.softcap or softmax_scale
-        slopes = unused if self.slopes is None else self.slopes
-        sinks = unused if self.sinks is None else self.sinks
-        cap_scale = softmax_scale / self.softcap if self.softcap else 1.0
-        return KernelTerms((slopes, sinks), unit * shared.LOG2_E, -1 / unit, cap_scale)
-
-    def with_lse(
-        self, softmax_scale: float, lse: Tensor
-    ) -> tuple[tuple[Tensor, ...], tuple[float, ...]]:
-        """Tensors and numbers of `for_kernel`; lse `(b, h, s)` stands for unused tensors."""
-        of_heads, *numbers = self.for_kernel(softmax_scale, lse.view(-1)[: lse.shape[1]])
-        return of_heads, tuple(numbers)
-
-
-class Gradients(NamedTuple):
-    """Gradients of q, k, v and the sinks; that of the sinks is None where there are none."""
-
-    dq: Tensor
-    dk: Tensor
-    dv: Tensor
-    sinks: Tensor | None
-
-
-@functools.cache
-def scored_forward_configs(
-    dtype: str, head_dim: int, flags: ScoreFlags
-) -> tuple[ForwardConfig, ...]:
-    """The forward configs of a head_dim with these features."""
-    return tuple(replace(c, **flags._asdict()) for c in forward_configs(dtype, head_dim))
-
-
-@functools.cache
-def scored_backward_configs(
-    dtype: str, head_dim: int, deterministic: bool, flags: ScoreFlags
-) -> tuple[BackwardConfig, ...]:
-    """The backward configs of a head_dim with these features; sinks need no kernel of their own.
-
-    The terms take the registers of K and V. With a softcap P' and P' times the derivative are there
-    at a time: tiles of 128 queries, those of small head_dims, would spill.
-    """
-    if not (flags.softcap or flags.alibi):
-        return backward_configs(dtype, head_dim, deterministic)
-    if flags.softcap:
-        head_dim = 128 if deterministic or head_dim > 96 else 96
-    config = backward_configs(dtype, head_dim, deterministic)[0]
-    return (
-        replace(
-            config,
-            softcap=flags.softcap,
-            alibi=flags.alibi,
-            k_in_registers=0,
-            v_in_registers=0,
-            p_slices=4 if config.tile_m == 128 else config.p_slices,
-        ),
-    )
-
-
-def checked_scored_configs() -> list[ForwardConfig | BackwardConfig]:
-    """Configs whose compiled code tests look into."""
-    everything = ScoreFlags(softcap=True, alibi=True, sinks=True)
-    return [*scored_forward_configs("bfloat16", 64, everything)[:1]]
 
 
 @functools.cache
@@ -155,7 +56,7 @@ def backward_plans(
     layout: BlockLayout, q: Tensor, k: Tensor, deterministic: bool, flags: ScoreFlags
 ) -> attention.BackwardPlans:
     """As `attention.backward_plans`, for score features."""
-    if not (flags.softcap or flags.alibi):
+    if not any(flags.of_backward.values()):
         return attention.backward_plans(layout, q, k, deterministic)
     dtype = shared.DTYPES[q.dtype]
     configs = scored_backward_configs(dtype, q.shape[3], deterministic, flags)
@@ -183,10 +84,11 @@ def forward(
     out = q.new_empty((b, s, h, v.shape[3]))
     assert out.data_ptr(), "meta and fake tensors have no memory to launch on"
     lse = torch.empty(b, h, s, dtype=torch.float32, device=q.device)
-    of_heads, numbers = terms.with_lse(softmax_scale, lse)
-    inputs = (q, k, v, out, lse, shared.lengths_of(plan, kv_lens, k), *of_heads)
+    grid = DistanceGrid.of((s, k.shape[1]), plan.config.tile, transposed=False)
+    of_scores, scale_log2 = terms.for_kernel(softmax_scale, grid=grid)
+    inputs = (q, k, v, out, lse, shared.lengths_of(plan, kv_lens, k), of_scores)
     kernel = plan.kernel or attention.bind(plan)
-    kernel.launch(inputs, plan, numbers, q.device, transient)
+    kernel.launch(inputs, plan, (scale_log2,), q.device, transient)
     return out, lse
 
 
@@ -194,8 +96,8 @@ def forward_plan_at(
     layout: BlockLayout, q: Tensor, k: Tensor, flags: ScoreFlags
 ) -> PositionPlan[ForwardConfig]:
     """As `positions.forward_plan_at`, for score features; one query takes no kernel of its own."""
-    config = forward_at_config(shared.DTYPES[q.dtype], q.shape[3])
-    return positions.plan_of(layout, replace(config, **flags._asdict()), q, k)
+    config = scored_forward_at_config(shared.DTYPES[q.dtype], q.shape[3], flags)
+    return positions.plan_of(layout, config, q, k)
 
 
 def forward_at(
@@ -213,7 +115,9 @@ def forward_at(
 ) -> tuple[Tensor, Tensor]:
     """As `positions.forward_at`, with score terms; softmax_scale is not 0."""
     given = (kv_lens, q_offset, kv_starts)
-    of_scores = terms.with_lse
+    lengths = (plan.num_positions, k.shape[1])
+    grid = DistanceGrid.of(lengths, plan.config.tile, transposed=False)
+    of_scores = functools.partial(terms.for_kernel, grid=grid)
     return positions.forward_at(
         q, k, v, plan, *given, softmax_scale, of_scores, transient=transient
     )
@@ -239,25 +143,21 @@ def backward(
     call = shared.gradient_tensors(dout, dlse, q, k, v, out, lse, softmax_scale)
     lens, space = shared.lengths_of(plan, kv_lens, k), attention.workspace(plan.config, q, k)
     scalars, stats = call.scalars, space[-1]
-    of_heads: tuple[Tensor, ...] = ()
+    inputs = (*call.inputs, *call.results, *space, lens)
+    grid = DistanceGrid.of((k.shape[1], q.shape[1]), plan.config.tile, transposed=True)
+    sums = None
+    if plan.config.distance_grads:
+        sums = torch.zeros((q.shape[2], grid.length), dtype=torch.float32, device=q.device)
     if plan.config.scored:
-        of_heads, numbers = terms.with_lse(softmax_scale, lse)
-        scalars = (*call.scalars[:2], *numbers)
-    inputs = (*call.inputs, *call.results, *space, lens, *of_heads)
+        of_scores, scale_log2 = terms.for_kernel(softmax_scale, backward=True, grid=grid, sums=sums)
+        inputs, scalars = (*inputs, of_scores), (*call.scalars[:2], scale_log2)
     (plan.kernel or attention.bind(plan)).launch(inputs, plan, scalars, q.device, transient)
     if plans.dq is not None:
         inputs = (q, k, v, call.inputs[4], call.dq, stats, lens)
         kernel = plans.dq.kernel or attention.bind(plans.dq)
         kernel.launch(inputs, plans.dq, call.scalars[1:], q.device, transient)
     of_sinks = None if terms.sinks is None else sink_gradients(terms.sinks, stats)
-    return Gradients(*call.results, of_sinks)
-
-
-def sink_gradients(sinks: Tensor, stats: Tensor) -> Tensor:
-    """-sum exp(sink - lse) delta over the queries of each head, float32 (h,).
-
-    sinks: Logits (h,). stats: Row statistics of the backward pass, (b, h, 2, queries): lse in base
-    2, inf where there is no query, and delta.
-    """
-    probability = torch.exp2(sinks[:, None] * shared.LOG2_E - stats[:, :, 0])
-    return -(probability * stats[:, :, 1].where(probability > 0, 0)).sum((0, 2))
+    of_bias = DistanceBias(None, None)
+    if terms.bias is not None and sums is not None:
+        of_bias = gradients_of(terms.bias, sums, grid)
+    return Gradients(*call.results, of_sinks, of_bias)

@@ -10,13 +10,19 @@ from sparse_flash.call import AttentionCall
 from sparse_flash.implementations import data_layouts
 from sparse_flash.implementations.score_features import (
     ALIBI,
+    DROPOUT,
+    RELATIVE,
     SINKS,
+    SLOPES,
     SOFTCAP,
     WIDTH,
     ScoreFeature,
     missing_feature,
 )
+from sparse_flash.kernels.distance_table import DistanceBias
+from sparse_flash.kernels.score_arguments import Gradients, ScoreArguments
 from sparse_flash.kernels.sm90 import attention, positions, scored_attention
+from sparse_flash.kernels.sm90.scored_config import MOST_HEAD_DIM, MOST_WITH_BIAS_AND_DROPOUT
 from sparse_flash.masks.device_layout import DeviceLayout
 
 MOST_TESTED_WIDTH = 128  # of values that are wider than queries
@@ -33,7 +39,9 @@ class Sm90:
     """CuTe DSL kernels for compute capability 9.0: TMA, WGMMA, warp specialization."""
 
     name = "sm90"
-    features: frozenset[ScoreFeature] = frozenset((SOFTCAP, SINKS, ALIBI, WIDTH))
+    features: frozenset[ScoreFeature] = frozenset(
+        (SOFTCAP, SINKS, ALIBI, SLOPES, RELATIVE, DROPOUT, WIDTH)
+    )
 
     def unsupported_reason(self, call: AttentionCall) -> str | None:
         """Dtype, device, head_dim, the DSL, and strides decide."""
@@ -115,10 +123,8 @@ class Sm90:
             at = (call.q_offset, call.kv_starts)
             return positions.backward_at(*inputs, *at, scale, transient=transient)
         if call.terms is not None:
-            dq, dk, dv, sinks = scored_attention.backward(
-                *inputs, scale, _arguments(call), transient=transient
-            )
-            return dq, dk, dv, *_gradients_of_terms(call, sinks)
+            found = scored_attention.backward(*inputs, scale, _arguments(call), transient=transient)
+            return found.dq, found.dk, found.dv, *_gradients_of_terms(call, found)
         dq, dk, dv = attention.backward(*inputs, scale, transient=transient)
         if isinstance(layout, DeviceLayout) and plans.dkdv.errors is not None:
             data_layouts.mark_backward(layout, plans.dkdv.errors, dq, dk, dv)
@@ -150,9 +156,17 @@ def _widest(call: AttentionCall) -> Tensor:
     return q if width <= q.shape[3] else q.new_empty((*q.shape[:3], width), device="meta")
 
 
-def _arguments(call: AttentionCall) -> scored_attention.ScoreArguments:
+def _arguments(call: AttentionCall) -> ScoreArguments:
     assert call.terms is not None
-    return scored_attention.ScoreArguments(call.terms.softcap, call.terms.slopes, call.terms.sinks)
+    terms, graded = call.terms, call.needs_grad and any(call.terms.wants[:2])
+    bias, slopes = None, terms.slopes
+    # ALiBi alone is computed in registers, of which other terms and gradients leave too few.
+    others = (terms.softcap, terms.seed is not None, call.needs_grad)
+    if terms.table is not None or (slopes is not None and any(others)):
+        bias, slopes = DistanceBias(slopes, terms.table), None
+    return ScoreArguments(
+        terms.softcap, slopes, terms.sinks, terms.seed, terms.dropped, bias, graded
+    )
 
 
 def _unsupported_terms(call: AttentionCall) -> str | None:
@@ -170,19 +184,37 @@ def _unsupported_terms(call: AttentionCall) -> str | None:
         return "it computes score terms on stored layouts only: pass layout.fixed()"
     if call.softmax_scale == 0:
         return "it computes score terms with a softmax_scale other than 0 only"
-    graded = call.needs_grad and (terms.softcap or terms.slopes is not None)
-    width = max(call.q.shape[3], call.v.shape[3])
-    if graded and width > scored_attention.MOST_HEAD_DIM:
+    return _unsupported_gradients(call) if call.needs_grad else None
+
+
+def _unsupported_gradients(call: AttentionCall) -> str | None:
+    flags, width = _arguments(call).flags, max(call.q.shape[3], call.v.shape[3])
+    if any(flags.of_backward.values()) and width > MOST_HEAD_DIM:
         return (
-            f"it computes gradients with softcap or ALiBi up to head_dim "
-            f"{scored_attention.MOST_HEAD_DIM}, not {width}"
+            f"it computes gradients with softcap, bias or dropout up to head_dim "
+            f"{MOST_HEAD_DIM}, not {width}"
+        )
+    if flags.distance_grads and flags.dropout and width > MOST_WITH_BIAS_AND_DROPOUT:
+        return (
+            f"it computes gradients of slopes and tables with dropout up to head_dim "
+            f"{MOST_WITH_BIAS_AND_DROPOUT}, not {width}"
+        )
+    if flags.distance_grads and flags.softcap:
+        return "it computes gradients of slopes and tables without softcap only"
+    if flags.distance_grads and call.deterministic:
+        return (
+            "it adds up gradients of slopes and tables in no fixed order, which deterministic=True "
+            "does not allow"
         )
     return None
 
 
-def _gradients_of_terms(call: AttentionCall, sinks: Tensor | None) -> tuple[Tensor, ...]:
+def _gradients_of_terms(call: AttentionCall, found: Gradients) -> tuple[Tensor, ...]:
     """Gradients of the first tensors of the terms, empty where not wanted."""
     assert call.terms is not None
     nothing = call.q.new_empty(0)
-    wanted = call.terms.wants[3] and sinks is not None
-    return nothing, nothing, nothing, sinks if wanted and sinks is not None else nothing
+    gradients = (found.bias.slopes, found.bias.table, None, found.sinks)
+    return tuple(
+        x if wanted and x is not None else nothing
+        for x, wanted in zip(gradients, call.terms.wants, strict=True)
+    )

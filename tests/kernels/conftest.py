@@ -21,7 +21,7 @@ from sparse_flash.kernels.sm90.compile import (
 from sparse_flash.kernels.sm90.config import (
     all_backward_configs, all_forward_configs, all_dq_configs
 )
-from sparse_flash.kernels.sm90.scored_attention import checked_scored_configs
+from sparse_flash.kernels.sm90.scored_config import all_scored_configs
 from sparse_flash.kernels.sm90.mass import compile_mass
 from sparse_flash.kernels.sm90.mass_config import all_mass_configs
 from sparse_flash.kernels.data_kernels import compile_data_kernel, data_kernel_names
@@ -33,7 +33,10 @@ dsl._set_enable_frame_filtering = lambda enable: None
 
 COMPILE = {
     "forward": (compile_forward, all_forward_configs),
-    "scored": (compile_config, checked_scored_configs),
+    "scored": (
+        lambda c: (compile_position_config if getattr(c, "offsets", False) else compile_config)(c),
+        all_scored_configs,
+    ),
     "backward": (compile_backward, all_backward_configs),
     "dq": (compile_dq, all_dq_configs),
     "mass": (compile_mass, all_mass_configs),

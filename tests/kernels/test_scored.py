@@ -5,20 +5,64 @@ import inspect
 import pytest
 import torch
 from sparse_flash.kernels.sm90 import attention, positions
-from sparse_flash.kernels.sm90.config import BackwardConfig
+from sparse_flash.kernels.sm90.config import BackwardConfig, ForwardConfig
+from sparse_flash.kernels.sm90.scored_config import all_scored_configs
 
-from sparse_flash import block_sparse_attention, masks, scores
+from sparse_flash import block_sparse_attention, clear_cache, masks, scores
 from tests.kernels.helpers import plan_on_cpu
 from tests.kernels.test_compile import compile_well
 
 pytest.importorskip("cutlass.cute")
+from sparse_flash.kernels.score_terms import ScoreTerms
+
+CONFIGS = all_scored_configs()
+TERMS = ("softcap", "alibi", "sinks", "dropout", "distance_bias", "distance_grads")
 
 
-def test_forward_compiles_well(compiler, tmp_path):
-    """All terms at once, without spills; tanh and exp2 are one instruction each."""
-    sass = compile_well(compiler, "scored", 0, 2, tmp_path)
-    tanh = sass.count("MUFU.TANH")
-    assert tanh == 3 * 64  # first, inner and boundary step: a thread's 64 elements
+def used(config):
+    """The features of a config, and whether it is for positions or in fixed point."""
+    names = (*TERMS, "offsets", "fixed_point")
+    return tuple(name for name in names if getattr(config, name, False))
+
+
+def name(config):
+    kind = "forward" if isinstance(config, ForwardConfig) else "backward"
+    tile = f"d{config.head_dim}-{config.tile_m}x{config.tile_n}"
+    return f"{kind}-{config.dtype}-{tile}-{'+'.join(used(config))}"
+
+
+def marks(config):
+    """Compiled everywhere: a kernel of each pass. `thorough`: the terms one by one, and most of
+    them together; `matrix`: all.
+    """
+    if config.dtype == "bfloat16" and config.head_dim in (64, 128):
+        many = ("softcap", "sinks", "dropout", "distance_bias")
+        forward = isinstance(config, ForwardConfig)
+        first = many if forward else ("dropout",)
+        if config.head_dim == 64 and config.tile_m == 128 and used(config) == first:
+            return ()
+        graded = ("distance_bias", "distance_grads")
+        if len(used(config)) == 1 or used(config) in (many, many[:1] + many[2:], graded):
+            return pytest.mark.thorough
+    return pytest.mark.matrix
+
+
+COMPILED = [pytest.param(config, marks=marks(config)) for config in CONFIGS]
+
+
+@pytest.mark.parametrize("config", COMPILED, ids=name)
+def test_compiles_well(compiler, config, tmp_path):
+    """Without spills; a tanh for each score in each step."""
+    forward = isinstance(config, ForwardConfig)
+    # Attention and the combination; in the backward pass statistics, bounds, and sums of dQ too.
+    kernels = 2 if forward else 4 + config.fixed_point
+    warpgroups = config.warpgroups if forward else 2
+    index = CONFIGS.index(config)
+    sass = compile_well(compiler, "scored", index, kernels, tmp_path, warpgroups)
+    # Of a thread in each step: first, inner, boundary; or first, inner, last, only.
+    elements = 3 * config.tile_n // 2 if forward else 4 * config.tile_m // 2
+    assert sass.count("MUFU.TANH") == (elements if config.softcap else 0)
+    assert ("PRMT" in sass) >= config.dropout
 
 
 @pytest.fixture
@@ -44,15 +88,35 @@ def launches(monkeypatch):
             names = list(inspect.signature(kernel.__call__).parameters)
             assert names[-1] == "stream"
             assert len(arguments) == len(names) - 2, kernel  # self, stream
-            for name, x in zip(names[1:], arguments, strict=False):
-                assert name not in ("slopes", "sinks") or x.shape == (4,)
+            if getattr(config, "scored", False):
+                check_terms(config, ScoreTerms(*arguments[names.index("terms") - 1]))
             seen.append(kernel.__name__)
 
     monkeypatch.setattr(attention, "unsupported_reason", lambda *_: None)
     monkeypatch.setattr(attention, "bind", lambda plan: Stub())
     monkeypatch.setattr(positions, "_bind", lambda plan: setattr(plan, "kernel", Stub()))
     plan_on_cpu(monkeypatch)
+    clear_cache()  # plans keep their kernels
     return seen
+
+
+def check_terms(config, terms):
+    """The kernel gets the fields of its features, and no others."""
+    rows = 207 if at_positions(config) else 300
+    length = sum(-(-n // size) * size for n, size in zip((rows, 300), config.tile, strict=True))
+    for used, fields in (
+        (getattr(config, "alibi", False), {"slopes": (4,), "slope_scale": None}),
+        (config.softcap, {"cap_scale": None}),
+        (getattr(config, "sinks", False), {"sinks": (4,)}),
+        (config.dropout, {"seed": (2,), "dropped": None, "keep_scale": None}),
+        (config.distance_bias, {"bias": (4, 2, length), "bias_rows": None}),
+        (getattr(config, "distance_grads", False), {"bias_sums": (4, length)}),
+    ):
+        for name, shape in fields.items():
+            x = getattr(terms, name)
+            assert (x is not None) == used, name
+            assert not used or shape is None or (x.shape == shape and x.is_contiguous())
+    assert terms.seed is None or terms.seed.dtype == torch.int32
 
 
 def at_positions(config):
@@ -60,7 +124,9 @@ def at_positions(config):
 
 
 @pytest.mark.parametrize(("d", "d_v"), [(64, 64), (192, 128), (64, 128)])
-@pytest.mark.parametrize("names", ["sinks", "softcap", "alibi", "all"])
+@pytest.mark.parametrize(
+    "names", ["sinks", "softcap", "alibi", "dropout", "table", "slopes", "all"]
+)
 def test_arguments(launches, d, d_v, names):
     if names != "sinks" and max(d, d_v) > 128:
         return
@@ -68,8 +134,12 @@ def test_arguments(launches, d, d_v, names):
         "sinks": {"sinks": torch.zeros(4, requires_grad=True)},
         "softcap": {"softcap": 3.0},
         "alibi": {"bias": scores.alibi(torch.rand(4))},
+        "dropout": {"dropout_p": 0.1},
+        "table": {"bias": scores.relative(torch.zeros(4, 81, requires_grad=True))},
+        "slopes": {"bias": scores.alibi(torch.rand(4, requires_grad=True))},
     }
-    terms["all"] = terms["sinks"] | terms["softcap"] | terms["alibi"]
+    terms["all"] = {name: x for some in list(terms.values())[:5] for name, x in some.items()}
+    terms["all"]["bias"] = scores.relative(torch.zeros(4, 81))
     q = torch.randn(1, 300, 4, d).bfloat16().requires_grad_()
     k, v = (torch.randn(1, 300, 2, x).bfloat16().requires_grad_() for x in (d, d_v))
     out = block_sparse_attention(q, k, v, masks.causal(), impl="sm90", **terms[names])

@@ -2,20 +2,44 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparse_flash import block_sparse_attention, masks, scores
+from sparse_flash.scores.arguments import draw_seed
 from tests.oracle import dense_scored_attention
 from tests.strategies import problems
 
 pytestmark = pytest.mark.gpu
+TERMS = ["softcap", "slopes", "table", "sinks", "dropout"]
 
 
 def largest(error):
     return error.double().abs().nan_to_num(posinf=0).max().item() if error.numel() else 0.0
+
+
+class Dropout(NamedTuple):
+    """Rate, and seed of a generator."""
+
+    p: float
+    seed: int
+
+    def generator(self):
+        return torch.Generator("cuda").manual_seed(self.seed)
+
+    def keep(self, q, k):
+        """Factors of the probabilities, from the seed that a call draws."""
+        drawn = draw_seed(q, self.generator())
+        (b, q_len, h, _), kv_len = q.shape, k.shape[1]
+        pair = torch.arange(b * h, device="cuda").view(b, h, 1, 1)
+        i, j = (torch.arange(n, device="cuda") for n in (q_len, kv_len))
+        dropped = round(256 * self.p)
+        kept = scores.keep_mask(drawn, dropped, pair, i[:, None], j)
+        return kept.double() * (256 / (256 - dropped))
 
 
 def draw_terms(heads, names, seed, sharp=1.0):
@@ -28,12 +52,22 @@ def draw_terms(heads, names, seed, sharp=1.0):
         terms["slopes"][0] *= -0.1
     if "sinks" in names:
         terms["sinks"] = sharp * torch.randn(heads, device="cuda")
+    if "table" in names:
+        r = (2, 40, 700)[seed % 3]
+        terms["table"] = torch.randn(heads, 2 * r + 1, device="cuda")
+    if "dropout" in names:
+        terms["dropout"] = Dropout((0.1, 0.5, 0.9)[seed % 3], seed)
     return terms
 
 
 def call(q, k, v, mask, terms, **options):
     bias = scores.alibi(terms["slopes"]) if "slopes" in terms else None
+    if "table" in terms:
+        of_table = scores.relative(terms["table"])
+        bias = of_table if bias is None else bias + of_table
     options |= {n: terms[n] for n in ("softcap", "sinks") if n in terms}
+    if "dropout" in terms:
+        options |= {"dropout_p": terms["dropout"].p, "generator": terms["dropout"].generator()}
     return block_sparse_attention(q, k, v, mask, bias=bias, impl="sm90", **options)
 
 
@@ -45,13 +79,17 @@ def check(q, k, v, dout, dlse, allowed, mask, terms, lens=None, grads=(), **opti
     named = [terms[n].requires_grad_() for n in grads if n in terms]
     out, lse = call(*leaves, mask, terms, kv_lens=lens, return_lse=True, **options)
 
+    dropout = terms.pop("dropout", None)
+    keep = None if dropout is None else dropout.keep(q, k)
+
     def dense(dtype):
         wide = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
         given = {
             n: x.detach().to(dtype).requires_grad_() if torch.is_tensor(x) else x
             for n, x in terms.items()
         }
-        ref, ref_lse = dense_scored_attention(*wide, allowed, **given)
+        factors = None if keep is None else keep.to(dtype)
+        ref, ref_lse = dense_scored_attention(*wide, allowed, keep=factors, **given)
         finite = torch.where(ref_lse == -torch.inf, 0, ref_lse)
         wanted = [*wide, *(given[n] for n in grads if n in given)]
         found = ()
@@ -83,7 +121,7 @@ def check(q, k, v, dout, dlse, allowed, mask, terms, lens=None, grads=(), **opti
 @st.composite
 def cases(draw, dims):
     problem = draw(problems(max_length=300, dims=dims))
-    names = draw(st.sets(st.sampled_from(["softcap", "slopes", "sinks"]), min_size=1))
+    names = draw(st.sets(st.sampled_from(TERMS), min_size=1))
     return problem, sorted(names), draw(st.sampled_from([torch.bfloat16, torch.float16]))
 
 
@@ -108,13 +146,20 @@ def test_forward(case):
     check(*tensors, draw_terms(problem.heads, names, problem.seed), lens)
 
 
-@settings(max_examples=20)
-@given(case=cases((16, 64, 128)), deterministic=st.booleans())
+@settings(max_examples=30)
+@given(case=cases((16, 64, 96, 128)), deterministic=st.booleans())
 def test_gradients(case, deterministic):
     problem, names, dtype = case
     tensors, lens = of_problem(problem, dtype)
     terms = draw_terms(problem.heads, names, problem.seed)
-    check(*tensors, terms, lens, grads=("sinks",), deterministic=deterministic)
+    grads = graded(names, deterministic, tensors[0].shape[3])
+    check(*tensors, terms, lens, grads=grads, deterministic=deterministic)
+
+
+def graded(names, deterministic, dim):
+    """The terms whose gradients the kernels compute."""
+    refused = deterministic or "softcap" in names or ("dropout" in names and dim > 96)
+    return ("sinks",) if refused else ("sinks", "slopes", "table")
 
 
 @settings(max_examples=15)
@@ -147,10 +192,15 @@ def test_published_widths(dim, width):
     check(q, k, v, dout, dlse, allowed, mask, {}, grads=("sinks",))
 
 
+@pytest.mark.parametrize(
+    "names",
+    [["softcap", "slopes", "sinks"], ["dropout"], ["slopes"], ["table"], TERMS[1:], TERMS],
+    ids="+".join,
+)
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("dim", [64, 96, 128])
-def test_gradients_of_long_rows(dim, deterministic):
-    """Split rows and columns, grouped heads, all terms; twice the same where asked."""
+def test_gradients_of_long_rows(dim, deterministic, names):
+    """Split rows and columns, grouped heads; twice the same where asked."""
     torch.manual_seed(0)
     s = 1536
     q, dout = (torch.randn(1, s, 4, dim, device="cuda", dtype=torch.bfloat16) for _ in "qd")
@@ -158,20 +208,29 @@ def test_gradients_of_long_rows(dim, deterministic):
     mask = masks.local(64) | masks.global_tokens(64)
     allowed = mask.layout(s, device="cuda").to_dense().expand(1, 4, -1, -1)
     dlse = torch.randn(1, 4, s, device="cuda")
-    terms = draw_terms(4, ["softcap", "slopes", "sinks"], 1)
-    terms["slopes"] *= 0.1
+    terms = draw_terms(4, names, 1)
+    if "slopes" in terms:
+        terms["slopes"] *= 0.1
     given = (q, k, v, dout, dlse, allowed, mask)
-    check(*given, terms, grads=("sinks",), deterministic=deterministic)
+    grads = graded(names, deterministic, dim)
+    check(*given, terms, grads=grads, deterministic=deterministic)
     if deterministic:
         runs = []
         for _ in range(2):
-            leaves = [x.detach().requires_grad_() for x in (q, k, v, terms["sinks"])]
-            out = call(*leaves[:3], mask, terms | {"sinks": leaves[3]}, deterministic=True)
+            leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+            if "sinks" in terms:
+                leaves.append(terms["sinks"].detach().requires_grad_())
+            changed = terms | ({"sinks": leaves[3]} if "sinks" in terms else {})
+            out = call(*leaves[:3], mask, changed, deterministic=True)
             runs.append(torch.autograd.grad(out, leaves, dout))
         assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
-@pytest.mark.parametrize("names", [["sinks"], ["softcap"], ["slopes"], ["sinks", "slopes"]])
+@pytest.mark.parametrize(
+    "names",
+    [["sinks"], ["softcap"], ["slopes"], ["table"], ["dropout"], TERMS],
+    ids="+".join,
+)
 @pytest.mark.parametrize("dim", [64, 128])
 def test_split_rows(names, dim):
     """A few long rows among short ones: their splits are combined, and have one sink."""
@@ -193,13 +252,15 @@ def test_other_values_compile_nothing():
     q, k, v = (torch.randn(1, 300, 2, 64, device="cuda", dtype=torch.bfloat16) for _ in "qkv")
     known = None
     for i in range(3):
-        terms = draw_terms(2, ["softcap", "slopes", "sinks"], i) | {"softcap": 3.0 + i}
+        terms = draw_terms(2, TERMS, i) | {"softcap": 3.0 + i}
         call(q, k, v, masks.local(20 + i), terms)
         known = len(attention._kernels) if known is None else known
     assert len(attention._kernels) == known
 
 
-@pytest.mark.parametrize("names", [["sinks"], ["softcap", "slopes"], ["slopes", "sinks"]])
+@pytest.mark.parametrize(
+    "names", [["sinks"], ["softcap", "slopes"], ["slopes", "table"]], ids="+".join
+)
 @pytest.mark.parametrize("q_len", [1, 70])
 @pytest.mark.parametrize("dim", [64, 128])
 def test_positions(names, q_len, dim):

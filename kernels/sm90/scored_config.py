@@ -1,0 +1,114 @@
+"""Configs of the kernels with score terms: those without, with fewer operands in registers."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from dataclasses import replace
+from typing import Any
+
+from sparse_flash.kernels.score_arguments import ScoreFlags
+from sparse_flash.kernels.sm90.config import (
+    DTYPES,
+    BackwardConfig,
+    ForwardConfig,
+    backward_configs,
+    forward_configs,
+)
+from sparse_flash.kernels.sm90.position_config import forward_at_config
+
+MOST_HEAD_DIM = 128  # of gradients with softcap, bias or dropout
+MOST_WITH_BIAS_AND_DROPOUT = 96  # likewise, of gradients of a bias with dropout
+MOST_SHARED_MEMORY = 227 << 10  # of a CTA, in bytes
+
+
+@functools.cache
+def scored_forward_configs(
+    dtype: str, head_dim: int, flags: ScoreFlags
+) -> tuple[ForwardConfig, ...]:
+    """The forward configs of a head_dim with these features."""
+    return tuple(_with_terms(c, flags) for c in forward_configs(dtype, head_dim))
+
+
+def scored_forward_at_config(dtype: str, head_dim: int, flags: ScoreFlags) -> ForwardConfig:
+    """The config with these features and offsets."""
+    return _with_terms(forward_at_config(dtype, head_dim), flags)
+
+
+def _with_terms(config: ForwardConfig, flags: ScoreFlags) -> ForwardConfig:
+    """The config with these features; they take registers of Q, and windows take shared memory of
+    the output.
+    """
+    config = replace(config, **flags.of_forward)
+    if config.draws_ahead:
+        config = replace(config, q_in_registers=False)
+    if config.shared_memory > MOST_SHARED_MEMORY:
+        config = replace(config, o_columns=config.o_columns // 2)
+    return config
+
+
+@functools.cache
+def scored_backward_configs(
+    dtype: str, head_dim: int, deterministic: bool, flags: ScoreFlags
+) -> tuple[BackwardConfig, ...]:
+    """The backward configs of a head_dim with these features; sinks need no kernel of their own.
+
+    The terms take the registers of K and V.
+    """
+    used = flags.of_backward
+    if not any(used.values()):
+        return backward_configs(dtype, head_dim, deterministic)
+    size = min(n for n in (32, 64, 96, 128) if head_dim <= n)
+    if size == 64 and (flags.softcap or (flags.distance_grads and flags.dropout)):
+        size = 96  # with tiles of 128 queries, P' and its factors would spill
+    if size == 96 and deterministic:
+        size = 128
+    config = backward_configs(dtype, size, deterministic)[0]
+    changes = used | {"k_in_registers": 0, "v_in_registers": 0} | _changes(size, flags)
+    if deterministic:
+        changes |= {"k_stages": 1, "v_stages": 1}  # the exponents take registers too
+    return (replace(config, **changes),)
+
+
+def _changes(size: int, flags: ScoreFlags) -> dict[str, Any]:
+    """Changes of the config of a head_dim that leave enough registers and shared memory."""
+    crowded = flags.softcap + flags.dropout + flags.distance_bias + flags.distance_grads > 1
+    if size == 32:
+        return {"v_stages": 1, "k_stages": 1} if crowded else {}
+    if size == 64:
+        slices = {"p_slices": 1} if flags.dropout else {"p_slices": 2}
+        return slices | {"v_stages": 1} | ({"k_stages": 1} if crowded else {})
+    if crowded:
+        return {"k_stages": 1, "sliced_statistics": True}
+    if flags.softcap and size == 128:
+        return {"p_slices": 1}
+    return {"k_stages": 1} if flags.distance_bias and size == 128 else {}
+
+
+def flag_sets() -> list[ScoreFlags]:
+    """The sets of features that calls can have; gradients of a bias need one, without a softcap."""
+    names = ("softcap", "sinks", "dropout", "distance_bias")
+    sets = [
+        dict(zip(names, used, strict=True)) for used in itertools.product((False, True), repeat=4)
+    ]
+    found = [ScoreFlags(**used) for used in sets if any(used.values())]
+    found += [ScoreFlags(alibi=True, sinks=sinks) for sinks in (False, True)]
+    graded = [f._replace(distance_grads=True) for f in found if f.distance_bias and not f.softcap]
+    return found + graded
+
+
+def all_scored_configs() -> list[ForwardConfig | BackwardConfig]:
+    """All configs that calls with score terms can have."""
+    found: dict[ForwardConfig | BackwardConfig, None] = {}
+    for dtype, flags in itertools.product(DTYPES, flag_sets()):
+        for size in (32, 64, 96, 128, 192, 256):
+            forward = scored_forward_configs(dtype, size, flags)
+            found |= dict.fromkeys((*forward, scored_forward_at_config(dtype, size, flags)))
+            for deterministic in (False, True):
+                refused = deterministic and flags.distance_grads
+                both = flags.distance_grads and flags.dropout
+                most = MOST_WITH_BIAS_AND_DROPOUT if both else MOST_HEAD_DIM
+                if size <= most and not refused:
+                    backward = scored_backward_configs(dtype, size, deterministic, flags)
+                    found |= dict.fromkeys(c for c in backward if c.scored)
+    return list(found)
