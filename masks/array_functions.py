@@ -78,11 +78,11 @@ def _int(x: Any) -> Array:
 
 
 def _float(x: Any) -> FloatArray:
-    return FloatArray(as_array(x).value.cast(np.float32))
+    return FloatArray(as_array(x).in_floats(np.float32))
 
 
 def _double(x: Any) -> FloatArray:
-    return FloatArray(as_array(x).value.cast(np.float64))
+    return FloatArray(as_array(x).in_floats(np.float64))
 
 
 def _truth(x: Any) -> Array:

@@ -81,6 +81,7 @@ class Array(Dense):
     ) -> None:
         self.lo, self.hi, self.width, self._depth = lo, hi, width, depth
         self._lower: Callable[[Dtype], Value] | None = None
+        self._operation: tuple[np.ufunc, Array, Array] | None = None  # whose result this is
         self._made: dict[Any, Value] = {}
         if isinstance(value, Value):
             dtype = value.sample.dtype
@@ -151,7 +152,25 @@ class Array(Dense):
         dtype = torch.get_default_dtype() if like is None else like.dtype
         if dtype not in (torch.float32, torch.float64):
             raise NotUnderstoodError(f"arrays of {dtype}")
-        return Dense.of_value(self.value.cast(str(dtype).removeprefix("torch.")))
+        return Dense.of_value(self.in_floats(np.float32 if dtype == torch.float32 else np.float64))
+
+    def in_floats(self, dtype: Any) -> Value:
+        """Converted to floats.
+
+        A sum or product of one value per query and one per key is computed in floats: as they are
+        exact, it is rounded once, like the integer. Products that may be -0.0 are not.
+        """
+        if self._operation is not None:
+            ufunc, a, b = self._operation
+            exact = 1 << (np.finfo(dtype).nmant + 1)
+            end = 1 << (self.width - 1)
+            if (
+                all(-exact <= x.lo and x.hi <= exact and x.value.sample.size < 4 for x in (a, b))
+                and (ufunc is not np.multiply or min(a.lo, b.lo) >= 0)
+                and (-end < self.lo and self.hi < end - 1)  # it does not wrap around
+            ):
+                return Value(ufunc, *(x.value.cast(dtype) for x in (a, b)))
+        return self.value.cast(dtype)
 
     @_widened
     def __add__(self, other: Any) -> Any:
@@ -394,7 +413,10 @@ def computed(ufunc: np.ufunc, a: Array, b: Array, lo: int, hi: int) -> Array:
             raise NotUnderstoodError("arithmetic of bools")
         a, b = _integer(a), _integer(b)
     if ufunc in _BY_BITS:
-        return _later(lambda dtype: Value(ufunc, a.low(dtype), b.low(dtype)), a, b, lo, hi)
+        found = _later(lambda dtype: Value(ufunc, a.low(dtype), b.low(dtype)), a, b, lo, hi)
+        if ufunc in (np.add, np.subtract, np.multiply):
+            found._operation = ufunc, a, b
+        return found
     dtype = smallest(min(a.lo, b.lo, lo), max(a.hi, b.hi, hi))
     value = Value(ufunc, a.low(dtype), b.low(dtype))
     return Array(value, lo, hi, common_width(a, b))

@@ -100,15 +100,36 @@ def _apply(name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -
 def by_tensors(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Apply a function of torch to tensors in place of arrays; its result is an array again."""
     arrays = [x for x in (*args, *kwargs.values()) if isinstance(x, Dense)]
+    return Dense.of_value(Value(_OfTensors(function, args, kwargs), *(x.whole() for x in arrays)))
 
-    def compute(*values: NDArray[Any]) -> NDArray[Any]:
-        tensors = iter([torch.from_numpy(np.asarray(x)) for x in values])
-        given = [next(tensors) if isinstance(x, Dense) else x for x in args]
-        named = {name: next(tensors) if isinstance(x, Dense) else x for name, x in kwargs.items()}
-        found: Tensor = function(*given, **named)
-        return found.numpy()
 
-    return Dense.of_value(Value(compute, *(x.whole() for x in arrays)))
+class _OfTensors:
+    """A function of torch, as one of arrays.
+
+    Args:
+        function: The function.
+        args: Its arguments, with a `Dense` in the place of each array.
+        kwargs: Its keyword arguments, likewise.
+    """
+
+    most = 1 << 15  # elements per call: for more, torch would start threads in each thread
+
+    def __init__(
+        self, function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        self._function = function
+        self._args = [None if isinstance(x, Dense) else x for x in args]
+        self._kwargs = {name: None if isinstance(x, Dense) else x for name, x in kwargs.items()}
+        self._positions = [i for i, x in enumerate(args) if isinstance(x, Dense)]
+        self._names = [name for name, x in kwargs.items() if isinstance(x, Dense)]
+
+    def __call__(self, *values: NDArray[Any]) -> NDArray[Any]:
+        tensors = [torch.from_numpy(np.asarray(x)) for x in values]
+        args, kwargs, count = list(self._args), dict(self._kwargs), len(self._positions)
+        for i, tensor in zip(self._positions, tensors[:count], strict=True):
+            args[i] = tensor
+        kwargs.update(zip(self._names, tensors[count:], strict=True))
+        return self._function(*args, **kwargs).numpy()
 
 
 def _by_torch(name: str) -> Callable[..., Any]:

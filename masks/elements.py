@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from sparse_flash.masks import bits
 from sparse_flash.masks.arrays import Array
 from sparse_flash.masks.io import Lengths
+from sparse_flash.masks.modes import plain_torch
 from sparse_flash.masks.program import Program
 from sparse_flash.masks.tables import TableLookups
 from sparse_flash.masks.ternary import EMPTY, UNKNOWN, Blocks
@@ -23,7 +24,8 @@ from torch import Tensor
 EMPTY_TILE = -2  # index of an evaluated tile without allowed elements
 _CELL = 16  # tokens per side of the cells of a tile, some of which are decided as a whole
 _PROBED = 64  # tiles that show whether cells are worth while
-_AT_ONCE = 1 << 20  # bytes of a temporary: fits a core's cache, and outlasts a switch of threads
+_AT_ONCE = 1 << 19  # elements per step: the work outlasts a switch of threads
+_AT_ONCE_TENSORS = 1 << 17  # elements per step without a program: temporaries fit a core's cache
 _AT_ONCE_CUDA = 1 << 21  # elements per step
 _TILES_AT_ONCE, _TILES_AT_ONCE_CUDA = 1 << 12, 1 << 18  # whose signatures are compared
 _WIDEST = 4096  # elements in a row of a strip
@@ -296,7 +298,7 @@ class Elements:
             return packed
         q, kv = q_lo.numpy(), kv_lo.numpy()
         program = self._trace(q, kv)
-        at_once = _AT_ONCE // 8 if program is None else _AT_ONCE // program.itemsize
+        at_once = _AT_ONCE_TENSORS if program is None else _AT_ONCE
         strips = list(_strips(q, kv, size, at_once))
         if program is not None:
             strips = self._run(strips, packed.numpy())
@@ -332,7 +334,8 @@ class Elements:
             with torch.no_grad(), np.errstate(all="ignore"):  # both are thread-local
                 return self._filled(strip, packed)
 
-        done = in_threads(filled, strips)
+        with plain_torch():  # the program needs no mode of this thread
+            done = in_threads(filled, strips)
         return [strip for strip, is_done in zip(strips, done, strict=True) if not is_done]
 
     def _filled(self, strip: _Strips, packed: NDArray[np.uint8]) -> bool:

@@ -4,12 +4,14 @@ Bit j of row i is set if token j influences token i. One layer replaces a row by
 rows of the tokens that it attends to. Three exact reductions save time:
 
 - Twins are tokens with equal rows and equal columns. One of them represents all.
-- The union of an aligned run of 8, 64, 512, ... attended tokens is computed once.
+- Two windows of 2^k tokens, which may overlap, cover a run of attended tokens. The union of each
+  window is computed once (a sparse table: Bender & Farach-Colton, The LCA Problem Revisited, 2000).
 - A row with all required bits is complete: further unions cannot change it.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -23,12 +25,13 @@ Bytes = NDArray[np.uint8]
 Words = NDArray[np.uint64]
 Ints = NDArray[np.int64]
 
-_FAN = 8  # rows per union in the next level of `_levels`
-_AT_ONCE = 1 << 16  # words of unions per step: half a megabyte fits the cache of a core
+_AT_ONCE = 1 << 14  # words combined per step: 128 KiB fit the cache of a core
+_WIDTH = 64  # words per row of a table of windows
+_TOGETHER = 256  # rows per step
 _ROWS = 1 << 22  # bits unpacked per step
 _SAMPLE = 2048  # sources of the sample that gives a lower bound of the layers
-_PORTION = 16  # unions between two checks for complete rows
-_KEPT = 1 << 25  # largest cache of union indices between layers
+_PORTION = 16  # windows between two checks for complete rows
+_KEPT = 1 << 25  # largest cache of windows between layers
 
 
 class TooLongError(Exception):
@@ -119,11 +122,26 @@ class Tokens:
 
     def goal(self, sources: Ints, causal: bool) -> Words:
         """Sources that must influence each token: all, or all earlier ones if causal."""
+        if not causal:
+            every = np.packbits(np.ones((1, len(sources)), np.bool_), axis=1, bitorder="little")
+            return np.broadcast_to(_as_words(every), (len(self), _words(len(sources))))
         goal = np.empty((len(self), _words(len(sources))), np.uint64)
         for part in _slices(len(self), 64 * goal.shape[1]):
             earlier = self.first[sources] < self.last[part, None]
-            goal[part] = _as_words(np.packbits(earlier | (not causal), axis=1, bitorder="little"))
+            goal[part] = _as_words(np.packbits(earlier, axis=1, bitorder="little"))
         return goal
+
+
+@dataclass
+class _Batch:
+    """Tokens, and the windows that cover the tokens that each attends to.
+
+    rows: Tokens, `(k,)`.
+    windows: Rows of `_windows`, long windows first, `(c, k)`; padded by repetition.
+    """
+
+    rows: Ints
+    windows: NDArray[np.int32]
 
 
 class Graph:
@@ -135,8 +153,7 @@ class Graph:
         each = np.arange(n)
         self.rows = tokens.rows.copy()
         self.rows[each, each // 8] |= np.uint8(1) << (each % 8).astype(np.uint8)
-        self._count = _count_unions(self.rows)
-        self._kept: dict[tuple[int, int], list[tuple[Ints, Ints]]] = {}
+        self._count = _count_windows(self.rows)
 
     def first_layer(self, chosen: Ints) -> Words:
         """Bits of these sources after one layer."""
@@ -147,59 +164,66 @@ class Graph:
     def layer(self, seen: Words) -> Words:
         """Sources that influence each token after one more layer."""
         self.budget.spend(self._count * seen.shape[1] + 32 * len(seen))
-        levels, wider = _levels(seen), np.empty_like(seen)
-        portion = max(1, _AT_ONCE // seen.shape[1])
-
-        def unite(batch: tuple[Ints, Ints]) -> None:
-            rows, unions = batch
-            found = _union(levels, unions[:, :portion])
-            for start in range(portion, unions.shape[1], portion):
-                found |= _union(levels, unions[:, start : start + portion])
-            wider[rows] = found
-
-        for batch in self._batches(seen.shape[1]):
-            unite(batch)
+        wider = np.empty_like(seen)
+        for words, table in self._tables(seen):
+            for batch in self._batches():
+                wider[batch.rows, words] = _union(table, batch.windows)
         return wider
 
     def missing(self, seen: Words, goal: Words) -> Words:
         """Bits of the goal that one more layer leaves unset, for each source: `(words,)`."""
         self.budget.spend(self._count * seen.shape[1] / 2 + 64 * len(seen))
-        levels = _levels(seen)
         missing = np.zeros(seen.shape[1], np.uint64)
-        for rows, unions in self._batches(seen.shape[1], _PORTION):
-            wanted, left = goal[rows] & ~seen[rows], unions
-            for start in range(0, unions.shape[1], _PORTION):
-                open_ = wanted.any(1)
-                if not open_.all():
-                    wanted, left = wanted[open_], left[open_]
-                if not len(wanted):
-                    break
-                wanted &= ~_union(levels, left[:, start : start + _PORTION])
-            missing |= np.bitwise_or.reduce(wanted, axis=0)
+        for words, table in self._tables(seen):
+            for batch in self._batches():
+                wanted = goal[batch.rows, words] & ~seen[batch.rows, words]
+                left = batch.windows
+                while len(left):
+                    open_ = wanted.any(1)
+                    if not open_.all():
+                        wanted, left = wanted[open_], left[:, open_]
+                    if not len(wanted):
+                        break
+                    wanted &= ~_union(table, left[:_PORTION])
+                    left = left[_PORTION:]
+                missing[words] |= np.bitwise_or.reduce(wanted, axis=0)
         return missing
 
-    def _batches(self, words: int, portion: int = 1 << 30) -> Iterable[tuple[Ints, Ints]]:
-        """Batches of tokens and of the unions that each attends to, padded by repetition."""
-        if self._count > _KEPT:
-            return self._made(words, portion)
-        if (words, portion) not in self._kept:
-            self._kept[words, portion] = list(self._made(words, portion))
-        return self._kept[words, portion]
+    def _tables(self, seen: Words) -> Iterator[tuple[slice, Words]]:
+        """Some words of each row at a time, and the table of their windows."""
+        step = _WIDTH if self._kept is not None else seen.shape[1]  # making batches takes longer
+        for start in range(0, seen.shape[1], step):
+            words = slice(start, start + step)
+            yield words, _windows(seen[:, words], self._lengths)
 
-    def _made(self, words: int, portion: int) -> Iterator[tuple[Ints, Ints]]:
+    @functools.cached_property
+    def _lengths(self) -> int:
+        """Number of window lengths 1, 2, 4, ... in use, or more."""
+        if self._kept is None:  # runs without a full word have at most 126 tokens
+            full = (_as_words(self.rows) == np.iinfo(np.uint64).max).any()
+            return min(len(self.tokens).bit_length(), 7 + int(full) * 64)
+        return 1 + max(int(batch.windows[0].max()) for batch in self._kept) // len(self.tokens)
+
+    @functools.cached_property
+    def _kept(self) -> list[_Batch] | None:
+        """All batches, if they are few."""
+        return list(self._made()) if self._count <= _KEPT else None
+
+    def _batches(self) -> Iterable[_Batch]:
+        return self._made() if self._kept is None else self._kept
+
+    def _made(self) -> Iterator[_Batch]:
+        """Batches of rows with similar numbers of windows."""
         for part in _slices(len(self.tokens), 8 * self.rows.shape[1]):
-            ends, unions = _unions(self.rows[part], len(self.tokens))
-            starts = np.concatenate([[0], ends[:-1]])
-            counts = ends - starts
+            counts, windows = _cover(self.rows[part], len(self.tokens))
+            starts = counts.cumsum() - counts
             order = np.argsort(-counts, kind="stable")
-            start = 0
-            while start < len(order):
-                longest = counts[order[start]]
-                step = max(1, _AT_ONCE // (words * min(longest, portion)))
-                rows = order[start : start + step]
-                places = np.minimum(np.arange(longest), counts[rows, None] - 1)
-                yield rows + part.start, unions[starts[rows, None] + places]
-                start += step
+            while len(order):
+                rows, most = order[:_TOGETHER], counts[order[0]]
+                rows = rows[2 * counts[rows] >= most]
+                places = np.minimum(np.arange(most)[:, None], counts[rows] - 1)
+                yield _Batch(rows + part.start, windows[starts[rows] + places])
+                order = order[len(rows) :]
 
     def is_connected(self, causal: bool) -> bool:
         """Whether some number of layers suffices.
@@ -265,58 +289,74 @@ def _reaches_all(rows: Words, n: int) -> bool:
     return int(np.bitwise_count(seen).sum()) == n
 
 
-def _union(levels: Words, unions: Ints) -> Words:
-    """The bitwise or of some rows: `(k, c)` -> `(k, words)`."""
-    return np.bitwise_or.reduce(np.take(levels, unions, axis=0, mode="clip"), axis=1)
+def _union(table: Words, windows: NDArray[np.int32]) -> Words:
+    """The bitwise or of some rows of a table for each token: `(c, k)` -> `(k, words)`."""
+    step = max(1, _AT_ONCE // (windows.shape[1] * table.shape[1]))
+    found = np.zeros((windows.shape[1], table.shape[1]), np.uint64)
+    for start in range(0, len(windows), step):
+        rows = np.take(table, windows[start : start + step], axis=0, mode="clip")
+        for row in rows:
+            found |= row
+    return found
 
 
-def _levels(seen: Words) -> Words:
-    """Rows, then unions of 8 rows, of 64 rows, and so on."""
-    levels = [seen]
-    while len(levels[-1]) > 1:
-        rows = levels[-1]
-        short = -len(rows) % _FAN
-        rows = np.concatenate([rows, np.zeros((short, rows.shape[1]), np.uint64)])
-        levels.append(np.bitwise_or.reduce(rows.reshape(-1, _FAN, rows.shape[1]), axis=1))
-    return np.concatenate(levels)
+def _windows(seen: Words, lengths: int) -> Words:
+    """Unions of 2^k rows that begin at each row, for k < lengths: `(lengths * rows, words)`.
+
+    Windows that end beyond the last row are undefined.
+    """
+    n, words = seen.shape
+    table = np.empty((lengths, n, words), np.uint64)
+    table[0] = seen
+    for k in range(1, lengths):
+        half, count = 1 << (k - 1), max(0, n + 1 - (1 << k))
+        np.bitwise_or(table[k - 1, :count], table[k - 1, half:][:count], out=table[k, :count])
+    return table.reshape(-1, words)
 
 
-def _split(rows: Bytes) -> Iterator[Bytes]:
-    """Bits of single rows, then of unions of 8, of 64, ...: full bytes move up a level."""
-    while True:
-        full = rows == 255
-        if not full.any():
-            yield rows
-            return
-        yield np.where(full, 0, rows)
-        rows = np.packbits(full, axis=1, bitorder="little")
+def _ends(rows: Bytes) -> tuple[Words, Words]:
+    """The first and the last bit of each run of ones."""
+    words = _as_words(rows)
+    one, rest = np.uint64(1), np.uint64(63)
+    before, after = words << one, words >> one
+    before[:, 1:] |= words[:, :-1] >> rest
+    after[:, :-1] |= words[:, 1:] << rest
+    return words & ~before, words & ~after
 
 
-def _count_unions(rows: Bytes) -> int:
-    """Total number of unions of all rows."""
-    parts = _slices(len(rows), 8 * rows.shape[1])
-    return sum(int(np.bitwise_count(x).sum()) for part in parts for x in _split(rows[part]))
+def _count_windows(rows: Bytes) -> int:
+    """Upper bound of the number of windows that cover all runs: one for a single bit, else two."""
+    count = 0
+    for part in _slices(len(rows), 8 * rows.shape[1]):
+        first, last = _ends(rows[part])
+        count += 2 * int(np.bitwise_count(first).sum()) - int(np.bitwise_count(first & last).sum())
+    return count
 
 
-def _unions(rows: Bytes, tokens: int) -> tuple[Ints, Ints]:
-    """Unions in `_levels` that cover each row, longest first: ends `(rows,)`, indices."""
-    found, counts, offset = [], [], 0
-    for level in _split(rows):
-        each = np.unpackbits(level, axis=1, bitorder="little").view(np.bool_)
-        count = np.bitwise_count(level).sum(1, dtype=np.int64)
-        row = np.repeat(np.arange(len(rows)), count)
-        union = np.flatnonzero(each) - row * each.shape[1]
-        found.append((row, union + offset))
-        counts.append(count)
-        offset, tokens = offset + tokens, -(-tokens // _FAN)
-    ends = np.sum(counts, axis=0).cumsum()
-    unions = np.empty(ends[-1], np.int32)
-    free = ends - np.sum(counts, axis=0)  # next free entry of each row
-    for (row, union), count in zip(found[::-1], counts[::-1], strict=True):
-        first = count.cumsum() - count
-        unions[(free - first)[row] + np.arange(len(row))] = union
-        free += count
-    return ends, unions
+def _cover(rows: Bytes, tokens: int) -> tuple[Ints, NDArray[np.int32]]:
+    """Windows that cover the runs of each row: their numbers `(rows,)`, and rows of `_windows`.
+
+    Windows of a row lie side by side, long ones first. Each row has at least one run.
+    """
+    first, last = _ends(rows)
+    starts, stops = (
+        np.flatnonzero(np.unpackbits(x.view(np.uint8), axis=1, bitorder="little").view(np.bool_))
+        for x in (first, last)
+    )
+    runs = np.bitwise_count(first).sum(1, dtype=np.int64)
+    row = np.repeat(np.arange(len(rows)), runs)
+    lengths = stops - starts + 1
+    starts -= row * (64 * first.shape[1])
+    levels = np.frexp(lengths.astype(np.float32))[1] - 1  # largest 2^k in each run
+    key = 32 * row + 31 - levels  # rows first, then long runs
+    order = np.argsort(key.astype(np.min_scalar_type(32 * len(rows))), kind="stable")
+    starts, lengths, levels = starts[order], lengths[order], levels[order]
+    rest = lengths - (1 << levels)
+    number = 1 + (rest > 0)
+    run = np.repeat(np.arange(len(starts)), number)
+    second = np.diff(run, prepend=-1) == 0
+    windows = (levels * tokens + starts)[run] + second * rest[run]
+    return np.add.reduceat(number, runs.cumsum() - runs), windows.astype(np.int32)
 
 
 def _kinds(rows: Bytes) -> tuple[Ints, Ints]:
@@ -338,13 +378,16 @@ def _columns(rows: Bytes, chosen: Ints) -> Bytes:
 
 def _transposed(rows: Bytes) -> Bytes:
     """The transposed bit matrix, by squares of 8 x 8 bits (Warren, Hacker's Delight, 7-3)."""
-    squares = np.pad(rows, ((0, -len(rows) % _FAN), (0, 0))).reshape(-1, _FAN, rows.shape[1])
-    x = np.ascontiguousarray(squares.transpose(0, 2, 1)).view(np.uint64)
-    for shift, mask in ((7, 0x00AA00AA00AA00AA), (14, 0xCCCC0000CCCC), (28, 0xF0F0F0F0)):
-        t = (x ^ (x >> np.uint64(shift))) & np.uint64(mask)
-        x ^= t ^ (t << np.uint64(shift))
-    columns = x.view(np.uint8).transpose(1, 2, 0).reshape(8 * rows.shape[1], -1)
-    return _padded(columns)
+    columns = np.zeros((8 * rows.shape[1], 8 * _words(len(rows))), np.uint8)
+    for part in _slices(-(-len(rows) // 8), 8 * rows.shape[1]):
+        some = rows[8 * part.start : 8 * part.stop]
+        squares = np.pad(some, ((0, -len(some) % 8), (0, 0))).reshape(-1, 8, rows.shape[1])
+        x = np.ascontiguousarray(squares.transpose(0, 2, 1)).view(np.uint64)
+        for shift, mask in ((7, 0x00AA00AA00AA00AA), (14, 0xCCCC0000CCCC), (28, 0xF0F0F0F0)):
+            t = (x ^ (x >> np.uint64(shift))) & np.uint64(mask)
+            x ^= t ^ (t << np.uint64(shift))
+        columns[:, part] = x.view(np.uint8).transpose(1, 2, 0).reshape(len(columns), -1)
+    return columns
 
 
 def _padded(rows: Bytes) -> Bytes:

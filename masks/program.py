@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 Shape = tuple[int, int, int]
+# A function, the numbers of its inputs, whether it takes `out`, the number of its result.
+Step = tuple[Callable[..., Any], list[int], bool, int]
+
+_CACHE = 1 << 20  # bytes of the arrays of a piece: about half the cache of a core
 
 
 class Value:
@@ -74,13 +79,16 @@ class _Cast:
 class Program:
     """The operations behind a value, in order.
 
-    Result arrays are allocated once per shape and thread. Later operations and rectangles reuse
-    them: they stay in the cache, and the system zeroes no new pages.
+    Rectangles are computed in pieces whose arrays fit the cache of a core together. Arrays are
+    allocated once per shape and thread, and results share memory: the system zeroes no new pages.
 
     Args:
         result: The value to compute.
         q: Index of queries, from `index`.
         kv: Index of keys, from `index`.
+
+    Attributes:
+        bytes_each: Bytes of all arrays per element of a piece.
 
     >>> q, kv = Program.index([0, 1], 1), Program.index([0, 1], 2)
     >>> less = Value(np.less, Value(np.multiply, q, kv), Value.number(3, np.int64))
@@ -91,9 +99,14 @@ class Program:
 
     def __init__(self, result: Value, q: Value, kv: Value) -> None:
         self._values = _ordered(result, (q, kv))
+        self._memory = _memory(self._values)
         self._bound = threading.local()
-        sizes = [v.sample.itemsize for v in self._values if v.sample.size == 4]
-        self.itemsize = max(sizes, default=1)  # bytes of the largest element
+        full = [(i, x) for i, x in enumerate(self._values) if x.sample.size == 4]
+        self.bytes_each = sum(
+            {self._memory.get(i, ~i): x.sample.itemsize for i, x in full}.values()
+        )
+        most = [x.function.most for _, x in full if hasattr(x.function, "most")]
+        self._at_once = min([_CACHE // max(1, self.bytes_each), *most])  # elements of a piece
 
     @staticmethod
     def index(sample: Any, axis: int) -> Value:
@@ -106,80 +119,120 @@ class Program:
         shape = (len(q), q.shape[1], kv.shape[2])
         bound: dict[Shape, _Bound] = self._bound.__dict__.setdefault("shapes", {})
         if shape not in bound:
-            bound[shape] = self._bind(shape)
+            bound[shape] = _Bound(self._values, self._memory, shape, self._at_once)
         return bound[shape].run(q, kv)
-
-    def _bind(self, shape: Shape) -> _Bound:
-        """The operations with arrays for their results."""
-        values = self._values
-        number = {id(value): i for i, value in enumerate(values)}
-        last = {id(x): i for i, value in enumerate(values) for x in value.inputs}
-        # Other functions may return a view of an argument: its memory is not reused.
-        viewed = {id(x) for value in values if not value.takes_out for x in value.inputs}
-        arrays: list[Any] = [value.sample for value in values]
-        steps: dict[tuple[int, ...], list[Any]] = {(1, 2, 1): [], (1, 1, 2): [], (): []}
-        free: dict[int, list[NDArray[Any]]] = {1: [], 2: [], 4: [], 8: []}  # by size of an element
-        for i, value in enumerate(values):
-            if not value.inputs:
-                continue
-            inputs, out = [number[id(x)] for x in value.inputs], None
-            if value.takes_out:
-                full, size = value.shape(shape), value.sample.itemsize
-                ends = [
-                    arrays[number[id(x)]]
-                    for x in {id(x): x for x in value.inputs}.values()
-                    if last[id(x)] == i and id(x) not in viewed
-                    if x.inputs and x.takes_out and x.sample.size == value.sample.size == 4
-                ]
-                # An operation may overwrite an operand that no other operation reads.
-                memory = next((x for x in ends if x.itemsize == size), None)
-                for x in ends:
-                    if x is not memory:
-                        free[x.itemsize].append(x)
-                if memory is None and value.sample.size == 4 and free[size]:
-                    memory = free[size].pop()
-                out = np.empty(full, value.sample.dtype) if memory is None else memory
-                out = out.view(value.sample.dtype)
-                arrays[i] = out
-            of = value.sample.shape
-            steps[of if of in steps else ()].append((value.function, inputs, out, i))
-        return _Bound(arrays, *steps.values())
 
 
 class _Bound:
-    """Operations with arrays for results of one shape.
+    """Operations with arrays for their results, for rectangles of one shape.
 
     Args:
-        arrays: Array of each value: queries, keys, ..., the result.
-        of_q: Operations on queries alone: (function, indices of inputs, output array or None, index
-            of the output).
-        of_kv: Operations on keys alone.
-        of_both: All others.
+        values: Queries, keys, ..., the result.
+        memory: See `_memory`.
+        shape: Shape of the rectangles.
+        at_once: Elements of a piece.
     """
 
     def __init__(
-        self, arrays: list[Any], of_q: list[Any], of_kv: list[Any], of_both: list[Any]
+        self, values: list[Value], memory: dict[int, int], shape: Shape, at_once: int
     ) -> None:
-        self.arrays, self._steps, self._of_both = arrays, (of_q, of_kv), of_both
+        # A single rectangle is cut between rows, several are cut between rectangles.
+        self._axis = axis = 0 if shape[0] > 1 else 1
+        self._total = shape[axis]
+        rows = at_once // max(1, math.prod(shape) // self._total)
+        self._length = min(self._total, 1 << max(0, rows.bit_length() - 1))
+        piece = (*shape[:axis], self._length, *shape[axis + 1 :])
+        number = {id(value): i for i, value in enumerate(values)}
+        result = len(values) - 1
+        self.arrays: list[Any] = [value.sample for value in values]
+        self._steps: dict[tuple[int, ...], list[Step]] = {
+            (1, 2, 1): [], (1, 1, 2): [], (1, 2, 2): []
+        }  # fmt: skip
+        kept: dict[int, NDArray[Any]] = {}
+        for i, value in enumerate(values):
+            if not value.inputs or not value.sample.ndim:  # its sample is its value
+                continue
+            whole = value.sample.size == 2 or i == result
+            if i in memory and memory[i] in kept:
+                self.arrays[i] = kept[memory[i]].view(value.sample.dtype)
+            elif i in memory or i == result:
+                size = value.shape(shape if whole else piece)
+                self.arrays[i] = kept[memory.get(i, ~i)] = np.empty(size, value.sample.dtype)
+            inputs = [number[id(x)] for x in value.inputs]
+            self._steps[value.sample.shape].append((value.function, inputs, i in memory, i))
+        sizes = [value.sample.size for value in values]
+        moved = [(1, 2, 1)] if axis else [(1, 2, 1), (1, 1, 2)]
+        self._cut = [i for i, x in enumerate(values) if x.sample.shape in moved] + [result]
+        self._full = [i for i in memory if sizes[i] == 4 and i != result]
         self._seen: list[Any] = [None, None]
 
     def run(self, *indices: NDArray[np.int64]) -> NDArray[Any]:
         """The result; operations on one index are skipped if it is that of the previous run."""
-        for axis, index in enumerate(indices):
+        arrays, (of_q, of_kv, of_both) = self.arrays, self._steps.values()
+        for axis, (index, steps) in enumerate(zip(indices, (of_q, of_kv), strict=True)):
             if self._seen[axis] is None or not np.array_equal(self._seen[axis], index):
-                self.arrays[axis] = self._seen[axis] = index
-                self._compute(self._steps[axis])
-        self._compute(self._of_both)
-        return self.arrays[-1]
+                arrays[axis] = self._seen[axis] = index
+                _compute(arrays, steps)
+        if not of_both:
+            return arrays[-1]
+        result, before = arrays[-1], (slice(None),) * self._axis
+        for start in range(0, self._total, self._length):
+            some, part = list(arrays), (*before, slice(start, start + self._length))
+            for i in self._cut:
+                some[i] = arrays[i][part]
+            if start + self._length > self._total:
+                part = (*before, slice(self._total - start))
+                for i in self._full:
+                    some[i] = arrays[i][part]
+            out = some[-1]
+            _compute(some, of_both)
+            if some[-1] is not out:
+                out[...] = some[-1]
+        return result
 
-    def _compute(self, steps: list[Any]) -> None:
-        arrays = self.arrays
-        for function, inputs, out, number in steps:
-            given = [arrays[i] for i in inputs]
-            if out is None:
-                arrays[number] = function(*given)
-            else:
-                function(*given, out=out)
+
+def _compute(arrays: list[Any], steps: list[Step]) -> None:
+    for function, inputs, takes_out, number in steps:
+        given = [arrays[i] for i in inputs]
+        if takes_out:
+            function(*given, out=arrays[number])
+        else:
+            arrays[number] = function(*given)
+
+
+def _memory(values: list[Value]) -> dict[int, int]:
+    """The memory of each result by its number: one may use that of values no longer needed.
+
+    The results of functions without `out` are absent.
+    """
+    number = {id(value): i for i, value in enumerate(values)}
+    last = {number[id(x)]: i for i, value in enumerate(values) for x in value.inputs}
+    # Other functions may return a view of an argument: its memory is not reused.
+    viewed = {number[id(x)] for value in values if not value.takes_out for x in value.inputs}
+    found: dict[int, int] = {}
+    free: dict[int, list[int]] = {1: [], 2: [], 4: [], 8: []}  # by size of an element
+    for i, value in enumerate(values):
+        if not value.inputs or not value.takes_out:
+            continue
+        found[i] = i
+        if value.sample.size != 4 or value is values[-1]:
+            continue
+        size = value.sample.itemsize
+        ends = [
+            j
+            for j in dict.fromkeys(number[id(x)] for x in value.inputs)
+            if last[j] == i and j not in viewed and j in found and values[j].sample.size == 4
+        ]
+        # An operation may overwrite an operand that no other operation reads.
+        same = [j for j in ends if values[j].sample.itemsize == size]
+        for j in ends:
+            if j not in same[:1]:
+                free[values[j].sample.itemsize].append(found[j])
+        if same:
+            found[i] = found[same[0]]
+        elif free[size]:
+            found[i] = free[size].pop()
+    return found
 
 
 def _ordered(result: Value, first: tuple[Value, ...]) -> list[Value]:

@@ -304,5 +304,5 @@ def test_small_numbers_stay_small():
     assert (kv * kv & 255).value.sample.dtype == np.int16
     for bits, itemsize in ((kv * kv & 255, 2), (kv * kv * kv >> 9 & 1023, 4), (kv * kv % 7, 8)):
         # Only as many bits are computed as the comparison needs.
-        assert Program((bits * q < 9).value, q.whole(), kv.whole()).itemsize == 2
+        assert Program((bits * q < 9).value, q.whole(), kv.whole()).bytes_each == 3
         assert max(x.itemsize for x in full_samples(bits.value)) == itemsize
