@@ -102,8 +102,9 @@ def all_scored_configs() -> list[ForwardConfig | BackwardConfig]:
     found: dict[ForwardConfig | BackwardConfig, None] = {}
     for dtype, flags in itertools.product(DTYPES, flag_sets()):
         for size in (32, 64, 96, 128, 192, 256):
-            forward = scored_forward_configs(dtype, size, flags)
-            found |= dict.fromkeys((*forward, scored_forward_at_config(dtype, size, flags)))
+            found |= dict.fromkeys(scored_forward_configs(dtype, size, flags))
+            if not flags.alibi:  # with offsets it is a bias by distance
+                found[scored_forward_at_config(dtype, size, flags)] = None
             for deterministic in (False, True):
                 refused = deterministic and flags.distance_grads
                 both = flags.distance_grads and flags.dropout

@@ -142,14 +142,12 @@ class Sm90:
 def untested_reason(call: AttentionCall) -> str | None:
     """Why "auto" leaves a call to other implementations: it was not tested on a GPU."""
     d, d_v = call.q.shape[3], call.v.shape[3]
-    slopes = None if call.terms is None else call.terms.slopes
-    if call.q_offset is not None and slopes is not None:
-        what = "ALiBi with q_offset"
-    elif d != d_v and not d < d_v <= MOST_TESTED_WIDTH:
-        what = f"head_dim {d} with values of {d_v}"
-    else:
+    if d == d_v or d < d_v <= MOST_TESTED_WIDTH:
         return None
-    return f"{what} of impl='sm90' was not tested on a GPU in this version; ask for it by name"
+    return (
+        f"head_dim {d} with values of {d_v} of impl='sm90' was not tested on a GPU in this "
+        "version; ask for it by name"
+    )
 
 
 def _at_positions(call: AttentionCall) -> bool:
@@ -169,7 +167,8 @@ def _arguments(call: AttentionCall) -> ScoreArguments:
     terms, graded = call.terms, call.needs_grad and any(call.terms.wants[:2])
     bias, slopes = None, terms.slopes
     # ALiBi alone is computed in registers, of which other terms and gradients leave too few.
-    others = (terms.softcap, terms.seed is not None, call.needs_grad)
+    at = call.q_offset is not None
+    others = (terms.softcap, terms.seed is not None, call.needs_grad, at)
     if terms.table is not None or (slopes is not None and any(others)):
         bias, slopes = DistanceBias(slopes, terms.table), None
     return ScoreArguments(

@@ -35,7 +35,7 @@ def _on_gpu(monkeypatch):
         (SINKS, False, True, "sm90"),
         (SINKS, True, True, "reference"),
         (ALIBI, True, False, "sm90"),
-        (ALIBI, False, True, "reference"),  # not tested on a GPU
+        (ALIBI, False, True, "sm90"),
         (SLOPES, True, False, "sm90"),
         (RELATIVE, True, False, "sm90"),
         (RELATIVE, False, True, "sm90"),
