@@ -120,12 +120,17 @@ def forward(
     Returns:
         out `(b, s, h, d)` in q's dtype, and lse `(b, h, s)` in float32.
     """
-    b, s, h, _ = q.shape
-    q, softmax_scale = with_positive_scale(q, softmax_scale)
-    out = q.new_empty((b, s, h, v.shape[3]))
+    b, s, h, d = q.shape
+    if softmax_scale <= 0:
+        q, softmax_scale = with_positive_scale(q, softmax_scale)
+    if v.shape[3] == d:  # the host takes less time for this
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    else:
+        out = q.new_empty((b, s, h, v.shape[3]))
     assert out.data_ptr(), "meta and fake tensors have no memory to launch on"
     lse = torch.empty(b, h, s, dtype=torch.float32, device=q.device)
-    inputs = (q, k, v, out, lse, lengths_of(plan, kv_lens, k))
+    lens = plan.schedule.kv_lens if kv_lens is None else lengths_of(plan, kv_lens, k)
+    inputs = (q, k, v, out, lse, lens)
     assert plan.kernel is not None
     plan.kernel.launch(inputs, plan, (softmax_scale * LOG2_E,), q.device, transient)
     return out, lse

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from sparse_flash import autograd, data_operators, operators, score_operators
-from sparse_flash.call import ScoreTerms
 from sparse_flash.checks import (
     check_are_tensors,
     check_mask,
@@ -159,7 +158,9 @@ def block_sparse_attention(
     if torch._C._is_any_autocast_enabled():
         check_are_tensors(q, k, v)
         q, k, v = _autocast(q, k, v)
-    options = Options(check_scale(softmax_scale), deterministic, impl)
+    options = _DEFAULTS
+    if not (softmax_scale is None and impl == "auto" and deterministic is False):
+        options = Options(check_scale(softmax_scale), deterministic, impl)
     terms = None
     if (
         not (bias is softcap is sinks is generator is None and type(dropout_p) is float)
@@ -180,16 +181,15 @@ def block_sparse_attention(
         else:
             out, lse = score_operators.attend(tensors, mask, options, terms)
     else:
-        needs_grad = q.requires_grad or k.requires_grad or v.requires_grad or _any(terms)
+        needs_grad = q.requires_grad or k.requires_grad or v.requires_grad
+        needs_grad = needs_grad or (terms is not None and any(terms.wants))
         needs_grad = needs_grad and torch.is_grad_enabled()
         call = prepare(tensors, mask, options, needs_grad=needs_grad, terms=terms)
         out, lse = autograd.attend(*call)
     return (out, lse) if return_lse else out
 
 
-def _any(terms: ScoreTerms | None) -> bool:
-    """Whether a tensor of the terms needs a gradient."""
-    return terms is not None and any(terms.wants)
+_DEFAULTS = Options(None, deterministic=False, impl="auto")
 
 
 def _is_watched(q: Tensor, k: Tensor, v: Tensor) -> bool:

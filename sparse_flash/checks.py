@@ -133,7 +133,7 @@ def warn_of_heads_first(k: Tensor) -> None:
             f"k has {tokens} tokens and {heads} heads: block_sparse_attention takes (batch, "
             "sequence, heads, head_dim). Were q, k and v (batch, heads, sequence, head_dim)? Then "
             "use x.transpose(1, 2)",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 

@@ -165,5 +165,5 @@ def warn_of_alignment(mask: Mask | BlockLayout, q_len: int, kv_len: int) -> None
         warnings.warn(
             f"q has {q_len} tokens and k has {kv_len}: query i is taken to have position i; "
             f"{last if q_len < kv_len else ''}to confirm that they are the first, pass q_offset=0",
-            stacklevel=4,  # where block_sparse_attention is called
+            stacklevel=5,  # where block_sparse_attention is called
         )

@@ -63,7 +63,11 @@ def prepare(
     if getattr(mask, "on_device", False):
         mask = layout_of_data(mask, tensors)
         q_offset, tensors = None, (q, k, v, kv_lens, None, None)
-    q_shape, k_shape, v_shape = _shapes(q, k, v)
+    try:
+        q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
+    except RuntimeError:  # nested tensors have none
+        check_tensors(q, k, v)
+        raise
     if len(q_shape) != 4 or len(k_shape) != 4 or not q_shape[3]:
         check_tensors(q, k, v)
     if q_offset is kv_starts is None:
@@ -74,7 +78,7 @@ def prepare(
         tensors = with_positions(tensors, mask)
         *_, q_offset, kv_starts = tensors
     scale, deterministic, impl = options
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = q_shape[3] ** -0.5 if scale is None else scale
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
     rest = (scale, deterministic, needs_grad, transient)
     calls, state = _calls_of(mask)
@@ -86,19 +90,7 @@ def prepare(
     like = (state, impl, rest, offset, given, sizes, types, terms and terms.signature)
     known = calls.get(like)
     if known is None:
-        check_tensors(q, k, v)
-        warn_of_heads_first(k)
-        if q_offset is None:
-            warn_of_alignment(mask, *lengths)
-        layout = mask if isinstance(mask, BlockLayout) else layout_of(mask, q, lengths)
-        check_layout(layout, q, lengths, k.shape[2])
-        call = AttentionCall(
-            q, k, v, kv_lens, q_offset, kv_starts, layout, None, *rest, terms=terms
-        )
-        implementation = choose(impl, call)
-        nothing: Any = None  # a layout of data lives shorter than its prepared calls
-        changed = {"layout": nothing} if layout.on_device else {"plan": implementation.plan(call)}
-        known = _Known(replace(call, **changed).without_tensors(), implementation)
+        known = _first_of_its_kind(tensors, mask, lengths, impl, rest, terms)
         if len(calls) >= _MOST_CALLS:
             calls.clear()
         calls[like] = known
@@ -113,12 +105,27 @@ def prepare(
     return call.with_tensors(*tensors), known.implementation
 
 
-def _shapes(*tensors: Tensor) -> tuple[torch.Size, ...]:
-    try:
-        return tuple([x.shape for x in tensors])
-    except RuntimeError:  # nested tensors have none
-        check_tensors(*tensors)
-        raise
+def _first_of_its_kind(
+    tensors: Tensors,
+    mask: Mask | BlockLayout,
+    lengths: tuple[int, int],
+    impl: str,
+    options: tuple[float, bool, bool, bool],
+    terms: ScoreTerms | None,
+) -> _Known:
+    """Check a call, and plan it. options: Those of AttentionCall after the plan."""
+    q, k, v, kv_lens, q_offset, kv_starts = tensors
+    check_tensors(q, k, v)
+    warn_of_heads_first(k)
+    if q_offset is None:
+        warn_of_alignment(mask, *lengths)
+    layout = mask if isinstance(mask, BlockLayout) else layout_of(mask, q, lengths)
+    check_layout(layout, q, lengths, k.shape[2])
+    call = AttentionCall(q, k, v, kv_lens, q_offset, kv_starts, layout, None, *options, terms=terms)
+    implementation = choose(impl, call)
+    nothing: Any = None  # a layout of data lives shorter than its prepared calls
+    changed = {"layout": nothing} if layout.on_device else {"plan": implementation.plan(call)}
+    return _Known(replace(call, **changed).without_tensors(), implementation)
 
 
 def _calls_of(mask: Mask | BlockLayout) -> tuple[dict[Any, _Known], Any]:

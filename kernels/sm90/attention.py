@@ -120,13 +120,18 @@ def _gradient_planners(layout: BlockLayout, q: Tensor, deterministic: bool) -> l
     In a dense layout all CTAs of a head begin with the same queries and add to the same rows of dQ.
     Above head_dim 128, where a tile has 64 keys, that is slower than a second kernel. On an H200 at
     head_dim 256 and 8,192 tokens: dense 264 TFLOP/s, with two kernels 338; causal 456 and 315;
-    density 0.25 at 16,384 tokens 423 and 361.
+    density 0.25 at 16,384 tokens 423 and 361. Layouts of data count as sparse: to count their tiles
+    would synchronize the host.
     """
     key = q.dtype, q.shape[3]
-    tiles = len(layout.crow_indices) * layout.num_block_rows * layout.num_block_cols
-    dense = q.shape[3] > 128 and layout.num_tiles > 0.75 * tiles
+    dense = q.shape[3] > 128 and not layout.on_device and _is_dense(layout)
     backward = (DETERMINISTIC_BACKWARD if deterministic or dense else BACKWARD)[key]
     return [backward] if backward.configs[0].dq else [backward, DQ[key]]
+
+
+def _is_dense(layout: BlockLayout) -> bool:
+    tiles = layout.num_patterns * layout.num_block_rows * layout.num_block_cols
+    return layout.num_tiles > 0.75 * tiles
 
 
 def forward(

@@ -10,6 +10,9 @@ computes one gradient, and together five products, each once:
 P' and dS' are operands from registers for dV and dK. P' passes from the first warpgroup to the
 second through shared memory, in register order, and dS' from the second to the third. Tiles are 64
 queries x 64 keys. Work tiles, loads and splits are those of `BackwardSm90`.
+
+Every thread arrives at the barriers of P', not one lane for its warp: compute-sanitizer takes an
+arrival to order the stores and loads of the arriving thread only.
 """
 
 import cutlass
@@ -196,7 +199,7 @@ class BackwardWideSm90(BackwardSm90):
         do = tma_pipeline(smem.do_barriers, config.q_stages, 2 * WARPS, queries)
         k = tma_pipeline(smem.k_barriers, config.k_stages, 2 * WARPS, keys)
         v = tma_pipeline(smem.v_barriers, config.v_stages, WARPS, keys)
-        p = register_pipeline(smem.p_barriers, config.ds_stages, WARPS, WARPS)
+        p = register_pipeline(smem.p_barriers, config.ds_stages, 128, 128)
         ds = register_pipeline(smem.ds_barriers, config.ds_stages, WARPS, WARPS)
         check_arrivals("the whole CTA", {"loading": 128, "consumers": GROUPS * 128}, THREADS)
         work = work_pipeline(smem.work_barriers, GROUPS * 128)

@@ -156,8 +156,14 @@ class ValueGradient(KeyAccumulator):
 
     @cute.jit
     def load_mask(self, q_state):
-        """Load a tile's bit tile, and its mask bits of the thread, while GEMMs run."""
-        bit_tile = self.sTiles[q_state.index]
+        """Load a tile's bit tile, and its mask bits of the thread, while GEMMs run.
+
+        Only the lane that releases the stage for its warp reads shared memory.
+        """
+        bit_tile = Int32(0)
+        if self.thread % 32 == 0:
+            bit_tile = self.sTiles[q_state.index]
+        bit_tile = cute.arch.shuffle_sync(bit_tile, 0)
         return bit_tile, online.mask_words(self.bits, bit_tile, 0, self.thread)
 
     @cute.jit
@@ -181,7 +187,7 @@ class ValueGradient(KeyAccumulator):
         self.p_pipe.sync_object_empty.wait(q_state.index, q_state.phase ^ 1)
         goal = self.sP[None, self.thread, None, q_state.index]
         cute.autovec_copy(cute.make_tensor(self.scores.iterator, goal.shape), goal)
-        arrive_once(self.p_pipe.sync_object_full, q_state.index)
+        cute.arch.mbarrier_arrive(self.p_pipe.sync_object_full.get_barrier(q_state.index))
 
 
 class KeyGradient(KeyAccumulator):
@@ -233,7 +239,7 @@ class KeyGradient(KeyAccumulator):
         for i in cutlass.range_constexpr(cute.size(acc)):
             self.scores[i] = acc[i].to(self.dtype)
         mul_pairs(self.scores, p)
-        arrive_once(self.p_pipe.sync_object_empty, stage)
+        cute.arch.mbarrier_arrive(self.p_pipe.sync_object_empty.get_barrier(stage))
         self.ds_pipe.sync_object_empty.wait(stage, q_state.phase ^ 1)
         stmatrix = cute.make_copy_atom(warp.StMatrix8x8x16bOp(num_matrices=4), self.dtype)
         copy = cute.make_tiled_copy_C(stmatrix, self.mma_s).get_slice(self.thread)

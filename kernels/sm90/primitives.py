@@ -192,7 +192,10 @@ def tma_pipeline(storage, stages, consumers, size):
 
 
 def register_pipeline(storage, stages, producers, consumers):
-    """A pipeline of stages that warps fill from registers; one lane of each warp arrives."""
+    """A pipeline of stages that threads fill from registers.
+
+    producers, consumers: Number of arrivals: threads, or warps where one lane of each arrives.
+    """
     return pipeline.PipelineAsync.create(
         barrier_storage=storage.data_ptr(),
         num_stages=stages,

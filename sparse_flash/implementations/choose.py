@@ -88,7 +88,7 @@ def _best(call: AttentionCall) -> Implementation:
             if implementation is IMPLEMENTATIONS[-1] and call.q.is_cuda:
                 name = implementation.name
                 warnings.warn(
-                    f"impl='auto' takes {name!r}, which is slow: {reasons[-1]}", stacklevel=5
+                    f"impl='auto' takes {name!r}, which is slow: {reasons[-1]}", stacklevel=6
                 )
             return implementation
         reasons.append(reason)

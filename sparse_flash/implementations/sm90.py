@@ -23,10 +23,14 @@ MOST_TESTED_WIDTH = 128  # of values that are wider than queries
 
 
 class Plans(NamedTuple):
-    """The plans of both passes; `backward` is None where no gradients are needed."""
+    """The plans of both passes; `backward` is None where no gradients are needed.
+
+    at_positions: Whether the kernels for positions run the forward pass.
+    """
 
     forward: Any
     backward: Any
+    at_positions: bool = False
 
 
 class Sm90:
@@ -63,35 +67,39 @@ class Sm90:
                 return Plans(scored, None)
             given = (layout, q, k, call.deterministic, flags)
             return Plans(scored, scored_attention.backward_plans(*given))
-        forward = positions.forward_plan_at if _at_positions(call) else attention.forward_plan
+        at_positions = _at_positions(call)
+        forward = positions.forward_plan_at if at_positions else attention.forward_plan
         backward = positions if call.q_offset is not None else attention
         if not call.needs_grad:
-            return Plans(forward(layout, q, k), None)
+            return Plans(forward(layout, q, k), None, at_positions)
         make = backward.backward_plans_at if backward is positions else backward.backward_plans
-        return Plans(forward(layout, q, k), make(layout, q, k, call.deterministic))
+        plans = make(layout, q, k, call.deterministic)
+        return Plans(forward(layout, q, k), plans, at_positions)
 
     def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
         """(out, lse), lse in float32."""
-        if isinstance(call.layout, DeviceLayout):
-            return self._attend_by_data(call, call.layout)
-        inputs, plan, scale = (call.q, call.k, call.v), call.plan.forward, call.softmax_scale
+        if call.layout.on_device:  # isinstance takes longer
+            return self._attend_by_data(call)
+        plan, scale, transient = call.plan.forward, call.softmax_scale, call.transient
+        inputs = (call.q, call.k, call.v, plan)
+        if call.terms is None and not call.plan.at_positions:
+            return attention.forward(*inputs, call.kv_lens, scale, transient=transient)
         given = (call.kv_lens, call.q_offset, call.kv_starts)
         if call.terms is not None:
             terms = _arguments(call)
             if call.q_offset is not None:
                 return scored_attention.forward_at(
-                    *inputs, plan, *given, scale, terms, transient=call.transient
+                    *inputs, *given, scale, terms, transient=transient
                 )
             return scored_attention.forward(
-                *inputs, plan, call.kv_lens, scale, terms, transient=call.transient
+                *inputs, call.kv_lens, scale, terms, transient=transient
             )
-        if _at_positions(call):
-            return positions.forward_at(*inputs, plan, *given, scale, transient=call.transient)
-        return attention.forward(*inputs, plan, call.kv_lens, scale, transient=call.transient)
+        return positions.forward_at(*inputs, *given, scale, transient=transient)
 
-    def _attend_by_data(self, call: AttentionCall, layout: DeviceLayout) -> tuple[Tensor, Tensor]:
+    def _attend_by_data(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
         """As `attend`, with the plans of both passes: the backward's while the GPU is busy."""
-        q, k = call.q, call.k
+        q, k, layout = call.q, call.k, call.layout
+        assert isinstance(layout, DeviceLayout)
         wide = _widest(call)
         plan = attention.forward_plan(layout, wide, k)
         given = (plan, call.kv_lens, call.softmax_scale)

@@ -104,6 +104,7 @@ def test_baselines_by_name():
 
 
 @pytest.mark.gpu
+@pytest.mark.slow
 def test_turns_on_a_gpu():
     x = torch.randn(2048, 2048, device="cuda", dtype=torch.bfloat16)
 

@@ -10,6 +10,7 @@ from sparse_flash.kernels import data_kernels
 from sparse_flash.kernels.device import DeviceFacts
 from sparse_flash.kernels.device_schedule import device_backward_schedule, device_schedule
 from sparse_flash.kernels.schedule import backward_schedule, schedule
+from sparse_flash.kernels.sm90 import attention
 from sparse_flash.kernels.sm90.config import BACKWARD_COSTS, FORWARD_COSTS
 from sparse_flash.masks import BlockLayout
 
@@ -19,6 +20,21 @@ from tests.kernels.helpers import H200, sanitize
 from tests.kernels.test_schedule import makespan, rows_of
 
 CAUSAL, LOCAL = masks.causal(), masks.local((300, 70)) | masks.sinks(20)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("head_dim", [64, 128, 192, 256])
+def test_the_choice_of_kernels_does_not_read_data(head_dim, deterministic, monkeypatch):
+    """To read them would synchronize the host, raise early, and fail in CUDA graphs."""
+    layout = BlockLayout.from_topk(torch.zeros(1, 2, 4, 4, dtype=torch.int32), (128, 128), 512)
+
+    def read(*_):
+        raise AssertionError("the layout's tiles were read")
+
+    for name in ("fixed", "stored", "check"):
+        monkeypatch.setattr(type(layout), name, read)
+    q = torch.empty(1, 512, 2, head_dim, dtype=torch.bfloat16, device="meta")
+    assert attention.unsupported_blocks(layout, q, deterministic) is None
 
 
 def used(plan):

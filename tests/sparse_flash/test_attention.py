@@ -298,8 +298,9 @@ def test_layout_on_another_device_without_a_gpu(monkeypatch):
 def test_heads_first_tensors_are_noticed():
     """(b, h, s, d): by a layout's lengths, or by more heads than a model has."""
     q = torch.randn(1, 4, 300, 8)
-    with pytest.warns(UserWarning, match=r"4 tokens and 300 heads.*transpose\(1, 2\)"):
+    with pytest.warns(UserWarning, match=r"4 tokens and 300 heads.*transpose\(1, 2\)") as caught:
         block_sparse_attention(q, q, q, masks.local(3))
+    assert caught[0].filename == __file__  # the line of the call
 
 
 def test_every_property_of_a_call_is_told_apart(monkeypatch):

@@ -329,9 +329,10 @@ def test_graphs_plan_layouts_that_were_made_before(kind):
     q, k, v = gpu_inputs(1, 4, 2, 64)
     _, make = on_gpu(kind, 1, 4, 2, 1300, (128, 128), CAUSAL)
     want = results(q, k, v, make(), impl="sm90", deterministic=True)
-    layouts = [make() for _ in range(3)]  # two for the calls before the capture
+    layouts = [make() for _ in range(3)]  # two for the calls before the capture; they stay alive
+    following = iter(layouts)
     step = functools.partial(results, q, k, v, impl="sm90", deterministic=True)
-    graph, out = captured(lambda: step(layout=layouts.pop()))
+    graph, out = captured(lambda: step(layout=next(following)))
     for _ in range(3):
         graph.replay()
         assert all(torch.equal(x, y) for x, y in zip(out, want, strict=True))

@@ -128,8 +128,9 @@ def test_left_padding():
 
 def test_alignment_is_warned_of(recwarn):
     q, k = torch.randn(1, 5, 1, 4), torch.randn(1, 9, 1, 4)
-    with pytest.warns(UserWarning, match="pass q_offset=4; to confirm .* pass q_offset=0"):
+    with pytest.warns(UserWarning, match="pass q_offset=4; .* pass q_offset=0") as caught:
         block_sparse_attention(q, k, k, masks.causal())
+    assert caught[0].filename == __file__  # the line of the call
     recwarn.clear()
     block_sparse_attention(q, k, k, masks.causal(), q_offset=0)
     block_sparse_attention(q, k, k, masks.causal(), q_offset=4)
