@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -137,6 +138,20 @@ def _where(condition: Any, a: Any, b: Any) -> Array:
     return Array(value, lo, hi, common_width(a, b))
 
 
+def _like(default: int | None = None) -> Callable[..., Array]:
+    """`torch.zeros_like(q, dtype=torch.bool)`: the same value everywhere."""
+
+    def make(x: Any, value: Any = default, *, dtype: Any = None, device: Any = None) -> Array:
+        dtype = as_array(x).dtype if dtype is None else dtype
+        if type(value) not in (bool, int) or dtype not in (torch.bool, torch.int64):
+            raise NotUnderstoodError(f"a constant of {dtype}")
+        if dtype == torch.bool:
+            return Array(Value.number(bool(value), np.bool_))
+        return Array(Value.number(value, np.int64), value, value)
+
+    return make
+
+
 def _of_floats(name: str) -> Callable[[Any], Any]:
     function = getattr(torch, name)
     return lambda x: by_tensors(function, x.floating())
@@ -146,7 +161,9 @@ Array.functions.update(
     {
         "where": _where, "minimum": _least, "maximum": _most, "clamp": _clamp, "clip": _clamp,
         "clamp_min": _most, "clamp_max": _least, "long": _long, "int": _int, "bool": _truth,
-        "float": _float, "double": _double, "to": _to,
+        "float": _float, "double": _double, "to": _to, "pow": operator.pow,
+        "square": lambda x: x * x, "zeros_like": _like(0), "ones_like": _like(1),
+        "full_like": _like(), "detach": lambda x: x, "contiguous": lambda x: x,
         "logical_and": lambda a, b: _truth(a) & _truth(b),
         "logical_or": lambda a, b: _truth(a) | _truth(b),
         "logical_xor": lambda a, b: _truth(a) ^ _truth(b),

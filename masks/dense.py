@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any, ClassVar, NoReturn
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sparse_flash.masks.functions import is_pointwise
-from sparse_flash.masks.kleene import NotUnderstoodError, Symbol, is_in_place
+from sparse_flash.masks.functions import OF_ELEMENTS, is_pointwise
+from sparse_flash.masks.kleene import NotUnderstoodError, Symbol, answer, is_in_place
 from sparse_flash.masks.program import Value
 from torch import Tensor
 
@@ -66,6 +67,7 @@ class Dense(Symbol):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Torch's functions: known ones on arrays, other pointwise ones on tensors."""
+        answer(sys._getframe(1))
         name, kwargs = getattr(func, "__name__", str(func)), kwargs or {}
         if func is Tensor.where or is_in_place(name) or "out" in kwargs:
             raise NotUnderstoodError(f"Tensor.{name}")
@@ -82,6 +84,8 @@ class Dense(Symbol):
 
 def _apply(name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """A function of torch: of arrays, where it is known, else of tensors."""
+    if name in OF_ELEMENTS and not any(isinstance(x, Dense) for x in (*args[1:], *kwargs.values())):
+        return by_tensors(function, *args, **kwargs)
     arrays = sorted((x for x in args if isinstance(x, Dense)), key=is_floating)
     others = any(isinstance(x, Tensor) and x.ndim for x in args if not isinstance(x, Dense))
     known = arrays[-1].functions.get(name) if arrays and not others else None

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
+from sparse_flash.masks.kleene import NotUnderstoodError, Symbol
 from sparse_flash.masks.modes import unreadable
 from torch import Tensor
 
@@ -58,7 +59,29 @@ def check_indices(mask: HasExtents, q: Tensor, kv: Tensor) -> None:
             raise IndexError(f"{name} indices {low}..{high} are not in 0..{n - 1} of {mask!r}")
 
 
-def index_tensor(name: str, index: Tensor) -> Tensor:
+def index_tensors(mask: HasExtents, q_idx: Tensor, kv_idx: Tensor) -> tuple[Tensor, Tensor]:
+    """Convert index tensors to int64, where no rule overflows, and check them.
+
+    A rule of the user may apply a mask to symbols; they pass unless the mask has lengths, which
+    nothing could check.
+    """
+    if isinstance(q_idx, Symbol) and isinstance(kv_idx, Symbol):
+        if mask.extents() != (None, None):
+            raise NotUnderstoodError(f"{mask!r} inside a function")
+        return q_idx, kv_idx
+    q, kv = _int64("q_idx", q_idx), _int64("kv_idx", kv_idx)
+    check_indices(mask, q, kv)
+    return q, kv
+
+
+def expanded(truth: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+    """The truth for all pairs of indices that broadcast with each other."""
+    if isinstance(truth, Symbol):
+        return truth
+    return truth.expand(torch.broadcast_tensors(q, kv)[0].shape)
+
+
+def _int64(name: str, index: Tensor) -> Tensor:
     """Convert an index tensor to int64, where no rule overflows."""
     if not isinstance(index, Tensor):
         raise TypeError(f"{name} must be an integer tensor, got {type(index).__name__}")

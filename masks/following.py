@@ -154,6 +154,7 @@ class Graph:
         self.rows = tokens.rows.copy()
         self.rows[each, each // 8] |= np.uint8(1) << (each % 8).astype(np.uint8)
         self._count = _count_windows(self.rows)
+        self._found: dict[int, tuple[Ints, Ints, Ints]] = {}
 
     def first_layer(self, chosen: Ints) -> Words:
         """Bits of these sources after one layer."""
@@ -194,15 +195,31 @@ class Graph:
         step = _WIDTH if self._kept is not None else seen.shape[1]  # making batches takes longer
         for start in range(0, seen.shape[1], step):
             words = slice(start, start + step)
-            yield words, _windows(seen[:, words], self._lengths)
+            yield words, _windows(seen[:, words], self._lengths, self._shared)
 
     @functools.cached_property
     def _lengths(self) -> int:
         """Number of window lengths 1, 2, 4, ... in use, or more."""
+        tokens = len(self.tokens)
         if self._kept is None:  # runs without a full word have at most 126 tokens
             full = (_as_words(self.rows) == np.iinfo(np.uint64).max).any()
-            return min(len(self.tokens).bit_length(), 7 + int(full) * 64)
-        return 1 + max(int(batch.windows[0].max()) for batch in self._kept) // len(self.tokens)
+            return min(tokens.bit_length(), 7 + int(full) * 64)
+        largest = max(int(batch.windows.max()) for batch in self._kept) - len(self._shared)
+        shared = int(self._shared[-1]) // tokens if len(self._shared) else 0
+        return 1 + max(largest, shared) // tokens
+
+    @functools.cached_property
+    def _shared(self) -> Ints:
+        """Distinct pairs of windows, if most pairs occur in several rows; else none."""
+        found, total = np.empty(0, np.int64), 0
+        for part in self._parts() if self._count <= _KEPT else ():
+            _, first, rest = self._runs(part)
+            pairs = (first * len(self.tokens) + rest)[rest > 0]
+            total += len(pairs)
+            if 4 * len(pairs) < len(first):
+                return found[:0]
+            found = np.union1d(found, pairs)
+        return found if 4 * len(found) <= total else found[:0]
 
     @functools.cached_property
     def _kept(self) -> list[_Batch] | None:
@@ -212,10 +229,22 @@ class Graph:
     def _batches(self) -> Iterable[_Batch]:
         return self._made() if self._kept is None else self._kept
 
+    def _runs(self, part: slice) -> tuple[Ints, Ints, Ints]:
+        """`_runs` of these rows, cached if all runs are few."""
+        found = self._found.get(part.start)
+        if found is None:
+            found = _runs(self.rows[part], len(self.tokens))
+            if self._count <= _KEPT // 8:
+                self._found[part.start] = found
+        return found
+
+    def _parts(self) -> Iterator[slice]:
+        return _slices(len(self.tokens), 8 * self.rows.shape[1])
+
     def _made(self) -> Iterator[_Batch]:
         """Batches of rows with similar numbers of windows."""
-        for part in _slices(len(self.tokens), 8 * self.rows.shape[1]):
-            counts, windows = _cover(self.rows[part], len(self.tokens))
+        for part in self._parts():
+            counts, windows = _cover(*self._runs(part), len(self.tokens), self._shared)
             starts = counts.cumsum() - counts
             order = np.argsort(-counts, kind="stable")
             while len(order):
@@ -300,18 +329,24 @@ def _union(table: Words, windows: NDArray[np.int32]) -> Words:
     return found
 
 
-def _windows(seen: Words, lengths: int) -> Words:
-    """Unions of 2^k rows that begin at each row, for k < lengths: `(lengths * rows, words)`.
+def _windows(seen: Words, lengths: int, shared: Ints) -> Words:
+    """Unions of the shared pairs of windows, then those of 2^k rows from each row, k < lengths.
 
     Windows that end beyond the last row are undefined.
     """
     n, words = seen.shape
-    table = np.empty((lengths, n, words), np.uint64)
-    table[0] = seen
+    table = np.empty((len(shared) + lengths * n, words), np.uint64)
+    levels = table[len(shared) :].reshape(lengths, n, words)
+    levels[0] = seen
     for k in range(1, lengths):
         half, count = 1 << (k - 1), max(0, n + 1 - (1 << k))
-        np.bitwise_or(table[k - 1, :count], table[k - 1, half:][:count], out=table[k, :count])
-    return table.reshape(-1, words)
+        np.bitwise_or(levels[k - 1, :count], levels[k - 1, half:][:count], out=levels[k, :count])
+    first, rest = np.divmod(shared, n)
+    for part in _slices(len(shared), 64 * words):
+        pairs = np.take(table, len(shared) + first[part], axis=0)
+        pairs |= np.take(table, len(shared) + (first + rest)[part], axis=0)
+        table[part] = pairs
+    return table
 
 
 def _ends(rows: Bytes) -> tuple[Words, Words]:
@@ -333,10 +368,30 @@ def _count_windows(rows: Bytes) -> int:
     return count
 
 
-def _cover(rows: Bytes, tokens: int) -> tuple[Ints, NDArray[np.int32]]:
+def _cover(
+    runs: Ints, first: Ints, rest: Ints, tokens: int, shared: Ints
+) -> tuple[Ints, NDArray[np.int32]]:
     """Windows that cover the runs of each row: their numbers `(rows,)`, and rows of `_windows`.
 
     Windows of a row lie side by side, long ones first. Each row has at least one run.
+    """
+    windows = first + len(shared)
+    if len(shared):
+        pair = rest > 0
+        windows[pair] = np.searchsorted(shared, (first * tokens + rest)[pair])
+        rest = np.where(pair, 0, rest)
+    number = 1 + (rest > 0)
+    run = np.repeat(np.arange(len(first)), number)
+    second = np.diff(run, prepend=-1) == 0
+    windows = windows[run] + second * rest[run]
+    return np.add.reduceat(number, runs.cumsum() - runs), windows.astype(np.int32)
+
+
+def _runs(rows: Bytes, tokens: int) -> tuple[Ints, Ints, Ints]:
+    """Numbers of runs of ones `(rows,)`; of each run, long ones of a row first, its windows.
+
+    Windows: level x tokens + first token of the longest window of 2^level tokens at its begin, and
+    how much later another one begins that covers the rest, or 0.
     """
     first, last = _ends(rows)
     starts, stops = (
@@ -351,12 +406,7 @@ def _cover(rows: Bytes, tokens: int) -> tuple[Ints, NDArray[np.int32]]:
     key = 32 * row + 31 - levels  # rows first, then long runs
     order = np.argsort(key.astype(np.min_scalar_type(32 * len(rows))), kind="stable")
     starts, lengths, levels = starts[order], lengths[order], levels[order]
-    rest = lengths - (1 << levels)
-    number = 1 + (rest > 0)
-    run = np.repeat(np.arange(len(starts)), number)
-    second = np.diff(run, prepend=-1) == 0
-    windows = (levels * tokens + starts)[run] + second * rest[run]
-    return np.add.reduceat(number, runs.cumsum() - runs), windows.astype(np.int32)
+    return runs, levels * tokens + starts, lengths - (1 << levels)
 
 
 def _kinds(rows: Bytes) -> tuple[Ints, Ints]:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from sparse_flash.masks.kleene import FULL, UNKNOWN, Columns, NotUnderstoodError, Symbol
+from sparse_flash.masks.kleene import EMPTY, FULL, UNKNOWN, Columns, NotUnderstoodError, Symbol
 from sparse_flash.masks.ternary import (
     Interval,
     Ternary,
@@ -38,6 +38,10 @@ _PLAIN: dict[str, Callable[..., Any]] = {
     "bitwise_left_shift": operator.lshift, "lshift": operator.lshift,
     "bitwise_right_shift": operator.rshift, "rshift": operator.rshift,
 }  # fmt: skip
+# Functions of the elements of their first argument; others are tensors of constants.
+OF_ELEMENTS = ("isin", "bucketize")
+_COMPOSITE = ("isclose", "softsign", "float_power")  # pointwise, though torch does not tag them
+_OF_BOOLS = ("isin", "isclose", "isnan", "isinf", "isfinite", "isposinf", "isneginf", "signbit")
 _SWAPPED = {"rsub": operator.sub, "rfloordiv": operator.floordiv, "rmod": operator.mod}
 
 
@@ -183,6 +187,34 @@ def _new(value: bool | int) -> Callable[..., Tensor]:
     return make
 
 
+def _power(x: Any, n: Any) -> Any:
+    n = _number(n)
+    return x**n if type(n) is int and 1 <= n <= 64 else Unknown(*symbols(x, n))
+
+
+def _of_elements(x: Any, *constants: Any, **options: Any) -> Unknown:
+    if any(isinstance(a, Symbol) for a in (*constants, *options.values())) or "out" in options:
+        raise NotUnderstoodError("a set that depends on indices")
+    return Unknown(_symbol(x))
+
+
+def _like(name: str, default: int | None = None) -> Callable[..., Any]:
+    """`torch.zeros_like(q, dtype=torch.bool)`: the same value everywhere."""
+
+    def make(x: Any, value: Any = default, *, dtype: Any = None, device: Any = None) -> Any:
+        if dtype is None and isinstance(x, Interval | Ternary):
+            dtype = torch.int64 if isinstance(x, Interval) else torch.bool
+        if type(value) not in (bool, int) or dtype not in (torch.bool, torch.int64):
+            raise NotUnderstoodError(f"{name} of {dtype}")
+        if dtype == torch.bool:
+            state = torch.full_like(x.like, FULL if value else EMPTY, dtype=torch.int8)
+            return Ternary(state, list)
+        number = torch.full_like(x.like, value, dtype=torch.int64)
+        return Interval(number, number, abs(value), lambda modulus: (number, []))
+
+    return make
+
+
 def _divide(a: Any, b: Any, rounding_mode: str | None = None) -> Any:
     return _number(a) // _number(b) if rounding_mode == "floor" else Unknown(*symbols(a, b))
 
@@ -194,18 +226,21 @@ def is_pointwise(name: str) -> bool:
     >>> is_pointwise("sin"), is_pointwise("sum")
     (True, False)
     """
+    if name in _COMPOSITE:
+        return True
     packet = getattr(torch.ops.aten, {"pow": "pow", "truediv": "div"}.get(name, name), None)
     tags = [tag for o in packet.overloads() for tag in getattr(packet, o).tags] if packet else []
     return torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags
 
 
-def _otherwise(function: Any, *args: Any, **kwargs: Any) -> Unknown:
+def _otherwise(function: Any, *args: Any, **kwargs: Any) -> Unknown | Ternary:
     """Result of a pointwise function without an interval form."""
     name = getattr(function, "__name__", str(function)).strip("_")
     given = [*args, *kwargs.values()]
     if not is_pointwise(name) or "out" in kwargs or any(isinstance(a, list | tuple) for a in given):
         raise NotUnderstoodError(f"torch's {name}")
-    return Unknown(*symbols(*given))
+    found = Unknown(*symbols(*given))
+    return found != 0 if name in _OF_BOOLS else found
 
 
 # Operators of all symbols, by their torch names.
@@ -221,6 +256,10 @@ Symbol.functions.update(
             _symbol(a), _symbol(b)
         ),  # with a number, torch reduces over a dimension
         "max": lambda a, b: _most(_symbol(a), _symbol(b)),
+        "detach": lambda x: x,
+        "contiguous": lambda x: x,
+        "pow": _power,
+        "square": lambda x: x * x,
         "div": _divide,
         "divide": _divide,
         "clamp": _clamp,
@@ -237,8 +276,32 @@ Symbol.functions.update(
         "float": Unknown,
         "double": Unknown,
         "int": Unknown,
+        "zeros_like": _like("zeros_like", 0),
+        "ones_like": _like("ones_like", 1),
+        "full_like": _like("full_like"),
         "new_ones": _new(1),
         "new_zeros": _new(0),
     }
 )
+Symbol.functions.update(
+    isin=lambda *args, **options: _of_elements(*args, **options) != 0, bucketize=_of_elements
+)
 Symbol.otherwise = staticmethod(_otherwise)
+
+
+def _beside_floats(method: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """An operator of intervals. Beside a float, the result is a float, without bounds."""
+
+    @functools.wraps(method)
+    def apply(self: Interval, other: Any) -> Any:
+        if isinstance(other, Tensor) and other.ndim == 0 and other.is_floating_point():
+            return Unknown(self)
+        return Unknown(self) if isinstance(other, float) else method(self, other)
+
+    return apply
+
+
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod"):
+    for _operator in (f"__{_name}__", f"__r{_name}__"):
+        setattr(Interval, _operator, _beside_floats(getattr(Interval, _operator)))
+Interval.__pow__ = _beside_floats(Interval.__pow__)  # type: ignore[method-assign]

@@ -7,9 +7,13 @@ signatures have equal elements. Blocks that logic cannot decide are evaluated on
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import operator
-from collections.abc import Callable, Iterable
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from types import FrameType
 from typing import Any, ClassVar, NoReturn
 
 import torch
@@ -23,6 +27,41 @@ Columns = list[Tensor]
 
 class NotUnderstoodError(TypeError):
     """An operation without a form for whole blocks: elements must be evaluated."""
+
+
+class _Questions(threading.local):
+    """Instructions of a rule that asked for the class of a symbol; None while no rule runs."""
+
+    asked: set[tuple[FrameType, int]] | None = None
+
+
+_questions = _Questions()
+
+
+@contextlib.contextmanager
+def without_type_checks() -> Iterator[None]:
+    """Run a rule of the user on symbols, and refuse it if it asks `isinstance(q, Tensor)`.
+
+    The rule could do something else for tensors. Torch itself asks too, while it looks for the
+    overload of a function: `torch.remainder(q, 3)`. Such a call reaches `__torch_function__` from
+    the same instruction, which `answer` removes.
+
+    Raises:
+        NotUnderstoodError: The rule asked.
+    """
+    before, _questions.asked = _questions.asked, set()
+    try:
+        yield
+        if _questions.asked:
+            raise NotUnderstoodError("isinstance")
+    finally:
+        _questions.asked = before
+
+
+def answer(frame: FrameType) -> None:
+    """Forget what torch asked in the call of one of its functions. frame: Of the caller."""
+    if _questions.asked:
+        _questions.asked.discard((frame, frame.f_lasti))
 
 
 class Symbol:
@@ -39,8 +78,11 @@ class Symbol:
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
-        """Tensor, for functions that check isinstance."""
-        return Tensor
+        """The class itself: torch would read the memory of what claims to be a tensor."""
+        frame = sys._getframe(1)
+        if _questions.asked is not None and not _is_own(frame):
+            _questions.asked.add((frame, frame.f_lasti))
+        return type(self)
 
     def columns(self) -> Columns:
         """Integer tensors, one entry per block: equal entries mean equal values, index by index.
@@ -58,6 +100,7 @@ class Symbol:
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Apply torch functions by name: `torch.where(q > kv, q, kv)`, `tensor + q`."""
+        answer(sys._getframe(1))
         name = getattr(func, "__name__", str(func))
         known = Symbol.functions.get(name.strip("_"))
         if func is Tensor.where or is_in_place(name):
@@ -88,6 +131,11 @@ class Symbol:
 
     def __getitem__(self, index: object) -> NoReturn:
         raise NotUnderstoodError("indexing of an index")
+
+
+def _is_own(frame: FrameType) -> bool:
+    """Whether code of this package runs in the frame."""
+    return str(frame.f_globals.get("__name__")).startswith("sparse_flash.masks.")
 
 
 def is_in_place(name: str) -> bool:

@@ -14,7 +14,8 @@ from sparse_flash.masks.arguments import integer
 from sparse_flash.masks.extents import (
     Extents,
     check_indices,
-    index_tensor,
+    expanded,
+    index_tensors,
     merge_extents,
     require_extents,
 )
@@ -131,9 +132,8 @@ class Mask(Traceable):
             TypeError: The indices are not integer tensors.
             IndexError: An index exceeds the lengths of the mask (checked on a CPU).
         """
-        q, kv = index_tensor("q_idx", q_idx), index_tensor("kv_idx", kv_idx)
-        check_indices(self, q, kv)
-        return self.allowed(q, kv).expand(torch.broadcast_tensors(q, kv)[0].shape)
+        q, kv = index_tensors(self, q_idx, kv_idx)
+        return expanded(self.allowed(q, kv), q, kv)
 
     def classify(self, blocks: Blocks) -> Tensor:
         """EMPTY, UNKNOWN or FULL for each rectangle of indices, int8.

@@ -141,7 +141,8 @@ class _Bound:
         self._total = shape[axis]
         rows = at_once // max(1, math.prod(shape) // self._total)
         self._length = min(self._total, 1 << max(0, rows.bit_length() - 1))
-        piece = (*shape[:axis], self._length, *shape[axis + 1 :])
+        n, height, width = shape
+        piece = (n, self._length, width) if axis else (self._length, height, width)
         number = {id(value): i for i, value in enumerate(values)}
         result = len(values) - 1
         self.arrays: list[Any] = [value.sample for value in values]

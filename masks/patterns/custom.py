@@ -10,11 +10,11 @@ from typing import Any, ClassVar, NoReturn
 
 import torch
 from sparse_flash.masks import functions  # noqa: F401 - torch's functions of intervals
-from sparse_flash.masks.kleene import Symbol, columns_of
+from sparse_flash.masks.kleene import Symbol, columns_of, without_type_checks
 from sparse_flash.masks.mask import Mask, named
 from sparse_flash.masks.modes import derived, tensors_made_on, unreadable
 from sparse_flash.masks.patterns.reads import state_of
-from sparse_flash.masks.ternary import UNKNOWN, Index, Interval, Ternary, Truth
+from sparse_flash.masks.ternary import UNKNOWN, Index, Interval, Ternary, Truth, Unknown
 from torch import Tensor
 
 
@@ -119,7 +119,8 @@ class custom(Mask):
         if isinstance(q, Interval):
             return self._of_intervals(q, kv)
         if isinstance(q, Symbol):  # arrays, which may refuse
-            return self._call(q, kv)
+            with without_type_checks():
+                return self._call(q, kv)
         try:
             with tensors_made_on(q.device):
                 truth = self._call(q, kv)
@@ -151,10 +152,12 @@ class custom(Mask):
     def _of_intervals(self, q: Interval, kv: Interval) -> Ternary:
         """The result on intervals; UNKNOWN everywhere if they do not support the function."""
         try:
-            with tensors_made_on(q.device):
+            with tensors_made_on(q.device), without_type_checks():
                 truth = self._call(q, kv)
             if isinstance(truth, Ternary):
                 return truth
+            if isinstance(truth, Unknown):  # of a function that has no interval form
+                return Ternary(torch.full_like(q.lo, UNKNOWN, dtype=torch.int8), truth.columns)
             if not isinstance(truth, Symbol) and truth.ndim == 0 and truth.dtype == torch.bool:
                 return Ternary(torch.zeros_like(q.lo, dtype=torch.int8), list) | truth
         except Exception as error:

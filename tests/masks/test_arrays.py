@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sparse_flash.masks import program as programs
 from sparse_flash.masks.arrays import Array
 from sparse_flash.masks.elements import Elements
 from sparse_flash.masks.kleene import NotUnderstoodError
@@ -254,6 +255,49 @@ def test_long_sums_are_computed_in_parts():
     found = masks.custom(rule).layout(48, block=(48, 48)).to_dense().view(48, 48)
     assert torch.equal(found, rule(q, kv))
     assert Elements(masks.custom(rule), (48, 48))._trace(np.arange(1), np.arange(1)) is not None
+
+
+PIECES = {
+    "shared memory": lambda q, kv: ((q * 2654435761 ^ kv * 40503) * 2246822519 >> 15) % 10 < 3,
+    "torch": lambda q, kv: torch.sin(q * kv) > 0.3,
+    "view": lambda q, kv: view_between(q * kv % 13),
+    "table": lambda q, kv: SQUARE[q % 64, kv % 90] ^ (q * kv % 7 < 3),
+    "torch last": lambda q, kv: torch.isclose(q * 0.5, kv * 1.0) | torch.isnan((q - kv).sqrt()),
+    "queries": lambda q, kv: q % 7 < 3,
+    "keys": lambda q, kv: kv % 7 < 3,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", PIECES.values(), ids=PIECES)
+@pytest.mark.parametrize("cache", [1, 700, 2000, 1 << 20])
+def test_pieces_change_nothing(monkeypatch, rule, cache):
+    monkeypatch.setattr(programs, "_CACHE", cache)
+    arrays = indices(300, 300)
+    with TableLookups(), np.errstate(all="ignore"):
+        traced = rule(*arrays)
+        for n, height, width in ((1, 13, 40), (5, 6, 16), (1, 1, 9), (3, 1, 8)):
+            q = torch.arange(n)[:, None, None] * 20 + torch.arange(height)[:, None]
+            kv = torch.arange(n)[:, None, None] * 31 + torch.arange(width)
+            expected = rule(q, kv).expand(n, height, width)
+            assert torch.equal(run(traced, arrays, q, kv), expected)
+
+
+def test_floats_of_sums_and_products_are_rounded_once():
+    q = torch.tensor([0, 1, 4097, 2**24 - 1, 2**24 + 1])[None, :, None]
+    kv = torch.tensor([0, 3, 2**24 - 3, 2**24 + 3, 5])[None, None]
+    arrays = indices(2**24 + 2, 2**24 + 4)
+    for operation in (operator.add, operator.sub, operator.mul):
+        for shift in (0, 7, 2**25):  # 0 * -7 is an integer 0, but a float -0.0
+
+            def rule(q, kv, operation=operation, shift=shift):
+                return operation(q, kv - shift)
+
+            for convert in (lambda x: x.float(), lambda x: x.double(), torch.reciprocal):
+                expected = convert(rule(q, kv))
+                with np.errstate(all="ignore"):
+                    found = run(convert(rule(*arrays)), arrays, q, kv)
+                assert torch.equal(found, expected)
+                assert torch.equal(found.signbit(), expected.signbit())
 
 
 def test_a_single_key_keeps_what_depends_on_queries():

@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from sparse_flash.masks import elements
+from sparse_flash.masks import build, elements
 
 from sparse_flash import masks
 
@@ -214,3 +214,78 @@ def test_signatures_are_no_part_of_the_value():
     mask.layout(300)
     assert mask == before
     assert pickle.loads(pickle.dumps(mask)) == mask
+
+
+RELATIVE = {
+    "remainder": lambda q, kv: torch.remainder(q - kv, 7) == 1,
+    "bitwise_and": lambda q, kv: torch.bitwise_and(q - kv, 7) == 1,
+    "left shift": lambda q, kv: torch.bitwise_left_shift(q - kv, 2) % 5 == 1,
+    "where number": lambda q, kv: torch.where(q > kv, q - kv, 5) < 7,
+    "pow": lambda q, kv: torch.pow(q - kv, 2) < 900,
+    "method pow": lambda q, kv: (q - kv).pow(3) % 11 < 4,
+    "square": lambda q, kv: torch.square(q - kv) % 13 < 5,
+    "float_power": lambda q, kv: torch.float_power((q - kv).abs(), 1.5) % 9 < 4,
+    "isin": lambda q, kv: torch.isin(q - kv, torch.tensor([0, 1, 2, 4, 8, 16, 32])),
+    "bucketize": lambda q, kv: torch.bucketize(q - kv, torch.arange(0, 400, 30)) % 2 == 1,
+    "isclose": lambda q, kv: torch.isclose((q - kv) * 0.5, torch.tensor(3.0)),
+    "isnan": lambda q, kv: torch.isnan(torch.log((q - kv).float())),
+    "softsign": lambda q, kv: torch.nn.functional.softsign((q - kv).float()) > 0.9,
+    "times float": lambda q, kv: ((q - kv) * 0.01).cos() > 0.9,
+    "float times": lambda q, kv: torch.exp(-0.05 * (q - kv).abs()) > 0.3,
+    "over float": lambda q, kv: (q - kv) / 2.5 % 3 < 1,
+    "float power": lambda q, kv: ((q - kv) ** 2) ** 0.5 < 30,
+    "float tensor": lambda q, kv: torch.tensor(0.5) * (q - kv) > 3,
+    "zeros_like": lambda q, kv: torch.zeros_like(q, dtype=torch.bool) | (q - kv == 3),
+    "ones_like": lambda q, kv: torch.ones_like(q) + q - kv < 4,
+    "full_like": lambda q, kv: torch.full_like(kv, -3) + q - kv < 4,
+    "detach": lambda q, kv: q.detach() - kv.contiguous() < 4,
+    "mask": lambda q, kv: masks.local(9)(q, kv) | (q - kv == 60),
+}
+
+
+@pytest.mark.parametrize("fn", RELATIVE.values(), ids=RELATIVE)
+def test_functions_of_torch_keep_what_is_relative(fn):
+    """Exact, and evaluated at most once per diagonal of tiles."""
+    q, kv = torch.arange(300)[:, None], torch.arange(300)
+    mask = masks.custom(fn)
+    assert torch.equal(mask.layout(300).to_dense().view(300, 300), fn(q, kv).expand(300, 300))
+    lengths = (4096, 4096, (64, 64))
+    _, _, evaluated = build.classify_tiles(mask, lengths)
+    assert not mask.not_understood
+    assert evaluated <= 2 * 64
+
+
+def rule_of_type(q, kv):
+    return q - kv < 3 if isinstance(q, torch.Tensor) else kv < 3
+
+
+def rule_of_number(q, kv):
+    return kv < 3 if isinstance(q * 2, int) else torch.remainder(q, 5) == kv % 5
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        rule_of_type,
+        rule_of_number,
+        lambda q, kv: q - kv < 3 if torch.is_tensor(q) else kv < 3,
+        lambda q, kv: torch.remainder(q, 7) > 2 if isinstance(kv, torch.Tensor) else q < 0,
+        lambda q, kv: torch.as_tensor(q) >= torch.tensor(3) + kv,
+        lambda q, kv: torch.stack([q - kv, kv - q]).amax(0) < 9 if rule_of_type(q, kv).ndim else 0,
+    ],
+)
+def test_rules_may_ask_for_types(fn):
+    """A symbol is not a tensor, which a rule must not notice."""
+    q, kv = torch.arange(150)[:, None], torch.arange(150)
+    layout = masks.custom(fn).layout(150)
+    assert torch.equal(layout.to_dense().view(150, 150), fn(q, kv).expand(150, 150))
+
+
+def test_masks_with_lengths_check_indices_inside_functions():
+    table = masks.from_dense(torch.eye(50, dtype=torch.bool))
+    inside = masks.custom(lambda q, kv: table(q % 50, kv % 50))
+    assert torch.equal(
+        inside.layout(100).to_dense().view(100, 100), torch.eye(50).bool().tile(2, 2)
+    )
+    with pytest.raises(IndexError, match="are not in 0..49"):
+        masks.custom(lambda q, kv: table(q, kv) | (q >= 0)).layout(100)

@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -110,6 +111,38 @@ def test_sources_that_a_sample_misses(monkeypatch):
     assert mask.reach(n) is by_powers(mask, n) is None
 
 
+RUNS = [
+    "neighborhood(32, 32, (13, 4))",
+    "neighborhood(32, 32, (3, 9)) & ~local(2)",
+    "causal() & local(70)",
+    "local(3) | dilated(90, 7)",
+    "random_blocks(.4, 1)",
+    "random_blocks(.05, 1) | local(9)",
+]
+
+
+@pytest.mark.parametrize("spec", RUNS)
+@pytest.mark.parametrize("kept", [0, 1 << 25])
+def test_windows_cover_runs(monkeypatch, spec, kept):
+    """With and without a cache of windows, and of pairs that rows share; several word slices."""
+    monkeypatch.setattr(following, "_KEPT", kept)
+    monkeypatch.setattr(following, "_WIDTH", 3)
+    monkeypatch.setattr(following, "_TOGETHER", 50)
+    mask, n = masks.parse(spec), 1024
+    assert mask.reach(n) == by_powers(mask, n)
+
+
+def test_pairs_of_windows_are_shared():
+    layout = reach.union_layout([masks.neighborhood(32, 32, (13, 4))], 1024, 64)
+    tokens = following.Tokens.of(following.bit_rows(layout), np.ones(1024, np.bool_))
+    graph = following.Graph(tokens, following.Budget(1e12))
+    assert 0 < 4 * len(graph._shared) <= graph._count
+    seen = graph.layer(following._as_words(graph.rows))
+    dense = np.unpackbits(graph.rows, axis=1, bitorder="little")[:, :1024].astype(float)
+    found = np.unpackbits(seen.view(np.uint8), axis=1, bitorder="little")[:, :1024]
+    assert np.array_equal(found > 0, dense @ dense > 0)
+
+
 @pytest.mark.parametrize("spec", ["longnet((64, 256, 2048), (1, 4, 16))", "global_tokens(3)",
                                   "random_blocks(.2, 100)", "sinks(2) & ~local(0)"])  # fmt: skip
 def test_twins_stand_for_each_other(spec):
@@ -158,7 +191,8 @@ LIMITS = {  # 10 s are 250 sorts of 40 ms
     ("strided(100)", 16384, "reach"): 150,
     ("causal() & strided(128)", 16384, "reach"): 120,
     ("global_tokens(3)", 16384, "reach"): 40,
-    ("random_blocks(.1, 100)", 16384, "reach"): 150,
+    ("random_blocks(.1, 100)", 16384, "reach"): 100,
+    ("neighborhood(128, 128, (9, 30))", 16384, "reach"): 180,
     ("butterfly(64) | local(100)", 65536, "reach_bounds"): 100,
     (LONGNET, 65536, "reach_bounds"): 100,
     ("strided(100)", 65536, "reach_bounds"): 250,
