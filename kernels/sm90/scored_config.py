@@ -59,7 +59,9 @@ def scored_backward_configs(
     if not any(used.values()):
         return backward_configs(dtype, head_dim, deterministic)
     size = min(n for n in (32, 64, 96, 128) if head_dim <= n)
-    if size == 64 and (flags.softcap or (flags.distance_grads and flags.dropout)):
+    others = flags.dropout or flags.distance_bias
+    crowded = flags.softcap or (flags.distance_grads and flags.dropout)
+    if (size == 64 and crowded) or (size == 32 and flags.softcap and others):
         size = 96  # with tiles of 128 queries, P' and its factors would spill
     if size == 96 and deterministic:
         size = 128
