@@ -54,7 +54,7 @@ class DqProducer(ForwardProducer):
                 n_block, bit_tile = self.tiles[load.first + j, 0], self.tiles[load.first + j, 1]
                 head = load.head // self.group_size
                 coord = KeyTile(n_block, head, load.batch, load.key_start)
-                self.load_k(kv_state, coord, bit_tile, load.limit)
+                self.load_k(kv_state, coord, bit_tile, load)
                 self.load_v(kv_state, coord)
                 kv_state.advance()
         self.work_tiles.announce(work_state, end_of_work(self.work_tile_type))

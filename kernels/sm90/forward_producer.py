@@ -43,7 +43,7 @@ class ForwardProducer:
         self.loads, self.buffers = loads, buffers
         self.q_pipe, self.k_pipe, self.v_pipe = pipes
         self.kv_lens, self.tiles, self.group_size = inputs
-        self.windows = windows  # DistanceWindows; only with `config.distance_bias`
+        self.windows = windows  # DistanceWindows, for a bias by distance
         self.positions = positions  # see position_work_tiles.Positions; only with `config.offsets`
         self.work_tile_type = PositionWorkTile if config.offsets else RowWorkTile
 
@@ -146,7 +146,7 @@ class ForwardProducer:
             sTiles[state.index, 1] = remaining
             # This arrival releases the stores above.
             cute.arch.mbarrier_arrive_and_expect_tx(barrier, self.k_pipe.sync_object_full.tx_count)
-            if const_expr(self.config.distance_bias):
+            if const_expr(self.windows is not None):
                 tile_m, tile_n = self.config.tile
                 row, column = load.m_block * tile_m, coord.n_block * tile_n
                 self.windows.load(load.head, row, column, state.index, barrier)
