@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from torch import Tensor
+
 from sparse_flash.call import AttentionCall
 
 
@@ -49,3 +51,9 @@ def missing_feature(call: AttentionCall, features: frozenset[ScoreFeature]) -> s
         if feature not in features:
             return f"it does not compute {feature.name} ({feature.argument})"
     return None
+
+
+def widest(call: AttentionCall) -> Tensor:
+    """The queries, or a stand-in with the values' head_dim if that is larger, for plans."""
+    q, width = call.q, call.v.shape[3]
+    return q if width <= q.shape[3] else q.new_empty((*q.shape[:3], width), device="meta")

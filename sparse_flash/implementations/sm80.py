@@ -16,6 +16,7 @@ from sparse_flash.implementations.score_features import (
     WIDTH,
     ScoreFeature,
     missing_feature,
+    widest,
 )
 from sparse_flash.kernels.device import DeviceFacts
 from sparse_flash.kernels.score_arguments import NO_FLAGS, ScoreArguments, ScoreFlags
@@ -60,7 +61,7 @@ class Sm80:
 
         Layouts of data are planned with the launches.
         """
-        given, flags = (call.layout, _widest(call), call.k), _flags(call)
+        given, flags = (call.layout, widest(call), call.k), _flags(call)
         if call.q_offset is None:
             forward: Any = attention.forward_plan(*given, flags)
             if not call.needs_grad:
@@ -75,7 +76,7 @@ class Sm80:
         """(out, lse), lse in float32."""
         inputs, scale, layout = (call.q, call.k, call.v), call.softmax_scale, call.layout
         if isinstance(layout, DeviceLayout):
-            plan = attention.forward_plan(layout, _widest(call), call.k)
+            plan = attention.forward_plan(layout, widest(call), call.k)
             out, lse = attention.forward(
                 *inputs, plan, call.kv_lens, scale, transient=call.transient
             )
@@ -96,7 +97,7 @@ class Sm80:
         scale, transient, layout = call.softmax_scale, call.transient, call.layout
         inputs = (dout, dlse, call.q, call.k, call.v, out, lse)
         if isinstance(layout, DeviceLayout):
-            plan = gradients.backward_plan(layout, _widest(call), call.k, call.deterministic)
+            plan = gradients.backward_plan(layout, widest(call), call.k, call.deterministic)
             found = gradients.backward(*inputs, plan, call.kv_lens, scale, transient=transient)
             if plan.errors is not None:
                 data_layouts.mark_backward(layout, plan.errors, found.dq, found.dk, found.dv)
@@ -109,12 +110,6 @@ class Sm80:
             at = (call.q_offset, call.kv_starts)
             found = gradients.backward_at(*inputs, *given, *at, scale, terms, transient=transient)
         return found.dq, found.dk, found.dv, *_gradients_of_terms(call, found.sinks)
-
-
-def _widest(call: AttentionCall) -> Tensor:
-    """The queries, or a stand-in with the values' head_dim if that is larger, for plans."""
-    q, width = call.q, call.v.shape[3]
-    return q if width <= q.shape[3] else q.new_empty((*q.shape[:3], width), device="meta")
 
 
 def _flags(call: AttentionCall) -> ScoreFlags:

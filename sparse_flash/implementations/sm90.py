@@ -18,6 +18,7 @@ from sparse_flash.implementations.score_features import (
     WIDTH,
     ScoreFeature,
     missing_feature,
+    widest,
 )
 from sparse_flash.kernels.distance_table import DistanceBias
 from sparse_flash.kernels.score_arguments import Gradients, ScoreArguments
@@ -52,7 +53,7 @@ class Sm90:
         reason = attention.unsupported_reason(call.q, call.k, call.v)
         reason = reason or self.unsupported_scores(call)
         if reason is None and isinstance(call.layout, DeviceLayout):
-            wide = _widest(call)
+            wide = widest(call)
             reason = attention.unsupported_blocks(call.layout, wide, call.deterministic)
         return reason
 
@@ -65,7 +66,7 @@ class Sm90:
 
         Layouts of data are planned by `attend`.
         """
-        layout, q, k = call.layout, _widest(call), call.k
+        layout, q, k = call.layout, widest(call), call.k
         if call.terms is not None:
             flags = _arguments(call).flags
             if call.q_offset is not None:
@@ -108,7 +109,7 @@ class Sm90:
         """As `attend`, with the plans of both passes: the backward's while the GPU is busy."""
         q, k, layout = call.q, call.k, call.layout
         assert isinstance(layout, DeviceLayout)
-        wide = _widest(call)
+        wide = widest(call)
         plan = attention.forward_plan(layout, wide, k)
         given = (plan, call.kv_lens, call.softmax_scale)
         out, lse = attention.forward(q, k, call.v, *given, transient=call.transient)
@@ -125,7 +126,7 @@ class Sm90:
         layout, scale, transient = call.layout, call.softmax_scale, call.transient
         plans: Any = None if layout.on_device else call.plan.backward
         if isinstance(layout, DeviceLayout):
-            plans = attention.backward_plans(layout, _widest(call), call.k, call.deterministic)
+            plans = attention.backward_plans(layout, widest(call), call.k, call.deterministic)
         inputs = (dout, dlse, call.q, call.k, call.v, out, lse, plans, call.kv_lens)
         if call.q_offset is not None:
             at = (call.q_offset, call.kv_starts)
@@ -154,12 +155,6 @@ def _at_positions(call: AttentionCall) -> bool:
     """Whether the kernels for positions run the forward pass; one query takes the decoding one."""
     one = call.q.shape[1] == 1 and not call.layout.on_device
     return call.q_offset is not None or (one and call.q.shape[3] == call.v.shape[3])
-
-
-def _widest(call: AttentionCall) -> Tensor:
-    """The queries, or a stand-in with the values' head_dim if that is larger, for plans."""
-    q, width = call.q, call.v.shape[3]
-    return q if width <= q.shape[3] else q.new_empty((*q.shape[:3], width), device="meta")
 
 
 def _arguments(call: AttentionCall) -> ScoreArguments:
