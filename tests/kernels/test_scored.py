@@ -54,7 +54,7 @@ def spills(config):
 
 
 def marked(config):
-    known = [pytest.mark.matrix, pytest.mark.xfail(reason="ptxas spills 8 bytes")]
+    known = [pytest.mark.matrix, pytest.mark.xfail(reason="ptxas spills", strict=True)]
     return pytest.param(config, marks=known if spills(config) else marks(config))
 
 
