@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from sparse_flash.experiments import markdown, report
 from sparse_flash.experiments.attention import Attention, check_trainable
+from sparse_flash.experiments.canvases import check_canvases
 from sparse_flash.experiments.config import CompareConfig, RunConfig, check_grid
 from sparse_flash.experiments.curriculum import Curriculum, patches_and_butterfly
 from sparse_flash.experiments.device import pick_device
@@ -20,7 +21,7 @@ from sparse_flash.experiments.lock import exclusive
 from sparse_flash.experiments.model import Encoder
 from sparse_flash.experiments.naming import run_folder, slug
 from sparse_flash.experiments.report import picture
-from sparse_flash.experiments.staged import check_canvases, follow
+from sparse_flash.experiments.staged import follow
 from sparse_flash.experiments.train import TrainingError, train
 from tqdm import tqdm
 

@@ -12,17 +12,16 @@ from typing import Any
 import torch
 from sparse_flash.experiments import checkpoint, old_names, stopping
 from sparse_flash.experiments.attention import check_trainable
+from sparse_flash.experiments.canvases import canvas_model, check_canvases
 from sparse_flash.experiments.curriculum import Curriculum, Stage
 from sparse_flash.experiments.data.dataset import Batch, Examples
-from sparse_flash.experiments.data.images import coordinates
-from sparse_flash.experiments.data.pathfinder import Pathfinder
 from sparse_flash.experiments.data.stream import Stream, held_out, workers
+from sparse_flash.experiments.defaults import completed
 from sparse_flash.experiments.densities import attention_densities
 from sparse_flash.experiments.device import pick_device
 from sparse_flash.experiments.lock import exclusive
 from sparse_flash.experiments.logger import Logger
 from sparse_flash.experiments.machine import describe, tensor_peak
-from sparse_flash.experiments.model import Encoder
 from sparse_flash.experiments.parallel import Workers
 from sparse_flash.experiments.provenance import differences
 from sparse_flash.experiments.step import START_UP, TrainingStep
@@ -79,7 +78,8 @@ def follow(
     if path.exists():
         result = old_names.result(json.loads(path.read_text()))
         if result["metrics"]["finished"]:
-            checkpoint.check_same(path, differences(result["config"], curriculum.record))
+            saved = completed(result["config"], curriculum)
+            checkpoint.check_same(path, differences(saved, curriculum.record))
             stopping.announce(f"{folder} holds this run, finished: nothing to train")
             return result
     kind, where = curriculum.kind(curriculum.stages[0].size), pick_device(device)
@@ -88,47 +88,6 @@ def follow(
         check_canvases(curriculum)
     with exclusive(folder):
         return _Run(curriculum, folder, where, budget).run()
-
-
-def canvas_model(curriculum: Curriculum, size: int) -> Encoder:
-    """The model for a canvas of size x size pixels.
-
-    Raises:
-        ValueError: Attention and sizes do not fit each other.
-    """
-    return Encoder(
-        curriculum.model,
-        Pathfinder.vocabulary,
-        Pathfinder.classes,
-        size**2,
-        curriculum.kind(size),
-        curriculum.block,
-        coordinates("morton", size),
-    )
-
-
-def check_canvases(curriculum: Curriculum) -> None:
-    """Build the model of each canvas once, so that impossible settings are refused before training.
-
-    Raises:
-        ValueError: Attention and sizes do not fit each other, or weights depend on the canvas.
-    """
-    label = curriculum.attention_label
-    sizes = sorted({stage.size for stage in curriculum.stages})
-    shapes = []
-    with torch.random.fork_rng(devices=[]):
-        for size in sizes:
-            try:
-                weights = canvas_model(curriculum, size).state_dict()
-            except ValueError as error:
-                raise ValueError(f"attention {label!r}: {error}") from error
-            shapes.append({name: weight.shape for name, weight in weights.items()})
-    wrong = [name for shape in shapes for name in shape if shape[name] != shapes[0].get(name)]
-    if wrong:
-        raise ValueError(
-            f"attention {label!r} has weights whose shape depends on the canvas, {wrong[0]} say: a "
-            f"curriculum carries weights from {sizes[0]} to {sizes[-1]} pixels"
-        )
 
 
 class _Run:
@@ -149,8 +108,8 @@ class _Run:
         path = folder / CHECKPOINT
         if path.exists():
             self.saved = checkpoint.load(path)
-            different = differences(old_names.config(self.saved["config"]), curriculum.record)
-            checkpoint.check_same(path, different)
+            saved = completed(self.saved["config"], curriculum)
+            checkpoint.check_same(path, differences(saved, curriculum.record))
             self.progress = _Progress(**self.saved["progress"])
             at = f"stage {self.progress.stage + 1}, step {self.progress.step}"
             stopping.announce(f"resuming at {at} from {path}")

@@ -28,6 +28,7 @@ from sparse_flash.experiments.data.dataset import (
     check_splits,
     coordinates_of,
 )
+from sparse_flash.experiments.defaults import completed
 from sparse_flash.experiments.device import pick_device
 from sparse_flash.experiments.flops import known_metrics, step_flops
 from sparse_flash.experiments.lock import exclusive
@@ -142,7 +143,8 @@ def finished(config: RunConfig, folder: Path) -> dict[str, Any] | None:
         raise checkpoint.CheckpointError(
             f"{path} is not a readable result ({error}): delete it, and the run is evaluated again"
         ) from error
-    checkpoint.check_same(path, differences(config.completed(result["config"]), config.record))
+    saved = completed(result["config"], config)
+    checkpoint.check_same(path, differences(saved, config.record))
     result["config"]["attention"] = config.attention_label  # its digest is the recorded one
     return result
 
@@ -463,7 +465,7 @@ class _Run:
         if not path.exists():
             return None
         state = checkpoint.load(path)
-        saved = self.config.completed(state["config"])
+        saved = completed(state["config"], self.config)
         checkpoint.check_same(path, differences(saved, self.config.record))
         return state
 
