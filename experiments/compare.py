@@ -16,7 +16,9 @@ from sparse_flash.experiments.attention import Attention, check_trainable
 from sparse_flash.experiments.canvases import check_canvases
 from sparse_flash.experiments.config import CompareConfig, RunConfig, check_grid
 from sparse_flash.experiments.curriculum import Curriculum, patches_and_butterfly
+from sparse_flash.experiments.densities import DENSITIES
 from sparse_flash.experiments.device import pick_device
+from sparse_flash.experiments.foreground import CapacityError
 from sparse_flash.experiments.lock import exclusive
 from sparse_flash.experiments.model import Encoder
 from sparse_flash.experiments.naming import run_folder, slug
@@ -27,7 +29,7 @@ from tqdm import tqdm
 
 __all__ = ["check_models", "compare", "compare_stages", "picture", "slug"]
 REWRITE_SECONDS = 60.0  # shortest time between two reports while runs are trained
-_SPEED = ("step_ms", "tokens_per_second", "density", "peak_memory_MiB")  # of a stage
+_SPEED = ("step_ms", "tokens_per_second", *DENSITIES, "peak_memory_MiB")  # of a stage
 
 
 def compare(config: CompareConfig, folder: Path, device: str = "auto") -> dict[str, Any]:
@@ -106,10 +108,10 @@ def _comparison(config: CompareConfig) -> report.Comparison:
 
 
 def _result(run: Callable[[], dict[str, Any]], folder: Path) -> dict[str, Any]:
-    """The result of a run, or `{"error": message}` if it diverges or does not fit into memory."""
+    """The result of a run, or `{"error": message}` if it diverges or exceeds memory or capacity."""
     try:
         return run()
-    except (TrainingError, torch.OutOfMemoryError) as error:
+    except (TrainingError, CapacityError, torch.OutOfMemoryError) as error:
         if torch.distributed.is_initialized():  # others may be waiting for this worker
             raise
         tqdm.write(f"{folder.name}: no result: {error}")

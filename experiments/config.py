@@ -196,7 +196,8 @@ def _plain(value: Any) -> Any:
 def check_attention(attention: Attention, length: int) -> None:
     """Raise ValueError where a mask cannot be read, or is made for sequences of other lengths."""
     kind = AttentionKind.of(attention)
-    made_for = () if kind.mask is None else kind.mask.extents()
+    mask = getattr(kind.user, "mask", None) if kind.name == "selected" else kind.mask
+    made_for = () if mask is None else mask.extents()
     if any(extent not in (None, length) for extent in made_for):
         raise ValueError(
             f"{kind.label!r} is made for {made_for}, but sequences have {length} tokens"

@@ -265,6 +265,9 @@ class Encoder(nn.Module):
             Layer(config, length, attention, block, rope_cos_sin) for _ in range(config.layers)
         )
         self.layers = nn.ModuleList(layers)
+        self.layouts = AttentionKind.of(attention).token_layouts(
+            length, int(config.pooling == "cls")
+        )
         self.norm = nn.LayerNorm(config.dim)
         self.head: nn.Module = nn.Linear(config.dim, classes)
         if pairs:
@@ -304,6 +307,8 @@ class Encoder(nn.Module):
 
     def hidden(self, tokens: Tensor, lengths: Tensor | None) -> Tensor:
         """(b, s) to (b, s, dim), with the CLS token where there is one, which lengths count."""
+        if self.layouts is not None:
+            self._lay_out(tokens)
         x = self.tokens(tokens)
         if self.cls is not None:
             x = torch.cat([self.cls.expand(len(x), 1, -1), x], dim=1)
@@ -313,6 +318,14 @@ class Encoder(nn.Module):
         for layer in self.layers:
             x = layer(x, lengths)
         return self.norm(x)
+
+    @torch.compiler.disable
+    def _lay_out(self, tokens: Tensor) -> None:
+        """Make the layout of a batch once, for all layers: compiled graphs take it as it is."""
+        assert self.layouts is not None
+        layout = self.layouts(tokens)
+        for layer in self.layers:
+            layer.attention.core.layout = layout  # type: ignore[union-attr]
 
     def pool(self, x: Tensor, lengths: Tensor | None) -> Tensor:
         """(b, s, dim) to (b, dim), over the tokens without padding."""

@@ -19,6 +19,7 @@ from sparse_flash.experiments.data.stream import Stream, held_out, workers
 from sparse_flash.experiments.defaults import completed
 from sparse_flash.experiments.densities import attention_densities
 from sparse_flash.experiments.device import pick_device
+from sparse_flash.experiments.foreground import added, check_layouts, mean_densities, take_sums
 from sparse_flash.experiments.lock import exclusive
 from sparse_flash.experiments.logger import Logger
 from sparse_flash.experiments.machine import describe, tensor_peak
@@ -42,7 +43,8 @@ class _Progress:
     images: int = 0  # of all stages
     seconds: float = 0.0  # GPU seconds: start-up, training and evaluation
     training_seconds: float = 0.0  # training steps only
-    # Per stage: steps and seconds after start-up, the same for all steps, MiB of a step.
+    # Per stage: steps and seconds after start-up, the same for all steps, MiB of a step; then the
+    # measured layouts, see `foreground.take_sums`.
     times: list[list[float]] = field(default_factory=list)
     curve: list[list[float]] = field(default_factory=list)  # see `follow`
 
@@ -219,6 +221,7 @@ class _Run:
 
         self.model.train()
         peak = tensor_peak(forward_backward, self.device)
+        take_sums(self.model, self.workers)  # not of a step
         checkpoint.restore_random_state(random)
         return peak
 
@@ -281,12 +284,13 @@ class _Run:
         times[2] += steps
         times[3] += seconds
         times[4] = self.memory
+        times[5:] = added(times[5:], take_sums(self.model, self.workers))
 
     def _stages(self) -> list[dict[str, float | None]]:
         """Measurements of each stage, for the result."""
         c = self.curriculum
         rows: list[dict[str, float | None]] = []
-        for stage, (settled, settled_s, steps, seconds, memory) in zip(
+        for stage, (settled, settled_s, steps, seconds, memory, *stored) in zip(
             c.stages, self.progress.times, strict=False
         ):
             if not steps:  # trained by a version that did not record it
@@ -302,6 +306,7 @@ class _Run:
                     **attention_densities(
                         c.kind(stage.size), stage.size**2, c.block, c.model.dim // c.model.heads
                     ),
+                    **mean_densities(stored),
                     "peak_memory_MiB": memory,
                 }
             )
@@ -342,6 +347,7 @@ class _Run:
         self.progress.step = 0
 
     def _check_finite(self, loss: float) -> None:
+        check_layouts(self.model)
         if not math.isfinite(loss):
             raise TrainingError(
                 f"{self.folder}: in stage {self.progress.stage + 1} before step "
@@ -403,6 +409,7 @@ class _Run:
                 sums += torch.stack([loss.float() * len(batch.labels), right.float()])
         torch._foreach_copy_(self.weights, kept)
         self.model.train()
+        check_layouts(self.model)
         return [total / len(images) for total in self.workers.sums(*sums.tolist())]
 
     def _finish(self, stop: list[int]) -> dict[str, Any]:
