@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import torch
-from sparse_flash.experiments.curriculum import Curriculum
+from sparse_flash.experiments.curriculum import Curriculum, Objective
 from sparse_flash.experiments.data.images import coordinates
 from sparse_flash.experiments.data.pathfinder import Pathfinder
 from sparse_flash.experiments.model import Encoder
 
 
-def canvas_model(curriculum: Curriculum, size: int) -> Encoder:
+def canvas_model(curriculum: Curriculum, size: int, objective: Objective = "labels") -> Encoder:
     """The model for a canvas of size x size pixels.
+
+    For masked pixels it has one token more, and a head for each gray value.
 
     Raises:
         ValueError: Attention and sizes do not fit each other.
     """
+    vocabulary, pretrains = Pathfinder.vocabulary, objective != "labels"
     return Encoder(
         curriculum.model,
-        Pathfinder.vocabulary,
-        Pathfinder.classes,
+        vocabulary + pretrains,
+        vocabulary if pretrains else Pathfinder.classes,
         size**2,
         curriculum.kind(size),
         curriculum.block,
         coordinates("morton", size),
+        mask_token=vocabulary if pretrains else None,
     )
 
 

@@ -12,7 +12,7 @@ import functools
 import json
 import math
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from sparse_flash.experiments import provenance
 from sparse_flash.experiments.attention import Attention, AttentionKind
@@ -26,6 +26,7 @@ from sparse_flash.experiments.config import (
 from sparse_flash.experiments.data.pathfinder import Pathfinder
 
 Size = Literal[32, 64, 128, 256, 512]
+Objective = Literal["labels", "masked_pixels"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,13 @@ class Stage:
     """Average number of uses of an image, with random rotations and reflections."""
     evaluations: int = 20
     """Largest number of evaluations."""
+    objective: Objective = "labels"
+    """labels: classify. masked_pixels: pretraining, which predicts the gray values of hidden pixels
+    (see `pretraining`); accuracy and loss are then of these. Such stages come first."""
+    masked: float = 0.5
+    """Fraction of the pixels that masked_pixels hides."""
+    target_loss: float = 0.0
+    """Validation loss at which the stage ends, nats; 0: none."""
 
     def __post_init__(self) -> None:
         """Refuse invalid settings."""
@@ -68,6 +76,15 @@ class Stage:
                 f"a stage needs at least a step for each evaluation, got {self.images} images in "
                 f"batches of {self.batch_size} with {self.evaluations} evaluations"
             )
+        if self.objective not in get_args(Objective):
+            raise ValueError(
+                f"objective must be one of {', '.join(get_args(Objective))}, got {self.objective!r}"
+            )
+        if not 0 < self.masked < 1 or not self.target_loss >= 0:
+            raise ValueError(
+                "masked must be above 0 and below 1, and target_loss 0 or positive, got "
+                f"masked={self.masked}, target_loss={self.target_loss}"
+            )
         for contour in self.contours:
             Pathfinder(self.size, contour, geometry=256)  # refuses impossible drawings
 
@@ -80,6 +97,20 @@ class Stage:
     def eval_every(self) -> int:
         """Steps between evaluations."""
         return self.steps // self.evaluations
+
+    @property
+    def pretrains(self) -> bool:
+        """Whether the stage predicts pixels instead of labels."""
+        return self.objective != "labels"
+
+    @property
+    def program(self) -> tuple[object, ...]:
+        """The settings that shape model and batches: stages that share them share a program."""
+        return self.size, self.batch_size, self.objective, self.masked if self.pretrains else 0.0
+
+    def is_learned(self, accuracy: float, loss: float) -> bool:
+        """Whether a target is reached by these results on the validation images."""
+        return accuracy >= self.target or loss <= self.target_loss
 
     def learning_rate(self, step: int, warmup: int) -> float:
         """Learning rate at a step (from 0) of the stage."""
@@ -132,6 +163,12 @@ class Curriculum:
             raise ValueError(
                 "a curriculum needs stages, and val and test images to evaluate on, got "
                 f"{len(self.stages)} stages, val={self.val}, test={self.test}"
+            )
+        objectives = [stage.pretrains for stage in self.stages]
+        if objectives != sorted(objectives, reverse=True) or objectives[-1]:
+            raise ValueError(
+                "stages of masked_pixels come first, and a stage of labels last, got "
+                f"{', '.join(stage.objective for stage in self.stages)}"
             )
         check_seed(self.seed)
         check_block(self.block)

@@ -263,6 +263,28 @@ def strong(recipe: Callable[[], RunConfig]) -> Callable[[], RunConfig]:
     return run
 
 
+_PIXELS = {
+    64: Stage(64, (3, 4, 5), (1.0, 1.0, 2.0), 256, 1e-3, 400_000, reuse=4, evaluations=10),
+    128: Stage(
+        128, (6, 9, 12, 14), (1.0, 2.0, 2.0, 3.0), 64, 1e-3, 200_000, reuse=4, evaluations=10
+    ),
+    256: Stage(256, (9, 12, 14), (1.0, 1.0, 3.0), 16, 7e-4, 100_000, evaluations=10),
+}  # images of pretraining, by pixels per side
+
+
+def pretrained(recipe: Callable[[], Curriculum]) -> Callable[[], Curriculum]:
+    """The curriculum after masked-pixel pretraining on its canvases: it uses more than labels."""
+
+    def run() -> Curriculum:
+        curriculum = recipe()
+        sizes = sorted({stage.size for stage in curriculum.stages})
+        first = (replace(_PIXELS[size], objective="masked_pixels") for size in sizes)
+        return replace(curriculum, stages=(*first, *curriculum.stages))
+
+    run.__doc__ = f"After masked-pixel pretraining, which uses more than labels. {recipe.__doc__}"
+    return run
+
+
 SMALL: dict[str, Callable[[], RunConfig]] = {
     "listops": listops,
     "text": text,
@@ -282,4 +304,9 @@ RUNS: dict[str, Callable[[], RunConfig]] = {
     "listops-short": listops_short,
     "recall": recall,
 }
-CURRICULA: dict[str, Callable[[], Curriculum]] = {"path-x": path_x, "path-256": path_256}
+CURRICULA: dict[str, Callable[[], Curriculum]] = {
+    "path-x": path_x,
+    "path-256": path_256,
+    "path-x-pretrained": pretrained(path_x),
+    "path-256-pretrained": pretrained(path_256),
+}

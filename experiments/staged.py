@@ -15,6 +15,7 @@ from sparse_flash.experiments.attention import check_trainable
 from sparse_flash.experiments.canvases import canvas_model, check_canvases
 from sparse_flash.experiments.curriculum import Curriculum, Stage
 from sparse_flash.experiments.data.dataset import Batch, Examples
+from sparse_flash.experiments.data.pathfinder import Pathfinder
 from sparse_flash.experiments.data.stream import Stream, held_out, workers
 from sparse_flash.experiments.defaults import completed
 from sparse_flash.experiments.densities import attention_densities
@@ -24,6 +25,7 @@ from sparse_flash.experiments.lock import exclusive
 from sparse_flash.experiments.logger import Logger
 from sparse_flash.experiments.machine import describe, tensor_peak
 from sparse_flash.experiments.parallel import Workers
+from sparse_flash.experiments.pretraining import carried, mask_pixels
 from sparse_flash.experiments.provenance import differences
 from sparse_flash.experiments.step import START_UP, TrainingStep
 from sparse_flash.experiments.train import RESULT, TrainingError
@@ -31,6 +33,7 @@ from sparse_flash.experiments.warm_start import CHECKPOINT
 from sparse_flash.masks.files import atomic_write
 
 VALIDATION, TEST = 0, 1  # numbers of the held-out sets
+HELD_OUT = -1  # in place of a seed, for the pixels that are hidden in these sets
 _AGREE_EVERY = 20  # steps between checks of the clock and of signals
 
 
@@ -47,6 +50,7 @@ class _Progress:
     # measured layouts, see `foreground.take_sums`.
     times: list[list[float]] = field(default_factory=list)
     curve: list[list[float]] = field(default_factory=list)  # see `follow`
+    pretraining: list[list[float]] = field(default_factory=list)  # see `follow`
 
 
 def follow(
@@ -64,7 +68,9 @@ def follow(
     Returns:
         The content of result.json: settings, machine, metrics, and the curve. The curve has, for
         each evaluation: stage (from 0), step of the stage, images so far, seconds so far, seconds
-        of training, training loss and accuracy, validation accuracy on the longest contour.
+        of training, training loss and accuracy, validation accuracy on the longest contour. Stages
+        that pretrain have their rows in "pretraining": loss and accuracy of hidden pixels, and the
+        validation loss at the end.
 
     Raises:
         TrainingError: The loss is not finite.
@@ -184,9 +190,9 @@ class _Run:
         stage, c = self.stage, self.curriculum
         last = self.built
         self.built = stage
-        if last is not None and (last.size, last.batch_size) == (stage.size, stage.batch_size):
+        if last is not None and last.program == stage.program:
             return
-        if last is None:
+        if last is None or last.objective != stage.objective:
             torch.manual_seed(c.seed)
         state = None if last is None else self._state()
         if last is None and self.saved is not None:
@@ -195,11 +201,12 @@ class _Run:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         torch._dynamo.reset()  # one program per canvas, without dynamic shapes
-        self.model = canvas_model(c, stage.size).to(self.device)
+        self.model = canvas_model(c, stage.size, stage.objective).to(self.device)
         self.train_step = TrainingStep(self.model, c.training(stage), self.device, self.workers)
         self.weights = [p.detach() for p in self.model.parameters()]  # share their memory
         self.average = [w.clone() for w in self.weights]
         if state is not None:
+            state = carried(state, self.model)
             self.model.load_state_dict(state["model"])
             for mine, other in zip(self.average, state["average"], strict=True):
                 mine.copy_(other)
@@ -214,6 +221,7 @@ class _Run:
         count = stage.batch_size // self.workers.size
         tokens = torch.zeros(count, stage.size**2, dtype=torch.int64, device=self.device)
         batch = Batch(tokens, None, torch.zeros(count, dtype=torch.int64, device=self.device))
+        batch = self._task(stage, batch, (), (0, 1))
 
         def forward_backward() -> None:
             train_step.loss(batch)[0].backward()
@@ -317,6 +325,8 @@ class _Run:
         progress, c = self.progress, self.curriculum
         assert self.train_step is not None
         batch = self._stream(progress.stage).batch(progress.step)
+        key, workers = (c.seed, progress.stage, progress.step), self.workers
+        batch = self._task(stage, batch, key, (workers.rank, workers.size))
         outcome = self.train_step(batch, stage.learning_rate(progress.step, c.warmup))
         self.sums += torch.stack([outcome.loss.float(), outcome.correct.float()])
         self.counted += 1
@@ -327,6 +337,14 @@ class _Run:
         torch._foreach_lerp_(self.average, self.weights, part)
         if progress.step == 50 and progress.stage + 1 < len(c.stages):
             self._stream(progress.stage + 1).prepare(0, ahead=0, threads=self.spare)
+
+    def _task(
+        self, stage: Stage, batch: Batch, key: tuple[int, ...], shard: tuple[int, int]
+    ) -> Batch:
+        """The batch as the stage's objective wants it: see `mask_pixels`."""
+        if not stage.pretrains:
+            return batch
+        return mask_pixels(batch, stage.masked, Pathfinder.vocabulary, key, shard)
 
     def _agreed(self, stop: bool) -> list[bool]:
         """Whether the budget is used up, and whether to stop, as any of the workers sees it."""
@@ -356,18 +374,24 @@ class _Run:
             )
 
     def _evaluate(self, stage: Stage, loss: float, accuracy: float) -> bool:
-        """Evaluate and record; returns whether the stage has reached its target."""
+        """Evaluate and record; returns whether the stage has reached a target."""
         progress = self.progress
-        _, validation = self._measure(
-            self._set(stage, self.curriculum.val, VALIDATION), stage.batch_size
-        )
+        images = self._set(stage, self.curriculum.val, VALIDATION)
+        validation_loss, validation = self._measure(images, VALIDATION)
+        learned = stage.is_learned(validation, validation_loss)
         progress.seconds = self._seconds()
         row = [progress.stage, progress.step, progress.images, progress.seconds]
-        progress.curve.append([*row, progress.training_seconds, loss, accuracy, validation])
+        row += [progress.training_seconds, loss, accuracy, validation]
+        if stage.pretrains:
+            progress.pretraining.append([*row, validation_loss])
+        else:
+            progress.curve.append(row)
+        pixel = "pixel_" if stage.pretrains else ""
         values = {
-            "train/loss": loss,
-            "train/accuracy": accuracy,
-            "eval/accuracy": validation,
+            f"train/{pixel}loss": loss,
+            f"train/{pixel}accuracy": accuracy,
+            f"eval/{pixel}loss": validation_loss,
+            f"eval/{pixel}accuracy": validation,
             "curriculum/stage": progress.stage + 1,
             "curriculum/pixels": stage.size,
             "curriculum/contour": stage.contours[-1],
@@ -377,34 +401,39 @@ class _Run:
         self.log.scalars(by_time, round(progress.seconds))
         self.log.flush()
         if not self.workers.first:
-            return validation >= stage.target
+            return learned
         print(
             f"{self.folder.name}: stage {progress.stage + 1} ({stage.size} pixels, "
             f"{stage.contours[-1]} paddles), step {progress.step}/{stage.steps}, "
             f"{progress.images:,} images, {progress.seconds:.0f} GPU s, loss {loss:.3f}, "
-            f"train {accuracy:.1%}, held out {validation:.1%}, {self._speed(stage):.0f} images/s",
+            f"train {accuracy:.1%}, held out {validation:.1%}"
+            f"{' of hidden pixels' if pixel else ''}, {self._speed(stage):.0f} images/s",
             flush=True,
         )
-        return validation >= stage.target
+        return learned
 
     def _speed(self, stage: Stage) -> float:
         """Images a second since the evaluation before, of training alone."""
-        rows = self.progress.curve[-2:]
+        rows = [*self.progress.pretraining, *self.progress.curve][-2:]
         if len(rows) < 2:
             rows = [[0.0] * len(rows[0]), *rows]
         return (rows[1][2] - rows[0][2]) / max(1e-9, rows[1][4] - rows[0][4])
 
     @torch.no_grad()
-    def _measure(self, images: Examples, size: int, stop: stopping.Signals = None) -> list[float]:
-        """Mean loss and accuracy of the averaged weights, unless signals arrive."""
+    def _measure(self, images: Examples, number: int, stop: stopping.Signals = None) -> list[float]:
+        """Mean loss and accuracy of the averaged weights, unless signals arrive.
+
+        number: That of the held-out set, which decides the hidden pixels.
+        """
         assert self.train_step is not None
         kept = [w.clone() for w in self.weights]
         torch._foreach_copy_(self.weights, self.average)
         self.model.eval()
         sums = torch.zeros(2, device=self.device)
-        batches = images.batches(2 * size)
-        for number, batch in stopping.until_stopped(batches, self.workers, stop):
-            if number % self.workers.size == self.workers.rank:
+        stage, size = self.stage, 2 * self.stage.batch_size
+        for i, whole in stopping.until_stopped(images.batches(size), self.workers, stop):
+            if i % self.workers.size == self.workers.rank:
+                batch = self._task(stage, whole, (HELD_OUT, number), (i * size, 1))
                 loss, right = self.train_step.loss(batch)
                 sums += torch.stack([loss.float() * len(batch.labels), right.float()])
         torch._foreach_copy_(self.weights, kept)
@@ -417,12 +446,13 @@ class _Run:
         c, progress, stage = self.curriculum, self.progress, self.stage
         finished = progress.stage >= len(c.stages)
         test = self._set(stage, c.test, TEST)
-        loss, accuracy = self._measure(test, stage.batch_size, stop)
+        loss, accuracy = self._measure(test, TEST, stop)
         progress.seconds = self._seconds()
         self._save()
+        of_pixels = {"test_pixel_accuracy": accuracy, "test_pixel_loss": loss}
+        of_labels = {"test_accuracy": accuracy, "test_loss": loss}
         metrics = {
-            "test_accuracy": accuracy,
-            "test_loss": loss,
+            **(of_pixels if stage.pretrains else of_labels),
             "majority_accuracy": test.most_frequent,
             "test_images": c.test,
             "finished": finished,
@@ -441,6 +471,9 @@ class _Run:
             "stages": self._stages(),
             "curve": progress.curve,
         }
+        if progress.pretraining:
+            result["pretraining"] = progress.pretraining
+            metrics["pretraining_images"] = int(progress.pretraining[-1][2])
         if self.workers.first:
             with atomic_write(self.folder / RESULT) as file:
                 file.write(json.dumps(result, indent=2).encode())

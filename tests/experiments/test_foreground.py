@@ -166,7 +166,7 @@ def test_compiled_once_for_all_images():
         ("foreground(64, capacity=0)", "capacity must be above 0 and at most 1, got 0"),
         ("foreground(64, capacity=1.1)", "capacity must be above 0"),
         ("foreground(64, capacity=all)", "capacity must be a number"),
-        ("foreground(64, blok=3)", "no argument 'blok'"),
+        ("foreground(64, size=3)", "no argument 'size'"),
         ("foreground(64, mask=3)", "the mask comes after it"),
         ("foreground(64", "write foreground"),
         ("local(64) | foreground(64)", "with foreground first"),
