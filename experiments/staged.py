@@ -451,9 +451,9 @@ class _Run:
         self._save()
         of_pixels = {"test_pixel_accuracy": accuracy, "test_pixel_loss": loss}
         of_labels = {"test_accuracy": accuracy, "test_loss": loss}
+        of_labels["majority_accuracy"] = test.most_frequent
         metrics = {
             **(of_pixels if stage.pretrains else of_labels),
-            "majority_accuracy": test.most_frequent,
             "test_images": c.test,
             "finished": finished,
             "stage": progress.stage + (not finished),

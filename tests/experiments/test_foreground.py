@@ -11,7 +11,7 @@ from sparse_flash.experiments import checkpoint, compare, staged, warm_start
 from sparse_flash.experiments import train as training
 from sparse_flash.experiments.attention import AttentionKind
 from sparse_flash.experiments.config import ModelConfig, RunConfig, TrainConfig
-from sparse_flash.experiments.data.dataset import Split, Splits
+from sparse_flash.experiments.data.dataset import Batch, Split, Splits
 from sparse_flash.experiments.data.pathfinder import Pathfinder
 from sparse_flash.experiments.flops import step_flops
 from sparse_flash.experiments.foreground import (
@@ -19,10 +19,14 @@ from sparse_flash.experiments.foreground import (
     Foreground,
     FromTokens,
     check_layouts,
+    mean_densities,
     read_foreground,
+    take_sums,
 )
 from sparse_flash.experiments.model import Encoder
+from sparse_flash.experiments.parallel import Workers
 from sparse_flash.experiments.provenance import differences
+from sparse_flash.experiments.step import TrainingStep
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from sparse_flash import masks
@@ -140,11 +144,12 @@ def test_capacities():
 
 def test_compiled_once_for_all_images():
     torch.manual_seed(0)
-    model = Encoder(MODEL, 256, 2, 100, "foreground(16) | block_local(16, 1)")
+    one = replace(MODEL, layers=1)
+    model = Encoder(one, 256, 2, 100, "foreground(16) | block_local(16, 1)")
     counter = CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()
     compiled, frames = torch.compile(model, backend=counter), None
-    for shift in range(3):
+    for shift in range(2):
         images, found = IMAGES.roll(13 * shift, 1), []
         for forward in (model, compiled):
             model.zero_grad()
@@ -241,11 +246,50 @@ def test_a_run_measures_its_densities(tmp_path):
     warm_start.begin_with(model, str(tmp_path / "dense"), None)
 
 
+@pytest.mark.parametrize(("block", "computed"), [(48, False), (64, True), (256, True)])
+def test_measured_densities(block, computed):
+    """Of elements exactly, where the last block is shorter; computed ones where they are known."""
+    layouts = Foreground(block).token_layouts(100)
+    for images in (IMAGES[:3], IMAGES[3:]):
+        layouts(images)
+    layouts.eval()(IMAGES[3:])
+    found = mean_densities(take_sums(layouts, Workers()))
+    assert found["density"] == pytest.approx(allowed(IMAGES, block).float().mean().item())
+    assert ("computed_density" in found) == computed
+    assert mean_densities(take_sums(layouts, Workers())) == {}
+
+
+@pytest.mark.gpu
+def test_layouts_in_a_captured_step():
+    """No synchronization; a replayed graph makes the layouts of the images that it is given."""
+    wide = replace(MODEL, dim=64, ffn=64)
+    images = torch.zeros(4, 1024, dtype=torch.int64, device="cuda")
+    images[:, 5], images[0, 300:400], images[1, ::70] = 9, 200, 7
+    labels, losses, sums = torch.tensor([0, 1, 1, 0], device="cuda"), [], []
+    for graph in (False, True):
+        torch.manual_seed(0)
+        model = Encoder(wide, 256, 2, 1024, "foreground(64, capacity=0.9)").cuda().train()
+        step = TrainingStep(model, TrainConfig(graph=graph), images.device)
+        for number in range(8):
+            batch = Batch(images.roll(50 * number, 1), None, labels)
+            losses.append(step(batch, 1e-3).loss.item())
+        sums.append(model.layouts.sums.tolist())
+        check_layouts(model)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        model.layouts(images)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert losses[8:] == pytest.approx(losses[:8], rel=0.02)
+    assert sums[1] == pytest.approx(sums[0])
+
+
 def test_a_curriculum_by_foreground_resumes_exactly(tmp_path, monkeypatch):
-    tiny = replace(TINY, stages=TINY.stages[1:], attention="foreground(64) | block_local(64, 1)")
+    attention = "foreground(64) | block_local(64, 1)"
+    tiny = replace(TINY, stages=TINY.stages[1:], attention=attention, val=4, test=4)
     whole = staged.follow(tiny, tmp_path / "whole", "cpu")
     monkeypatch.setattr(
-        staged._Run, "_agreed", lambda self, stop: [self.progress.step % 3 == 0, False]
+        staged._Run, "_agreed", lambda self, stop: [self.progress.images in (12, 18), False]
     )
     pieces = {"metrics": {"finished": False}}
     while not pieces["metrics"]["finished"]:
@@ -260,11 +304,11 @@ def test_a_curriculum_by_foreground_resumes_exactly(tmp_path, monkeypatch):
 
 
 def test_a_comparison_reports_what_was_measured_and_what_did_not_fit(tmp_path):
-    one = replace(TINY, stages=TINY.stages[:1])
-    variants = ("dense", "foreground(64)", "foreground(64, capacity=0.1)")
+    stage = replace(TINY.stages[0], images=8, evaluations=1)
+    one = replace(TINY, stages=(stage,), val=4, test=4)
+    variants = ("foreground(64)", "foreground(64, capacity=0.1)")
     found = compare.compare_stages(one, tmp_path, "cpu", variants)
-    dense, measured, failed = found["rows"]
-    assert dense["density"] == 1
+    measured, failed = found["rows"]
     assert 0.1 < measured["density"] < 1
     assert (measured["results"], failed["results"]) == (1, 0)
     assert "raise capacity" in next(r["error"] for r in found["runs"] if "error" in r)
