@@ -200,6 +200,7 @@ class _Run:
                 self.device,
                 self.threads,
                 (self.workers.rank, self.workers.size),
+                stage.broken,
             )
         return self.streams[number]
 
