@@ -51,6 +51,9 @@ class Stage:
     """Average number of uses of an image, with random rotations and reflections."""
     evaluations: int = 20
     """Largest number of evaluations."""
+    broken: float = 0.0
+    """Fraction of the training images in which two neighboring paddles of a long curve are missing.
+    The label is 0 if it is the marked curve. Held-out images have none."""
     objective: Objective = "labels"
     """labels: classify. masked_pixels: pretraining, which predicts the gray values of hidden pixels
     (see `pretraining`); accuracy and loss are then of these. Such stages come first."""
@@ -71,6 +74,8 @@ class Stage:
                 f"weights, reuse and lr must be positive in a stage, got weights={self.weights}, "
                 f"reuse={self.reuse}, lr={self.lr}"
             )
+        if not 0 <= self.broken <= 1:
+            raise ValueError(f"broken is a fraction of the images, 0..1, got {self.broken}")
         if self.batch_size < 1 or self.evaluations < 1 or self.steps < self.evaluations:
             raise ValueError(
                 f"a stage needs at least a step for each evaluation, got {self.images} images in "

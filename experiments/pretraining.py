@@ -10,12 +10,21 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from sparse_flash.experiments.curriculum import Stage
 from sparse_flash.experiments.data.dataset import Batch
+from sparse_flash.experiments.data.pathfinder import Pathfinder
 from sparse_flash.experiments.model import Encoder
 from torch import Tensor
 
 _BITS = (1 << 32) - 1
 _TOKENS, _HEAD = "tokens.weight", "head."
+
+
+def for_stage(stage: Stage, batch: Batch, key: tuple[int, ...], shard: tuple[int, int]) -> Batch:
+    """The batch as the objective of a stage wants it; see `mask_pixels`."""
+    if not stage.pretrains:
+        return batch
+    return mask_pixels(batch, stage.masked, Pathfinder.vocabulary, key, shard)
 
 
 def mask_pixels(

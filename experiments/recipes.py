@@ -148,12 +148,26 @@ def _first_stages() -> tuple[Stage, ...]:
     )
 
 
+def _deep_model() -> ModelConfig:
+    """Six layers: with two, the accuracy on curves of 14 paddles stays below 76 %."""
+    return ModelConfig(
+        dim=64,
+        heads=2,
+        layers=6,
+        ffn=128,
+        positions="rotary2d",
+        initial_span=(3.0, 10.0),
+        pooling="max",
+        dropout=0.0,
+    )
+
+
 def path_x() -> Curriculum:
     """Path-X by stages: Pathfinder with 128 x 128 pixels, 16,384 tokens."""
     last = Stage(
         128, (6, 9, 12, 14), (1.0, 2.0, 2.0, 3.0), 64, 1e-3, 3_000_000, reuse=4, evaluations=60
     )
-    return Curriculum((*_first_stages(), last), geometry=128)
+    return Curriculum((*_first_stages(), last), geometry=128, model=_deep_model())
 
 
 def path_256() -> Curriculum:
@@ -165,7 +179,8 @@ def path_256() -> Curriculum:
                 128, (6, 9, 12, 14), (1.0, 2.0, 2.0, 3.0), 64, 1e-3, 700_000, target=0.92, reuse=4
             ),
             Stage(256, (9, 12, 14), (1.0, 1.0, 3.0), 16, 7e-4, 1_000_000, evaluations=40),
-        )
+        ),
+        model=_deep_model(),
     )
 
 

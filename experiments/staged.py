@@ -15,7 +15,6 @@ from sparse_flash.experiments.attention import check_trainable
 from sparse_flash.experiments.canvases import canvas_model, check_canvases
 from sparse_flash.experiments.curriculum import Curriculum, Stage
 from sparse_flash.experiments.data.dataset import Batch, Examples
-from sparse_flash.experiments.data.pathfinder import Pathfinder
 from sparse_flash.experiments.data.stream import Stream, held_out, workers
 from sparse_flash.experiments.defaults import completed
 from sparse_flash.experiments.densities import attention_densities
@@ -25,7 +24,7 @@ from sparse_flash.experiments.lock import exclusive
 from sparse_flash.experiments.logger import Logger
 from sparse_flash.experiments.machine import describe, tensor_peak
 from sparse_flash.experiments.parallel import Workers
-from sparse_flash.experiments.pretraining import carried, mask_pixels
+from sparse_flash.experiments.pretraining import carried, for_stage
 from sparse_flash.experiments.provenance import differences
 from sparse_flash.experiments.step import START_UP, TrainingStep
 from sparse_flash.experiments.train import RESULT, TrainingError
@@ -167,6 +166,7 @@ class _Run:
                 self.device,
                 self.threads,
                 (self.workers.rank, self.workers.size),
+                stage.broken,
             )
         return self.streams[number]
 
@@ -221,7 +221,7 @@ class _Run:
         count = stage.batch_size // self.workers.size
         tokens = torch.zeros(count, stage.size**2, dtype=torch.int64, device=self.device)
         batch = Batch(tokens, None, torch.zeros(count, dtype=torch.int64, device=self.device))
-        batch = self._task(stage, batch, (), (0, 1))
+        batch = for_stage(stage, batch, (), (0, 1))
 
         def forward_backward() -> None:
             train_step.loss(batch)[0].backward()
@@ -325,8 +325,8 @@ class _Run:
         progress, c = self.progress, self.curriculum
         assert self.train_step is not None
         batch = self._stream(progress.stage).batch(progress.step)
-        key, workers = (c.seed, progress.stage, progress.step), self.workers
-        batch = self._task(stage, batch, key, (workers.rank, workers.size))
+        key, shard = (c.seed, progress.stage, progress.step), (self.workers.rank, self.workers.size)
+        batch = for_stage(stage, batch, key, shard)
         outcome = self.train_step(batch, stage.learning_rate(progress.step, c.warmup))
         self.sums += torch.stack([outcome.loss.float(), outcome.correct.float()])
         self.counted += 1
@@ -337,14 +337,6 @@ class _Run:
         torch._foreach_lerp_(self.average, self.weights, part)
         if progress.step == 50 and progress.stage + 1 < len(c.stages):
             self._stream(progress.stage + 1).prepare(0, ahead=0, threads=self.spare)
-
-    def _task(
-        self, stage: Stage, batch: Batch, key: tuple[int, ...], shard: tuple[int, int]
-    ) -> Batch:
-        """The batch as the stage's objective wants it: see `mask_pixels`."""
-        if not stage.pretrains:
-            return batch
-        return mask_pixels(batch, stage.masked, Pathfinder.vocabulary, key, shard)
 
     def _agreed(self, stop: bool) -> list[bool]:
         """Whether the budget is used up, and whether to stop, as any of the workers sees it."""
@@ -378,7 +370,6 @@ class _Run:
         progress = self.progress
         images = self._set(stage, self.curriculum.val, VALIDATION)
         validation_loss, validation = self._measure(images, VALIDATION)
-        learned = stage.is_learned(validation, validation_loss)
         progress.seconds = self._seconds()
         row = [progress.stage, progress.step, progress.images, progress.seconds]
         row += [progress.training_seconds, loss, accuracy, validation]
@@ -400,6 +391,7 @@ class _Run:
         by_time = {f"by_gpu_second/{n}": v for n, v in values.items()}
         self.log.scalars(by_time, round(progress.seconds))
         self.log.flush()
+        learned = stage.is_learned(validation, validation_loss)
         if not self.workers.first:
             return learned
         print(
@@ -433,7 +425,7 @@ class _Run:
         stage, size = self.stage, 2 * self.stage.batch_size
         for i, whole in stopping.until_stopped(images.batches(size), self.workers, stop):
             if i % self.workers.size == self.workers.rank:
-                batch = self._task(stage, whole, (HELD_OUT, number), (i * size, 1))
+                batch = for_stage(stage, whole, (HELD_OUT, number), (i * size, 1))
                 loss, right = self.train_step.loss(batch)
                 sums += torch.stack([loss.float() * len(batch.labels), right.float()])
         torch._foreach_copy_(self.weights, kept)
@@ -449,11 +441,11 @@ class _Run:
         loss, accuracy = self._measure(test, TEST, stop)
         progress.seconds = self._seconds()
         self._save()
-        of_pixels = {"test_pixel_accuracy": accuracy, "test_pixel_loss": loss}
-        of_labels = {"test_accuracy": accuracy, "test_loss": loss}
-        of_labels["majority_accuracy"] = test.most_frequent
+        tested = "test_pixel" if stage.pretrains else "test"
         metrics = {
-            **(of_pixels if stage.pretrains else of_labels),
+            f"{tested}_accuracy": accuracy,
+            f"{tested}_loss": loss,
+            **({} if stage.pretrains else {"majority_accuracy": test.most_frequent}),
             "test_images": c.test,
             "finished": finished,
             "stage": progress.stage + (not finished),

@@ -292,6 +292,11 @@ class Drawings(Examples):
         moved = (self.paddles.to(device), self.markers.to(device), self.labels.to(device))
         return Drawings(*moved, self.size, self.order, self.geometry)
 
+    def changed(self, **tensors: Tensor) -> Drawings:
+        """The same images with other paddles, markers or labels."""
+        own = {"paddles": self.paddles, "markers": self.markers, "labels": self.labels}
+        return Drawings(**own | tensors, size=self.size, order=self.order, geometry=self.geometry)
+
     def drawn(self) -> Split:
         """All images as pixels."""
         index = torch.arange(len(self), device=self.labels.device)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from sparse_flash.experiments.data.broken import broken
 from sparse_flash.experiments.data.dataset import Batch, Splits
 from sparse_flash.experiments.data.files import cached
 from sparse_flash.experiments.data.images import Augmented, Order
@@ -123,6 +124,7 @@ class Stream:
         device: Device that renders the images.
         threads: Threads that generate the geometry.
         shard: Rank of this process, and number of processes that split each batch.
+        broken: Fraction of the images in which a long curve is broken; see `broken.broken`.
 
     Raises:
         ValueError: The batch size is not a multiple of the number of processes.
@@ -141,6 +143,7 @@ class Stream:
         device: torch.device,
         threads: ThreadPoolExecutor,
         shard: tuple[int, int] = (0, 1),
+        broken: float = 0.0,
     ) -> None:
         if batch_size % shard[1]:
             raise ValueError(
@@ -148,7 +151,7 @@ class Stream:
             )
         self.contours, self.weights = tuple(contours), torch.tensor(weights, dtype=torch.float64)
         self.batch_size, self.seed, self.device, self.shard = batch_size, seed, device, shard
-        self.threads = threads
+        self.threads, self.broken = threads, broken
         each = self.weights / self.weights.sum() * batch_size
         self.steps = [max(1, round(POOL * reuse / count)) for count in each.tolist()]
         """Number of steps per pool of each contour."""
@@ -202,13 +205,18 @@ class Stream:
         """The images of the pools of this step; start and number of the images of each contour."""
         numbers = tuple(step // steps for steps in self.steps)
         if self.mixed is None or self.mixed[0] != numbers:
-            pools = [self.pools[key].result() for key in enumerate(numbers)]
+            pools = [self._pool_images(*key) for key in enumerate(numbers)]
             counts = [len(pool) for pool in pools]
             starts = [sum(counts[:i]) for i in range(len(counts))]
             images = joined(pools).on(self.device)
             mixed = Augmented(images, self.firsts[0].order, images.size)
             self.mixed = numbers, mixed, starts, counts
         return self.mixed[1:]
+
+    def _pool_images(self, which: int, number: int) -> Drawings:
+        """The images of a pool, some of them with a broken curve."""
+        images, pool = self.pools[which, number].result(), self._pool(which, number)
+        return broken(images, pool.contour, self.broken, pool.seed) if self.broken else images
 
     def close(self) -> None:
         """Cancel pools that have not been started."""

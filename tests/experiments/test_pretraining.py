@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from sparse_flash.experiments import checkpoint, markdown, registry, staged
+from sparse_flash.experiments import checkpoint, markdown, registry, staged, trained
 from sparse_flash.experiments.canvases import canvas_model
 from sparse_flash.experiments.checkpoint import CheckpointError
 from sparse_flash.experiments.config import TrainConfig
@@ -185,7 +185,9 @@ def test_a_run_with_pretraining_resumes_exactly(tmp_path, monkeypatch):
     assert whole["metrics"]["pretraining_images"] == 32 + 8
     assert whole["metrics"]["images"] == 32 + 8 + 16 + 8
     assert [stage["pixels"] for stage in whole["stages"]] == [32, 64, 32, 64]
-    check_stopped_during_pretraining(results[0])
+    check_stopped_during_pretraining(results[0], tmp_path / "pieces" / "0")
+    model = trained.load(tmp_path / "whole")
+    assert torch.equal(model.tokens.weight, a["average"][0])
     tags = {tag: values for tag, values in by_tag(a["history"]).items() if "by_images" in tag}
     losses = [value for _, value in tags["by_images/train/pixel_loss"]]
     assert losses[1] < losses[0] < 6  # it learns; log 256 is 5.5
@@ -203,8 +205,10 @@ def by_tag(history):
     return tags
 
 
-def check_stopped_during_pretraining(result):
+def check_stopped_during_pretraining(result, folder):
     """It has results of pixels, and none of labels."""
+    with pytest.raises(CheckpointError, match="stopped during masked-pixel pretraining"):
+        trained.load(folder)
     metrics = result["metrics"]
     assert not {"test_accuracy", "test_loss", "majority_accuracy"} & metrics.keys()
     assert 0 <= metrics["test_pixel_accuracy"] <= 1
