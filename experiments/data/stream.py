@@ -7,7 +7,6 @@ step, so a resumed run sees the same images as an uninterrupted one, also on ano
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -19,6 +18,8 @@ from sparse_flash.experiments.data.dataset import Batch, Splits
 from sparse_flash.experiments.data.files import cached
 from sparse_flash.experiments.data.images import Augmented, Order
 from sparse_flash.experiments.data.pathfinder import Drawings, joined
+
+from sparse_flash.cores import available_cores
 
 POOL = 8_192  # images generated per pool; some are discarded, see `paddles.mark`
 _CHUNK = 256  # images per task of a thread
@@ -103,7 +104,7 @@ def held_out(
 
 def workers(part: float = 1.0) -> ThreadPoolExecutor:
     """Threads for a part of the cores, of which two are reserved for training."""
-    return ThreadPoolExecutor(max(1, round(part * ((os.cpu_count() or 1) - 2))), "draw")
+    return ThreadPoolExecutor(max(1, round(part * (available_cores() - 2))), "draw")
 
 
 class Stream:
