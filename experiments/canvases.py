@@ -25,7 +25,7 @@ def canvas_model(curriculum: Curriculum, size: int, objective: Objective = "labe
         size**2,
         curriculum.kind(size),
         curriculum.block,
-        coordinates("morton", size),
+        coordinates(curriculum.order, size),
         mask_token=vocabulary if pretrains else None,
     )
 

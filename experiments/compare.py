@@ -159,7 +159,7 @@ def compare_stages(
         LogError: The folder cannot be written.
         TrainingError: No run has a result: all diverged.
     """
-    own = curriculum.attention or patches_and_butterfly("PIXELS")
+    own = curriculum.attention or patches_and_butterfly("PIXELS", curriculum.order)
     chosen = tuple(attentions) or tuple(dict.fromkeys(("sdpa", "dense", own)))
     variants = [replace(curriculum, attention=attention) for attention in chosen]
     labels = tuple(variant.attention_label for variant in variants)

@@ -23,6 +23,7 @@ from sparse_flash.experiments.config import (
     check_block,
     check_seed,
 )
+from sparse_flash.experiments.data.images import Order
 from sparse_flash.experiments.data.pathfinder import Pathfinder
 
 Size = Literal[32, 64, 128, 256, 512]
@@ -135,6 +136,8 @@ class Curriculum:
     attention: Attention = ""
     """Attention, as for a single run; PIXELS stands for the canvas. Empty: 3 x 3 patches and a
     butterfly."""
+    order: Order = "morton"
+    """Order of the pixels."""
     block: int = 128
     """Granularity of layouts, in tokens."""
     model: ModelConfig = field(
@@ -184,6 +187,10 @@ class Curriculum:
             )
         if not 0 <= self.average < 1:
             raise ValueError(f"average must be in 0..1, got {self.average}")
+        if self.order not in get_args(Order):
+            raise ValueError(
+                f"order must be one of {', '.join(get_args(Order))}, got {self.order!r}"
+            )
         for size in {stage.size for stage in self.stages}:
             check_attention(self.kind(size), size * size + (self.model.pooling == "cls"))
 
@@ -191,7 +198,8 @@ class Curriculum:
         """The attention on a canvas."""
         if not isinstance(self.attention, str):
             return self.attention
-        return self.attention.replace("PIXELS", str(size)) or patches_and_butterfly(size)
+        text = self.attention.replace("PIXELS", str(size))
+        return text or patches_and_butterfly(size, self.order)
 
     def kind(self, size: int) -> AttentionKind:
         """The attention on a canvas, read once: a file that is edited later has no influence."""
@@ -246,11 +254,16 @@ class Curriculum:
         return self.to_dict() | {"provenance": {"attention": provenance.together(origins)}}
 
 
-def patches_and_butterfly(size: int | str) -> str:
-    """The mask for images in Morton order: 3 x 3 patches of 8 x 16 pixels, and far ones.
+def patches_and_butterfly(size: int | str, order: Order = "morton") -> str:
+    """The mask for images: 3 x 3 patches of 8 x 16 pixels, and far ones.
 
-    A block of 128 tokens is such a patch; a butterfly's distances of 2^k blocks are distances of
-    2^(k / 2) patches.
+    In Morton order a block of 128 tokens is such a patch; a butterfly's distances of 2^k blocks are
+    distances of 2^(k / 2) patches.
+
+    >>> patches_and_butterfly(64, "raster")
+    'patches(64, 64, (8, 16), 1) | butterfly(128)'
     """
-    order = f"morton({size}, {size})"
-    return f"through(patches({size}, {size}, (8, 16), 1), {order}) | butterfly(128)"
+    patches = f"patches({size}, {size}, (8, 16), 1)"
+    if order != "raster":
+        patches = f"through({patches}, {order}({size}, {size}))"
+    return f"{patches} | butterfly(128)"

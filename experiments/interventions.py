@@ -163,10 +163,13 @@ def _main() -> None:
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--picture", type=Path, help="draw these images to a PNG file instead")
     options = parser.parse_args()
-    stage = trained.curriculum_of(options.run).stages[-1]
-    geometry, contour = trained.curriculum_of(options.run).geometry, stage.contours[-1]
+    curriculum = trained.curriculum_of(options.run)
+    stage = curriculum.stages[-1]
+    size, contour = stage.size, stage.contours[-1]
     with workers() as threads:
-        images = held_out(threads, stage.size, contour, geometry, "morton", options.images, TEST)
+        images = held_out(
+            threads, size, contour, curriculum.geometry, curriculum.order, options.images, TEST
+        )
     model = trained.load(Path(options.run)).to(pick_device("auto"))
     if options.picture is not None:
         picture(model, images, contour).savefig(options.picture)

@@ -184,6 +184,20 @@ def path_256() -> Curriculum:
     )
 
 
+def path_512() -> Curriculum:
+    """Path-512 by stages: curves of 20 paddles on 512 x 512 pixels, 262,144 tokens."""
+    *first, last = path_256().stages
+    return replace(
+        path_256(),
+        stages=(
+            *first,
+            replace(last, images=320_000, target=0.93, evaluations=16),
+            Stage(256, (14, 17, 20), (1.0, 1.0, 2.0), 16, 7e-4, 80_000, target=0.93, evaluations=8),
+            Stage(512, (14, 17, 20), (1.0, 1.0, 2.0), 4, 5e-4, 200_000, evaluations=40),
+        ),
+    )
+
+
 def _replica(size: Literal[64, 128, 256], init: str) -> RunConfig:
     """FlashAttention's: Pathfinder's model, a fixed butterfly, learned positions laid side by side.
 
@@ -322,6 +336,7 @@ RUNS: dict[str, Callable[[], RunConfig]] = {
 CURRICULA: dict[str, Callable[[], Curriculum]] = {
     "path-x": path_x,
     "path-256": path_256,
+    "path-512": path_512,
     "path-x-pretrained": pretrained(path_x),
     "path-256-pretrained": pretrained(path_256),
 }

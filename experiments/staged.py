@@ -157,7 +157,7 @@ class _Run:
             self.streams[number] = Stream(
                 stage.size,
                 c.geometry,
-                "morton",
+                c.order,
                 stage.contours,
                 stage.weights,
                 stage.batch_size,
@@ -178,7 +178,7 @@ class _Run:
                 stage.size,
                 stage.contours[-1],
                 self.curriculum.geometry,
-                "morton",
+                self.curriculum.order,
                 count,
                 number,
             )
