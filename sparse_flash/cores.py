@@ -6,7 +6,7 @@ import os
 
 
 def available_cores() -> int:
-    """Number of cores, at least 1: those that `taskset` or a container leaves to the process.
+    """Number of cores, at least 1, within the limits of `taskset` or a container.
 
     >>> 1 <= available_cores() <= (os.cpu_count() or 1)
     True

@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from tools import io_model, tables
+from tools import io_model, path_tables, tables
 
 IMAGES = Path(__file__).parent.parent / "docs" / "images"
 # Ink, grid line, ours, and the baselines, by theme; backgrounds are transparent.
@@ -55,7 +55,7 @@ def mask_data() -> dict[str, Any]:
 
 
 def _figures() -> dict[Path, Callable[[], dict[str, Any]]]:
-    kinds = {"speed": speed_data, "mask": mask_data, "io": io_model.data}
+    kinds = {"speed": speed_data, "mask": mask_data, "io": io_model.data, "path": path_tables.data}
     return {
         IMAGES / f"{name}-{theme}.png": data for name, data in kinds.items() for theme in THEMES
     }
@@ -76,7 +76,7 @@ def write(path: Path) -> None:
     """Draw a figure."""
     name, theme = path.stem.rsplit("-", 1)
     data = FIGURES[path]()
-    draw = {"speed": _draw_speed, "mask": _draw_mask, "io": _draw_io}[name]
+    draw = {"speed": _draw_speed, "mask": _draw_mask, "io": _draw_io, "path": _draw_path}[name]
     path.parent.mkdir(parents=True, exist_ok=True)
     draw(data, theme).savefig(path, dpi=160, transparent=True, metadata={"data": json.dumps(data)})
 
@@ -136,6 +136,10 @@ def _draw_mask(data: dict[str, Any], theme: str) -> Any:
 
 def _draw_io(data: dict[str, Any], theme: str) -> Any:
     return io_model.draw(data, THEMES[theme])
+
+
+def _draw_path(data: dict[str, Any], theme: str) -> Any:
+    return path_tables.draw(data, THEMES[theme])
 
 
 def _rgb(color: str) -> tuple[float, float, float]:

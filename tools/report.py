@@ -21,7 +21,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from tools import backward_log, figures, gallery, io_model, tables
+from tools import backward_log, figures, gallery, io_model, path_tables, tables
 
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -59,8 +59,14 @@ TEXTS: dict[str, Callable[[], str]] = {
     "recall": tables.recall,
     "path": tables.path,
     "path-256-curve": tables.path_256_curve,
-    "path-256-curriculum": tables.path_256_curriculum,
-    "path-256-tests": tables.path_256_tests,
+    "path-results": path_tables.results,
+    "path-256-average": lambda: path_tables.average("path-256"),
+    "path-x-average": lambda: path_tables.average("path-x"),
+    "path-ablation": path_tables.ablation,
+    "path-stages": path_tables.stages,
+    "path-interventions": path_tables.interventions,
+    "path-256-speed": lambda: path_tables.speed("path-256-seed0"),
+    "path-x-speed": lambda: path_tables.speed("path-x-seed0"),
     "path-majority-64": lambda: tables.path_majority("path-64-seed0"),
     "path-majority-256": lambda: tables.path_majority("path-256-seed0"),
     "path-64-density": lambda: tables.path_density("path-64-seed0"),

@@ -378,37 +378,6 @@ def path_256_curve() -> str:
     return ", ".join(f"{100 * curve[step]:.0f} % up to step {step:,}" for step in steps_)
 
 
-def path_256_curriculum() -> str:
-    """The last evaluation of each stage, of the runs by the curriculum `path-256`."""
-    rows = []
-    for run in read(RESULTS / "path-256-curriculum" / "progress.json")["runs"]:
-        last = {point["stage"]: point for point in run["points"]}
-        for stage, point in last.items():
-            rows.append(
-                [
-                    f"{run['seed']}",
-                    f"{stage}",
-                    f"{point['pixels']}",
-                    f"{point['contour']}",
-                    f"{point['images']:,}",
-                    f"{point['gpu_seconds']:,}",
-                    f"{100 * point['val_accuracy']:.1f} %",
-                ]
-            )
-    head = ["seed", "stage", "pixels a side", "paddles", "images", "GPU seconds", "validation"]
-    return table(head, rows)
-
-
-def path_256_tests() -> str:
-    """Test accuracy of those runs as they are."""
-    runs = read(RESULTS / "path-256-curriculum" / "progress.json")["runs"]
-    return " and ".join(
-        f"{100 * run['test']['test_accuracy']:.1f} % after {run['test']['gpu_seconds']:,.0f} GPU "
-        f"seconds (seed {run['seed']})"
-        for run in runs
-    )
-
-
 def day_comparison(name: str) -> str:
     """The table of a comparison of "A researcher's day"."""
     return markdown.comparison_table(read(RESULTS / "day" / f"{name}.json"), brief=True)
