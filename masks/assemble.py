@@ -29,6 +29,7 @@ def arrays_of_tiles(
     cols: Tensor,
     packed: Tensor,
     entries: Tensor | None,
+    distinct: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """crow_indices, col_indices, bit_tile_indices and bit_tiles: see `BlockLayout.from_tiles`."""
     q_len, kv_len, block = lengths
@@ -37,14 +38,14 @@ def arrays_of_tiles(
     if entries is None:
         entries = torch.arange(len(rows), device=device)
     rows, cols, entries, starts = _in_order(rows, cols, entries, (num_patterns * nq, nk))
-    if len(packed):
+    if len(packed) and not distinct:
         some = (entries >= 0).nonzero().squeeze(1)
         area = extent(rows[some] % nq, q_len, block[0]) * extent(cols[some], kv_len, block[1])
         entries[some[bits.count(packed)[entries[some]] == area]] = FULL_TILE
-    distinct, entries = _renumber(packed, entries)
+    tiles, entries = _renumber(packed, entries, distinct)
     first = torch.arange(num_patterns, device=device)[:, None] * nq
     crow = starts[first + torch.arange(nq + 1, device=device)]
-    return crow.int(), cols.int(), entries.int(), distinct
+    return crow.int(), cols.int(), entries.int(), tiles
 
 
 def transposed(layout: BlockLayout) -> tuple[Tensor, Tensor, Tensor]:
@@ -88,14 +89,19 @@ def _in_order(
     return rows, cols, torch.from_numpy(table[stored]).long(), starts
 
 
-def _renumber(packed: Tensor, entries: Tensor) -> tuple[Tensor, Tensor]:
+def _renumber(packed: Tensor, entries: Tensor, are_distinct: bool) -> tuple[Tensor, Tensor]:
     """Keep the distinct bit tiles in use, in the order of first use."""
     partial = entries >= 0
-    if not bool(partial.any()):
+    index = entries[partial]
+    if not len(index):
         return packed[:0], entries
-    used, index = torch.unique(entries[partial], return_inverse=True)
-    distinct, twin = bits.deduplicate(packed if len(used) == len(packed) else packed[used])
-    index = twin[index]
+    if are_distinct and len(index) == len(packed) and bool((index[1:] > index[:-1]).all()):
+        return packed, entries  # each tile has its own, in this order
+    used, index = torch.unique(index, return_inverse=True)
+    distinct = packed if len(used) == len(packed) else packed[used]
+    if not are_distinct:
+        distinct, twin = bits.deduplicate(distinct)
+        index = twin[index]
     first = torch.full((len(distinct),), len(index), device=index.device)
     first.scatter_reduce_(0, index, torch.arange(len(index), device=index.device), "amin")
     order = torch.argsort(first)

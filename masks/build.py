@@ -83,18 +83,20 @@ def _build(
         cols.append(full[1])
         entries.append(torch.full_like(full[0], FULL_TILE))
         some = index != EMPTY_TILE
+        index = torch.where(index == FULL_TILE, FULL_TILE, index + num_bit_tiles)
         rows.append(unknown[0][some] + number * num_block_rows)
         cols.append(unknown[1][some])
-        entries.append(index[some] + num_bit_tiles)
+        entries.append(index[some])
         packed.append(tiles)
         num_bit_tiles += len(tiles)
     return BlockLayout.from_tiles(
         lengths,
         torch.cat(rows),
         torch.cat(cols),
-        torch.cat(packed),
+        packed[0] if len(packed) == 1 else torch.cat(packed),
         torch.cat(entries),
         pattern_map.to(device, torch.int32),
+        distinct=len(patterns) == 1,
     )
 
 

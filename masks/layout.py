@@ -453,6 +453,7 @@ tile density 0.75, computed 0.75, cpu)
         packed: Tensor,
         entries: Tensor | None = None,
         pattern_map: Tensor | None = None,
+        distinct: bool = False,
     ) -> BlockLayout:
         """Assemble a layout from tiles in any order.
 
@@ -464,11 +465,12 @@ tile density 0.75, computed 0.75, cpu)
                 are recognized.
             entries: Bit tile of each tile, or -1 if it is full; default: one bit tile each.
             pattern_map: As in the class; default: one pattern, shared by all.
+            distinct: Whether the bit tiles are known to be distinct, and entries of full tiles -1.
         """
         if pattern_map is None:
             pattern_map = torch.zeros(1, 1, dtype=torch.int32, device=rows.device)
         patterns = int(pattern_map.max()) + 1
-        arrays = assemble.arrays_of_tiles(lengths, patterns, rows, cols, packed, entries)
+        arrays = assemble.arrays_of_tiles(lengths, patterns, rows, cols, packed, entries, distinct)
         return cls(*lengths, *arrays, pattern_map, validate=False)
 
     from_scipy = classmethod(scipy_layout.from_scipy)
