@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from sparse_flash.masks import host
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -53,7 +54,7 @@ def deduplicate(packed: Tensor) -> tuple[Tensor, Tensor]:
     rest = -flat.shape[1] % 8
     words = (pad(flat, (0, rest)) if rest else flat.contiguous()).view(torch.int64)
     first, index = distinct_rows(words)
-    return (packed if len(first) == len(packed) else packed[first]), index
+    return (packed if len(first) == len(packed) else host.take(packed, first)), index
 
 
 def distinct_rows(words: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,7 +68,7 @@ def distinct_rows(words: Tensor) -> tuple[Tensor, Tensor]:
     n = len(words)
     if n == 0:
         return (torch.empty(0, dtype=torch.int64, device=words.device),) * 2
-    every = torch.arange(n, device=words.device)
+    every = host.arange(n, words.device)
     if words.shape[1] >= 4 * _PREFIX and len(torch.unique(_hashes(words[:, :_PREFIX], 0))) == n:
         return every, every
     for seed in range(8):
@@ -85,7 +86,7 @@ def _hashes(words: Tensor, seed: int) -> Tensor:
     """A 64-bit hash of each row of int64 `(n, w)`."""
     step = max(1, _AT_ONCE // max(1, words.shape[1]))
     factors = _factors(words.shape[1], seed).to(words.device)
-    return torch.cat([_mix(part, factors) for part in words.split(step)])
+    return host.cat([_mix(part, factors) for part in words.split(step)])
 
 
 def _all_equal(words: Tensor, twin: Tensor) -> bool:

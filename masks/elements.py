@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sparse_flash.masks import bits
+from sparse_flash.masks import bits, host
 from sparse_flash.masks.arrays import Array
 from sparse_flash.masks.assemble import FULL_TILE, extent
 from sparse_flash.masks.io import Lengths
@@ -65,8 +65,8 @@ def evaluate(
     first, twin = _kinds(predicate, rows, cols, lengths)
     if most is not None and len(first) * lengths[2][0] * lengths[2][1] > most:
         raise TooLargeError
-    index, tiles = _evaluate_all(predicate, rows[first], cols[first], lengths)
-    return index[twin], tiles
+    index, tiles = _evaluate_all(predicate, host.take(rows, first), host.take(cols, first), lengths)
+    return host.take(index, twin), tiles
 
 
 def count_kinds(predicate: Predicate, rows: Tensor, cols: Tensor, lengths: Lengths) -> int:
@@ -86,7 +86,7 @@ def _kinds(
     predicate: Predicate, rows: Tensor, cols: Tensor, lengths: Lengths
 ) -> tuple[Tensor, Tensor]:
     """The first tile of each signature, and the signature number of every tile."""
-    every = torch.arange(len(rows), device=rows.device)
+    every = host.arange(len(rows), rows.device)
     firsts: list[Tensor] = []
     twins: list[Tensor] = []
     kept: list[Tensor] = []
@@ -97,18 +97,18 @@ def _kinds(
         if signature is None:
             return every, every
         size = torch.stack([blocks.q_hi - blocks.q_lo, blocks.kv_hi - blocks.kv_lo], 1)
-        signature = torch.cat([signature, size], 1)
+        signature = host.cat([signature, size], 1)
         first, twin = bits.distinct_rows(signature)
         if len(first) == len(part) and not count:
             return every, every
         firsts.append(part[first])
         twins.append(twin + count)
-        kept.append(signature[first])
+        kept.append(host.take(signature, first))
         count += len(first)
     if len(firsts) < 2:
         return (firsts[0], twins[0]) if firsts else (every, every)
-    first, twin = bits.distinct_rows(torch.cat(kept))
-    return torch.cat(firsts)[first], twin[torch.cat(twins)]
+    first, twin = bits.distinct_rows(host.cat(kept))
+    return host.take(host.cat(firsts), first), host.take(twin, host.cat(twins))
 
 
 def _evaluate_all(
@@ -120,8 +120,8 @@ def _evaluate_all(
     temporaries would fragment the heap, and the process would use several times the memory.
     """
     block_q, block_kv = lengths[2]
-    order = torch.argsort(rows * (lengths[1] // block_kv + 1) + cols)  # neighbors side by side
-    rows, cols = rows[order], cols[order]
+    order = host.argsort(rows * (lengths[1] // block_kv + 1) + cols)  # neighbors side by side
+    rows, cols = host.take(rows, order), host.take(cols, order)
     areas = extent(rows, lengths[0], block_q) * extent(cols, lengths[1], block_kv)
     index = torch.empty_like(rows)
     distinct = store = torch.empty(256, block_q, -(-block_kv // 8), dtype=torch.uint8, device=rows.device)
@@ -211,6 +211,18 @@ def _cells(
 
     None if three-valued logic decides too few of them.
     """
+    down, across = lengths[2][0] // _CELL, lengths[2][1] // _CELL
+    parts = host.pieces(len(rows), rows.device, down * across)
+    found = [_classified_cells(predicate, rows[part], cols[part], lengths) for part in parts]
+    q, kv, states = (host.cat(x) for x in zip(*found, strict=True))
+    open_ = host.positions(states, UNKNOWN, UNKNOWN)
+    return None if 10 * len(open_) > 7 * len(states) else (q, kv, states, open_)
+
+
+def _classified_cells(
+    predicate: Predicate, rows: Tensor, cols: Tensor, lengths: Lengths
+) -> tuple[Tensor, Tensor, Tensor]:
+    """First queries, first keys and truth values of all cells of tiles."""
     q_len, kv_len, (block_q, block_kv) = lengths
     down, across = block_q // _CELL, block_kv // _CELL
     shape = (len(rows), down, across)
@@ -223,8 +235,7 @@ def _cells(
     ragged = (q + _CELL > q_len) | (kv + _CELL > kv_len)
     states = torch.where(ragged & (states != EMPTY), UNKNOWN, states)
     states = torch.where((q >= q_len) | (kv >= kv_len), EMPTY, states)  # beyond the lengths
-    open_ = (states == UNKNOWN).nonzero().squeeze(1)
-    return None if 10 * len(open_) > 7 * len(states) else (q, kv, states, open_)
+    return q, kv, states
 
 
 @dataclass
@@ -351,7 +362,9 @@ class Elements:
                 return self._filled(strip, packed)
 
         with plain_torch():  # the program needs no mode of this thread
-            done = in_threads(filled, strips)
+            # Operations of numpy are so short that threads would mostly wait for the GIL.
+            several = self._program is not None and self._program.of_torch
+            done = in_threads(filled, strips) if several else [filled(strip) for strip in strips]
         return [strip for strip, is_done in zip(strips, done, strict=True) if not is_done]
 
     def _filled(self, strip: _Strips, packed: NDArray[np.uint8]) -> bool:

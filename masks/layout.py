@@ -13,6 +13,7 @@ from sparse_flash.masks import (
     bits,
     coverage,
     device_builders,
+    host,
     io,
     notebook,
     picture,
@@ -206,8 +207,7 @@ tile density 0.75, computed 0.75, cpu)
         """The stacked block row of each tile, int64 `(T,)`: pattern x num_block_rows + row."""
         starts = self.crow_indices[:, :-1].flatten().long()
         ends = self.crow_indices[:, 1:].flatten().long()
-        rows = torch.arange(len(starts), device=self.device)
-        return torch.repeat_interleave(rows, ends - starts, output_size=self.num_tiles)
+        return host.repeat(ends - starts, self.num_tiles)
 
     @property
     @plain_torch()

@@ -98,6 +98,7 @@ class Program:
 
     Attributes:
         bytes_each: Bytes of all arrays per element of a piece.
+        of_torch: Whether functions of torch compute a part of it.
 
     >>> q, kv = Program.index([0, 1], 1), Program.index([0, 1], 2)
     >>> less = Value(np.less, Value(np.multiply, q, kv), Value.number(3, np.int64))
@@ -116,6 +117,7 @@ class Program:
         sizes = {self._memory[i]: x.sample.itemsize for i, x in full.items() if i in self._memory}
         self.bytes_each = sum(sizes.values())
         most = [x.function.most for x in full.values() if hasattr(x.function, "most")]
+        self.of_torch = bool(most)
         self._at_once = min([_CACHE // max(1, self.bytes_each), *most])  # elements of a piece
 
     @staticmethod
