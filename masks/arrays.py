@@ -82,9 +82,12 @@ class Array(Dense):
         width: int = 64,
         inputs: tuple[Array, ...] = (),
     ) -> None:
+        self._depth: int
+        self.sample_shape: tuple[int, ...]  # see `Value`
         self.lo, self.hi, self.width = lo, hi, width
-        self._depth = 1 + max(x._depth for x in inputs) if inputs else 0  # operations without value
-        shapes = [x.sample_shape for x in inputs]
+        depths: list[int] = [x._depth for x in inputs]
+        self._depth = 1 + max(depths) if depths else 0  # operations without a value
+        shapes: list[tuple[int, ...]] = [x.sample_shape for x in inputs]
         self._lower: Callable[[Dtype], Value] | None = None
         self.operation: tuple[np.ufunc, Array, Array] | None = None  # whose result this is
         self._remainder: tuple[Array, int] | None = None  # of which this is the remainder
@@ -98,7 +101,7 @@ class Array(Dense):
             self._lower, self.is_bool = value, False
             if self._depth > _DEEPEST:
                 self.low(self.exact)
-        self.sample_shape = np.broadcast_shapes(*shapes)  # see `Value`
+        self.sample_shape = np.broadcast_shapes(*shapes)
 
     @classmethod
     def of(cls, value: Value) -> Array:

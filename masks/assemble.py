@@ -42,7 +42,8 @@ def arrays_of_tiles(
         some = host.positions(entries, 0)
         row, col, entry = (host.take(x, some) for x in (rows, cols, entries))
         area = extent(row % nq, q_len, block[0]) * extent(col, kv_len, block[1])
-        entries[some] = torch.where(bits.count(packed)[entry] == area, FULL_TILE, entry)
+        whole = host.take(bits.count(packed), entry) == area
+        host.put(entries, some, torch.where(whole, FULL_TILE, entry))
     tiles, entries = _renumber(packed, entries, distinct)
     first = torch.arange(num_patterns, device=device)[:, None] * nq
     crow = starts[first + torch.arange(nq + 1, device=device)]
@@ -84,16 +85,16 @@ def _in_order(
         return rows, cols[order], values[order], starts
     keys, size = rows.numpy() * grid[1] + cols.numpy(), grid[0] * grid[1]
     if size > 8 * len(keys) + _SMALL:
-        order = np.argsort(keys)
-        stored, kept = keys[order], values.numpy()[order]
+        by_key = np.argsort(keys)
+        stored, kept = keys[by_key], values.numpy()[by_key]
     else:  # where many of all tiles occur, a table of them takes less time than sorting
         table = np.full(size, _ABSENT, dtype=np.int32)
         table[keys] = values.numpy()
         stored = np.flatnonzero(table != _ABSENT)
         kept = table[stored].astype(np.int64)
-    starts = np.searchsorted(stored, np.arange(grid[0] + 1) * grid[1])
-    in_order = np.repeat(np.arange(grid[0]), np.diff(starts))
-    arrays = (in_order, stored - in_order * grid[1], kept, starts)
+    ends = np.searchsorted(stored, np.arange(grid[0] + 1) * grid[1])
+    in_order = np.repeat(np.arange(grid[0]), np.diff(ends))
+    arrays = (in_order, stored - in_order * grid[1], kept, ends)
     rows, cols, values, firsts = map(torch.from_numpy, arrays)
     return rows, cols, values, firsts
 
@@ -106,13 +107,11 @@ def _renumber(packed: Tensor, entries: Tensor, are_distinct: bool) -> tuple[Tens
         return packed[:0], entries
     if are_distinct and len(index) == len(packed) and bool((index[1:] > index[:-1]).all()):
         return packed, entries  # each tile has its own, in this order
-    used, index = torch.unique(index, return_inverse=True)
+    used, index = host.unique(index, len(packed))
     distinct = packed if len(used) == len(packed) else host.take(packed, used)
     if not are_distinct:
         distinct, twin = bits.deduplicate(distinct)
         index = host.take(twin, index)
-    first = torch.full((len(distinct),), len(index), device=index.device)
-    first.scatter_reduce_(0, index, torch.arange(len(index), device=index.device), "amin")
-    order = torch.argsort(first)
-    entries[partial] = host.take(bits.inverse(order), index)
+    order = host.argsort(host.firsts(index, len(distinct)))
+    host.put(entries, partial, host.take(bits.inverse(order), index))
     return host.take(distinct, order), entries

@@ -69,15 +69,14 @@ def distinct_rows(words: Tensor) -> tuple[Tensor, Tensor]:
     if n == 0:
         return (torch.empty(0, dtype=torch.int64, device=words.device),) * 2
     every = host.arange(n, words.device)
-    if words.shape[1] >= 4 * _PREFIX and len(torch.unique(_hashes(words[:, :_PREFIX], 0))) == n:
+    if words.shape[1] >= 4 * _PREFIX and len(host.unique(_hashes(words[:, :_PREFIX], 0))[0]) == n:
         return every, every
     for seed in range(8):
-        distinct, index = torch.unique(_hashes(words, seed), return_inverse=True)
+        distinct, index = host.unique(_hashes(words, seed))
         if len(distinct) == n:
             return every, every
-        first = torch.full((len(distinct),), n, dtype=torch.int64, device=words.device)
-        first.scatter_reduce_(0, index, every, "amin")
-        if _all_equal(words, first[index]):
+        first = host.firsts(index, len(distinct))
+        if _all_equal(words, host.take(first, index)):
             return first, index
     raise AssertionError("eight independent 64-bit hashes collided")
 

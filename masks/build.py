@@ -129,13 +129,15 @@ def _classify(
     unknown = _split((torch.zeros(1, dtype=torch.int64, device=device),) * 2, whole, sides, grid)
     full: list[Cells] = []
     while True:
+        decided: list[Cells] = []
         rest: list[Cells] = []
         for part in host.pieces(len(unknown[0]), device):
             cells = (unknown[0][part], unknown[1][part])
             states = predicate.classify(_rectangles(cells, sides, lengths))
             sure, open_ = (host.positions(states, state, state) for state in (FULL, UNKNOWN))
-            full.append(_split(_taken(cells, sure), sides, (1, 1), grid))
+            decided.append(_taken(cells, sure))
             rest.append(_taken(cells, open_))
+        full.append(_split(_joined(decided), sides, (1, 1), grid))
         unknown = _joined(rest)
         if sides == (1, 1):
             return _joined(full), unknown
@@ -191,12 +193,25 @@ def _split(
     """
     if sides == parts or not len(cells[0]):
         return cells
-    each = math.prod(-(-side // part) for side, part in zip(sides, parts, strict=True))
-    split = [
-        _split_piece((cells[0][piece], cells[1][piece]), sides, parts, grid)
-        for piece in host.pieces(len(cells[0]), cells[0].device, each)
+    device, each = cells[0].device, math.prod(-(-n // m) for n, m in zip(sides, parts, strict=True))
+    slices = host.pieces(len(cells[0]), device, each)
+    pieces = [(cells[0][piece], cells[1][piece]) for piece in slices]
+    total = 0
+    for piece in pieces:
+        down, across = _counts(piece, sides, parts, grid)
+        total += int((down * across).sum())
+    require_memory(f"a layout of {total:,} tiles", 120 * total, device, _INSTEAD)
+    return _joined([_split_piece(piece, sides, parts, grid) for piece in pieces])
+
+
+def _counts(
+    cells: Cells, sides: tuple[int, int], parts: tuple[int, int], grid: tuple[int, int]
+) -> list[Tensor]:
+    """Number of parts of each rectangle down and across, within the grid."""
+    return [
+        ((n - start).clamp(max=side) + part - 1) // part
+        for n, start, side, part in zip(grid, cells, sides, parts, strict=True)
     ]
-    return _joined(split)
 
 
 def _split_piece(
@@ -208,18 +223,12 @@ def _split_piece(
             for side, part in zip(sides, parts, strict=True)
         )
         shape = (len(cells[0]), len(rows), len(cols))
-        total = math.prod(shape)
-        require_memory(f"a layout of {total:,} tiles", 120 * total, rows.device, _INSTEAD)
         rows = (cells[0][:, None, None] + rows[:, None]).expand(shape)
         return rows.flatten(), (cells[1][:, None, None] + cols).expand(shape).flatten()
-    down, across = (
-        ((n - start).clamp(max=side) + part - 1) // part
-        for n, start, side, part in zip(grid, cells, sides, parts, strict=True)
-    )
+    down, across = _counts(cells, sides, parts, grid)
     counts = down * across
     ends = counts.cumsum(0)
-    total = int(ends[-1]) if len(ends) else 0
-    require_memory(f"a layout of {total:,} tiles", 120 * total, counts.device, _INSTEAD)
+    total = int(ends[-1])
     owner = torch.repeat_interleave(counts, output_size=total)
     offset = torch.arange(total, dtype=torch.int64, device=counts.device) - (ends - counts)[owner]
     across = across[owner]

@@ -91,17 +91,19 @@ def _kinds(
     twins: list[Tensor] = []
     kept: list[Tensor] = []
     count = 0
-    for part in every.split(_TILES_AT_ONCE_CUDA if every.is_cuda else _TILES_AT_ONCE):
-        blocks = _tiles(rows[part], cols[part], lengths)
+    step = _TILES_AT_ONCE_CUDA if every.is_cuda else _TILES_AT_ONCE
+    for start in range(0, len(rows), step):
+        some_rows, some_cols = rows[start : start + step], cols[start : start + step]
+        blocks = _tiles(some_rows, some_cols, lengths)
         signature = predicate.signature(blocks)
         if signature is None:
             return every, every
         size = torch.stack([blocks.q_hi - blocks.q_lo, blocks.kv_hi - blocks.kv_lo], 1)
         signature = host.cat([signature, size], 1)
         first, twin = bits.distinct_rows(signature)
-        if len(first) == len(part) and not count:
+        if len(first) == len(some_rows) and not count:
             return every, every
-        firsts.append(part[first])
+        firsts.append(first + start)
         twins.append(twin + count)
         kept.append(host.take(signature, first))
         count += len(first)
@@ -124,13 +126,15 @@ def _evaluate_all(
     rows, cols = host.take(rows, order), host.take(cols, order)
     areas = extent(rows, lengths[0], block_q) * extent(cols, lengths[1], block_kv)
     index = torch.empty_like(rows)
-    distinct = store = torch.empty(256, block_q, -(-block_kv // 8), dtype=torch.uint8, device=rows.device)
+    distinct = store = torch.empty(
+        256, block_q, -(-block_kv // 8), dtype=torch.uint8, device=rows.device
+    )
     count = 0
     for part, packed in _with_progress(_chunks(predicate, rows, cols, lengths), predicate, rows):
         distinct, twin = bits.deduplicate(packed)
-        allowed = bits.count(distinct)[twin]
+        allowed = host.take(bits.count(distinct), twin)
         found = torch.where(allowed == areas[part], FULL_TILE, twin + count)
-        index[order[part]] = torch.where(allowed == 0, EMPTY_TILE, found)
+        host.put(index, order[part], torch.where(allowed == 0, EMPTY_TILE, found))
         if part.start == 0 and part.stop >= len(rows):  # a single chunk
             store, count = distinct, len(distinct)
             continue

@@ -42,6 +42,14 @@ def take(x: Tensor, index: Tensor) -> Tensor:
     return torch.from_numpy(x.numpy()[index.numpy()])
 
 
+def put(x: Tensor, index: Tensor, values: Tensor) -> None:
+    """`x[index] = values`."""
+    if x.device.type != "cpu":
+        x[index] = values
+    else:
+        x.numpy()[index.numpy()] = values.numpy()
+
+
 def arange(n: int, device: torch.device) -> Tensor:
     """0, 1, ..., n - 1, int64."""
     if device.type != "cpu":
@@ -83,8 +91,35 @@ def positions(x: Tensor, least: int, most: int | None = None) -> Tensor:
     return torch.from_numpy(np.flatnonzero(inside))
 
 
+def unique(x: Tensor, end: int | None = None) -> tuple[Tensor, Tensor]:
+    """Distinct integers of `x` `(n,)`, ascending, and for each element its index among them.
+
+    end: All integers are in 0..end - 1, and `end` is not much larger than n.
+    """
+    if x.device.type != "cpu" or (end is None and len(x) > MOST):
+        return torch.unique(x, return_inverse=True)
+    if end is None:
+        distinct, index = np.unique(x.numpy(), return_inverse=True)
+    else:
+        seen = np.zeros(end, np.bool_)
+        seen[x.numpy()] = True
+        distinct, index = np.flatnonzero(seen), (np.cumsum(seen) - 1)[x.numpy()]
+    return torch.from_numpy(distinct), torch.from_numpy(index)
+
+
+def firsts(index: Tensor, n: int) -> Tensor:
+    """The first position of each of 0..n - 1 in `index`, int64 `(n,)`; all must occur."""
+    if index.device.type != "cpu":
+        first = torch.full((n,), len(index), device=index.device)
+        every = torch.arange(len(index), device=index.device)
+        return first.scatter_reduce_(0, index, every, "amin")
+    found = np.empty(n, np.int64)
+    found[index.numpy()[::-1]] = np.arange(len(index))[::-1]  # the last assignment counts
+    return torch.from_numpy(found)
+
+
 def divided(x: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """x // n and x % n."""
+    """Quotients x // n and remainders x % n."""
     if x.device.type != "cpu":
         return x // n, x % n
     quotient, rest = np.divmod(x.numpy(), n)

@@ -205,9 +205,8 @@ tile density 0.75, computed 0.75, cpu)
     @plain_torch()
     def tile_rows(self) -> Tensor:
         """The stacked block row of each tile, int64 `(T,)`: pattern x num_block_rows + row."""
-        starts = self.crow_indices[:, :-1].flatten().long()
-        ends = self.crow_indices[:, 1:].flatten().long()
-        return host.repeat(ends - starts, self.num_tiles)
+        counts = self.crow_indices.long().diff(dim=1)
+        return host.repeat(counts.flatten(), self.num_tiles)
 
     @property
     @plain_torch()

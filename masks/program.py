@@ -197,7 +197,7 @@ def _call(value: Value, inputs: list[NDArray[Any]], out: NDArray[Any]) -> Call:
     if isinstance(value.function, np.ufunc):
         return functools.partial(value.function, *inputs, out=out)
     if isinstance(value.function, _Cast):
-        return functools.partial(np.copyto, out, *inputs, "unsafe")
+        return functools.partial(np.copyto, out, inputs[0], casting="unsafe")
     return lambda: np.copyto(out, value.function(*inputs))
 
 

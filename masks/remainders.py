@@ -16,7 +16,6 @@ from sparse_flash.masks.program import Value
 if TYPE_CHECKING:
     from sparse_flash.masks.arrays import Array
 
-_LINEAR = {np.add: 1, np.subtract: -1}
 _WORDS = ((16, np.int16, np.uint16), (32, np.int32, np.uint32), (64, np.int64, np.uint64))
 # Remainders r for which a comparison with c is true: from, to, and whether all others are meant.
 _RANGES: dict[Any, Any] = {
@@ -84,7 +83,7 @@ def _scaled(x: Array, factor: int, offset: int, dtype: Any) -> Value:
         if ufunc is np.multiply:
             product = Value(ufunc, _scaled(a, factor, 0, dtype), b.low(dtype))
             return product if not offset else Value(np.add, product, _number(offset, dtype))
-        other = _scaled(b, _LINEAR[ufunc] * factor, 0, dtype)
+        other = _scaled(b, factor if ufunc is np.add else -factor, 0, dtype)
         return Value(np.add, _scaled(a, factor, offset, dtype), other)
     product = Value(np.multiply, x.low(dtype), _number(factor, dtype))
     return product if not offset else Value(np.add, product, _number(offset, dtype))
