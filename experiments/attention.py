@@ -206,6 +206,15 @@ class AttentionKind:
         record = CACHE.of(mask)
         return record.layout(key, lambda: mask.layout(length, block=(block, block)))
 
+    def token_layouts(self, length: int, extra: int = 0) -> nn.Module | None:
+        """The module that makes the layout of each batch from its tokens; None for most kinds.
+
+        Args:
+            length: Tokens that attention sees.
+            extra: Number of them before those of the task: the CLS token.
+        """
+        return self.user.token_layouts(length, extra) if self.name == "selected" else None
+
     def density(self, length: int, block: int = 128) -> float | None:
         """The kept fraction of the attention matrix at this length, 0..1, counted exactly.
 

@@ -13,20 +13,23 @@ from typing import Any
 import torch
 from sparse_flash.experiments import markdown, report
 from sparse_flash.experiments.attention import Attention, check_trainable
+from sparse_flash.experiments.canvases import check_canvases
 from sparse_flash.experiments.config import CompareConfig, RunConfig, check_grid
 from sparse_flash.experiments.curriculum import Curriculum, patches_and_butterfly
+from sparse_flash.experiments.densities import DENSITIES
 from sparse_flash.experiments.device import pick_device
+from sparse_flash.experiments.foreground import CapacityError
 from sparse_flash.experiments.lock import exclusive
 from sparse_flash.experiments.model import Encoder
 from sparse_flash.experiments.naming import run_folder, slug
 from sparse_flash.experiments.report import picture
-from sparse_flash.experiments.staged import check_canvases, follow
+from sparse_flash.experiments.staged import follow
 from sparse_flash.experiments.train import TrainingError, train
 from tqdm import tqdm
 
 __all__ = ["check_models", "compare", "compare_stages", "picture", "slug"]
 REWRITE_SECONDS = 60.0  # shortest time between two reports while runs are trained
-_SPEED = ("step_ms", "tokens_per_second", "density", "peak_memory_MiB")  # of a stage
+_SPEED = ("step_ms", "tokens_per_second", *DENSITIES, "peak_memory_MiB")  # of a stage
 
 
 def compare(config: CompareConfig, folder: Path, device: str = "auto") -> dict[str, Any]:
@@ -105,10 +108,10 @@ def _comparison(config: CompareConfig) -> report.Comparison:
 
 
 def _result(run: Callable[[], dict[str, Any]], folder: Path) -> dict[str, Any]:
-    """The result of a run, or `{"error": message}` if it diverges or does not fit into memory."""
+    """The result of a run, or `{"error": message}` if it diverges or exceeds memory or capacity."""
     try:
         return run()
-    except (TrainingError, torch.OutOfMemoryError) as error:
+    except (TrainingError, CapacityError, torch.OutOfMemoryError) as error:
         if torch.distributed.is_initialized():  # others may be waiting for this worker
             raise
         tqdm.write(f"{folder.name}: no result: {error}")
@@ -156,7 +159,7 @@ def compare_stages(
         LogError: The folder cannot be written.
         TrainingError: No run has a result: all diverged.
     """
-    own = curriculum.attention or patches_and_butterfly("PIXELS")
+    own = curriculum.attention or patches_and_butterfly("PIXELS", curriculum.order)
     chosen = tuple(attentions) or tuple(dict.fromkeys(("sdpa", "dense", own)))
     variants = [replace(curriculum, attention=attention) for attention in chosen]
     labels = tuple(variant.attention_label for variant in variants)

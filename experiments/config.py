@@ -196,7 +196,8 @@ def _plain(value: Any) -> Any:
 def check_attention(attention: Attention, length: int) -> None:
     """Raise ValueError where a mask cannot be read, or is made for sequences of other lengths."""
     kind = AttentionKind.of(attention)
-    made_for = () if kind.mask is None else kind.mask.extents()
+    mask = getattr(kind.user, "mask", None) if kind.name == "selected" else kind.mask
+    made_for = () if mask is None else mask.extents()
     if any(extent not in (None, length) for extent in made_for):
         raise ValueError(
             f"{kind.label!r} is made for {made_for}, but sequences have {length} tokens"
@@ -256,33 +257,12 @@ class RunConfig(Common):
         }
         return self.to_dict() | {"provenance": origin}
 
-    def completed(self, saved: dict[str, Any]) -> dict[str, Any]:
-        """Settings of an older version, renamed, with defaults for missing ones."""
-        known = {name: _plain(value) for name, value in _defaults(RunConfig).items()}
-        known["task"] = _defaults(type(self.task))
-        known, saved = json.loads(json.dumps(known, default=str)), old_names.config(saved)
-        return {
-            name: known.get(name, {}) | value if isinstance(value, dict) else value
-            for name, value in (known | saved).items()
-        }
-
     def flat(self) -> dict[str, int | float | str | bool]:
         """One level, with dotted names, for TensorBoard's table of hyperparameters."""
         items = provenance.flat(self.to_dict())
         return {
             name: v if isinstance(v, int | float | str) else str(v) for name, v in items.items()
         }
-
-
-def _defaults(cls: type) -> dict[str, Any]:
-    """The fields that have a default, and the defaults."""
-    found = {}
-    for each in dataclasses.fields(cls):
-        if each.default is not dataclasses.MISSING:
-            found[each.name] = each.default
-        elif each.default_factory is not dataclasses.MISSING:
-            found[each.name] = each.default_factory()
-    return found
 
 
 @dataclass(frozen=True)

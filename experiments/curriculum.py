@@ -12,7 +12,7 @@ import functools
 import json
 import math
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from sparse_flash.experiments import provenance
 from sparse_flash.experiments.attention import Attention, AttentionKind
@@ -23,9 +23,11 @@ from sparse_flash.experiments.config import (
     check_block,
     check_seed,
 )
+from sparse_flash.experiments.data.images import Order
 from sparse_flash.experiments.data.pathfinder import Pathfinder
 
 Size = Literal[32, 64, 128, 256, 512]
+Objective = Literal["labels", "masked_pixels"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,16 @@ class Stage:
     """Average number of uses of an image, with random rotations and reflections."""
     evaluations: int = 20
     """Largest number of evaluations."""
+    broken: float = 0.0
+    """Fraction of the training images in which two neighboring paddles of a long curve are missing.
+    The label is 0 if it is the marked curve. Held-out images have none."""
+    objective: Objective = "labels"
+    """labels: classify. masked_pixels: pretraining, which predicts the gray values of hidden pixels
+    (see `pretraining`); accuracy and loss are then of these. Such stages come first."""
+    masked: float = 0.5
+    """Fraction of the pixels that masked_pixels hides."""
+    target_loss: float = 0.0
+    """Validation loss at which the stage ends, nats; 0: none."""
 
     def __post_init__(self) -> None:
         """Refuse invalid settings."""
@@ -63,10 +75,21 @@ class Stage:
                 f"weights, reuse and lr must be positive in a stage, got weights={self.weights}, "
                 f"reuse={self.reuse}, lr={self.lr}"
             )
+        if not 0 <= self.broken <= 1:
+            raise ValueError(f"broken is a fraction of the images, 0..1, got {self.broken}")
         if self.batch_size < 1 or self.evaluations < 1 or self.steps < self.evaluations:
             raise ValueError(
                 f"a stage needs at least a step for each evaluation, got {self.images} images in "
                 f"batches of {self.batch_size} with {self.evaluations} evaluations"
+            )
+        if self.objective not in get_args(Objective):
+            raise ValueError(
+                f"objective must be one of {', '.join(get_args(Objective))}, got {self.objective!r}"
+            )
+        if not 0 < self.masked < 1 or not self.target_loss >= 0:
+            raise ValueError(
+                "masked must be above 0 and below 1, and target_loss 0 or positive, got "
+                f"masked={self.masked}, target_loss={self.target_loss}"
             )
         for contour in self.contours:
             Pathfinder(self.size, contour, geometry=256)  # refuses impossible drawings
@@ -80,6 +103,20 @@ class Stage:
     def eval_every(self) -> int:
         """Steps between evaluations."""
         return self.steps // self.evaluations
+
+    @property
+    def pretrains(self) -> bool:
+        """Whether the stage predicts pixels instead of labels."""
+        return self.objective != "labels"
+
+    @property
+    def program(self) -> tuple[object, ...]:
+        """The settings that shape model and batches: stages that share them share a program."""
+        return self.size, self.batch_size, self.objective, self.masked if self.pretrains else 0.0
+
+    def is_learned(self, accuracy: float, loss: float) -> bool:
+        """Whether a target is reached by these results on the validation images."""
+        return accuracy >= self.target or loss <= self.target_loss
 
     def learning_rate(self, step: int, warmup: int) -> float:
         """Learning rate at a step (from 0) of the stage."""
@@ -99,6 +136,8 @@ class Curriculum:
     attention: Attention = ""
     """Attention, as for a single run; PIXELS stands for the canvas. Empty: 3 x 3 patches and a
     butterfly."""
+    order: Order = "morton"
+    """Order of the pixels."""
     block: int = 128
     """Granularity of layouts, in tokens."""
     model: ModelConfig = field(
@@ -133,6 +172,12 @@ class Curriculum:
                 "a curriculum needs stages, and val and test images to evaluate on, got "
                 f"{len(self.stages)} stages, val={self.val}, test={self.test}"
             )
+        objectives = [stage.pretrains for stage in self.stages]
+        if objectives != sorted(objectives, reverse=True) or objectives[-1]:
+            raise ValueError(
+                "stages of masked_pixels come first, and a stage of labels last, got "
+                f"{', '.join(stage.objective for stage in self.stages)}"
+            )
         check_seed(self.seed)
         check_block(self.block)
         if self.model.positions == "learned":
@@ -142,6 +187,10 @@ class Curriculum:
             )
         if not 0 <= self.average < 1:
             raise ValueError(f"average must be in 0..1, got {self.average}")
+        if self.order not in get_args(Order):
+            raise ValueError(
+                f"order must be one of {', '.join(get_args(Order))}, got {self.order!r}"
+            )
         for size in {stage.size for stage in self.stages}:
             check_attention(self.kind(size), size * size + (self.model.pooling == "cls"))
 
@@ -149,7 +198,8 @@ class Curriculum:
         """The attention on a canvas."""
         if not isinstance(self.attention, str):
             return self.attention
-        return self.attention.replace("PIXELS", str(size)) or patches_and_butterfly(size)
+        text = self.attention.replace("PIXELS", str(size))
+        return text or patches_and_butterfly(size, self.order)
 
     def kind(self, size: int) -> AttentionKind:
         """The attention on a canvas, read once: a file that is edited later has no influence."""
@@ -204,11 +254,16 @@ class Curriculum:
         return self.to_dict() | {"provenance": {"attention": provenance.together(origins)}}
 
 
-def patches_and_butterfly(size: int | str) -> str:
-    """The mask for images in Morton order: 3 x 3 patches of 8 x 16 pixels, and far ones.
+def patches_and_butterfly(size: int | str, order: Order = "morton") -> str:
+    """The mask for images: 3 x 3 patches of 8 x 16 pixels, and far ones.
 
-    A block of 128 tokens is such a patch; a butterfly's distances of 2^k blocks are distances of
-    2^(k / 2) patches.
+    In Morton order a block of 128 tokens is such a patch; a butterfly's distances of 2^k blocks are
+    distances of 2^(k / 2) patches.
+
+    >>> patches_and_butterfly(64, "raster")
+    'patches(64, 64, (8, 16), 1) | butterfly(128)'
     """
-    order = f"morton({size}, {size})"
-    return f"through(patches({size}, {size}, (8, 16), 1), {order}) | butterfly(128)"
+    patches = f"patches({size}, {size}, (8, 16), 1)"
+    if order != "raster":
+        patches = f"through({patches}, {order}({size}, {size}))"
+    return f"{patches} | butterfly(128)"

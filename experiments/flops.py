@@ -73,6 +73,7 @@ def attention_flops(
         return kind.type.flops(length, head_dim, kind.size)
     if kind.name in ("module", "selected"):
         counted = getattr(kind.user, "flops", None)
-        return None if counted is None else float(counted(length, head_dim))
+        operations = None if counted is None else counted(length, head_dim)
+        return None if operations is None else float(operations)
     assert kept is not None
     return 12.0 * kept * length**2 * head_dim

@@ -14,6 +14,8 @@ from typing import Self
 import torch
 from sparse_flash.kernels import DSL_VERSION, dsl_unsupported_reason
 
+from sparse_flash.cores import available_cores
+
 MIB = 1 << 20
 
 
@@ -21,9 +23,7 @@ def describe(device: torch.device | str) -> dict[str, str]:
     """The machine and the versions that matter, for the results of a measurement."""
     facts = {
         "cpu": _cpu_name(),
-        "cores": str(
-            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        ),
+        "cores": str(available_cores()),
         "threads": str(torch.get_num_threads()),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),

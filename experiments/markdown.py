@@ -211,6 +211,8 @@ def failure(run: Run) -> str | None:
         value = run["metrics"].get(name)
         if value is not None and not math.isfinite(value):
             return f"{name.replace('_', ' ')} {value}"
+    if "test_accuracy" not in run["metrics"] and "test_pixel_accuracy" in run["metrics"]:
+        return "it ended during pretraining, before any label"
     return None
 
 

@@ -229,6 +229,7 @@ class Encoder(nn.Module):
         block: Granularity of layouts.
         coordinates: Row and column of each token (s, 2), for positions 'rotary2d'.
         pairs: Whether examples are pairs.
+        mask_token: Token of hidden pixels, which are background for layouts decided by tokens.
 
     Raises:
         ValueError: The attention is unknown; or 'rotary2d' without coordinates.
@@ -248,9 +249,10 @@ class Encoder(nn.Module):
         block: int = 128,
         coordinates: Tensor | None = None,
         pairs: bool = False,
+        mask_token: int | None = None,
     ) -> None:
         super().__init__()
-        self.pooling = config.pooling
+        self.pooling, self.mask_token = config.pooling, mask_token
         coordinates = _coordinates(config, length, coordinates)
         length += config.pooling == "cls"
         rope_cos_sin = (
@@ -265,6 +267,9 @@ class Encoder(nn.Module):
             Layer(config, length, attention, block, rope_cos_sin) for _ in range(config.layers)
         )
         self.layers = nn.ModuleList(layers)
+        self.layouts = AttentionKind.of(attention).token_layouts(
+            length, int(config.pooling == "cls")
+        )
         self.norm = nn.LayerNorm(config.dim)
         self.head: nn.Module = nn.Linear(config.dim, classes)
         if pairs:
@@ -304,6 +309,10 @@ class Encoder(nn.Module):
 
     def hidden(self, tokens: Tensor, lengths: Tensor | None) -> Tensor:
         """(b, s) to (b, s, dim), with the CLS token where there is one, which lengths count."""
+        if self.layouts is not None:
+            from sparse_flash.experiments.token_layouts import lay_out
+
+            lay_out(self, tokens)
         x = self.tokens(tokens)
         if self.cls is not None:
             x = torch.cat([self.cls.expand(len(x), 1, -1), x], dim=1)

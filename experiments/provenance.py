@@ -78,6 +78,10 @@ def of_attention(kind: AttentionKind, length: int, block: int) -> Record:
             files += source_files(mask.fn if isinstance(mask, custom) else type(mask))
     if kind.user is not None:
         digest = getattr(kind.user, "digest", None) or code_digest(kind.user)
+        blocks = getattr(kind.user, "static_blocks", None)
+        if kind.name == "selected" and blocks is not None:
+            whole = blocks(length).numpy().tobytes()  # the mask counts by its layout
+            digest = hashlib.sha256(digest.encode() + whole).hexdigest()
         record |= {"repr": kind.label, "code_sha256": digest}
         files += source_files(kind.user)
     files += referenced_files(kind.text)
@@ -86,10 +90,12 @@ def of_attention(kind: AttentionKind, length: int, block: int) -> Record:
 
 def together(records: list[Record]) -> Record:
     """One record of an attention at several lengths: of its layouts together."""
-    layouts = [record["layout_sha256"] for record in records if "layout_sha256" in record]
-    if not layouts:
-        return records[-1]
-    return records[-1] | {"layout_sha256": hashlib.sha256("".join(layouts).encode()).hexdigest()}
+    joined = {}
+    for name in ("layout_sha256", "code_sha256"):
+        found = [record[name] for record in records if name in record]
+        if found and (name == "layout_sha256" or len(set(found)) > 1):
+            joined[name] = hashlib.sha256("".join(found).encode()).hexdigest()
+    return records[-1] | joined
 
 
 def of_task(task: object) -> Record:
@@ -233,7 +239,8 @@ def _same(a: Record | None, b: Record | None) -> bool | None:
     for key in ("layout_sha256", "code_sha256"):
         if key in a and key in b:
             files = [[f["sha256"] for f in x["files"]] for x in (a, b)]
-            return a[key] == b[key] or (key == "code_sha256" and files[0] == files[1])
+            as_files = key == "code_sha256" and files[0] and files[0] == files[1]
+            return bool(a[key] == b[key] or as_files)
     return True if a.get("kind") == b.get("kind") else None
 
 

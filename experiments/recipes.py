@@ -148,12 +148,26 @@ def _first_stages() -> tuple[Stage, ...]:
     )
 
 
+def _deep_model() -> ModelConfig:
+    """Six layers: with two, the accuracy on curves of 14 paddles stays below 76 %."""
+    return ModelConfig(
+        dim=64,
+        heads=2,
+        layers=6,
+        ffn=128,
+        positions="rotary2d",
+        initial_span=(3.0, 10.0),
+        pooling="max",
+        dropout=0.0,
+    )
+
+
 def path_x() -> Curriculum:
     """Path-X by stages: Pathfinder with 128 x 128 pixels, 16,384 tokens."""
     last = Stage(
         128, (6, 9, 12, 14), (1.0, 2.0, 2.0, 3.0), 64, 1e-3, 3_000_000, reuse=4, evaluations=60
     )
-    return Curriculum((*_first_stages(), last), geometry=128)
+    return Curriculum((*_first_stages(), last), geometry=128, model=_deep_model())
 
 
 def path_256() -> Curriculum:
@@ -165,7 +179,22 @@ def path_256() -> Curriculum:
                 128, (6, 9, 12, 14), (1.0, 2.0, 2.0, 3.0), 64, 1e-3, 700_000, target=0.92, reuse=4
             ),
             Stage(256, (9, 12, 14), (1.0, 1.0, 3.0), 16, 7e-4, 1_000_000, evaluations=40),
-        )
+        ),
+        model=_deep_model(),
+    )
+
+
+def path_512() -> Curriculum:
+    """Path-512 by stages: curves of 20 paddles on 512 x 512 pixels, 262,144 tokens."""
+    *first, last = path_256().stages
+    return replace(
+        path_256(),
+        stages=(
+            *first,
+            replace(last, images=320_000, target=0.93, evaluations=16),
+            Stage(256, (14, 17, 20), (1.0, 1.0, 2.0), 16, 7e-4, 80_000, target=0.93, evaluations=8),
+            Stage(512, (14, 17, 20), (1.0, 1.0, 2.0), 4, 5e-4, 200_000, evaluations=40),
+        ),
     )
 
 
@@ -263,6 +292,28 @@ def strong(recipe: Callable[[], RunConfig]) -> Callable[[], RunConfig]:
     return run
 
 
+_PIXELS = {
+    64: Stage(64, (3, 4, 5), (1.0, 1.0, 2.0), 256, 1e-3, 400_000, reuse=4, evaluations=10),
+    128: Stage(
+        128, (6, 9, 12, 14), (1.0, 2.0, 2.0, 3.0), 64, 1e-3, 200_000, reuse=4, evaluations=10
+    ),
+    256: Stage(256, (9, 12, 14), (1.0, 1.0, 3.0), 16, 7e-4, 100_000, evaluations=10),
+}  # images of pretraining, by pixels per side
+
+
+def pretrained(recipe: Callable[[], Curriculum]) -> Callable[[], Curriculum]:
+    """The curriculum after masked-pixel pretraining on its canvases: it uses more than labels."""
+
+    def run() -> Curriculum:
+        curriculum = recipe()
+        sizes = sorted({stage.size for stage in curriculum.stages})
+        first = (replace(_PIXELS[size], objective="masked_pixels") for size in sizes)
+        return replace(curriculum, stages=(*first, *curriculum.stages))
+
+    run.__doc__ = f"After masked-pixel pretraining, which uses more than labels. {recipe.__doc__}"
+    return run
+
+
 SMALL: dict[str, Callable[[], RunConfig]] = {
     "listops": listops,
     "text": text,
@@ -282,4 +333,10 @@ RUNS: dict[str, Callable[[], RunConfig]] = {
     "listops-short": listops_short,
     "recall": recall,
 }
-CURRICULA: dict[str, Callable[[], Curriculum]] = {"path-x": path_x, "path-256": path_256}
+CURRICULA: dict[str, Callable[[], Curriculum]] = {
+    "path-x": path_x,
+    "path-256": path_256,
+    "path-512": path_512,
+    "path-x-pretrained": pretrained(path_x),
+    "path-256-pretrained": pretrained(path_256),
+}

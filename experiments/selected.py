@@ -1,10 +1,11 @@
-"""Attention whose blocks the data choose, by name: topk(...), nsa(...), hybrid(MASK, FEATURES).
+"""Attention whose blocks the data choose: topk(...), nsa(...), hybrid(...), foreground(...).
 
 topk(8)                                 MoBA: pooled q and k score the blocks
 topk(8, selector=dsa, pool=token)       an indexer that learns from the attention that was paid
 nsa(8, causal=True)                     attention to compressed blocks scores and takes part
 hybrid(local(128) | sinks(16), performer(128))
 exact within the mask, random features for other blocks
+foreground(64)                          blocks with nonzero tokens; see `foreground`
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch import nn
 
 from sparse_flash.nn.selected import TopKAttention, make_selector
 
-FORMS = "topk(8), topk(8, selector=dsa), nsa(8), hybrid(local(128), performer(128))"
+FORMS = "topk(8), topk(8, selector=dsa), nsa(8), hybrid(local(128), performer(128)), foreground(64)"
 _NAME = re.compile(r"(topk|nsa|hybrid)\s*\(")
 
 
@@ -39,13 +40,18 @@ class Selected:
         """The module of a layer: q, k, v `(b, s, h, d)` and kv_lens to `(b, s, h, d)`."""
         raise NotImplementedError
 
-    def density(self, length: int) -> float:
-        """Part of all pairs of blocks that are computed exactly, 0..1."""
+    def token_layouts(self, length: int, extra: int = 0) -> nn.Module | None:
+        """The module that makes the layout of a batch from its tokens; None: none is needed."""
+        return None
+
+    def density(self, length: int) -> float | None:
+        """Part of all pairs of blocks that are computed exactly, 0..1; None: it is not known."""
         raise NotImplementedError
 
-    def flops(self, length: int, head_dim: int) -> float:
+    def flops(self, length: int, head_dim: int) -> float | None:
         """Operations of one head, forward and backward, those of the exact part."""
-        return 12.0 * self.density(length) * length**2 * head_dim
+        kept = self.density(length)
+        return None if kept is None else 12.0 * kept * length**2 * head_dim
 
 
 @dataclass(frozen=True)
@@ -143,7 +149,9 @@ class HybridKind(Selected):
 
 def is_selected(text: str) -> bool:
     """Whether a text is one of these kinds; patterns of masks have other names."""
-    return _NAME.match(text) is not None
+    from sparse_flash.experiments.foreground import is_foreground
+
+    return _NAME.match(text) is not None or is_foreground(text)
 
 
 def read(text: str) -> Selected:
@@ -162,13 +170,17 @@ def read(text: str) -> Selected:
     ValueError: topk(8, pol=mean): topk has no argument 'pol'; it has blocks, block, selector, \
 pool, causal, sinks, local, kl
     """
+    from sparse_flash.experiments.foreground import is_foreground, read_foreground
+
+    if is_foreground(text):
+        return read_foreground(text)
     try:
         call = ast.parse(text, mode="eval").body
         if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
             raise ValueError(f"it must be a call, as in {FORMS}")
         if call.func.id == "hybrid":
             return _hybrid(text, call)
-        given = _arguments(call, TopK, call.func.id)
+        given = arguments(call, TopK, call.func.id)
         if call.func.id == "nsa":
             given = {"selector": "nsa"} | given
         return TopK(**given)
@@ -178,7 +190,7 @@ pool, causal, sinks, local, kl
         raise ValueError(f"{text}: {error}") from None
 
 
-def _arguments(call: ast.Call, cls: type, name: str) -> dict[str, Any]:
+def arguments(call: ast.Call, cls: type, name: str) -> dict[str, Any]:
     """The values of a call by the fields of a dataclass."""
     names = [field.name for field in fields(cls)]
     if name == "nsa":
@@ -217,7 +229,7 @@ def _hybrid(text: str, call: ast.Call) -> HybridKind:
     if not found or found[1] == "0":
         raise ValueError(f"features must be performer(128) or linear, got {features}")
     options = ast.Call(call.func, [], call.keywords)
-    given = _arguments(options, HybridKind, "hybrid")
+    given = arguments(options, HybridKind, "hybrid")
     if {"mask", "features"} & given.keys():
         raise ValueError("mask and features come first, without names")
     return HybridKind(mask, int(found[1] or 0), **given)

@@ -12,18 +12,19 @@ from typing import Any
 import torch
 from sparse_flash.experiments import checkpoint, old_names, stopping
 from sparse_flash.experiments.attention import check_trainable
+from sparse_flash.experiments.canvases import canvas_model, check_canvases
 from sparse_flash.experiments.curriculum import Curriculum, Stage
 from sparse_flash.experiments.data.dataset import Batch, Examples
-from sparse_flash.experiments.data.images import coordinates
-from sparse_flash.experiments.data.pathfinder import Pathfinder
 from sparse_flash.experiments.data.stream import Stream, held_out, workers
+from sparse_flash.experiments.defaults import completed
 from sparse_flash.experiments.densities import attention_densities
 from sparse_flash.experiments.device import pick_device
+from sparse_flash.experiments.foreground import added, check_layouts, mean_densities, take_sums
 from sparse_flash.experiments.lock import exclusive
 from sparse_flash.experiments.logger import Logger
 from sparse_flash.experiments.machine import describe, tensor_peak
-from sparse_flash.experiments.model import Encoder
 from sparse_flash.experiments.parallel import Workers
+from sparse_flash.experiments.pretraining import carried, for_stage
 from sparse_flash.experiments.provenance import differences
 from sparse_flash.experiments.step import START_UP, TrainingStep
 from sparse_flash.experiments.train import RESULT, TrainingError
@@ -31,6 +32,7 @@ from sparse_flash.experiments.warm_start import CHECKPOINT
 from sparse_flash.masks.files import atomic_write
 
 VALIDATION, TEST = 0, 1  # numbers of the held-out sets
+HELD_OUT = -1  # in place of a seed, for the pixels that are hidden in these sets
 _AGREE_EVERY = 20  # steps between checks of the clock and of signals
 
 
@@ -43,9 +45,11 @@ class _Progress:
     images: int = 0  # of all stages
     seconds: float = 0.0  # GPU seconds: start-up, training and evaluation
     training_seconds: float = 0.0  # training steps only
-    # Per stage: steps and seconds after start-up, the same for all steps, MiB of a step.
+    # Per stage: steps and seconds after start-up, the same for all steps, MiB of a step; then the
+    # measured layouts, see `foreground.take_sums`.
     times: list[list[float]] = field(default_factory=list)
     curve: list[list[float]] = field(default_factory=list)  # see `follow`
+    pretraining: list[list[float]] = field(default_factory=list)  # see `follow`
 
 
 def follow(
@@ -63,7 +67,9 @@ def follow(
     Returns:
         The content of result.json: settings, machine, metrics, and the curve. The curve has, for
         each evaluation: stage (from 0), step of the stage, images so far, seconds so far, seconds
-        of training, training loss and accuracy, validation accuracy on the longest contour.
+        of training, training loss and accuracy, validation accuracy on the longest contour. Stages
+        that pretrain have their rows in "pretraining": loss and accuracy of hidden pixels, and the
+        validation loss at the end.
 
     Raises:
         TrainingError: The loss is not finite.
@@ -79,7 +85,8 @@ def follow(
     if path.exists():
         result = old_names.result(json.loads(path.read_text()))
         if result["metrics"]["finished"]:
-            checkpoint.check_same(path, differences(result["config"], curriculum.record))
+            saved = completed(result["config"], curriculum)
+            checkpoint.check_same(path, differences(saved, curriculum.record))
             stopping.announce(f"{folder} holds this run, finished: nothing to train")
             return result
     kind, where = curriculum.kind(curriculum.stages[0].size), pick_device(device)
@@ -88,47 +95,6 @@ def follow(
         check_canvases(curriculum)
     with exclusive(folder):
         return _Run(curriculum, folder, where, budget).run()
-
-
-def canvas_model(curriculum: Curriculum, size: int) -> Encoder:
-    """The model for a canvas of size x size pixels.
-
-    Raises:
-        ValueError: Attention and sizes do not fit each other.
-    """
-    return Encoder(
-        curriculum.model,
-        Pathfinder.vocabulary,
-        Pathfinder.classes,
-        size**2,
-        curriculum.kind(size),
-        curriculum.block,
-        coordinates("morton", size),
-    )
-
-
-def check_canvases(curriculum: Curriculum) -> None:
-    """Build the model of each canvas once, so that impossible settings are refused before training.
-
-    Raises:
-        ValueError: Attention and sizes do not fit each other, or weights depend on the canvas.
-    """
-    label = curriculum.attention_label
-    sizes = sorted({stage.size for stage in curriculum.stages})
-    shapes = []
-    with torch.random.fork_rng(devices=[]):
-        for size in sizes:
-            try:
-                weights = canvas_model(curriculum, size).state_dict()
-            except ValueError as error:
-                raise ValueError(f"attention {label!r}: {error}") from error
-            shapes.append({name: weight.shape for name, weight in weights.items()})
-    wrong = [name for shape in shapes for name in shape if shape[name] != shapes[0].get(name)]
-    if wrong:
-        raise ValueError(
-            f"attention {label!r} has weights whose shape depends on the canvas, {wrong[0]} say: a "
-            f"curriculum carries weights from {sizes[0]} to {sizes[-1]} pixels"
-        )
 
 
 class _Run:
@@ -149,8 +115,8 @@ class _Run:
         path = folder / CHECKPOINT
         if path.exists():
             self.saved = checkpoint.load(path)
-            different = differences(old_names.config(self.saved["config"]), curriculum.record)
-            checkpoint.check_same(path, different)
+            saved = completed(self.saved["config"], curriculum)
+            checkpoint.check_same(path, differences(saved, curriculum.record))
             self.progress = _Progress(**self.saved["progress"])
             at = f"stage {self.progress.stage + 1}, step {self.progress.step}"
             stopping.announce(f"resuming at {at} from {path}")
@@ -191,7 +157,7 @@ class _Run:
             self.streams[number] = Stream(
                 stage.size,
                 c.geometry,
-                "morton",
+                c.order,
                 stage.contours,
                 stage.weights,
                 stage.batch_size,
@@ -200,6 +166,7 @@ class _Run:
                 self.device,
                 self.threads,
                 (self.workers.rank, self.workers.size),
+                stage.broken,
             )
         return self.streams[number]
 
@@ -211,7 +178,7 @@ class _Run:
                 stage.size,
                 stage.contours[-1],
                 self.curriculum.geometry,
-                "morton",
+                self.curriculum.order,
                 count,
                 number,
             )
@@ -223,9 +190,9 @@ class _Run:
         stage, c = self.stage, self.curriculum
         last = self.built
         self.built = stage
-        if last is not None and (last.size, last.batch_size) == (stage.size, stage.batch_size):
+        if last is not None and last.program == stage.program:
             return
-        if last is None:
+        if last is None or last.objective != stage.objective:
             torch.manual_seed(c.seed)
         state = None if last is None else self._state()
         if last is None and self.saved is not None:
@@ -234,11 +201,12 @@ class _Run:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         torch._dynamo.reset()  # one program per canvas, without dynamic shapes
-        self.model = canvas_model(c, stage.size).to(self.device)
+        self.model = canvas_model(c, stage.size, stage.objective).to(self.device)
         self.train_step = TrainingStep(self.model, c.training(stage), self.device, self.workers)
         self.weights = [p.detach() for p in self.model.parameters()]  # share their memory
         self.average = [w.clone() for w in self.weights]
         if state is not None:
+            state = carried(state, self.model)
             self.model.load_state_dict(state["model"])
             for mine, other in zip(self.average, state["average"], strict=True):
                 mine.copy_(other)
@@ -253,6 +221,7 @@ class _Run:
         count = stage.batch_size // self.workers.size
         tokens = torch.zeros(count, stage.size**2, dtype=torch.int64, device=self.device)
         batch = Batch(tokens, None, torch.zeros(count, dtype=torch.int64, device=self.device))
+        batch = for_stage(stage, batch, (), (0, 1))
 
         def forward_backward() -> None:
             train_step.loss(batch)[0].backward()
@@ -260,6 +229,7 @@ class _Run:
 
         self.model.train()
         peak = tensor_peak(forward_backward, self.device)
+        take_sums(self.model, self.workers)  # not of a step
         checkpoint.restore_random_state(random)
         return peak
 
@@ -322,12 +292,13 @@ class _Run:
         times[2] += steps
         times[3] += seconds
         times[4] = self.memory
+        times[5:] = added(times[5:], take_sums(self.model, self.workers))
 
     def _stages(self) -> list[dict[str, float | None]]:
         """Measurements of each stage, for the result."""
         c = self.curriculum
         rows: list[dict[str, float | None]] = []
-        for stage, (settled, settled_s, steps, seconds, memory) in zip(
+        for stage, (settled, settled_s, steps, seconds, memory, *stored) in zip(
             c.stages, self.progress.times, strict=False
         ):
             if not steps:  # trained by a version that did not record it
@@ -343,6 +314,7 @@ class _Run:
                     **attention_densities(
                         c.kind(stage.size), stage.size**2, c.block, c.model.dim // c.model.heads
                     ),
+                    **mean_densities(stored),
                     "peak_memory_MiB": memory,
                 }
             )
@@ -353,6 +325,8 @@ class _Run:
         progress, c = self.progress, self.curriculum
         assert self.train_step is not None
         batch = self._stream(progress.stage).batch(progress.step)
+        key, shard = (c.seed, progress.stage, progress.step), (self.workers.rank, self.workers.size)
+        batch = for_stage(stage, batch, key, shard)
         outcome = self.train_step(batch, stage.learning_rate(progress.step, c.warmup))
         self.sums += torch.stack([outcome.loss.float(), outcome.correct.float()])
         self.counted += 1
@@ -383,6 +357,7 @@ class _Run:
         self.progress.step = 0
 
     def _check_finite(self, loss: float) -> None:
+        check_layouts(self.model)
         if not math.isfinite(loss):
             raise TrainingError(
                 f"{self.folder}: in stage {self.progress.stage + 1} before step "
@@ -391,18 +366,23 @@ class _Run:
             )
 
     def _evaluate(self, stage: Stage, loss: float, accuracy: float) -> bool:
-        """Evaluate and record; returns whether the stage has reached its target."""
+        """Evaluate and record; returns whether the stage has reached a target."""
         progress = self.progress
-        _, validation = self._measure(
-            self._set(stage, self.curriculum.val, VALIDATION), stage.batch_size
-        )
+        images = self._set(stage, self.curriculum.val, VALIDATION)
+        validation_loss, validation = self._measure(images, VALIDATION)
         progress.seconds = self._seconds()
         row = [progress.stage, progress.step, progress.images, progress.seconds]
-        progress.curve.append([*row, progress.training_seconds, loss, accuracy, validation])
+        row += [progress.training_seconds, loss, accuracy, validation]
+        if stage.pretrains:
+            progress.pretraining.append([*row, validation_loss])
+        else:
+            progress.curve.append(row)
+        pixel = "pixel_" if stage.pretrains else ""
         values = {
-            "train/loss": loss,
-            "train/accuracy": accuracy,
-            "eval/accuracy": validation,
+            f"train/{pixel}loss": loss,
+            f"train/{pixel}accuracy": accuracy,
+            f"eval/{pixel}loss": validation_loss,
+            f"eval/{pixel}accuracy": validation,
             "curriculum/stage": progress.stage + 1,
             "curriculum/pixels": stage.size,
             "curriculum/contour": stage.contours[-1],
@@ -411,39 +391,46 @@ class _Run:
         by_time = {f"by_gpu_second/{n}": v for n, v in values.items()}
         self.log.scalars(by_time, round(progress.seconds))
         self.log.flush()
+        learned = stage.is_learned(validation, validation_loss)
         if not self.workers.first:
-            return validation >= stage.target
+            return learned
         print(
             f"{self.folder.name}: stage {progress.stage + 1} ({stage.size} pixels, "
             f"{stage.contours[-1]} paddles), step {progress.step}/{stage.steps}, "
             f"{progress.images:,} images, {progress.seconds:.0f} GPU s, loss {loss:.3f}, "
-            f"train {accuracy:.1%}, held out {validation:.1%}, {self._speed(stage):.0f} images/s",
+            f"train {accuracy:.1%}, held out {validation:.1%}"
+            f"{' of hidden pixels' if pixel else ''}, {self._speed(stage):.0f} images/s",
             flush=True,
         )
-        return validation >= stage.target
+        return learned
 
     def _speed(self, stage: Stage) -> float:
         """Images a second since the evaluation before, of training alone."""
-        rows = self.progress.curve[-2:]
+        rows = [*self.progress.pretraining, *self.progress.curve][-2:]
         if len(rows) < 2:
             rows = [[0.0] * len(rows[0]), *rows]
         return (rows[1][2] - rows[0][2]) / max(1e-9, rows[1][4] - rows[0][4])
 
     @torch.no_grad()
-    def _measure(self, images: Examples, size: int, stop: stopping.Signals = None) -> list[float]:
-        """Mean loss and accuracy of the averaged weights, unless signals arrive."""
+    def _measure(self, images: Examples, number: int, stop: stopping.Signals = None) -> list[float]:
+        """Mean loss and accuracy of the averaged weights, unless signals arrive.
+
+        number: That of the held-out set, which decides the hidden pixels.
+        """
         assert self.train_step is not None
         kept = [w.clone() for w in self.weights]
         torch._foreach_copy_(self.weights, self.average)
         self.model.eval()
         sums = torch.zeros(2, device=self.device)
-        batches = images.batches(2 * size)
-        for number, batch in stopping.until_stopped(batches, self.workers, stop):
-            if number % self.workers.size == self.workers.rank:
+        stage, size = self.stage, 2 * self.stage.batch_size
+        for i, whole in stopping.until_stopped(images.batches(size), self.workers, stop):
+            if i % self.workers.size == self.workers.rank:
+                batch = for_stage(stage, whole, (HELD_OUT, number), (i * size, 1))
                 loss, right = self.train_step.loss(batch)
                 sums += torch.stack([loss.float() * len(batch.labels), right.float()])
         torch._foreach_copy_(self.weights, kept)
         self.model.train()
+        check_layouts(self.model)
         return [total / len(images) for total in self.workers.sums(*sums.tolist())]
 
     def _finish(self, stop: list[int]) -> dict[str, Any]:
@@ -451,13 +438,14 @@ class _Run:
         c, progress, stage = self.curriculum, self.progress, self.stage
         finished = progress.stage >= len(c.stages)
         test = self._set(stage, c.test, TEST)
-        loss, accuracy = self._measure(test, stage.batch_size, stop)
+        loss, accuracy = self._measure(test, TEST, stop)
         progress.seconds = self._seconds()
         self._save()
+        tested = "test_pixel" if stage.pretrains else "test"
         metrics = {
-            "test_accuracy": accuracy,
-            "test_loss": loss,
-            "majority_accuracy": test.most_frequent,
+            f"{tested}_accuracy": accuracy,
+            f"{tested}_loss": loss,
+            **({} if stage.pretrains else {"majority_accuracy": test.most_frequent}),
             "test_images": c.test,
             "finished": finished,
             "stage": progress.stage + (not finished),
@@ -475,6 +463,9 @@ class _Run:
             "stages": self._stages(),
             "curve": progress.curve,
         }
+        if progress.pretraining:
+            result["pretraining"] = progress.pretraining
+            metrics["pretraining_images"] = int(progress.pretraining[-1][2])
         if self.workers.first:
             with atomic_write(self.folder / RESULT) as file:
                 file.write(json.dumps(result, indent=2).encode())

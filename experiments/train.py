@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
-import statistics
 import sys
 import time
 import warnings
@@ -19,6 +17,7 @@ from sparse_flash.experiments import checkpoint, chosen, old_names
 from sparse_flash.experiments.attention import check_trainable
 from sparse_flash.experiments.clock import AttentionClock
 from sparse_flash.experiments.config import RunConfig, TrainConfig
+from sparse_flash.experiments.curves import training_curve
 from sparse_flash.experiments.data.dataset import (
     Batch,
     CurriculumSampler,
@@ -28,10 +27,12 @@ from sparse_flash.experiments.data.dataset import (
     check_splits,
     coordinates_of,
 )
+from sparse_flash.experiments.defaults import completed
 from sparse_flash.experiments.device import pick_device
 from sparse_flash.experiments.flops import known_metrics, step_flops
+from sparse_flash.experiments.foreground import added, check_layouts, mean_densities, take_sums
 from sparse_flash.experiments.lock import exclusive
-from sparse_flash.experiments.logger import Logger, Record
+from sparse_flash.experiments.logger import Logger
 from sparse_flash.experiments.machine import describe, matrix_peak, tensor_peak
 from sparse_flash.experiments.model import Encoder
 from sparse_flash.experiments.parallel import Workers
@@ -52,7 +53,6 @@ from tqdm import tqdm
 
 RESULT = "result.json"
 BY_TIME = "by_training_millisecond"  # tags whose steps are milliseconds of training
-LEARNED = ("train/loss", "train/accuracy")  # training metrics of the batches
 
 
 class TrainingError(RuntimeError):
@@ -73,6 +73,7 @@ class _Progress:
     attention_share: float = math.nan
     peak_mebibytes: float = 0.0
     curve: list[list[float]] = field(default_factory=list)  # see `train`
+    stored: list[float] = field(default_factory=list)  # see `foreground.take_sums`
 
     def step_seconds(self) -> float:
         """Mean seconds of a step, without compilation and capture if there are later steps."""
@@ -142,7 +143,8 @@ def finished(config: RunConfig, folder: Path) -> dict[str, Any] | None:
         raise checkpoint.CheckpointError(
             f"{path} is not a readable result ({error}): delete it, and the run is evaluated again"
         ) from error
-    checkpoint.check_same(path, differences(config.completed(result["config"]), config.record))
+    saved = completed(result["config"], config)
+    checkpoint.check_same(path, differences(saved, config.record))
     result["config"]["attention"] = config.attention_label  # its digest is the recorded one
     return result
 
@@ -289,6 +291,7 @@ class _Run:
 
     def _check(self) -> None:
         """Raise TrainingError if the loss is not finite, before a checkpoint keeps it."""
+        check_layouts(self.model)
         loss, norm = self.latest.loss.item(), self.latest.norm.item()
         if math.isfinite(loss) and math.isfinite(norm):
             return
@@ -353,6 +356,7 @@ class _Run:
                 mean, right = self.train_step.loss(batch)
                 loss += mean.item() * len(batch.labels)
                 correct += right.item()
+        check_layouts(self.model)
         loss, correct = self.workers.sums(loss, correct)
         return loss / len(split), correct / len(split)
 
@@ -377,7 +381,8 @@ class _Run:
         }
         if not math.isnan(progress.attention_share):
             metrics["attention_share"] = progress.attention_share
-        metrics |= known_metrics(config) | self._of_matrix_peak()
+        metrics |= known_metrics(config) | mean_densities(progress.stored)
+        metrics |= self._of_matrix_peak()
         shown = {f"final/{name}": v for name, v in metrics.items()}
         if self.in_comparison:
             self.log.scalars(shown, 0)
@@ -439,11 +444,14 @@ class _Run:
 
         self.model.train()
         peak = tensor_peak(forward_backward, self.device)
+        take_sums(self.model, self.workers)  # not of a step
         checkpoint.restore_random_state(state)
         return peak
 
     def _save(self) -> None:
         states = self.workers.gather(checkpoint.random_state())
+        found = take_sums(self.model, self.workers)
+        self.progress.stored = added(self.progress.stored, found)
         if not self.workers.first:
             return
         state = {
@@ -463,7 +471,7 @@ class _Run:
         if not path.exists():
             return None
         state = checkpoint.load(path)
-        saved = self.config.completed(state["config"])
+        saved = completed(state["config"], self.config)
         checkpoint.check_same(path, differences(saved, self.config.record))
         return state
 
@@ -475,23 +483,3 @@ class _Run:
         states = state["random"]
         if len(states) == self.workers.size:  # else the number of workers has changed
             checkpoint.restore_random_state(states[self.workers.rank])
-
-
-def training_curve(history: Sequence[Record], steps: Sequence[float]) -> list[list[float]]:
-    """Mean loss and accuracy of the logged batches between consecutive steps of `steps`.
-
-    It covers the batches that the model saw, curriculum examples included; `curve` is of the
-    validation set.
-
-    >>> history = [("train/loss", 0.7, 1, 0.0), ("train/loss", 0.5, 2, 0.0)]
-    >>> history += [("train/accuracy", 0.4, 1, 0.0), ("train/accuracy", 0.8, 2, 0.0)]
-    >>> training_curve(history, [2])
-    [[2, 0.6, 0.6]]
-    """
-    rows: list[list[float]] = []
-    for before, end in itertools.pairwise([0, *steps]):
-        some = [record for record in history if before < record[2] <= end]
-        logged = [[value for tag, value, *_ in some if tag == name] for name in LEARNED]
-        if all(logged):
-            rows.append([end, *(round(statistics.fmean(values), 6) for values in logged)])
-    return rows

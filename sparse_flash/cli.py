@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import shlex
 import sys
 import time
@@ -18,6 +17,7 @@ from tqdm import tqdm
 from sparse_flash import prebuild
 from sparse_flash.command import main
 from sparse_flash.command_tree import Commands, Folder, Number, Text
+from sparse_flash.cores import available_cores
 from sparse_flash.density import densities
 from sparse_flash.experiments import lra, markdown, old_names, registry
 from sparse_flash.experiments.bench import own, steps
@@ -393,7 +393,7 @@ def compile_kernels(
         if not torch.cuda.is_available():
             raise ValueError("torch sees no GPU here: give its compute capability, as --arch sm_90")
         arch = DeviceFacts.of(torch.device("cuda")).arch
-    jobs = min(8, os.cpu_count() or 1) if jobs is None else jobs
+    jobs = min(8, available_cores()) if jobs is None else jobs
     start, compiled = time.perf_counter(), 0
     wanted = prebuild.builds(arch, dtypes, head_dims, kernels)
     with tqdm(total=len(wanted), desc="kernels", unit="kernel") as bar:

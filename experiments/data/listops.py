@@ -23,6 +23,8 @@ from sparse_flash.experiments.old_names import LISTOPS, renamed_fields
 from torch.nn.functional import pad
 from tqdm import tqdm
 
+from sparse_flash.cores import available_cores
+
 OPERATORS = ("MIN", "MAX", "MED", "SM")
 PAD, CLOSE = 0, 15  # 1..10 are the digits, 11..14 the operators
 VOCABULARY = 16
@@ -279,7 +281,7 @@ def generate(task: ListOps, workers: int | None = None) -> Splits:
     """All splits of `task`; the same for any number of worker processes."""
     total = task.train + task.val + task.test
     if workers is None:  # generating few short sequences is faster than starting processes
-        workers = multiprocessing.cpu_count() if total * task.max_length > _WORTH_KEEPING else 1
+        workers = available_cores() if total * task.max_length > _WORTH_KEEPING else 1
     seen: dict[bytes, int] = {}
     fruitless = 0
     with tqdm(total=total, desc="generating ListOps", unit="ex", leave=False) as bar:

@@ -7,7 +7,6 @@ few hundred bytes each, and rendered on the device on demand. The release can be
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -39,6 +38,8 @@ from sparse_flash.experiments.old_names import METHODS, PATHFINDER, renamed_fiel
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, pad
 from tqdm import tqdm
+
+from sparse_flash.cores import available_cores
 
 _CHUNK = 64  # images per task of a thread
 _DRAWN = 256  # images rendered per step
@@ -186,7 +187,7 @@ class Pathfinder:
             return made
 
         chunks = -(-count // _CHUNK)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # numba releases the GIL
+        with ThreadPoolExecutor(available_cores()) as pool:  # numba releases the GIL
             made = list(pool.map(make, range(chunks)))
             while True:  # some are discarded: see `paddles.mark`
                 lines, ends = (np.concatenate(x) for x in zip(*made, strict=True))
@@ -291,6 +292,11 @@ class Drawings(Examples):
         """The same geometry on another device."""
         moved = (self.paddles.to(device), self.markers.to(device), self.labels.to(device))
         return Drawings(*moved, self.size, self.order, self.geometry)
+
+    def changed(self, **tensors: Tensor) -> Drawings:
+        """The same images with other paddles, markers or labels."""
+        own = {"paddles": self.paddles, "markers": self.markers, "labels": self.labels}
+        return Drawings(**own | tensors, size=self.size, order=self.order, geometry=self.geometry)
 
     def drawn(self) -> Split:
         """All images as pixels."""

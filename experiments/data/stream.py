@@ -7,17 +7,19 @@ step, so a resumed run sees the same images as an uninterrupted one, also on ano
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from sparse_flash.experiments.data.broken import broken
 from sparse_flash.experiments.data.dataset import Batch, Splits
 from sparse_flash.experiments.data.files import cached
 from sparse_flash.experiments.data.images import Augmented, Order
 from sparse_flash.experiments.data.pathfinder import Drawings, joined
+
+from sparse_flash.cores import available_cores
 
 POOL = 8_192  # images generated per pool; some are discarded, see `paddles.mark`
 _CHUNK = 256  # images per task of a thread
@@ -102,7 +104,7 @@ def held_out(
 
 def workers(part: float = 1.0) -> ThreadPoolExecutor:
     """Threads for a part of the cores, of which two are reserved for training."""
-    return ThreadPoolExecutor(max(1, round(part * ((os.cpu_count() or 1) - 2))), "draw")
+    return ThreadPoolExecutor(max(1, round(part * (available_cores() - 2))), "draw")
 
 
 class Stream:
@@ -123,6 +125,7 @@ class Stream:
         device: Device that renders the images.
         threads: Threads that generate the geometry.
         shard: Rank of this process, and number of processes that split each batch.
+        broken: Fraction of the images in which a long curve is broken; see `broken.broken`.
 
     Raises:
         ValueError: The batch size is not a multiple of the number of processes.
@@ -141,6 +144,7 @@ class Stream:
         device: torch.device,
         threads: ThreadPoolExecutor,
         shard: tuple[int, int] = (0, 1),
+        broken: float = 0.0,
     ) -> None:
         if batch_size % shard[1]:
             raise ValueError(
@@ -148,7 +152,7 @@ class Stream:
             )
         self.contours, self.weights = tuple(contours), torch.tensor(weights, dtype=torch.float64)
         self.batch_size, self.seed, self.device, self.shard = batch_size, seed, device, shard
-        self.threads = threads
+        self.threads, self.broken = threads, broken
         each = self.weights / self.weights.sum() * batch_size
         self.steps = [max(1, round(POOL * reuse / count)) for count in each.tolist()]
         """Number of steps per pool of each contour."""
@@ -202,13 +206,18 @@ class Stream:
         """The images of the pools of this step; start and number of the images of each contour."""
         numbers = tuple(step // steps for steps in self.steps)
         if self.mixed is None or self.mixed[0] != numbers:
-            pools = [self.pools[key].result() for key in enumerate(numbers)]
+            pools = [self._pool_images(*key) for key in enumerate(numbers)]
             counts = [len(pool) for pool in pools]
             starts = [sum(counts[:i]) for i in range(len(counts))]
             images = joined(pools).on(self.device)
             mixed = Augmented(images, self.firsts[0].order, images.size)
             self.mixed = numbers, mixed, starts, counts
         return self.mixed[1:]
+
+    def _pool_images(self, which: int, number: int) -> Drawings:
+        """The images of a pool, some of them with a broken curve."""
+        images, pool = self.pools[which, number].result(), self._pool(which, number)
+        return broken(images, pool.contour, self.broken, pool.seed) if self.broken else images
 
     def close(self) -> None:
         """Cancel pools that have not been started."""

@@ -15,6 +15,7 @@ from sparse_flash.experiments.checkpoint import CheckpointError
 from sparse_flash.experiments.config import ModelConfig
 from sparse_flash.experiments.curriculum import Curriculum, Stage
 from sparse_flash.experiments.data import stream
+from sparse_flash.experiments.data.images import coordinates
 from sparse_flash.experiments.data.pathfinder import Drawings
 from sparse_flash.experiments.staged import follow
 
@@ -184,13 +185,32 @@ def test_checkpoints_of_the_recipes_are_small():
     for name, recipe in recipes.CURRICULA.items():
         curriculum = recipe()
         assert json.loads(json.dumps(curriculum.to_dict()))["seed"] == 0
-        size = curriculum.stages[-1].size
-        assert size == {"path-x": 128, "path-256": 256}[name]
-        assert curriculum.geometry == size
-        assert curriculum.stages[-1].contours[-1] == 14
+        size, contour = curriculum.stages[-1].size, curriculum.stages[-1].contours[-1]
+        sizes = {"path-x": (128, 14), "path-256": (256, 14), "path-512": (512, 20)}
+        assert (size, contour) == sizes[name.removesuffix("-pretrained")]
+        assert curriculum.geometry == min(256, size)
         model = curriculum.model
         weights = model.layers * (4 * model.dim**2 + 2 * model.dim * model.ffn) + 256 * model.dim
-        assert 4 * 4 * 1.1 * weights < 2 << 20  # weights, average, two moments: below 2 MiB
+        assert 4 * 4 * 1.1 * weights < 4 << 20  # weights, average, two moments: below 4 MiB
+
+
+def test_dense_attention_does_not_depend_on_the_order_of_pixels(tmp_path):
+    dense = replace(TINY, attention="dense", stages=TINY.stages[:1])
+    losses = [
+        follow(replace(dense, order=order), tmp_path / order, "cpu")["metrics"]["test_loss"]
+        for order in ("morton", "raster")
+    ]
+    assert losses == pytest.approx([losses[0]] * 2, rel=1e-3)
+
+
+@pytest.mark.parametrize("order", ["morton", "raster", "hilbert"])
+def test_the_default_mask_is_of_patches_in_any_order(order):
+    curriculum = replace(recipes.path_x(), order=order)
+    layout = curriculum.kind(64).layout(64 * 64, 128)
+    there = coordinates(order, 64)
+    patch = there // torch.tensor([8, 16])
+    near = (patch[:, None] - patch[None]).abs().amax(-1) <= 1
+    assert layout.to_dense()[near].all()
 
 
 def test_bad_curricula():
@@ -203,6 +223,8 @@ def test_bad_curricula():
         replace(stage, images=4)
     with pytest.raises(ValueError, match="weights, reuse and lr must be positive"):
         replace(stage, weights=(0.0,))
+    with pytest.raises(ValueError, match="order must be one of raster, morton, hilbert, got"):
+        replace(TINY, order="spiral")
     with pytest.raises(ValueError, match="needs stages"):
         replace(TINY, stages=())
     with pytest.raises(ValueError, match="learned positions are of one canvas"):

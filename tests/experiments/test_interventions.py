@@ -1,0 +1,168 @@
+"""The recorded models follow the curve: without a marker they guess, and a cut turns the answer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from sparse_flash.experiments import checkpoint, interventions, recipes, trained
+from sparse_flash.experiments.canvases import canvas_model
+from sparse_flash.experiments.config import ModelConfig
+from sparse_flash.experiments.curriculum import Curriculum, Stage
+from sparse_flash.experiments.data import broken
+from sparse_flash.experiments.data.pathfinder import draw
+from sparse_flash.experiments.data.stream import held_out, workers
+from sparse_flash.experiments.staged import follow
+
+RECORDED = Path(__file__).parents[2] / "results" / "path-curricula"
+CONTOUR = 14
+
+
+def images_of(size: int, count: int, contour: int = CONTOUR):
+    """Held-out images, of those on which the recorded runs were tested."""
+    with workers() as threads:
+        return held_out(threads, size, contour, size, "morton", count, interventions.TEST)
+
+
+@pytest.fixture(scope="module")
+def images():
+    return images_of(128, 40)
+
+
+def pixels(images):
+    return draw(images.paddles, images.markers, images.size, images.geometry).int()
+
+
+def test_the_marked_curve_joins_the_markers_where_the_label_is_one(images):
+    curves = broken.marked_curves(images, CONTOUR)
+    rows = torch.arange(len(images))
+    last = curves * CONTOUR + CONTOUR - 1
+    heads = images.paddles[rows, last, :2] + images.paddles[rows, last, 2:]
+    to_the_end = (heads - images.markers[:, 1]).norm(dim=-1)
+    assert set(curves.tolist()) == {0, 1}
+    assert to_the_end[images.labels == 1].max() < 1
+    assert to_the_end[images.labels == 0].min() > 3
+
+
+def test_a_removed_marker_changes_pixels_around_it_alone(images):
+    changed = pixels(images) != pixels(broken.without_a_marker(images))
+    for difference, marker in zip(changed, images.markers[:, 1], strict=True):
+        found = difference.nonzero().float()
+        assert 5 <= len(found) < 60
+        assert (found - marker).norm(dim=-1).max() < 6
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_a_cut_removes_the_two_paddles_in_the_middle_of_one_curve(images, marked):
+    cut = interventions.without_the_middle(images, CONTOUR, marked)
+    gone = (cut.paddles != images.paddles).any(-1)
+    assert gone.sum(1).eq(2).all()
+    curve = broken.marked_curves(images, CONTOUR)
+    first = (curve if marked else 1 - curve) * CONTOUR + 6
+    assert gone.int().argmax(1).equal(first)
+    before, after = pixels(images), pixels(cut)
+    assert (after <= before + 1).all()  # ink only disappears, up to rounding
+    assert ((before - after) > 100).flatten(1).sum(1).min() > 8
+
+
+def test_some_images_have_a_broken_curve(images):
+    made = broken.broken(images, CONTOUR, 0.5, seed=3)
+    again = broken.broken(images, CONTOUR, 0.5, seed=3)
+    assert made.paddles.equal(again.paddles)
+    assert made.labels.equal(again.labels)
+    gone = (made.paddles != images.paddles).any(-1)
+    some = gone.any(1)
+    assert 0.3 < some.float().mean() < 0.7
+    assert gone.sum(1)[some].eq(2).all()
+    assert (gone[:, 1:] & gone[:, :-1]).sum(1)[some].eq(1).all()
+    first = gone.int().argmax(1)[some]
+    place = first % CONTOUR
+    assert place.min() >= 3
+    assert place.max() + 1 <= CONTOUR - 4
+    own = first // CONTOUR == broken.marked_curves(images, CONTOUR)[some]
+    assert made.labels[some].equal(images.labels[some] * ~own)
+    assert made.labels[~some].equal(images.labels[~some])
+    assert own.any()
+    assert not own.all()
+
+
+def test_a_trained_model_is_loaded_with_its_averaged_weights(tmp_path):
+    mask = "through(patches(PIXELS, PIXELS, (8, 16), 1), morton(PIXELS, PIXELS))"
+    model = ModelConfig(
+        dim=16, heads=2, layers=1, ffn=16, positions="rotary2d", initial_span=(3.0,), pooling="max"
+    )
+    stages = (Stage(32, (3,), (1.0,), 4, 1e-2, 16, evaluations=1),)
+    tiny = Curriculum(stages, 32, mask, model=model, val=4, test=8, warmup=1, compile=False)
+    result = follow(tiny, tmp_path, "cpu")
+    found = trained.load(tmp_path)
+    assert trained.curriculum_of(tmp_path) == tiny
+    trained.export(tmp_path, tmp_path / "weights.pt")
+    again = trained.load(tmp_path / "weights.pt")
+    fresh = canvas_model(tiny, 32)
+    for name, weight in found.state_dict().items():
+        assert again.state_dict()[name].equal(weight)
+    assert not found.head.weight.equal(fresh.head.weight)
+    images = images_of(32, 8, 3)
+    right = interventions.answers(found, images) == images.labels
+    assert right.float().mean() == result["metrics"]["test_accuracy"]
+    assert not found.training
+
+
+def test_a_checkpoint_of_another_kind_is_refused(tmp_path):
+    checkpoint.save(tmp_path / "checkpoint.pt", {"config": {"task": {}}, "model": {}})
+    with pytest.raises(checkpoint.CheckpointError, match="is not of a curriculum"):
+        trained.load(tmp_path)
+    with pytest.raises(checkpoint.CheckpointError, match="there is no"):
+        trained.load(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("name", ["path-x", "path-256"])
+def test_recorded_weights_are_of_the_recipe(name):
+    found = trained.curriculum_of(RECORDED / f"{name}-seed0" / "weights.pt")
+    assert found == recipes.CURRICULA[name]()
+
+
+def test_saliency_is_where_the_maximum_comes_from():
+    # Each token attends to itself alone, so only tokens with the maximum of a channel decide.
+    model = canvas_model(replace(recipes.path_x(), attention="local(0)"), 32).eval()
+    some = images_of(32, 2, 3)
+    tokens = some.take(torch.arange(2)).tokens
+    with torch.no_grad():
+        hidden = model.hidden(tokens, None)
+        largest = hidden == hidden.amax(1, keepdim=True)
+        empty = (largest & (tokens == 0)[..., None]).flatten(0, 1).any(0)
+        model.head.weight[:, empty] = 0  # leave channels whose maximum is of ink
+    decides = (largest & ~empty).any(-1)  # in token order
+    maps = interventions.saliency(model, some)
+    expected = torch.zeros(2, 32 * 32, dtype=torch.bool)
+    expected[:, some.permutation] = decides
+    assert (maps > 0).flatten(1).equal(expected)
+    assert 0 < expected.sum() < expected.numel()
+    assert maps.amax((1, 2)).tolist() == [1.0, 1.0]
+
+
+def check_follows(name: str, images, device: str, batch_size: int) -> None:
+    """Either long curve tells the label, and nothing else does."""
+    model = trained.load(RECORDED / f"{name}-seed0" / "weights.pt").to(device)
+    found = interventions.share_of_ones(model, images, CONTOUR, batch_size)
+    print(name, found)
+    tells = {change: one - zero for change, (one, zero) in found.items()}
+    assert tells["no change"] > 0.75
+    assert abs(tells["one marker removed"]) < 0.25
+    assert abs(tells["ends of both curves"]) < 0.25
+    for one_curve in ("ends of the marked curve", "ends of the other curve"):
+        assert tells[one_curve] > 0.4
+
+
+@pytest.mark.slow
+def test_path_x_follows_the_curves(images):
+    check_follows("path-x", images, "cpu", 2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["path-x", "path-256"])
+def test_recorded_models_follow_the_curves(name):
+    images = images_of({"path-x": 128, "path-256": 256}[name], 400)
+    check_follows(name, images, "cuda", 8)

@@ -1,0 +1,177 @@
+"""Texts and the figure of Path-X and Path-256, from the recorded runs by stages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from statistics import mean, stdev
+from typing import Any
+
+from tools import tables
+
+RUNS = tables.RESULTS / "path-curricula"
+SEEDS = (0, 1, 2)
+EQUAL = 540  # GPU seconds at which runs are compared
+# The runs of the ablation: name, layers, attention.
+ABLATION = {
+    "path-256-seed0": (6, "3 x 3 patches and butterfly"),
+    "path-256-local-seed0": (6, "3 x 3 patches"),
+    "path-256-4-layers-seed0": (4, "3 x 3 patches and butterfly"),
+    "path-256-2-layers-seed0": (2, "3 x 3 patches and butterfly"),
+}
+# Test accuracy in per cent, as published for the data set of Long Range Arena.
+PUBLISHED = {"path-256": {"block-sparse FlashAttention": 63.1, "FlashButterfly": 92.2}}
+
+
+def run(name: str) -> Any:
+    """The result of a run."""
+    return tables.read(RUNS / name / "result.json")
+
+
+def results() -> str:
+    """Test accuracy of all seeds, with the GPU seconds and images of each run."""
+    rows = []
+    for task in ("path-256", "path-x"):
+        found = [run(f"{task}-seed{seed}")["metrics"] for seed in SEEDS]
+        for seed, metrics in zip(SEEDS, found, strict=True):
+            rows.append(
+                [
+                    task,
+                    f"{metrics['pixels'] ** 2:,}",
+                    f"{seed}",
+                    f"{100 * metrics['test_accuracy']:.1f} %",
+                    f"{metrics['gpu_seconds']:,.0f}",
+                    f"{metrics['images']:,}",
+                ]
+            )
+    return tables.table(
+        ["recipe", "tokens", "seed", "test accuracy", "GPU seconds", "images seen"], rows
+    )
+
+
+def average(task: str) -> str:
+    """Mean and standard deviation of the test accuracy over seeds, and the mean GPU seconds."""
+    found = [run(f"{task}-seed{seed}")["metrics"] for seed in SEEDS]
+    accuracy = [100 * metrics["test_accuracy"] for metrics in found]
+    seconds = mean(metrics["gpu_seconds"] for metrics in found)
+    return f"{mean(accuracy):.1f} ± {stdev(accuracy):.1f} % after {seconds / 60:.0f} GPU minutes"
+
+
+def ablation() -> str:
+    """Validation accuracy of the ablation at `EQUAL` GPU seconds, and the last test."""
+    rows = []
+    for name, (layers, attention) in ABLATION.items():
+        result = run(name)
+        metrics = result["metrics"]
+        at = [row for row in result["curve"] if row[3] <= EQUAL][-1]
+        rows.append(
+            [
+                f"{layers}",
+                attention,
+                f"{100 * at[7]:.1f} %",
+                f"{at[2]:,}",
+                f"{100 * metrics['test_accuracy']:.1f} %",
+                f"{metrics['gpu_seconds']:,.0f}",
+            ]
+        )
+    head = ["layers", "attention", f"validation at {EQUAL} s", "images", "test", "GPU seconds"]
+    return tables.table(head, rows)
+
+
+def stages() -> str:
+    """The last evaluation of each stage, of `path-256` and `path-x`; a cell has all seeds."""
+    rows = []
+    for task in ("path-256", "path-x"):
+        runs = [run(f"{task}-seed{seed}") for seed in SEEDS]
+        last = [{row[0]: row for row in result["curve"]} for result in runs]
+        for number, stage in enumerate(runs[0]["config"]["stages"]):
+            ends = [points[number] for points in last]
+            rows.append(
+                [
+                    task,
+                    f"{number + 1}",
+                    f"{stage['size']}",
+                    f"{stage['contours'][-1]}",
+                    _listed(f"{row[2] / 1000:,.0f}" for row in ends),
+                    _listed(f"{row[3]:,.0f}" for row in ends),
+                    _listed(f"{100 * row[7]:.1f}" for row in ends) + " %",
+                ]
+            )
+    head = ["recipe", "stage", "pixels a side", "paddles", "1,000 images", "GPU seconds"]
+    return tables.table([*head, "validation"], rows)
+
+
+def _listed(words: Iterable[str]) -> str:
+    return " / ".join(words)
+
+
+def interventions() -> str:
+    """Share of answers that are 1, by change of the image and label."""
+    record = tables.read(RUNS / "interventions.json")
+    rows = [
+        [change, f"{100 * found['label 1']:.0f} %", f"{100 * found['label 0']:.0f} %"]
+        for change, found in record["share_of_ones"].items()
+    ]
+    return tables.table(["change", "answers 1 to label 1", "answers 1 to label 0"], rows)
+
+
+def speed(name: str) -> str:
+    """Milliseconds of a step of the last stage, and images a second."""
+    result = run(name)
+    step_ms = result["stages"][-1]["step_ms"]
+    images = result["config"]["stages"][-1]["batch_size"] / step_ms * 1000
+    return f"{step_ms:.1f} ms, or {images:,.0f} images a second"
+
+
+def data() -> dict[str, Any]:
+    """Validation accuracy on 256 pixels in per cent by GPU minute, by run."""
+    lines = {f"6 layers, seed {seed}": f"path-256-seed{seed}" for seed in SEEDS}
+    lines |= {
+        "6 layers, 3 x 3 patches alone": "path-256-local-seed0",
+        "4 layers": "path-256-4-layers-seed0",
+        "2 layers": "path-256-2-layers-seed0",
+    }
+    return {"lines": {label: _points(name) for label, name in lines.items()}}
+
+
+def _points(name: str) -> list[list[float]]:
+    result = run(name)
+    sizes = [stage["size"] for stage in result["config"]["stages"]]
+    return [
+        [round(row[3] / 60, 2), round(100 * row[7], 1)]
+        for row in result["curve"]
+        if sizes[row[0]] == 256
+    ]
+
+
+def draw(data: dict[str, Any], theme: tuple[str, str, str, tuple[str, ...]]) -> Any:
+    """Accuracy against GPU time; dotted lines are published accuracies."""
+    from matplotlib.figure import Figure
+
+    ink, line, ours, others = theme
+    figure = Figure(figsize=(10, 4.6), layout="constrained")
+    axes = figure.subplots()
+    styles = [(f"{m}-", ours) for m in "o^v"] + [(f"{m}--", others[0]) for m in "sDx"]
+    for (label, points), (style, color) in zip(data["lines"].items(), styles, strict=True):
+        minutes, accuracy = zip(*points, strict=True)
+        axes.plot(minutes, accuracy, style, color=color, label=label, markersize=4, linewidth=1.2)
+    for name, accuracy in PUBLISHED["path-256"].items():
+        axes.axhline(accuracy, color=ink, linestyle=":", linewidth=1)
+        axes.annotate(
+            f"{name}, {accuracy} %",
+            (1, accuracy),
+            (-4, 3),
+            xycoords=("axes fraction", "data"),
+            textcoords="offset points",
+            ha="right",
+            color=ink,
+            fontsize=8,
+        )
+    axes.set_xlabel("GPU minutes, all stages (one H200)", color=ink)
+    axes.set_ylabel("validation accuracy, %", color=ink)
+    axes.tick_params(colors=ink, length=0)
+    axes.grid(color=line, linewidth=0.6)
+    axes.set_xlim(0)
+    axes.set_ylim(40, 97)  # below the curves is room for the legend
+    axes.spines[:].set_visible(False)
+    axes.legend(frameon=False, labelcolor=ink, loc="lower left", ncols=2, fontsize=9)
+    return figure
