@@ -129,11 +129,11 @@ CURVE = "lambda: masks.custom(lambda q, kv: (q - kv) * (q - kv) < q * 100)"
 DOCUMENTS = "lambda: masks.documents(torch.tensor(lengths)) & masks.causal()"
 LONGNET = "lambda: masks.longnet((2048, 4096, 8192, 16384, 32768), (1, 2, 4, 6, 12))"
 NOISE = {  # 64 Mi elements; torch.sin of large numbers alone takes 5 sorts
-    "lambda q, kv: (q * kv) % 1009 < 50": 7,
-    "lambda q, kv: (q * 73856093 ^ kv * 19349663) & 1023 < 100": 3.5,
-    "lambda q, kv: ((q * 2654435761 ^ kv * 40503) * 2246822519 >> 15) % 10 < 1": 12,
+    "lambda q, kv: (q * kv) % 1009 < 50": 4,
+    "lambda q, kv: (q * 73856093 ^ kv * 19349663) & 1023 < 100": 1.5,
+    "lambda q, kv: ((q * 2654435761 ^ kv * 40503) * 2246822519 >> 15) % 10 < 1": 9,
     "lambda q, kv, t=torch.rand(1024, 1024) < .5: t[q % 1024, kv % 1024]": 2,
-    "lambda q, kv, t=torch.randint(0, 2**31, (8192,)): (t[q] ^ t[kv]) % 1009 < 50": 8,
+    "lambda q, kv, t=torch.randint(0, 2**31, (8192,)): (t[q] ^ t[kv]) % 1009 < 50": 6,
     "lambda q, kv: torch.sin((q * kv).float()) > 0.9": 20,
 }
 RELATIVE = [  # functions of torch that keep one evaluation per diagonal of tiles
