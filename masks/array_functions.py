@@ -65,7 +65,7 @@ def _long(x: Any) -> Array:
     x = as_array(x)
     if x.is_bool:
         return Array(x.value.cast(np.int16), 0, 1)
-    return Array(x.low, x.lo, x.hi)
+    return Array(x.low, x.lo, x.hi, inputs=(x,))
 
 
 def _int(x: Any) -> Array:
@@ -74,8 +74,8 @@ def _int(x: Any) -> Array:
     if x.is_bool:
         return Array(x.value.cast(np.int16), 0, 1, 32)
     if x.lo >= -(1 << 31) and x.hi < 1 << 31:
-        return Array(x.low, x.lo, x.hi, 32)
-    return Array(x.low, -(1 << 31), (1 << 31) - 1, 32)
+        return Array(x.low, x.lo, x.hi, 32, (x,))
+    return Array(x.low, -(1 << 31), (1 << 31) - 1, 32, (x,))
 
 
 def _float(x: Any) -> FloatArray:

@@ -9,6 +9,7 @@ only those bits. It wraps around like int64.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -18,6 +19,7 @@ from sparse_flash.masks.dense import Dense, by_tensors, is_floating
 from sparse_flash.masks.functions import OPERATORS
 from sparse_flash.masks.kleene import NotUnderstoodError
 from sparse_flash.masks.program import Program, Value
+from sparse_flash.masks.remainders import compared, residue
 from sparse_flash.masks.ternary import operand
 from torch import Tensor
 
@@ -28,6 +30,7 @@ _RANGES: tuple[tuple[Dtype, int, int], ...] = tuple(
     for dtype in (np.int16, np.int32, np.int64)
 )
 _BITS: dict[Dtype, int] = {np.int16: 16, np.int32: 32, np.int64: 64}
+_UNSIGNED = {np.int16: np.uint16, np.int32: np.uint32, np.int64: np.uint64}
 _DEEPEST = 64  # nested operations without a value before one is computed
 
 
@@ -59,7 +62,7 @@ class Array(Dense):
         hi: Upper bound of the integers; 1 for bools.
         width: Bits of a tensor element, 64 or 32; 0 for numbers and bools, which do not take part
             in type promotion.
-        depth: Number of nested operations without a value.
+        inputs: Arrays of which this is a function, if `value` is one.
 
     >>> q, kv = Array.index([0, 9], 1, 10), Array.index([0, 999], 2, 1000)
     >>> [x.value.sample.dtype.name for x in (q * kv, q * kv << 10, q * kv << 40)]
@@ -77,21 +80,28 @@ class Array(Dense):
         lo: int = 0,
         hi: int = 1,
         width: int = 64,
-        depth: int = 0,
+        inputs: tuple[Array, ...] = (),
     ) -> None:
-        self.lo, self.hi, self.width, self._depth = lo, hi, width, depth
+        self._depth: int
+        self.sample_shape: tuple[int, ...]  # see `Value`
+        self.lo, self.hi, self.width = lo, hi, width
+        depths: list[int] = [x._depth for x in inputs]
+        self._depth = 1 + max(depths) if depths else 0  # operations without a value
+        shapes: list[tuple[int, ...]] = [x.sample_shape for x in inputs]
         self._lower: Callable[[Dtype], Value] | None = None
-        self._operation: tuple[np.ufunc, Array, Array] | None = None  # whose result this is
+        self.operation: tuple[np.ufunc, Array, Array] | None = None  # whose result this is
+        self._remainder: tuple[Array, int] | None = None  # of which this is the remainder
         self._made: dict[Any, Value] = {}
         if isinstance(value, Value):
-            dtype = value.sample.dtype
+            dtype, shapes = value.sample.dtype, [value.sample.shape]
             self._made[dtype.type] = value
             self.is_bool = dtype == np.bool_
             self.width = 0 if self.is_bool else width
         else:
             self._lower, self.is_bool = value, False
-            if depth > _DEEPEST:
+            if self._depth > _DEEPEST:
                 self.low(self.exact)
+        self.sample_shape = np.broadcast_shapes(*shapes)
 
     @classmethod
     def of(cls, value: Value) -> Array:
@@ -143,6 +153,17 @@ class Array(Dense):
         """Of the tensor that this stands for."""
         return torch.bool if self.is_bool else torch.int32 if self.width == 32 else torch.int64
 
+    @property
+    def is_line(self) -> bool:
+        """Whether this depends on queries alone, on keys alone, or on neither."""
+        return math.prod(self.sample_shape) < 4
+
+    @property
+    def exact_operation(self) -> tuple[np.ufunc, Array, Array] | None:
+        """The sum, difference or product that this is, if it does not wrap around."""
+        end = 1 << (self.width - 1) if self.width else 0
+        return self.operation if -end < self.lo and self.hi < end - 1 else None
+
     def whole(self) -> Value:
         """In the dtype of the tensor."""
         return self.low(np.bool_ if self.is_bool else np.int32 if self.width == 32 else np.int64)
@@ -160,14 +181,11 @@ class Array(Dense):
         A sum or product of one value per query and one per key is computed in floats: as they are
         exact, it is rounded once, like the integer. Products that may be -0.0 are not.
         """
-        if self._operation is not None:
-            ufunc, a, b = self._operation
+        if self.exact_operation is not None:
+            ufunc, a, b = self.exact_operation
             exact = 1 << (np.finfo(dtype).nmant + 1)
-            end = 1 << (self.width - 1)
-            if (
-                all(-exact <= x.lo and x.hi <= exact and x.value.sample.size < 4 for x in (a, b))
-                and (ufunc is not np.multiply or min(a.lo, b.lo) >= 0)
-                and (-end < self.lo and self.hi < end - 1)  # it does not wrap around
+            if all(-exact <= x.lo and x.hi <= exact and x.is_line for x in (a, b)) and (
+                ufunc is not np.multiply or min(a.lo, b.lo) >= 0
             ):
                 return Value(ufunc, *(x.value.cast(dtype) for x in (a, b)))
         return self.value.cast(dtype)
@@ -233,12 +251,10 @@ class Array(Dense):
             return me
         if n.lo & (n.lo - 1) == 0:
             return me & (n.lo - 1)
-        wide = smallest(min(me.lo, n.lo), max(me.hi, n.lo))
-        small = smallest(0, n.lo - 1)
-        # A small remainder needs only the lower bits of the multiple.
-        quotient = Value(np.floor_divide, me.low(wide), n.low(wide)).cast(small)
-        multiple = Value(np.multiply, quotient, n.low(small))
-        return Array(Value(np.subtract, me.low(small), multiple), 0, n.lo - 1, me.width)
+        me = residue(me, n.lo)
+        found = _later(functools.partial(_lower_remainder, me, n), me, n, 0, n.lo - 1)
+        found._remainder = me, n.lo
+        return found
 
     @_widened
     def __rfloordiv__(self, other: Any) -> Any:
@@ -415,7 +431,7 @@ def computed(ufunc: np.ufunc, a: Array, b: Array, lo: int, hi: int) -> Array:
     if ufunc in _BY_BITS:
         found = _later(lambda dtype: Value(ufunc, a.low(dtype), b.low(dtype)), a, b, lo, hi)
         if ufunc in (np.add, np.subtract, np.multiply):
-            found._operation = ufunc, a, b
+            found.operation = ufunc, a, b
         return found
     dtype = smallest(min(a.lo, b.lo, lo), max(a.hi, b.hi, hi))
     value = Value(ufunc, a.low(dtype), b.low(dtype))
@@ -428,7 +444,7 @@ def _later(lower: Callable[[Dtype], Value], a: Array, b: Array, lo: int, hi: int
     end = 1 << (width - 1)
     if lo < -end or hi >= end:
         lo, hi = -end, end - 1
-    return Array(lower, lo, hi, width, 1 + max(a._depth, b._depth))
+    return Array(lower, lo, hi, width, (a, b))
 
 
 def _compared(ufunc: np.ufunc, a: Array, other: Any) -> Array:
@@ -438,8 +454,22 @@ def _compared(ufunc: np.ufunc, a: Array, other: Any) -> Array:
             raise NotUnderstoodError("bools compared")
         return Array(Value(ufunc, a.value, b.value))
     common_width(a, b)
+    if a._remainder is not None and b.width == 0 and b.lo == b.hi:
+        found = compared(ufunc, *a._remainder, b.lo)
+        if found is not None:
+            return Array(found)
     dtype = smallest(min(a.lo, b.lo), max(a.hi, b.hi))
     return Array(Value(ufunc, a.low(dtype), b.low(dtype)))
+
+
+def _lower_remainder(x: Array, n: Array, dtype: Dtype) -> Value:
+    """The lower bits of x % n: they need only the lower bits of the multiple of n."""
+    wide = smallest(min(x.lo, n.lo), max(x.hi, n.lo))
+    divided, divisor = x.low(wide), n.low(wide)
+    if x.lo >= 0:  # an unsigned division takes less time
+        divided, divisor = (value.view(_UNSIGNED[wide]) for value in (divided, divisor))
+    quotient = Value(np.floor_divide, divided, divisor).cast(dtype)
+    return Value(np.subtract, x.low(dtype), Value(np.multiply, quotient, n.low(dtype)))
 
 
 def _range_of_bits(a: Array, b: Array) -> tuple[int, int]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from sparse_flash.masks import bits
+from sparse_flash.masks import bits, host
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -29,34 +29,39 @@ def arrays_of_tiles(
     cols: Tensor,
     packed: Tensor,
     entries: Tensor | None,
+    distinct: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """crow_indices, col_indices, bit_tile_indices and bit_tiles: see `BlockLayout.from_tiles`."""
     q_len, kv_len, block = lengths
     nq, nk = -(-q_len // block[0]), -(-kv_len // block[1])
     device = rows.device
     if entries is None:
-        entries = torch.arange(len(rows), device=device)
+        entries = host.arange(len(rows), device)
     rows, cols, entries, starts = _in_order(rows, cols, entries, (num_patterns * nq, nk))
-    if len(packed):
-        some = (entries >= 0).nonzero().squeeze(1)
-        area = extent(rows[some] % nq, q_len, block[0]) * extent(cols[some], kv_len, block[1])
-        entries[some[bits.count(packed)[entries[some]] == area]] = FULL_TILE
-    distinct, entries = _renumber(packed, entries)
+    if len(packed) and not distinct:
+        some = host.positions(entries, 0)
+        row, col, entry = (host.take(x, some) for x in (rows, cols, entries))
+        area = extent(row % nq, q_len, block[0]) * extent(col, kv_len, block[1])
+        whole = host.take(bits.count(packed), entry) == area
+        host.put(entries, some, torch.where(whole, FULL_TILE, entry))
+    tiles, entries = _renumber(packed, entries, distinct)
     first = torch.arange(num_patterns, device=device)[:, None] * nq
     crow = starts[first + torch.arange(nq + 1, device=device)]
-    return crow.int(), cols.int(), entries.int(), distinct
+    return crow.int(), host.int32(cols), host.int32(entries), tiles
 
 
 def transposed(layout: BlockLayout) -> tuple[Tensor, Tensor, Tensor]:
     """ccol_indices, row_indices and transpose_order of a layout, from its rows."""
     rows, nk, nq = layout.tile_rows, layout.num_block_cols, layout.num_block_rows
-    patterns, device = layout.num_patterns, rows.device
-    columns = rows // nq * nk + layout.col_indices
-    number = torch.arange(len(rows), device=device)
-    _, rows, order, starts = _in_order(columns, rows % nq, number, (patterns * nk, nq))
+    patterns, device, cols = layout.num_patterns, rows.device, host.int64(layout.col_indices)
+    if patterns > 1:
+        pattern, rows = host.divided(rows, nq)
+        cols = cols + pattern * nk
+    number = host.arange(len(rows), device)
+    _, rows, order, starts = _in_order(cols, rows, number, (patterns * nk, nq))
     cells = torch.arange(patterns, device=device)[:, None] * nk
     cells = cells + torch.arange(nk + 1, device=device)
-    return starts[cells].int(), rows.int(), order.int()
+    return starts[cells].int(), host.int32(rows), host.int32(order)
 
 
 def _in_order(
@@ -73,32 +78,40 @@ def _in_order(
     Returns:
         rows, cols and values in order, and the first tile of each row and the end of the last.
     """
-    keys, size = rows * grid[1] + cols, grid[0] * grid[1]
-    if keys.device.type != "cpu" or size > 8 * len(keys) + _SMALL:
-        order = torch.argsort(keys)
+    if rows.device.type != "cpu":
+        order = torch.argsort(rows * grid[1] + cols)
         rows = rows[order]
         starts = torch.searchsorted(rows, torch.arange(grid[0] + 1, device=rows.device))
         return rows, cols[order], values[order], starts
-    # Where many of all tiles occur, a table of them takes less time than sorting.
-    table = np.full(size, _ABSENT, dtype=np.int32)
-    table[keys.numpy()] = values.numpy()
-    stored = np.flatnonzero(table != _ABSENT)
-    rows, cols = (torch.from_numpy(x) for x in np.divmod(stored, grid[1]))
-    starts = torch.from_numpy(np.searchsorted(stored, np.arange(grid[0] + 1) * grid[1]))
-    return rows, cols, torch.from_numpy(table[stored]).long(), starts
+    keys, size = rows.numpy() * grid[1] + cols.numpy(), grid[0] * grid[1]
+    if size > 8 * len(keys) + _SMALL:
+        by_key = np.argsort(keys)
+        stored, kept = keys[by_key], values.numpy()[by_key]
+    else:  # where many of all tiles occur, a table of them takes less time than sorting
+        table = np.full(size, _ABSENT, dtype=np.int32)
+        table[keys] = values.numpy()
+        stored = np.flatnonzero(table != _ABSENT)
+        kept = table[stored].astype(np.int64)
+    ends = np.searchsorted(stored, np.arange(grid[0] + 1) * grid[1])
+    in_order = np.repeat(np.arange(grid[0]), np.diff(ends))
+    arrays = (in_order, stored - in_order * grid[1], kept, ends)
+    rows, cols, values, firsts = map(torch.from_numpy, arrays)
+    return rows, cols, values, firsts
 
 
-def _renumber(packed: Tensor, entries: Tensor) -> tuple[Tensor, Tensor]:
+def _renumber(packed: Tensor, entries: Tensor, are_distinct: bool) -> tuple[Tensor, Tensor]:
     """Keep the distinct bit tiles in use, in the order of first use."""
-    partial = entries >= 0
-    if not bool(partial.any()):
+    partial = host.positions(entries, 0)
+    index = host.take(entries, partial)
+    if not len(index):
         return packed[:0], entries
-    used, index = torch.unique(entries[partial], return_inverse=True)
-    distinct, twin = bits.deduplicate(packed if len(used) == len(packed) else packed[used])
-    index = twin[index]
-    first = torch.full((len(distinct),), len(index), device=index.device)
-    first.scatter_reduce_(0, index, torch.arange(len(index), device=index.device), "amin")
-    order = torch.argsort(first)
-    entries = entries.clone()
-    entries[partial] = torch.argsort(order)[index]
-    return distinct[order], entries
+    if are_distinct and len(index) == len(packed) and bool((index[1:] > index[:-1]).all()):
+        return packed, entries  # each tile has its own, in this order
+    used, index = host.unique(index, len(packed))
+    distinct = packed if len(used) == len(packed) else host.take(packed, used)
+    if not are_distinct:
+        distinct, twin = bits.deduplicate(distinct)
+        index = host.take(twin, index)
+    order = host.argsort(host.firsts(index, len(distinct)))
+    host.put(entries, partial, host.take(bits.inverse(order), index))
+    return host.take(distinct, order), entries

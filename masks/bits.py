@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from sparse_flash.masks import host
 from torch import Tensor
 from torch.nn.functional import pad
 
 # Multiplying eight 0/1 bytes by this gathers their bits in the top byte of the product.
 _GATHER = 0x0102040810204080
-_AT_ONCE = 1 << 16  # words hashed per step
+_AT_ONCE = 1 << 16  # words hashed or compared per step
+_PREFIX = 32  # words: tiles of noise differ in these
 
 
 def pack(tiles: Tensor) -> Tensor:
@@ -52,7 +54,7 @@ def deduplicate(packed: Tensor) -> tuple[Tensor, Tensor]:
     rest = -flat.shape[1] % 8
     words = (pad(flat, (0, rest)) if rest else flat.contiguous()).view(torch.int64)
     first, index = distinct_rows(words)
-    return (packed if len(first) == len(packed) else packed[first]), index
+    return (packed if len(first) == len(packed) else host.take(packed, first)), index
 
 
 def distinct_rows(words: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,18 +68,33 @@ def distinct_rows(words: Tensor) -> tuple[Tensor, Tensor]:
     n = len(words)
     if n == 0:
         return (torch.empty(0, dtype=torch.int64, device=words.device),) * 2
-    step = max(1, _AT_ONCE // max(1, words.shape[1]))
+    every = host.arange(n, words.device)
+    if words.shape[1] >= 4 * _PREFIX and len(host.unique(_hashes(words[:, :_PREFIX], 0))[0]) == n:
+        return every, every
     for seed in range(8):
-        factors = _factors(words.shape[1], seed).to(words.device)
-        hashes = torch.cat([_mix(part, factors) for part in words.split(step)])
-        distinct, index = torch.unique(hashes, return_inverse=True)
+        distinct, index = host.unique(_hashes(words, seed))
         if len(distinct) == n:
-            return (torch.arange(n, device=words.device),) * 2
-        first = torch.full((int(index.max()) + 1,), n, dtype=torch.int64, device=words.device)
-        first.scatter_reduce_(0, index, torch.arange(n, device=words.device), "amin")
-        if torch.equal(words[first[index]], words):
+            return every, every
+        first = host.firsts(index, len(distinct))
+        if _all_equal(words, host.take(first, index)):
             return first, index
     raise AssertionError("eight independent 64-bit hashes collided")
+
+
+def _hashes(words: Tensor, seed: int) -> Tensor:
+    """A 64-bit hash of each row of int64 `(n, w)`."""
+    step = max(1, _AT_ONCE // max(1, words.shape[1]))
+    factors = _factors(words.shape[1], seed).to(words.device)
+    return host.cat([_mix(part, factors) for part in words.split(step)])
+
+
+def _all_equal(words: Tensor, twin: Tensor) -> bool:
+    """Whether each row of int64 `(n, w)` equals the row of its twin."""
+    if words.device.type != "cpu":
+        return torch.equal(words[twin], words)
+    rows, others, step = words.numpy(), twin.numpy(), max(1, _AT_ONCE // max(1, words.shape[1]))
+    parts = (slice(start, start + step) for start in range(0, len(rows), step))
+    return all(np.array_equal(rows[others[part]], rows[part]) for part in parts)
 
 
 def _factors(n: int, seed: int) -> Tensor:

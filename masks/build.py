@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
+from sparse_flash.masks import host
 from sparse_flash.masks.elements import (
     EMPTY_TILE,
     Predicate,
@@ -79,22 +80,27 @@ def _build(
         with TableLookups() if getattr(predicate, "tables", True) else contextlib.nullcontext():
             full, unknown = _classify(predicate, lengths, device, most)
             index, tiles = evaluate(predicate, *unknown, lengths, most and 64 * most)
-        rows.append(full[0] + number * num_block_rows)
+        rows.append(full[0] + number * num_block_rows if number else full[0])
         cols.append(full[1])
-        entries.append(torch.full_like(full[0], FULL_TILE))
-        some = index != EMPTY_TILE
-        rows.append(unknown[0][some] + number * num_block_rows)
-        cols.append(unknown[1][some])
-        entries.append(index[some] + num_bit_tiles)
+        entries.append(host.full(len(full[0]), FULL_TILE, device))
+        some = host.positions(index, EMPTY_TILE + 1)
+        index, row, col = (host.take(x, some) for x in (index, *unknown))
+        if number:
+            index = torch.where(index == FULL_TILE, FULL_TILE, index + num_bit_tiles)
+            row = row + number * num_block_rows
+        rows.append(row)
+        cols.append(col)
+        entries.append(index)
         packed.append(tiles)
         num_bit_tiles += len(tiles)
     return BlockLayout.from_tiles(
         lengths,
-        torch.cat(rows),
-        torch.cat(cols),
-        torch.cat(packed),
-        torch.cat(entries),
+        host.cat(rows),
+        host.cat(cols),
+        host.cat(packed),
+        host.cat(entries),
         pattern_map.to(device, torch.int32),
+        distinct=len(patterns) == 1,
     )
 
 
@@ -121,15 +127,20 @@ def _classify(
             break
         sides = parts
     unknown = _split((torch.zeros(1, dtype=torch.int64, device=device),) * 2, whole, sides, grid)
-    full = []
+    full: list[Cells] = []
     while True:
-        states = torch.cat([predicate.classify(b) for b in _rectangles(unknown, sides, lengths)])
-        sure, rest = states == FULL, states == UNKNOWN
-        full.append(_split((unknown[0][sure], unknown[1][sure]), sides, (1, 1), grid))
-        unknown = (unknown[0][rest], unknown[1][rest])
+        decided: list[Cells] = []
+        rest: list[Cells] = []
+        for part in host.pieces(len(unknown[0]), device):
+            cells = (unknown[0][part], unknown[1][part])
+            states = predicate.classify(_rectangles(cells, sides, lengths))
+            sure, open_ = (host.positions(states, state, state) for state in (FULL, UNKNOWN))
+            decided.append(_taken(cells, sure))
+            rest.append(_taken(cells, open_))
+        full.append(_split(_joined(decided), sides, (1, 1), grid))
+        unknown = _joined(rest)
         if sides == (1, 1):
-            rows, cols = zip(*full, strict=True)
-            return (torch.cat(rows), torch.cat(cols)), unknown
+            return _joined(full), unknown
         many = device.type == "cpu" and len(unknown[0]) * _FAN**2 > 4 * _FEW
         parts = _parts(sides, _FAN // 2 if many else _FAN)
         unknown = _split(unknown, sides, parts, grid)
@@ -152,20 +163,25 @@ def _power_of_fan(n: int) -> int:
     return side
 
 
-def _rectangles(
-    cells: Cells, sides: tuple[int, int], lengths: Lengths, chunk: int = 1 << 20
-) -> Iterator[Blocks]:
-    """Index ranges of rectangles of blocks, in batches; at least one, possibly empty."""
-    q_len, kv_len, (block_q, block_kv) = lengths
-    for i in range(0, max(1, len(cells[0])), chunk):
-        rows, cols = (axis[i : i + chunk] for axis in cells)
-        yield Blocks(
-            rows * block_q,
-            ((rows + sides[0]) * block_q).clamp(max=q_len) - 1,
-            cols * block_kv,
-            ((cols + sides[1]) * block_kv).clamp(max=kv_len) - 1,
-            max(q_len, kv_len),
-        )
+def _rectangles(cells: Cells, sides: tuple[int, int], lengths: Lengths) -> Blocks:
+    """Index ranges of rectangles of blocks."""
+    (rows, cols), (q_len, kv_len, (block_q, block_kv)) = cells, lengths
+    return Blocks(
+        rows * block_q,
+        ((rows + sides[0]) * block_q).clamp(max=q_len) - 1,
+        cols * block_kv,
+        ((cols + sides[1]) * block_kv).clamp(max=kv_len) - 1,
+        max(q_len, kv_len),
+    )
+
+
+def _taken(cells: Cells, index: Tensor) -> Cells:
+    return host.take(cells[0], index), host.take(cells[1], index)
+
+
+def _joined(cells: list[Cells]) -> Cells:
+    rows, cols = zip(*cells, strict=True)
+    return host.cat(rows), host.cat(cols)
 
 
 def _split(
@@ -177,24 +193,42 @@ def _split(
     """
     if sides == parts or not len(cells[0]):
         return cells
+    device, each = cells[0].device, math.prod(-(-n // m) for n, m in zip(sides, parts, strict=True))
+    slices = host.pieces(len(cells[0]), device, each)
+    pieces = [(cells[0][piece], cells[1][piece]) for piece in slices]
+    total = 0
+    for piece in pieces:
+        down, across = _counts(piece, sides, parts, grid)
+        total += int((down * across).sum())
+    require_memory(f"a layout of {total:,} tiles", 120 * total, device, _INSTEAD)
+    return _joined([_split_piece(piece, sides, parts, grid) for piece in pieces])
+
+
+def _counts(
+    cells: Cells, sides: tuple[int, int], parts: tuple[int, int], grid: tuple[int, int]
+) -> list[Tensor]:
+    """Number of parts of each rectangle down and across, within the grid."""
+    return [
+        ((n - start).clamp(max=side) + part - 1) // part
+        for n, start, side, part in zip(grid, cells, sides, parts, strict=True)
+    ]
+
+
+def _split_piece(
+    cells: Cells, sides: tuple[int, int], parts: tuple[int, int], grid: tuple[int, int]
+) -> Cells:
     if grid[0] % sides[0] == grid[1] % sides[1] == 0:  # no rectangle reaches beyond the grid
         rows, cols = (
             torch.arange(0, side, part, device=cells[0].device)
             for side, part in zip(sides, parts, strict=True)
         )
         shape = (len(cells[0]), len(rows), len(cols))
-        total = math.prod(shape)
-        require_memory(f"a layout of {total:,} tiles", 120 * total, rows.device, _INSTEAD)
         rows = (cells[0][:, None, None] + rows[:, None]).expand(shape)
         return rows.flatten(), (cells[1][:, None, None] + cols).expand(shape).flatten()
-    down, across = (
-        ((n - start).clamp(max=side) + part - 1) // part
-        for n, start, side, part in zip(grid, cells, sides, parts, strict=True)
-    )
+    down, across = _counts(cells, sides, parts, grid)
     counts = down * across
     ends = counts.cumsum(0)
-    total = int(ends[-1]) if len(ends) else 0
-    require_memory(f"a layout of {total:,} tiles", 120 * total, counts.device, _INSTEAD)
+    total = int(ends[-1])
     owner = torch.repeat_interleave(counts, output_size=total)
     offset = torch.arange(total, dtype=torch.int64, device=counts.device) - (ends - counts)[owner]
     across = across[owner]

@@ -11,8 +11,9 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sparse_flash.masks import bits
+from sparse_flash.masks import bits, host
 from sparse_flash.masks.arrays import Array
+from sparse_flash.masks.assemble import FULL_TILE, extent
 from sparse_flash.masks.io import Lengths
 from sparse_flash.masks.modes import plain_torch
 from sparse_flash.masks.program import Program
@@ -21,7 +22,7 @@ from sparse_flash.masks.ternary import EMPTY, UNKNOWN, Blocks
 from sparse_flash.masks.threads import in_threads
 from torch import Tensor
 
-EMPTY_TILE = -2  # index of an evaluated tile without allowed elements
+EMPTY_TILE = -2  # index of an evaluated tile without allowed elements; full ones have FULL_TILE
 _CELL = 16  # tokens per side of the cells of a tile, some of which are decided as a whole
 _PROBED = 64  # tiles that show whether cells are worth while
 _AT_ONCE = 1 << 19  # elements per step: the work outlasts a switch of threads
@@ -29,6 +30,7 @@ _AT_ONCE_TENSORS = 1 << 17  # elements per step without a program: temporaries f
 _AT_ONCE_CUDA = 1 << 21  # elements per step
 _TILES_AT_ONCE, _TILES_AT_ONCE_CUDA = 1 << 12, 1 << 18  # whose signatures are compared
 _WIDEST = 4096  # elements in a row of a strip
+_WORDS = {2: np.int16, 4: np.int32, 8: np.int64, 16: np.complex128}  # dtypes by bytes
 _PATIENCE = 5.0  # seconds of evaluation before a progress bar appears
 
 
@@ -55,8 +57,7 @@ def evaluate(
     """The tiles at these blocks, element by element.
 
     Returns:
-        The index of each tile's bit tile, or EMPTY_TILE; bit tiles, uint8, possibly with
-        repetitions.
+        The index of each tile's bit tile, EMPTY_TILE or FULL_TILE; the distinct bit tiles, uint8.
 
     Raises:
         TooLargeError: More than `most` elements are to be evaluated.
@@ -64,8 +65,8 @@ def evaluate(
     first, twin = _kinds(predicate, rows, cols, lengths)
     if most is not None and len(first) * lengths[2][0] * lengths[2][1] > most:
         raise TooLargeError
-    index, tiles = _evaluate_all(predicate, rows[first], cols[first], lengths)
-    return index[twin], tiles
+    index, tiles = _evaluate_all(predicate, host.take(rows, first), host.take(cols, first), lengths)
+    return host.take(index, twin), tiles
 
 
 def count_kinds(predicate: Predicate, rows: Tensor, cols: Tensor, lengths: Lengths) -> int:
@@ -85,57 +86,69 @@ def _kinds(
     predicate: Predicate, rows: Tensor, cols: Tensor, lengths: Lengths
 ) -> tuple[Tensor, Tensor]:
     """The first tile of each signature, and the signature number of every tile."""
-    every = torch.arange(len(rows), device=rows.device)
+    every = host.arange(len(rows), rows.device)
     firsts: list[Tensor] = []
     twins: list[Tensor] = []
     kept: list[Tensor] = []
     count = 0
-    for part in every.split(_TILES_AT_ONCE_CUDA if every.is_cuda else _TILES_AT_ONCE):
-        blocks = _tiles(rows[part], cols[part], lengths)
+    step = _TILES_AT_ONCE_CUDA if every.is_cuda else _TILES_AT_ONCE
+    for start in range(0, len(rows), step):
+        some_rows, some_cols = rows[start : start + step], cols[start : start + step]
+        blocks = _tiles(some_rows, some_cols, lengths)
         signature = predicate.signature(blocks)
         if signature is None:
             return every, every
         size = torch.stack([blocks.q_hi - blocks.q_lo, blocks.kv_hi - blocks.kv_lo], 1)
-        signature = torch.cat([signature, size], 1)
+        signature = host.cat([signature, size], 1)
         first, twin = bits.distinct_rows(signature)
-        if len(first) == len(part) and not count:
+        if len(first) == len(some_rows) and not count:
             return every, every
-        firsts.append(part[first])
+        firsts.append(first + start)
         twins.append(twin + count)
-        kept.append(signature[first])
+        kept.append(host.take(signature, first))
         count += len(first)
     if len(firsts) < 2:
         return (firsts[0], twins[0]) if firsts else (every, every)
-    first, twin = bits.distinct_rows(torch.cat(kept))
-    return torch.cat(firsts)[first], twin[torch.cat(twins)]
+    first, twin = bits.distinct_rows(host.cat(kept))
+    return host.take(host.cat(firsts), first), host.take(twin, host.cat(twins))
 
 
 def _evaluate_all(
     predicate: Predicate, rows: Tensor, cols: Tensor, lengths: Lengths
 ) -> tuple[Tensor, Tensor]:
-    """Like `evaluate`, without signatures; tiles repeat at most once per chunk.
+    """Like `evaluate`, without signatures.
 
     Results of a chunk go into two preallocated tensors. Many small tensors between the large
     temporaries would fragment the heap, and the process would use several times the memory.
     """
     block_q, block_kv = lengths[2]
-    order = torch.argsort(rows * (lengths[1] // block_kv + 1) + cols)  # neighbors side by side
-    rows, cols = rows[order], cols[order]
+    order = host.argsort(rows * (lengths[1] // block_kv + 1) + cols)  # neighbors side by side
+    rows, cols = host.take(rows, order), host.take(cols, order)
+    areas = extent(rows, lengths[0], block_q) * extent(cols, lengths[1], block_kv)
     index = torch.empty_like(rows)
-    store = torch.empty(256, block_q, -(-block_kv // 8), dtype=torch.uint8, device=rows.device)
+    distinct = store = torch.empty(
+        256, block_q, -(-block_kv // 8), dtype=torch.uint8, device=rows.device
+    )
     count = 0
     for part, packed in _with_progress(_chunks(predicate, rows, cols, lengths), predicate, rows):
         distinct, twin = bits.deduplicate(packed)
+        allowed = host.take(bits.count(distinct), twin)
+        found = torch.where(allowed == areas[part], FULL_TILE, twin + count)
+        host.put(index, order[part], torch.where(allowed == 0, EMPTY_TILE, found))
+        if part.start == 0 and part.stop >= len(rows):  # a single chunk
+            store, count = distinct, len(distinct)
+            continue
         if count + len(distinct) > len(store):  # twice as many, or what this rate will need
             expected = (count + len(distinct)) * len(rows) // min(part.stop, len(rows))
             larger = store.new_empty(max(2 * len(store), expected), *store.shape[1:])
             larger[:count] = store[:count]
             store = larger
         store[count : count + len(distinct)] = distinct
-        some = bits.count(distinct) > 0
-        index[order[part]] = torch.where(some[twin], twin + count, EMPTY_TILE)
         count += len(distinct)
-    return index, store[:count]
+    if store is distinct:  # at most one chunk
+        return index, store[:count]
+    distinct, twin = bits.deduplicate(store[:count])
+    return torch.where(index < 0, index, twin[index]), distinct
 
 
 def _chunks(
@@ -202,6 +215,18 @@ def _cells(
 
     None if three-valued logic decides too few of them.
     """
+    down, across = lengths[2][0] // _CELL, lengths[2][1] // _CELL
+    parts = host.pieces(len(rows), rows.device, down * across)
+    found = [_classified_cells(predicate, rows[part], cols[part], lengths) for part in parts]
+    q, kv, states = (host.cat(x) for x in zip(*found, strict=True))
+    open_ = host.positions(states, UNKNOWN, UNKNOWN)
+    return None if 10 * len(open_) > 7 * len(states) else (q, kv, states, open_)
+
+
+def _classified_cells(
+    predicate: Predicate, rows: Tensor, cols: Tensor, lengths: Lengths
+) -> tuple[Tensor, Tensor, Tensor]:
+    """First queries, first keys and truth values of all cells of tiles."""
     q_len, kv_len, (block_q, block_kv) = lengths
     down, across = block_q // _CELL, block_kv // _CELL
     shape = (len(rows), down, across)
@@ -214,8 +239,7 @@ def _cells(
     ragged = (q + _CELL > q_len) | (kv + _CELL > kv_len)
     states = torch.where(ragged & (states != EMPTY), UNKNOWN, states)
     states = torch.where((q >= q_len) | (kv >= kv_len), EMPTY, states)  # beyond the lengths
-    open_ = (states == UNKNOWN).nonzero().squeeze(1)
-    return None if 10 * len(open_) > 7 * len(states) else (q, kv, states, open_)
+    return q, kv, states
 
 
 @dataclass
@@ -240,7 +264,14 @@ class _Strips:
         """Write the bits of bools `found` to their rectangles, `(n, height, bytes)`."""
         some = np.packbits(found, axis=2, bitorder="little")
         some = some.reshape(*some.shape[:2], self.rectangles.shape[1], packed.shape[2])
-        packed[self.rectangles, self.top : self.top + self.size[0]] = some.transpose(0, 2, 1, 3)
+        if packed.shape[2] in _WORDS:  # rows of a rectangle as one number each
+            some, packed = (x.view(_WORDS[packed.shape[2]]) for x in (some, packed))
+        rows, (n, count) = slice(self.top, self.top + self.size[0]), self.rectangles.shape
+        if n == 1:  # adjacent rectangles have adjacent numbers
+            first = int(self.rectangles[0, 0])
+            packed[first : first + count, rows] = some[0].transpose(1, 0, 2)
+        else:
+            packed[self.rectangles, rows] = some.transpose(0, 2, 1, 3)
 
 
 def _strips(
@@ -335,7 +366,9 @@ class Elements:
                 return self._filled(strip, packed)
 
         with plain_torch():  # the program needs no mode of this thread
-            done = in_threads(filled, strips)
+            # Operations of numpy are so short that threads would mostly wait for the GIL.
+            several = self._program is not None and self._program.of_torch
+            done = in_threads(filled, strips) if several else [filled(strip) for strip in strips]
         return [strip for strip, is_done in zip(strips, done, strict=True) if not is_done]
 
     def _filled(self, strip: _Strips, packed: NDArray[np.uint8]) -> bool:

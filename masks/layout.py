@@ -13,6 +13,7 @@ from sparse_flash.masks import (
     bits,
     coverage,
     device_builders,
+    host,
     io,
     notebook,
     picture,
@@ -204,10 +205,8 @@ tile density 0.75, computed 0.75, cpu)
     @plain_torch()
     def tile_rows(self) -> Tensor:
         """The stacked block row of each tile, int64 `(T,)`: pattern x num_block_rows + row."""
-        starts = self.crow_indices[:, :-1].flatten().long()
-        ends = self.crow_indices[:, 1:].flatten().long()
-        rows = torch.arange(len(starts), device=self.device)
-        return torch.repeat_interleave(rows, ends - starts, output_size=self.num_tiles)
+        counts = self.crow_indices.long().diff(dim=1)
+        return host.repeat(counts.flatten(), self.num_tiles)
 
     @property
     @plain_torch()
@@ -453,6 +452,7 @@ tile density 0.75, computed 0.75, cpu)
         packed: Tensor,
         entries: Tensor | None = None,
         pattern_map: Tensor | None = None,
+        distinct: bool = False,
     ) -> BlockLayout:
         """Assemble a layout from tiles in any order.
 
@@ -464,11 +464,12 @@ tile density 0.75, computed 0.75, cpu)
                 are recognized.
             entries: Bit tile of each tile, or -1 if it is full; default: one bit tile each.
             pattern_map: As in the class; default: one pattern, shared by all.
+            distinct: Whether the bit tiles are known to be distinct, and entries of full tiles -1.
         """
         if pattern_map is None:
             pattern_map = torch.zeros(1, 1, dtype=torch.int32, device=rows.device)
         patterns = int(pattern_map.max()) + 1
-        arrays = assemble.arrays_of_tiles(lengths, patterns, rows, cols, packed, entries)
+        arrays = assemble.arrays_of_tiles(lengths, patterns, rows, cols, packed, entries, distinct)
         return cls(*lengths, *arrays, pattern_map, validate=False)
 
     from_scipy = classmethod(scipy_layout.from_scipy)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, ClassVar, TypeVar, dataclass_transform
 
 import torch
-from sparse_flash.masks import build, device_builders, notebook, reach, validation
+from sparse_flash.masks import build, device_builders, host, notebook, reach, validation
 from sparse_flash.masks.arguments import integer
 from sparse_flash.masks.extents import (
     Extents,
@@ -154,7 +154,7 @@ class Mask(Traceable):
             return None
         shape = blocks.q_lo.shape
         none = blocks.q_lo.new_empty(0, *shape)  # whole columns are written, then seen as rows
-        return torch.cat([none, *(column.long().expand(1, *shape) for column in columns)]).T
+        return host.cat([none, *(column.long().expand(1, *shape) for column in columns)]).T
 
     def __or__(self, other: Mask) -> Mask:
         return _combine(Or, self, other)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 from collections.abc import Callable
@@ -11,9 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 Shape = tuple[int, int, int]
-# A function, the numbers of its inputs, whether it takes `out`, the number of its result.
-Step = tuple[Callable[..., Any], list[int], bool, int]
+Call = Callable[[], Any]
 
+# Shapes of samples: of what queries, keys, or both determine.
+_LINES: list[tuple[int, ...]] = [(1, 2, 1), (1, 1, 2)]
+_FULL = (1, 2, 2)
 _CACHE = 1 << 20  # bytes of the arrays of a piece: about half the cache of a core
 
 
@@ -49,10 +52,9 @@ class Value:
             return Value.number(self.sample.astype(dtype), dtype)
         return Value(_Cast(dtype), self)
 
-    @property
-    def takes_out(self) -> bool:
-        """Whether the function writes into an array given as `out`."""
-        return isinstance(self.function, np.ufunc | _Cast) and self.sample.ndim > 0
+    def view(self, dtype: Any) -> Value:
+        """The same bits in another dtype of this size."""
+        return Value(_View(dtype), self)
 
     def shape(self, rectangles: Shape) -> tuple[int, ...]:
         """The shape of the array for rectangles `(n, height, width)`."""
@@ -64,16 +66,23 @@ class Value:
 
 
 class _Cast:
-    """`astype`, with an optional output array."""
+    """`astype`."""
 
     def __init__(self, dtype: Any) -> None:
         self.dtype = dtype
 
-    def __call__(self, x: NDArray[Any], out: NDArray[Any] | None = None) -> NDArray[Any]:
-        if out is None:
-            return x.astype(self.dtype)
-        np.copyto(out, x, casting="unsafe")
-        return out
+    def __call__(self, x: NDArray[Any]) -> NDArray[Any]:
+        return x.astype(self.dtype)
+
+
+class _View:
+    """The same memory in another dtype."""
+
+    def __init__(self, dtype: Any) -> None:
+        self.dtype = dtype
+
+    def __call__(self, x: NDArray[Any]) -> NDArray[Any]:
+        return x.view(self.dtype)
 
 
 class Program:
@@ -89,6 +98,7 @@ class Program:
 
     Attributes:
         bytes_each: Bytes of all arrays per element of a piece.
+        of_torch: Whether functions of torch compute a part of it.
 
     >>> q, kv = Program.index([0, 1], 1), Program.index([0, 1], 2)
     >>> less = Value(np.less, Value(np.multiply, q, kv), Value.number(3, np.int64))
@@ -101,11 +111,13 @@ class Program:
         self._values = _ordered(result, (q, kv))
         self._memory = _memory(self._values)
         self._bound = threading.local()
-        full = [(i, x) for i, x in enumerate(self._values) if x.sample.size == 4]
-        self.bytes_each = sum(
-            {self._memory.get(i, ~i): x.sample.itemsize for i, x in full}.values()
-        )
-        most = [x.function.most for _, x in full if hasattr(x.function, "most")]
+        if any(x.sample.ndim and x.sample.shape not in (*_LINES, _FULL) for x in self._values):
+            raise ValueError("a value of another shape than the indices")
+        full = {i: x for i, x in enumerate(self._values) if x.sample.shape == _FULL}
+        sizes = {self._memory[i]: x.sample.itemsize for i, x in full.items() if i in self._memory}
+        self.bytes_each = sum(sizes.values())
+        most = [x.function.most for x in full.values() if hasattr(x.function, "most")]
+        self.of_torch = bool(most)
         self._at_once = min([_CACHE // max(1, self.bytes_each), *most])  # elements of a piece
 
     @staticmethod
@@ -124,7 +136,7 @@ class Program:
 
 
 class _Bound:
-    """Operations with arrays for their results, for rectangles of one shape.
+    """Operations with arrays for their arguments and results, for rectangles of one shape.
 
     Args:
         values: Queries, keys, ..., the result.
@@ -137,101 +149,117 @@ class _Bound:
         self, values: list[Value], memory: dict[int, int], shape: Shape, at_once: int
     ) -> None:
         # A single rectangle is cut between rows, several are cut between rectangles.
-        self._axis = axis = 0 if shape[0] > 1 else 1
-        self._total = shape[axis]
-        rows = at_once // max(1, math.prod(shape) // self._total)
-        self._length = min(self._total, 1 << max(0, rows.bit_length() - 1))
-        n, height, width = shape
-        piece = (n, self._length, width) if axis else (self._length, height, width)
-        number = {id(value): i for i, value in enumerate(values)}
-        result = len(values) - 1
-        self.arrays: list[Any] = [value.sample for value in values]
-        self._steps: dict[tuple[int, ...], list[Step]] = {
-            (1, 2, 1): [], (1, 1, 2): [], (1, 2, 2): []
-        }  # fmt: skip
-        kept: dict[int, NDArray[Any]] = {}
+        axis = 0 if shape[0] > 1 else 1
+        rows = at_once // max(1, math.prod(shape) // shape[axis])
+        length = min(shape[axis], 1 << max(0, rows.bit_length() - 1))
+        piece = (shape[0], length, shape[2]) if axis else (length, *shape[1:])
+        arrays, inputs = _arrays(values, memory, shape, piece), _inputs(values)
+        result, before = len(values) - 1, (slice(None),) * axis
+        shapes = [value.sample.shape for value in values]
+        moved = _LINES[:1] if axis else _LINES
+        self._calls: tuple[list[Call], ...] = ([], [], [])  # on queries, on keys, on both
         for i, value in enumerate(values):
-            if not value.inputs or not value.sample.ndim:  # its sample is its value
-                continue
-            whole = value.sample.size == 2 or i == result
-            if i in memory and memory[i] in kept:
-                self.arrays[i] = kept[memory[i]].view(value.sample.dtype)
-            elif i in memory or i == result:
-                size = value.shape(shape if whole else piece)
-                self.arrays[i] = kept[memory.get(i, ~i)] = np.empty(size, value.sample.dtype)
-            inputs = [number[id(x)] for x in value.inputs]
-            self._steps[value.sample.shape].append((value.function, inputs, i in memory, i))
-        sizes = [value.sample.size for value in values]
-        moved = [(1, 2, 1)] if axis else [(1, 2, 1), (1, 1, 2)]
-        self._cut = [i for i, x in enumerate(values) if x.sample.shape in moved] + [result]
-        self._full = [i for i in memory if sizes[i] == 4 and i != result]
-        self._seen: list[Any] = [None, None]
+            if i > 1 and shapes[i] in _LINES and not _is_alias(i, values):
+                given = [arrays[j] for j in inputs[i]]
+                self._calls[_LINES.index(shapes[i])].append(_call(value, given, arrays[i]))
+        for start in range(0, shape[axis], length):
+            part = (*before, slice(start, start + length))
+            rest = (*before, slice(shape[axis] - start))
+            some = [
+                x[part] if i == result or shapes[i] in moved
+                else x[rest] if shapes[i] == _FULL else x
+                for i, x in enumerate(arrays)
+            ]  # fmt: skip
+            self._calls[2].extend(
+                _call(value, [some[j] for j in inputs[i]], some[i])
+                for i, value in enumerate(values)
+                if shapes[i] == _FULL and not _is_alias(i, values)
+            )
+        self._indices, self._result = arrays[:2], arrays[result]
+        self._known = [False, False]  # whether arrays of an index are those of the previous run
 
     def run(self, *indices: NDArray[np.int64]) -> NDArray[Any]:
         """The result; operations on one index are skipped if it is that of the previous run."""
-        arrays, (of_q, of_kv, of_both) = self.arrays, self._steps.values()
-        for axis, (index, steps) in enumerate(zip(indices, (of_q, of_kv), strict=True)):
-            if self._seen[axis] is None or not np.array_equal(self._seen[axis], index):
-                arrays[axis] = self._seen[axis] = index
-                _compute(arrays, steps)
-        if not of_both:
-            return arrays[-1]
-        result, before = arrays[-1], (slice(None),) * self._axis
-        for start in range(0, self._total, self._length):
-            some, part = list(arrays), (*before, slice(start, start + self._length))
-            for i in self._cut:
-                some[i] = arrays[i][part]
-            if start + self._length > self._total:
-                part = (*before, slice(self._total - start))
-                for i in self._full:
-                    some[i] = arrays[i][part]
-            out = some[-1]
-            _compute(some, of_both)
-            if some[-1] is not out:
-                out[...] = some[-1]
-        return result
+        for axis, (index, mine) in enumerate(zip(indices, self._indices, strict=True)):
+            if not self._known[axis] or not np.array_equal(mine, index):
+                self._known[axis] = False
+                np.copyto(mine, index)
+                for call in self._calls[axis]:
+                    call()
+                self._known[axis] = True
+        for call in self._calls[2]:
+            call()
+        return self._result
 
 
-def _compute(arrays: list[Any], steps: list[Step]) -> None:
-    for function, inputs, takes_out, number in steps:
-        given = [arrays[i] for i in inputs]
-        if takes_out:
-            function(*given, out=arrays[number])
-        else:
-            arrays[number] = function(*given)
+def _call(value: Value, inputs: list[NDArray[Any]], out: NDArray[Any]) -> Call:
+    """The operation of a value on these arrays."""
+    if isinstance(value.function, np.ufunc):
+        return functools.partial(value.function, *inputs, out=out)
+    if isinstance(value.function, _Cast):
+        return functools.partial(np.copyto, out, inputs[0], casting="unsafe")
+    return lambda: np.copyto(out, value.function(*inputs))
+
+
+def _is_alias(i: int, values: list[Value]) -> bool:
+    """Whether a value has the memory of another one; the result has its own."""
+    return isinstance(values[i].function, _View) and i < len(values) - 1
+
+
+def _inputs(values: list[Value]) -> list[list[int]]:
+    """The numbers of the inputs of each value."""
+    number = {id(value): i for i, value in enumerate(values)}
+    return [[number[id(x)] for x in value.inputs] for value in values]
+
+
+def _arrays(
+    values: list[Value], memory: dict[int, int], shape: Shape, piece: Shape
+) -> list[NDArray[Any]]:
+    """Arrays for the values: lines and the result as long as `shape`, others as `piece`."""
+    arrays: list[NDArray[Any]] = [value.sample for value in values]
+    kept: dict[int, NDArray[Any]] = {}
+    for i, (value, inputs) in enumerate(zip(values, _inputs(values), strict=True)):
+        if _is_alias(i, values):
+            arrays[i] = value.function(arrays[inputs[0]])
+        elif i in memory:
+            if memory[i] not in kept:
+                whole = value.sample.shape in _LINES or i == len(values) - 1
+                size = value.shape(shape if whole else piece)
+                kept[memory[i]] = np.empty(size, value.sample.dtype)
+            arrays[i] = kept[memory[i]].view(value.sample.dtype)
+    return arrays
 
 
 def _memory(values: list[Value]) -> dict[int, int]:
     """The memory of each result by its number: one may use that of values no longer needed.
 
-    The results of functions without `out` are absent.
+    Numbers, and values with the memory of another one, are absent.
     """
-    number = {id(value): i for i, value in enumerate(values)}
-    last = {number[id(x)]: i for i, value in enumerate(values) for x in value.inputs}
-    # Other functions may return a view of an argument: its memory is not reused.
-    viewed = {number[id(x)] for value in values if not value.takes_out for x in value.inputs}
+    inputs = _inputs(values)
+    last = {j: i for i, numbers in enumerate(inputs) for j in numbers}
+    viewed = {numbers[0] for i, numbers in enumerate(inputs) if _is_alias(i, values)}
     found: dict[int, int] = {}
-    free: dict[int, list[int]] = {1: [], 2: [], 4: [], 8: []}  # by size of an element
+    free: dict[int, list[int]] = {}  # by size of an element
     for i, value in enumerate(values):
-        if not value.inputs or not value.takes_out:
+        if not value.sample.ndim or _is_alias(i, values):
             continue
         found[i] = i
-        if value.sample.size != 4 or value is values[-1]:
+        if value.sample.shape != _FULL or i == len(values) - 1:
             continue
         size = value.sample.itemsize
         ends = [
             j
-            for j in dict.fromkeys(number[id(x)] for x in value.inputs)
-            if last[j] == i and j not in viewed and j in found and values[j].sample.size == 4
+            for j in dict.fromkeys(inputs[i])
+            if last[j] == i and j not in viewed and j in found and values[j].sample.shape == _FULL
         ]
         # An operation may overwrite an operand that no other operation reads.
         same = [j for j in ends if values[j].sample.itemsize == size]
         for j in ends:
             if j not in same[:1]:
-                free[values[j].sample.itemsize].append(found[j])
+                free.setdefault(values[j].sample.itemsize, []).append(found[j])
         if same:
             found[i] = found[same[0]]
-        elif free[size]:
+        elif free.get(size):
             found[i] = free[size].pop()
     return found
 

@@ -325,6 +325,8 @@ class Interval(Symbol):
         if isinstance(other, Unknown):
             return Unknown(self, other)
         if isinstance(other, int):
+            if operation is operator.and_ and other > 0 and other & (other + 1) == 0:
+                return self % (other + 1)  # only the lower bits
             other = self._constant(other)
         vary = (self.lo ^ self.hi) | (other.lo ^ other.hi)
         low = torch.where(vary < 0, 63, bit_length(vary.clamp(min=0)))  # the sign varies
@@ -337,6 +339,9 @@ class Interval(Symbol):
             lo = torch.where((self.lo >= 0) | (other.lo >= 0), lo.clamp(min=0), lo)
 
         def form(modulus: int) -> Form:
+            if modulus and modulus & (modulus - 1) == 0:  # lower bits depend on lower bits
+                (a, p), (b, r) = self.form(modulus), other.form(modulus)
+                return torch.zeros_like(a), [*p, *r, remainder(a, modulus), remainder(b, modulus)]
             (a, p), (b, r) = self.form(), other.form()
             below = [a - (self.lo & ~span), b - (other.lo & ~span), low]
             base = torch.where(low == 63, 0, operation(self.lo, other.lo) & ~span)

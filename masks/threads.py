@@ -1,4 +1,4 @@
-"""Threads for work on numpy arrays, which releases the GIL; as many as torch uses."""
+"""Threads for work on numpy arrays, which releases the GIL; as many as torch uses, up to 4."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 S = TypeVar("S")
 T = TypeVar("T")
 _FEW = 4  # fewer parts run faster without threads
+_MOST = 4  # threads: more would wait for the GIL
 _TASKS = 8  # per thread: they end at about the same time
 
 
@@ -22,7 +23,7 @@ def in_threads(work: Callable[[S], T], parts: Sequence[S]) -> list[T]:
     >>> in_threads(lambda n: n * n, range(5))
     [0, 1, 4, 9, 16]
     """
-    results, threads = [work(part) for part in parts[:1]], torch.get_num_threads()
+    results, threads = [work(part) for part in parts[:1]], min(_MOST, torch.get_num_threads())
     if threads == 1 or len(parts) < _FEW:
         return results + [work(part) for part in parts[1:]]
     # A task of the pool costs 0.1 ms: tasks are runs of parts, a few for each thread.

@@ -350,3 +350,57 @@ def test_small_numbers_stay_small():
         # Only as many bits are computed as the comparison needs.
         assert Program((bits * q < 9).value, q.whole(), kv.whole()).bytes_each == 3
         assert max(x.itemsize for x in full_samples(bits.value)) == itemsize
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.integers(1, 3000) | st.sampled_from([2**16 - 1, 2**16 + 1, 2**31 - 1, 2**40 + 15]),
+    st.integers(-5, 3005),
+    st.sampled_from(COMPARISONS),
+    st.integers(0, 2**31 - 200),
+    st.sampled_from([
+        lambda q, kv: q * kv, lambda q, kv: q - kv, lambda q, kv: q * 7919 + kv * kv - 5,
+        lambda q, kv: (q * 2654435761 ^ kv * 40503) * 2246822519 >> 15, lambda q, kv: q ^ kv * 31,
+        lambda q, kv: (q - kv) * (kv - 9), lambda q, kv: q.int() * 3 - kv.int() * 70000,
+        lambda q, kv: q * q * q * kv, lambda q, kv: -(q * kv) >> 3,
+    ]),
+)  # fmt: skip
+def test_remainders_are_compared_without_a_division(n, c, compare, start, value):
+    q = torch.arange(start, start + 12).view(2, 6, 1)
+    kv = torch.arange(3, 13).view(2, 1, 5) * 17
+    arrays = indices(start + 12, 230)
+
+    def rule(q, kv):
+        return compare(value(q, kv) % n, c)
+
+    try:
+        with np.errstate(all="ignore"):
+            found = rule(*arrays)
+    except NotUnderstoodError:
+        return
+    assert torch.equal(run(found, arrays, q, kv), rule(q, kv).expand(2, 6, 5))
+
+
+def test_every_remainder_is_compared_correctly():
+    """All quotients and remainders near the ends of what 16 bits decide, also of negatives."""
+    q, kv = torch.arange(260).view(1, 260, 1), torch.arange(260).view(1, 1, 260)
+    arrays = indices(260, 260)
+    for n in (7, 181, 257):
+        for c in (0, n // 2, n - 1, n):
+            for value in (lambda q, kv: q - kv, lambda q, kv: q * kv):
+                for compare in COMPARISONS:
+                    truth = compare(value(*arrays) % n, c)
+                    program = Program(truth.value, *(index.whole() for index in arrays))
+                    found = np.broadcast_to(program.run(q.numpy(), kv.numpy()), (1, 260, 260))
+                    assert np.array_equal(found, compare(value(q, kv) % n, c).numpy())
+
+
+def test_a_remainder_of_rows_and_columns_needs_two_operations():
+    q, kv = indices(8192, 8192)
+    for rule in (q * kv % 1009 < 50, (q * 31 + kv * kv) % 97 == 5):
+        program = Program(rule.value, q.whole(), kv.whole())
+        full = [x.function for x in program._values if x.sample.shape == (1, 2, 2)]
+        assert [x.__name__ for x in full if isinstance(x, np.ufunc)] in (
+            ["multiply", "less"], ["add", "less"]
+        )  # fmt: skip
+        assert program.bytes_each <= 5

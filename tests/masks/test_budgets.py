@@ -129,11 +129,11 @@ CURVE = "lambda: masks.custom(lambda q, kv: (q - kv) * (q - kv) < q * 100)"
 DOCUMENTS = "lambda: masks.documents(torch.tensor(lengths)) & masks.causal()"
 LONGNET = "lambda: masks.longnet((2048, 4096, 8192, 16384, 32768), (1, 2, 4, 6, 12))"
 NOISE = {  # 64 Mi elements; torch.sin of large numbers alone takes 5 sorts
-    "lambda q, kv: (q * kv) % 1009 < 50": 7,
-    "lambda q, kv: (q * 73856093 ^ kv * 19349663) & 1023 < 100": 3.5,
-    "lambda q, kv: ((q * 2654435761 ^ kv * 40503) * 2246822519 >> 15) % 10 < 1": 12,
+    "lambda q, kv: (q * kv) % 1009 < 50": 4,
+    "lambda q, kv: (q * 73856093 ^ kv * 19349663) & 1023 < 100": 1.5,
+    "lambda q, kv: ((q * 2654435761 ^ kv * 40503) * 2246822519 >> 15) % 10 < 1": 9,
     "lambda q, kv, t=torch.rand(1024, 1024) < .5: t[q % 1024, kv % 1024]": 2,
-    "lambda q, kv, t=torch.randint(0, 2**31, (8192,)): (t[q] ^ t[kv]) % 1009 < 50": 8,
+    "lambda q, kv, t=torch.randint(0, 2**31, (8192,)): (t[q] ^ t[kv]) % 1009 < 50": 6,
     "lambda q, kv: torch.sin((q * kv).float()) > 0.9": 20,
 }
 RELATIVE = [  # functions of torch that keep one evaluation per diagonal of tiles
@@ -180,3 +180,32 @@ def test_layouts_in_units_of_a_sort(times, mask, length, sorts):
         f"{mask} at {length}: {took * 1e3:.0f} ms, {took / sort:.1f} sorts of {sort * 1e3:.0f} ms"
     )
     assert took <= sorts * sort
+
+
+MANY_THREADS = """
+import json, sys, time
+import torch
+from sparse_flash import masks
+taken = {(rule, threads): [] for rule in sys.argv[1:] for threads in (2, 64)}
+for rule in sys.argv[1:]:
+    for i in range(8):
+        for threads in (2, 64):
+            torch.set_num_threads(threads)
+            mask = eval(rule)
+            start = time.perf_counter()
+            mask.layout(65536)
+            taken[rule, threads].append(time.perf_counter() - start)
+print(json.dumps([[min(taken[rule, n][1:]) for n in (2, 64)] for rule in sys.argv[1:]]))
+"""
+STRUCTURED = [COMPOSED, "masks.causal(7)", "masks.local(300) & masks.causal()",
+              "masks.documents(torch.full((64,), 1024)) & masks.causal()",
+              "masks.dilated(64, 4)"]  # fmt: skip
+
+
+def test_layouts_do_not_slow_down_with_the_number_of_threads():
+    """The fastest of seven with 64 threads against that with 2, in turns, in one process."""
+    command = [sys.executable, "-c", MANY_THREADS, *STRUCTURED]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    for mask, (two, many) in zip(STRUCTURED, json.loads(done.stdout), strict=True):
+        print(f"{mask}: {two * 1e3:.1f} ms with 2 threads, {many * 1e3:.1f} ms with 64")
+        assert many <= 1.5 * two

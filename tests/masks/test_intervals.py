@@ -289,3 +289,17 @@ def test_masks_with_lengths_check_indices_inside_functions():
     )
     with pytest.raises(IndexError, match="are not in 0..49"):
         masks.custom(lambda q, kv: table(q, kv) | (q >= 0)).layout(100)
+
+
+@pytest.mark.parametrize("join", ["^", "&", "|"])
+def test_the_lower_bits_of_bitwise_operations_repeat(join):
+    """A hash modulo a power of two is evaluated once for each remainder of rows and columns."""
+    fn = eval(f"lambda q, kv: (q * 73856093 {join} kv * -19349663) % 1024 < 100")
+    masked = eval(f"lambda q, kv: ((q * 73856093 {join} kv * -19349663) & 1023) < 100")
+    q, kv = torch.arange(2304)[:, None], torch.arange(2304)
+    for rule in (fn, masked):
+        mask = masks.custom(rule)
+        _, undecided, evaluated = build.classify_tiles(mask, (2304, 2304, (128, 128)))
+        assert len(undecided[0]) == 18 * 18
+        assert evaluated == 64
+        assert torch.equal(mask.layout(2304).to_dense().view(2304, 2304), rule(q, kv))
