@@ -56,7 +56,7 @@ def _residue(x: Array, n: int) -> Array | None:
 def compared(ufunc: np.ufunc, x: Array, n: int, c: int) -> Value | None:
     """The comparison of x % n with a number; None if a division takes less time."""
     start, stop, others = _RANGES[ufunc](c)
-    if stop == n:  # the largest remainders are those that are not smaller
+    if stop == n:  # equivalent: the remainder is not below start
         start, stop, others = 0, start, not others
     if not 0 <= start < stop < n:
         return None
