@@ -10,7 +10,7 @@ of answers that are 1, by change and label. The second one draws images and thei
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -87,11 +87,22 @@ def changes(contour: int) -> dict[str, tuple[Callable[[Drawings], Drawings], boo
 
 
 def share_of_ones(
-    model: Encoder, images: Drawings, contour: int, batch_size: int = 4
+    model: Encoder,
+    images: Drawings,
+    contour: int,
+    batch_size: int = 4,
+    only: Collection[str] | None = None,
 ) -> dict[str, tuple[float, float]]:
     """Share of answers that are 1, by change: for label 1 and for label 0, each in 0..1.
 
     Where a curve is cut, only images count that the model gets right without a change.
+
+    Args:
+        model: Trained model.
+        images: Images whose long curves have `contour` paddles.
+        contour: Paddles per long curve.
+        batch_size: Images at a time.
+        only: Names of some `changes`; None: all.
     """
     unchanged = answers(model, images, batch_size)
     labels = images.labels.to(unchanged.device)
@@ -103,6 +114,8 @@ def share_of_ones(
 
     found = {"no change": shares(unchanged, everything)}
     for name, (change, of_all) in changes(contour).items():
+        if only is not None and name not in only:
+            continue
         changed = answers(model, change(images), batch_size)
         found[name] = shares(changed, everything if of_all else right)
     return found
