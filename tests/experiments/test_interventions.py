@@ -151,13 +151,22 @@ def tells(name: str, images, device: str, batch_size: int, only=None) -> dict[st
     return {change: one - zero for change, (one, zero) in found.items()}
 
 
+@pytest.fixture
+def one_thread():
+    """The threads of several workers would wait for each other at each of many small steps."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.thorough
-def test_path_x_needs_both_markers_and_a_curve(images):
-    some, changes = images.subset(torch.arange(24)), ("one marker removed", "ends of both curves")
+def test_path_x_needs_both_markers_and_a_curve(images, one_thread):
+    some, changes = images.subset(torch.arange(16)), ("one marker removed", "ends of both curves")
     told = tells("path-x", some, "cpu", 2, changes)
     assert list(told) == ["no change", *changes]
     assert told["no change"] > 0.75
-    assert max(abs(told[change]) for change in changes) < 0.4  # of 12 images with each label
+    assert max(abs(told[change]) for change in changes) < 0.5  # of 8 images with each label
 
 
 @pytest.mark.gpu
