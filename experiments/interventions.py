@@ -25,12 +25,11 @@ from sparse_flash.experiments.data.pathfinder import Drawings, draw
 from sparse_flash.experiments.data.stream import held_out, workers
 from sparse_flash.experiments.device import pick_device
 from sparse_flash.experiments.model import Encoder
+from sparse_flash.experiments.staged import TEST
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-TEST = 1  # the held-out images on which `train` tests
 
 
 def without_the_middle(

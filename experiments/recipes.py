@@ -149,7 +149,7 @@ def _first_stages() -> tuple[Stage, ...]:
 
 
 def _deep_model() -> ModelConfig:
-    """Six layers: with two, the accuracy on curves of 14 paddles stays below 76 %."""
+    """Six layers: with two, the run of `path-256` with seed 0 ended at 74 %."""
     return ModelConfig(
         dim=64,
         heads=2,

@@ -13,6 +13,7 @@ from sparse_flash.experiments.attention import AttentionKind
 from sparse_flash.experiments.config import ModelConfig, RunConfig, TrainConfig
 from sparse_flash.experiments.data.dataset import Batch, Split, Splits
 from sparse_flash.experiments.data.pathfinder import Pathfinder
+from sparse_flash.experiments.data.stream import held_out, workers
 from sparse_flash.experiments.flops import step_flops
 from sparse_flash.experiments.foreground import (
     CapacityError,
@@ -313,3 +314,16 @@ def test_a_comparison_reports_what_was_measured_and_what_did_not_fit(tmp_path):
     assert (measured["results"], failed["results"]) == (1, 0)
     assert "raise capacity" in next(r["error"] for r in found["runs"] if "error" in r)
     assert f"{measured['density']:.1%}" in (tmp_path / "comparison.md").read_text()
+
+
+@pytest.mark.parametrize(("block", "stored"), [(64, 0.014), (128, 0.028)])
+def test_path_256_stores_the_documented_part_of_the_matrix(block, stored):
+    with workers() as threads:
+        images = held_out(threads, 256, 14, 256, "morton", 32, staged.TEST).drawn()
+    table = torch.stack(
+        [
+            torch.outer(inked, inked) | torch.eye(len(inked), dtype=torch.bool)
+            for inked in (images.tokens > 0).unflatten(1, (-1, block)).any(2)
+        ]
+    )
+    assert table.float().mean().item() == pytest.approx(stored, rel=0.15)

@@ -14,7 +14,7 @@ from sparse_flash.experiments.curriculum import Curriculum, Stage
 from sparse_flash.experiments.data import broken
 from sparse_flash.experiments.data.pathfinder import draw
 from sparse_flash.experiments.data.stream import held_out, workers
-from sparse_flash.experiments.staged import follow
+from sparse_flash.experiments.staged import TEST, follow
 
 RECORDED = Path(__file__).parents[2] / "results" / "path-curricula"
 CONTOUR = 14
@@ -23,7 +23,7 @@ CONTOUR = 14
 def images_of(size: int, count: int, contour: int = CONTOUR):
     """Held-out images, of those on which the recorded runs were tested."""
     with workers() as threads:
-        return held_out(threads, size, contour, size, "morton", count, interventions.TEST)
+        return held_out(threads, size, contour, size, "morton", count, TEST)
 
 
 @pytest.fixture(scope="module")
