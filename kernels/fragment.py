@@ -9,9 +9,11 @@ each other, those of the threads follow, and a warpgroup reads 1 KiB in one go.
 from __future__ import annotations
 
 import torch
+from sparse_flash.masks import host
 from torch import Tensor
 from torch.nn.functional import pad
 
+_FEW_PIECES = 16
 _CHUNK = 1 << 24  # bytes of bit tiles reordered at a time; temporaries are 16 times as large
 
 
@@ -31,7 +33,9 @@ def fragment_order(bit_tiles: Tensor) -> Tensor:
     assert rows % 64 == 0, rows
     assert width <= 16, width
     words = bit_tiles.new_empty(n, rows // 64, 128, 2, dtype=torch.int32)
-    step = max(1, _CHUNK // (rows * width))
+    step, few = max(1, _CHUNK // (rows * width)), host.MOST // (rows * 64)
+    if n <= _FEW_PIECES * few:
+        step = few  # on a CPU so many start no threads
     for i in range(0, n, step):
         words[i : i + step] = _reorder(bit_tiles[i : i + step])
     return words

@@ -17,6 +17,7 @@ import torch
 from sparse_flash.kernels.config import KernelConfig
 from sparse_flash.kernels.device import DeviceFacts
 from sparse_flash.kernels.fragment import fragment_order
+from sparse_flash.masks import host
 from sparse_flash.masks.layout import FULL_TILE, BlockLayout
 from sparse_flash.masks.retile import retile
 from sparse_flash.masks.transfer import moved
@@ -64,7 +65,7 @@ class CostModel:
         partial = (layout.bit_tile_indices != FULL_TILE).float()
         before = pad(partial.cumsum(0, dtype=torch.float64), (1, 0))
         starts = layout.crow_indices.long()
-        tiles, partials = starts.diff(), before[starts].diff()
+        tiles, partials = starts.diff(), host.take(before, starts).diff()
         # The kernel walks through an empty row as through one tile.
         cost = tiles.clamp(min=1) + (self.partial_tile - 1) * partials + self.item
         return cost.float()
@@ -72,7 +73,8 @@ class CostModel:
     def parts(self, tiles: Tensor, costs: Tensor, share: Tensor) -> Tensor:
         """In how many parts to compute rows of so many tiles and such costs: int64, 1 or more."""
         limit = share * self.largest_share
-        wanted = (costs / limit.clamp(min=1e-6)).ceil().long()
+        wanted = costs / limit.clamp(min=1e-6)
+        wanted = wanted.long() + (wanted.frac() > 0)  # `ceil` of 2048 elements starts threads
         return torch.minimum(wanted, tiles // self.fewest_tiles).clamp(min=1)
 
     def last_parts(self, rest: int, tiles: int, row: float, num_ctas: int) -> int:
@@ -215,24 +217,26 @@ def schedule(
     layout = retile(on_host(layout, batch * heads, tile), tile)
     starts = layout.crow_indices.long()
     owners = layout.pattern_map.long().expand(batch, heads).reshape(-1)  # of (batch, head) pairs
-    tiles = starts.diff()[owners].flatten()  # of (batch, head, row) triples, as all that follows
-    cost = costs.rows(layout)[owners].flatten()
+    tiles = host.take(
+        starts.diff(), owners
+    ).flatten()  # of (batch, head, row) triples, as all that follows
+    cost = host.take(costs.rows(layout), owners).flatten()
     share = cost.sum() / facts.num_sms
     parts = costs.parts(tiles, cost, share)
     if split_last_wave:
         _split_last(parts, tiles, cost, facts.num_sms, costs)
-    row = torch.repeat_interleave(torch.arange(len(parts), device=parts.device), parts)
-    of = parts[row]
-    nth = torch.arange(len(row), device=row.device) - (parts.cumsum(0) - parts)[row]
-    begin, end = tiles[row] * nth // of, tiles[row] * (nth + 1) // of
+    row = host.repeat(parts, int(parts.sum()))
+    of, length = host.take(parts, row), host.take(tiles, row)
+    nth = host.arange(len(row), row.device) - host.take(parts.cumsum(0) - parts, row)
+    begin, end = length * nth // of, length * (nth + 1) // of
     split = of > 1
     part = torch.where(split, split.cumsum(0) - 1, -1)
-    first = starts[:, :-1][owners].flatten()[row] + begin
+    first = host.take(host.take(starts[:, :-1], owners).flatten(), row) + begin
     first = torch.where(end > begin, first, layout.num_tiles)
-    item_cost = cost[row] * (end - begin).clamp(min=1) / tiles[row].clamp(min=1)
+    item_cost = host.take(cost, row) * (end - begin).clamp(min=1) / length.clamp(min=1)
     l2_bytes = int(costs.l2_share * facts.l2_bytes)
     groups = _head_groups(batch * heads, kv_bytes, l2_bytes, parts.device)
-    group = groups[row // layout.num_block_rows]
+    group = host.take(groups, row // layout.num_block_rows)
     work = _records(row, (heads, layout.num_block_rows), first, end - begin, part)
     in_parts = torch.where(parts > 1, parts, 0)
     combined = (parts > 1).nonzero().squeeze(1)
@@ -240,10 +244,8 @@ def schedule(
     counts = torch.tensor([len(work), len(combined)], dtype=torch.int32, device=layout.device)
     made = Schedule(
         counts=counts,
-        work=work[_longest_first(item_cost, group, share, costs.long_item)],
-        tiles=pad(
-            torch.stack([layout.col_indices, layout.bit_tile_indices], 1).int(), (0, 0, 0, 1)
-        ),
+        work=host.take(work, _longest_first(item_cost, group, share, costs.long_item)),
+        tiles=_columns((layout.col_indices, layout.bit_tile_indices), layout.num_tiles + 1, 2),
         bits=_with_spares(fragment_order(layout.bit_tiles)),
         num_bit_tiles=layout.num_bit_tiles,
         combine=_records(combined, (heads, layout.num_block_rows), first_part, parts[combined]),
@@ -328,8 +330,8 @@ def stack_heads(layout: BlockLayout, size: int) -> BlockLayout:
     counts = starts.diff()[patterns].transpose(1, 2).flatten()  # of (pattern, row, head) triples
     begin = starts[:, :-1][patterns].transpose(1, 2).flatten()
     crow = pad(counts.cumsum(0), (1, 0))
-    owner = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
-    tile = begin[owner] + torch.arange(len(owner), device=owner.device) - crow[owner]
+    owner = host.repeat(counts, int(crow[-1]))
+    tile = host.arange(len(owner), owner.device) + host.take(begin - crow[:-1], owner)
     rows, columns = layout.num_block_rows, layout.num_block_cols
     index = torch.arange(len(patterns), device=crow.device)[:, None] * rows
     index = index + torch.arange(rows + 1, device=crow.device)
@@ -337,9 +339,9 @@ def stack_heads(layout: BlockLayout, size: int) -> BlockLayout:
         layout.q_len,
         size * columns * layout.block[1],
         layout.block,
-        crow_indices=crow[index * size].int(),
-        col_indices=(layout.col_indices[tile] + owner % size * columns).int(),
-        bit_tile_indices=layout.bit_tile_indices[tile],
+        crow_indices=host.int32(host.take(crow, index * size)),
+        col_indices=host.int32(host.take(layout.col_indices, tile) + owner % size * columns),
+        bit_tile_indices=host.take(layout.bit_tile_indices, tile),
         bit_tiles=layout.bit_tiles,
         pattern_map=which.view(groups.shape[:2]).int(),
         validate=False,
@@ -379,8 +381,8 @@ def cover(layout: BlockLayout, tile: tuple[int, int]) -> int:
     top, left = top // tile_m + pattern * height, left // tile_n
     bottom = bottom + pattern * height
     size = layout.num_patterns * height * width
-    seen = torch.zeros(size, dtype=torch.bool, device=rows.device) if size <= _GRID else None
-    touched = []
+    seen = host.zeros((size,), torch.bool, rows.device) if size <= _GRID else None
+    touched, yes = [], torch.ones((), dtype=torch.bool, device=rows.device)
     for i in range((block_q - 1) // tile_m + 2):
         m = torch.minimum(top + i, bottom) * width
         for j in range((block_kv - 1) // tile_n + 2):
@@ -388,8 +390,8 @@ def cover(layout: BlockLayout, tile: tuple[int, int]) -> int:
             if seen is None:
                 touched.append(tiles)
             else:
-                seen[tiles] = True
-    return len(torch.cat(touched).unique()) if seen is None else int(seen.sum())
+                host.put(seen, tiles, yes)
+    return len(torch.cat(touched).unique()) if seen is None else host.count(seen)
 
 
 def _split_last(
@@ -412,17 +414,22 @@ def _split_last(
 def _with_spares(bits: Tensor) -> Tensor:
     """Space for the bit tiles of other patterns (see `update_`): as many again, to some 2 MiB."""
     spares = min(len(bits) + 16, 1024)
-    return torch.cat([bits, bits.new_zeros(spares, *bits.shape[1:])])
+    return host.cat([bits, host.zeros((spares, *bits.shape[1:]), bits.dtype, bits.device)])
 
 
 def _records(row: Tensor, sizes: tuple[int, int], *fields: Tensor) -> Tensor:
     """m_block, head, batch and the fields of each row index: int32 (n, WORK_FIELDS)."""
     heads, rows = sizes
-    record = row.new_zeros(len(row), WORK_FIELDS, dtype=torch.int32)
     columns = (row % rows, row // rows % heads, row // (rows * heads), *fields)
+    return _columns(columns, len(row), WORK_FIELDS)
+
+
+def _columns(columns: Sequence[Tensor], height: int, width: int) -> Tensor:
+    """The first columns, or their beginnings, of an int32 matrix that is 0 elsewhere."""
+    matrix = host.zeros((height, width), torch.int32, columns[0].device)
     for i, column in enumerate(columns):
-        record[:, i] = column
-    return record
+        matrix[: len(column), i] = column
+    return matrix
 
 
 def _longest_first(cost: Tensor, group: Tensor, share: Tensor, long_item: float) -> Tensor:
@@ -437,7 +444,7 @@ def _longest_first(cost: Tensor, group: Tensor, share: Tensor, long_item: float)
     late = (cost > rest) & (cost > long_item * cost.mean())
     group = torch.where(late, -1, group)
     by_cost = cost.argsort(descending=True, stable=True)
-    return by_cost[group[by_cost].argsort(stable=True)]
+    return host.take(by_cost, host.take(group, by_cost).argsort(stable=True))
 
 
 def _head_groups(pairs: int, kv_bytes: int, l2_bytes: int, device: torch.device) -> Tensor:

@@ -23,7 +23,8 @@ def pack(tiles: Tensor) -> Tensor:
     tensor([[[5, 1]]], dtype=torch.uint8)
     """
     if tiles.device.type == "cpu":
-        return torch.from_numpy(np.packbits(tiles.contiguous().numpy(), axis=-1, bitorder="little"))
+        array = np.ascontiguousarray(tiles.numpy())
+        return torch.from_numpy(np.packbits(array, axis=-1, bitorder="little"))
     n, rows, cols = tiles.shape
     padded = tiles.new_zeros(n, rows, -(-cols // 8) * 8)
     padded[..., :cols] = tiles
@@ -37,6 +38,9 @@ def unpack(packed: Tensor, block_kv: int) -> Tensor:
     >>> unpack(torch.tensor([[[5, 1]]], dtype=torch.uint8), 9).int()
     tensor([[[1, 0, 1, 0, 0, 0, 0, 0, 1]]], dtype=torch.int32)
     """
+    if packed.device.type == "cpu":
+        bits = np.unpackbits(packed.numpy(), axis=-1, bitorder="little")[..., :block_kv]
+        return torch.from_numpy(bits.view(np.bool_))
     shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
     bits = (packed.unsqueeze(-1) >> shifts) & 1
     return bits.flatten(-2)[..., :block_kv].bool()
@@ -121,7 +125,7 @@ def inverse(order: Tensor) -> Tensor:
     tensor([1, 2, 0])
     """
     back = torch.empty_like(order)
-    back[order.long()] = torch.arange(len(order), dtype=order.dtype, device=order.device)
+    host.put(back, host.int64(order), host.arange(len(order), order.device).to(order.dtype))
     return back
 
 

@@ -1,7 +1,8 @@
 """Operations on large index tensors of the CPU that start no threads.
 
-Torch splits an operation on 32768 or more elements among all its threads. Their work is then
-shorter than the wait for the last of them, above all on a machine with many or busy cores.
+Torch splits an operation on 32768 or more elements among threads, indexing from 3000 elements on,
+and `repeat_interleave` always. Their work is then shorter than the wait for the last of them, above
+all on a machine whose cores are busy.
 """
 
 from __future__ import annotations
@@ -69,6 +70,27 @@ def full(n: int, value: int, device: torch.device) -> Tensor:
     if device.type != "cpu":
         return torch.full((n,), value, device=device)
     return torch.from_numpy(np.full(n, value))
+
+
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """As `torch.zeros`."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    made = torch.empty(shape, dtype=dtype, device="cpu")
+    made.numpy().fill(0)
+    return made
+
+
+def reshaped(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """As `x.reshape(shape)`."""
+    if x.device.type != "cpu":
+        return x.reshape(shape)
+    return torch.from_numpy(x.numpy().reshape(shape))
+
+
+def count(x: Tensor) -> int:
+    """The number of True in `x`."""
+    return int(x.sum()) if x.device.type != "cpu" else int(np.count_nonzero(x.numpy()))
 
 
 def int32(x: Tensor) -> Tensor:

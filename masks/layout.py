@@ -329,7 +329,7 @@ tile density 0.75, computed 0.75, cpu)
             (self.block[1], self.block[0]),
             crow_indices=self.ccol_indices,
             col_indices=self.row_indices,
-            bit_tile_indices=self.bit_tile_indices[order],
+            bit_tile_indices=host.take(self.bit_tile_indices, order),
             bit_tiles=bits.pack(tiles),
             pattern_map=self.pattern_map,
             validate=False,

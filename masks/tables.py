@@ -9,17 +9,21 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from sparse_flash.masks import host
 from sparse_flash.masks.array_functions import look_up
 from sparse_flash.masks.dense import Dense
 from sparse_flash.masks.kleene import Columns, NotUnderstoodError, Symbol, answer, columns_of
 from sparse_flash.masks.modes import is_fake, plain_torch, unreadable
 from sparse_flash.masks.ternary import (
+    EMPTY,
+    FULL,
     Form,
     Index,
     Interval,
     Ternary,
     Unknown,
     bit_length,
+    bounds,
     operand,
     symbols,
 )
@@ -27,6 +31,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 _INT32 = torch.iinfo(torch.int32)
+_FEW = 8  # entries of a range that are looked at one by one
 _CELLS = 1 << 24  # entries of the largest table with a summed-area table
 
 
@@ -58,8 +63,10 @@ class RangeTable:
         low, high = self.low.to(lo.device), self.high.to(lo.device)
         k = bit_length(hi - lo + 1) - 1
         second = hi + 1 - (1 << k)  # two overlapping ranges of 2^k entries cover lo..hi
-        least = torch.minimum(low[k, lo], low[k, second])
-        most = torch.maximum(high[k, lo], high[k, second])
+        first, second = k * low.shape[1] + lo, k * low.shape[1] + second
+        low, high = low.view(-1), high.view(-1)
+        least = torch.minimum(host.take(low, first), host.take(low, second))
+        most = torch.maximum(host.take(high, first), host.take(high, second))
         return (least, most) if least.is_floating_point() else (least.long(), most.long())
 
 
@@ -67,7 +74,38 @@ def _pad(x: Tensor, n: int) -> Tensor:
     return torch.nn.functional.pad(x, (0, n - len(x)))
 
 
-class Indirect(Interval):
+class Entries(Interval):
+    """The entries of a table at a range of indices.
+
+    Equality looks at each entry where a range has few: the entries 3 and 90 have bounds around 40,
+    but none is 40. Blocks of a random pattern are then decided by themselves.
+
+    >>> entries = Entries(RangeTable(torch.tensor([3, 90])), Interval(*torch.tensor([[0], [1]])))
+    >>> (entries == 40).value, (entries == 90).value  # EMPTY, UNKNOWN
+    (tensor([0], dtype=torch.int8), tensor([1], dtype=torch.int8))
+    """
+
+    def __init__(self, table: RangeTable, index: Interval) -> None:
+        self.table, self.index = table, index
+        super().__init__(*table.bounds(index.lo, index.hi), table.largest, _of_index(index))
+
+    def __eq__(self, other: object) -> Any:
+        truth, other = super().__eq__(other), operand(other, floats=True)
+        first, last = self.index.lo, self.index.hi
+        most = int((last - first).max()) + 1 if len(first) else 0
+        if most > _FEW or isinstance(other, Unknown):
+            return truth
+        (lo, hi), table = bounds(other), self.table.low[0].to(first.device)
+        met = torch.zeros_like(truth.value, dtype=torch.bool)
+        for t in range(most):
+            entry = host.take(table, (first + t).minimum(last))
+            met |= (entry >= lo) & (entry <= hi)
+        return truth & Ternary(torch.where(met, FULL, EMPTY).to(torch.int8), list)
+
+    __hash__ = None
+
+
+class Indirect(Entries):
     """The values of a table at an index, with a reference to the table for tight `//` and `%`.
 
     Without the table, a 16 x 8 pixel patch in Morton order would have only bounds of its raster
@@ -75,9 +113,8 @@ class Indirect(Interval):
     """
 
     def __init__(self, tables: Callable[[str, int], RangeTable], index: Interval) -> None:
-        self.tables, self.index = tables, index
-        table = tables("//", 1)
-        super().__init__(*table.bounds(index.lo, index.hi), table.largest, _of_index(index))
+        self.tables = tables
+        super().__init__(tables("//", 1), index)
 
     def __floordiv__(self, n: Any) -> Any:
         return self._look_up("//", n) if type(n) is int and n > 0 else super().__floordiv__(n)
@@ -86,8 +123,7 @@ class Indirect(Interval):
         return self._look_up("%", n) if type(n) is int and n > 0 else super().__mod__(n)
 
     def _look_up(self, op: str, n: int) -> Interval:
-        table, index = self.tables(op, n), self.index
-        return Interval(*table.bounds(index.lo, index.hi), table.largest, _of_index(index))
+        return Entries(self.tables(op, n), self.index)
 
 
 def _of_index(index: Interval) -> Callable[[int], Form]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,7 +29,7 @@ def moved(arrays: Sequence[Tensor], device: torch.device) -> list[Tensor]:
         end += -(-x.nbytes // _ALIGNMENT) * _ALIGNMENT
     buffer = torch.empty(end, dtype=torch.uint8, pin_memory=True)
     for x, slot in zip(arrays, _slices(buffer, starts, arrays), strict=True):
-        slot.copy_(x)
+        np.copyto(slot.numpy(), x.numpy())  # torch copies with threads: see `host`
     # PyTorch keeps pinned memory until copies from it have ended.
     return _slices(buffer.to(device, non_blocking=True), starts, arrays)
 

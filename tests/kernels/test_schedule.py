@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import heapq
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -325,3 +327,35 @@ def test_schedules_do_not_depend_on_defaults():
         torch.set_default_device(None)
     for a, b in zip(got, expected, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a.arrays(), b.arrays(), strict=True))
+
+
+THREADS = """
+import os, sys, torch
+from sparse_flash import masks
+from sparse_flash.kernels.plan import PlanKey, plan_of
+from sparse_flash.kernels.sm90.attention import BACKWARD, DETERMINISTIC_BACKWARD, FORWARD
+from tests.kernels.helpers import H200
+torch.set_num_threads(8)
+before = len(os.listdir("/proc/self/task"))
+for rule in sys.argv[1:]:
+    layout = masks.parse(rule).layout(65536)
+    for planners in (FORWARD, BACKWARD, DETERMINISTIC_BACKWARD):
+        for d in (64, 128, 256):
+            for kv_heads in (8, 2):
+                plan_of(layout, PlanKey(planners[torch.bfloat16, d], 1, 8, kv_heads, H200))
+                assert len(os.listdir("/proc/self/task")) == before, (rule, d, kv_heads)
+torch.ones(1 << 17).add_(1)
+assert len(os.listdir("/proc/self/task")) > before  # this is how threads would show
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc lists the threads of a process")
+def test_small_layouts_and_their_schedules_start_no_threads():
+    """On a machine whose cores are busy, each operation with threads waits for a time slice."""
+    rules = [
+        "local(3) | global_tokens(64) | butterfly(128)",
+        "dilated(64, 4) | local(9)",
+        "local(300) & causal()",
+        f"documents(({'1000, ' * 65}536)) & causal()",
+    ]
+    subprocess.run([sys.executable, "-c", THREADS, *rules], check=True)
