@@ -173,7 +173,14 @@ _BACKWARD = {
     ),
     256: (
         BackwardConfig(_ANY, 256, 64, 64, 4, 2, 2),
-        BackwardConfig(_ANY, 256, 32, 64, 4, 2, 2, do_stages=1, v_in_registers=True, split_dq=True),
+        BackwardConfig(
+            *(_ANY, 256, 32, 64, 4, 2, 2),
+            q_stages=1,  # with 2, float16 in fixed point spills
+            do_stages=1,
+            stats_stages=1,
+            v_in_registers=True,
+            split_dq=True,
+        ),
     ),
 }
 
@@ -185,8 +192,6 @@ def _variant(
     # Registers are few: these compile without spills.
     if deterministic and config.head_dim == 64:
         return replace(found, chunks=4)
-    if not deterministic and config.head_dim == 256 and config.v_in_registers:
-        return replace(found, q_stages=1, stats_stages=1)
     return found
 
 
