@@ -175,11 +175,10 @@ _BACKWARD = {
         BackwardConfig(_ANY, 256, 64, 64, 4, 2, 2),
         BackwardConfig(
             *(_ANY, 256, 32, 64, 4, 2, 2),
-            q_stages=1,  # with 2, float16 in fixed point spills
+            q_stages=1,
             do_stages=1,
             stats_stages=1,
             v_in_registers=True,
-            split_dq=True,
         ),
     ),
 }
@@ -192,6 +191,10 @@ def _variant(
     # Registers are few: these compile without spills.
     if deterministic and config.head_dim == 64:
         return replace(found, chunks=4)
+    if deterministic and config.head_dim == 256:
+        if config.v_in_registers:
+            return replace(found, do_stages=2, stats_stages=2, split_dq=True)
+        return replace(found, q_stages=1)
     return found
 
 

@@ -55,8 +55,9 @@ def check(compile_for, config):
     scores = d // 16 * ((2 - config.v_in_registers) * keys * config.chunks + 2 * queries)
     columns = 2 * (m // 16) * (d // config.warps_m // 16)
     exchanged = 2 * (m // 16) * keys * config.exchange
-    dq = n // 16 * (config.dq_atoms * (1 + config.split_dq) + config.dq_groups)
-    assert compiled.count("LDSM") == scores + columns + exchanged + dq
+    # The second half of dQ may find the operand of the first one in registers.
+    dq = {n // 16 * (config.dq_atoms * i + config.dq_groups) for i in (1, 1 + config.split_dq)}
+    assert compiled.count("LDSM") - (scores + columns + exchanged) in dq
 
 
 @pytest.mark.parametrize("config", SUBSET, ids=name)
