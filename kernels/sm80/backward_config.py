@@ -185,16 +185,17 @@ _BACKWARD = {
 
 
 def _variant(
-    config: BackwardConfig, dtype: str, target: str, deterministic: bool
+    config: BackwardConfig, dtype: str, target: str, deterministic: bool, offsets: bool = False
 ) -> BackwardConfig:
-    found = replace(config, dtype=dtype, arch=target, fixed_point=deterministic)
+    found = replace(config, dtype=dtype, arch=target, fixed_point=deterministic, offsets=offsets)
     # Registers are few: these compile without spills.
-    if deterministic and config.head_dim == 64:
+    if config.head_dim == 64 and (deterministic or target == "sm_100"):
         return replace(found, chunks=4)
     if deterministic and config.head_dim == 256:
-        if config.v_in_registers:
+        if not config.v_in_registers:
+            return replace(found, q_stages=1, stats_stages=1 if offsets else 2)
+        if not offsets:
             return replace(found, do_stages=2, stats_stages=2, split_dq=True)
-        return replace(found, q_stages=1)
     return found
 
 
@@ -205,9 +206,16 @@ def fits(config: BackwardConfig, shared_memory: int) -> bool:
 
 
 def backward_config(
-    dtype: str, head_dim: int, target: str, shared_memory: int, deterministic: bool = False
+    dtype: str,
+    head_dim: int,
+    target: str,
+    shared_memory: int,
+    deterministic: bool = False,
+    offsets: bool = False,
 ) -> BackwardConfig:
     """The config for this head_dim, at most 256, on a GPU with so much shared memory for a CTA.
+
+    offsets: Queries at positions.
 
     Raises:
         ValueError: It is too little.
@@ -218,7 +226,7 @@ def backward_config(
     size = min(size for size in _BACKWARD if head_dim <= size)
     for config in _BACKWARD[size]:
         if fits(config, shared_memory):
-            return _variant(config, dtype, target, deterministic)
+            return _variant(config, dtype, target, deterministic, offsets)
     raise ValueError(
         f"the kernels need {_BACKWARD[size][-1].shared_memory} bytes of shared memory, but this "
         f"GPU ({target}) has {shared_memory}: use impl='reference'"

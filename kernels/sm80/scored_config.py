@@ -48,7 +48,16 @@ _SMALL_BACKWARD = {
         BackwardConfig(_ANY, 128, 64, 64, 4, 2, 2, do_stages=1),
     ),
     192: (BackwardConfig(_ANY, 192, 32, 64, 4, 2, 2, do_stages=1),),
-    256: (BackwardConfig(_ANY, 256, 32, 64, 4, 2, 2, do_stages=1, stats_stages=1),),
+    256: (
+        BackwardConfig(_ANY, 256, 32, 64, 4, 2, 2, do_stages=1, stats_stages=1),
+        BackwardConfig(
+            *(_ANY, 256, 32, 64, 4, 2, 2),
+            q_stages=1,
+            do_stages=1,
+            stats_stages=1,
+            v_in_registers=True,
+        ),
+    ),
 }
 
 
@@ -114,16 +123,19 @@ def scored_backward_config(
 
     offsets: Queries at positions.
     """
-    config = backward.backward_config(dtype, head_dim, target, shared_memory, deterministic)
+    limits = (dtype, head_dim, target, shared_memory)
+    config = backward.backward_config(*limits, deterministic, offsets)
     features = of_backward(flags)
     if not any(features.values()):
-        return replace(config, offsets=offsets)
+        return config
     if offsets or _is_tight(config.head_dim, shared_memory, deterministic, flags):
         fitting = [c for c in _SMALL_BACKWARD[config.head_dim] if backward.fits(c, shared_memory)]
         small = fitting[0] if fitting else config
         config = replace(small, dtype=dtype, arch=target, fixed_point=deterministic)
     elif config.head_dim == 64 and (flags.softcap or flags.dropout or not _is_older(target)):
         config = replace(config, chunks=4, do_stages=1)
+    elif config.split_dq:
+        config = replace(config, split_dq=False)
     return replace(config, offsets=offsets, **features)
 
 
@@ -141,7 +153,7 @@ def unsupported_gradients(head_dim: int, shared_memory: int, flags: ScoreFlags) 
     """Why the gradients with these features have no config without spills; None where they have."""
     if not flags.dropout or head_dim <= 192:
         return None
-    (smallest,) = _SMALL_BACKWARD[256]
+    smallest = _SMALL_BACKWARD[256][0]  # the other one spills with dropout
     if backward.fits(smallest, shared_memory):
         return None
     return (

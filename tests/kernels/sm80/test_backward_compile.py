@@ -19,8 +19,8 @@ LIMITS = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "
 SIZES = (32, 64, 96, 128, 192, 256)
 
 
-def config_of(target, head_dim, dtype="bfloat16", deterministic=False):
-    return backward_config(dtype, head_dim, target, LIMITS[target] << 10, deterministic)
+def config_of(target, head_dim, dtype="bfloat16", deterministic=False, offsets=False):
+    return backward_config(dtype, head_dim, target, LIMITS[target] << 10, deterministic, offsets)
 
 
 def name(config):
@@ -29,18 +29,21 @@ def name(config):
     return f"{config.arch}-{config.dtype}-d{config.head_dim}-{tile}{fixed}"
 
 
-MATRIX = [
-    config_of(target, size, dtype, deterministic)
-    for target in LIMITS
-    for size in SIZES
-    for dtype in DTYPES
-    for deterministic in (False, True)
-]
+MATRIX, POSITIONS = (
+    [
+        config_of(target, size, dtype, deterministic, offsets)
+        for target in LIMITS
+        for size in SIZES
+        for dtype in DTYPES
+        for deterministic in (False, True)
+    ]
+    for offsets in (False, True)
+)
 # Each feature once: keys in chunks, V in registers, exchange, fixed point, offsets.
 SUBSET = [
     config_of("sm_86", 64, "float16"),
     config_of("sm_80", 96, deterministic=True),
-    replace(config_of("sm_100", 192), offsets=True),
+    config_of("sm_100", 192, offsets=True),
 ]
 
 
@@ -66,7 +69,7 @@ def test_compiles_well(compile_for, config):
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize("config", MATRIX, ids=name)
+@pytest.mark.parametrize("config", MATRIX + POSITIONS, ids=name)
 def test_matrix(compile_for, config):
     check(compile_for, config)
 
