@@ -173,16 +173,17 @@ def _main() -> None:
     parser.add_argument("run", help="folder of a run, its checkpoint, or exported weights")
     parser.add_argument("--images", type=int, default=1000, help="held-out images")
     parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--size", type=int, help="pixels per side; default: the last stage's")
     parser.add_argument("--picture", type=Path, help="draw these images to a PNG file instead")
     options = parser.parse_args()
     curriculum = trained.curriculum_of(options.run)
     stage = curriculum.stages[-1]
-    size, contour = stage.size, stage.contours[-1]
+    size, contour = options.size or stage.size, stage.contours[-1]
     with workers() as threads:
         images = held_out(
             threads, size, contour, curriculum.geometry, curriculum.order, options.images, TEST
         )
-    model = trained.load(Path(options.run)).to(pick_device("auto"))
+    model = trained.load(Path(options.run), size).to(pick_device("auto"))
     if options.picture is not None:
         picture(model, images, contour).savefig(options.picture)
         return

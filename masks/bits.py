@@ -39,8 +39,8 @@ def unpack(packed: Tensor, block_kv: int) -> Tensor:
     tensor([[[1, 0, 1, 0, 0, 0, 0, 0, 1]]], dtype=torch.int32)
     """
     if packed.device.type == "cpu":
-        bits = np.unpackbits(packed.numpy(), axis=-1, bitorder="little")[..., :block_kv]
-        return torch.from_numpy(bits.view(np.bool_))
+        each = np.unpackbits(packed.numpy(), axis=-1, bitorder="little")[..., :block_kv]
+        return torch.from_numpy(each.view(np.bool_))
     shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
     bits = (packed.unsqueeze(-1) >> shifts) & 1
     return bits.flatten(-2)[..., :block_kv].bool()

@@ -11,9 +11,9 @@ from tools import tables
 RUNS = tables.RESULTS / "path-curricula"
 SEEDS = (0, 1, 2)
 EQUAL = 540  # GPU seconds at which runs are compared
-# The runs of the ablation: name, layers, attention.
+# The runs of the ablation: name, layers, attention. None of them trained on broken curves.
 ABLATION = {
-    "path-256-seed0": (6, "3 x 3 patches and butterfly"),
+    "path-256-unbroken-seed0": (6, "3 x 3 patches and butterfly"),
     "path-256-local-seed0": (6, "3 x 3 patches"),
     "path-256-4-layers-seed0": (4, "3 x 3 patches and butterfly"),
     "path-256-2-layers-seed0": (2, "3 x 3 patches and butterfly"),
@@ -105,13 +105,43 @@ def _listed(words: Iterable[str]) -> str:
 
 
 def interventions() -> str:
-    """Share of answers that are 1, by change of the image and label."""
-    record = tables.read(RUNS / "interventions.json")
+    """Share of answers that are 1, by change of the image, run and label."""
+    records = tables.read(RUNS / "interventions.json")
     rows = [
-        [change, f"{100 * found['label 1']:.0f} %", f"{100 * found['label 0']:.0f} %"]
-        for change, found in record["share_of_ones"].items()
+        [change]
+        + [
+            f"{100 * record['share_of_ones'][change][label]:.0f} %"
+            for record in records
+            for label in ("label 1", "label 0")
+        ]
+        for change in records[0]["share_of_ones"]
     ]
-    return tables.table(["change", "answers 1 to label 1", "answers 1 to label 0"], rows)
+    head = [
+        f"{record['run'].removesuffix('-seed0')}, {label}"
+        for record in records
+        for label in ("label 1", "label 0")
+    ]
+    return tables.table(["change", *head], rows)
+
+
+def unbroken() -> str:
+    """Test accuracy of Path-256 without broken curves in the training images, all seeds."""
+    found = [run(f"path-256-unbroken-seed{seed}")["metrics"] for seed in SEEDS]
+    accuracy = _listed(f"{100 * metrics['test_accuracy']:.1f}" for metrics in found)
+    seconds = _listed(f"{metrics['gpu_seconds']:,.0f}" for metrics in found)
+    return f"{accuracy} % after {seconds} GPU seconds"
+
+
+def dense() -> str:
+    """How far the run with dense attention came."""
+    result = run("path-256-sdpa-seed0")
+    metrics, last = result["metrics"], result["stages"][-1]
+    ours = run("path-256-unbroken-seed0")["stages"][len(result["stages"]) - 1]
+    return (
+        f"After {metrics['gpu_seconds']:,.0f} GPU seconds it is in stage {metrics['stage']}, of "
+        f"{metrics['pixels']} pixels. It has {100 * metrics['test_accuracy']:.1f} % on images of "
+        f"that size. A step there takes {last['step_ms']:,.0f} ms instead of {ours['step_ms']:,.0f}"
+    )
 
 
 def speed(name: str) -> str:
@@ -126,6 +156,7 @@ def data() -> dict[str, Any]:
     """Validation accuracy on 256 pixels in per cent by GPU minute, by run."""
     lines = {f"6 layers, seed {seed}": f"path-256-seed{seed}" for seed in SEEDS}
     lines |= {
+        "6 layers, no broken curves": "path-256-unbroken-seed0",
         "6 layers, 3 x 3 patches alone": "path-256-local-seed0",
         "4 layers": "path-256-4-layers-seed0",
         "2 layers": "path-256-2-layers-seed0",
@@ -150,7 +181,7 @@ def draw(data: dict[str, Any], theme: tuple[str, str, str, tuple[str, ...]]) -> 
     ink, line, ours, others = theme
     figure = Figure(figsize=(10, 4.6), layout="constrained")
     axes = figure.subplots()
-    styles = [(f"{m}-", ours) for m in "o^v"] + [(f"{m}--", others[0]) for m in "sDx"]
+    styles = [(f"{m}-", ours) for m in "o^v"] + [(f"{m}--", others[0]) for m in "+sDx"]
     for (label, points), (style, color) in zip(data["lines"].items(), styles, strict=True):
         minutes, accuracy = zip(*points, strict=True)
         axes.plot(minutes, accuracy, style, color=color, label=label, markersize=4, linewidth=1.2)

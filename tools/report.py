@@ -65,6 +65,8 @@ TEXTS: dict[str, Callable[[], str]] = {
     "path-ablation": path_tables.ablation,
     "path-stages": path_tables.stages,
     "path-interventions": path_tables.interventions,
+    "path-256-unbroken": path_tables.unbroken,
+    "path-256-dense": path_tables.dense,
     "path-256-speed": lambda: path_tables.speed("path-256-seed0"),
     "path-x-speed": lambda: path_tables.speed("path-x-seed0"),
     "path-majority-64": lambda: tables.path_majority("path-64-seed0"),

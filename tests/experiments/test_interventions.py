@@ -20,10 +20,10 @@ RECORDED = Path(__file__).parents[2] / "results" / "path-curricula"
 CONTOUR = 14
 
 
-def images_of(size: int, count: int, contour: int = CONTOUR):
+def images_of(size: int, count: int, contour: int = CONTOUR, geometry: int | None = None):
     """Held-out images, of those on which the recorded runs were tested."""
     with workers() as threads:
-        return held_out(threads, size, contour, size, "morton", count, TEST)
+        return held_out(threads, size, contour, geometry or size, "morton", count, TEST)
 
 
 @pytest.fixture(scope="module")
@@ -143,11 +143,17 @@ def test_saliency_is_where_the_maximum_comes_from():
     assert maps.amax((1, 2)).tolist() == [1.0, 1.0]
 
 
-def tells(name: str, images, device: str, batch_size: int, only=None) -> dict[str, float]:
-    """Share of answers 1 to label 1 less that to label 0, by change: 0 if it tells nothing."""
-    model = trained.load(RECORDED / f"{name}-seed0" / "weights.pt").to(device)
+def ones(name: str, images, device: str, batch_size: int, only=None) -> dict:
+    """Share of answers 1 to label 1 and to label 0, by change, of a recorded run."""
+    weights = RECORDED / f"{name}-seed0" / "weights.pt"
+    model = trained.load(weights, images.size).to(device)
     found = interventions.share_of_ones(model, images, CONTOUR, batch_size, only)
     print(name, found)
+    return found
+
+
+def tells(found: dict) -> dict[str, float]:
+    """Share of answers 1 to label 1 less that to label 0, by change: 0 if it tells nothing."""
     return {change: one - zero for change, (one, zero) in found.items()}
 
 
@@ -163,19 +169,46 @@ def one_thread():
 @pytest.mark.thorough
 def test_path_x_needs_both_markers_and_a_curve(images, one_thread):
     some, changes = images.subset(torch.arange(16)), ("one marker removed", "ends of both curves")
-    told = tells("path-x", some, "cpu", 2, changes)
+    told = tells(ones("path-x", some, "cpu", 2, changes))
     assert list(told) == ["no change", *changes]
     assert told["no change"] > 0.75
     assert max(abs(told[change]) for change in changes) < 0.5  # of 8 images with each label
 
 
+@pytest.mark.thorough
+def test_a_cut_of_the_marked_curve_turns_the_answer(one_thread):
+    """The model of Path-256, on the canvas of its last but one stage, which a CPU can compute."""
+    some = images_of(128, 16, geometry=256)
+    some = some.subset((some.labels == 1).nonzero().squeeze(1)[:6])
+    changes = ("marked curve cut", "other curve cut")
+    found = {change: one for change, (one, _) in ones("path-256", some, "cpu", 2, changes).items()}
+    assert found["no change"] > 0.7
+    assert found["marked curve cut"] < 0.3
+    assert found["other curve cut"] > 0.7
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["path-x", "path-256"])
-def test_recorded_models_follow_the_curves(name):
+def test_recorded_models_need_markers_and_curves(name):
     images = images_of({"path-x": 128, "path-256": 256}[name], 400)
-    told = tells(name, images, "cuda", 8)
+    told = tells(ones(name, images, "cuda", 8))
     assert told["no change"] > 0.75
     assert abs(told["one marker removed"]) < 0.25
     assert abs(told["ends of both curves"]) < 0.25
+
+
+@pytest.mark.gpu
+def test_path_x_is_told_by_either_curve():
+    told = tells(ones("path-x", images_of(128, 400), "cuda", 8))
     for one_curve in ("ends of the marked curve", "ends of the other curve"):
         assert told[one_curve] > 0.4
+
+
+@pytest.mark.gpu
+def test_path_256_follows_the_marked_curve():
+    """Most correct answers 1 turn to 0 where it is cut, and few where the other one is."""
+    found = ones("path-256", images_of(256, 400), "cuda", 8)
+    for change in ("marked curve cut", "ends of the marked curve"):
+        assert found[change][0] < 0.3
+    for change in ("no change", "other curve cut", "ends of the other curve"):
+        assert found[change][0] > 0.8
