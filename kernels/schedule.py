@@ -327,8 +327,10 @@ def stack_heads(layout: BlockLayout, size: int) -> BlockLayout:
     groups = owners[..., None].expand(-1, -1, size) if shared else owners.unflatten(1, (-1, size))
     patterns, which = groups.reshape(-1, size).unique(dim=0, return_inverse=True)
     starts = layout.crow_indices.long()
-    counts = starts.diff()[patterns].transpose(1, 2).flatten()  # of (pattern, row, head) triples
-    begin = starts[:, :-1][patterns].transpose(1, 2).flatten()
+    counts = (
+        host.take(starts.diff(), patterns).transpose(1, 2).flatten()
+    )  # of (pattern, row, head) triples
+    begin = host.take(starts[:, :-1], patterns).transpose(1, 2).flatten()
     crow = pad(counts.cumsum(0), (1, 0))
     owner = host.repeat(counts, int(crow[-1]))
     tile = host.arange(len(owner), owner.device) + host.take(begin - crow[:-1], owner)

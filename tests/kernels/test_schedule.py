@@ -341,9 +341,8 @@ for rule in sys.argv[1:]:
     layout = masks.parse(rule).layout(65536)
     for planners in (FORWARD, BACKWARD, DETERMINISTIC_BACKWARD):
         for d in (64, 128, 256):
-            for kv_heads in (8, 2):
-                plan_of(layout, PlanKey(planners[torch.bfloat16, d], 1, 8, kv_heads, H200))
-                assert len(os.listdir("/proc/self/task")) == before, (rule, d, kv_heads)
+            plan_of(layout, PlanKey(planners[torch.bfloat16, d], 1, 8, 8, H200))
+            assert len(os.listdir("/proc/self/task")) == before, (rule, d)
 torch.ones(1 << 17).add_(1)
 assert len(os.listdir("/proc/self/task")) > before  # this is how threads would show
 """
@@ -356,6 +355,6 @@ def test_small_layouts_and_their_schedules_start_no_threads():
         "local(3) | global_tokens(64) | butterfly(128)",
         "dilated(64, 4) | local(9)",
         "local(300) & causal()",
-        f"documents(({'1000, ' * 65}536)) & causal()",
+        f"documents(({'1024, ' * 64})) & causal()",
     ]
     subprocess.run([sys.executable, "-c", THREADS, *rules], check=True)
