@@ -13,7 +13,7 @@ from sparse_flash.masks import host
 from torch import Tensor
 from torch.nn.functional import pad
 
-_FEW_PIECES = 16
+_FEW_PIECES = 16  # of so many bit tiles that an operation on a CPU starts no threads
 _CHUNK = 1 << 24  # bytes of bit tiles reordered at a time; temporaries are 16 times as large
 
 
@@ -34,8 +34,8 @@ def fragment_order(bit_tiles: Tensor) -> Tensor:
     assert width <= 16, width
     words = bit_tiles.new_empty(n, rows // 64, 128, 2, dtype=torch.int32)
     step, few = max(1, _CHUNK // (rows * width)), host.MOST // (rows * 64)
-    if n <= _FEW_PIECES * few:
-        step = few  # on a CPU so many start no threads
+    if bit_tiles.device.type == "cpu" and n <= _FEW_PIECES * few:
+        step = few
     for i in range(0, n, step):
         words[i : i + step] = _reorder(bit_tiles[i : i + step])
     return words

@@ -217,9 +217,8 @@ def schedule(
     layout = retile(on_host(layout, batch * heads, tile), tile)
     starts = layout.crow_indices.long()
     owners = layout.pattern_map.long().expand(batch, heads).reshape(-1)  # of (batch, head) pairs
-    tiles = host.take(
-        starts.diff(), owners
-    ).flatten()  # of (batch, head, row) triples, as all that follows
+    # Of (batch, head, row) triples, as all that follows.
+    tiles = host.take(starts.diff(), owners).flatten()
     cost = host.take(costs.rows(layout), owners).flatten()
     share = cost.sum() / facts.num_sms
     parts = costs.parts(tiles, cost, share)
@@ -327,9 +326,8 @@ def stack_heads(layout: BlockLayout, size: int) -> BlockLayout:
     groups = owners[..., None].expand(-1, -1, size) if shared else owners.unflatten(1, (-1, size))
     patterns, which = groups.reshape(-1, size).unique(dim=0, return_inverse=True)
     starts = layout.crow_indices.long()
-    counts = (
-        host.take(starts.diff(), patterns).transpose(1, 2).flatten()
-    )  # of (pattern, row, head) triples
+    # Of (pattern, row, head) triples.
+    counts = host.take(starts.diff(), patterns).transpose(1, 2).flatten()
     begin = host.take(starts[:, :-1], patterns).transpose(1, 2).flatten()
     crow = pad(counts.cumsum(0), (1, 0))
     owner = host.repeat(counts, int(crow[-1]))

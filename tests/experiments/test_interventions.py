@@ -157,15 +157,6 @@ def tells(found: dict) -> dict[str, float]:
     return {change: one - zero for change, (one, zero) in found.items()}
 
 
-@pytest.fixture
-def one_thread():
-    """The threads of several workers would wait for each other at each of many small steps."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.thorough
 def test_path_x_needs_both_markers_and_a_curve(images, one_thread):
     some, changes = images.subset(torch.arange(16)), ("one marker removed", "ends of both curves")
