@@ -18,6 +18,19 @@ ABLATION = {
     "path-256-4-layers-seed0": (4, "3 x 3 patches and butterfly"),
     "path-256-2-layers-seed0": (2, "3 x 3 patches and butterfly"),
 }
+SMALL_EQUAL = 230  # GPU seconds at which runs of Path-X are compared
+# The ablation on 128 pixels: run, what differs from `path-x`.
+SMALL_ABLATION = {
+    "path-x-seed0": "nothing",
+    "path-x-local-seed0": "3 x 3 patches, no butterfly",
+    "path-x-no-initial-span-seed0": "no initial span",
+    "path-x-raster-seed0": "raster order",
+    "path-x-mean-pooling-seed0": "mean pooling",
+    "path-x-4-layers-seed0": "4 layers",
+    "path-x-2-layers-seed0": "2 layers",
+    "path-x-width-128-seed0": "width 128, hidden width 256",
+    "path-x-one-stage-seed0": "the last stage alone",
+}
 # Test accuracy on Path-256 in per cent, as published for the data of Long Range Arena.
 PUBLISHED = {"block-sparse FlashAttention": 63.1, "FlashButterfly": 92.2}
 
@@ -77,6 +90,55 @@ def ablation() -> str:
     return tables.table(head, rows)
 
 
+def small_ablation() -> str:
+    """Runs of Path-X with one change: the evaluation at `SMALL_EQUAL` GPU seconds, and the test."""
+    rows = []
+    for name, change in SMALL_ABLATION.items():
+        result = run(name)
+        metrics = result["metrics"]
+        at = [row for row in result["curve"] if row[3] <= SMALL_EQUAL][-1]
+        rows.append(
+            [
+                change,
+                f"{result['stages'][-1]['step_ms']:.0f}",
+                f"{at[2]:,}",
+                f"{result['config']['stages'][at[0]]['contours'][-1]}",
+                f"{100 * at[7]:.1f} %",
+                f"{100 * metrics['test_accuracy']:.1f} % ({metrics['gpu_seconds']:,.0f} s)",
+            ]
+        )
+    head = ["change", "step, ms", "images", "paddles", "validation", "test, 14 paddles"]
+    return tables.table(head, rows)
+
+
+def step_times() -> str:
+    """Time of a step of the last stage of `path-256` by attention: mean and range of its runs."""
+    records = tables.read(RUNS / "steps-256.json")
+    ours = mean(row["step_ms"] for row in records if _implementation(row) == "ours")
+    rows = []
+    for label, title in {
+        "ours": "ours, 3 x 3 patches and butterfly",
+        "flex": "FlexAttention, the same mask",
+        "sdpa": "dense, SDPA",
+    }.items():
+        times = [row["step_ms"] for row in records if _implementation(row) == label]
+        average = mean(times)
+        rows.append(
+            [
+                title,
+                f"{average:,.1f}",
+                f"{min(times):,.1f} to {max(times):,.1f}" if len(times) > 1 else "one run",
+                f"{16_000 / average:.1f}",
+                f"{average / ours:.2f}",
+            ]
+        )
+    return tables.table(["attention", "step, ms", "range", "images/s", "ours is faster by"], rows)
+
+
+def _implementation(record: dict[str, Any]) -> str:
+    return record["attention"].partition(":")[0] or "ours"
+
+
 def stages() -> str:
     """The last evaluation of each stage, of `path-256` and `path-x`; a cell has all seeds."""
     rows = []
@@ -124,6 +186,15 @@ def interventions() -> str:
     return tables.table(["change", *head], rows)
 
 
+def flex() -> str:
+    """Test accuracy, GPU seconds and images of the run with FlexAttention."""
+    metrics = run("path-256-flex-seed0")["metrics"]
+    return (
+        f"{100 * metrics['test_accuracy']:.1f} % after {metrics['gpu_seconds']:,.0f} GPU seconds "
+        f"and {metrics['images']:,} images"
+    )
+
+
 def unbroken() -> str:
     """Test accuracy of Path-256 without broken curves in the training images, all seeds."""
     found = [run(f"path-256-unbroken-seed{seed}")["metrics"] for seed in SEEDS]
@@ -154,25 +225,28 @@ def speed(name: str) -> str:
 
 
 def data() -> dict[str, Any]:
-    """Validation accuracy on 256 pixels in per cent by GPU minute, by run."""
+    """Accuracy on 256 pixels in per cent by GPU minute, by run; the dense run has 128 pixels."""
     lines = {f"6 layers, seed {seed}": f"path-256-seed{seed}" for seed in SEEDS}
     lines |= {
+        "6 layers, FlexAttention": "path-256-flex-seed0",
         "6 layers, no broken curves": "path-256-unbroken-seed0",
         "6 layers, 3 x 3 patches alone": "path-256-local-seed0",
         "4 layers": "path-256-4-layers-seed0",
         "2 layers": "path-256-2-layers-seed0",
     }
-    return {"lines": {label: _points(name) for label, name in lines.items()}}
+    found = {label: _points(name) for label, name in lines.items()}
+    found["6 layers, dense, on 128 pixels"] = _points("path-256-sdpa-seed0", 128)
+    return {"lines": found}
 
 
-def _points(name: str) -> list[list[float]]:
+def _points(name: str, pixels: int = 256) -> list[list[float]]:
+    """Evaluations in the last stage of these pixels, and the test at the end."""
     result = run(name)
-    sizes = [stage["size"] for stage in result["config"]["stages"]]
-    return [
-        [round(row[3] / 60, 2), round(100 * row[7], 1)]
-        for row in result["curve"]
-        if sizes[row[0]] == 256
-    ]
+    stages, metrics = result["config"]["stages"], result["metrics"]
+    last = max(number for number, stage in enumerate(stages) if stage["size"] == pixels)
+    points = [(row[3], row[7]) for row in result["curve"] if row[0] == last]
+    points.append((metrics["gpu_seconds"], metrics["test_accuracy"]))
+    return [[round(seconds / 60, 2), round(100 * accuracy, 1)] for seconds, accuracy in points]
 
 
 def draw(data: dict[str, Any], theme: tuple[str, str, str, tuple[str, ...]]) -> Any:
@@ -182,7 +256,7 @@ def draw(data: dict[str, Any], theme: tuple[str, str, str, tuple[str, ...]]) -> 
     ink, line, ours, others = theme
     figure = Figure(figsize=(10, 4.6), layout="constrained")
     axes = figure.subplots()
-    styles = [(f"{m}-", ours) for m in "o^v"] + [(f"{m}--", others[0]) for m in "+sDx"]
+    styles = [(f"{m}-", ours) for m in "o^v"] + [(f"{m}--", others[0]) for m in "*+sDxP"]
     for (label, points), (style, color) in zip(data["lines"].items(), styles, strict=True):
         minutes, accuracy = zip(*points, strict=True)
         axes.plot(minutes, accuracy, style, color=color, label=label, markersize=4, linewidth=1.2)
@@ -199,7 +273,7 @@ def draw(data: dict[str, Any], theme: tuple[str, str, str, tuple[str, ...]]) -> 
             fontsize=8,
         )
     axes.set_xlabel("GPU minutes, all stages (one H200)", color=ink)
-    axes.set_ylabel("validation accuracy, %", color=ink)
+    axes.set_ylabel("accuracy on held-out images, %", color=ink)
     axes.tick_params(colors=ink, length=0)
     axes.grid(color=line, linewidth=0.6)
     axes.set_xlim(0)
