@@ -10,7 +10,7 @@ of answers that are 1, by change and label. The second one draws images and thei
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -168,14 +168,26 @@ def picture(model: Encoder, images: Drawings, contour: int) -> Figure:
     return figure
 
 
-def _main() -> None:
+def _main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m sparse_flash.experiments.interventions")
-    parser.add_argument("run", help="folder of a run, its checkpoint, or exported weights")
+    parser.add_argument("run", type=Path, help="folder of a run, its checkpoint, or its weights")
     parser.add_argument("--images", type=int, default=1000, help="held-out images")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--size", type=int, help="pixels per side; default: the last stage's")
     parser.add_argument("--picture", type=Path, help="draw these images to a PNG file instead")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    if min(options.images, options.batch_size) < 1:
+        parser.error(
+            "--images and --batch-size must be at least 1, got "
+            f"{options.images} and {options.batch_size}"
+        )
+    try:
+        _answer(options)
+    except (ValueError, OSError) as error:  # of the run, the size, the file of the picture
+        parser.error(str(error))
+
+
+def _answer(options: argparse.Namespace) -> None:
     curriculum = trained.curriculum_of(options.run)
     stage = curriculum.stages[-1]
     size, contour = options.size or stage.size, stage.contours[-1]
@@ -183,7 +195,7 @@ def _main() -> None:
         images = held_out(
             threads, size, contour, curriculum.geometry, curriculum.order, options.images, TEST
         )
-    model = trained.load(Path(options.run), size).to(pick_device("auto"))
+    model = trained.load(options.run, size).to(pick_device("auto"))
     if options.picture is not None:
         picture(model, images, contour).savefig(options.picture)
         return

@@ -62,7 +62,7 @@ def find_checkpoint(source: str) -> Path:
         if path.exists():
             return path
         raise checkpoint.CheckpointError(
-            f"there is no checkpoint {path} to begin with: give the folder of a run with --init"
+            f"there is no checkpoint {path}: give the folder of a run (train: --init FOLDER)"
         )
     if (path / CHECKPOINT).exists():
         return path / CHECKPOINT
@@ -71,9 +71,10 @@ def find_checkpoint(source: str) -> Path:
         return below[0]
     found = ", ".join(str(run.parent) for run in below[:4])
     raise checkpoint.CheckpointError(
-        f"{path} has the runs {found}: choose one with --init"
+        f"{path} has the runs {found}: choose one (train: --init FOLDER)"
         if below
-        else f"there is no {path / CHECKPOINT} to begin with: give the folder of a run with --init"
+        else f"there is no checkpoint {path / CHECKPOINT}: give the folder of a run "
+        "(train: --init FOLDER)"
     )
 
 

@@ -157,6 +157,28 @@ def tells(found: dict) -> dict[str, float]:
     return {change: one - zero for change, (one, zero) in found.items()}
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--size", "100"], "must have (32, 64, 128, 256, 512) pixels per side, got 100"),
+        (["--size", "-64"], "must have (32, 64, 128, 256, 512) pixels per side, got -64"),
+        (["--images", "0"], "--images and --batch-size must be at least 1, got 0 and 4"),
+        (["--batch-size", "-1"], "must be at least 1, got 1000 and -1"),
+    ],
+)
+def test_refuses_wrong_options(arguments, words, capsys):
+    weights = RECORDED / "path-x-seed0" / "weights.pt"
+    with pytest.raises(SystemExit, match="2"):
+        interventions._main([str(weights), *arguments])
+    assert words in capsys.readouterr().err
+
+
+def test_refuses_a_folder_without_a_run(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        interventions._main([str(tmp_path)])
+    assert f"there is no checkpoint {tmp_path}" in capsys.readouterr().err
+
+
 @pytest.mark.thorough
 def test_path_x_needs_both_markers_and_a_curve(images, one_thread):
     some, changes = images.subset(torch.arange(16)), ("one marker removed", "ends of both curves")

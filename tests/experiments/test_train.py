@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import os
@@ -59,14 +58,6 @@ def slow_config():
         model=ModelConfig(dim=16, heads=2, layers=2, ffn=32),
         train=TrainConfig(steps=120, batch_size=8, eval_every=40, log_every=1, checkpoint_every=5),
     )
-
-
-@contextlib.contextmanager
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def weights(folder):
@@ -190,30 +181,29 @@ def test_training_begins_with_what_comes_first(tiny_config, tiny_data, tmp_path,
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143)])
-def test_killed_runs_resume_to_the_same_numbers(number, code, tmp_path):
+def test_killed_runs_resume_to_the_same_numbers(number, code, tmp_path, one_thread):
     config = slow_config()
-    with one_thread():
-        whole = train(config, tmp_path / "whole", "cpu")
-        folder = tmp_path / "killed"
-        child = subprocess.Popen(
-            [sys.executable, "-c", CHILD, str(folder)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-        )
-        deadline = time.monotonic() + 120
-        while not (folder / CHECKPOINT).exists():
-            assert child.poll() is None, "the child ended by itself"
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
-        os.kill(child.pid, number)
-        output = child.communicate(timeout=60)[0].decode()
-        assert child.returncode == code
-        reached = checkpoint.load(folder / CHECKPOINT)["progress"]["step"]
-        assert 0 < reached < config.train.steps
-        if number == signal.SIGTERM:
-            assert f"stopped at step {reached}; run the same command to resume" in output
-        assert not (folder / "result.json").exists()
-        resumed = train(config, folder, "cpu")
+    whole = train(config, tmp_path / "whole", "cpu")
+    folder = tmp_path / "killed"
+    child = subprocess.Popen(
+        [sys.executable, "-c", CHILD, str(folder)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while not (folder / CHECKPOINT).exists():
+        assert child.poll() is None, "the child ended by itself"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    os.kill(child.pid, number)
+    output = child.communicate(timeout=60)[0].decode()
+    assert child.returncode == code
+    reached = checkpoint.load(folder / CHECKPOINT)["progress"]["step"]
+    assert 0 < reached < config.train.steps
+    if number == signal.SIGTERM:
+        assert f"stopped at step {reached}; run the same command to resume" in output
+    assert not (folder / "result.json").exists()
+    resumed = train(config, folder, "cpu")
     assert same(weights(tmp_path / "whole"), weights(folder))
     assert whole["metrics"]["test_loss"] == resumed["metrics"]["test_loss"]
     assert not [p for p in folder.iterdir() if p.name.startswith(".")], "no half-written files"

@@ -57,7 +57,7 @@ def test_positions_are_laid_side_by_side(tmp_path, orders, pooling):
 
 def test_what_cannot_be_carried_over(tmp_path):
     run = run_of()
-    with pytest.raises(CheckpointError, match="no checkpoint .* to begin with"):
+    with pytest.raises(CheckpointError, match="no checkpoint .*: give the folder of a run"):
         train(replace(run, init=str(tmp_path / "nowhere")), tmp_path / "a", "cpu")
     train(run, tmp_path / "small", "cpu")
     wider = replace(run.model, ffn=32)
@@ -88,9 +88,9 @@ def test_the_folder_of_the_only_run_inside(tmp_path):
         assert find_checkpoint(str(given)) == path
     (tmp_path / "all" / "b").mkdir()
     (tmp_path / "all" / "b" / "checkpoint.pt").write_text("")
-    with pytest.raises(CheckpointError, match="has the runs .*/b, .*/sdpa-seed0: choose one with"):
+    with pytest.raises(CheckpointError, match="has the runs .*/b, .*/sdpa-seed0: choose one"):
         find_checkpoint(str(tmp_path / "all"))
-    with pytest.raises(CheckpointError, match="no checkpoint .*/c to begin with"):
+    with pytest.raises(CheckpointError, match="no checkpoint .*/c: give the folder"):
         find_checkpoint(str(tmp_path / "c"))
     with pytest.raises(CheckpointError, match="is not a checkpoint .* another run with --init"):
         train(replace(run, init=str(tmp_path / "all" / "b")), tmp_path / "d", "cpu")

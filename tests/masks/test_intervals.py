@@ -42,6 +42,9 @@ JOINS = ["({a}&{b})", "({a}|{b})", "({a}^{b})", "(~{a})", "({a}=={b})",
          "({a}+{b})"]  # fmt: skip
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")  # small tensors: a second one would wait
+
+
 def index(rng, depth):
     if not depth:
         return rng.choice([*LEAVES, str(rng.randint(-9, 300))])
@@ -56,15 +59,6 @@ def truth(rng, depth):
         compared = f"({a}{rng.choice(['<', '<=', '>', '>=', '==', '!='])}{b})"
         return rng.choice([*[compared] * 20, *TRUTHS])
     return rng.choice(JOINS).format(a=truth(rng, depth - 1), b=truth(rng, depth - 1))
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small tensors: a second thread would only wait."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("part", range(2))

@@ -187,7 +187,7 @@ def test_help_takes_at_most_1_5_times_import_torch():
         ("bench --mask local(3) --heads 3 --kv-heads 2", 1, "--kv-heads 2 must divide --heads 3"),
         ("bench --mask documents((9,7)) --length 5", 1, "is made for q_len=16, not 5"),
         ("train listops --out /dev/null", 1, "cannot write to the log folder /dev/null"),
-        ("train listops --init /none", 1, "no checkpoint /none to begin with"),
+        ("train listops --init /none", 1, "no checkpoint /none: give the folder of a run"),
         ("train text --task.source hf:", 1, "needs the name of a data set after 'hf:'"),
     ],
 )  # fmt: skip
