@@ -46,8 +46,8 @@ def arrays_of_tiles(
         host.put(entries, some, torch.where(whole, FULL_TILE, entry))
     tiles, entries = _renumber(packed, entries, distinct)
     first = torch.arange(num_patterns, device=device)[:, None] * nq
-    crow = starts[first + torch.arange(nq + 1, device=device)]
-    return crow.int(), host.int32(cols), host.int32(entries), tiles
+    crow = host.take(starts, first + torch.arange(nq + 1, device=device))
+    return host.int32(crow), host.int32(cols), host.int32(entries), tiles
 
 
 def transposed(layout: BlockLayout) -> tuple[Tensor, Tensor, Tensor]:
@@ -61,7 +61,7 @@ def transposed(layout: BlockLayout) -> tuple[Tensor, Tensor, Tensor]:
     _, rows, order, starts = _in_order(cols, rows, number, (patterns * nk, nq))
     cells = torch.arange(patterns, device=device)[:, None] * nk
     cells = cells + torch.arange(nk + 1, device=device)
-    return starts[cells].int(), host.int32(rows), host.int32(order)
+    return host.int32(host.take(starts, cells)), host.int32(rows), host.int32(order)
 
 
 def _in_order(
