@@ -14,7 +14,7 @@ import torch
 from sparse_flash.masks.records import CACHE, RecordCache
 
 import sparse_flash
-from sparse_flash import block_sparse_attention, masks
+from sparse_flash import block_sparse_attention, masks, prepare
 
 
 @pytest.fixture(autouse=True)
@@ -99,6 +99,18 @@ def test_what_a_captured_graph_reads_stays(built):
     attend(masks.local(5))
     assert [m.window[0] for m in built] == [5, 6]
     layout.derived.clear()
+
+
+def test_prepared_calls_are_bounded_in_number(built, monkeypatch):
+    monkeypatch.setattr(prepare, "_MOST_CALLS", 3)
+    mask = masks.local(5)
+    for s in range(40, 50):
+        assert attend(mask, s=s).shape[1] == s
+        assert 0 < len(CACHE.of(mask).calls) <= 3
+    layout = mask.layout(48)
+    for scale in range(1, 10):
+        attend(layout, softmax_scale=float(scale))
+        assert 0 < len(layout.calls) <= 3
 
 
 def test_limits_are_checked():
