@@ -103,6 +103,14 @@ def test_configs_that_do_not_fit_the_gpu_are_not_taken():
         plan_of(layout, key_of(planner, facts=facts))
 
 
+def test_a_transposed_plan_has_the_config_of_the_transposed_layout():
+    layout = masks.custom(lambda q, kv: (q < 64) & (kv >= 0)).layout(768, block=(64, 64))
+    small, large = forward_configs("bfloat16", 64)
+    planner = Planner((small, large), FORWARD_COSTS, 256)
+    assert plan_of(layout, key_of(planner)).config == small  # 64 of 192 rows would be used
+    assert plan_of(layout, key_of(replace(planner, transposed=True))).config == large
+
+
 def test_threads_that_ask_for_a_plan_get_one():
     layout = masks.causal().layout(2000)
     planner, barrier, plans = sm90.FORWARD[torch.bfloat16, 64], threading.Barrier(8), []

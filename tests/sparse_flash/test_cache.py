@@ -51,6 +51,14 @@ def test_equal_masks_share_what_was_derived(built):
     assert len(built) == 2  # other lengths
 
 
+def test_a_composite_made_again_is_the_first_one():
+    """Its prepared calls are found by identity."""
+    mask = masks.local(5) | masks.sinks(1)
+    assert (masks.local(5) | masks.sinks(1)) is not mask  # nothing is derived from it yet
+    attend(mask)
+    assert (masks.local(5) | masks.sinks(1)) is mask
+
+
 def test_what_nobody_holds_is_bounded_in_bytes(built):
     def size(mask):
         return mask.layout(48).nbytes

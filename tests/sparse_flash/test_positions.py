@@ -126,6 +126,18 @@ def test_left_padding():
     torch.testing.assert_close(out[:1], block_sparse_attention(q[:1], k[:1], v[:1], mask))
 
 
+def test_a_layout_covers_positions_without_the_padding():
+    """The last query has position 40 - 9 + 3: a layout of 35 rows has it, one of 34 has not."""
+    torch.manual_seed(0)
+    q, k, mask = torch.randn(1, 4, 1, 8), torch.randn(1, 44, 1, 8), masks.local((7, 0))
+    given = {"q_offset": torch.tensor([40]), "kv_starts": torch.tensor([9])}
+    out = block_sparse_attention(q, k, k, mask.layout(35, 44), **given)
+    alone = block_sparse_attention(q, k[:, 9:], k[:, 9:], mask, q_offset=31)
+    torch.testing.assert_close(out, alone)
+    with pytest.raises(ValueError, match="last query has position 34, but .* is for 34 queries"):
+        block_sparse_attention(q, k, k, mask.layout(34, 44), **given)
+
+
 def test_alignment_is_warned_of(recwarn):
     q, k = torch.randn(1, 5, 1, 4), torch.randn(1, 9, 1, 4)
     with pytest.warns(UserWarning, match="pass q_offset=4; .* pass q_offset=0") as caught:
