@@ -80,7 +80,8 @@ class LraConfig:
                 raise ValueError(f"{name} must be different values, at least one, got {values}")
         if not 0 < self.share <= 1 or not self.budget > 0:
             raise ValueError(
-                f"share must be in 0..1 and budget positive, got {self.share} and {self.budget}"
+                "share must be above 0 and at most 1, and budget positive, got "
+                f"{self.share} and {self.budget}"
             )
         if len(set(self.kinds)) != len(self.kinds):
             raise ValueError(

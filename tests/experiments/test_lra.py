@@ -228,7 +228,7 @@ def test_every_recipe_fits_its_task(name):
         ({"attentions": ("dense", "dense")}, "attentions must be different"),
         ({"attentions": ("lokal(3)",)}, "unknown pattern"),
         ({"attentions": ("standard",)}, "timed and attentions must be different"),
-        ({"share": 0.0}, "share must be in 0..1"),
+        ({"share": 0.0}, "share must be above 0 and at most 1"),
         ({"budget": -1.0}, "budget positive"),
     ],
 )
