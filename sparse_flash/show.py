@@ -67,7 +67,9 @@ def list_of_masks() -> str:
 
 def _is_ours(maker: object) -> bool:
     """Whether it is a pattern's maker of this package; a mask as such is of another one."""
-    return not isinstance(maker, Mask) and getattr(maker, "__module__", "").startswith("sparse_flash.")
+    return not isinstance(maker, Mask) and getattr(maker, "__module__", "").startswith(
+        "sparse_flash."
+    )
 
 
 def _columns() -> int:

@@ -295,7 +295,7 @@ def test_a_new_kind_is_one_decorated_class(monkeypatch):
     assert isinstance(core(kind, None, 8, 1, 8), Own)
     assert attention_flops(kind, 8, 8, None) == 5
     with pytest.raises(ValueError, match=r"own\(256\), .*flex: MASK, module:"):
-        AttentionKind.of("gone(3)")
+        AttentionKind.of("xyzzy(3)")
 
 
 def test_installed_packages_add_names(user_files, monkeypatch, capsys):  # noqa: F811
