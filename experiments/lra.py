@@ -241,7 +241,7 @@ def _row(attention: str, runs: list[dict[str, Any]], config: LraConfig) -> dict[
         metrics = [r["metrics"] for r in mine]
         accuracies = [m["test_accuracy"] for m in metrics]
         names = ("step_ms", "peak_memory_MiB", "majority_accuracy")
-        tasks[task] = {"density": metrics[0].get("density")}  # the same for each seed
+        tasks[task] = {name: metrics[0].get(name) for name in DENSITIES}  # the same for each seed
         tasks[task] |= {name: statistics.fmean(m[name] for m in metrics) for name in names}
         if attention not in config.only_timed:
             tasks[task] |= {
