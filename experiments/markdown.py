@@ -456,7 +456,7 @@ def own_case_table(report: Report) -> str:
 
 
 def _densities(report: Report) -> str:
-    """Those that are recorded: older reports have the density alone."""
+    """Name and value of each recorded density; older reports have one."""
     known = [name for name in DENSITIES if name in report]
     return ", ".join(f"{name.replace('_', ' ')} {report[name]:.2%}" for name in known)
 
