@@ -28,7 +28,7 @@ from torch.nn.functional import elu, scaled_dot_product_attention
 
 from sparse_flash import masks
 
-_NAMED = re.compile(r"([A-Za-z_]\w*)\s*(?:\((\d*)\))?")
+_NAMED = re.compile(r"([A-Za-z_]\w*)\s*(?:\(([^()]*)\))?")  # a name, and its size in brackets
 _MODULE = "module:"
 # Names of the same attention elsewhere.
 _ALSO_CALLED = {
@@ -142,12 +142,7 @@ class AttentionKind:
                 return cls("flex", _mask(text.removeprefix("flex:").strip()), text=text)
             return cls("ours", _mask(text), text=text)
         except ValueError as error:
-            others = ["dense", *ATTENTIONS.names()]
-            word = text.rstrip("()").lower()
-            near = ""
-            if word.isidentifier():
-                near = suggestion(_ALSO_CALLED.get(word.replace("_", ""), word), others)
-            if near.startswith("did"):
+            if named and (near := _nearest(named[1].lower(), bool(named[2]))):
                 raise ValueError(f"unknown attention {text!r}; {near}") from None
             operands = references(text.removeprefix("flex:"))
             if operands == [text] and is_module(load(text)):
@@ -169,7 +164,7 @@ class AttentionKind:
             if size:
                 raise ValueError(f"{text}: {name} takes no size, write {name}")
             return cls(name, text=text)
-        if not size or int(size) < 1:
+        if not size or not size.strip().isdecimal() or int(size) < 1:
             raise ValueError(f"{text} must have a size of at least 1, as in {name}(256)")
         return cls(name, size=int(size), text=text)
 
@@ -243,6 +238,14 @@ else:
 
 def _mask(text: str) -> Mask:
     return masks.full() if text == "dense" else read_mask(text)
+
+
+def _nearest(word: str, has_size: bool) -> str:
+    """The attention that an unknown name resembles; "" if none, or a pattern more with a size."""
+    others = ["dense", *ATTENTIONS.names()]
+    word = _ALSO_CALLED.get(word.replace("_", ""), word)
+    near = suggestion(word, [*others, *PATTERNS.names()] if has_size else others)
+    return near if near.startswith("did") and near.split("'")[1] in others else ""
 
 
 def _choices() -> str:

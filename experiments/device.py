@@ -7,6 +7,18 @@ import re
 import torch
 
 
+def check_device(name: str) -> None:
+    """Raise ValueError if no machine has a device of this name."""
+    if re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        return
+    word = name.strip().lower()
+    near = next((known for known in ("cuda", "cpu", "auto") if known in word), None)
+    if word.startswith(("gpu", "nvidia")):
+        near = "cuda"
+    guess = f"; did you mean {near!r}?" if near else "."
+    raise ValueError(f"unknown device {name!r}{guess} There are auto, cpu, cuda, cuda:0, ...")
+
+
 def pick_device(name: str) -> torch.device:
     """The device by name; "auto" prefers a GPU.
 
@@ -19,15 +31,9 @@ def pick_device(name: str) -> torch.device:
     Traceback (most recent call last):
     ValueError: unknown device 'gpu'; did you mean 'cuda'? There are auto, cpu, cuda, cuda:0, ...
     """
+    check_device(name)
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        word = name.strip().lower()
-        near = next((known for known in ("cuda", "cpu", "auto") if known in word), None)
-        if word.startswith(("gpu", "nvidia")):
-            near = "cuda"
-        guess = f"; did you mean {near!r}?" if near else "."
-        raise ValueError(f"unknown device {name!r}{guess} There are auto, cpu, cuda, cuda:0, ...")
     device = torch.device(name)
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0

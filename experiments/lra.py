@@ -80,7 +80,8 @@ class LraConfig:
                 raise ValueError(f"{name} must be different values, at least one, got {values}")
         if not 0 < self.share <= 1 or not self.budget > 0:
             raise ValueError(
-                f"share must be in 0..1 and budget positive, got {self.share} and {self.budget}"
+                "share must be above 0 and at most 1, and budget positive, got "
+                f"{self.share} and {self.budget}"
             )
         if len(set(self.kinds)) != len(self.kinds):
             raise ValueError(
@@ -240,7 +241,7 @@ def _row(attention: str, runs: list[dict[str, Any]], config: LraConfig) -> dict[
         metrics = [r["metrics"] for r in mine]
         accuracies = [m["test_accuracy"] for m in metrics]
         names = ("step_ms", "peak_memory_MiB", "majority_accuracy")
-        tasks[task] = {"density": metrics[0].get("density")}  # the same for each seed
+        tasks[task] = {name: metrics[0].get(name) for name in DENSITIES}  # the same for each seed
         tasks[task] |= {name: statistics.fmean(m[name] for m in metrics) for name in names}
         if attention not in config.only_timed:
             tasks[task] |= {

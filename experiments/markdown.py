@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from sparse_flash.experiments import old_names
+from sparse_flash.experiments.densities import DENSITIES
 
 Report = Mapping[str, Any]
 Row = Mapping[str, Any]
@@ -283,7 +284,7 @@ def lra(report: Report) -> str:
             "Memory of forward and backward above the model, MiB",
             _by_task(report, "peak_memory_MiB", ".0f"),
         ),
-        section("Density", _by_task(report, "density", ".1%")),
+        *_lra_densities(report),
         "![accuracy against time and operations](lra.png)",
         machine=report["machine"],
     )
@@ -303,6 +304,16 @@ def lra_table(report: Report) -> str:
         speedup = "" if row["speedup"] is None else f"{row['speedup']:.2f}x"
         lines.append([row["attention"], *cells, average, speedup])
     return table(lines)
+
+
+def _lra_densities(report: Report) -> list[str]:
+    """A section for each density that some result has: older reports lack two."""
+    tasks = [values for row in report["rows"] for values in row["tasks"].values()]
+    return [
+        section(name.replace("_", " ").capitalize(), _by_task(report, name, ".1%"))
+        for name in DENSITIES
+        if any(values.get(name) is not None for values in tasks)
+    ]
 
 
 def _by_task(report: Report, name: str, form: str) -> str:
@@ -367,14 +378,17 @@ def speed_up_text(rows: Mapping[str, Row]) -> str:
 
 def _speeds(report: Report, which: str) -> str:
     names = [name for name, version in report["versions"].items() if version]
-    lines = [["case", "density", *names, "speed-up, GPU", "speed-up, wall-clock"]]
     measured = [row for row in report["rows"] if row["pass"] == which]
+    known = [name for name in DENSITIES if all(name in row for row in measured)]
+    titles = [name.replace("_", " ") for name in known]
+    lines = [["case", *titles, *names, "speed-up, GPU", "speed-up, wall-clock"]]
     for case in dict.fromkeys(row["case"] for row in measured):
         rows = {row["peer"]: row for row in measured if row["case"] == case}
         cells = [f"{rows[n]['tflops']:.0f}" if "ms" in rows.get(n, {}) else "" for n in names]
         wall = speed_up(rows, "wall_ms")
         gains = [speed_up_text(rows), "" if wall is None else f"{wall:.2f}x"]
-        lines.append([case, f"{rows['ours']['density']:.2%}", *cells, *gains])
+        shares = [f"{rows['ours'][name]:.2%}" for name in known]
+        lines.append([case, *shares, *cells, *gains])
     return table(lines)
 
 
@@ -435,15 +449,24 @@ def own_case_table(report: Report) -> str:
         f"{row['peer']}: {row['left out']}" for row in report["rows"] if "left out" in row
     )
     method = ON_GPU if report["device"] == "cuda" else ON_CPU
-    text = [f"{report['dtype']}, density {report['density']:.2%}. {method}", "", table(lines)]
+    text = [f"{report['dtype']}, {_densities(report)}. {method}", "", table(lines)]
+    if report.get("hint"):
+        text += ["", f"Hint: {report['hint']}."]
     return "\n".join([*text, "", "Not timed:", "", bullets(reasons)] if reasons else text)
+
+
+def _densities(report: Report) -> str:
+    """Name and value of each recorded density; older reports have one."""
+    known = [name for name in DENSITIES if name in report]
+    return ", ".join(f"{name.replace('_', ' ')} {report[name]:.2%}" for name in known)
 
 
 def training_steps(report: Report) -> str:
     """Training steps as a document: a line for each variant."""
-    head = ["case", "mode", "attention", "density", "step ms", "examples/s", "tokens/s",
-            "memory MiB", "speed-up"]  # fmt: skip
-    lines = [head]
+    more = [name for name in DENSITIES[1:] if any(name in row for row in report["rows"])]
+    known = ["density", *more]  # older reports have the density alone
+    lines = [["case", "mode", "attention", *(name.replace("_", " ") for name in known), "step ms",
+              "examples/s", "tokens/s", "memory MiB", "speed-up"]]  # fmt: skip
     slowest: dict[tuple[str, str], float] = {}  # of dense attention, by case and mode
     for row in report["rows"]:
         if row["attention"] in ("standard", "sdpa") and "step_ms" in row:
@@ -452,13 +475,13 @@ def training_steps(report: Report) -> str:
     for row in report["rows"]:
         names = [row["case"], row["mode"], row["attention"]]
         if "left out" in row:
-            lines.append([*names, f"not timed: {row['left out']}", *[""] * 5])
+            lines.append([*names, f"not timed: {row['left out']}", *[""] * (4 + len(known))])
             continue
         base = slowest.get((row["case"], row["mode"]))
         lines.append(
             [
                 *names,
-                number(row, "density", ".1%", "-"),
+                *(number(row, name, ".1%", "-") for name in known),
                 f"{row['step_ms']:.2f}",
                 f"{row['examples_per_second']:,.0f}",
                 f"{row['tokens_per_second']:,.0f}",

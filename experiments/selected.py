@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from sparse_flash.experiments.hybrid import Hybrid
 from sparse_flash.masks import Mask
+from sparse_flash.masks.operands import references
 from torch import nn
 
 from sparse_flash.nn.selected import TopKAttention, make_selector
@@ -174,6 +175,11 @@ pool, causal, sinks, local, kl
 
     if is_foreground(text):
         return read_foreground(text)
+    if operands := references(text):
+        raise ValueError(
+            f"{text}: {operands[0]} is in a file, which is not read here: write the mask as text "
+            "of patterns, or use its file name as a whole attention"
+        )
     try:
         call = ast.parse(text, mode="eval").body
         if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):

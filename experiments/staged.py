@@ -18,7 +18,7 @@ from sparse_flash.experiments.data.dataset import Batch, Examples
 from sparse_flash.experiments.data.stream import Stream, held_out, workers
 from sparse_flash.experiments.defaults import completed
 from sparse_flash.experiments.densities import attention_densities
-from sparse_flash.experiments.device import pick_device
+from sparse_flash.experiments.device import check_device, pick_device
 from sparse_flash.experiments.foreground import added, check_layouts, mean_densities, take_sums
 from sparse_flash.experiments.lock import exclusive
 from sparse_flash.experiments.logger import Logger
@@ -81,6 +81,7 @@ def follow(
     tokens_per_second, the three densities, peak_memory_MiB.
     """
     stopping.check_budget(budget)
+    check_device(device)
     path = folder / RESULT
     if path.exists():
         result = old_names.result(json.loads(path.read_text()))

@@ -28,7 +28,7 @@ from sparse_flash.experiments.data.dataset import (
     coordinates_of,
 )
 from sparse_flash.experiments.defaults import completed
-from sparse_flash.experiments.device import pick_device
+from sparse_flash.experiments.device import check_device, pick_device
 from sparse_flash.experiments.flops import known_metrics, step_flops
 from sparse_flash.experiments.foreground import added, check_layouts, mean_densities, take_sums
 from sparse_flash.experiments.lock import exclusive
@@ -117,6 +117,7 @@ def train(
         Interrupted: After SIGTERM or SIGINT.
     """
     check_budget(budget)
+    check_device(device)
     done = finished(config, folder)
     if done is not None:
         metrics = done["metrics"]

@@ -24,7 +24,7 @@ from sparse_flash.masks.ternary import FULL, UNKNOWN, Blocks
 from torch import Tensor
 
 _INSTEAD = (  # advice for too many tiles; building a layout takes 120 bytes per tile
-    "larger blocks, such as block=(512, 512); for dense attention, "
+    "larger blocks, such as block=(4096, 4096); for dense attention, "
     "torch.nn.functional.scaled_dot_product_attention needs no layout"
 )
 _MOST_ON_HOST = 1 << 14  # rectangles or tiles of a layout for a GPU that the CPU builds sooner

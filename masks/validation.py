@@ -68,7 +68,19 @@ def checked_device(device: torch.device | str | int) -> torch.device:
                 f"CUDA devices are 0..{count - 1}" if count else "PyTorch finds no CUDA GPU here"
             )
             raise ValueError(f"there is no device {str(found)!r}: {there}; take 'cpu'")
+    elif found.type != "cpu":
+        _check_usable(found)
     return found
+
+
+def _check_usable(device: torch.device) -> None:
+    """Refuse a device that this PyTorch cannot use; its own message has 70 lines."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, ImportError):  # by the kind of device
+        raise ValueError(
+            f"PyTorch cannot use the device {str(device)!r} here: write 'cuda' for a GPU, or 'cpu'"
+        ) from None
 
 
 def check_layout(layout: BlockLayout) -> None:

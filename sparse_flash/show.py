@@ -51,11 +51,29 @@ def list_of_masks() -> str:
         "Token orders of images, for through(mask, order).": [],
     }
     patterns, composites, orders = topics.values()
+    installed = [n for n in sorted(PATTERNS.installed()) if not _is_ours(PATTERNS.get(n))]
     for name, maker in PATTERNS.items():
+        if name in installed:  # loaded by a lookup; a mask has no signature
+            continue
         module = maker.__module__.rpartition(".")[2]
         topic = {"orders": orders, "mask": composites, "heads": composites}.get(module, patterns)
         topic.append(_entry(name, maker))
-    return "\n\n".join("\n".join([title, *sorted(rows)]) for title, rows in topics.items())
+    parts = ["\n".join([title, *sorted(rows)]) for title, rows in topics.items()]
+    if installed:
+        line = f"Of installed packages: {', '.join(installed)}."
+        parts.append(textwrap.fill(line, _columns()))
+    return "\n\n".join(parts)
+
+
+def _is_ours(maker: object) -> bool:
+    """Whether it is a pattern's maker of this package; a mask as such is of another one."""
+    return not isinstance(maker, Mask) and getattr(maker, "__module__", "").startswith(
+        "sparse_flash."
+    )
+
+
+def _columns() -> int:
+    return shutil.get_terminal_size((100, 24)).columns
 
 
 def words_of_reach(mask: Mask, length: int) -> str:
@@ -77,7 +95,7 @@ def words_of_reach(mask: Mask, length: int) -> str:
 
 def _entry(name: str, maker: Callable[..., object]) -> str:
     """A line; more where the terminal is narrow, or the signature long."""
-    width = shutil.get_terminal_size((100, 24)).columns
+    width = _columns()
     parameters = [
         str(p.replace(annotation=inspect.Parameter.empty))
         for p in inspect.signature(maker).parameters.values()

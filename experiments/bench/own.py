@@ -33,6 +33,8 @@ from sparse_flash.masks import BlockLayout, Mask
 from sparse_flash.masks.files import atomic_write
 from torch import Tensor
 
+from sparse_flash.density import densities
+
 DType = Literal["bfloat16", "float16", "float32"]
 LENGTHS = {"cuda": 16384, "cpu": 2048}  # by default, where the mask fits any
 DTYPES: dict[str, DType] = {"cuda": "bfloat16", "cpu": "float32"}
@@ -121,6 +123,7 @@ def bench_case(
         if n not in (1, size):
             words = "batch entries" if name == "batch" else name
             raise ValueError(f"the mask is made for {n} {words}, but --{name} is {size}")
+    found = densities(layout, case.head_dim)
     rows: list[Row] = []
     with exclusive(out):
         for which in passes:
@@ -132,7 +135,8 @@ def bench_case(
             "machine": describe(device),
             "case": case.label,
             "dtype": case.dtype,
-            "density": layout.density,
+            **found.record(),
+            "hint": found.hint,
             "device": device,
             "rows": rows,
         }

@@ -14,6 +14,7 @@ from sparse_flash.experiments import markdown
 from sparse_flash.experiments.attention import Attention, AttentionKind
 from sparse_flash.experiments.config import ModelConfig, TrainConfig, check_attention
 from sparse_flash.experiments.data.dataset import Batch
+from sparse_flash.experiments.densities import attention_densities
 from sparse_flash.experiments.lock import exclusive
 from sparse_flash.experiments.machine import describe, tensor_peak
 from sparse_flash.experiments.model import Encoder
@@ -157,13 +158,13 @@ def measure_step(
         _wait(device)
         times += [(time.perf_counter() - start) / number] * number
     assert torch.isfinite(outcome.loss), f"{case.name}, {attention}: the loss is {outcome.loss}"
-    median = statistics.median(times)
+    median, head_dim = statistics.median(times), case.model.dim // case.model.heads
     return {
         "step_ms": 1000 * median,
         "examples_per_second": case.batch / median,
         "tokens_per_second": case.batch * case.length / median,
         "peak_mib": peak,
-        "density": AttentionKind.of(attention).density(case.length),
+        **attention_densities(AttentionKind.of(attention), case.length, 128, head_dim),
     }
 
 

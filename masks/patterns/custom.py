@@ -169,7 +169,7 @@ class custom(Mask):
     def _check(self, truth: object, q: Tensor, kv: Tensor) -> None:
         if not isinstance(truth, Tensor) or truth.dtype != torch.bool:
             what = truth.dtype if isinstance(truth, Tensor) else type(truth).__name__
-            raise TypeError(f"{self!r} must return a bool tensor, got {what}")
+            raise TypeError(f"{self!r} must return a bool tensor, got {what}{_way_out(truth)}")
         reason = None if unreadable(q) or unreadable(kv) else unreadable(truth)
         if reason:
             raise TypeError(f"{self!r} must return a tensor with data, but {reason}")
@@ -214,3 +214,14 @@ def _arguments(fn: Callable[..., object]) -> str:
         return str(inspect.signature(fn))
     except (ValueError, TypeError):
         return "others"
+
+
+def _way_out(truth: object) -> str:
+    """What to write in place of a result of another type than bool tensors."""
+    if isinstance(truth, Tensor):
+        return ": compare it, as in result != 0"
+    if isinstance(truth, bool):
+        return ": a constant is masks.full() or ~masks.full()"
+    if type(truth).__module__ == "numpy":
+        return ": make arrays tensors before, with torch.from_numpy(array)"
+    return ""

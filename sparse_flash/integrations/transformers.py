@@ -174,6 +174,7 @@ class BlockSparseAttention:
         if isinstance(mask, Mapping):
             self.of_layer = {i: LayerPatterns(m) for i, m in _checked_layers(mask).items()}
         elif callable(mask) and not isinstance(mask, Mask):
+            _refuse_predicate(mask)
             self.of_module = mask
         else:
             self.default = LayerPatterns(_checked(mask, "mask is"))
@@ -268,6 +269,23 @@ class BlockSparseAttention:
                 f"config.num_hidden_layers={layers}: layers count from 0"
             )
         return self.of_layer.get(layer, self.default)
+
+
+def _refuse_predicate(function: Callable[..., Any]) -> None:
+    """Refuse a function that cannot be called with the attention module alone."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # some built-in functions have none
+        return
+    try:
+        signature.bind(None)
+    except TypeError:
+        name = getattr(function, "__name__", repr(function))
+        raise TypeError(
+            f"mask is a function {name}{signature}: register takes one of the attention module "
+            "alone, which returns a mask. The mask of a predicate of (q_idx, kv_idx) is "
+            "masks.custom(predicate)"
+        ) from None
 
 
 @functools.lru_cache(maxsize=1024)

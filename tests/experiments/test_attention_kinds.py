@@ -95,6 +95,11 @@ def test_unknown_names_say_what_there_is():
     for text, words in {
         "linformer": r"linformer must have a size of at least 1, as in linformer\(256\)",
         "linformer()": r"as in linformer\(256\)",
+        "linformer(x)": r"linformer\(x\) must have a size of at least 1",
+        "performer(-3)": r"performer\(-3\) must have a size of at least 1",
+        "linformr(3)": "unknown attention 'linformr\\(3\\)'; did you mean 'linformer'",
+        "sdpa(x)": "sdpa takes no size, write sdpa",
+        "lokal(3)": "did you mean 'local'",
         "sdpa(3)": "sdpa takes no size, write sdpa",
         "standrd": "unknown attention 'standrd'; did you mean 'standard'",
         "denze": "did you mean 'dense'",

@@ -187,9 +187,10 @@ def test_what_has_no_attention_matrix_has_no_density(tmp_path, config, recipes):
     config = replace(config, tasks=("listops",), attentions=("linear", "sdpa"))
     report = lra.lra(config, tmp_path, "cpu", recipes)
     assert [row["tasks"]["listops"]["density"] for row in report["rows"]] == [None, 1]
-    table = (tmp_path / "lra.md").read_text().partition("## Density")[2]
-    rows = [line.split() for line in table.splitlines() if line.startswith("| ")]
-    assert rows[2:] == [["|", "linear", "|", "-", "|"], ["|", "sdpa", "|", "100.0%", "|"]]
+    for title in ("Density", "Tile density", "Computed density"):
+        table = (tmp_path / "lra.md").read_text().partition(f"## {title}\n")[2].partition("##")[0]
+        rows = [line.split() for line in table.splitlines() if line.startswith("| ")]
+        assert rows[2:] == [["|", "linear", "|", "-", "|"], ["|", "sdpa", "|", "100.0%", "|"]]
 
 
 def test_what_is_impossible_is_refused_before_anything_is_trained(
@@ -228,7 +229,7 @@ def test_every_recipe_fits_its_task(name):
         ({"attentions": ("dense", "dense")}, "attentions must be different"),
         ({"attentions": ("lokal(3)",)}, "unknown pattern"),
         ({"attentions": ("standard",)}, "timed and attentions must be different"),
-        ({"share": 0.0}, "share must be in 0..1"),
+        ({"share": 0.0}, "share must be above 0 and at most 1"),
         ({"budget": -1.0}, "budget positive"),
     ],
 )

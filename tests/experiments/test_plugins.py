@@ -31,6 +31,7 @@ from sparse_flash.masks.mask import PATTERNS
 from torch import nn
 
 from sparse_flash import cli, masks
+from sparse_flash.show import list_of_masks
 from tests.experiments import test_curriculum
 from tests.experiments.user_files import user_files  # noqa: F401 - a fixture
 
@@ -294,7 +295,7 @@ def test_a_new_kind_is_one_decorated_class(monkeypatch):
     assert isinstance(core(kind, None, 8, 1, 8), Own)
     assert attention_flops(kind, 8, 8, None) == 5
     with pytest.raises(ValueError, match=r"own\(256\), .*flex: MASK, module:"):
-        AttentionKind.of("gone(3)")
+        AttentionKind.of("xyzzy(3)")
 
 
 def test_installed_packages_add_names(user_files, monkeypatch, capsys):  # noqa: F811
@@ -316,6 +317,8 @@ def test_installed_packages_add_names(user_files, monkeypatch, capsys):  # noqa:
             masks.parse("broken")
         with pytest.raises(ValueError, match="did you mean 'banded'"):
             masks.parse("bandet(3)")
+        listed = "Of installed packages: banded, both, broken, window."
+        assert list_of_masks().endswith(listed), "loaded ones and others alike"
         assert AttentionKind.of("attend").name == "module"
         with pytest.raises(ValueError, match=r"attend takes no size, write attend"):
             AttentionKind.of("attend(3)")

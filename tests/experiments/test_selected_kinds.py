@@ -59,6 +59,7 @@ def test_models_of_these_kinds(text):
         ("hybrid(local(8), linformer(8))", "features must be"),
         ("hybrid(local(8), performer(0))", "features must be"),
         ("hybrid(locl(8), linear)", "local"),
+        ("hybrid(mine.py:comb, linear)", "mine.py:comb is in a file, which is not read here"),
         ("hybrid(local(8), linear, mask=3)", "come first"),
     ],
 )

@@ -33,6 +33,9 @@ def test_a_variant_is_measured(attention, density, shown):
     report["rows"][0]["attention"] = attention
     text = re.sub(" +", " ", markdown.training_steps(report))
     assert f"| tiny | eager | {attention} | {shown} | " in text
+    assert "| attention | density | tile density | computed density | step ms |" in text
+    tiles = {None: "-", 1: "100.0%", 0.625: "100.0%"}[density]  # 2 x 2 tiles of 128 x 128
+    assert f"| {shown} | {tiles} | {tiles} | " in text
     assert ("1.00x" in text) == (attention == "standard")
 
 

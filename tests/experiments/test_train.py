@@ -420,6 +420,14 @@ def test_devices():
             pick_device("cuda")
 
 
+def test_finished_runs_refuse_devices_that_do_not_exist(tiny_config, tiny_data, tmp_path):
+    short = replace(tiny_config, train=replace(tiny_config.train, steps=2))
+    result = train(short, tmp_path, "cpu", tiny_data)
+    assert train(short, tmp_path, "cuda") == result  # as on the machine that trained it
+    with pytest.raises(ValueError, match="unknown device 'gpu'; did you mean 'cuda'"):
+        train(short, tmp_path, "gpu")
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("graph", [False, True])
 def test_training_on_a_gpu(tiny_config, tiny_data, tmp_path, graph):

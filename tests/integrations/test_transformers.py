@@ -361,6 +361,7 @@ def test_dropout_is_no_matter_in_evaluation():
         ({"mask": {-1: STAR}}, ValueError, "-1"),
         ({"mask": {0: 3}}, TypeError, r"mask\[0\] is int"),
         ({"mask": "lokal(3)"}, ValueError, "lokal"),
+        ({"mask": lambda q, kv: q >= kv}, TypeError, r"lambda.*\(q, kv\).*masks.custom\(predicate"),
     ],
 )
 def test_register_refuses(given, error, message):

@@ -254,8 +254,13 @@ def test_custom_predicates_that_cannot_work():
         masks.custom(3)
     with pytest.raises(TypeError, match="write &, |, ~ or torch.where"):
         masks.custom(lambda q, kv: q > kv and q < 3).layout(10)
-    with pytest.raises(TypeError, match="must return a bool tensor, got torch.int64"):
+    with pytest.raises(TypeError, match="must return a bool tensor, got torch.int64: compare it"):
         masks.custom(lambda q, kv: q - kv).layout(10)
+    with pytest.raises(TypeError, match=r"bool tensor, got bool: a constant is masks.full\(\)"):
+        masks.custom(lambda q, kv: True).layout(10)
+    table = np.arange(10)
+    with pytest.raises(TypeError, match=r"got ndarray: make arrays tensors .* torch.from_numpy"):
+        masks.custom(lambda q, kv: table[q] == table[kv]).layout(10)
     with pytest.raises(ZeroDivisionError):
         masks.custom(lambda q, kv: 1 / 0).layout(10)
 

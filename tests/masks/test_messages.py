@@ -89,6 +89,7 @@ def test_long_texts_are_shortened():
         ("", ValueError, "device '' is unknown"),
         ("cuda:99", ValueError, r"there is no device 'cuda:99': .*take 'cpu'"),
         ("meta", ValueError, "needs tensors with data"),
+        ("xpu", ValueError, "PyTorch cannot use the device 'xpu' here: write 'cuda' for a GPU"),
         (None, TypeError, "must be a torch.device or its name"),
         (True, TypeError, "must be a torch.device or its name"),
     ],
