@@ -155,6 +155,8 @@ def test_a_signal_ends_the_test(tmp_path, monkeypatch):
             follow(TINY, tmp_path, "cpu")
     assert not (tmp_path / "result.json").exists()
     assert follow(TINY, tmp_path, "cpu")["metrics"]["finished"]
+    with pytest.raises(ValueError, match="unknown device 'gpu'; did you mean 'cuda'"):
+        follow(TINY, tmp_path, "gpu")  # the run is finished
 
 
 def test_a_stage_ends_when_it_is_learned(tmp_path):
