@@ -168,6 +168,9 @@ def test_flops_are_counted():
         assert (
             flops(lambda mask=mask: block_sparse_attention(q, k, v, mask)) == 4 * 2 * 4 * kept * 8
         )
+    wide = torch.cat([v, v, v], -1)  # products of 8 columns, and of 24
+    found = flops(lambda: block_sparse_attention(q.detach(), k.detach(), wide.detach(), layout))
+    assert found == 2 * 2 * 4 * kept * (8 + 24)
 
 
 def test_selective_checkpointing_is_asked():

@@ -143,6 +143,8 @@ def test_alignment_is_warned_of(recwarn):
     with pytest.warns(UserWarning, match="pass q_offset=4; .* pass q_offset=0") as caught:
         block_sparse_attention(q, k, k, masks.causal())
     assert caught[0].filename == __file__  # the line of the call
+    with pytest.warns(UserWarning, match="q has 9 tokens and k has 5: query i is taken to have"):
+        block_sparse_attention(k, q, q, masks.causal())
     recwarn.clear()
     block_sparse_attention(q, k, k, masks.causal(), q_offset=0)
     block_sparse_attention(q, k, k, masks.causal(), q_offset=4)

@@ -77,6 +77,9 @@ def test_autocast(device):
         assert layer(x).dtype == torch.bfloat16
         q, k, v = (torch.randn(1, 9, 2, 8, device=device) for _ in range(3))
         assert block_sparse_attention(q, k.bfloat16(), v, MASK).dtype == torch.bfloat16
+        if device == "cpu":  # float64 stays as it is, as in PyTorch's autocast
+            out = block_sparse_attention(q.double(), k.double(), v.double(), MASK)
+            assert out.dtype == torch.float64
 
 
 def test_activation_checkpointing():
