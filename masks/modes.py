@@ -107,6 +107,7 @@ def unreadable(tensor: Tensor) -> str | None:
 class derived(Generic[T]):  # noqa: N801 - used like functools.cached_property
     """A property that is computed at first use, outside every PyTorch mode, and then cached.
 
+    A compiled function that is the first to use it computes it in its graph.
     Threads may compute it at the same time; all receive the value cached first. Pickles and copies
     exclude it: the class sets `__reduce_ex__ = reduce_without_derived`.
     """
@@ -127,6 +128,8 @@ class derived(Generic[T]):  # noqa: N801 - used like functools.cached_property
             return self
         kept = owner.__dict__
         if self.name not in kept:
+            if torch.compiler.is_dynamo_compiling():  # traced: the graph computes it
+                return self.make(owner)
             with plain_torch():
                 value = self.make(owner)
             return kept.setdefault(self.name, value)
