@@ -89,6 +89,23 @@ def is_fake(tensor: Tensor) -> bool:
     return module is not None and isinstance(tensor, module.FakeTensor)
 
 
+def is_mapped(tensor: Tensor) -> bool:
+    """Whether torch.vmap maps over a tensor, at any level of transforms."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return False
+
+
+def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """A context without autocast on the tensor's device; meta knows no autocast."""
+    if tensor.is_meta:
+        return contextlib.nullcontext()
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
 def unreadable(tensor: Tensor) -> str | None:
     """Reason why the values of a tensor cannot be read now; None if they can.
 

@@ -21,7 +21,7 @@ from sparse_flash.masks.assemble import extent
 from sparse_flash.masks.device_builders import TracedLayout
 from sparse_flash.masks.device_layout import DeviceLayout
 from sparse_flash.masks.layout import FULL_TILE
-from sparse_flash.masks.modes import plain_torch
+from sparse_flash.masks.modes import plain_torch, without_autocast
 from sparse_flash.selection.operators import tile_mass_of_data
 
 IMPLEMENTATIONS = ("auto", "reference", "sm90")
@@ -100,7 +100,7 @@ def tile_mass(
     reason = None if impl == "reference" else sm90.unsupported_reason(q, k, layout)
     if impl == "sm90" and reason:
         raise ValueError(f"impl='sm90' cannot compute this: {reason}")
-    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+    with torch.no_grad(), without_autocast(q):
         lists = tile_lists(layout, q.shape[0], q.shape[2])
         inputs = (q, k, lse, lists, layout.block, scale, kv_lens)
         mass = _reference(*inputs) if impl == "reference" or reason else sm90.tile_mass(*inputs)

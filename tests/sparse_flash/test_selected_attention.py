@@ -218,6 +218,33 @@ def test_checkpointed(selector):
         torch.testing.assert_close(p.grad, gradient)
 
 
+@pytest.mark.parametrize("selector", SELECTORS)
+def test_shapes_on_the_meta_device(selector):
+    with torch.device("meta"):
+        layer = SelectedAttention(32, 2, selector, blocks=2, block=16)
+        x = torch.randn(2, 64, 32)
+    y = layer(x, torch.empty(2, dtype=torch.int64, device="meta"))
+    y.sum().backward()
+    assert y.is_meta
+    assert y.shape == x.shape
+
+
+@pytest.mark.parametrize("selector", SELECTORS)
+def test_functional_gradients_are_those_of_backward(selector):
+    """With the loss of the selector, which a backward pass adds."""
+    torch.manual_seed(0)
+    layer = SelectedAttention(32, 2, selector, blocks=2, block=16)
+    x, weights = torch.randn(2, 64, 32), dict(layer.named_parameters())
+    layer(x).square().sum().backward()
+
+    def loss(weights):
+        return torch.func.functional_call(layer, weights, (x,)).square().sum()
+
+    gradients = torch.func.grad(loss)({n: w.detach() for n, w in weights.items()})
+    for name, weight in weights.items():
+        torch.testing.assert_close(gradients[name], weight.grad)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("selector", SELECTORS)
 @pytest.mark.parametrize("block", [(16, 64), (64, 64), (128, 128)])
