@@ -48,8 +48,9 @@ def selection_loss(scores: Tensor, indices: Tensor, mass: Tensor) -> Tensor:
     total = target.sum(-1, keepdim=True)
     target = target / torch.where(total > 0, total, 1.0)
     logits = scores.gather(3, indices.clamp(min=0).long())
-    # Finite also where a row has no blocks: its target is 0, and so are its gradients.
-    logits = logits.masked_fill(~there, torch.finfo(logits.dtype).min / 2)
+    # Finite where the target is 0: of no block, and of a forced one beyond the keys, scored -inf.
+    absent = ~there | ((logits == -torch.inf) & (target == 0))
+    logits = logits.masked_fill(absent, torch.finfo(logits.dtype).min / 2)
     terms = torch.xlogy(target, target) - target * logits.log_softmax(-1)
     return terms.sum() / (total > 0).sum().clamp(min=1)
 

@@ -31,6 +31,11 @@ def elements(chosen, block, s, heads):
     return table.repeat_interleave(block[0], 2)[:, :, :s].repeat_interleave(block[1], 3)[..., :s]
 
 
+def projected(layer, x):
+    """Queries and keys of a layer."""
+    return [project(x).unflatten(2, (-1, layer.head_dim)) for project in (layer.to_q, layer.to_k)]
+
+
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("block", [(16, 64), (32, 32)])
 def test_is_exact_attention_to_the_chosen_blocks(causal, block):
@@ -76,6 +81,27 @@ def test_padding_has_no_influence(selector, pool):
     other[1, 40:] += 5.0
     torch.testing.assert_close(layer(other, lens)[1, :32], y[1, :32])
     assert torch.equal(layer.core.chosen[1, :, :2], chosen[1, :, :2])
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+@pytest.mark.parametrize("pool", ["mean", "max", "token"])
+def test_the_loss_of_padded_rows_is_that_of_the_others(pool, blocks):
+    """Their own block is forced, though it has no keys and a score of -inf."""
+    torch.manual_seed(0)
+    layer = SelectedAttention(32, 2, "dsa", blocks=blocks, block=16, pool=pool)
+    layer.core.selector.of_q.data += torch.randn(2, 16, 16)
+    x, lens = torch.randn(2, 64, 32), torch.tensor([64, 32])
+    layer(x, lens).sum().backward()
+    loss, gradient = layer.core.selection_loss, layer.core.selector.of_q.grad
+    assert loss.isfinite()
+    assert gradient.isfinite().all()
+    scores = layer.core.selector(*projected(layer, x), lens)
+    chosen, mass = layer.core.chosen[:1], torch.rand(1, 2, 4, blocks)
+    alone = selection.selection_loss(scores[:1], chosen, mass)
+    both = selection.selection_loss(
+        scores, layer.core.chosen, torch.cat([mass, torch.zeros_like(mass)])
+    )
+    torch.testing.assert_close(both, alone)
 
 
 @pytest.mark.parametrize("selector", SELECTORS)
