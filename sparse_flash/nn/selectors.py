@@ -148,7 +148,8 @@ class CompressedSelector(nn.Module):
         s, size = x.shape[1], self.block[1]
         lens = torch.full((1,), s, device=x.device) if kv_lens is None else kv_lens.to(x.device)
         valid = torch.arange(s + -s % size, device=x.device) < lens[:, None]
-        logits = self.positions.repeat(-(-s // size)).masked_fill(~valid, torch.finfo().min)
+        least = torch.finfo(self.positions.dtype).min
+        logits = self.positions.repeat(-(-s // size)).masked_fill(~valid, least)
         shares = logits.unflatten(1, (-1, size)).softmax(2)  # (1 or b, nk, size)
         shares = torch.where(valid.unflatten(1, (-1, size)), shares, 0.0)
         valid = valid[:, :s, None, None]

@@ -245,6 +245,18 @@ def test_checkpointed(selector):
 
 
 @pytest.mark.parametrize("selector", SELECTORS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_of_16_bits(selector, dtype):
+    torch.manual_seed(0)
+    layer = SelectedAttention(32, 2, selector, blocks=2, block=16).to(dtype)
+    x, lens = torch.randn(2, 64, 32).to(dtype), torch.tensor([64, 5])  # blocks without any key
+    y = layer(x, lens)
+    y.float().square().mean().backward()
+    assert all(p.grad.isfinite().all() for p in layer.parameters() if p.grad is not None)
+    torch.testing.assert_close(y.float(), layer.float()(x.float(), lens), atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("selector", SELECTORS)
 def test_shapes_on_the_meta_device(selector):
     with torch.device("meta"):
         layer = SelectedAttention(32, 2, selector, blocks=2, block=16)
