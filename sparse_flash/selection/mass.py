@@ -85,12 +85,7 @@ def tile_mass(
             "kv_len) makes one"
         )
     check_layout(layout, q, (q.shape[1], k.shape[1]), k.shape[2])
-    if not isinstance(lse, Tensor) or lse.shape != (q.shape[0], q.shape[2], q.shape[1]):
-        got = tuple(lse.shape) if isinstance(lse, Tensor) else type(lse).__name__
-        raise ValueError(
-            f"lse must be (b, h, q_len) = {(q.shape[0], q.shape[2], q.shape[1])}, got {got}: "
-            "block_sparse_attention returns it with return_lse=True"
-        )
+    _check_lse(lse, q)
     if kv_lens is not None:
         check_kv_lens(kv_lens, q.shape[0], k.shape[1])
     scale = check_scale(softmax_scale)
@@ -105,6 +100,23 @@ def tile_mass(
         inputs = (q, k, lse, lists, layout.block, scale, kv_lens)
         mass = _reference(*inputs) if impl == "reference" or reason else sm90.tile_mass(*inputs)
         return _by_rows(mass, layout)
+
+
+def _check_lse(lse: Any, q: Tensor) -> None:
+    shape = (q.shape[0], q.shape[2], q.shape[1])
+    if not isinstance(lse, Tensor) or lse.shape != shape:
+        got = tuple(lse.shape) if isinstance(lse, Tensor) else type(lse).__name__
+        raise ValueError(
+            f"lse must be (b, h, q_len) = {shape}, got {got}: block_sparse_attention returns it "
+            "with return_lse=True"
+        )
+    if lse.dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            f"lse must be float32 or float64, got {lse.dtype}: pass it as block_sparse_attention "
+            "returns it"
+        )
+    if lse.device != q.device:
+        raise ValueError(f"lse is on {lse.device}, but q is on {q.device}: move one of them")
 
 
 @plain_torch()

@@ -227,6 +227,11 @@ def test_tile_mass_is_refused():
         selection.tile_mass(q, k, layout, lse, impl="sm90")
     with pytest.raises(ValueError, match="auto, reference, sm90"):
         selection.tile_mass(q, k, layout, lse, impl="fast")
+    for dtype in (torch.float16, torch.int64):
+        with pytest.raises(TypeError, match="lse must be float32 or float64"):
+            selection.tile_mass(q, k, layout, lse.to(dtype))
+    with pytest.raises(ValueError, match="lse is on meta"):
+        selection.tile_mass(q, k, layout, lse.to("meta"))
 
 
 def test_merged_attention():
@@ -303,6 +308,22 @@ def test_selection_loss():
     assert (gradient[:, :, 2] == 0).all()
     with pytest.raises(ValueError, match="h a multiple of h_kv"):
         selection.selection_loss(scores, indices, mass[:, :3])
+
+
+@pytest.mark.parametrize("row", [[3, 0, 4], [0, 0, 4], [0, -1, 4], [-1, 0, 4], [4, -1, 0]])
+def test_a_selection_loss_of_indices_in_another_order_is_refused(row):
+    """The masses of tile_mass are those of ascending tiles."""
+    indices = torch.tensor([[0, 1, 2], row]).expand(1, 1, 2, 3)
+    with pytest.raises(ValueError, match="take those of topk_blocks, or sort them"):
+        selection.selection_loss(torch.zeros(1, 1, 2, 5), indices, torch.ones(1, 1, 2, 3))
+
+
+def test_what_is_attached_is_a_scalar():
+    x = torch.ones(3, requires_grad=True)
+    with pytest.raises(ValueError, match=r"scalar, got \(3,\): take its mean"):
+        selection.attach_loss(x, x * 2)
+    with pytest.raises(TypeError, match="scalar tensor, got float"):
+        selection.attach_loss(x, 2.0)
 
 
 def test_an_attached_loss_adds_its_gradient_alone():
