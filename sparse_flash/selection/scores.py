@@ -158,6 +158,9 @@ def _token_scores(
         ]
         best, i, j = (torch.cat(parts, 3) for parts in zip(*found, strict=True))
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
+        if kv_lens is not None:  # gradients of 0 times padding are 0, whatever it holds
+            valid = torch.arange(k.shape[1], device=k.device) < kv_lens[:, None]
+            k = torch.where(valid[..., None, None], k, 0.0)
         batch, head, group = (
             torch.arange(n, device=q.device).view(-1, *(1,) * (4 - dim))
             for dim, n in enumerate(best.shape[:3])

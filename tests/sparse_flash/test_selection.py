@@ -44,6 +44,21 @@ def test_scores(pool, block, h_kv):
     torch.testing.assert_close(selection.block_scores(q, k, block, pool=pool), truth)
 
 
+@pytest.mark.parametrize("pool", ["mean", "max", "token"])
+@pytest.mark.parametrize("padding", [torch.nan, torch.inf])
+def test_gradients_of_scores_do_not_depend_on_padding(pool, padding):
+    q, k, _ = tensors()
+    lens = torch.tensor([20, 0])
+    found = []
+    for value in (0.0, padding):
+        k = torch.where(torch.arange(S)[:, None, None] < lens.view(2, 1, 1, 1), k, value)
+        q, k = (x.detach().requires_grad_() for x in (q, k))
+        scores = selection.block_scores(q, k, (16, 16), pool=pool, kv_lens=lens)
+        total = scores.masked_fill(scores == -torch.inf, 0.0).sum()
+        found.append((scores, *torch.autograd.grad(total, (q, k))))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_causal_scores_tell_nothing_of_later_keys():
     q, k, _ = tensors()
     scores = selection.block_scores(q, k, (16, 64), pool="token", causal=True)
