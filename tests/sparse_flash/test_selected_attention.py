@@ -184,15 +184,38 @@ def test_selectors_of_a_user():
         attend(q, k, v)
 
 
+@pytest.mark.parametrize(
+    "shape", [(2, 2, 3, 4), (2, 2, 4, 3), (2, 2, 4, 5), (2, 3, 4, 4), (2, 4, 4)]
+)
+def test_scores_of_another_shape_are_refused(shape):
+    """A column too few would leave a row's own tokens out."""
+    layer = SelectedAttention(
+        32, 4, lambda q, k, kv_lens: torch.randn(shape), blocks=2, block=16, kv_heads=2
+    )
+    with pytest.raises(ValueError, match=r"\(2, 2 or 4, 4, 4\): ceil\(tokens / block\)"):
+        layer(torch.randn(2, 60, 32))
+
+
+def test_scores_of_one_batch_entry_serve_all():
+    scores = torch.randn(1, 1, 4, 4, requires_grad=True)
+    layer = SelectedAttention(32, 4, lambda q, k, kv_lens: scores, blocks=2, block=16)
+    layer(torch.randn(3, 64, 32)).sum().backward()
+    assert layer.core.chosen.shape == (3, 1, 4, 2)
+    assert scores.grad.any()
+
+
 def test_a_layer_is_refused():
+    with pytest.raises(TypeError, match="must return a tensor, got NoneType"):
+        SelectedAttention(32, 2, lambda q, k, kv_lens: None)(torch.randn(1, 64, 32))
     with pytest.raises(ValueError, match="moba, dsa, nsa"):
         SelectedAttention(32, 2, "best")
     with pytest.raises(ValueError, match="at least sinks"):
         SelectedAttention(32, 2, blocks=1, sinks=1)
     with pytest.raises(TypeError, match="callable"):
         SelectedAttention(32, 2, None)
-    with pytest.raises(TypeError, match="pair"):
-        SelectedAttention(32, 2, block="64")
+    for block in ("64", (64,)):
+        with pytest.raises(TypeError, match="pair"):
+            SelectedAttention(32, 2, lambda q, k, kv_lens: q, block=block)
     with pytest.raises(ValueError, match="1 to head_dim"):
         modules.IndexSelector(2, 16, (16, 16), dim=17)
     layer = SelectedAttention(32, 2, block=16, blocks=2)
