@@ -284,6 +284,22 @@ def test_a_layout_is_not_made_within_vmap():
             torch.func.vmap(transform(density))(torch.zeros(4), indices)
 
 
+def test_documents_are_not_made_within_vmap():
+    """For several batch entries there is a mask for each."""
+    ends = torch.tensor([[0, 20, 48], [0, 30, 48]])
+
+    def number(cu_seqlens):
+        masks.documents(cu_seqlens, length=48)
+        return cu_seqlens
+
+    with pytest.raises(ValueError, match=r"inside torch.vmap.*masks.per_batch"):
+        torch.func.vmap(number)(ends)
+    layout = masks.per_batch([masks.documents(x, length=48) for x in ends]).layout(48)
+    assert layout.to_dense().float().mean((-1, -2)).flatten().tolist() == pytest.approx(
+        [(20**2 + 28**2) / 48**2, (30**2 + 18**2) / 48**2]
+    )
+
+
 def test_indices_of_16_bits_and_more_blocks_than_they_count():
     indices = torch.tensor([[[[0, 5, -1], [7, 7, -1]]]])
     for dtype in (torch.int16, torch.int32):
