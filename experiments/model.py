@@ -63,8 +63,13 @@ class EncoderAttention(SelfAttention):
             None if kind.name == "ours" else core(kind, layout, length, config.heads, head_dim)
         )
         self.clock: AttentionClock | None = None
+        widths = (
+            config.dim,
+            config.dim,
+            config.heads * self.v_head_dim,
+        )  # of queries, keys, values
         self.short_convs = nn.ModuleList(
-            ShortConv(config.dim, config.short_conv) for _ in range(3 if config.short_conv else 0)
+            ShortConv(width, config.short_conv) for width in (widths if config.short_conv else ())
         )
         self.register_buffer("rope_cos_sin", rope_cos_sin, persistent=False)
         if rope_cos_sin is not None and config.initial_span:

@@ -9,7 +9,7 @@ from sparse_flash.masks import validation
 from sparse_flash.masks.arguments import integer
 from sparse_flash.masks.device_tiles import Source
 from sparse_flash.masks.device_within import readers, snapshot
-from sparse_flash.masks.modes import plain_torch
+from sparse_flash.masks.modes import is_mapped, plain_torch
 from sparse_flash.masks.traceable import Traceable
 from torch import Tensor
 
@@ -122,6 +122,9 @@ def _check_tensor(name: str, x: Any, dtypes: tuple[torch.dtype, ...], what: str)
         raise TypeError(f"{name} must be a tensor of {what}, got {type(x).__name__}")
     if x.dtype not in dtypes:
         raise TypeError(f"{name} must be {what}, got {x.dtype}")
+    if x.is_nested or x.layout is not torch.strided:
+        kind = "a nested tensor" if x.is_nested else str(x.layout)
+        raise TypeError(f"{name} must be an ordinary tensor, got {kind}: use x.to_dense()")
     if x.ndim != 4 or not x.shape[0] or not x.shape[1]:
         raise ValueError(
             f"{name} must have 4 dimensions, (1 or batch, 1 or heads, block rows, ...), got "
@@ -152,6 +155,12 @@ def _layout(
     capacity = checked_capacity(capacity)
     if torch.compiler.is_compiling():
         return TracedLayout(kind, data.detach(), lengths, within, capacity)
+    if is_mapped(data):
+        name = "indices" if kind == "topk" else "table"
+        raise ValueError(
+            f"{name} inside torch.vmap: a layout cannot be mapped; make it outside vmap from "
+            "(batch, heads, block rows, ...), and give all batch entries in one call"
+        )
     if within is not None:
         _check_within(within, lengths)
     return layout_of_data(kind, data, lengths, within, capacity)
@@ -190,6 +199,8 @@ def source_of(
         heads, data = _with_heads_of(within, data.detach())
         within = None if within is None else snapshot(within, data.device)
         rows = data.flatten(0, 1).clone(memory_format=torch.contiguous_format)
+        if rows.dtype == torch.int16:
+            rows = rows.int()  # the number of blocks, which stands for none, may not fit
         indices, table = (rows, None) if kind == "topk" else (None, rows)
         return Source(lengths, heads, indices, table, within, capacity, rows.device)
 

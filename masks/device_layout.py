@@ -157,6 +157,8 @@ block of keys (0..1)
         """As of every layout; the reason where it is not as asked for: printing must not fail."""
         if is_capturing(self.device):  # a captured kernel has not run
             return f"{self._shape_text()}, not known while a CUDA graph is captured)"
+        if self.device.type == "meta":
+            return f"{self._shape_text()}, not known on the meta device)"
         try:
             self.check()
         except ValueError as error:

@@ -89,6 +89,23 @@ def is_fake(tensor: Tensor) -> bool:
     return module is not None and isinstance(tensor, module.FakeTensor)
 
 
+def is_mapped(tensor: Tensor) -> bool:
+    """Whether torch.vmap maps over a tensor, at any level of transforms."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return False
+
+
+def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """A context without autocast on the tensor's device; meta knows no autocast."""
+    if tensor.is_meta:
+        return contextlib.nullcontext()
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
 def unreadable(tensor: Tensor) -> str | None:
     """Reason why the values of a tensor cannot be read now; None if they can.
 
@@ -107,6 +124,7 @@ def unreadable(tensor: Tensor) -> str | None:
 class derived(Generic[T]):  # noqa: N801 - used like functools.cached_property
     """A property that is computed at first use, outside every PyTorch mode, and then cached.
 
+    A compiled function that is the first to use it computes it in its graph.
     Threads may compute it at the same time; all receive the value cached first. Pickles and copies
     exclude it: the class sets `__reduce_ex__ = reduce_without_derived`.
     """
@@ -127,6 +145,8 @@ class derived(Generic[T]):  # noqa: N801 - used like functools.cached_property
             return self
         kept = owner.__dict__
         if self.name not in kept:
+            if torch.compiler.is_dynamo_compiling():  # traced: the graph computes it
+                return self.make(owner)
             with plain_torch():
                 value = self.make(owner)
             return kept.setdefault(self.name, value)

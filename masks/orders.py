@@ -240,7 +240,7 @@ def _hilbert_key(row: Tensor, col: Tensor, width: int) -> Tensor:
     From the top bit down, each quadrant adds its rank. The next level is rotated so that the curve
     is continuous.
     """
-    side = 1 << max(int(row.max()), int(col.max())).bit_length()
+    side = 1 << (max(len(row) // width, width) - 1).bit_length()
     x, y, key = col.clone(), row.clone(), torch.zeros_like(row)
     half = side >> 1
     while half:

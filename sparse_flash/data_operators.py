@@ -56,8 +56,12 @@ def attend(
             "sinks or dropout: make the layout outside of it, or do not compile this call"
         )
     q, k, v, kv_lens, q_offset, kv_starts = tensors
-    if q_offset is not None or kv_starts is not None:
-        raise ValueError("a layout of data on the device takes neither q_offset nor kv_starts")
+    first = q_offset is None or (isinstance(q_offset, int) and q_offset == 0)
+    if not first or kv_starts is not None:
+        raise ValueError(
+            "a layout of data on the device takes neither q_offset nor kv_starts: make it outside "
+            "of the compiled function and pass layout.fixed()"
+        )
     within = FULL if layout.within is None else layout.within
     q_len, kv_len, block = layout.lengths
     return attention_of_data(

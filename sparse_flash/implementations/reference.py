@@ -120,6 +120,13 @@ class _Problem:
                 f"with q_offset the last query has position {end - 1}, but the layout is for "
                 f"{self.tiles.q_len} queries"
             )
+        coordinates = None if self.terms is None else self.terms.terms.coordinates
+        if coordinates is not None and end > coordinates.shape[1]:
+            raise ValueError(
+                f"relative2d: with q_offset the last query has position {end - 1}, but the image "
+                f"has {coordinates.shape[1]} tokens: give a larger height and width, or a smaller "
+                "q_offset"
+            )
 
     def query_blocks(self, like: Tensor) -> Tensor:
         """Zeros (b * h * nq, block_q, d) for results shaped as `like` (b, q_len, h, d)."""

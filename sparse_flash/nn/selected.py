@@ -21,7 +21,7 @@ from sparse_flash.selection import (
     tile_mass,
     topk_blocks,
 )
-from sparse_flash.selection.scores import Pool
+from sparse_flash.selection.scores import Pool, checked_block
 
 Selector = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 _CAUSAL = masks.causal()
@@ -81,7 +81,8 @@ class TopKAttention(nn.Module):
         super().__init__()
         if not callable(selector):
             raise TypeError(f"selector must be callable with q, k, kv_lens, got {selector!r}")
-        self.selector, self.block, self.causal = selector, pair_of(block), causal
+        self.selector, self.causal = selector, causal
+        self.block = checked_block(pair_of(block))
         given = (("blocks", blocks, 1), ("sinks", sinks, 0), ("local", local, 0))
         self.blocks, self.sinks, self.local = (integer("TopKAttention", *n) for n in given)
         if self.blocks < self.sinks + self.local:
@@ -94,7 +95,7 @@ class TopKAttention(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, kv_lens: Tensor | None = None) -> Tensor:
         """Output `(b, s, h, d)` of q `(b, s, h, d)`, k and v `(b, s, h_kv, d)`, kv_lens `(b,)`."""
-        scores = self.selector(q, k, kv_lens)
+        scores = self._expanded(self.selector(q, k, kv_lens), q, k)
         forced = {"causal": self.causal, "sinks": self.sinks, "local": self.local}
         chosen = topk_blocks(scores, self.blocks, block=self.block, **forced)  # type: ignore[arg-type]
         within = _CAUSAL if self.causal else None
@@ -112,6 +113,31 @@ class TopKAttention(nn.Module):
             return out
         others = branch(q, k, v, kv_lens)
         return merge_attention((out, others[0]), (lse, others[1]))[0]
+
+    def _expanded(self, scores: Any, q: Tensor, k: Tensor) -> Tensor:
+        """The selector's scores, for all batch entries.
+
+        Raises:
+            TypeError: They are not a tensor.
+            ValueError: They have another shape.
+        """
+        if not isinstance(scores, Tensor):
+            raise TypeError(f"the selector must return a tensor, got {type(scores).__name__}")
+        b, q_len, h, _ = q.shape
+        nq, nk = -(-q_len // self.block[0]), -(-k.shape[1] // self.block[1])
+        heads = (1, k.shape[2], h)
+        if (
+            scores.ndim != 4
+            or scores.shape[0] not in (1, b)
+            or scores.shape[1] not in heads
+            or scores.shape[2:] != (nq, nk)
+        ):
+            raise ValueError(
+                "the selector must return scores (b, h_kv or h, nq, nk) = "
+                f"({b}, {heads[1]} or {h}, {nq}, {nk}): ceil(tokens / block) rows and columns "
+                f"for block={self.block}, got {tuple(scores.shape)}"
+            )
+        return scores.expand(b, -1, -1, -1)
 
     def extra_repr(self) -> str:
         """Shown when the module is printed."""

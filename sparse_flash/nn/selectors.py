@@ -20,6 +20,7 @@ from torch.nn.functional import logsigmoid, pad
 
 from sparse_flash import masks
 from sparse_flash.api import block_sparse_attention
+from sparse_flash.masks.modes import without_autocast
 from sparse_flash.selection.scores import Pool, block_scores, checked_block
 
 _LOGITS = 1 << 26  # of compressed attention, in memory at a time
@@ -147,7 +148,8 @@ class CompressedSelector(nn.Module):
         s, size = x.shape[1], self.block[1]
         lens = torch.full((1,), s, device=x.device) if kv_lens is None else kv_lens.to(x.device)
         valid = torch.arange(s + -s % size, device=x.device) < lens[:, None]
-        logits = self.positions.repeat(-(-s // size)).masked_fill(~valid, torch.finfo().min)
+        least = torch.finfo(self.positions.dtype).min
+        logits = self.positions.repeat(-(-s // size)).masked_fill(~valid, least)
         shares = logits.unflatten(1, (-1, size)).softmax(2)  # (1 or b, nk, size)
         shares = torch.where(valid.unflatten(1, (-1, size)), shares, 0.0)
         valid = valid[:, :s, None, None]
@@ -171,7 +173,7 @@ class CompressedSelector(nn.Module):
     def _importance(self, q: Tensor, blocks: Tensor, start: int, kv_lens: Tensor | None) -> Tensor:
         """Of some block rows, whose first query has this index."""
         size_q, size = self.block
-        with torch.autocast(q.device.type, enabled=False):
+        with without_autocast(q):
             of_q = q.float().unflatten(2, (blocks.shape[2], -1))
             logits = torch.einsum("bqhgd,bkhd->bhgqk", of_q, blocks.float()) * q.shape[3] ** -0.5
         column = torch.arange(blocks.shape[1], device=q.device)

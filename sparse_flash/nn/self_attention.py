@@ -174,6 +174,8 @@ class SelfAttention(nn.Module):
             )
         check_mask(mask)
         check_heads(mask, heads)
+        _check_flag("bias", bias, "whether the projections have one; of scores: score_bias='alibi'")
+        _check_flag("sinks", sinks, "logits; sink tokens are a mask, masks.sinks(n)")
         self.head_dim, self.heads, self.kv_heads = dim // heads, heads, kv_heads
         self.mask = mask
         self.to_q = nn.Linear(dim, dim, bias)
@@ -289,8 +291,14 @@ class SelfAttention(nn.Module):
             self.relative_table = nn.Parameter(torch.zeros(self.heads, size))
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
-        """A layout moves with the module: to(device), cuda(), cpu(). It stays when that is meta."""
+        """A layout moves with the module: to(device), cuda(), cpu(). It stays when that is meta.
+
+        Slopes are computed when a module leaves meta: `to_empty` would leave them undefined.
+        """
+        empty = self.score_bias == "alibi" and self.alibi_slopes.is_meta
         super()._apply(fn, recurse)
+        if empty and not self.alibi_slopes.is_meta:
+            self.alibi_slopes.copy_(alibi_slopes(self.heads, self.alibi_slopes.device))
         if isinstance(self.mask, BlockLayout):
             target = fn(torch.empty(0, device=self.mask.device)).device
             if target.type != "meta":
@@ -308,6 +316,11 @@ class SelfAttention(nn.Module):
         }
         given = "".join(f", {name}={x!r}" for name, x in options.items() if x is not None)
         return f"heads={self.heads}, kv_heads={self.kv_heads}, mask={self.mask!r}{given}"
+
+
+def _check_flag(name: str, value: Any, meaning: str) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"SelfAttention: {name} must be a bool, got {value!r} ({meaning})")
 
 
 def _split_keys_and_values(

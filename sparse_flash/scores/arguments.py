@@ -69,7 +69,7 @@ def dropped_levels(dropout_p: float) -> int:
     if dropout_p > 0 and dropped in (0, LEVELS):
         raise ValueError(
             f"dropout_p={dropout_p} is nearer to {dropped // LEVELS} than to a multiple of 1/256, "
-            "the resolution of the rate: pass 0.0, or a rate in 1/512..511/512"
+            "the resolution of the rate: pass 0.0, or a rate in 1/256..255/256"
         )
     return dropped
 

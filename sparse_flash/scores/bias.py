@@ -85,7 +85,7 @@ class Relative2d(ScoreBias):
             )
         self.order = order
         if order is not None and not torch.compiler.is_compiling():
-            order.permutation  # noqa: B018 made now: a compiled function could not
+            order.permutation  # noqa: B018 made now, not in each compiled call
 
     @property
     def grid(self) -> tuple[int, int, TokenOrder | None]:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_flash.masks.modes import unreadable
+
 
 def selection_loss(scores: Tensor, indices: Tensor, mass: Tensor) -> Tensor:
     """KL divergence of a selector's distribution over chosen blocks from that of attention.
@@ -19,14 +21,15 @@ def selection_loss(scores: Tensor, indices: Tensor, mass: Tensor) -> Tensor:
 
     Args:
         scores: Scores of the selector `(b, h_kv, nq, nk)`.
-        indices: Chosen blocks, int `(b, h_kv, nq, k)`, -1 for none, as `topk_blocks` returns them.
+        indices: Chosen blocks, int `(b, h_kv, nq, k)`, as `topk_blocks` returns them: ascending,
+            each once, -1 for none at the end of a row. Checked on a CPU only.
         mass: Attention that was paid to each of them, `(b, h, nq, k)`, as `tile_mass` returns it.
 
     Returns:
         The mean over rows, a scalar in the dtype of scores.
 
     Raises:
-        ValueError: Shapes disagree.
+        ValueError: Shapes disagree, or indices are in another order.
 
     >>> scores = torch.zeros(1, 1, 1, 4, requires_grad=True)
     >>> chosen, mass = torch.tensor([[[[0, 2]]]]), torch.tensor([[[[0.9, 0.1]]]])
@@ -42,23 +45,43 @@ def selection_loss(scores: Tensor, indices: Tensor, mass: Tensor) -> Tensor:
             "scores must be (b, h_kv, nq, nk), indices (b, h_kv, nq, k) and mass (b, h, nq, k), "
             f"h a multiple of h_kv, got {tuple(scores.shape)}, {tuple(shape)}, {tuple(mass.shape)}"
         )
+    _check_order(indices)
     there = indices >= 0
     target = mass.detach().to(scores.dtype).unflatten(1, (h_kv, -1)).sum(2)
     target = torch.where(there, target, 0.0)
     total = target.sum(-1, keepdim=True)
     target = target / torch.where(total > 0, total, 1.0)
     logits = scores.gather(3, indices.clamp(min=0).long())
-    # Finite also where a row has no blocks: its target is 0, and so are its gradients.
-    logits = logits.masked_fill(~there, torch.finfo(logits.dtype).min / 2)
+    # Finite where the target is 0: of no block, and of a forced one beyond the keys, scored -inf.
+    absent = ~there | ((logits == -torch.inf) & (target == 0))
+    logits = logits.masked_fill(absent, torch.finfo(logits.dtype).min / 2)
     terms = torch.xlogy(target, target) - target * logits.log_softmax(-1)
     return terms.sum() / (total > 0).sum().clamp(min=1)
 
 
+def _check_order(indices: Tensor) -> None:
+    """ValueError where masses, which follow ascending tiles, are not those of the indices."""
+    if torch.compiler.is_compiling() or indices.device.type != "cpu" or unreadable(indices):
+        return
+    before, after = indices[..., :-1], indices[..., 1:]
+    if not bool((((before >= 0) & (before < after)) | (after < 0)).all()):
+        raise ValueError(
+            "indices must ascend in each row, each once, with -1 at the end, as the masses of "
+            "tile_mass do: take those of topk_blocks, or sort them"
+        )
+
+
 class _AttachLoss(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, loss: Tensor, weight: float) -> Tensor:
-        ctx.weight, ctx.like = weight, loss.new_empty(())
+    def forward(x: Tensor, loss: Tensor, weight: float) -> Tensor:
         return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: Tensor) -> None:
+        _, loss, ctx.weight = inputs
+        ctx.like = loss.new_empty(())
 
     @staticmethod
     def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -76,9 +99,17 @@ def attach_loss(x: Tensor, loss: Tensor, weight: float = 1.0) -> Tensor:
         loss: A scalar.
         weight: Its factor.
 
+    Raises:
+        TypeError: loss is not a tensor.
+        ValueError: loss is not a scalar.
+
     >>> x, w = torch.ones(2, requires_grad=True), torch.tensor(3.0, requires_grad=True)
     >>> attach_loss(2 * x, w**2, weight=0.5).sum().backward()
     >>> x.grad, w.grad
     (tensor([2., 2.]), tensor(3.))
     """
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"loss must be a scalar tensor, got {type(loss).__name__}")
+    if loss.ndim:
+        raise ValueError(f"loss must be a scalar, got {tuple(loss.shape)}: take its mean or sum")
     return _AttachLoss.apply(x, loss, weight) if loss.requires_grad else x

@@ -21,7 +21,7 @@ from sparse_flash.masks.assemble import extent
 from sparse_flash.masks.device_builders import TracedLayout
 from sparse_flash.masks.device_layout import DeviceLayout
 from sparse_flash.masks.layout import FULL_TILE
-from sparse_flash.masks.modes import plain_torch
+from sparse_flash.masks.modes import plain_torch, without_autocast
 from sparse_flash.selection.operators import tile_mass_of_data
 
 IMPLEMENTATIONS = ("auto", "reference", "sm90")
@@ -85,12 +85,7 @@ def tile_mass(
             "kv_len) makes one"
         )
     check_layout(layout, q, (q.shape[1], k.shape[1]), k.shape[2])
-    if not isinstance(lse, Tensor) or lse.shape != (q.shape[0], q.shape[2], q.shape[1]):
-        got = tuple(lse.shape) if isinstance(lse, Tensor) else type(lse).__name__
-        raise ValueError(
-            f"lse must be (b, h, q_len) = {(q.shape[0], q.shape[2], q.shape[1])}, got {got}: "
-            "block_sparse_attention returns it with return_lse=True"
-        )
+    _check_lse(lse, q)
     if kv_lens is not None:
         check_kv_lens(kv_lens, q.shape[0], k.shape[1])
     scale = check_scale(softmax_scale)
@@ -100,11 +95,28 @@ def tile_mass(
     reason = None if impl == "reference" else sm90.unsupported_reason(q, k, layout)
     if impl == "sm90" and reason:
         raise ValueError(f"impl='sm90' cannot compute this: {reason}")
-    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+    with torch.no_grad(), without_autocast(q):
         lists = tile_lists(layout, q.shape[0], q.shape[2])
         inputs = (q, k, lse, lists, layout.block, scale, kv_lens)
         mass = _reference(*inputs) if impl == "reference" or reason else sm90.tile_mass(*inputs)
         return _by_rows(mass, layout)
+
+
+def _check_lse(lse: Any, q: Tensor) -> None:
+    shape = (q.shape[0], q.shape[2], q.shape[1])
+    if not isinstance(lse, Tensor) or lse.shape != shape:
+        got = tuple(lse.shape) if isinstance(lse, Tensor) else type(lse).__name__
+        raise ValueError(
+            f"lse must be (b, h, q_len) = {shape}, got {got}: block_sparse_attention returns it "
+            "with return_lse=True"
+        )
+    if lse.dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            f"lse must be float32 or float64, got {lse.dtype}: pass it as block_sparse_attention "
+            "returns it"
+        )
+    if lse.device != q.device:
+        raise ValueError(f"lse is on {lse.device}, but q is on {q.device}: move one of them")
 
 
 @plain_torch()

@@ -86,6 +86,12 @@ def test_short_convolution_is_causal_and_depthwise(width):
     torch.testing.assert_close(conv(x[:, :7]), conv(x)[:, :7])
 
 
+def test_a_short_convolution_of_values_of_another_width():
+    model = make("local(5)", short_conv=3, v_head_dim=5)
+    model(TOKENS, LENGTHS).sum().backward()
+    assert all(conv.weight.grad.any() for conv in model.layers[0].attention.short_convs)
+
+
 def test_models_with_a_short_convolution():
     """Padding has no influence; without it the weights are as before."""
     model = make("local(5)", short_conv=3, positions="none")

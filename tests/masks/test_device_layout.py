@@ -117,6 +117,11 @@ def test_a_repr_names_the_reason_instead_of_raising(monkeypatch):
     assert repr(bad).endswith("block 16 x 16, not known while a CUDA graph is captured)")
 
 
+def test_a_layout_on_the_meta_device_prints():
+    layout = BlockLayout.from_topk(torch.zeros(1, 1, 3, 2).long().to("meta"), (16, 16), 48)
+    assert repr(layout) == ("DeviceLayout(48 x 48, block 16 x 16, not known on the meta device)")
+
+
 @pytest.mark.parametrize("cut", [masks.local(20), masks.local(20) & masks.documents((30, 66))])
 @pytest.mark.parametrize("tile", [(32, 32), (64, 16), (16, 32), (8, 16)])
 def test_tiles_of_another_size_keep_to_the_capacity_of_blocks(cut, tile):
@@ -228,6 +233,11 @@ def test_arguments():
         ),
         (ValueError, "k at least 1", lambda: topk(good[..., :0], (16, 16), 48)),
         (ValueError, "must have 4 dimensions", lambda: topk(good[0], (16, 16), 48)),
+        (
+            TypeError,
+            "ordinary tensor, got torch.sparse",
+            lambda: topk(good.to_sparse(), (16, 16), 48),
+        ),
         (TypeError, "block must be a pair", lambda: topk(good, 16, 48)),
         (TypeError, "within must be a Mask", lambda: topk(good, (16, 16), 48, within="causal()")),
         (TypeError, "capacity must be a pair", lambda: topk(good, (16, 16), 48, capacity=3)),
@@ -259,6 +269,43 @@ def test_arguments():
     ]:
         with pytest.raises(error, match=message):
             call()
+
+
+def test_a_layout_is_not_made_within_vmap():
+    """Its operations would not be mapped, and its sizes are those of one batch."""
+    indices = torch.zeros(4, 1, 1, 3, 2).long()
+    for transform in (lambda f: f, torch.func.grad):
+
+        def density(x, of):
+            BlockLayout.from_topk(of, (16, 16), 48)
+            return x
+
+        with pytest.raises(ValueError, match=r"indices inside torch.vmap.*make it outside"):
+            torch.func.vmap(transform(density))(torch.zeros(4), indices)
+
+
+def test_documents_are_not_made_within_vmap():
+    """For several batch entries there is a mask for each."""
+    ends = torch.tensor([[0, 20, 48], [0, 30, 48]])
+
+    def number(cu_seqlens):
+        masks.documents(cu_seqlens, length=48)
+        return cu_seqlens
+
+    with pytest.raises(ValueError, match=r"inside torch.vmap.*masks.per_batch"):
+        torch.func.vmap(number)(ends)
+    layout = masks.per_batch([masks.documents(x, length=48) for x in ends]).layout(48)
+    assert layout.to_dense().float().mean((-1, -2)).flatten().tolist() == pytest.approx(
+        [(20**2 + 28**2) / 48**2, (30**2 + 18**2) / 48**2]
+    )
+
+
+def test_indices_of_16_bits_and_more_blocks_than_they_count():
+    indices = torch.tensor([[[[0, 5, -1], [7, 7, -1]]]])
+    for dtype in (torch.int16, torch.int32):
+        layout = BlockLayout.from_topk(indices.to(dtype), (64, 8), 128, 8 * 40_000)
+        layout.check()
+        assert layout.col_indices.tolist() == [0, 5, 7]
 
 
 def test_copies_are_fixed_layouts_and_updates_are_refused():

@@ -146,6 +146,20 @@ def test_layouts_are_made_in_compiled_functions():
         assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
+def test_positions_in_compiled_functions_are_those_of_eager_mode():
+    q, k, v = inputs()
+
+    def attend_at(q_offset, indices):
+        layout = BlockLayout.from_topk(indices, (16, 16), S)
+        return block_sparse_attention(q, k, v, layout, q_offset=q_offset)
+
+    compiled = torch.compile(attend_at, fullgraph=True, backend="eager")
+    indices = some_indices()
+    assert torch.equal(compiled(0, indices), attend_at(0, indices))
+    with pytest.raises(Exception, match=r"outside of the compiled function and pass layout.fixed"):
+        compiled(2, indices)
+
+
 def test_layouts_and_documents_go_into_compiled_functions():
     q, k, v = inputs()
     compiled = torch.compile(block_sparse_attention, fullgraph=True, backend="eager")

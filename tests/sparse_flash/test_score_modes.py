@@ -47,6 +47,20 @@ def test_compiled():
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("make_order", [masks.morton, masks.hilbert])
+def test_a_compiled_function_is_the_first_to_use_an_order(make_order):
+    torch._dynamo.reset()
+    q, k, v, *_, image, _ = make()
+
+    def scored(order):
+        bias = scores.relative2d(image, 7, 3, order)
+        return order.restore(block_sparse_attention(order.permute(q), k, v, MASK, bias=bias))
+
+    compiled = torch.compile(scored, fullgraph=True, backend="aot_eager")
+    for order in (make_order(7, 3), masks.order(torch.arange(20, -1, -1))):
+        torch.testing.assert_close(compiled(order), scored(order))
+
+
 def test_a_bias_from_outside_and_its_values():
     """An attribute, a closure, an argument: another value or object compiles nothing."""
     torch._dynamo.reset()

@@ -293,6 +293,7 @@ X, W = torch.randn(1, 6, 4, 8), torch.zeros(4)
         ({"dropout_p": float("nan")}, ValueError, "got nan"),
         ({"dropout_p": 0.001}, ValueError, "nearer to 0 than to a multiple of 1/256"),
         ({"dropout_p": 0.999}, ValueError, "nearer to 1 than"),
+        ({"dropout_p": 1 / 512}, ValueError, "a rate in 1/256..255/256"),
         ({"dropout_p": None}, TypeError, "number"),
         ({"dropout_p": torch.tensor(0.1)}, TypeError, "tensor"),
         ({"dropout_p": False}, TypeError, "got False"),
@@ -334,3 +335,13 @@ def test_refused_terms(make, error, words):
 def test_published_slopes():
     assert scores.alibi_slopes(8).tolist() == [2.0**-i for i in range(1, 9)]
     assert scores.alibi_slopes(6).tolist() == [2.0**-i for i in (2, 4, 6, 8, 1, 3)]
+
+
+@pytest.mark.parametrize("offset", [3, torch.tensor([0, 3])])
+def test_positions_beyond_the_image_are_refused(offset):
+    """They have no row and column: those of the last pixel would be wrong."""
+    q, k = torch.randn(2, 4, 2, 8), torch.randn(2, 6, 2, 8)
+    bias = scores.relative2d(torch.randn(2, 3, 3), 2, 3)
+    block_sparse_attention(q, k, k, masks.full(), bias=bias, q_offset=2)
+    with pytest.raises(ValueError, match="has position 6, but the image has 6 tokens"):
+        block_sparse_attention(q, k, k, masks.full(), bias=bias, q_offset=offset)

@@ -31,6 +31,11 @@ def elements(chosen, block, s, heads):
     return table.repeat_interleave(block[0], 2)[:, :, :s].repeat_interleave(block[1], 3)[..., :s]
 
 
+def projected(layer, x):
+    """Queries and keys of a layer."""
+    return [project(x).unflatten(2, (-1, layer.head_dim)) for project in (layer.to_q, layer.to_k)]
+
+
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("block", [(16, 64), (32, 32)])
 def test_is_exact_attention_to_the_chosen_blocks(causal, block):
@@ -76,6 +81,27 @@ def test_padding_has_no_influence(selector, pool):
     other[1, 40:] += 5.0
     torch.testing.assert_close(layer(other, lens)[1, :32], y[1, :32])
     assert torch.equal(layer.core.chosen[1, :, :2], chosen[1, :, :2])
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+@pytest.mark.parametrize("pool", ["mean", "max", "token"])
+def test_the_loss_of_padded_rows_is_that_of_the_others(pool, blocks):
+    """Their own block is forced, though it has no keys and a score of -inf."""
+    torch.manual_seed(0)
+    layer = SelectedAttention(32, 2, "dsa", blocks=blocks, block=16, pool=pool)
+    layer.core.selector.of_q.data += torch.randn(2, 16, 16)
+    x, lens = torch.randn(2, 64, 32), torch.tensor([64, 32])
+    layer(x, lens).sum().backward()
+    loss, gradient = layer.core.selection_loss, layer.core.selector.of_q.grad
+    assert loss.isfinite()
+    assert gradient.isfinite().all()
+    scores = layer.core.selector(*projected(layer, x), lens)
+    chosen, mass = layer.core.chosen[:1], torch.rand(1, 2, 4, blocks)
+    alone = selection.selection_loss(scores[:1], chosen, mass)
+    both = selection.selection_loss(
+        scores, layer.core.chosen, torch.cat([mass, torch.zeros_like(mass)])
+    )
+    torch.testing.assert_close(both, alone)
 
 
 @pytest.mark.parametrize("selector", SELECTORS)
@@ -158,15 +184,38 @@ def test_selectors_of_a_user():
         attend(q, k, v)
 
 
+@pytest.mark.parametrize(
+    "shape", [(2, 2, 3, 4), (2, 2, 4, 3), (2, 2, 4, 5), (2, 3, 4, 4), (2, 4, 4)]
+)
+def test_scores_of_another_shape_are_refused(shape):
+    """A column too few would leave a row's own tokens out."""
+    layer = SelectedAttention(
+        32, 4, lambda q, k, kv_lens: torch.randn(shape), blocks=2, block=16, kv_heads=2
+    )
+    with pytest.raises(ValueError, match=r"\(2, 2 or 4, 4, 4\): ceil\(tokens / block\)"):
+        layer(torch.randn(2, 60, 32))
+
+
+def test_scores_of_one_batch_entry_serve_all():
+    scores = torch.randn(1, 1, 4, 4, requires_grad=True)
+    layer = SelectedAttention(32, 4, lambda q, k, kv_lens: scores, blocks=2, block=16)
+    layer(torch.randn(3, 64, 32)).sum().backward()
+    assert layer.core.chosen.shape == (3, 1, 4, 2)
+    assert scores.grad.any()
+
+
 def test_a_layer_is_refused():
+    with pytest.raises(TypeError, match="must return a tensor, got NoneType"):
+        SelectedAttention(32, 2, lambda q, k, kv_lens: None)(torch.randn(1, 64, 32))
     with pytest.raises(ValueError, match="moba, dsa, nsa"):
         SelectedAttention(32, 2, "best")
     with pytest.raises(ValueError, match="at least sinks"):
         SelectedAttention(32, 2, blocks=1, sinks=1)
     with pytest.raises(TypeError, match="callable"):
         SelectedAttention(32, 2, None)
-    with pytest.raises(TypeError, match="pair"):
-        SelectedAttention(32, 2, block="64")
+    for block in ("64", (64,)):
+        with pytest.raises(TypeError, match="pair"):
+            SelectedAttention(32, 2, lambda q, k, kv_lens: q, block=block)
     with pytest.raises(ValueError, match="1 to head_dim"):
         modules.IndexSelector(2, 16, (16, 16), dim=17)
     layer = SelectedAttention(32, 2, block=16, blocks=2)
@@ -216,6 +265,45 @@ def test_checkpointed(selector):
     checkpoint(layer, x, use_reentrant=False).square().sum().backward()
     for p, gradient in zip(layer.parameters(), expected, strict=True):
         torch.testing.assert_close(p.grad, gradient)
+
+
+@pytest.mark.parametrize("selector", SELECTORS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_of_16_bits(selector, dtype):
+    torch.manual_seed(0)
+    layer = SelectedAttention(32, 2, selector, blocks=2, block=16).to(dtype)
+    x, lens = torch.randn(2, 64, 32).to(dtype), torch.tensor([64, 5])  # blocks without any key
+    y = layer(x, lens)
+    y.float().square().mean().backward()
+    assert all(p.grad.isfinite().all() for p in layer.parameters() if p.grad is not None)
+    torch.testing.assert_close(y.float(), layer.float()(x.float(), lens), atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("selector", SELECTORS)
+def test_shapes_on_the_meta_device(selector):
+    with torch.device("meta"):
+        layer = SelectedAttention(32, 2, selector, blocks=2, block=16)
+        x = torch.randn(2, 64, 32)
+    y = layer(x, torch.empty(2, dtype=torch.int64, device="meta"))
+    y.sum().backward()
+    assert y.is_meta
+    assert y.shape == x.shape
+
+
+@pytest.mark.parametrize("selector", SELECTORS)
+def test_functional_gradients_are_those_of_backward(selector):
+    """With the loss of the selector, which a backward pass adds."""
+    torch.manual_seed(0)
+    layer = SelectedAttention(32, 2, selector, blocks=2, block=16)
+    x, weights = torch.randn(2, 64, 32), dict(layer.named_parameters())
+    layer(x).square().sum().backward()
+
+    def loss(weights):
+        return torch.func.functional_call(layer, weights, (x,)).square().sum()
+
+    gradients = torch.func.grad(loss)({n: w.detach() for n, w in weights.items()})
+    for name, weight in weights.items():
+        torch.testing.assert_close(gradients[name], weight.grad)
 
 
 @pytest.mark.gpu

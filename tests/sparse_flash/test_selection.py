@@ -44,6 +44,21 @@ def test_scores(pool, block, h_kv):
     torch.testing.assert_close(selection.block_scores(q, k, block, pool=pool), truth)
 
 
+@pytest.mark.parametrize("pool", ["mean", "max", "token"])
+@pytest.mark.parametrize("padding", [torch.nan, torch.inf])
+def test_gradients_of_scores_do_not_depend_on_padding(pool, padding):
+    q, k, _ = tensors()
+    lens = torch.tensor([20, 0])
+    found = []
+    for value in (0.0, padding):
+        k = torch.where(torch.arange(S)[:, None, None] < lens.view(2, 1, 1, 1), k, value)
+        q, k = (x.detach().requires_grad_() for x in (q, k))
+        scores = selection.block_scores(q, k, (16, 16), pool=pool, kv_lens=lens)
+        total = scores.masked_fill(scores == -torch.inf, 0.0).sum()
+        found.append((scores, *torch.autograd.grad(total, (q, k))))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_causal_scores_tell_nothing_of_later_keys():
     q, k, _ = tensors()
     scores = selection.block_scores(q, k, (16, 64), pool="token", causal=True)
@@ -227,6 +242,11 @@ def test_tile_mass_is_refused():
         selection.tile_mass(q, k, layout, lse, impl="sm90")
     with pytest.raises(ValueError, match="auto, reference, sm90"):
         selection.tile_mass(q, k, layout, lse, impl="fast")
+    for dtype in (torch.float16, torch.int64):
+        with pytest.raises(TypeError, match="lse must be float32 or float64"):
+            selection.tile_mass(q, k, layout, lse.to(dtype))
+    with pytest.raises(ValueError, match="lse is on meta"):
+        selection.tile_mass(q, k, layout, lse.to("meta"))
 
 
 def test_merged_attention():
@@ -303,6 +323,22 @@ def test_selection_loss():
     assert (gradient[:, :, 2] == 0).all()
     with pytest.raises(ValueError, match="h a multiple of h_kv"):
         selection.selection_loss(scores, indices, mass[:, :3])
+
+
+@pytest.mark.parametrize("row", [[3, 0, 4], [0, 0, 4], [0, -1, 4], [-1, 0, 4], [4, -1, 0]])
+def test_a_selection_loss_of_indices_in_another_order_is_refused(row):
+    """The masses of tile_mass are those of ascending tiles."""
+    indices = torch.tensor([[0, 1, 2], row]).expand(1, 1, 2, 3)
+    with pytest.raises(ValueError, match="take those of topk_blocks, or sort them"):
+        selection.selection_loss(torch.zeros(1, 1, 2, 5), indices, torch.ones(1, 1, 2, 3))
+
+
+def test_what_is_attached_is_a_scalar():
+    x = torch.ones(3, requires_grad=True)
+    with pytest.raises(ValueError, match=r"scalar, got \(3,\): take its mean"):
+        selection.attach_loss(x, x * 2)
+    with pytest.raises(TypeError, match="scalar tensor, got float"):
+        selection.attach_loss(x, 2.0)
 
 
 def test_an_attached_loss_adds_its_gradient_alone():

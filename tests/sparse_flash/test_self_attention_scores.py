@@ -40,6 +40,14 @@ def test_alibi_moves_with_the_module_and_is_not_saved():
     layer(torch.randn(1, 9, 32, dtype=torch.float64)).sum().backward()
 
 
+def test_alibi_of_a_module_made_on_meta():
+    with torch.device("meta"):
+        layer = SelfAttention(32, 4, MASK, score_bias="alibi")
+    layer = layer.bfloat16().to_empty(device="cpu")
+    assert layer.alibi_slopes.dtype == torch.bfloat16
+    torch.testing.assert_close(layer.alibi_slopes.float(), scores.alibi_slopes(4))
+
+
 def test_dropout_in_training_alone():
     torch.manual_seed(0)
     layer, x = SelfAttention(32, 4, MASK, attention_dropout=0.5), torch.randn(1, 40, 32)
@@ -70,6 +78,8 @@ def test_generation(score_bias):
         ({"score_bias": "t5"}, ValueError, "'alibi', 'relative' or None, got 't5'"),
         ({"softcap": -1.0}, ValueError, "softcap"),
         ({"attention_dropout": 1.5}, ValueError, "dropout_p must be in"),
+        ({"bias": "alibi"}, TypeError, "bias must be a bool, got 'alibi' .*score_bias='alibi'"),
+        ({"sinks": 4}, TypeError, r"sinks must be a bool, got 4 .*masks.sinks\(n\)"),
         ({"v_head_dim": 0}, ValueError, "v_head_dim must be at least 1"),
         ({"score_bias": "relative", "max_distance": -1}, ValueError, "max_distance"),
     ],
