@@ -9,7 +9,7 @@ from sparse_flash.masks import validation
 from sparse_flash.masks.arguments import integer
 from sparse_flash.masks.device_tiles import Source
 from sparse_flash.masks.device_within import readers, snapshot
-from sparse_flash.masks.modes import plain_torch
+from sparse_flash.masks.modes import plain_torch, refuse_mapped
 from sparse_flash.masks.traceable import Traceable
 from torch import Tensor
 
@@ -127,6 +127,7 @@ def _check_tensor(name: str, x: Any, dtypes: tuple[torch.dtype, ...], what: str)
             f"{name} must have 4 dimensions, (1 or batch, 1 or heads, block rows, ...), got "
             f"{tuple(x.shape)}"
         )
+    refuse_mapped(name, x)
 
 
 class TracedLayout(NamedTuple):

@@ -104,6 +104,18 @@ def unreadable(tensor: Tensor) -> str | None:
     return None
 
 
+def refuse_mapped(name: str, tensor: Tensor) -> None:
+    """ValueError for a tensor that has an entry for each call of torch.func.vmap."""
+    inner = tensor
+    while torch._C._functorch.is_functorch_wrapped_tensor(inner):
+        if torch._C._functorch.is_batchedtensor(inner):
+            raise ValueError(
+                f"{name} is mapped by torch.func.vmap, but a layout has one set of tiles: give all "
+                "entries at once, outside of vmap, or call in a loop"
+            )
+        inner = torch._C._functorch.get_unwrapped(inner)
+
+
 class derived(Generic[T]):  # noqa: N801 - used like functools.cached_property
     """A property that is computed at first use, outside every PyTorch mode, and then cached.
 

@@ -187,12 +187,14 @@ def one_by_one(
     inputs: tuple[Any, ...],
 ) -> tuple[Tensors, tuple[int, ...]]:
     """A call for each entry of a vmapped dimension; results are stacked along dimension 0."""
+    pairs = list(zip(inputs, in_dims, strict=True))
+    if not size:  # the shapes of the results are those of an entry of zeros
+        zeros = (x.new_zeros(x.sum(d).shape) if isinstance(d, int) else x for x, d in pairs)
+        stacked = tuple(part.new_empty((0, *part.shape)) for part in apply(*zeros))
+        return stacked, (0,) * len(stacked)
     results = []
     for i in range(size):
-        entries = (
-            x.select(dim, i) if isinstance(dim, int) else x
-            for x, dim in zip(inputs, in_dims, strict=True)
-        )
+        entries = (x.select(dim, i) if isinstance(dim, int) else x for x, dim in pairs)
         results.append(apply(*entries))
     stacked = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
     return stacked, (0,) * len(stacked)

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from sparse_flash.call import AttentionCall, ScoreTerms
 from sparse_flash.checks import (
-    check_has_values,
     check_kv_lens,
     check_layout,
     check_mask,
@@ -95,8 +94,7 @@ def prepare(
             calls.clear()
         calls[like] = known
     if kv_lens is not None:
-        check_kv_lens(kv_lens, q_shape[0], k_shape[1])
-        check_has_values("kv_lens", kv_lens, q)
+        check_kv_lens(kv_lens, q, k_shape[1])
     call = known.call
     if terms is not None:
         tensors = (*tensors, *terms.tensors)

@@ -58,6 +58,20 @@ def test_vmap(in_dims):
     torch.testing.assert_close(got, want)
 
 
+def test_vmap_of_no_entries():
+    q, k, v = make()
+    assert torch.vmap(ours)(*(x[None][:0] for x in (q, k, v))).shape == (0, *q.shape)
+    assert torch.vmap(lambda x: ours(x, k, v), 1, 1)(q[:, None][:, :0]).shape[1] == 0
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, torch.func.grad, torch.vmap])
+def test_functionalize(transform):
+    q, k, v = make()
+    f = transform(lambda x: ours(x, k, v).sum())
+    x = q[None] if transform is torch.vmap else q
+    torch.testing.assert_close(torch.func.functionalize(f)(x), f(x))
+
+
 def test_per_sample_gradients():
     """vmap of grad."""
     q, k, v = make(3)
