@@ -106,6 +106,8 @@ def unreadable(tensor: Tensor) -> str | None:
 
 def refuse_mapped(name: str, tensor: Tensor) -> None:
     """ValueError for a tensor that has an entry for each call of torch.func.vmap."""
+    if torch.compiler.is_compiling():  # operators have a rule for it
+        return
     inner = tensor
     while torch._C._functorch.is_functorch_wrapped_tensor(inner):
         if torch._C._functorch.is_batchedtensor(inner):

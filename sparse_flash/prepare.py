@@ -164,5 +164,5 @@ def layout_of(mask: Mask, q: Tensor, lengths: tuple[int, int]) -> BlockLayout:
         return mask.layout(*lengths, device=q.device)
     key = (lengths, q.device, mask.state())
     layout = CACHE.of(mask).layout(key, lambda: mask.layout(*lengths, device=q.device))
-    CACHE.trim()
+    CACHE.trim(mask)
     return layout
