@@ -154,6 +154,11 @@ def to_operator(source: Traceable, like: Tensor) -> Any:
     return handle
 
 
+def source_of(argument: Any) -> Any:
+    """The mask or layout of an operator argument, where it is known without looking it up."""
+    return getattr(argument, "source", None) if isinstance(argument, Tensor) else argument
+
+
 def from_operator(argument: Any) -> Any:
     """The mask or layout of an operator argument.
 

@@ -128,6 +128,15 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         )
 
 
+def check_not_traced() -> None:
+    """Refuse torch.jit.trace, which would record the tiles of one mask at one length."""
+    if torch._C._get_tracing_state() is not None:
+        raise RuntimeError(
+            "block_sparse_attention cannot be traced by torch.jit.trace: use torch.export.export "
+            "or torch.compile"
+        )
+
+
 def warn_of_heads_first(k: Tensor) -> None:
     """Hint at swapped dimensions: other libraries use (b, h, s, d)."""
     _, tokens, heads, _ = k.shape

@@ -13,6 +13,7 @@ from sparse_flash.checks import (
     check_kv_lens,
     check_layout,
     check_mask,
+    check_not_traced,
     check_tensors,
     warn_of_heads_first,
 )
@@ -113,6 +114,7 @@ def _first_of_its_kind(
 ) -> _Known:
     """Check a call, and plan it. options: Those of AttentionCall after the plan."""
     q, k, v, kv_lens, q_offset, kv_starts = tensors
+    check_not_traced()
     check_tensors(q, k, v)
     warn_of_heads_first(k)
     if q_offset is None:
