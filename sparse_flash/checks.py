@@ -158,7 +158,8 @@ def check_scale(softmax_scale: float | None) -> float | None:
             "softmax_scale must be a number, got a tensor: no gradient would reach it. Multiply q "
             "by a learned scale and pass softmax_scale=1.0; otherwise pass scale.item()"
         )
-    if isinstance(softmax_scale, bool) or not hasattr(softmax_scale, "__float__"):
+    number = isinstance(softmax_scale, int | float) or hasattr(softmax_scale, "__float__")
+    if isinstance(softmax_scale, bool) or not number:
         raise TypeError(
             f"softmax_scale must be a number, got {softmax_scale!r}"
             + _as_number("softmax_scale", softmax_scale)
@@ -167,7 +168,7 @@ def check_scale(softmax_scale: float | None) -> float | None:
         scale = float(softmax_scale)
     except OverflowError:  # an int beyond all floats
         scale = math.inf
-    if not math.isfinite(scale):
+    if not abs(scale) < math.inf:  # torch.compile cannot trace isfinite
         raise ValueError(f"softmax_scale must be finite, got {scale}")
     return scale
 

@@ -56,7 +56,8 @@ def attend(
             "sinks or dropout: make the layout outside of it, or do not compile this call"
         )
     q, k, v, kv_lens, q_offset, kv_starts = tensors
-    if q_offset is not None or kv_starts is not None:
+    plain = q_offset is None or (type(q_offset) is int and q_offset == 0)
+    if kv_starts is not None or not plain:
         raise ValueError("a layout of data on the device takes neither q_offset nor kv_starts")
     within = FULL if layout.within is None else layout.within
     q_len, kv_len, block = layout.lengths

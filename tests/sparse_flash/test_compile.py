@@ -267,6 +267,23 @@ def test_export(what, strict):
     torch.testing.assert_close(program(x), layer(x))
 
 
+@pytest.mark.parametrize("name", ["softmax_scale", "softcap", "dropout_p"])
+def test_options_that_change(name):
+    """torch.compile has a symbol for the second value."""
+    mask, (q, k, v) = masks.local(5), make(20, grad=False)
+
+    def attend(value):
+        return block_sparse_attention(q, k, v, mask, **{name: value})
+
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    for value in (0.25, 0.5, 0.75):
+        results = []
+        for f in (compiled, attend):
+            torch.manual_seed(0)
+            results.append(f(value))
+        torch.testing.assert_close(*results)
+
+
 def test_vmap_inside():
     mask = masks.local(5)
 
