@@ -9,7 +9,7 @@ from sparse_flash.masks import validation
 from sparse_flash.masks.arguments import integer
 from sparse_flash.masks.device_tiles import Source
 from sparse_flash.masks.device_within import readers, snapshot
-from sparse_flash.masks.modes import is_mapped, plain_torch
+from sparse_flash.masks.modes import plain_torch, refuse_mapped
 from sparse_flash.masks.traceable import Traceable
 from torch import Tensor
 
@@ -130,6 +130,7 @@ def _check_tensor(name: str, x: Any, dtypes: tuple[torch.dtype, ...], what: str)
             f"{name} must have 4 dimensions, (1 or batch, 1 or heads, block rows, ...), got "
             f"{tuple(x.shape)}"
         )
+    refuse_mapped(name, x, "for all batch entries in one call")
 
 
 class TracedLayout(NamedTuple):
@@ -155,12 +156,6 @@ def _layout(
     capacity = checked_capacity(capacity)
     if torch.compiler.is_compiling():
         return TracedLayout(kind, data.detach(), lengths, within, capacity)
-    if is_mapped(data):
-        name = "indices" if kind == "topk" else "table"
-        raise ValueError(
-            f"{name} inside torch.vmap: a layout cannot be mapped; make it outside vmap from "
-            "(batch, heads, block rows, ...), and give all batch entries in one call"
-        )
     if within is not None:
         _check_within(within, lengths)
     return layout_of_data(kind, data, lengths, within, capacity)

@@ -91,7 +91,7 @@ def tile_table(
     found = layout.derived.get(TileTable)
     if found is None:
         found = layout.derived[TileTable] = _table_of(layout)
-        CACHE.trim()
+        CACHE.trim(mask)
     table: TileTable = found
     table.captured |= device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     return table.for_heads(layout.pattern_map, heads)

@@ -24,7 +24,7 @@ from sparse_flash.masks.modes import plain_torch, reduce_without_derived
 from sparse_flash.masks.records import CACHE, inherit_changeable
 from sparse_flash.masks.registry import Registry
 from sparse_flash.masks.ternary import Blocks, Index, Truth
-from sparse_flash.masks.traceable import Traceable
+from sparse_flash.masks.traceable import Traceable, leave_graph
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -163,6 +163,7 @@ class Mask(Traceable):
         return _combine(And, self, other)
 
     def __invert__(self) -> Mask:
+        leave_graph()
         return Not(self)
 
     def __bool__(self) -> bool:
@@ -388,6 +389,7 @@ class Not(Mask):
         return self.mask.extents()
 
     def __invert__(self) -> Mask:
+        leave_graph()
         return self.mask
 
     def __repr__(self) -> str:
@@ -469,11 +471,9 @@ class Shifted(Mask):
 
     def extents(self) -> Extents:
         """Lengths of the operand minus the shift."""
-        q_len, kv_len = self.mask.extents()
-        return (
-            None if q_len is None else q_len - self.by_q,
-            None if kv_len is None else kv_len - self.by_kv,
-        )
+        pairs = zip(self.mask.extents(), (self.by_q, self.by_kv), strict=True)
+        q_len, kv_len = (None if n is None else n - by for n, by in pairs)
+        return q_len, kv_len
 
     def check_lengths(self, q_len: int, kv_len: int, q_start: int = 0, kv_start: int = 0) -> None:
         """Check the operand at the shifted indices."""
@@ -487,9 +487,7 @@ class Shifted(Mask):
 def _combine(kind: type[_Combination], left: Mask, right: Mask) -> Mask:
     if not isinstance(right, Mask) or right.by_head:
         return NotImplemented  # HeadMasks implements mixed operands: Python tries it next
-    parts: list[Mask] = []
-    for mask in (left, right):
-        parts += mask.masks if type(mask) is kind else [mask]
+    parts = [m for side in (left, right) for m in (side.masks if type(side) is kind else [side])]
     unique = tuple(dict.fromkeys(parts))
     if len(unique) == 1:
         return unique[0]

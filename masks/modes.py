@@ -121,6 +121,16 @@ def unreadable(tensor: Tensor) -> str | None:
     return None
 
 
+def refuse_mapped(name: str, tensor: Tensor, way_out: str) -> None:
+    """ValueError for data of a mask or layout that torch.vmap maps over."""
+    # Operators of compiled functions have a rule for it.
+    if not torch.compiler.is_compiling() and is_mapped(tensor):
+        raise ValueError(
+            f"{name} inside torch.vmap: a mask or layout cannot be mapped; make it outside vmap, "
+            f"{way_out}"
+        )
+
+
 class derived(Generic[T]):  # noqa: N801 - used like functools.cached_property
     """A property that is computed at first use, outside every PyTorch mode, and then cached.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 import threading
 import weakref
 from collections.abc import Callable
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from sparse_flash.masks.mask import Mask
 
 GIBIBYTE = 1 << 30
+_MOST_STATES = 64  # layouts of a mask that reads data: most are of values that never return
 M = TypeVar("M", bound="Mask")
 
 
@@ -44,6 +46,22 @@ class Record:
                     found = self.layouts[key] = build()
         return found
 
+    def trim(self, limit: int, most: int) -> None:
+        """Remove the oldest layouts above a number of bytes or of layouts.
+
+        The latest stays, and so do those that a captured CUDA graph reads.
+        """
+        with self.lock:
+            sizes = {key: layout.nbytes for key, layout in self.layouts.items()}
+            total = sum(sizes.values())
+            for key in list(sizes)[:-1]:
+                if total <= limit and len(self.layouts) <= most:
+                    return
+                if not _is_captured(self.layouts[key]):
+                    total -= sizes[key]
+                    del self.layouts[key]
+                    self.calls.clear()  # they hold layouts
+
     @property
     def nbytes(self) -> int:
         """Bytes of all layouts and of the objects derived from them."""
@@ -52,15 +70,15 @@ class Record:
     @property
     def pinned(self) -> bool:
         """Whether a captured CUDA graph reads derived arrays, which then must not be freed."""
-        return any(
-            getattr(value, "captured", False)
-            for layout in list(self.layouts.values())
-            for value in list(layout.derived.values())
-        )
+        return any(map(_is_captured, list(self.layouts.values())))
 
     def clear(self) -> None:
         """Remove everything."""
         self.layouts, self.calls = {}, {}
+
+
+def _is_captured(layout: BlockLayout) -> bool:
+    return any(getattr(value, "captured", False) for value in list(layout.derived.values()))
 
 
 class RecordCache:
@@ -68,7 +86,8 @@ class RecordCache:
 
     A record lives as long as one of its masks. The cache keeps it alive longer, so that a mask
     constructed in every call is laid out once. Above `limit` bytes in total, the least recently
-    used records are evicted. Records of captured CUDA graphs are never evicted.
+    used records are evicted, and old layouts of the record in use, whose mask may live for long:
+    of other lengths, or of earlier states. Those of captured CUDA graphs are never evicted.
     """
 
     def __init__(self, limit: int = GIBIBYTE) -> None:
@@ -114,8 +133,12 @@ class RecordCache:
         """Bytes of the objects that the cache keeps alive."""
         return sum(record.nbytes for record in list(self._recent.values()))
 
-    def trim(self) -> None:
-        """Evict records beyond the limit. Call it after a record has grown."""
+    def trim(self, mask: Mask) -> None:
+        """Evict records beyond the limit. Call it after the record of a mask has grown."""
+        self.of(mask).trim(self.limit, _MOST_STATES if mask.changeable else sys.maxsize)
+        self._evict()
+
+    def _evict(self) -> None:
         with self._lock:
             sizes = {mask: record.nbytes for mask, record in self._recent.items()}
             total = sum(sizes.values())
@@ -152,10 +175,13 @@ def clear_cache() -> None:
 
 
 def set_cache_limit(nbytes: int) -> None:
-    """Set the memory limit of cached layouts and schedules of masks that are no longer referenced.
+    """Set the memory limit of cached layouts and schedules of masks.
+
+    It applies to all masks that are no longer referenced together, and to each one that is: a
+    model keeps a layout of each of its masks, the latest, whatever its size.
 
     Args:
-        nbytes: Bytes over all devices; default 1 GiB. 0 keeps only the latest record.
+        nbytes: Bytes over all devices; default 1 GiB. 0 keeps only the latest layouts.
 
     Raises:
         TypeError: `nbytes` is not an int.
@@ -169,7 +195,7 @@ def set_cache_limit(nbytes: int) -> None:
     if nbytes < 0:
         raise ValueError(f"the limit must be at least 0 bytes, got {nbytes}")
     CACHE.limit = nbytes
-    CACHE.trim()
+    CACHE._evict()
 
 
 def inherit_changeable(mask: Any) -> None:

@@ -22,6 +22,7 @@ from typing import Any, Self, cast
 import torch
 from sparse_flash.masks.modes import plain_torch
 from torch import Tensor
+from torch._library import opaque_object
 from torch._library.opaque_object import get_opaque_type_name, register_opaque_type
 from torch._opaque_base import OpaqueBaseMeta
 
@@ -103,10 +104,38 @@ class Traceable(_Base):
         return {name: x for name, x in self.__dict__.items() if name not in self._derived}
 
 
+class _Inlined(dict[str, Any]):
+    """How torch.compile treats members of masks and layouts: it traces them, as of other objects.
+
+    Members without an entry are errors, even where a graph may break.
+    """
+
+    def __bool__(self) -> bool:
+        return True  # an empty dict would be taken for none
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return opaque_object.MemberType.INLINED
+
+
+def leave_graph() -> None:
+    """End the graph where torch.compile runs an operator on a mask itself instead of tracing it.
+
+    The result would be a constant of the graph, which no operator takes.
+    """
+    if HANDLES or not torch.compiler.is_compiling() or torch.compiler.is_dynamo_compiling():
+        return
+    from torch._dynamo.symbolic_convert import tls
+    from torch._dynamo.variables.base import AsPythonConstantNotImplementedError
+
+    if getattr(tls, "current_tx", None) is not None:
+        reason: Any = "a mask made in a compiled function"
+        raise AsPythonConstantNotImplementedError(reason)
+
+
 if HANDLES:
     SCHEMA_TYPE = "Tensor"
 else:
-    register_opaque_type(Traceable, typ="reference")
+    register_opaque_type(Traceable, typ="reference", members=_Inlined())
     SCHEMA_TYPE = get_opaque_type_name(Traceable)
 
 
@@ -123,6 +152,11 @@ def to_operator(source: Traceable, like: Tensor) -> Any:
         handle: Any = torch.tensor(source._number, device="cpu")
     handle.source = source  # lives as long as autograd holds the handle
     return handle
+
+
+def source_of(argument: Any) -> Any:
+    """The mask or layout of an operator argument, where it is known without looking it up."""
+    return getattr(argument, "source", None) if isinstance(argument, Tensor) else argument
 
 
 def from_operator(argument: Any) -> Any:

@@ -194,11 +194,19 @@ _DEFAULTS = Options(None, deterministic=False, impl="auto")
 
 def _is_watched(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether something wants to see an operator, or has tensors without numbers."""
-    if type(q) is type(k) is type(v) is Tensor:
-        return torch._C._len_torch_dispatch_stack() > 0 or q.is_meta
-    check_are_tensors(q, k, v)
-    ordinary = {type(q), type(k), type(v)} <= {Tensor, torch.nn.Parameter}
-    return not ordinary or torch._C._len_torch_dispatch_stack() > 0 or q.is_meta
+    if not type(q) is type(k) is type(v) is Tensor:
+        check_are_tensors(q, k, v)
+        if not {type(q), type(k), type(v)} <= {Tensor, torch.nn.Parameter}:
+            return True
+    if torch._C._len_torch_dispatch_stack() > 0 or q.is_meta:
+        return True
+    return torch._C._functorch.peek_interpreter_stack() is not None and _is_functionalized()
+
+
+def _is_functionalized() -> bool:
+    """Whether torch.func.functionalize is active, which knows operators, but no Functions."""
+    key = torch._C._functorch.TransformType.Functionalize
+    return any(x.key() == key for x in torch._C._functorch.get_interpreter_stack() or ())
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

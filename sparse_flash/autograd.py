@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sparse_flash.call import NUM_DIFFERENTIABLE, TERM_TENSORS, AttentionCall, ScoreTerms
 from sparse_flash.implementations import Implementation
+from sparse_flash.masks import BlockLayout, Mask
 
 Tensors = tuple[Tensor, ...]
 _WAY_OUT = (
@@ -72,6 +73,31 @@ def _check_no_tangents(call: AttentionCall) -> None:
             refuse_forward_mode()
 
 
+def pattern_of(source: Any) -> Any:
+    """What changes with the pattern of a layout or mask; None where nothing can change."""
+    if type(source) is BlockLayout:
+        return source.crow_indices  # `update_` replaces it
+    if Mask in type(source).__mro__ and source.changeable:  # not a stand-in of torch.compile
+        return source.state()
+    return None
+
+
+def check_unchanged(before: Any, source: Any) -> None:
+    """Raise if a layout or mask changed since the forward pass, when its `pattern_of` was `before`.
+
+    The gradients would be those of another function.
+    """
+    now = None if before is None else pattern_of(source)
+    if before is not now and (isinstance(before, Tensor) or before != now):
+        what = (
+            "layout was changed by update_" if isinstance(before, Tensor) else "mask's data changed"
+        )
+        raise RuntimeError(
+            f"the {what} between the forward and the backward pass, which needs the pattern of the "
+            "forward pass: change it after backward(), or use another one"
+        )
+
+
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
 _is_transformed = torch._C._functorch.is_functorch_wrapped_tensor
 
@@ -82,6 +108,7 @@ def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, 
     given = [x for x in (dout, dlse) if x is not None]
     if not given:
         return (None,) * (1 + len(tensors))
+    check_unchanged(ctx.pattern, ctx.bound[0].layout)
     if any(map(_is_batched, given)):
         refuse_batches_of_gradients()
     dout = torch.zeros_like(out) if dout is None else dout
@@ -116,7 +143,7 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, bound: Bound, *tensors: Any) -> tuple[Tensor, Tensor]:
         call, implementation = bound
         out, lse = implementation.attend(call)
-        ctx.bound = call.without_tensors(), implementation
+        ctx.bound, ctx.pattern = (call.without_tensors(), implementation), pattern_of(call.layout)
         ctx.save_for_backward(out, lse, *tensors)
         ctx.set_materialize_grads(False)
         return out, lse
@@ -141,7 +168,7 @@ class _Transformed(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
         (call, implementation), *tensors = inputs
-        ctx.bound = call.without_tensors(), implementation
+        ctx.bound, ctx.pattern = (call.without_tensors(), implementation), pattern_of(call.layout)
         ctx.save_for_backward(*output, *tensors)
         ctx.set_materialize_grads(False)
 
@@ -187,12 +214,14 @@ def one_by_one(
     inputs: tuple[Any, ...],
 ) -> tuple[Tensors, tuple[int, ...]]:
     """A call for each entry of a vmapped dimension; results are stacked along dimension 0."""
+    pairs = list(zip(inputs, in_dims, strict=True))
+    if not size:  # the shapes of the results are those of an entry of zeros
+        zeros = (x.new_zeros(x.sum(d).shape) if isinstance(d, int) else x for x, d in pairs)
+        stacked = tuple(part.new_empty((0, *part.shape)) for part in apply(*zeros))
+        return stacked, (0,) * len(stacked)
     results = []
     for i in range(size):
-        entries = (
-            x.select(dim, i) if isinstance(dim, int) else x
-            for x, dim in zip(inputs, in_dims, strict=True)
-        )
+        entries = (x.select(dim, i) if isinstance(dim, int) else x for x, dim in pairs)
         results.append(apply(*entries))
     stacked = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
     return stacked, (0,) * len(stacked)

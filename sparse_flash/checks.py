@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from sparse_flash import masks
 from sparse_flash.masks import BlockLayout, Mask
+from sparse_flash.masks.modes import is_fake
 from sparse_flash.masks.traceable import Traceable
 
 # Arguments of SDPA, FlashAttention and FlexAttention, with their replacements.
@@ -54,6 +56,7 @@ _OTHERS = {
     "cache_seqlens": "write q_offset, the position of the first query",
 }
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def check_are_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -125,6 +128,15 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         )
 
 
+def check_not_traced() -> None:
+    """Refuse torch.jit.trace, which would record the tiles of one mask at one length."""
+    if torch._C._get_tracing_state() is not None:
+        raise RuntimeError(
+            "block_sparse_attention cannot be traced by torch.jit.trace: use torch.export.export "
+            "or torch.compile"
+        )
+
+
 def warn_of_heads_first(k: Tensor) -> None:
     """Hint at swapped dimensions: other libraries use (b, h, s, d)."""
     _, tokens, heads, _ = k.shape
@@ -146,14 +158,19 @@ def check_scale(softmax_scale: float | None) -> float | None:
             "softmax_scale must be a number, got a tensor: no gradient would reach it. Multiply q "
             "by a learned scale and pass softmax_scale=1.0; otherwise pass scale.item()"
         )
-    if isinstance(softmax_scale, bool) or not hasattr(softmax_scale, "__float__"):
+    number = isinstance(softmax_scale, int | float) or hasattr(softmax_scale, "__float__")
+    if isinstance(softmax_scale, bool) or not number:
         raise TypeError(
             f"softmax_scale must be a number, got {softmax_scale!r}"
             + _as_number("softmax_scale", softmax_scale)
         )
-    if not math.isfinite(softmax_scale):
-        raise ValueError(f"softmax_scale must be finite, got {softmax_scale}")
-    return float(softmax_scale)
+    try:
+        scale = float(softmax_scale)
+    except OverflowError:  # an int beyond all floats
+        scale = math.inf
+    if not abs(scale) < math.inf:  # torch.compile cannot trace isfinite
+        raise ValueError(f"softmax_scale must be finite, got {scale}")
+    return scale
 
 
 def _as_number(name: str, value: object) -> str:
@@ -220,24 +237,39 @@ def check_layout(layout: BlockLayout, q: Tensor, lengths: tuple[int, int], kv_he
 
 
 def check_has_values(name: str, x: Tensor, q: Tensor) -> None:
-    """ValueError for positions or lengths on the meta device where the queries are not."""
+    """ValueError for positions or lengths without values (meta, fake) where the queries have some.
+
+    Under a FakeTensorMode torch refuses what is mixed.
+    """
     if x.is_meta and not q.is_meta:
         raise ValueError(
             f"{name} is on meta and has no values, but q is on {q.device}: make it on {q.device}"
         )
+    if is_fake(x) and not is_fake(q):
+        raise ValueError(
+            f"{name} is a fake tensor and has no values, but q is a real one: make both alike"
+        )
 
 
-def check_kv_lens(kv_lens: Tensor, batch: int, kv_len: int) -> None:
+def check_integers(name: str, x: Any, batch: int) -> None:
+    """Check type and shape of an argument that has an int for each batch entry."""
+    wanted = f"{name} must be an int tensor of shape ({batch},)"
+    if not isinstance(x, Tensor):
+        several = isinstance(x, Iterable) and not isinstance(x, str)
+        way_out = f": torch.as_tensor({name}) is one" if several else ""
+        raise TypeError(f"{wanted}, got {type(x).__name__}{way_out}")
+    if x.dtype not in _INTEGERS:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _INTEGERS)
+        raise TypeError(f"{wanted}, got {x.dtype}: the types are {names}")
+    if x.shape != (batch,):
+        raise ValueError(f"{name} must have shape ({batch},), got {tuple(x.shape)}")
+
+
+def check_kv_lens(kv_lens: Tensor, q: Tensor, kv_len: int) -> None:
     """Check type and shape of kv_lens, and its values if they are on the host."""
-    if (
-        not isinstance(kv_lens, Tensor)
-        or kv_lens.is_floating_point()
-        or kv_lens.dtype == torch.bool
-    ):
-        what = kv_lens.dtype if isinstance(kv_lens, Tensor) else type(kv_lens).__name__
-        raise TypeError(f"kv_lens must be an int tensor of shape ({batch},), got {what}")
-    if kv_lens.shape != (batch,):
-        raise ValueError(f"kv_lens must have shape ({batch},), got {tuple(kv_lens.shape)}")
+    batch = q.shape[0]
+    check_integers("kv_lens", kv_lens, batch)
+    check_has_values("kv_lens", kv_lens, q)
     # Within torch.func transforms there may be no value to look at: it is clamped, as on a GPU.
     transformed = torch._C._functorch.peek_interpreter_stack() is not None
     if kv_lens.device.type == "cpu" and batch and not transformed:

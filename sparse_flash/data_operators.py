@@ -56,7 +56,7 @@ def attend(
             "sinks or dropout: make the layout outside of it, or do not compile this call"
         )
     q, k, v, kv_lens, q_offset, kv_starts = tensors
-    first = q_offset is None or (isinstance(q_offset, int) and q_offset == 0)
+    first = q_offset is None or (type(q_offset) is int and q_offset == 0)
     if not first or kv_starts is not None:
         raise ValueError(
             "a layout of data on the device takes neither q_offset nor kv_starts: make it outside "

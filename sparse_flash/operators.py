@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from sparse_flash import autograd, autograd_key
 from sparse_flash.call import AttentionCall
 from sparse_flash.checks import check_tensors
 from sparse_flash.masks import BlockLayout
-from sparse_flash.masks.traceable import SCHEMA_TYPE, from_operator
+from sparse_flash.masks.traceable import SCHEMA_TYPE, from_operator, source_of
 from sparse_flash.prepare import Options, layout_of, prepare
 
 # The tensors of a call, in the language of operator schemas.
@@ -36,21 +36,32 @@ attention_backward = torch.ops.sparse_flash.attention_backward
 
 def _attention(*inputs: Any) -> tuple[Tensor, Tensor]:
     *tensors, mask, scale, deterministic, impl = inputs
-    options = Options(scale, deterministic, impl)
+    options, source = Options(scale, deterministic, impl), from_operator(mask)
     call, implementation = prepare(
-        tuple(tensors), from_operator(mask), options, needs_grad=False, transient=True
+        tuple(tensors), source, options, needs_grad=False, transient=True
     )
-    return implementation.attend(call)
+    return remember(implementation.attend(call), source)
+
+
+def remember(results: tuple[Tensor, Tensor], source: Any) -> tuple[Tensor, Tensor]:
+    """(out, lse), with the pattern of this pass as an attribute of lse.
+
+    A compiled graph saves lse for the backward pass, mostly the same object, but nothing that is no
+    tensor.
+    """
+    pattern = autograd.pattern_of(source)
+    if pattern is not None:
+        cast(Any, results[1]).pattern = pattern
+    return results
 
 
 def _attention_backward(
     out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, *inputs: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     *tensors, mask, scale, deterministic, impl = inputs
-    options = Options(scale, deterministic, impl)
-    call, implementation = prepare(
-        tuple(tensors), from_operator(mask), options, needs_grad=True, transient=True
-    )
+    options, source = Options(scale, deterministic, impl), from_operator(mask)
+    autograd.check_unchanged(getattr(lse, "pattern", None), source)
+    call, implementation = prepare(tuple(tensors), source, options, needs_grad=True, transient=True)
     dq, dk, dv = implementation.gradients(call, out, lse, dout, dlse)
     return dq.contiguous(), dk.contiguous(), dv.contiguous()  # as `fake_backward` says
 
@@ -73,6 +84,7 @@ def fake_backward(
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.mask, softmax_scale, deterministic, impl = inputs
     ctx.options = (softmax_scale, deterministic, impl)
+    ctx.pattern = autograd.pattern_of(source_of(ctx.mask))
     ctx.save_for_backward(*output, *tensors)
     ctx.set_materialize_grads(False)
 
@@ -82,6 +94,7 @@ def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[
     rest = (None,) * (len(tensors) - 3 + 1 + len(ctx.options))
     if dout is None and dlse is None:
         return (None,) * 3 + rest
+    autograd.check_unchanged(ctx.pattern, source_of(ctx.mask))
     dout = torch.zeros_like(out) if dout is None else dout
     return *attention_backward(out, lse, dout, dlse, *tensors, ctx.mask, *ctx.options), *rest
 

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import operator
 import warnings
+from collections.abc import Iterable
 from typing import Any, TypeGuard
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from sparse_flash.checks import check_has_values
+from sparse_flash.checks import check_has_values, check_integers
 from sparse_flash.masks import BlockLayout, Mask
+from sparse_flash.masks.modes import is_fake
 
 _LEAST_LENGTH = 128  # for which a mask is laid out
 _MOST = 2**31 - 1  # of a position
@@ -45,10 +48,14 @@ def with_positions(tensors: tuple[Any, ...], mask: Mask | BlockLayout) -> tuple[
 
 def _is_plain(q: Tensor, k: Tensor, mask: Mask | BlockLayout, q_offset: Any) -> bool:
     """Whether it is 0, and so are all lengths as without it."""
-    if isinstance(q_offset, Tensor) or q_offset != 0:
+    if isinstance(q_offset, Tensor | np.ndarray) or q_offset != 0:
         return False
-    if torch.compiler.is_compiling() or isinstance(mask, Mask):
+    if torch.compiler.is_compiling():
         return q.shape[1] == k.shape[1]
+    if isinstance(mask, Mask):
+        lengths = q.shape[1], k.shape[1]
+        own = zip(lengths, mask.extents(), strict=True)
+        return lengths[0] == lengths[1] and all(extent in (None, n) for n, extent in own)
     return (mask.q_len, mask.kv_len) == (q.shape[1], k.shape[1])
 
 
@@ -57,18 +64,20 @@ def _per_entry(name: str, value: Any, q: Tensor) -> Tensor:
     if not isinstance(value, Tensor):
         value = _number(name, value, batch)
         return torch.full((batch,), value, dtype=torch.int32, device=q.device)
-    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
-        raise TypeError(f"{name} must be an int or an int tensor ({batch},), got {value.dtype}")
-    if value.shape != (batch,):
-        raise ValueError(f"{name} must have shape ({batch},), got {tuple(value.shape)}")
+    check_integers(name, value, batch)
     check_has_values(name, value, q)
     return value.to(q.device, torch.int32)
 
 
 def _number(name: str, value: Any, batch: int) -> int:
     number = isinstance(value, int) or hasattr(value, "__index__")
-    if isinstance(value, bool) or not number:
-        raise TypeError(f"{name} must be an int or an int tensor ({batch},), got {value!r}")
+    array = isinstance(value, np.ndarray) and value.ndim > 0
+    if isinstance(value, bool) or not number or array:
+        several = isinstance(value, Iterable) and not isinstance(value, str)
+        way_out = f": torch.as_tensor({name}) is one" if several else ""
+        raise TypeError(
+            f"{name} must be an int or an int tensor ({batch},), got {value!r}{way_out}"
+        )
     if not 0 <= value <= _MOST:
         raise ValueError(f"{name} must be in 0..{_MOST}, got {value}")
     return value if torch.compiler.is_compiling() else operator.index(value)
@@ -133,6 +142,8 @@ def end_of(q: Tensor, q_offset: int | Tensor) -> int | None:
 def _end_of(q: Tensor, q_offset: int | Tensor, kv_starts: Tensor | None) -> int | None:
     """One more than the last position of a query, at most; None where only a GPU knows."""
     for name, x in (("q_offset", q_offset), ("kv_starts", kv_starts)):
+        if isinstance(x, Tensor):
+            check_integers(name, x, q.shape[0])
         if _is_readable(x) and not 0 <= int(x.min()) <= int(x.max()) <= _MOST:
             given = f"{int(x.min())}..{int(x.max())}"
             raise ValueError(f"{name} must be in 0..{_MOST}, got {given}")
@@ -150,12 +161,13 @@ def _is_readable(x: Any) -> TypeGuard[Tensor]:
         isinstance(x, Tensor)
         and x.device.type == "cpu"
         and x.numel() > 0
+        and not is_fake(x)
         and torch._C._functorch.peek_interpreter_stack() is None
     )
 
 
 def _power_of_two(least: int) -> int:
-    return 1 << (max(least, _LEAST_LENGTH) - 1).bit_length()
+    return min(1 << (max(least, _LEAST_LENGTH) - 1).bit_length(), _MOST)
 
 
 def warn_of_alignment(mask: Mask | BlockLayout, q_len: int, kv_len: int) -> None:

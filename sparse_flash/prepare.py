@@ -10,10 +10,10 @@ from torch import Tensor
 
 from sparse_flash.call import AttentionCall, ScoreTerms
 from sparse_flash.checks import (
-    check_has_values,
     check_kv_lens,
     check_layout,
     check_mask,
+    check_not_traced,
     check_tensors,
     warn_of_heads_first,
 )
@@ -95,8 +95,7 @@ def prepare(
             calls.clear()
         calls[like] = known
     if kv_lens is not None:
-        check_kv_lens(kv_lens, q_shape[0], k_shape[1])
-        check_has_values("kv_lens", kv_lens, q)
+        check_kv_lens(kv_lens, q, k_shape[1])
     call = known.call
     if terms is not None:
         tensors = (*tensors, *terms.tensors)
@@ -115,6 +114,7 @@ def _first_of_its_kind(
 ) -> _Known:
     """Check a call, and plan it. options: Those of AttentionCall after the plan."""
     q, k, v, kv_lens, q_offset, kv_starts = tensors
+    check_not_traced()
     check_tensors(q, k, v)
     warn_of_heads_first(k)
     if q_offset is None:
@@ -166,5 +166,5 @@ def layout_of(mask: Mask, q: Tensor, lengths: tuple[int, int]) -> BlockLayout:
         return mask.layout(*lengths, device=q.device)
     key = (lengths, q.device, mask.state())
     layout = CACHE.of(mask).layout(key, lambda: mask.layout(*lengths, device=q.device))
-    CACHE.trim()
+    CACHE.trim(mask)
     return layout

@@ -13,13 +13,14 @@ from torch.utils.flop_counter import register_flop_formula
 
 from sparse_flash import autograd, autograd_key
 from sparse_flash.call import NUM_DIFFERENTIABLE, TERM_TENSORS, ScoreTerms, terms_of_options
-from sparse_flash.masks.traceable import SCHEMA_TYPE, from_operator, to_operator
+from sparse_flash.masks.traceable import SCHEMA_TYPE, from_operator, source_of, to_operator
 from sparse_flash.operators import (
     TENSORS,
     attention_flops,
     backward_flops,
     fake_attention,
     fake_backward,
+    remember,
     vmap_rule,
 )
 from sparse_flash.prepare import Options, prepare
@@ -69,12 +70,13 @@ def _prepared(inputs: tuple[Any, ...], needs_grad: bool) -> Any:
 
 def _attention(*inputs: Any) -> tuple[Tensor, Tensor]:
     call, implementation = _prepared(inputs, needs_grad=False)
-    return implementation.attend(call)
+    return remember(implementation.attend(call), from_operator(inputs[-4]))
 
 
 def _attention_backward(
     out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, *inputs: Any
 ) -> tuple[Tensor, ...]:
+    autograd.check_unchanged(getattr(lse, "pattern", None), from_operator(inputs[-4]))
     call, implementation = _prepared(inputs, needs_grad=True)
     return tuple(x.contiguous() for x in implementation.gradients(call, out, lse, dout, dlse))
 
@@ -94,6 +96,7 @@ def _fake_scored_backward(
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.wants, ctx.softcap, ctx.dropped, ctx.mask, scale, deterministic, impl = inputs
     ctx.options = (scale, deterministic, impl)
+    ctx.pattern = autograd.pattern_of(source_of(ctx.mask))
     ctx.save_for_backward(*output, *tensors)
     ctx.set_materialize_grads(False)
 
@@ -102,6 +105,7 @@ def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[
     out, lse, *tensors = ctx.saved_tensors
     if dout is None and dlse is None:
         return (None,) * (len(tensors) + _TAIL)
+    autograd.check_unchanged(ctx.pattern, source_of(ctx.mask))
     dout = torch.zeros_like(out) if dout is None else dout
     options = (ctx.wants, ctx.softcap, ctx.dropped, ctx.mask, *ctx.options)
     gradients = scored_attention_backward(out, lse, dout, dlse, *tensors, *options)

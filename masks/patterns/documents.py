@@ -11,7 +11,7 @@ from sparse_flash.masks.arguments import integers, normalize, sizes
 from sparse_flash.masks.device_builders import checked_capacity
 from sparse_flash.masks.extents import Extents
 from sparse_flash.masks.mask import Mask, Pattern, pattern
-from sparse_flash.masks.modes import derived, is_capturing, is_mapped
+from sparse_flash.masks.modes import derived, is_capturing, refuse_mapped
 from sparse_flash.masks.tables import IndexTable
 from sparse_flash.masks.ternary import Index, Interval, Truth
 from sparse_flash.masks.validation import MAX_LENGTH
@@ -97,11 +97,8 @@ class documents(Pattern):
                 "documents: cu_seqlens must be (n,), n at least 2: 0, the ends of the documents, "
                 f"and length; got {tuple(cu_seqlens.shape)}"
             )
-        if is_mapped(cu_seqlens):
-            raise ValueError(
-                "documents: cu_seqlens inside torch.vmap: a mask cannot be mapped; make one for "
-                "each batch entry outside vmap, as masks.per_batch([...])"
-            )
+        way_out = "one for each batch entry, as masks.per_batch([...])"
+        refuse_mapped("documents: cu_seqlens", cu_seqlens, way_out)
         integers(self, length=1)
         normalize(self, capacity=checked_capacity(self.capacity))
         object.__setattr__(self, "on_device", True)

@@ -10,7 +10,7 @@ import hashlib
 import sys
 import types
 import weakref
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,14 @@ from torch import Tensor
 _SMALL = 1 << 20  # bytes; the content of smaller arrays is hashed in every call
 _MOST = 1000  # maximum number of values
 _CONSTANT = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
-_FOLLOWED = (Tensor, np.ndarray, list, dict, types.FunctionType, *_CONSTANT)
+# Attributes of classes that are not followed: slots, and what they inherit from C.
+_DESCRIPTORS = (
+    types.GetSetDescriptorType,
+    types.MemberDescriptorType,
+    types.WrapperDescriptorType,
+    types.MethodDescriptorType,
+    types.ClassMethodDescriptorType,
+)
 # Their functions are skipped: they read only constants.
 _LIBRARIES = frozenset(sys.stdlib_module_names) | {"torch", "numpy", "scipy", "einops"}
 
@@ -52,12 +59,16 @@ class Version:
 def state_of(function: Callable[..., Any]) -> Hashable:
     """The state of all values that `function` reads: closure, defaults, globals, attributes.
 
-    - Tensors: identity, address and version. Every in-place operation of PyTorch increments the
-      version; writes through `.data` or through a numpy array with shared memory do not.
-    - Numpy arrays and inference tensors: content.
+    - Tensors: identity, address and version. In-place operations of PyTorch increment the version;
+      fused optimizers, and writes through `.data` or a numpy array with shared memory, do not.
+    - Numpy arrays, inference tensors and containers: content.
     - Numbers and strings: value.
-    - Other objects: identity and attributes.
-    - Functions and partials: the values that they read; functions of libraries are skipped.
+    - Other objects: identity, attributes, and attributes of their class.
+    - Functions, properties and partials: the values that they read; functions of libraries are
+      skipped. Of modules and classes, members by the names in the code of the function.
+
+    Values that a function computes or fetches elsewhere (environment, files, random numbers) are
+    not found.
 
     Raises:
         TypeError: An array or inference tensor has more than 1 MiB, so that its changes cannot be
@@ -71,15 +82,18 @@ def state_of(function: Callable[..., Any]) -> Hashable:
     >>> before == state_of(rule)
     False
     """
-    seen: set[int] = set()
-    return tuple(_walk(function, seen))
+    return tuple(_walk(function, {}))
 
 
-def _walk(value: Any, seen: set[int]) -> Iterator[Hashable]:
+def _walk(value: Any, seen: dict[int, tuple[int, Any]]) -> Iterator[Hashable]:
+    """The states of a value and of its parts. seen: Number of each value so far, by id."""
     if isinstance(value, _CONSTANT):
         yield (type(value), value)
         return
-    if isinstance(value, types.ModuleType | type | types.BuiltinFunctionType) or id(value) in seen:
+    if isinstance(value, types.ModuleType | types.BuiltinFunctionType):
+        return
+    if id(value) in seen:
+        yield seen[id(value)][0]
         return
     if len(seen) >= _MOST:
         raise TypeError(
@@ -87,7 +101,7 @@ def _walk(value: Any, seen: set[int]) -> Iterator[Hashable]:
             "noticed in time: let its function read the tensors that it needs, or build the layout "
             "with mask.layout(...) whenever they change"
         )
-    seen.add(id(value))
+    seen[id(value)] = len(seen), value  # kept alive, so that no other value has its id
     if isinstance(value, Tensor):
         yield _tensor(value)
     elif isinstance(value, np.ndarray):
@@ -98,68 +112,112 @@ def _walk(value: Any, seen: set[int]) -> Iterator[Hashable]:
         yield from _parts(value, seen)
 
 
-def _parts(value: Any, seen: set[int]) -> Iterator[Hashable]:
+def _parts(value: Any, seen: dict[int, tuple[int, Any]]) -> Iterator[Hashable]:
     """The states of all parts of an object."""
     if isinstance(value, types.FunctionType):
         if _in_library(value.__module__):
             return
-        yield Version(value, None)
-        inner: Any = _read_by(value)
+        yield _identity(value)
+        inner: Iterable[Any] = _read_by(value)
     elif isinstance(value, types.MethodType):
         inner = (value.__func__, value.__self__)
+    elif isinstance(value, property):
+        inner = (value.fget,)
+    elif isinstance(value, staticmethod | classmethod):
+        inner = (value.__func__,)
     elif isinstance(value, functools.partial):
         inner = (value.func, *value.args, *value.keywords.values())
-    elif isinstance(value, dict):
-        yield tuple(key for key in value if isinstance(key, _CONSTANT))
-        inner = value.values()
-    elif isinstance(value, list | tuple | set | frozenset):
+    elif isinstance(value, dict | list | tuple | set | frozenset | types.MappingProxyType):
         yield len(value)
-        inner = value
+        inner = (*_items(value), *_attributes(value))
+    elif isinstance(value, type):
+        yield _identity(value)
+        inner = _of_class(value, with_functions=False)
+    elif _in_library(type(value).__module__) and not hasattr(value, "__dict__"):
+        yield _identity(value)
+        inner = _content(value)
     else:
-        try:
-            yield Version(value, None)
-        except TypeError:  # some objects do not support weak references
-            yield type(value).__qualname__
+        yield _identity(value)
         inner = _attributes(value)
     for part in inner:
         yield from _walk(part, seen)
+
+
+def _identity(value: Any) -> Hashable:
+    try:
+        return Version(value, None)
+    except TypeError:  # some objects do not support weak references
+        return type(value).__qualname__
+
+
+def _items(value: Any) -> Iterable[Any]:
+    return (*value.keys(), *value.values()) if isinstance(value, Mapping) else value
+
+
+def _content(value: Any) -> Iterator[Any]:
+    """What a copy of an object of a library would consist of, such as the items of a deque."""
+    try:
+        _, *parts = value.__reduce_ex__(4)
+    except (TypeError, AttributeError):  # a generator, a lock
+        return
+    for part in parts:
+        yield list(part) if isinstance(part, Iterator) else part
 
 
 def _attributes(value: Any) -> Iterator[Any]:
     """Attribute values of an object and of its class, and the functions of the class."""
     yield from getattr(value, "__dict__", {}).values()
     for owner in type(value).__mro__:
-        if not _in_library(owner.__module__):
-            yield from (v for v in vars(owner).values() if isinstance(v, _FOLLOWED))
         slots = owner.__dict__.get("__slots__", ())
         for name in (slots,) if isinstance(slots, str) else slots:
             if name not in ("__dict__", "__weakref__"):
                 yield getattr(value, name, None)
+    yield from _of_class(type(value), with_functions=True)
+
+
+def _of_class(kind: type, *, with_functions: bool) -> Iterator[Any]:
+    """Attributes of a class and its bases, but for those of libraries and of Python's own names."""
+    for owner in kind.__mro__:
+        if _in_library(owner.__module__):
+            continue
+        for name, value in vars(owner).items():
+            if isinstance(value, types.FunctionType | property | staticmethod | classmethod):
+                if with_functions:
+                    yield value
+            elif not (name.startswith("__") or isinstance(value, _DESCRIPTORS)):
+                yield value
 
 
 def _read_by(function: types.FunctionType) -> Iterator[Any]:
     """Values in the closure and defaults of a function, and the globals that it names."""
+    names = set(_names(function.__code__))
     for cell in function.__closure__ or ():
         try:
-            yield cell.cell_contents
+            value = cell.cell_contents
         except ValueError:  # not yet assigned
-            yield None
+            value = None
+        yield value
+        yield from _members(value, names)
+    yield from function.__dict__.values()
     yield from function.__defaults__ or ()
     yield from (function.__kwdefaults__ or {}).values()
-    names = set(_names(function.__code__))
-    for name in sorted(names):
-        if name in function.__globals__:
-            value = function.__globals__[name]
-            yield value
-            if isinstance(value, types.ModuleType | type):
-                yield from _members(value, names)
+    for name in sorted(names & function.__globals__.keys()):
+        value = function.__globals__[name]
+        yield value
+        yield from _members(value, names)
 
 
-def _members(owner: types.ModuleType | type, names: set[str]) -> Iterator[Any]:
+def _members(owner: Any, names: set[str], above: tuple[Any, ...] = ()) -> Iterator[Any]:
     """Values of a module or class that a function may read, by the names in its code."""
-    module = owner.__name__ if isinstance(owner, types.ModuleType) else owner.__module__
-    if not _in_library(module):
-        yield from (vars(owner)[name] for name in sorted(names & vars(owner).keys()))
+    if not isinstance(owner, types.ModuleType | type) or owner in above:
+        return
+    if _in_library(owner.__name__ if isinstance(owner, types.ModuleType) else owner.__module__):
+        return
+    known = vars(owner) if isinstance(owner, types.ModuleType) else dir(owner)
+    for name in sorted(names.intersection(known)):
+        value = getattr(owner, name, None)
+        yield value
+        yield from _members(value, names, (*above, owner))
 
 
 def _in_library(module: str | None) -> bool:
@@ -176,6 +234,8 @@ def _names(code: types.CodeType) -> Iterator[str]:
 def _tensor(tensor: Tensor) -> Hashable:
     if unreadable(tensor):
         return Version(tensor, None)  # no data: evaluating the function raises
+    if tensor.layout != torch.strided or tensor.is_nested:  # without an address
+        return Version(tensor, None if tensor.is_inference() else tensor._version)
     if tensor.is_inference():  # inference tensors have no version
         with plain_torch():
             if tensor.nbytes <= _SMALL:

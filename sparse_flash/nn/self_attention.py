@@ -30,6 +30,7 @@ class KVCache:
         v_head_dim: Width of a head of the values; default: as of the keys.
 
     Raises:
+        TypeError: A size is not an int.
         ValueError: A size is below 1.
 
     >>> import torch
@@ -53,16 +54,13 @@ class KVCache:
         device: torch.device | str | None = None,
         v_head_dim: int | None = None,
     ) -> None:
-        shape = (batch, capacity, kv_heads, head_dim)
-        widths = (head_dim, head_dim if v_head_dim is None else v_head_dim)
-        if min(*shape, *widths) < 1:
-            raise ValueError(
-                f"batch, capacity, kv_heads and head_dim must be at least 1, got {shape}"
-                + ("" if v_head_dim is None else f" and v_head_dim={v_head_dim}")
+        sizes = {"batch": batch, "capacity": capacity, "kv_heads": kv_heads, "head_dim": head_dim}
+        sizes["v_head_dim"] = head_dim if v_head_dim is None else v_head_dim
+        *shape, d, d_v = (integer("KVCache", name, n, least=1) for name, n in sizes.items())
+        with torch.inference_mode(False):  # for use in other modes, too
+            self.keys, self.values = (
+                torch.zeros((*shape, width), dtype=dtype, device=device) for width in (d, d_v)
             )
-        self.keys, self.values = (
-            torch.zeros((*shape[:3], width), dtype=dtype, device=device) for width in widths
-        )
 
     @property
     def capacity(self) -> int:
@@ -110,7 +108,7 @@ class KVCache:
             places = q_offset.to(k.device, torch.int64)[:, None] + torch.arange(s, device=k.device)
             entries = torch.arange(len(k), device=k.device)[:, None]
             self.keys[entries, places], self.values[entries, places] = k, v
-            kv_lens = q_offset + s if kv_lens is None else kv_lens
+            kv_lens = q_offset.long() + s if kv_lens is None else kv_lens
             return self.keys, self.values, kv_lens
         self.keys[:, q_offset:end], self.values[:, q_offset:end] = k, v
         return self.keys[:, :end], self.values[:, :end], kv_lens
@@ -191,6 +189,7 @@ class SelfAttention(nn.Module):
         self.sinks = nn.Parameter(torch.zeros(heads)) if sinks else None
         self._make_bias(score_bias, max_distance)
         self.register_load_state_dict_pre_hook(_split_keys_and_values)
+        self.register_load_state_dict_post_hook(_after_loading)
 
     def forward(
         self,
@@ -291,14 +290,11 @@ class SelfAttention(nn.Module):
             self.relative_table = nn.Parameter(torch.zeros(self.heads, size))
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
-        """A layout moves with the module: to(device), cuda(), cpu(). It stays when that is meta.
-
-        Slopes are computed when a module leaves meta: `to_empty` would leave them undefined.
-        """
-        empty = self.score_bias == "alibi" and self.alibi_slopes.is_meta
+        """A layout moves with the module: to(device), cuda(), cpu(). It stays when that is meta."""
+        was_meta = self.score_bias == "alibi" and self.alibi_slopes.is_meta
         super()._apply(fn, recurse)
-        if empty and not self.alibi_slopes.is_meta:
-            self.alibi_slopes.copy_(alibi_slopes(self.heads, self.alibi_slopes.device))
+        if was_meta:
+            _make_slopes(self, self.alibi_slopes.device)
         if isinstance(self.mask, BlockLayout):
             target = fn(torch.empty(0, device=self.mask.device)).device
             if target.type != "meta":
@@ -331,3 +327,16 @@ def _split_keys_and_values(
         both = state.pop(f"{prefix}to_kv.{name}", None)
         if both is not None:
             state[f"{prefix}to_k.{name}"], state[f"{prefix}to_v.{name}"] = both.chunk(2)
+
+
+def _after_loading(module: SelfAttention, *_: object) -> None:
+    """Parameters of a module on meta may have been assigned (`assign=True`)."""
+    if module.score_bias == "alibi" and module.alibi_slopes.is_meta:
+        _make_slopes(module, next(module.parameters()).device)
+
+
+def _make_slopes(module: SelfAttention, device: torch.device) -> None:
+    """The slopes of a module that leaves meta: no checkpoint has them."""
+    if device.type != "meta" and len(module.alibi_slopes) == module.heads:
+        dtype = module.alibi_slopes.dtype
+        module.alibi_slopes = alibi_slopes(module.heads, device).to(dtype)

@@ -52,6 +52,11 @@ def score_terms(
     return terms_of_options(wants, cap, dropped, (*tensors, coordinates, seed))
 
 
+def _is_number(x: object) -> bool:
+    """Also of the symbols that torch.compile has for floats, of which hasattr is an error."""
+    return isinstance(x, int | float) or hasattr(x, "__float__")
+
+
 def dropped_levels(dropout_p: float) -> int:
     """Number of byte values, of 256, that drop an element: the rate is rounded to it.
 
@@ -61,7 +66,7 @@ def dropped_levels(dropout_p: float) -> int:
     """
     if type(dropout_p) is float and dropout_p == 0.0:
         return 0
-    if isinstance(dropout_p, bool | Tensor) or not hasattr(dropout_p, "__float__"):
+    if isinstance(dropout_p, bool | Tensor) or not _is_number(dropout_p):
         raise TypeError(f"dropout_p must be a number in [0, 1), got {_named(dropout_p)}")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
@@ -88,9 +93,9 @@ def check_softcap(softcap: float | None) -> float:
             "softcap must be a positive number or None, got a tensor: no gradient would reach it; "
             "pass softcap.item()"
         )
-    if isinstance(softcap, bool) or not hasattr(softcap, "__float__"):
+    if isinstance(softcap, bool) or not _is_number(softcap):
         raise TypeError(f"softcap must be a positive number or None, got {_named(softcap)}")
-    if not (softcap > 0 and math.isfinite(softcap)):
+    if not 0 < softcap < math.inf:
         raise ValueError(
             f"softcap must be a positive, finite number, got {softcap}; pass None for no cap"
         )

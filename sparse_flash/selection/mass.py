@@ -87,7 +87,7 @@ def tile_mass(
     check_layout(layout, q, (q.shape[1], k.shape[1]), k.shape[2])
     _check_lse(lse, q)
     if kv_lens is not None:
-        check_kv_lens(kv_lens, q.shape[0], k.shape[1])
+        check_kv_lens(kv_lens, q, k.shape[1])
     scale = check_scale(softmax_scale)
     scale = q.shape[3] ** -0.5 if scale is None else scale
     if impl not in IMPLEMENTATIONS:

@@ -110,7 +110,7 @@ def block_scores(
             f"causal scores need as many queries as keys, got {q.shape[1]} and {k.shape[1]}"
         )
     if kv_lens is not None:
-        check_kv_lens(kv_lens, q.shape[0], k.shape[1])
+        check_kv_lens(kv_lens, q, k.shape[1])
         kv_lens = kv_lens.to(k.device)
     dtype = torch.promote_types(q.dtype, torch.float32)
     with without_autocast(q):

@@ -323,3 +323,15 @@ def test_copies_are_fixed_layouts_and_updates_are_refused():
     assert not fixed.on_device
     assert layout.on_device
     assert layout.nbytes > 0
+
+
+def test_data_mapped_by_vmap_are_refused():
+    table = torch.ones(3, 1, 1, 2, 2, dtype=torch.bool)
+    ends = torch.tensor([[0, 3, 8], [0, 4, 8], [0, 5, 8]])
+    for data, make in (
+        (table.long(), lambda x: BlockLayout.from_topk(x, (4, 4), 8)),
+        (table, lambda x: BlockLayout.from_blocks(x, (4, 4), 8)),
+        (ends, lambda x: masks.documents(x, length=8).layout(8)),
+    ):
+        with pytest.raises(ValueError, match=r"inside torch.vmap.*make it outside vmap"):
+            torch.vmap(lambda x, make=make: make(x).num_tiles + x)(data)

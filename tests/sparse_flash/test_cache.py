@@ -83,6 +83,31 @@ def test_what_somebody_holds_stays(built):
     assert [m.window[0] for m in built] == [5, 6]
 
 
+def test_one_mask_of_many_lengths_is_bounded_in_bytes(built):
+    held = masks.local(5)
+    sizes = [held.layout(s).nbytes for s in (48, 49, 50)]
+    built.clear()
+    sparse_flash.set_cache_limit(sum(sizes[:2]) + 10)
+    for s in (48, 49, 48, 50, 49, 50, 48):
+        attend(held, s)
+    assert CACHE.of(held).nbytes <= CACHE.limit
+    assert len(built) == 4  # the oldest made way
+    sparse_flash.set_cache_limit(0)
+    attend(held, 51)
+    assert len(CACHE.of(held).layouts) == 1
+
+
+def test_a_mask_whose_data_change_keeps_few_layouts():
+    width = torch.tensor(0)
+    held = masks.custom(lambda q, kv: (q - kv).abs() <= width)
+    for w in range(100):
+        width.fill_(w)
+        attend(held, 8)
+    record = CACHE.of(held)
+    assert len(record.layouts) == 64
+    assert len(record.calls) <= 64
+
+
 def test_clearing_forgets_all(built):
     held = masks.local(5)
     attend(held)

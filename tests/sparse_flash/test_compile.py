@@ -168,14 +168,44 @@ def test_layers_compiled_one_by_one(what):
     torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("make_mask", [lambda m: masks.local(4), lambda m: m | masks.sinks(1)])
+@pytest.mark.parametrize(
+    "make_mask",
+    [
+        lambda m: masks.local(4),
+        lambda m: m | masks.sinks(1),
+        lambda m: ~m,
+        lambda m: ~~m,
+        lambda m: m.shift(q=3),
+        lambda m: masks.per_head([m, m]),
+    ],
+)
 def test_masks_made_inside_break_the_graph_and_are_right(make_mask):
-    outer = masks.local(4)
-
-    def attend(q, k, v):
+    def attend(q, k, v, outer):
         return block_sparse_attention(q, k, v, make_mask(outer))
 
-    check(torch.compile(attend, backend="eager"), make_mask(outer), grad=False)
+    compiled = torch.compile(attend, backend="eager")
+    for outer in (masks.local(4), masks.local(2)):
+        inside = make_mask(outer)
+        check(lambda q, k, v, m=outer: compiled(q, k, v, m), inside, grad=False)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda m: m.window[0],
+        lambda m: m.density(60),
+        lambda m: m.layout(60, block=(8, 8)).num_tiles,
+        lambda m: m.layout(60).to_dense().sum(),
+    ],
+)
+@pytest.mark.skipif(HANDLES, reason="torch.compile traces into the building of layouts")
+def test_members_of_masks_are_read_inside(read):
+    def attend(q, mask):
+        return q * read(mask)
+
+    compiled, q = torch.compile(attend, backend="eager"), torch.ones(3)
+    for mask in (masks.local(4), masks.local(9)):
+        torch.testing.assert_close(compiled(q, mask), attend(q, mask))
 
 
 def test_a_graph_keeps_its_mask():
@@ -235,6 +265,23 @@ def test_export(what, strict):
     x = torch.randn(2, 60, 16)
     program = torch.export.export(layer, (x,), strict=strict).module()
     torch.testing.assert_close(program(x), layer(x))
+
+
+@pytest.mark.parametrize("name", ["softmax_scale", "softcap", "dropout_p"])
+def test_options_that_change(name):
+    """torch.compile has a symbol for the second value."""
+    mask, (q, k, v) = masks.local(5), make(20, grad=False)
+
+    def attend(value):
+        return block_sparse_attention(q, k, v, mask, **{name: value})
+
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    for value in (0.25, 0.5, 0.75):
+        results = []
+        for f in (compiled, attend):
+            torch.manual_seed(0)
+            results.append(f(value))
+        torch.testing.assert_close(*results)
 
 
 def test_vmap_inside():

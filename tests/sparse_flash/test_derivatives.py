@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from torch.autograd import forward_ad
@@ -56,6 +58,20 @@ def test_vmap(in_dims):
     ]
     got, want = (torch.vmap(f, in_dims)(*many) for f in (ours, dense))
     torch.testing.assert_close(got, want)
+
+
+def test_vmap_of_no_entries():
+    q, k, v = make()
+    assert torch.vmap(ours)(*(x[None][:0] for x in (q, k, v))).shape == (0, *q.shape)
+    assert torch.vmap(lambda x: ours(x, k, v), 1, 1)(q[:, None][:, :0]).shape[1] == 0
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, torch.func.grad, torch.vmap])
+def test_functionalize(transform):
+    q, k, v = make()
+    f = transform(lambda x: ours(x, k, v).sum())
+    x = q[None] if transform is torch.vmap else q
+    torch.testing.assert_close(torch.func.functionalize(f)(x), f(x))
 
 
 def test_per_sample_gradients():
@@ -207,6 +223,51 @@ def test_inputs_that_change_between_the_passes_are_noticed():
     lens.fill_(3)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
+
+
+def _changing(what):
+    """A layout or mask, and the change of it."""
+    if what == "layout":
+        layout = masks.local(4).layout(12, block=(4, 4))
+        return layout, lambda: layout.update_(masks.local(1).layout(12, block=(4, 4)))
+    width = torch.tensor(4)
+    return masks.custom(lambda q, kv: (q - kv).abs() <= width), lambda: width.fill_(1)
+
+
+@pytest.mark.parametrize("terms", [False, True])
+@pytest.mark.parametrize("watched", [False, True])
+@pytest.mark.parametrize("what", ["layout", "custom"])
+def test_patterns_that_change_between_the_passes_are_noticed(what, watched, terms):
+    """An eager call of a custom keeps the layout of the forward pass."""
+    mask, change = _changing(what)
+    q, k, v = (x.requires_grad_() for x in make())
+    options = {"sinks": torch.zeros(2, dtype=torch.float64)} if terms else {}
+    with FlopCounterMode(display=False) if watched else contextlib.nullcontext():
+        out = block_sparse_attention(q, k, v, mask, **options)
+    ref = torch.autograd.grad(out.sum(), q, retain_graph=True)
+    change()
+    if what == "custom" and not watched:
+        torch.testing.assert_close(torch.autograd.grad(out.sum(), q), ref)
+    else:
+        with pytest.raises(RuntimeError, match="between the forward and the backward pass"):
+            out.sum().backward()
+
+
+@pytest.mark.parametrize("what", ["layout", "custom"])
+def test_patterns_that_change_between_compiled_passes_are_noticed(what):
+    torch._dynamo.reset()
+    mask, change = _changing(what)
+    q, k, v = (x.requires_grad_() for x in make())
+    out = torch.compile(lambda q, k, v: block_sparse_attention(q, k, v, mask))(q, k, v)
+    change()
+    with pytest.raises(RuntimeError, match="between the forward and the backward pass"):
+        out.sum().backward()
+
+
+def test_jit_trace_is_refused():
+    q, k, v = make()
+    with pytest.raises(RuntimeError, match="use torch.export.export or torch.compile"):
+        torch.jit.trace(ours, (q, k, v))
 
 
 def test_saved_tensors_go_through_hooks():

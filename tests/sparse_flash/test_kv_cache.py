@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparse_flash import masks
 from sparse_flash.nn import KVCache, SelfAttention
@@ -94,3 +95,47 @@ def test_what_is_no_cache_is_refused():
         layer(x, cache={})
     with pytest.raises(ValueError, match="must be at least 1"):
         KVCache(2, 0, 2, 8)
+    with pytest.raises(TypeError, match=r"KVCache: capacity must be an int, got 8\.0"):
+        KVCache(2, 8.0, 2, 8)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int64])
+def test_offsets_of_narrow_types_do_not_wrap_around(layer, dtype):
+    """Their end, which is the number of keys, may not fit the type."""
+    first = torch.iinfo(dtype).max - 1 if dtype != torch.int64 else 30
+    x, cache = torch.randn(2, first + 3, 32), KVCache(2, first + 3, 2, 8)
+    layer(x[:, :first], cache=cache)
+    offset = torch.tensor([first, first], dtype=dtype)
+    torch.testing.assert_close(
+        layer(x[:, first:], q_offset=offset, cache=cache), layer(x)[:, first:]
+    )
+
+
+def test_a_cache_made_in_inference_mode_is_used_in_others(layer):
+    x = torch.randn(2, 8, 32)
+    with torch.inference_mode():
+        cache = KVCache(2, 8, 2, 8)
+        layer(x[:, :4], cache=cache)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x[:, 4:], q_offset=4, cache=cache), layer(x)[:, 4:])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("what", ["mask", "layout"])
+def test_a_mask_of_the_length_of_the_cache(what):
+    """Fewer tokens come first, with offset 0."""
+    mask = masks.from_dense(torch.ones(12, 12).tril())
+    layer = SelfAttention(32, 4, mask if what == "mask" else mask.layout(12))
+    x, cache = torch.randn(2, 12, 32), KVCache(2, 12, 4, 8)
+    steps = [layer(x[:, :7], cache=cache), layer(x[:, 7:], q_offset=7, cache=cache)]
+    torch.testing.assert_close(torch.cat(steps, 1), layer(x))
+
+
+def test_fake_tensors_have_no_offsets_to_read(layer):
+    with FakeTensorMode(), torch.no_grad():
+        made, cache = SelfAttention(32, 4, MASK, kv_heads=2), KVCache(2, 8, 2, 8)
+        x, offset = torch.randn(2, 1, 32), torch.tensor([3, 4])
+        assert made(x, q_offset=offset, cache=cache).shape == (2, 1, 32)
+    with pytest.raises(ValueError, match="q_offset is a fake tensor"), torch.no_grad():
+        layer(torch.randn(2, 1, 32), q_offset=offset, cache=KVCache(2, 8, 2, 8))

@@ -55,6 +55,7 @@ def test_a_call_without_a_mask():
         ({"softmax_scale": True}, TypeError, "must be a number, got True"),
         ({"softmax_scale": 1j}, TypeError, "must be a number, got 1j"),
         ({"softmax_scale": float("nan")}, ValueError, "finite"),
+        ({"softmax_scale": 10**400}, ValueError, "finite"),
         ({"dropout_p": "0.1"}, TypeError, r"dropout_p must be a number in \[0, 1\), got '0.1'"),
     ],
 )

@@ -117,6 +117,19 @@ def test_a_module_on_meta():
     assert layer(torch.randn(3, 50, 16)).shape == (3, 50, 16)
 
 
+@pytest.mark.parametrize("assign", [False, True])
+def test_slopes_of_a_module_that_leaves_meta(assign):
+    """They are in no checkpoint."""
+    ours = SelfAttention(32, 4, masks.causal(), score_bias="alibi")
+    with torch.device("meta"):
+        other = SelfAttention(32, 4, masks.causal(), score_bias="alibi")
+    if not assign:
+        other.to_empty(device="cpu")
+    other.load_state_dict(ours.state_dict(), assign=assign)
+    x = torch.randn(2, 9, 32)
+    torch.testing.assert_close(other(x), ours(x))
+
+
 class Watch(TorchDispatchMode):
     def __init__(self):
         super().__init__()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -186,6 +187,31 @@ def test_an_offset_of_zero_is_none():
             {"kv_starts": torch.tensor([1, -1])},
             ValueError,
             r"kv_starts must be in 0\.\..*, got -1\.\.1",
+        ),
+        (
+            {"q_offset": np.array([3, 4])},
+            TypeError,
+            r"got array\(\[3, 4\]\): torch.as_tensor\(q_offset\)",
+        ),
+        ({"kv_starts": [3, 4]}, TypeError, r"got \[3, 4\]: torch.as_tensor\(kv_starts\)"),
+        (
+            {"kv_lens": np.array([3, 4]), "mask": masks.causal()},
+            TypeError,
+            r"torch.as_tensor\(kv_lens\)",
+        ),
+        *(
+            (
+                {name: torch.tensor([3, 4], dtype=dtype), "mask": masks.causal()},
+                TypeError,
+                f"{name} must be .*{dtype}",
+            )
+            for name in ("q_offset", "kv_starts", "kv_lens")
+            for dtype in (torch.uint16, torch.uint32, torch.uint64, torch.complex64, torch.bool)
+        ),
+        (
+            {"mask": masks.causal(), "q_offset": 2**31 - 5},
+            ValueError,
+            "position 2147483652, but the layout or mask is for 2147483647 queries",
         ),
         ({"q_offset": 90}, ValueError, "position 99, but the layout or mask is for 99 queries"),
         ({"q_offset": torch.tensor([90, 0])}, ValueError, "must be for 100 or more"),
