@@ -89,6 +89,12 @@ def is_fake(tensor: Tensor) -> bool:
     return module is not None and isinstance(tensor, module.FakeTensor)
 
 
+def without_autocast(like: Tensor) -> contextlib.AbstractContextManager[object]:
+    """A context without autocast for the device of a tensor; meta has none to switch off."""
+    device = like.device.type
+    return contextlib.nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
+
+
 def unreadable(tensor: Tensor) -> str | None:
     """Reason why the values of a tensor cannot be read now; None if they can.
 

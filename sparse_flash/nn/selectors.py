@@ -20,6 +20,7 @@ from torch.nn.functional import logsigmoid, pad
 
 from sparse_flash import masks
 from sparse_flash.api import block_sparse_attention
+from sparse_flash.masks.modes import without_autocast
 from sparse_flash.selection.scores import Pool, block_scores, checked_block
 
 _LOGITS = 1 << 26  # of compressed attention, in memory at a time
@@ -171,7 +172,7 @@ class CompressedSelector(nn.Module):
     def _importance(self, q: Tensor, blocks: Tensor, start: int, kv_lens: Tensor | None) -> Tensor:
         """Of some block rows, whose first query has this index."""
         size_q, size = self.block
-        with torch.autocast(q.device.type, enabled=False):
+        with without_autocast(q):
             of_q = q.float().unflatten(2, (blocks.shape[2], -1))
             logits = torch.einsum("bqhgd,bkhd->bhgqk", of_q, blocks.float()) * q.shape[3] ** -0.5
         column = torch.arange(blocks.shape[1], device=q.device)

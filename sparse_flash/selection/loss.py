@@ -55,10 +55,16 @@ def selection_loss(scores: Tensor, indices: Tensor, mass: Tensor) -> Tensor:
 
 
 class _AttachLoss(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, loss: Tensor, weight: float) -> Tensor:
-        ctx.weight, ctx.like = weight, loss.new_empty(())
+    def forward(x: Tensor, loss: Tensor, weight: float) -> Tensor:
         return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, loss, ctx.weight = inputs
+        ctx.like = loss.new_empty(())
 
     @staticmethod
     def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, Tensor, None]:

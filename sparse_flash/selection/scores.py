@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 
 from sparse_flash.checks import check_are_tensors, check_kv_lens, check_tensors
 from sparse_flash.masks.arguments import integer
+from sparse_flash.masks.modes import without_autocast
 
 Pool = Literal["mean", "max", "token"]
 _LOGITS = 1 << 26  # token scores in memory at a time
@@ -112,7 +113,7 @@ def block_scores(
         check_kv_lens(kv_lens, q, k.shape[1])
         kv_lens = kv_lens.to(k.device)
     dtype = torch.promote_types(q.dtype, torch.float32)
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q):
         q, k = q.to(dtype), k.to(dtype)
         if pool == "token":
             scores = _token_scores(q, k, (block_q, block_kv), causal, kv_lens)
