@@ -21,7 +21,7 @@ from torch import Tensor
 _SMALL = 1 << 20  # bytes; the content of smaller arrays is hashed in every call
 _MOST = 1000  # maximum number of values
 _CONSTANT = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
-# Attributes of classes that are not followed: slots, and what they inherit from C.
+# Attributes of classes that are not followed: slots, and methods written in C.
 _DESCRIPTORS = (
     types.GetSetDescriptorType,
     types.MemberDescriptorType,
@@ -155,7 +155,7 @@ def _items(value: Any) -> Iterable[Any]:
 
 
 def _content(value: Any) -> Iterator[Any]:
-    """What a copy of an object of a library would consist of, such as the items of a deque."""
+    """The parts of a copy of an object of a library, such as the items of a deque."""
     try:
         _, *parts = value.__reduce_ex__(4)
     except (TypeError, AttributeError):  # a generator, a lock
