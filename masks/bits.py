@@ -38,7 +38,8 @@ def unpack(packed: Tensor, block_kv: int) -> Tensor:
     >>> unpack(torch.tensor([[[5, 1]]], dtype=torch.uint8), 9).int()
     tensor([[[1, 0, 1, 0, 0, 0, 0, 0, 1]]], dtype=torch.int32)
     """
-    if packed.device.type == "cpu":
+    transformed = torch._C._functorch.is_functorch_wrapped_tensor(packed)
+    if packed.device.type == "cpu" and not transformed:
         each = np.unpackbits(packed.numpy(), axis=-1, bitorder="little")[..., :block_kv]
         return torch.from_numpy(each.view(np.bool_))
     shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)

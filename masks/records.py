@@ -49,7 +49,7 @@ class Record:
     def trim(self, limit: int, most: int) -> None:
         """Remove the oldest layouts above a number of bytes or of layouts.
 
-        The latest stays, and so do layouts of captured CUDA graphs.
+        The latest stays, and so do layouts read by a captured CUDA graph.
         """
         with self.lock:
             sizes = {key: layout.nbytes for key, layout in self.layouts.items()}

@@ -74,7 +74,7 @@ def _check_no_tangents(call: AttentionCall) -> None:
 
 
 def pattern_of(source: Any) -> Any:
-    """A value that changes with the pattern of a layout or mask; None where nothing can change."""
+    """An object that differs after a change of the pattern; None where nothing can change."""
     if type(source) is BlockLayout:
         return source.crow_indices  # `update_` replaces it
     if Mask in type(source).__mro__ and source.changeable:  # not a stand-in of torch.compile

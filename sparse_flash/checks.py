@@ -239,7 +239,7 @@ def check_layout(layout: BlockLayout, q: Tensor, lengths: tuple[int, int], kv_he
 def check_has_values(name: str, x: Tensor, q: Tensor) -> None:
     """ValueError for positions or lengths without values (meta, fake) where the queries have some.
 
-    Under a FakeTensorMode torch itself refuses a mixture.
+    Under a FakeTensorMode torch itself refuses mixed tensors.
     """
     if x.is_meta and not q.is_meta:
         raise ValueError(

@@ -70,7 +70,6 @@ TEXTS: dict[str, Callable[[], str]] = {
     "path-256-unbroken": path_tables.unbroken,
     "path-256-flex": path_tables.flex,
     "path-256-dense": path_tables.dense,
-    "path-256-speed": lambda: path_tables.speed("path-256-seed0"),
     "path-x-speed": lambda: path_tables.speed("path-x-seed0"),
     "path-majority-64": lambda: tables.path_majority("path-64-seed0"),
     "path-majority-256": lambda: tables.path_majority("path-256-seed0"),

@@ -21,7 +21,7 @@ from torch import Tensor
 _SMALL = 1 << 20  # bytes; the content of smaller arrays is hashed in every call
 _MOST = 1000  # maximum number of values
 _CONSTANT = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
-# Attributes of classes that are not followed: slots, and members inherited from C.
+# Attributes of classes that are not followed: slots, and methods written in C.
 _DESCRIPTORS = (
     types.GetSetDescriptorType,
     types.MemberDescriptorType,

@@ -95,6 +95,8 @@ class TopKAttention(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, kv_lens: Tensor | None = None) -> Tensor:
         """Output `(b, s, h, d)` of q `(b, s, h, d)`, k and v `(b, s, h_kv, d)`, kv_lens `(b,)`."""
+        if not len(q):  # nothing to choose
+            return block_sparse_attention(q, k, v, masks.full(), kv_lens=kv_lens)
         scores = self._expanded(self.selector(q, k, kv_lens), q, k)
         forced = {"causal": self.causal, "sinks": self.sinks, "local": self.local}
         chosen = topk_blocks(scores, self.blocks, block=self.block, **forced)  # type: ignore[arg-type]

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from sparse_flash.checks import (
     check_are_tensors,
@@ -21,7 +20,7 @@ from sparse_flash.masks.assemble import extent
 from sparse_flash.masks.device_builders import TracedLayout
 from sparse_flash.masks.device_layout import DeviceLayout
 from sparse_flash.masks.layout import FULL_TILE
-from sparse_flash.masks.modes import plain_torch, without_autocast
+from sparse_flash.masks.modes import is_fake, plain_torch, without_autocast
 from sparse_flash.selection.operators import tile_mass_of_data
 
 IMPLEMENTATIONS = ("auto", "reference", "sm90")
@@ -95,6 +94,8 @@ def tile_mass(
     reason = None if impl == "reference" else sm90.unsupported_reason(q, k, layout)
     if impl == "sm90" and reason:
         raise ValueError(f"impl='sm90' cannot compute this: {reason}")
+    if q.is_meta or is_fake(q):
+        return lse.new_empty(q.shape[0], q.shape[2], *_slots(layout))
     with torch.no_grad(), without_autocast(q):
         lists = tile_lists(layout, q.shape[0], q.shape[2])
         inputs = (q, k, lse, lists, layout.block, scale, kv_lens)
@@ -119,6 +120,15 @@ def _check_lse(lse: Any, q: Tensor) -> None:
         raise ValueError(f"lse is on {lse.device}, but q is on {q.device}: move one of them")
 
 
+def _slots(layout: BlockLayout) -> tuple[int, ...]:
+    """The shape of the mass of one head."""
+    if not isinstance(layout, DeviceLayout):
+        return (_most_tiles(layout),)
+    indices = layout.source.indices
+    width = layout.num_block_cols if indices is None else indices.shape[2]
+    return layout.num_block_rows, width
+
+
 @plain_torch()
 def tile_lists(layout: BlockLayout, batch: int, heads: int) -> sm90.TileLists:
     """The tiles of a layout, one by one, for so many batch entries and heads."""
@@ -137,18 +147,16 @@ def tile_lists(layout: BlockLayout, batch: int, heads: int) -> sm90.TileLists:
     return sm90.TileLists(owners, starts, tiles, layout.bit_tiles, _most_tiles(layout))
 
 
-_most: Any = WeakIdKeyDictionary()  # by crow_indices, which another pattern replaces
-
-
 def _most_tiles(layout: BlockLayout) -> int:
     """The most tiles of a pattern; with several patterns the host waits once for each layout."""
     if layout.num_patterns == 1:
         return layout.num_tiles
-    crow = layout.crow_indices
-    if crow not in _most:
-        _most[crow] = int((crow[:, -1] - crow[:, 0]).max())
-    found: int = _most[crow]
-    return found
+    crow, known = layout.crow_indices, layout.__dict__.get("_most_tiles")
+    if known is None or known[0] is not crow:  # `update_` replaces it
+        known = (crow, int((crow[:, -1] - crow[:, 0]).max()))
+        layout.__dict__["_most_tiles"] = known
+    most: int = known[1]
+    return most
 
 
 def _by_rows(mass: Tensor, layout: BlockLayout) -> Tensor:

@@ -1,4 +1,4 @@
-"""Values that predicates read: changes of every kind of object are noticed."""
+"""Values that a predicate reads: changes of every kind of object are noticed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.oracle import dense_attention
 
 
 def _near(distance):
-    """A predicate and a change of its values, from a function of no arguments."""
+    """A predicate of a distance, which a function of no arguments returns."""
     return lambda q, kv: (q - kv).abs() <= distance()
 
 
@@ -160,7 +160,7 @@ def test_attention_follows_what_a_predicate_reads(reader):
 
 
 def test_large_modules_and_classes_are_read_by_name():
-    """Only names in the code of the function count."""
+    """Only members named in the code of the function count."""
     module = types.ModuleType("large")
     for i in range(2000):
         setattr(module, f"x{i}", [i])

@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from sparse_flash import masks, selection
@@ -234,6 +235,38 @@ def test_copies_and_state(selector):
     torch.testing.assert_close(again(x), y)
     torch.testing.assert_close(copy.deepcopy(layer.eval())(x), y)
     assert "blocks=2" in repr(layer)
+
+
+def _layer(selector, causal=True):
+    torch.manual_seed(0)
+    return SelectedAttention(32, 4, selector, blocks=3, block=16, causal=causal, kv_heads=2)
+
+
+@pytest.mark.parametrize("selector", SELECTORS)
+def test_tensors_without_values_and_empty_batches(selector):
+    layer, x = _layer(selector), torch.randn(2, 80, 32)
+    whole = layer(x)
+    assert copy.deepcopy(layer).to("meta")(x.to("meta")).is_meta
+    with FakeTensorMode():
+        out = _layer(selector)(torch.randn(2, 80, 32))
+        out.sum().backward()
+    assert out.shape == x.shape
+    empty = layer(x[:0])
+    empty.sum().backward()
+    assert empty.shape == (0, 80, 32)
+    torch.testing.assert_close(layer(x), whole)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("selector", SELECTORS)
+def test_func_grad(selector, causal):
+    layer, x = _layer(selector, causal), torch.randn(2, 80, 32)
+    given = dict(layer.named_parameters())
+    grads = torch.func.grad(lambda p: torch.func.functional_call(layer, p, x).sin().sum())(given)
+    layer(x).sin().sum().backward()
+    for name, p in given.items():
+        expected = torch.zeros_like(p) if p.grad is None else p.grad
+        torch.testing.assert_close(grads[name], expected, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("selector", SELECTORS)
