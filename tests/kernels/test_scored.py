@@ -48,9 +48,17 @@ def marks(config):
 
 
 def spills(config):
-    """Whether a kernel still spills: gradients with a softcap and a bias, without dropout."""
-    backward = not isinstance(config, ForwardConfig)
-    return backward and config.head_dim == 128 and used(config)[:2] == ("softcap", "distance_bias")
+    """Whether a kernel still spills some registers."""
+    features = set(used(config)) - {"sinks"}
+    if isinstance(config, ForwardConfig):
+        large = (config.head_dim, config.tile_m) == (64, 192)
+        return large and features == {"softcap", "distance_bias"}
+    if config.fixed_point and (config.head_dim, features) in (
+        (32, {"softcap", "fixed_point"}),
+        (128, {"softcap", "dropout", "distance_bias", "fixed_point"}),
+    ):
+        return True
+    return config.head_dim == 128 and used(config)[:2] == ("softcap", "distance_bias")
 
 
 def marked(config):
