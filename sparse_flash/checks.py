@@ -253,14 +253,15 @@ def check_has_values(name: str, x: Tensor, q: Tensor) -> None:
 
 def check_integers(name: str, x: Any, batch: int) -> None:
     """Check type and shape of an argument that has an int for each batch entry."""
-    wanted = f"{name} must be an int tensor of shape ({batch},)"
     if not isinstance(x, Tensor):
         several = isinstance(x, Iterable) and not isinstance(x, str)
         way_out = f": torch.as_tensor({name}) is one" if several else ""
-        raise TypeError(f"{wanted}, got {type(x).__name__}{way_out}")
+        got = f"{type(x).__name__}{way_out}"
+        raise TypeError(f"{name} must be an int tensor of shape ({batch},), got {got}")
     if x.dtype not in _INTEGERS:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _INTEGERS)
-        raise TypeError(f"{wanted}, got {x.dtype}: the types are {names}")
+        got = f"{x.dtype}: the types are {names}"
+        raise TypeError(f"{name} must be an int tensor of shape ({batch},), got {got}")
     if x.shape != (batch,):
         raise ValueError(f"{name} must have shape ({batch},), got {tuple(x.shape)}")
 

@@ -125,8 +125,7 @@ def _slots(layout: BlockLayout) -> tuple[int, ...]:
     if not isinstance(layout, DeviceLayout):
         return (_most_tiles(layout),)
     indices = layout.source.indices
-    width = layout.num_block_cols if indices is None else indices.shape[2]
-    return layout.num_block_rows, width
+    return layout.num_block_rows, layout.num_block_cols if indices is None else indices.shape[2]
 
 
 @plain_torch()
@@ -135,12 +134,10 @@ def tile_lists(layout: BlockLayout, batch: int, heads: int) -> sm90.TileLists:
     owners = layout.pattern_map.repeat_interleave(max(1, heads // layout.pattern_map.shape[1]), 1)
     owners = owners.expand(batch, heads).reshape(-1).contiguous()
     if isinstance(layout, DeviceLayout):
-        listed, indices = layout.tiles_at(layout.block), layout.source.indices
-        width = layout.num_block_cols if indices is None else indices.shape[2]
-        slots = layout.num_block_rows * width
-        return sm90.TileLists(
-            owners, listed.starts, listed.tiles, listed.bit_tiles, slots, width, indices is None
-        )
+        listed, (rows, width) = layout.tiles_at(layout.block), _slots(layout)
+        lists = (listed.starts, listed.tiles, listed.bit_tiles)
+        by_column = layout.source.indices is None
+        return sm90.TileLists(owners, *lists, rows * width, width, by_column)
     crow = layout.crow_indices
     starts = torch.cat([crow[:, :-1].flatten(), crow[-1:, -1]])
     tiles = torch.stack([layout.col_indices, layout.bit_tile_indices], 1).int()
