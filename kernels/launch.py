@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,8 +35,8 @@ class Kernel:
         self, function: Callable[..., None], split_shapes: tuple[tuple[int, ...], ...]
     ) -> None:
         self.function, self.split_shapes = function, split_shapes
-        self.counters: dict[tuple[int | None, int], Tensor] = {}  # by device index and stream
-        self.no_splits: dict[int | None, list[Tensor]] = {}  # by device index
+        self.counters: dict[tuple[int | None, int], Any] = {}  # by device index and stream
+        self.no_splits: dict[int | None, tuple[Any, ...]] = {}  # by device index
         self.loaded: set[int | None] = set()  # indices of devices that have the kernel's code
         self._lock = threading.Lock()
 
@@ -93,8 +93,10 @@ class Kernel:
         with self._lock, torch.inference_mode(False):
             counter = self.counters.get((index, stream))
             if counter is None:
-                counter = torch.zeros(2, dtype=torch.int32, device=device)
-            no_splits = self.no_splits.setdefault(index, self._parts(0, device))
+                zeros = torch.zeros(2, dtype=torch.int32, device=device)
+                (counter,) = kept_arguments([zeros])
+            no_splits = self.no_splits.get(index) or kept_arguments(self._parts(0, device))
+            self.no_splits[index] = no_splits
             parts = self._parts(plan.num_splits, device) if plan.num_splits else no_splits
             arguments = (*plan.lists, counter, *parts, *plan.combine, plan.num_ctas)
             self.function(*inputs, *arguments, *scalars)
@@ -150,5 +152,17 @@ def bind(plan: Any, kernels: dict[Any, Kernel], make: Callable[[Any], Kernel]) -
             kernel = kernels.get(plan.config)
             if kernel is None:
                 kernel = kernels[plan.config] = make(plan.config)
+    if plan.lasts:
+        plan.lists, plan.combine = kept_arguments(plan.lists), kept_arguments(plan.combine)
     plan.kernel = kernel
     return kernel
+
+
+def kept_arguments(tensors: Iterable[Any]) -> tuple[Any, ...]:
+    """Tensors of many launches, on the same memory, in the form that the functions convert them to.
+
+    To convert a tensor in each launch takes the host eight times as long as to pass this form.
+    """
+    import tvm_ffi
+
+    return tuple(tvm_ffi.from_dlpack(x) if isinstance(x, Tensor) else x for x in tensors)

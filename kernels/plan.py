@@ -46,8 +46,8 @@ class Plan(Generic[Config]):
             were unpacked: the plan that they were packed from follows for them.
 
     Attributes:
-        lists: The schedule's work, tiles and bits.
-        combine: The schedule's combine and counts.
+        lists: The schedule's work, tiles and bits, as a launch takes them.
+        combine: The schedule's combine and counts, likewise.
         num_splits: Number of splits of all split rows.
         num_ctas: Number of CTAs to launch.
         kernel: The compiled kernel; None until the first launch.
@@ -64,8 +64,14 @@ class Plan(Generic[Config]):
     def __post_init__(self) -> None:
         # Arguments of a launch, gathered once: `follow` changes only the contents of arrays.
         s = self.schedule
-        self.lists, self.combine = (s.work, s.tiles, s.bits), (s.combine, s.counts)
+        self.lists: tuple[Any, ...] = (s.work, s.tiles, s.bits)
+        self.combine: tuple[Any, ...] = (s.combine, s.counts)
         self.num_splits, self.num_ctas = s.num_splits, s.num_ctas
+
+    @property
+    def lasts(self) -> bool:
+        """Whether it is kept for many launches; a plan of data serves one call."""
+        return self.reschedule is not None
 
     @property
     def nbytes(self) -> int:

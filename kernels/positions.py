@@ -77,10 +77,15 @@ class PositionPlan(Generic[Config]):
     kernel: Kernel | None = field(default=None, repr=False)
     captured: bool = False  # a CUDA graph reads the arrays
     num_splits: int = 0  # in the sense of `Plan`: split rows have arrays of their own here
-    combine: tuple[Tensor, ...] = ()
+    combine: tuple[Any, ...] = ()
 
     def __post_init__(self) -> None:
-        self.lists = (self.rows, self.pattern_map, self.tiles, self.bits)
+        self.lists: tuple[Any, ...] = (self.rows, self.pattern_map, self.tiles, self.bits)
+
+    @property
+    def lasts(self) -> bool:
+        """Whether it is kept for many launches; one from arrays serves one call."""
+        return self.rebuild is not None
 
     def arrays(self) -> list[Tensor]:
         """The arrays in the order of `ARRAYS`; the constructor takes them so."""

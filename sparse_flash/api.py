@@ -185,7 +185,7 @@ def block_sparse_attention(
         needs_grad = needs_grad or (terms is not None and any(terms.wants))
         needs_grad = needs_grad and torch.is_grad_enabled()
         call = prepare(tensors, mask, options, needs_grad=needs_grad, terms=terms)
-        out, lse = autograd.attend(*call)
+        out, lse = autograd.attend(*call, return_lse=return_lse)
     return (out, lse) if return_lse else out
 
 

@@ -48,20 +48,31 @@ def refuse_batches_of_gradients() -> NoReturn:
     )
 
 
-def attend(call: AttentionCall, implementation: Implementation) -> tuple[Tensor, Tensor]:
-    """(out, lse), differentiable where an input requires gradients."""
-    if torch.autograd.forward_ad._current_level >= 0:
+def attend(
+    call: AttentionCall, implementation: Implementation, *, return_lse: bool = True
+) -> tuple[Tensor, Any]:
+    """(out, lse), differentiable where an input requires gradients; lse is a Tensor if asked for.
+
+    A function with one result costs less host time.
+    """
+    if _forward_ad._current_level >= 0:
         _check_no_tangents(call)
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if _peek_interpreter_stack() is not None:
         return _Transformed.apply((call, implementation), *call.tensors)
-    if call.needs_grad:
-        # Fewer tensors cost less host time.
-        if call.kv_lens is call.q_offset is call.kv_starts is call.terms is None:
-            return _apply((call, implementation), call.q, call.k, call.v)
-        return _apply((call, implementation), *call.tensors)
-    return implementation.attend(call)
+    if not call.needs_grad:
+        return implementation.attend(call)
+    # Fewer tensors cost less host time, too.
+    if call.kv_lens is call.q_offset is call.kv_starts is call.terms is None:
+        tensors: tuple[Tensor | None, ...] = (call.q, call.k, call.v)
+    else:
+        tensors = call.tensors
+    if return_lse:
+        return _apply((call, implementation), *tensors)
+    return _apply_for_out((call, implementation), *tensors), None
 
 
+_forward_ad = torch.autograd.forward_ad
+_peek_interpreter_stack = torch._C._functorch.peek_interpreter_stack
 Bound = tuple[AttentionCall, Implementation]
 
 
@@ -152,9 +163,28 @@ class _Attention(torch.autograd.Function):
     jvp: Any = staticmethod(refuse_forward_mode)
 
 
+class _AttentionOut(torch.autograd.Function):
+    """The same, without lse as a result."""
+
+    @staticmethod
+    def forward(ctx: Any, bound: Bound, *tensors: Any) -> Tensor:
+        call, implementation = bound
+        out, lse = implementation.attend(call)
+        ctx.bound, ctx.pattern = (call.without_tensors(), implementation), pattern_of(call.layout)
+        ctx.save_for_backward(out, lse, *tensors)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
+        return _backward(ctx, dout, None)
+
+    jvp: Any = staticmethod(refuse_forward_mode)
+
+
 # torch.autograd.Function.apply first looks for transforms of torch.func, of which there are none
 # here, and takes several microseconds for it.
 _apply: Any = super(torch.autograd.Function, _Attention).apply
+_apply_for_out: Any = super(torch.autograd.Function, _AttentionOut).apply
 
 
 class _Transformed(torch.autograd.Function):

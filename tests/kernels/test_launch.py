@@ -12,7 +12,7 @@ import pytest
 import torch
 from sparse_flash.kernels import attention
 from sparse_flash.kernels.attention import is_aligned
-from sparse_flash.kernels.launch import Kernel
+from sparse_flash.kernels.launch import Kernel, bind
 from sparse_flash.kernels.plan import Plan
 from sparse_flash.kernels.schedule import backward_schedule, schedule
 from sparse_flash.kernels.sm90 import attention as sm90
@@ -393,6 +393,20 @@ class TestLaunchState:
         with torch.device("cpu"):
             layout = masks.full().layout(128)
         return config, schedule(layout, 1, 1, config.tile, H200, FORWARD_COSTS)
+
+    def test_arguments_of_many_launches_are_converted_once(self, launched, monkeypatch):
+        """They share the memory of the plan's arrays, whose contents `update_` changes."""
+        monkeypatch.undo()  # convert
+        for reschedule in (None, lambda layout: None):
+            plan = Plan(*self.plan(), reschedule)
+            kernels = {plan.config: Kernel(print, ())}
+            before = *plan.lists, *plan.combine
+            for _ in range(2):  # two threads may do so
+                bind(plan, kernels, None)
+            kept = *plan.lists, *plan.combine
+            assert all(a is b for a, b in zip(kept, before, strict=True)) == (reschedule is None)
+            plan.schedule.tiles.fill_(7)
+            assert torch.from_dlpack(plan.lists[1]).unique().tolist() == [7]
 
     def test_threads_that_launch_first(self, gpu):
         """One loads the kernel while the others wait; all on a stream share a counter."""

@@ -21,6 +21,7 @@ pytest.importorskip("cutlass")
 @pytest.fixture
 def launched(monkeypatch):
     """Arguments of the launches, by name; on a "device" that is the CPU."""
+    from sparse_flash.kernels import launch as launching
     from sparse_flash.kernels.launch import Kernel
     from sparse_flash.kernels.sm90.backward_at import BackwardAtSm90, DqAtSm90
     from sparse_flash.kernels.sm90.config import BackwardConfig, ForwardConfig
@@ -52,6 +53,7 @@ def launched(monkeypatch):
     monkeypatch.setattr(positions, "load_position_function", function_of)
     monkeypatch.setattr(positions, "_kernels", {})
     monkeypatch.setattr(Kernel, "launch", launch)
+    monkeypatch.setattr(launching, "kept_arguments", tuple)
     monkeypatch.setattr(positions.UncountedKernel, "launch", launch)
     monkeypatch.setattr(DeviceFacts, "of", classmethod(lambda cls, device: H200))
     return calls
