@@ -13,14 +13,27 @@ class MassConfig:
     """One compiled tile-mass kernel. Its tile is the block of the layout.
 
     Two consumer warpgroups share each tile: its rows with tile_m 128, its columns with 64.
+
+    Args:
+        dtype: "bfloat16" or "float16".
+        head_dim: The largest it takes; smaller ones are padded with zeros by the loads.
+        tile_m: Queries of a tile.
+        tile_n: Keys of a tile.
+        q_stages: Tiles of Q in shared memory.
+        k_stages: Tiles of K in shared memory.
+        polynomial: Exponentials out of 8 that are computed by a polynomial, not by the special
+            function unit, which is the bottleneck of small head_dims.
+        arch: Compiler target.
+        warpgroups: Consumer warpgroups.
     """
 
-    dtype: str  # "bfloat16" or "float16"
-    head_dim: int  # the largest it takes; smaller ones are padded with zeros by the loads
+    dtype: str
+    head_dim: int
     tile_m: int
     tile_n: int
     q_stages: int = 2
     k_stages: int = 3
+    polynomial: int = 0
     arch: str = "sm_90a"
     warpgroups: int = 2
 
@@ -49,14 +62,14 @@ class MassConfig:
         return self.tile_m // 64
 
     @property
-    def chunk(self) -> int:
-        """Columns of S that a warpgroup computes at a time, of which it has two."""
-        return self.tile_n * self.row_tiles // 4
+    def columns(self) -> int:
+        """Columns of S that a warpgroup computes."""
+        return self.tile_n * self.row_tiles // 2
 
     @property
     def column_tiles(self) -> int:
-        """Tiles of shared memory of a K tile, one for each chunk."""
-        return self.tile_n // self.chunk
+        """Tiles of shared memory of a K tile, one for each part of the columns."""
+        return self.tile_n // self.columns
 
     @property
     def slices(self) -> int:
@@ -82,7 +95,7 @@ def mass_config(dtype: str, head_dim: int, block: tuple[int, int]) -> MassConfig
     """The config for a layout's block; head_dim must not exceed 256."""
     size = min(size for size in _STAGES if head_dim <= size)
     q_stages, k_stages = _STAGES[size]
-    return MassConfig(dtype, size, *block, q_stages, k_stages)
+    return MassConfig(dtype, size, *block, q_stages, k_stages, int(size <= 64))
 
 
 def all_mass_configs() -> list[MassConfig]:

@@ -5,10 +5,10 @@
 The logsumexp is known, so tiles do not depend on each other: there is no online softmax and no
 schedule. All tiles of all heads are one list, of which each CTA computes equal pieces, in order.
 One producer warp loads Q and K by TMA and writes to shared memory, for each tile, what to mask. Two
-consumer warpgroups compute S = Q K^T by WGMMA, in chunks of columns: the tensor cores compute a
-chunk while the threads sum the exponentials of the previous one. Two CTAs share a multiprocessor
-where shared memory allows it. The producer is a single warp, without a warpgroup around it: all
-threads then have the registers they need.
+consumer warpgroups compute S = Q K^T by WGMMA, each its part of the tile. Two CTAs share a
+multiprocessor where shared memory allows it: while some warpgroups wait for the tensor cores,
+others sum exponentials. The producer is a single warp, without a warpgroup around it: all threads
+then have the registers they need.
 """
 
 from enum import IntFlag
@@ -91,7 +91,7 @@ class TileMassSm90:
         q, k = by_tiles((q, k))
         sizes = (
             (64, config.row_tiles * config.q_stages),
-            (config.chunk, config.column_tiles * config.k_stages),
+            (config.columns, config.column_tiles * config.k_stages),
         )
         q_layout, k_layout = (
             smem_layout(self.dtype, rows, config.head_dim, tiles) for rows, tiles in sizes
@@ -100,7 +100,7 @@ class TileMassSm90:
         self.kernel(
             (tma(load, q, q_layout), tma(load, k, k_layout)),
             (q_layout, k_layout),
-            make_tiled_mma(self.dtype, (64, config.chunk)),
+            make_tiled_mma(self.dtype, (64, config.columns)),
             (lse, kv_lens, owners, starts, tiles, bits, slice_mass),
             (row_slots, by_column, rounds),
             cute.size(q, mode=[2]) // cute.size(k, mode=[2]),
@@ -302,83 +302,60 @@ class MassProducer:
 class MassConsumer:
     """One warpgroup: 64 rows of each tile, or with tile_m 64 half of its columns.
 
-    Its part of a tile has two chunks of columns. While the threads sum the exponentials of one
-    chunk, the tensor cores compute the next one: the second chunk of the same tile, or the first
-    chunk of the following tile.
+    It waits for its product before it sums the exponentials. The other warpgroups of the
+    multiprocessor keep the tensor cores busy meanwhile.
     """
 
     def __init__(self, config, mma_qk, buffers, records, pipes, arrays, scale_log2):
-        self.config, self.mma_qk, self.records, self.scale_log2 = (
-            config,
-            mma_qk,
-            records,
-            scale_log2,
-        )
+        self.config, self.mma_qk, self.records = config, mma_qk, records
+        self.scale_log2 = scale_log2
         self.q_pipe, self.k_pipe = pipes
         self.lse, *_, self.bits, self.slice_mass = arrays
         self.thread = cute.arch.thread_idx()[0] % 128
         self.group = cute.arch.make_warp_uniform(cute.arch.thread_idx()[0] // 128)
-        # Which 64 rows of the tile, and which chunks of its columns.
+        # Which 64 rows of the tile, and which part of its columns.
         self.row_group = self.group if const_expr(config.tile_m == 128) else 0
-        self.first_chunk = 0 if const_expr(config.tile_m == 128) else 2 * self.group
+        self.part = 0 if const_expr(config.tile_m == 128) else self.group
         self.tSrQ = mma_qk.make_fragment_A(mma_qk.get_slice(0).partition_A(buffers[0]))
         self.tSrK = mma_qk.make_fragment_B(mma_qk.get_slice(0).partition_B(buffers[1]))
-        shape = mma_qk.partition_shape_C((64, config.chunk))
-        self.acc = [cute.make_rmem_tensor(shape, Float32) for _ in range(2)]
+        self.acc = cute.make_rmem_tensor(mma_qk.partition_shape_C((64, config.columns)), Float32)
         self.shifts = cute.make_rmem_tensor(2, Float32)  # of the thread's two rows, see `begin_row`
-        self.next_shifts = cute.make_rmem_tensor(2, Float32)  # those of the following tile
 
     @cute.jit
     def run(self):
         """Tile after tile, until a record has none."""
         q_state = pipeline.make_pipeline_state(CONSUMER, self.config.q_stages)
         k_state = pipeline.make_pipeline_state(CONSUMER, self.config.k_stages)
-        self.next_shifts.fill(0.0)
+        self.shifts.fill(0.0)
         self.k_pipe.consumer_wait(k_state)
         record = self.read(k_state.index)
-        if record.slot >= 0:
-            self.q_pipe.consumer_wait(q_state)
-            self.begin_row(record)
-        # Without a tile this multiplies undefined shared memory; nobody reads the result.
-        self.issue(q_state.index, k_state.index, 0)
-        warpgroup.wait_group(0)
         while record.slot >= 0:
-            self.issue(q_state.index, k_state.index, 1)
-            self.shifts.store(self.next_shifts.load())
+            if record.row_flags % 2 == RowFlags.FIRST.value:
+                self.q_pipe.consumer_wait(q_state)
+                self.begin_row(record)
+            self.issue(q_state.index, k_state.index)
             words = online.mask_words(self.bits, record.bit_tile, self.row_group, self.thread)
-            total = self.exp_sums(0, record, words)
+            warpgroup.wait_group(0)
+            self.k_pipe.consumer_release(k_state)
+            k_state.advance()
             if record.row_flags // 2 % 2 == 1:
-                warpgroup.wait_group(0)
                 self.q_pipe.consumer_release(q_state)
                 q_state.advance()
-            used = k_state.clone()
-            k_state.advance()
-            self.k_pipe.consumer_wait(k_state)
-            following = self.read(k_state.index)
-            if following.row_flags % 2 == RowFlags.FIRST.value:
-                self.q_pipe.consumer_wait(q_state)
-                self.begin_row(following)
-            self.issue(q_state.index, k_state.index, 0)
-            warpgroup.wait_group(1)
-            self.k_pipe.consumer_release(used)
-            # Always true, but opaque to ptxas, which moves the last wait ahead in a basic block.
-            if record.bit_tile >= FULL_BEYOND:
-                total = total + self.exp_sums(1, record, words)
+            total = self.exp_sum(record, words)
             for offset in (1, 2, 4, 8, 16):
                 total = total + cute.arch.shuffle_sync_bfly(total, offset=offset)
             self.store(record, total)
-            record = following
-            # ptxas serializes WGMMAs that are in flight across a loop's end (C7514).
-            warpgroup.wait_group(0)
+            self.k_pipe.consumer_wait(k_state)
+            record = self.read(k_state.index)
 
     @cute.jit
-    def issue(self, q_stage, k_stage, chunk: cutlass.Constexpr):
-        """Begin the product of a chunk of columns."""
+    def issue(self, q_stage, k_stage):
+        """Begin the product."""
         config = self.config
         q_slot = q_stage * config.row_tiles + self.row_group
-        k_slot = k_stage * config.column_tiles + self.first_chunk + chunk
+        k_slot = k_stage * config.column_tiles + self.part
         mine = self.tSrQ[None, None, None, q_slot]
-        gemm(self.mma_qk, self.acc[chunk], mine, self.tSrK, k_slot, True)
+        gemm(self.mma_qk, self.acc, mine, self.tSrK, k_slot, True)
 
     @cute.jit
     def read(self, stage):
@@ -395,7 +372,7 @@ class MassConsumer:
 
         It is inf, and all is 0, for a query without keys and beyond the last query.
         """
-        config, lse, shifts = self.config, self.lse, self.next_shifts
+        config, lse, shifts = self.config, self.lse, self.shifts
         heads, q_len = cute.size(lse, mode=[1]), cute.size(lse, mode=[2])
         pair = record.slot // cute.size(self.slice_mass, mode=[1])
         start = record.row_flags // 4 * config.tile_m
@@ -411,17 +388,19 @@ class MassConsumer:
             shifts[r] = shift
 
     @cute.jit
-    def exp_sums(self, chunk: cutlass.Constexpr, record, words):
-        """The sum of the thread's exponentials of a chunk."""
-        config, acc = self.config, self.acc[chunk]
+    def exp_sum(self, record, words):
+        """The sum of the thread's exponentials."""
+        config, acc = self.config, self.acc
         if record.bit_tile != FULL_TILE:
             within = online.columns_within(record.remaining, self.thread)
-            place = (self.first_chunk + chunk) * (config.chunk // 4)  # of the chunk's first bit
+            place = self.part * (config.columns // 4)  # of the part's first bit
             online.apply_mask(acc, [words[r] >> place for r in range(2)], within >> place)
         sums = [Float32(0.0) for _ in range(4)]
         for i in cutlass.range_constexpr(cute.size(acc)):
             x = acc[i] * self.scale_log2 - self.shifts[i // 2 % 2]
-            sums[i % 4] = sums[i % 4] + online.exp2(x)
+            polynomial = i * config.polynomial % 8 < config.polynomial  # spread evenly
+            y = online.exp2_polynomial(x) if const_expr(polynomial) else online.exp2(x)
+            sums[i % 4] = sums[i % 4] + y
         return (sums[0] + sums[1]) + (sums[2] + sums[3])
 
     @cute.jit

@@ -1,6 +1,5 @@
 """The tile-mass kernel: compiled and looked into everywhere, run and timed on a GPU."""
 
-import itertools
 import re
 
 import pytest
@@ -42,16 +41,24 @@ def test_compiles_well(compiler, config, tmp_path):
     assert registers <= 65536 // (2 * 288) // 8 * 8  # two CTAs a multiprocessor
     sass = "".join(path.read_text() for path in tmp_path.glob("*.sass"))
     assert not re.search(r"\b(LDL|STL)\b", sass)
-    # The first chunk, before the loop; in it, the second one and the first of the next tile.
-    assert len(re.findall(r"\bHGMMA\.", sass)) == 3 * config.head_dim // 16
-    assert len(re.findall(r"MUFU\.EX2", sass)) == config.tile_m * config.tile_n // 256
-    # Exponentials run between a product's issue and the wait for it.
-    loop = sass[[m.start() for m in re.finditer(r"\bHGMMA\..*gsb0", sass)][1] :]
-    order = re.findall(r"HGMMA(?=\..*gsb0)|EX2|DEPBAR\.LE gsb0, 0x\d", loop)
-    wait = "DEPBAR.LE gsb0, 0x"
-    steps = [name for name, _ in itertools.groupby(s for s in order if s != f"{wait}0")]
-    assert steps == ["HGMMA", "EX2", "HGMMA", f"{wait}1", "EX2"]
-    assert order[-1] == f"{wait}0"
+    assert len(re.findall(r"\bHGMMA\.", sass)) == config.head_dim // 16
+    elements = config.tile_m * config.tile_n // 256
+    assert len(re.findall(r"MUFU\.EX2", sass)) == elements * (8 - config.polynomial) // 8
+    # The tile of K is released as soon as the product is there.
+    loop = sass[re.search(r"\bHGMMA\..*gsb0", sass).start() :]
+    order = re.findall(r"DEPBAR\.LE gsb0, 0x0|SYNCS\.ARRIVE|EX2", loop)
+    assert order[:3] == ["DEPBAR.LE gsb0, 0x0", "SYNCS.ARRIVE", "SYNCS.ARRIVE"]  # K, Q
+    assert set(order[3:]) == {"EX2"}
+
+
+def test_polynomial_of_exponentials():
+    pytest.importorskip("cutlass")
+    from sparse_flash.kernels.online_softmax import EXP2_POLYNOMIAL
+
+    f = torch.linspace(-0.5, 0.5, 10001, dtype=torch.float64)
+    p = sum(c * f**i for i, c in enumerate(reversed(EXP2_POLYNOMIAL)))
+    assert (p / 2**f - 1).abs().max() <= 1.1e-4
+    assert EXP2_POLYNOMIAL[-1] == 1  # so that the exponent -127 gives 0
 
 
 def test_configs():
@@ -113,6 +120,31 @@ def test_masks(mask, block, dtype):
     check(mask, block, dtype=dtype, scale=0.0)
     check(mask, block, dtype=dtype, s=64, h_kv=4, b=1)
     check(mask, block, dtype=dtype, s=8000, h=8 if mask.patterns()[1].shape[1] == 1 else 4)
+
+
+@pytest.mark.gpu
+def test_captured_graphs_follow_the_layout():
+    q, k, v = tensors(2, 700, 4, 64, kv_heads=2)
+    layout = (masks.causal() | masks.sinks(90)).layout(700, block=(64, 64), device="cuda")
+    _, lse = block_sparse_attention(q, k, v, layout, return_lse=True)
+    first = selection.tile_mass(q, k, layout, lse, impl="sm90")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        mass = selection.tile_mass(q, k, layout, lse, impl="sm90")
+    for mask in (masks.local(70), masks.causal()):
+        layout.update_(mask.layout(700, block=(64, 64), device="cuda"))
+        lse.copy_(block_sparse_attention(q, k, v, layout, return_lse=True)[1])
+        graph.replay()
+        want = selection.tile_mass(q, k, layout, lse, impl="sm90")
+        assert torch.equal(mass[..., : want.shape[2]], want)
+        assert not mass[..., want.shape[2] :].any()
+    assert want.shape[2] < first.shape[2]
+    other = masks.local(7).layout(700, block=(64, 64), device="cuda")
+    with (
+        pytest.raises(RuntimeError, match="lists its tiles"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        selection.tile_mass(q, k, other, lse, impl="sm90")
 
 
 @pytest.mark.gpu
