@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Hashable
 from typing import NamedTuple
 
 import torch
@@ -16,8 +16,10 @@ from sparse_flash.masks.device_within import (
     numbers_and_rest_exist,
     tile_table,
 )
+from sparse_flash.masks.modes import is_capturing
 from torch import Tensor
 
+DEFAULT_ORDER: Hashable = (None, False)  # key of `kept_fragments` without sets, not transposed
 _MOST_BYTES = 1 << 24  # of bit tiles that are made in advance, for every set of blocks
 
 
@@ -106,23 +108,32 @@ def _bits(
     transposed: bool,
     device: torch.device,
 ) -> Tensor:
-    """Bit tiles of the table in fragment order, and those of sets of blocks. Made once."""
+    """Bit tiles of the table in fragment order, and those of sets of blocks."""
     if table is None:
-        return _bits_of_full(tile, sets, transposed, device)
-    key = (sets, transposed)
-    found = table.fragments.get(key)
-    if found is None:
-        found = table.fragments[key] = _fragments(table.bit_tiles, sets, transposed)
-    return found
+        kept, width = _bits_of_full.setdefault((tile, device), {}), -(-tile[1] // 8)
+        nothing = torch.empty(0, tile[0], width, dtype=torch.uint8, device=device)
+        return kept_fragments(kept, nothing, sets, transposed)
+    return kept_fragments(table.fragments, table.bit_tiles, sets, transposed)
 
 
-@functools.cache
-def _bits_of_full(
-    tile: tuple[int, int], sets: Grid | None, transposed: bool, device: torch.device
+# Of layouts without a mask, by tile and device; graphs read them: kept.
+_bits_of_full: dict[tuple[tuple[int, int], torch.device], dict[Hashable, Tensor]] = {}
+
+
+def kept_fragments(
+    kept: dict[Hashable, Tensor], packed: Tensor, sets: Grid | None = None, transposed: bool = False
 ) -> Tensor:
-    width = -(-tile[1] // 8)
-    known = torch.zeros(0, tile[0], width, dtype=torch.uint8, device=device)
-    return _fragments(known, sets, transposed)
+    """Bit tiles in fragment order, and those of sets of blocks; at least one.
+
+    They are made once and kept, except those that belong to a CUDA graph.
+    """
+    key = (sets, transposed)
+    found = kept.get(key)
+    if found is None:
+        found = _fragments(packed, sets, transposed)
+        if not is_capturing(packed.device):
+            kept[key] = found
+    return found
 
 
 def _fragments(known: Tensor, sets: Grid | None, transposed: bool) -> Tensor:

@@ -67,7 +67,7 @@ class DeviceLayout(BlockLayout):
     def nbytes(self) -> int:
         """Bytes of the data and of the tensors derived from them."""
         own = [x for x in (self.source.indices, self.source.table) if x is not None]
-        lists = [x for tiles in self._lists.values() for x in tiles]
+        lists = [x for tiles in self._lists.values() for x in tiles if isinstance(x, Tensor)]
         fixed = 0 if self._fixed is None else self._fixed.nbytes
         derived = sum(value.nbytes for value in list(self.derived.values()))
         return sum(x.nbytes for x in (*own, *lists)) + fixed + derived

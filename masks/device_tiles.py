@@ -7,6 +7,7 @@ that do not fit are marked as invalid; no tile is dropped silently.
 from __future__ import annotations
 
 import functools
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -212,12 +213,14 @@ class DeviceTiles(NamedTuple):
     tiles: Column, and bit tile or -1 (full), int32 (capacity + 1, 2); zeros after the end.
     bit_tiles: uint8 (N, height, ceil(width / 8)).
     errors: Reasons why rows are invalid, uint8 (P, nq), capacity included.
+    fragments: Cache of `bit_tiles` in the kernels' register order, if they are those of a mask.
     """
 
     starts: Tensor
     tiles: Tensor
     bit_tiles: Tensor
     errors: Tensor
+    fragments: dict[Hashable, Tensor] | None = None
 
 
 class Grid(NamedTuple):
@@ -315,7 +318,8 @@ def tiles_of(source: Source, chosen: Chosen, tile: tuple[int, int]) -> DeviceTil
     elif sets is not None:
         bit_tiles = _cut_by_sets(tiles, sets[:size], cut, grid)
     else:
-        bit_tiles = cut.bit_tiles
+        fragments = None if isinstance(cut, Uncut) else cut.fragments
+        return DeviceTiles(starts, tiles, cut.bit_tiles, errors, fragments)
     return DeviceTiles(starts, tiles, bit_tiles, errors)
 
 

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import torch
 from sparse_flash.kernels.attention import DTYPES
 from sparse_flash.kernels.compile import Arguments, compile_kernel, load
+from sparse_flash.kernels.data_bits import kept_fragments
 from sparse_flash.kernels.device import DeviceFacts
-from sparse_flash.kernels.fragment import fragment_order
 from sparse_flash.kernels.sm90 import attention
 from sparse_flash.kernels.sm90.mass_config import BLOCKS, MassConfig, mass_config
 from sparse_flash.masks.layout import BlockLayout
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 _LOG2_E = math.log2(math.e)
 PIECE = 100  # fewest tiles of a piece: small pieces keep the K of few heads in the L2 cache
@@ -39,6 +38,7 @@ class TileLists(NamedTuple):
     starts: First tile of each block row of each pattern, and the end, int32 (P * nq + 1,).
     tiles: Block column, and bit tile or -1 (full), int32 (T, 2).
     bit_tiles: uint8 (N, block_q, ceil(block_kv / 8)).
+    fragments: The same in the kernel's register order, by a key of `kept_fragments`.
     slots: Slots of a head.
     row_slots: Slots of a block row; 0 where tiles follow each other.
     by_column: Whether the slot in a row is the block column.
@@ -48,6 +48,7 @@ class TileLists(NamedTuple):
     starts: Tensor
     tiles: Tensor
     bit_tiles: Tensor
+    fragments: dict[Hashable, Tensor]
     slots: int
     row_slots: int = 0
     by_column: bool = False
@@ -80,7 +81,7 @@ def tile_mass(
     slice_mass = torch.zeros(shape, dtype=torch.float32, device=q.device)
     if not slice_mass.numel():
         return slice_mass.new_zeros(b, h, lists.slots)
-    bits = _fragments(lists.bit_tiles)
+    bits = kept_fragments(lists.fragments, lists.bit_tiles)
     sms = DeviceFacts.of(q.device).num_sms
     num_ctas = min(b * h * lists.slots, sms * config.ctas_per_sm)
     rounds = max(1, b * h * lists.slots // (num_ctas * PIECE))
@@ -96,25 +97,6 @@ def tile_mass(
         load_mass(config)(*inputs, *scalars)
     _loaded.add(key)
     return slice_mass.sum(2).view(b, h, lists.slots)
-
-
-# By bit tiles, which a mask's layouts share; forgotten with them.
-_fragments_of: Any = WeakIdKeyDictionary()
-
-
-def _fragments(bit_tiles: Tensor) -> Tensor:
-    """Bit tiles in fragment order; made once, except the tiles of a CUDA graph."""
-    kept = not bit_tiles.is_inference()  # others do not tell whether they were changed
-    known = _fragments_of.get(bit_tiles) if kept else None
-    if known is not None and known[0] == bit_tiles._version:
-        found: Tensor = known[1]
-        return found
-    bits = fragment_order(bit_tiles)
-    if not len(bits):  # an array that is never read, but has an address
-        bits = bits.new_zeros(1, *bits.shape[1:])
-    if kept and not torch.cuda.is_current_stream_capturing():
-        _fragments_of[bit_tiles] = (bit_tiles._version, bits)
-    return bits
 
 
 _loaded: set[tuple[MassConfig, int | None]] = set()  # configs by device that have the code

@@ -20,8 +20,9 @@ from sparse_flash.masks.assemble import extent
 from sparse_flash.masks.device_builders import TracedLayout
 from sparse_flash.masks.device_layout import DeviceLayout
 from sparse_flash.masks.layout import FULL_TILE
-from sparse_flash.masks.modes import is_fake, plain_torch, without_autocast
+from sparse_flash.masks.modes import is_capturing, is_fake, without_autocast
 from sparse_flash.selection.operators import tile_mass_of_data
+from sparse_flash.selection.tiles import kept_lists, slots_of, tile_lists
 
 IMPLEMENTATIONS = ("auto", "reference", "sm90")
 _LOGITS = 1 << 22  # in memory at a time
@@ -64,6 +65,8 @@ def tile_mass(
     Raises:
         TypeError: An argument of the wrong type or dtype.
         ValueError: Shapes or devices that do not fit, or an implementation that cannot compute it.
+        RuntimeError: The first call with a layout or kernel is captured into a CUDA graph, or the
+            reference with a stored layout.
 
     >>> import torch
     >>> from sparse_flash import block_sparse_attention, masks
@@ -95,12 +98,22 @@ def tile_mass(
     if impl == "sm90" and reason:
         raise ValueError(f"impl='sm90' cannot compute this: {reason}")
     if q.is_meta or is_fake(q):
-        return lse.new_empty(q.shape[0], q.shape[2], *_slots(layout))
+        return lse.new_empty(q.shape[0], q.shape[2], *slots_of(layout))
     with torch.no_grad(), without_autocast(q):
-        lists = tile_lists(layout, q.shape[0], q.shape[2])
+        by_kernel, sizes = impl != "reference" and not reason, (q.shape[0], q.shape[2])
+        lists = kept_lists(layout, *sizes) if by_kernel else _lists_of_reference(layout, *sizes)
         inputs = (q, k, lse, lists, layout.block, scale, kv_lens)
-        mass = _reference(*inputs) if impl == "reference" or reason else sm90.tile_mass(*inputs)
+        mass = sm90.tile_mass(*inputs) if by_kernel else _reference(*inputs)
         return _by_rows(mass, layout)
+
+
+def _lists_of_reference(layout: BlockLayout, batch: int, heads: int) -> sm90.TileLists:
+    if not isinstance(layout, DeviceLayout) and is_capturing(layout.device):
+        raise RuntimeError(
+            "impl='reference' of tile_mass cannot be captured into a CUDA graph with a stored "
+            "layout, whose changes the graph would not see: run it outside the graph"
+        )
+    return tile_lists(layout, batch, heads)
 
 
 def _check_lse(lse: Any, q: Tensor) -> None:
@@ -118,42 +131,6 @@ def _check_lse(lse: Any, q: Tensor) -> None:
         )
     if lse.device != q.device:
         raise ValueError(f"lse is on {lse.device}, but q is on {q.device}: move one of them")
-
-
-def _slots(layout: BlockLayout) -> tuple[int, ...]:
-    """The shape of the mass of one head."""
-    if not isinstance(layout, DeviceLayout):
-        return (_most_tiles(layout),)
-    indices = layout.source.indices
-    return layout.num_block_rows, layout.num_block_cols if indices is None else indices.shape[2]
-
-
-@plain_torch()
-def tile_lists(layout: BlockLayout, batch: int, heads: int) -> sm90.TileLists:
-    """The tiles of a layout, one by one, for so many batch entries and heads."""
-    owners = layout.pattern_map.repeat_interleave(max(1, heads // layout.pattern_map.shape[1]), 1)
-    owners = owners.expand(batch, heads).reshape(-1).contiguous()
-    if isinstance(layout, DeviceLayout):
-        listed, (rows, width) = layout.tiles_at(layout.block), _slots(layout)
-        lists = (listed.starts, listed.tiles, listed.bit_tiles)
-        by_column = layout.source.indices is None
-        return sm90.TileLists(owners, *lists, rows * width, width, by_column)
-    crow = layout.crow_indices
-    starts = torch.cat([crow[:, :-1].flatten(), crow[-1:, -1]])
-    tiles = torch.stack([layout.col_indices, layout.bit_tile_indices], 1).int()
-    return sm90.TileLists(owners, starts, tiles, layout.bit_tiles, _most_tiles(layout))
-
-
-def _most_tiles(layout: BlockLayout) -> int:
-    """The most tiles of a pattern; with several patterns the host waits once for each layout."""
-    if layout.num_patterns == 1:
-        return layout.num_tiles
-    crow, known = layout.crow_indices, layout.__dict__.get("_most_tiles")
-    if known is None or known[0] is not crow:  # `update_` replaces it
-        known = (crow, int((crow[:, -1] - crow[:, 0]).max()))
-        layout.__dict__["_most_tiles"] = known
-    most: int = known[1]
-    return most
 
 
 def _by_rows(mass: Tensor, layout: BlockLayout) -> Tensor:

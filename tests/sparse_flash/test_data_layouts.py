@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from sparse_flash.kernels import data_bits
 from sparse_flash.kernels.sm90 import attention
 from sparse_flash.masks import BlockLayout
 from sparse_flash.masks.records import CACHE
@@ -335,6 +336,16 @@ def test_nothing_synchronizes_and_graphs_read_data_anew(impl, kind):
             change()
         graph.replay()
         assert all(torch.equal(x, y) for x, y in zip(out, step(), strict=True))
+
+
+def test_bit_tiles_made_in_a_capture_belong_to_the_graph(monkeypatch):
+    kept, sizes, packed = {}, [], torch.full((2, 64, 8), 7, dtype=torch.uint8)
+    for capturing in (True, False, True):
+        monkeypatch.setattr(data_bits, "is_capturing", lambda device, now=capturing: now)
+        made = data_bits.kept_fragments(kept, packed)
+        sizes.append(len(kept))
+    assert sizes == [0, 1, 1]
+    assert made is kept[data_bits.DEFAULT_ORDER]
 
 
 @pytest.mark.gpu

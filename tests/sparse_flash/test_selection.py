@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sparse_flash import BlockLayout, block_sparse_attention, masks, selection
+from sparse_flash.selection import mass, tiles
 
 S = 150
 
@@ -364,3 +365,63 @@ def test_the_host_counts_tiles_of_several_patterns_once(monkeypatch):
     other = masks.per_head([masks.local(5)] * 3 + [masks.causal()])
     layout.update_(other.layout(S, block=(64, 64)))
     assert selection.tile_mass(q, k, layout, lse).shape[2] < 9
+
+
+class TestKeptLists:
+    """The tiles of a stored layout, which captured CUDA graphs of `tile_mass` read."""
+
+    def mass(self, layout, lists):
+        """By the reference, from lists whose bit tiles are the layout's."""
+        q, k, v = tensors()
+        _, lse = block_sparse_attention(q, k, v, layout, return_lse=True)
+        lists = lists._replace(bit_tiles=layout.bit_tiles)
+        return mass._reference(q, k, lse, lists, layout.block, q.shape[3] ** -0.5, None)
+
+    def test_captured_lists_follow_the_layout(self, monkeypatch):
+        monkeypatch.setattr(tiles, "is_capturing", lambda device: True)
+        layout = masks.causal().layout(S, block=(64, 64))
+        with pytest.raises(RuntimeError, match="run the same call once before the capture"):
+            tiles.kept_lists(layout, 2, 4)
+        with monkeypatch.context() as patch, torch.inference_mode():
+            patch.setattr(tiles, "is_capturing", lambda device: False)
+            first = tiles.kept_lists(layout, 2, 4)
+        assert not layout.derived[tiles.KeptLists, 2, 4].captured
+        assert tiles.kept_lists(layout, 2, 4) is first
+        monkeypatch.setattr(tiles, "is_capturing", lambda device: False)
+        for mask in (masks.local(20) & masks.causal(), masks.sinks(70)):
+            arrays = (first.starts, first.tiles, *first.fragments.values())
+            before = [(x.data_ptr(), x.clone()) for x in arrays]
+            layout.update_(mask.layout(S, block=(64, 64)))
+            for x, (address, values) in zip(arrays, before, strict=True):
+                assert x.data_ptr() == address
+                assert not torch.equal(x, values)
+            want = selection.tile_mass(*tensors()[:2], layout, lse_of(layout))
+            by_graph = self.mass(layout, first)
+            assert torch.equal(by_graph[..., : want.shape[2]], want)
+            assert not by_graph[..., want.shape[2] :].any()
+            now = tiles.kept_lists(layout, 2, 4)
+            assert now is not first
+            assert torch.equal(self.mass(layout, now), want)
+        nbytes = layout.nbytes
+        with pytest.raises(ValueError, match=r"has 9 tiles, but a CUDA graph .* with 6"):
+            layout.update_(masks.full().layout(S, block=(64, 64)))
+        assert layout.nbytes == nbytes
+
+    def test_other_calls_take_any_layout(self):
+        layout = masks.local(5).layout(S, block=(64, 64))
+        tiles.kept_lists(layout, 2, 4)
+        layout.update_(masks.full().layout(S, block=(64, 64)))
+        assert len(tiles.kept_lists(layout, 2, 4).tiles) == 9
+
+    def test_the_reference_in_a_graph_is_refused(self, monkeypatch):
+        layout = masks.causal().layout(S, block=(64, 64))
+        q, k, _ = tensors()
+        lse = lse_of(layout)
+        monkeypatch.setattr(mass, "is_capturing", lambda device: True)
+        with pytest.raises(RuntimeError, match="run it outside the graph"):
+            selection.tile_mass(q, k, layout, lse)
+
+
+def lse_of(layout):
+    q, k, v = tensors()
+    return block_sparse_attention(q, k, v, layout, return_lse=True)[1]
