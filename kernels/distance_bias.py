@@ -61,9 +61,11 @@ class DistanceWindows:
         row: In the tile, of the thread's first element. Returns a list.
         """
         lane, groups = cute.arch.lane_idx(), size // 4 + 1  # of 8 columns
-        odd = row % 2
-        start = self.rows - row - odd + 2 * (lane % 4) + (2 * first - ROWS)
-        mine = self.windows[None, odd, stage].iterator + start
+        # All that depends on the thread is one number, which takes one register; with an odd row
+        # it is in the second copy, whose values begin one later.
+        own = row % 2 * (self.size - 1) - row + 2 * (lane % 4)
+        start = own + (self.rows + 2 * first - ROWS)
+        mine = self.windows[None, 0, stage].iterator + start
         values = cute.make_rmem_tensor((2, groups), Float32)
         layout = cute.make_layout((2, groups), stride=(1, 8))
         cute.autovec_copy(cute.make_tensor(mine.align(8), layout), values)

@@ -211,7 +211,9 @@ class BackwardConsumer(BackwardScores):
         staggered = config.dq and first and not last
         p, factors, acc_dp, delta = self.values(q_state, v_state, remaining, staggered)
         ds = cute.make_rmem_tensor(p.shape, self.dtype)
-        exponents = self.exponents_of(stage) if const_expr(config.fixed_point) else Int32(0)
+        late = config.fixed_point and config.scored  # S' and dP' leave registers first
+        early = config.fixed_point and not late
+        exponents = self.exponents_of(stage) if const_expr(early) else Int32(0)
         warpgroup.wait_group(config.p_slices)
         if const_expr(last):
             self.v_pipe.consumer_release(v_state)
@@ -226,6 +228,7 @@ class BackwardConsumer(BackwardScores):
         acc_dq = self.gemms.make_dq_accumulator()
         if const_expr(before):
             self.gemms.gemm_dq(acc_dq, k_before.index, q_state.count + 1)
+        exponents = self.exponents_of(stage) if const_expr(late) else exponents
         if const_expr(config.dq and config.defer_handoff):
             cute.arch.fence_view_async_shared()  # the stores of dS' have completed by now
         warpgroup.wait_group(1 if const_expr(before) else 0)  # the GEMMs have read P' and dS'
@@ -281,6 +284,9 @@ class BackwardConsumer(BackwardScores):
         lse = lse if few or sliced else self.statistics(0, stage)
         bit_tile = cute.arch.shuffle_sync(self.bit_tile[0], 0)
         words = online.mask_words(self.bits, bit_tile, self.keys, self.thread)
+        if const_expr(config.early_weights):
+            for i in cutlass.range_constexpr(2):
+                words[i] = words[i] if self.row(i) < remaining else Int32(0)
         shared = ((bit_tile, words, remaining), self.place_of_warp(), stage)
         for p_slice in cutlass.range_constexpr(config.p_slices):
             last = const_expr(p_slice == config.p_slices - 1 and not sliced)

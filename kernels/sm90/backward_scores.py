@@ -41,6 +41,8 @@ class BackwardScores:
         if const_expr(self.config.softcap):
             score_terms.apply_softcap(acc, self.terms.cap_scale)
             self.mask(acc, *masking, first, score_terms.MASKED)
+            early = self.config.early_weights
+            goal = acc if const_expr(early) else self.slice_of(weights, p_slice)[0]
             for i in cutlass.range_constexpr(cute.size(acc)):
                 power = acc[i]
                 if const_expr(self.config.distance_bias):
@@ -48,7 +50,8 @@ class BackwardScores:
                 power = power * self.scale_log2 - lse[i % 2, i // 4]
                 probability = online.exp2(power)
                 p[first + i] = probability.to(self.dtype)
-                weights[first + i] = (probability * (1.0 - acc[i] * acc[i])).to(self.dtype)
+                goal[i] = (probability * (1.0 - acc[i] * acc[i])).to(goal.element_type)
+            self.round_weights(acc, weights, p, masking[0], first)
         else:
             for i in cutlass.range_constexpr(cute.size(acc)):
                 if const_expr(self.config.distance_bias):
@@ -60,6 +63,19 @@ class BackwardScores:
                 p[first + i] = acc[i].to(self.dtype)
         if const_expr(self.config.dropout):
             self.apply_dropout(p, factors, place, p_slice)
+
+    @cute.jit
+    def round_weights(self, acc, weights, p, bit_tile, first: cutlass.Constexpr):
+        """With `early_weights`, round the weights of a slice before the next slice."""
+        # Always true, but opaque to ptxas, which would round where dS' is computed, and keep both
+        # factors in float32 until then.
+        if const_expr(self.config.early_weights):
+            if bit_tile >= FULL_TILE:
+                for i in cutlass.range_constexpr(cute.size(acc)):
+                    weights[first + i] = acc[i].to(self.dtype)
+            else:  # never; without a value here, the old ones would keep their registers
+                for i in cutlass.range_constexpr(cute.size(acc)):
+                    weights[first + i] = p[first + i]
 
     @cute.jit
     def apply_dropout(self, p, factors, place, p_slice: cutlass.Constexpr):
@@ -142,11 +158,17 @@ class BackwardScores:
         first: cutlass.Constexpr,
         otherwise: cutlass.Constexpr,
     ):
-        """Set masked elements of a slice, from the thread's element `first` on, to `otherwise`."""
+        """Set masked elements of a slice, from the thread's element `first` on, to `otherwise`.
+
+        words: Of the thread's two rows; with `early_weights` 0 beyond the length.
+        """
         if bit_tile != FULL_TILE or remaining < self.config.tile_n:
             mine = cute.make_rmem_tensor(2, Int32)
             for i in cutlass.range_constexpr(2):
-                mine[i] = words[i] >> (first // 2) if self.row(i) < remaining else Int32(0)
+                if const_expr(self.config.early_weights):
+                    mine[i] = words[i] >> (first // 2)
+                else:
+                    mine[i] = words[i] >> (first // 2) if self.row(i) < remaining else Int32(0)
             online.apply_mask(acc, mine, Int32(-1), otherwise)
 
     @cute.jit

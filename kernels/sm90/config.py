@@ -26,6 +26,7 @@ class ForwardConfig:
     kv_stages: int = 2
     o_columns: int = 0  # 0: all
     q_in_registers: bool = False  # for the whole work tile
+    clear_tile_info: bool = False  # for fewer registers, see `ForwardConsumer.read_tile_info`
     offsets: bool = False  # queries at positions, see position_work_tiles.py
     softcap: bool = False  # see score_terms.py, as the next four
     alibi: bool = False
@@ -144,6 +145,7 @@ class BackwardConfig:
     v_in_registers: int = 0
     p_slices: int = 2
     sliced_statistics: bool = False
+    early_weights: bool = False  # for fewer registers, see `BackwardScores.round_weights`
     fixed_point: bool = False
     offsets: bool = False  # queries at positions, see position_work_tiles.py
     softcap: bool = False  # see score_terms.py, as the next three

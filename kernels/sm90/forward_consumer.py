@@ -258,6 +258,8 @@ class ForwardConsumer:
         Only the lane that releases the stage for its warp reads shared memory.
         """
         words, sTiles = cute.make_rmem_tensor(2, Int32), self.sTiles
+        if const_expr(self.config.clear_tile_info):
+            words.fill(0)  # without a value in all lanes, the old ones would keep their registers
         if self.thread % 32 == 0:
             words[0], words[1] = sTiles[stage, 0], sTiles[stage, 1]
         return cute.arch.shuffle_sync(words[0], 0), cute.arch.shuffle_sync(words[1], 0)

@@ -20,6 +20,7 @@ from sparse_flash.kernels.sm90.position_config import forward_at_config
 MOST_HEAD_DIM = 128  # of gradients with softcap, bias or dropout
 MOST_WITH_BIAS_AND_DROPOUT = 96  # likewise, of gradients of a bias with dropout
 MOST_SHARED_MEMORY = 227 << 10  # of a CTA, in bytes
+_CLEARED = ((32, True), (64, False))  # head_dim, and whether there is dropout
 
 
 @functools.cache
@@ -40,6 +41,9 @@ def _with_terms(config: ForwardConfig, flags: ScoreFlags) -> ForwardConfig:
     the output.
     """
     config = replace(config, **flags.of_forward)
+    if config.warpgroups == 3 and flags.softcap and flags.distance_bias:
+        # As compiled: ptxas spills without it here, and with it in some of the others.
+        config = replace(config, clear_tile_info=(config.head_dim, flags.dropout) in _CLEARED)
     if config.draws_ahead:
         config = replace(config, q_in_registers=False)
     if config.shared_memory > MOST_SHARED_MEMORY:
@@ -66,13 +70,14 @@ def scored_backward_configs(
     if size == 96 and deterministic:
         size = 128
     config = backward_configs(dtype, size, deterministic)[0]
-    changes = used | {"k_in_registers": 0, "v_in_registers": 0} | _changes(size, flags)
+    without = {"k_in_registers": 0, "v_in_registers": 0}
+    changes = used | without | _changes(size, deterministic, flags)
     if deterministic:
         changes |= {"k_stages": 1, "v_stages": 1}  # the exponents take registers too
     return (replace(config, **changes),)
 
 
-def _changes(size: int, flags: ScoreFlags) -> dict[str, Any]:
+def _changes(size: int, deterministic: bool, flags: ScoreFlags) -> dict[str, Any]:
     """Changes of the config of a head_dim that leave enough registers and shared memory."""
     crowded = flags.softcap + flags.dropout + flags.distance_bias + flags.distance_grads > 1
     if size == 32:
@@ -81,10 +86,20 @@ def _changes(size: int, flags: ScoreFlags) -> dict[str, Any]:
         slices = {"p_slices": 1} if flags.dropout else {"p_slices": 2}
         return slices | {"v_stages": 1} | ({"k_stages": 1} if crowded else {})
     if crowded:
-        return {"k_stages": 1, "sliced_statistics": True}
+        found = {"k_stages": 1, "sliced_statistics": True}
+        if size == 128 and flags.softcap:
+            found |= _changes_of_softcap(deterministic, flags)
+        return found
     if flags.softcap and size == 128:
         return {"p_slices": 1}
     return {"k_stages": 1} if flags.distance_bias and size == 128 else {}
+
+
+def _changes_of_softcap(deterministic: bool, flags: ScoreFlags) -> dict[str, Any]:
+    """Further changes with a softcap and other terms at head_dim 128, all that ptxas needs."""
+    if flags.dropout and deterministic:
+        return {} if flags.distance_bias else {"p_slices": 1}
+    return {"early_weights": True} if flags.distance_bias else {}
 
 
 def flag_sets() -> list[ScoreFlags]:

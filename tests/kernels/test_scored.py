@@ -47,26 +47,7 @@ def marks(config):
     return pytest.mark.matrix
 
 
-def spills(config):
-    """Whether a kernel still spills some registers."""
-    features = set(used(config)) - {"sinks"}
-    if isinstance(config, ForwardConfig):
-        large = (config.head_dim, config.tile_m) == (64, 192)
-        return large and features == {"softcap", "distance_bias"}
-    if config.fixed_point and (config.head_dim, features) in (
-        (32, {"softcap", "fixed_point"}),
-        (128, {"softcap", "dropout", "distance_bias", "fixed_point"}),
-    ):
-        return True
-    return config.head_dim == 128 and used(config)[:2] == ("softcap", "distance_bias")
-
-
-def marked(config):
-    known = [pytest.mark.matrix, pytest.mark.xfail(reason="ptxas spills", strict=True)]
-    return pytest.param(config, marks=known if spills(config) else marks(config))
-
-
-COMPILED = [marked(config) for config in CONFIGS]
+COMPILED = [pytest.param(config, marks=marks(config)) for config in CONFIGS]
 
 
 @pytest.mark.parametrize("config", COMPILED, ids=name)
