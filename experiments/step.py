@@ -51,6 +51,9 @@ class TrainingStep:
         self.optimizer = optimizer(model, config, self.graphed)
         self.steps = 0
         self.graph: torch.cuda.CUDAGraph | None = None
+        # What a graph reads. Warm-up steps read it too: torch.compile would compile again, within
+        # the capture, for tensors with other strides.
+        self.static: Batch | None = None
 
     def __call__(self, batch: Batch, lr: float) -> Outcome:
         """Train on a batch at this learning rate."""
@@ -62,12 +65,14 @@ class TrainingStep:
         self.steps += 1
         if not self.graphed:
             return self.run(batch)
-        if self.steps <= WARM_UP:
-            return self._aside(batch)
-        if self.graph is None:
-            self._capture(batch)
-        assert self.graph is not None
+        if self.static is None:
+            self.static = _contiguous(batch)
         _copy(batch, self.static)
+        if self.steps <= WARM_UP:
+            return self._aside(self.static)
+        if self.graph is None:
+            self._capture(self.static)
+        assert self.graph is not None
         self.graph.replay()
         return self.outcome
 
@@ -119,15 +124,19 @@ class TrainingStep:
         current.wait_stream(side)
         return outcome
 
-    def _capture(self, batch: Batch) -> None:
-        lengths = None if batch.lengths is None else batch.lengths.clone()
-        queries = None if batch.queries is None else batch.queries.clone()
-        self.static = Batch(batch.tokens.clone(), lengths, batch.labels.clone(), queries)
+    def _capture(self, static: Batch) -> None:
         self.optimizer.zero_grad(set_to_none=True)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            self.outcome = self.run(self.static)
+            self.outcome = self.run(static)
         self.graph = graph
+
+
+def _contiguous(batch: Batch) -> Batch:
+    """A copy of a batch."""
+    lengths = None if batch.lengths is None else batch.lengths.clone()
+    queries = None if batch.queries is None else batch.queries.contiguous().clone()
+    return Batch(batch.tokens.contiguous().clone(), lengths, batch.labels.clone(), queries)
 
 
 def _copy(batch: Batch, static: Batch) -> None:

@@ -317,6 +317,8 @@ class DqConfig:
     consumer_registers: int = 240
     producer_registers: int = 24
 
+    clear_tile_info = False  # see ForwardConfig
+
     @property
     def tile(self) -> tuple[int, int]:
         """(tile_m, tile_n)."""

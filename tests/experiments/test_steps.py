@@ -11,6 +11,7 @@ from sparse_flash.experiments.bench import steps
 from sparse_flash.experiments.config import ModelConfig, TrainConfig
 from sparse_flash.experiments.data.dataset import Batch
 from sparse_flash.experiments.model import Encoder
+from sparse_flash.experiments.pretraining import mask_pixels
 from sparse_flash.experiments.step import TrainingStep
 
 TINY = steps.StepCase(
@@ -90,6 +91,25 @@ def test_a_captured_step_is_the_eager_one(attention):
     assert step.graph is not None
     for a, b in zip(eager, graphed, strict=True):
         assert a == pytest.approx(b, rel=2e-2)
+
+
+@pytest.mark.gpu
+def test_a_captured_step_of_pretraining_compiles_once():
+    """Its queries are a slice, with strides that a copy would not have."""
+    device, outcomes = torch.device("cuda"), []
+    for graph in (False, True):
+        torch.manual_seed(0)
+        sizes = ModelConfig(dim=32, heads=2, layers=1, ffn=32)
+        model = Encoder(sizes, 17, 16, 256, "local(64)", 64, mask_token=16).to(device)
+        step = TrainingStep(model, TrainConfig(graph=graph, compile=True), device)
+        for i, batch in enumerate(batches(device)):
+            images = Batch(batch.tokens, None, batch.labels)
+            hidden = mask_pixels(images, 0.3, 16, (0, i), (0, 1))
+            outcomes.append(step(hidden, 1e-3).loss.item())
+        torch._dynamo.reset()
+    assert step.graph is not None
+    half = len(outcomes) // 2
+    assert outcomes[half:] == pytest.approx(outcomes[:half], rel=2e-2)
 
 
 @pytest.mark.gpu
