@@ -95,7 +95,7 @@ def mass_config(dtype: str, head_dim: int, block: tuple[int, int]) -> MassConfig
     """The config for a layout's block; head_dim must not exceed 256."""
     size = min(size for size in _STAGES if head_dim <= size)
     q_stages, k_stages = _STAGES[size]
-    return MassConfig(dtype, size, *block, q_stages, k_stages, int(size <= 64))
+    return MassConfig(dtype, size, *block, q_stages, k_stages, 2 * (size <= 64))
 
 
 def all_mass_configs() -> list[MassConfig]:

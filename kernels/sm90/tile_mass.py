@@ -323,30 +323,34 @@ class MassConsumer:
 
     @cute.jit
     def run(self):
-        """Tile after tile, until a record has none."""
+        """Tile after tile, until a record has none.
+
+        While a product is computed, the previous tile's mass is summed over threads and stored.
+        """
         q_state = pipeline.make_pipeline_state(CONSUMER, self.config.q_stages)
         k_state = pipeline.make_pipeline_state(CONSUMER, self.config.k_stages)
         self.shifts.fill(0.0)
+        slot, total = Int32(-1), Float32(0.0)  # of the previous tile
         self.k_pipe.consumer_wait(k_state)
         record = self.read(k_state.index)
         while record.slot >= 0:
             if record.row_flags % 2 == RowFlags.FIRST.value:
                 self.q_pipe.consumer_wait(q_state)
-                self.begin_row(record)
             self.issue(q_state.index, k_state.index)
+            if record.row_flags % 2 == RowFlags.FIRST.value:
+                self.begin_row(record)
             words = online.mask_words(self.bits, record.bit_tile, self.row_group, self.thread)
+            self.store(slot, total)
             warpgroup.wait_group(0)
             self.k_pipe.consumer_release(k_state)
             k_state.advance()
             if record.row_flags // 2 % 2 == 1:
                 self.q_pipe.consumer_release(q_state)
                 q_state.advance()
-            total = self.exp_sum(record, words)
-            for offset in (1, 2, 4, 8, 16):
-                total = total + cute.arch.shuffle_sync_bfly(total, offset=offset)
-            self.store(record, total)
+            slot, total = record.slot, self.exp_sum(record, words)
             self.k_pipe.consumer_wait(k_state)
             record = self.read(k_state.index)
+        self.store(slot, total)
 
     @cute.jit
     def issue(self, q_stage, k_stage):
@@ -404,15 +408,17 @@ class MassConsumer:
         return (sums[0] + sums[1]) + (sums[2] + sums[3])
 
     @cute.jit
-    def store(self, record, total):
-        """One number a warp."""
+    def store(self, slot, total):
+        """The sum over the threads of a warp; nothing before the first tile."""
         slices = self.config.slices
+        for offset in (1, 2, 4, 8, 16):
+            total = total + cute.arch.shuffle_sync_bfly(total, offset=offset)
         layout = cute.make_layout(
             (cute.size(self.slice_mass) // slices, slices), stride=(slices, 1)
         )
         by_slot = cute.make_tensor(self.slice_mass.iterator, layout)
-        if self.thread % 32 == 0:
-            by_slot[record.slot, 4 * self.group + self.thread // 32] = total
+        if self.thread % 32 == 0 and slot >= 0:
+            by_slot[slot, 4 * self.group + self.thread // 32] = total
 
 
 @cute.jit
