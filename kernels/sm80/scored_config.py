@@ -143,9 +143,8 @@ def _is_tight(head_dim: int, shared_memory: int, deterministic: bool, flags: Sco
     """Whether the plain tiles of the gradients leave too few registers for the features."""
     large = shared_memory > forward.LIMITS[0]
     if head_dim == 64:
-        alone = flags.alibi and not flags.softcap
         several = flags.dropout and (flags.softcap or flags.alibi)
-        return not large or several or (alone and deterministic)
+        return not large or several or (deterministic and (flags.dropout or not flags.softcap))
     if head_dim == 128:
         return not large or flags.softcap or (flags.dropout and (flags.alibi or deterministic))
     return head_dim == 96 or _is_heavy(flags)
