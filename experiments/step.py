@@ -51,8 +51,8 @@ class TrainingStep:
         self.optimizer = optimizer(model, config, self.graphed)
         self.steps = 0
         self.graph: torch.cuda.CUDAGraph | None = None
-        # What a graph reads. Warm-up steps read it too: torch.compile would compile again, within
-        # the capture, for tensors with other strides.
+        # The input of a graph, and of warm-up steps: torch.compile would compile again, within the
+        # capture, for tensors with other strides.
         self.static: Batch | None = None
 
     def __call__(self, batch: Batch, lr: float) -> Outcome:

@@ -125,7 +125,7 @@ def kept_fragments(
 ) -> Tensor:
     """Bit tiles in fragment order, and those of sets of blocks; at least one.
 
-    They are made once and kept, except those that belong to a CUDA graph.
+    They are made once and kept, but not in the capture of a CUDA graph, which would own them.
     """
     key = (sets, transposed)
     found = kept.get(key)

@@ -186,13 +186,18 @@ def interventions() -> str:
     return tables.table(["change", *head], rows)
 
 
-def flex() -> str:
-    """Test accuracy, GPU seconds and images of the run with FlexAttention."""
-    metrics = run("path-256-flex-seed0")["metrics"]
+def reached(name: str) -> str:
+    """Test accuracy, GPU seconds and images of a run."""
+    metrics = run(name)["metrics"]
     return (
         f"{100 * metrics['test_accuracy']:.1f} % after {metrics['gpu_seconds']:,.0f} GPU seconds "
         f"and {metrics['images']:,} images"
     )
+
+
+def foreground_tiles() -> str:
+    """The computed share of the matrix where images decide the layout."""
+    return f"{100 * run('path-x-foreground-seed0')['stages'][-1]['computed_density']:.0f} %"
 
 
 def unbroken() -> str:
