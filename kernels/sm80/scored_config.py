@@ -132,8 +132,9 @@ def scored_backward_config(
         fitting = [c for c in _SMALL_BACKWARD[config.head_dim] if backward.fits(c, shared_memory)]
         small = fitting[0] if fitting else config
         config = replace(small, dtype=dtype, arch=target, fixed_point=deterministic)
-    elif config.head_dim == 64 and (flags.softcap or flags.dropout or not _is_older(target)):
-        config = replace(config, chunks=4, do_stages=1)
+    elif config.head_dim == 64:
+        several = flags.softcap or flags.dropout or not _is_older(target)
+        config = replace(config, chunks=4, do_stages=1 if several else config.do_stages)
     elif config.split_dq:
         config = replace(config, split_dq=False)
     return replace(config, offsets=offsets, **features)
