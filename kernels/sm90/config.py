@@ -316,7 +316,6 @@ class DqConfig:
     warpgroups: int = 2
     consumer_registers: int = 240
     producer_registers: int = 24
-
     clear_tile_info = False  # see ForwardConfig
 
     @property
