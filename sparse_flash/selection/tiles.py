@@ -134,19 +134,19 @@ def _with_fragments(lists: TileLists) -> TileLists:
     return lists._replace(fragments={DEFAULT_ORDER: torch.cat([bits, spares])})
 
 
-def _arrays(lists: TileLists) -> tuple[Tensor, Tensor, Tensor]:
+def _arrays(lists: TileLists) -> list[Tensor]:
     """The arrays that describe a pattern to a kernel."""
-    return lists.starts, lists.tiles, lists.fragments[DEFAULT_ORDER]
+    return [lists.owners, lists.starts, lists.tiles, lists.fragments[DEFAULT_ORDER]]
 
 
-def _used(lists: TileLists) -> tuple[Tensor, Tensor, Tensor]:
+def _used(lists: TileLists) -> list[Tensor]:
     """The same without spare entries."""
-    starts, tiles, bits = _arrays(lists)
-    return starts, tiles, bits[: len(lists.bit_tiles)]
+    *others, bits = _arrays(lists)
+    return [*others, bits[: len(lists.bit_tiles)]]
 
 
 def _check_fits(lists: TileLists, new: TileLists) -> None:
-    names = ("block rows", "tiles", "bit tiles")
+    names = ("heads", "block rows", "tiles", "bit tiles")
     for name, had, given in zip(names, _arrays(lists), _used(new), strict=True):
         if len(given) > len(had) or (name == "block rows" and len(given) != len(had)):
             raise ValueError(

@@ -407,6 +407,16 @@ class TestKeptLists:
             layout.update_(masks.full().layout(S, block=(64, 64)))
         assert layout.nbytes == nbytes
 
+    def test_heads_that_change_their_patterns(self, monkeypatch):
+        a, b = masks.causal(), masks.local(70)
+        layout = masks.per_head([a, a, b, b]).layout(S, block=(64, 64))
+        first = tiles.kept_lists(layout, 2, 4)
+        monkeypatch.setattr(tiles, "is_capturing", lambda device: True)
+        tiles.kept_lists(layout, 2, 4)
+        layout.update_(masks.per_head([a, b, a, b]).layout(S, block=(64, 64)))
+        want = selection.tile_mass(*tensors()[:2], layout, lse_of(layout))
+        assert torch.equal(self.mass(layout, first), want)
+
     def test_other_calls_take_any_layout(self):
         layout = masks.local(5).layout(S, block=(64, 64))
         tiles.kept_lists(layout, 2, 4)
