@@ -133,10 +133,11 @@ class TrainingStep:
 
 
 def _contiguous(batch: Batch) -> Batch:
-    """A copy of a batch."""
-    lengths = None if batch.lengths is None else batch.lengths.clone()
-    queries = None if batch.queries is None else batch.queries.contiguous().clone()
-    return Batch(batch.tokens.contiguous().clone(), lengths, batch.labels.clone(), queries)
+    """A copy with the strides of new tensors."""
+    tensors = (batch.tokens, batch.lengths, batch.labels, batch.queries)
+    kind = torch.contiguous_format
+    copies: Any = (None if x is None else x.clone(memory_format=kind) for x in tensors)
+    return Batch(*copies)
 
 
 def _copy(batch: Batch, static: Batch) -> None:

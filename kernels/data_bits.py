@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Hashable
 from typing import NamedTuple
 
@@ -110,14 +111,14 @@ def _bits(
 ) -> Tensor:
     """Bit tiles of the table in fragment order, and those of sets of blocks."""
     if table is None:
-        kept, width = _bits_of_full.setdefault((tile, device), {}), -(-tile[1] // 8)
-        nothing = torch.empty(0, tile[0], width, dtype=torch.uint8, device=device)
-        return kept_fragments(kept, nothing, sets, transposed)
+        return kept_fragments(*_of_full(tile, device), sets, transposed)
     return kept_fragments(table.fragments, table.bit_tiles, sets, transposed)
 
 
-# Of layouts without a mask, by tile and device; graphs read them: kept.
-_bits_of_full: dict[tuple[tuple[int, int], torch.device], dict[Hashable, Tensor]] = {}
+@functools.cache
+def _of_full(tile: tuple[int, int], device: torch.device) -> tuple[dict[Hashable, Tensor], Tensor]:
+    """Of layouts without a mask: fragments so far, which graphs read, and no bit tiles."""
+    return {}, torch.empty(0, tile[0], -(-tile[1] // 8), dtype=torch.uint8, device=device)
 
 
 def kept_fragments(
