@@ -37,5 +37,7 @@ def attention_densities(
     >>> {name: round(value, 2) for name, value in found.items()}
     {'density': 0.06, 'tile_density': 0.18, 'computed_density': 0.18}
     """
+    if kind.name == "selected":
+        return kind.user.densities(length, head_dim)
     found = densities_of(kind, length, block, head_dim)
     return {**found.record()} if found else dict.fromkeys(DENSITIES, kind.density(length, block))

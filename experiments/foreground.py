@@ -97,6 +97,9 @@ class Foreground(Selected):
     def density(self, length: int) -> None:
         """None: it depends on the images. Training measures it."""
 
+    def tile_density(self, length: int) -> None:
+        """None, as the density."""
+
     def flops(self, length: int, head_dim: int) -> None:
         """None, as the density."""
 

@@ -18,10 +18,11 @@ from typing import Any, Literal
 
 import torch
 from sparse_flash.experiments.hybrid import Hybrid
-from sparse_flash.masks import Mask
+from sparse_flash.masks import BlockLayout, Mask
 from sparse_flash.masks.operands import references
 from torch import nn
 
+from sparse_flash import densities, masks
 from sparse_flash.nn.selected import TopKAttention, make_selector
 
 FORMS = "topk(8), topk(8, selector=dsa), nsa(8), hybrid(local(128), performer(128)), foreground(64)"
@@ -46,12 +47,24 @@ class Selected:
         return None
 
     def density(self, length: int) -> float | None:
+        """Part of all pairs of tokens that are computed exactly, 0..1; None: it is not known."""
+        raise NotImplementedError
+
+    def tile_density(self, length: int) -> float | None:
         """Part of all pairs of blocks that are computed exactly, 0..1; None: it is not known."""
         raise NotImplementedError
 
+    def densities(self, length: int, head_dim: int) -> dict[str, float | None]:
+        """Element, tile and computed density by name; None: the data decide."""
+        return {
+            "density": self.density(length),
+            "tile_density": self.tile_density(length),
+            "computed_density": None,
+        }
+
     def flops(self, length: int, head_dim: int) -> float | None:
         """Operations of one head, forward and backward, those of the exact part."""
-        kept = self.density(length)
+        kept = self.tile_density(length)
         return None if kept is None else 12.0 * kept * length**2 * head_dim
 
 
@@ -107,11 +120,41 @@ class TopK(Selected):
             kl_weight=self.kl,
         )
 
-    def density(self, length: int) -> float:
+    def density(self, length: int) -> float | None:
+        """Part of all pairs of tokens that are computed; None where the choice decides: in causal
+        attention that may leave out a row's own block, and where the last block is shorter.
+
+        >>> TopK(2, block=64).density(256), TopK(2, block=64, causal=True).density(256)
+        (0.5, 0.314453125)
+        """
+        block_q, block_kv = self.sizes
+        if length % block_q or length % block_kv:
+            return None
+        if not self.causal:
+            return self.tile_density(length)
+        if self.local < 1 or block_kv % block_q:
+            return None
+        kept = 0
+        for start in range(0, length, block_q):
+            own, before = divmod(start, block_kv)
+            kept += block_q * (block_kv * min(self.blocks - 1, own) + before)
+            kept += block_q * (block_q + 1) // 2
+        return kept / length**2
+
+    def densities(self, length: int, head_dim: int) -> dict[str, float | None]:
+        """As `Selected.densities`. A Hopper GPU computes tiles of 128 x 128, so smaller blocks are
+        united: the choice decides which.
+        """
+        found = super().densities(length, head_dim)
+        if all(size % 128 == 0 for size in self.sizes):
+            found["computed_density"] = found["tile_density"]
+        return found
+
+    def tile_density(self, length: int) -> float:
         """Part of all pairs of blocks that are chosen; the first rows of causal attention have
         less than `blocks` to choose from.
 
-        >>> TopK(2, block=(16, 64), causal=True).density(2048)
+        >>> TopK(2, block=(16, 64), causal=True).tile_density(2048)
         0.0615234375
         """
         block_q, block_kv = self.sizes
@@ -142,10 +185,19 @@ class HybridKind(Selected):
 
     def density(self, length: int) -> float:
         """The kept fraction of the mask's elements."""
-        from sparse_flash import masks
+        return self._layout(length).density
 
+    def tile_density(self, length: int) -> float:
+        """The stored fraction of the mask's blocks."""
+        return densities(self._layout(length), head_dim=64, arch=None).tile_density
+
+    def densities(self, length: int, head_dim: int) -> dict[str, float | None]:
+        """As `Selected.densities`, those of the mask."""
+        return {**densities(self._layout(length), head_dim, arch="sm_90").record()}
+
+    def _layout(self, length: int) -> BlockLayout:
         mask = self.mask & masks.causal() if self.causal else self.mask
-        return mask.layout(length, block=(self.block, self.block)).density
+        return mask.layout(length, block=(self.block, self.block))
 
 
 def is_selected(text: str) -> bool:
@@ -161,7 +213,7 @@ def read(text: str) -> Selected:
     Raises:
         ValueError: It cannot be read; the message says what can be.
 
-    >>> read("topk(8, selector=dsa, block=(16, 64))").density(2048)
+    >>> read("topk(8, selector=dsa, block=(16, 64))").tile_density(2048)
     0.25
     >>> read("hybrid(local(128) | sinks(16), performer(64))").features
     64

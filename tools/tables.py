@@ -315,7 +315,7 @@ def _recall_tiles(attention: str, length: int) -> float:
     kind = AttentionKind.of(attention)
     rows, columns = (-(-length // size) for size in RECALL_BLOCK)
     if isinstance(kind.user, TopK):
-        return kind.user.density(length) * rows * columns
+        return kind.user.tile_density(length) * rows * columns
     mask = kind.user.mask if isinstance(kind.user, HybridKind) else kind.mask
     assert mask is not None
     return (mask & masks.causal()).layout(length, block=RECALL_BLOCK).num_tiles

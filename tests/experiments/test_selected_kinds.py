@@ -7,13 +7,14 @@ import torch
 from sparse_flash.experiments import chosen, provenance
 from sparse_flash.experiments.attention import AttentionKind
 from sparse_flash.experiments.config import ModelConfig, RunConfig
+from sparse_flash.experiments.densities import attention_densities
 from sparse_flash.experiments.flops import step_flops
 from sparse_flash.experiments.hybrid import Hybrid
 from sparse_flash.experiments.model import Encoder
 from sparse_flash.experiments.selected import TopK, read
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from sparse_flash import masks
+from sparse_flash import BlockLayout, densities, masks
 from tests.experiments.test_recall import small
 
 KINDS = [
@@ -37,7 +38,7 @@ def test_models_of_these_kinds(text):
     logits = model(tokens, lengths)
     logits.square().sum().backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
-    assert 0 < kind.density(100) < 1
+    assert 0 < kind.user.tile_density(100) < 1
     run = RunConfig(attention=text)
     assert 0 < step_flops(run) < step_flops(replace(run, attention="dense"))
 
@@ -68,15 +69,53 @@ def test_texts_are_refused(text, message):
         AttentionKind.of(text)
 
 
-def test_densities():
-    """Of the chosen blocks, counted on a layout."""
+def test_tile_density():
+    """Of the chosen blocks, counted."""
     for kind in (TopK(3, (16, 64), causal=True), TopK(2, 32), TopK(99, 32, causal=True)):
         attend = kind.make(500, 2, 16)
         q = torch.randn(1, 500, 2, 16)
         attend(q, q, q)
         nq = -(-500 // kind.sizes[0])
         part = (attend.chosen >= 0).sum() / (2 * nq * attend.num_blocks)
-        assert kind.density(500) == pytest.approx(part.item())
+        assert kind.tile_density(500) == pytest.approx(part.item())
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        TopK(3, 32),
+        TopK(3, 32, causal=True),
+        TopK(2, (16, 64), causal=True, sinks=1),
+        TopK(99, 32, causal=True, local=2),
+        TopK(3, (16, 64), causal=True, local=0),
+        TopK(2, (64, 32), causal=True),
+    ],
+)
+@pytest.mark.parametrize("length", [512, 500])
+def test_density_counts_elements(kind, length):
+    """Exactly, or it says that the choice decides."""
+    attend, q = kind.make(length, 2, 16), torch.randn(1, length, 2, 16)
+    attend(q, q, q)
+    within = masks.causal() if kind.causal else None
+    layout = BlockLayout.from_topk(attend.chosen, kind.sizes, length, within=within)
+    found = kind.density(length)
+    known = length == 512 and (not kind.causal or (kind.local > 0 and kind.sizes[0] <= 32))
+    assert (found is not None) == known
+    assert found is None or found == pytest.approx(layout.density)
+
+
+def test_computed_density():
+    """Unknown where the choice decides which blocks a tile unites; that of the mask of a hybrid."""
+    names = ("density", "tile_density", "computed_density")
+    found = attention_densities(AttentionKind.of("topk(2, block=64)"), 1024, 128, 32)
+    assert [found[name] for name in names] == [0.125, 0.125, None]
+    found = attention_densities(AttentionKind.of("topk(2, block=128)"), 1024, 128, 32)
+    assert [found[name] for name in names] == [0.25, 0.25, 0.25]
+    text = "hybrid(local(20) | sinks(3), performer(8), block=64)"
+    found = attention_densities(AttentionKind.of(text), 1024, 128, 32)
+    layout = masks.parse("local(20) | sinks(3)").layout(1024, block=(64, 64))
+    assert list(found.values()) == list(densities(layout, 32).record().values())
+    assert found["density"] < found["tile_density"] < found["computed_density"]
 
 
 def test_records_tell_kinds_apart():
