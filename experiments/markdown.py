@@ -243,9 +243,9 @@ def _explanations(report: Report, brief: bool) -> list[str]:
     if len(seeds) > 1:
         said.append("±: standard deviation over the seeds.")
     said += [
-        "Density: allowed fraction of the attention matrix; - where there is no such matrix.",
+        "Density: allowed fraction of the attention matrix; - where there is none, or data decide.",
         f"Tile density: stored fraction of its {settings['block']} x {settings['block']} tiles.",
-        "Computed density: fraction in the tiles that a Hopper GPU computes; predicts its time.",
+        "Computed density: fraction in the tiles of a Hopper GPU; - where data decide.",
         f"Memory: of forward and backward, above the model, on the {device}.",
         f"Speed-up: of a training step, over {report['rows'][0]['attention']}.",
     ]

@@ -57,6 +57,7 @@ TEXTS: dict[str, Callable[[], str]] = {
     "lra-second-seed": tables.lra_second_seed,
     "listops-operators": tables.listops_operators,
     "recall": tables.recall,
+    "text-by-data": tables.text_by_data,
     "path": tables.path,
     "path-256-curve": tables.path_256_curve,
     "path-results": path_tables.results,

@@ -310,6 +310,18 @@ def recall() -> str:
     return table(["attention", "causal tiles", "test accuracy", "seeds"], lines)
 
 
+def text_by_data() -> str:
+    """Text with fixed and chosen blocks: test accuracy over seeds, and the time of a step."""
+    rows = read(RESULTS / "text-h200" / "comparison.json")["rows"]
+    dense = rows[0]["step_ms"]
+    lines = []
+    for row in rows:
+        accuracy = f"{100 * row['test_accuracy']:.1f} ± {100 * row['spread']:.1f} %"
+        tiles = f"{100 * row['tile_density']:.1f} %"
+        lines.append([row["attention"], tiles, accuracy, f"{row['step_ms'] / dense:.2f}"])
+    return table(["attention", "blocks", "test accuracy", "time of a step"], lines)
+
+
 def _recall_tiles(attention: str, length: int) -> float:
     """Tiles of `RECALL_BLOCK` that an attention computes exactly."""
     kind = AttentionKind.of(attention)
