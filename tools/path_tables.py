@@ -18,6 +18,8 @@ ABLATION = {
     "path-256-4-layers-seed0": (4, "3 x 3 patches and butterfly"),
     "path-256-2-layers-seed0": (2, "3 x 3 patches and butterfly"),
 }
+FINISHED = "path-256-finished-seed1"  # with fewer images in its last stage
+PRETRAINED = "path-x-pretrained-seed0"
 SMALL_EQUAL = 230  # GPU seconds at which runs of Path-X are compared
 # The ablation on 128 pixels: run, what differs from `path-x`.
 SMALL_ABLATION = {
@@ -195,6 +197,22 @@ def reached(name: str) -> str:
     )
 
 
+def pretrained() -> str:
+    """What pretraining learned, and how many images with labels the stage of 9 paddles then took,
+    with and without pretraining.
+    """
+    result, plain = run(PRETRAINED), run("path-x-seed0")
+    last, at = result["pretraining"][-1], result["curve"][-1]
+    assert result["config"]["stages"][at[0]]["contours"][-1] == 9
+    other = [row for row in plain["curve"] if row[0] == 3][-1]  # the stage of 9 paddles
+    return (
+        f"After {last[3]:,.0f} GPU seconds and {last[2]:,} images, {100 * last[7]:.1f} % of the "
+        f"hidden pixels of held-out images are right. The label stages then reach "
+        f"{100 * at[7]:.1f} % on 9 paddles after {at[2] - last[2]:,} images. Without pretraining "
+        f"that stage ends with {100 * other[7]:.1f} % after {other[2]:,} images"
+    )
+
+
 def foreground_tiles() -> str:
     """The computed share of the matrix where images decide the layout."""
     return f"{100 * run('path-x-foreground-seed0')['stages'][-1]['computed_density']:.0f} %"
@@ -233,6 +251,7 @@ def data() -> dict[str, Any]:
     """Accuracy on 256 pixels in per cent by GPU minute, by run; the dense run has 128 pixels."""
     lines = {f"6 layers, seed {seed}": f"path-256-seed{seed}" for seed in SEEDS}
     lines |= {
+        "6 layers, seed 1, to the end": FINISHED,
         "6 layers, FlexAttention": "path-256-flex-seed0",
         "6 layers, no broken curves": "path-256-unbroken-seed0",
         "6 layers, 3 x 3 patches alone": "path-256-local-seed0",
@@ -261,7 +280,7 @@ def draw(data: dict[str, Any], theme: tuple[str, str, str, tuple[str, ...]]) -> 
     ink, line, ours, others = theme
     figure = Figure(figsize=(10, 4.6), layout="constrained")
     axes = figure.subplots()
-    styles = [(f"{m}-", ours) for m in "o^v"] + [(f"{m}--", others[0]) for m in "*+sDxP"]
+    styles = [(f"{m}-", ours) for m in "o^vd"] + [(f"{m}--", others[0]) for m in "*+sDxP"]
     for (label, points), (style, color) in zip(data["lines"].items(), styles, strict=True):
         minutes, accuracy = zip(*points, strict=True)
         axes.plot(minutes, accuracy, style, color=color, label=label, markersize=4, linewidth=1.2)

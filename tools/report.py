@@ -74,6 +74,8 @@ TEXTS: dict[str, Callable[[], str]] = {
     "path-x-local": lambda: path_tables.reached("path-x-local-seed0"),
     "path-x-foreground-tiles": path_tables.foreground_tiles,
     "path-256-dense": path_tables.dense,
+    "path-256-finished": lambda: path_tables.reached(path_tables.FINISHED),
+    "path-x-pretrained": path_tables.pretrained,
     "path-x-speed": lambda: path_tables.speed("path-x-seed0"),
     "path-majority-64": lambda: tables.path_majority("path-64-seed0"),
     "path-majority-256": lambda: tables.path_majority("path-256-seed0"),
