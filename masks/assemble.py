@@ -13,8 +13,10 @@ if TYPE_CHECKING:
     from sparse_flash.masks.layout import BlockLayout
 
 _ABSENT = -3  # in a table of values of tiles
+_RADIX = 1 << 16  # numbers of 16 bits, which numpy sorts by radix
 _SMALL = 1 << 16  # tiles of a table that costs less than an operation
 FULL_TILE = -1  # in bit_tile_indices: every element of the tile is allowed
+EMPTY_TILE = -2  # of a tile without allowed elements, which is not stored
 
 
 def extent(index: Tensor, length: int, block: int) -> Tensor:
@@ -44,7 +46,7 @@ def arrays_of_tiles(
         area = extent(row % nq, q_len, block[0]) * extent(col, kv_len, block[1])
         whole = host.take(bits.count(packed), entry) == area
         host.put(entries, some, torch.where(whole, FULL_TILE, entry))
-    tiles, entries = _renumber(packed, entries, distinct)
+    tiles, entries = renumber(packed, entries, distinct)
     first = torch.arange(num_patterns, device=device)[:, None] * nq
     crow = host.take(starts, first + torch.arange(nq + 1, device=device))
     return host.int32(crow), host.int32(cols), host.int32(entries), tiles
@@ -57,8 +59,16 @@ def transposed(layout: BlockLayout) -> tuple[Tensor, Tensor, Tensor]:
     if patterns > 1:
         pattern, rows = host.divided(rows, nq)
         cols = cols + pattern * nk
-    number = host.arange(len(rows), device)
-    _, rows, order, starts = _in_order(cols, rows, number, (patterns * nk, nq))
+    if device.type == "cpu" and patterns * nk <= _RADIX and len(cols) <= host.MOST:
+        order = np.argsort(cols.numpy().astype(np.uint16), kind="stable")  # radix sort
+        counts = np.bincount(cols.numpy(), minlength=patterns * nk)
+        starts = torch.from_numpy(np.concatenate([[0], counts.cumsum()]))
+        rows, order = host.take(rows, torch.from_numpy(order)), torch.from_numpy(order)
+    else:
+        number = host.arange(len(rows), device)
+        _, rows, order, starts = _in_order(cols, rows, number, (patterns * nk, nq))
+    if patterns == 1:
+        return host.int32(starts)[None], host.int32(rows), host.int32(order)
     cells = torch.arange(patterns, device=device)[:, None] * nk
     cells = cells + torch.arange(nk + 1, device=device)
     return host.int32(host.take(starts, cells)), host.int32(rows), host.int32(order)
@@ -99,7 +109,7 @@ def _in_order(
     return rows, cols, values, firsts
 
 
-def _renumber(packed: Tensor, entries: Tensor, are_distinct: bool) -> tuple[Tensor, Tensor]:
+def renumber(packed: Tensor, entries: Tensor, are_distinct: bool) -> tuple[Tensor, Tensor]:
     """Keep the distinct bit tiles in use, in the order of first use."""
     partial = host.positions(entries, 0)
     index = host.take(entries, partial)

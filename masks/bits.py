@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import torch
 from sparse_flash.masks import host
@@ -12,6 +14,8 @@ from torch.nn.functional import pad
 _GATHER = 0x0102040810204080
 _AT_ONCE = 1 << 16  # words hashed or compared per step
 _PREFIX = 32  # words: tiles of noise differ in these
+_FEW = 64  # rows that show whether many are distinct
+_BUCKETS = 1 << 16
 
 
 def pack(tiles: Tensor) -> Tensor:
@@ -73,6 +77,8 @@ def distinct_rows(words: Tensor) -> tuple[Tensor, Tensor]:
     n = len(words)
     if n == 0:
         return (torch.empty(0, dtype=torch.int64, device=words.device),) * 2
+    if words.device.type == "cpu" and n > _FEW and (found := _by_buckets(words)) is not None:
+        return found
     every = host.arange(n, words.device)
     if words.shape[1] >= 4 * _PREFIX and len(host.unique(_hashes(words[:, :_PREFIX], 0))[0]) == n:
         return every, every
@@ -84,6 +90,26 @@ def distinct_rows(words: Tensor) -> tuple[Tensor, Tensor]:
         if _all_equal(words, host.take(first, index)):
             return first, index
     raise AssertionError("eight independent 64-bit hashes collided")
+
+
+def _by_buckets(words: Tensor) -> tuple[Tensor, Tensor] | None:
+    """As `distinct_rows`, without sorting, where few rows are distinct; None where many are.
+
+    All rows in a bucket of hashes must agree with the first of them.
+    """
+    some = words[:_FEW]
+    if len(host.unique(_hashes(some, 0))[0]) > len(some) // 2:
+        return None
+    bucket = (_hashes(words, 0).numpy() >> 32) & (_BUCKETS - 1)
+    first = np.empty(_BUCKETS, np.int64)
+    every = np.arange(len(words))
+    first[bucket[::-1]] = every[::-1]  # the last assignment counts
+    twin = first[bucket]
+    if not _all_equal(words, torch.from_numpy(twin)):
+        return None
+    is_first = twin == every
+    index = (np.cumsum(is_first) - 1)[twin]
+    return torch.from_numpy(np.flatnonzero(is_first)), torch.from_numpy(index)
 
 
 def _hashes(words: Tensor, seed: int) -> Tensor:
@@ -102,6 +128,7 @@ def _all_equal(words: Tensor, twin: Tensor) -> bool:
     return all(np.array_equal(rows[others[part]], rows[part]) for part in parts)
 
 
+@functools.lru_cache(64)
 def _factors(n: int, seed: int) -> Tensor:
     """Odd random numbers of 64 bits, the same on every machine: int64 `(n,)`."""
     generator = torch.Generator("cpu").manual_seed(seed)

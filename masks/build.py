@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from sparse_flash.masks import host
+from sparse_flash.masks import grid, host
 from sparse_flash.masks.elements import (
     EMPTY_TILE,
     Predicate,
@@ -71,13 +71,15 @@ def _build(
     """As `build_layout`. TooLargeError: more than `most` rectangles, or 64 times as many elements,
     are to be looked at.
     """
+    if device.type == "cpu" and grid.fits(lengths):
+        return _of_tables(patterns, pattern_map, lengths, most)
     rows: list[Tensor] = []
     cols: list[Tensor] = []
     entries: list[Tensor] = []
     packed: list[Tensor] = []
     num_bit_tiles, num_block_rows = 0, -(-lengths[0] // lengths[2][0])
     for number, predicate in enumerate(patterns):
-        with TableLookups() if getattr(predicate, "tables", True) else contextlib.nullcontext():
+        with _lookups(predicate):
             full, unknown = _classify(predicate, lengths, device, most)
             index, tiles = evaluate(predicate, *unknown, lengths, most and 64 * most)
         rows.append(full[0] + number * num_block_rows if number else full[0])
@@ -104,13 +106,33 @@ def _build(
     )
 
 
+def _of_tables(
+    patterns: Sequence[Predicate], pattern_map: Tensor, lengths: Lengths, most: int | None
+) -> BlockLayout:
+    """As `_build`, from tables of all tiles."""
+    tables: list[grid.Table] = []
+    packed: list[Tensor] = []
+    for predicate in patterns:
+        with _lookups(predicate):
+            table, bit_tiles = grid.tiles(predicate, lengths, most)
+        tables.append(table)
+        packed.append(bit_tiles)
+    arrays = grid.arrays_of_tables(tables, packed)
+    return BlockLayout(*lengths, *arrays, pattern_map.to(torch.int32), validate=False)
+
+
+def _lookups(predicate: Predicate) -> contextlib.AbstractContextManager[object]:
+    """The mode in which rules may look indices up in tensors, where a rule may do so."""
+    return TableLookups() if getattr(predicate, "tables", True) else contextlib.nullcontext()
+
+
 Cells = tuple[Tensor, Tensor]  # block rows and block columns
 
 
 @plain_torch()
 def classify_tiles(predicate: Predicate, lengths: Lengths) -> tuple[Cells, Cells, int]:
     """Full tiles, undecided tiles, and the number of tiles to evaluate by elements."""
-    with TableLookups() if getattr(predicate, "tables", True) else contextlib.nullcontext():
+    with _lookups(predicate):
         full, unknown = _classify(predicate, lengths, torch.device("cpu"))
         return full, unknown, count_kinds(predicate, *unknown, lengths)
 
@@ -119,14 +141,14 @@ def _classify(
     predicate: Predicate, lengths: Lengths, device: torch.device, most: int | None = None
 ) -> tuple[Cells, Cells]:
     """The full tiles and the unknown tiles. TooLargeError: more than `most` rectangles."""
-    grid = (-(-lengths[0] // lengths[2][0]), -(-lengths[1] // lengths[2][1]))
-    whole = sides = (_power_of_fan(grid[0]), _power_of_fan(grid[1]))
+    shape = (-(-lengths[0] // lengths[2][0]), -(-lengths[1] // lengths[2][1]))
+    whole = sides = (_power_of_fan(shape[0]), _power_of_fan(shape[1]))
     # Large rectangles decide nothing: begin with as many as cost little more than one.
     while sides != (1, 1) and (parts := _parts(sides, _FAN)) != sides:
-        if math.prod(-(-n // part) for n, part in zip(grid, parts, strict=True)) > _FEW:
+        if math.prod(-(-n // part) for n, part in zip(shape, parts, strict=True)) > _FEW:
             break
         sides = parts
-    unknown = _split((torch.zeros(1, dtype=torch.int64, device=device),) * 2, whole, sides, grid)
+    unknown = _split((torch.zeros(1, dtype=torch.int64, device=device),) * 2, whole, sides, shape)
     full: list[Cells] = []
     while True:
         decided: list[Cells] = []
@@ -137,13 +159,13 @@ def _classify(
             sure, open_ = (host.positions(states, state, state) for state in (FULL, UNKNOWN))
             decided.append(_taken(cells, sure))
             rest.append(_taken(cells, open_))
-        full.append(_split(_joined(decided), sides, (1, 1), grid))
+        full.append(_split(_joined(decided), sides, (1, 1), shape))
         unknown = _joined(rest)
         if sides == (1, 1):
             return _joined(full), unknown
         many = device.type == "cpu" and len(unknown[0]) * _FAN**2 > 4 * _FEW
         parts = _parts(sides, _FAN // 2 if many else _FAN)
-        unknown = _split(unknown, sides, parts, grid)
+        unknown = _split(unknown, sides, parts, shape)
         sides = parts
         if most is not None and len(unknown[0]) + sum(len(rows) for rows, _ in full) > most:
             raise TooLargeError

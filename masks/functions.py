@@ -12,6 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from sparse_flash.masks import blockwise
+from sparse_flash.masks.blockwise import Numbers, full, int64, maximum, minimum, where
 from sparse_flash.masks.kleene import EMPTY, FULL, UNKNOWN, Columns, NotUnderstoodError, Symbol
 from sparse_flash.masks.ternary import (
     Interval,
@@ -82,10 +84,10 @@ def _integer(x: Any) -> Any:
     if not isinstance(x, Ternary):
         return operand(x)
 
-    def form(modulus: int) -> tuple[Tensor, Columns]:
-        return torch.zeros_like(x.value, dtype=torch.int64), x.columns()
+    def form(modulus: int) -> tuple[Numbers, Columns]:
+        return full(x.value, 0), x.columns()
 
-    return Interval((x.value == FULL).long(), (x.value >= UNKNOWN).long(), 1, form)
+    return Interval(int64(x.value == FULL), int64(x.value >= UNKNOWN), 1, form)
 
 
 def _converted(x: Any, *args: Any, **kwargs: Any) -> Any:
@@ -102,14 +104,14 @@ def _converted(x: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _least(a: Any, b: Any) -> Any:
-    return _either(a, b, torch.minimum)
+    return _either(a, b, minimum)
 
 
 def _most(a: Any, b: Any) -> Any:
-    return _either(a, b, torch.maximum)
+    return _either(a, b, maximum)
 
 
-def _either(a: Any, b: Any, choose: Callable[[Tensor, Tensor], Tensor]) -> Any:
+def _either(a: Any, b: Any, choose: Callable[[Numbers, Any], Numbers]) -> Any:
     """The smaller or larger of two values; its signature includes their difference."""
     if _all_narrow(a, b):
         return Unknown(*symbols(a, b))
@@ -119,9 +121,9 @@ def _either(a: Any, b: Any, choose: Callable[[Tensor, Tensor], Tensor]) -> Any:
     if not isinstance(a, Interval) or isinstance(b, Unknown):
         return Unknown(*symbols(a, b))
     ends = zip(bounds(a), bounds(b), strict=True)
-    lo, hi = (choose(x, y if isinstance(y, Tensor) else torch.full_like(x, y)) for x, y in ends)
+    lo, hi = (choose(x, y) for x, y in ends)
 
-    def form(modulus: int) -> tuple[Tensor, Columns]:
+    def form(modulus: int) -> tuple[Numbers, Columns]:
         (base, p), (other, r) = a.form(), form_of(b)
         return base, [*p, *r, other - base]
 
@@ -154,23 +156,23 @@ def _where(condition: Any, a: Any, b: Any) -> Any:
     a, b = operand(a), operand(b)
     if narrow or isinstance(a, Unknown) or isinstance(b, Unknown):
         return Unknown(condition, *symbols(a, b))
-    (a_lo, a_hi), (b_lo, b_hi) = (_tensors(x, condition.value) for x in (a, b))
+    (a_lo, a_hi), (b_lo, b_hi) = (_ends(x, condition.value) for x in (a, b))
     surely, possibly = condition.value == FULL, condition.value >= UNKNOWN
-    lo = torch.where(surely, a_lo, torch.where(possibly, torch.minimum(a_lo, b_lo), b_lo))
-    hi = torch.where(surely, a_hi, torch.where(possibly, torch.maximum(a_hi, b_hi), b_hi))
+    lo = where(surely, a_lo, where(possibly, minimum(a_lo, b_lo), b_lo))
+    hi = where(surely, a_hi, where(possibly, maximum(a_hi, b_hi), b_hi))
 
-    def form(modulus: int) -> tuple[Tensor, Columns]:
+    def form(modulus: int) -> tuple[Numbers, Columns]:
         (x, p), (y, r) = form_of(a), form_of(b)
-        both = [torch.full_like(lo, z) if isinstance(z, int) else z for z in (x, y)]
-        return torch.zeros_like(lo), [*condition.columns(), *p, *r, *both]
+        both = [full(lo, z) if isinstance(z, int) else z for z in (x, y)]
+        return full(lo, 0), [*condition.columns(), *p, *r, *both]
 
     return Interval(lo, hi, max(magnitude(a), magnitude(b)), form)
 
 
-def _tensors(x: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+def _ends(x: Any, like: Numbers) -> tuple[Numbers, Numbers]:
     if isinstance(x, Interval):
         return x.lo, x.hi
-    both = torch.full_like(like, x, dtype=torch.int64)
+    both = full(like, x)
     return both, both
 
 
@@ -182,7 +184,7 @@ def _new(value: bool | int) -> Callable[..., Tensor]:
             raise NotUnderstoodError("new tensors of a shape")
         options.pop("device", None)
         dtype = options.pop("dtype", torch.int64)
-        return torch.full((), value, dtype=dtype, device=x.like.device)
+        return torch.full((), value, dtype=dtype, device=blockwise.device(x.like))
 
     return make
 
@@ -207,9 +209,8 @@ def _like(name: str, default: int | None = None) -> Callable[..., Any]:
         if type(value) not in (bool, int) or dtype not in (torch.bool, torch.int64):
             raise NotUnderstoodError(f"{name} of {dtype}")
         if dtype == torch.bool:
-            state = torch.full_like(x.like, FULL if value else EMPTY, dtype=torch.int8)
-            return Ternary(state, list)
-        number = torch.full_like(x.like, value, dtype=torch.int64)
+            return Ternary(blockwise.states(x.like, FULL if value else EMPTY), list)
+        number = full(x.like, value)
         return Interval(number, number, abs(value), lambda modulus: (number, []))
 
     return make

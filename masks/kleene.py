@@ -17,12 +17,14 @@ from types import FrameType
 from typing import Any, ClassVar, NoReturn
 
 import torch
+from sparse_flash.masks import blockwise
+from sparse_flash.masks.blockwise import Numbers, maximum, minimum, where
 from torch import Tensor
 
 # Ordered so that "or" is the maximum, "and" the minimum, "not" the reflection.
 EMPTY, UNKNOWN, FULL = 0, 1, 2
 
-Columns = list[Tensor]
+Columns = list[Numbers]
 
 
 class NotUnderstoodError(TypeError):
@@ -74,7 +76,7 @@ class Symbol:
     otherwise: ClassVar[Callable[..., Any] | None] = None  # for unlisted functions
     __array_ufunc__ = None  # numpy defers operators to this class
     __hash__ = None  # type: ignore[assignment]
-    like: Tensor  # one entry per block
+    like: Numbers  # one entry per block
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
@@ -158,7 +160,7 @@ class Ternary(Symbol):
 
     def __init__(
         self,
-        value: Tensor,
+        value: Numbers,
         decided_by: Callable[[], Columns] | None = None,
         operands: tuple[Ternary, ...] = (),
     ) -> None:
@@ -167,15 +169,13 @@ class Ternary(Symbol):
 
     @classmethod
     def of(
-        cls, surely: Tensor, possibly: Tensor, decided_by: Callable[[], Columns] | None = None
+        cls, surely: Numbers, possibly: Numbers, decided_by: Callable[[], Columns] | None = None
     ) -> Ternary:
         """FULL where `surely`, UNKNOWN where only `possibly`, EMPTY elsewhere."""
-        value = surely.to(torch.int8) + (surely | possibly).to(torch.int8)
+        value = blockwise.int8(surely) + blockwise.int8(surely | possibly)
         if decided_by is None:
             return cls(value)
-        return cls(
-            value, lambda: [value.long(), *decided_by()]
-        )  # a column marks undecided leaves by 1
+        return cls(value, lambda: [value, *decided_by()])  # a column marks undecided leaves by 1
 
     def columns(self) -> Columns:
         """The signature; columns of undecided leaves are 0 in decided blocks.
@@ -183,26 +183,26 @@ class Ternary(Symbol):
         Raises:
             NotUnderstoodError: The truth value has no signature.
         """
-        return self._columns(torch.ones_like(self.value, dtype=torch.bool), self.value)
+        return self._columns(self.value == self.value, self.value)
 
-    def _columns(self, undecided: Tensor, decided: Tensor) -> Columns:
+    def _columns(self, undecided: Numbers, decided: Numbers) -> Columns:
         """The signature; columns are `decided` where the whole expression is not `undecided`.
 
         Each column is selected once, however deep the expression is.
         """
-        decided = torch.where(undecided, self.value, decided)
+        decided = where(undecided, self.value, decided)
         undecided = undecided & (self.value == UNKNOWN)
         if self._operands:
             return [c for each in self._operands for c in each._columns(undecided, decided)]
         if self._decided_by is None:
             raise NotUnderstoodError("a truth value of unknown origin")
-        return [torch.where(undecided, c, decided).long() for c in self._decided_by()]
+        return [where(undecided, c, decided) for c in self._decided_by()]
 
     def __and__(self, other: Any) -> Ternary:
-        return self._combine(other, torch.minimum)
+        return self._combine(other, minimum)
 
     def __or__(self, other: Any) -> Ternary:
-        return self._combine(other, torch.maximum)
+        return self._combine(other, maximum)
 
     def __xor__(self, other: Any) -> Ternary:
         other = self._operand(other)
@@ -225,9 +225,9 @@ class Ternary(Symbol):
     @property
     def device(self) -> torch.device:
         """Device of the represented tensor."""
-        return self.value.device
+        return blockwise.device(self.value)
 
-    def _combine(self, other: Any, operation: Callable[[Tensor, Tensor], Tensor]) -> Ternary:
+    def _combine(self, other: Any, operation: Callable[[Numbers, Numbers], Numbers]) -> Ternary:
         other = self._operand(other)
         return Ternary(operation(self.value, other.value), operands=(self, other))
 
@@ -237,7 +237,7 @@ class Ternary(Symbol):
         if isinstance(other, Tensor) and other.ndim == 0 and other.dtype == torch.bool:
             other = bool(other)
         if isinstance(other, bool):
-            return Ternary(torch.full_like(self.value, FULL if other else EMPTY), list)
+            return Ternary(blockwise.states(self.value, FULL if other else EMPTY), list)
         raise NotUnderstoodError(f"a truth value combined with {type(other).__name__}")
 
 

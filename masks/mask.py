@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, ClassVar, TypeVar, dataclass_transform
 
 import torch
-from sparse_flash.masks import build, device_builders, host, notebook, reach, validation
+from sparse_flash.masks import blockwise, build, device_builders, notebook, reach, validation
 from sparse_flash.masks.arguments import integer
 from sparse_flash.masks.extents import (
     Extents,
@@ -58,6 +58,7 @@ class Mask(Traceable):
     by_head: ClassVar[bool] = False  # whether it has several masks, by batch entry and head
     _derived = (*Traceable._derived, "_record")
     _record: Record | None = None  # derived objects, see `RecordCache`
+    combines: ClassVar[bool] = False  # whether `combined` makes the rule from those of operands
     changeable: bool = False  # whether `state()` can change
     on_device: bool = False  # whether the rule reads tensors on the device
 
@@ -73,11 +74,26 @@ class Mask(Traceable):
         """The operands of a composite; empty for a pattern."""
         return ()
 
+    def combined(self, truths: list[Truth]) -> Truth:
+        """The truth of a composite, from those of its operands."""
+        raise NotImplementedError(f"{type(self).__name__} has no operands")
+
     @property
     def tables(self) -> bool:
         """Whether the rule may look indices up in tensors, which costs time in every operation."""
         operands = self.operands()
         return not operands or any(mask.tables for mask in operands)
+
+    @property
+    def for_arrays(self) -> bool:
+        """Whether the rule accepts arrays of numpy: by default, if it looks up no tables."""
+        return not self.tables
+
+    @property
+    def diagonal(self) -> bool:
+        """Whether the rule depends on q - kv alone, so that all tiles on a diagonal are equal."""
+        operands = self.operands()
+        return bool(operands) and all(mask.diagonal for mask in operands)
 
     @property
     def for_host(self) -> bool:
@@ -140,7 +156,8 @@ class Mask(Traceable):
 
         EMPTY and FULL are certain; UNKNOWN rectangles must be evaluated.
         """
-        return self.allowed(blocks.q, blocks.kv).value.expand(blocks.q_lo.shape)
+        states = blockwise.tensor(self.allowed(blocks.q, blocks.kv).value)
+        return states.expand(blocks.shape)
 
     def signature(self, blocks: Blocks) -> Tensor | None:
         """A few integers for each rectangle, int64 `(n, k)`; equal ones mean equal elements.
@@ -152,9 +169,7 @@ class Mask(Traceable):
             columns = self.allowed(blocks.q, blocks.kv).columns()
         except NotUnderstoodError:
             return None
-        shape = blocks.q_lo.shape
-        none = blocks.q_lo.new_empty(0, *shape)  # whole columns are written, then seen as rows
-        return host.cat([none, *(column.long().expand(1, *shape) for column in columns)]).T
+        return blockwise.rows_of(columns, blocks.q_lo)
 
     def __or__(self, other: Mask) -> Mask:
         return _combine(Or, self, other)
@@ -335,6 +350,7 @@ class Pattern(Mask):
 @dataclass(frozen=True, repr=False)
 class _Combination(Mask):
     masks: tuple[Mask, ...]
+    combines = True
     symbol: ClassVar[str]
     operation: ClassVar[Callable[[Truth, Truth], Truth]]
 
@@ -344,8 +360,11 @@ class _Combination(Mask):
     def operands(self) -> tuple[Mask, ...]:
         return self.masks
 
+    def combined(self, truths: list[Truth]) -> Truth:
+        return functools.reduce(type(self).operation, truths)
+
     def allowed(self, q: Index, kv: Index) -> Truth:
-        return functools.reduce(type(self).operation, (m.allowed(q, kv) for m in self.masks))
+        return self.combined([m.allowed(q, kv) for m in self.masks])
 
     def extents(self) -> Extents:
         return merge_extents(self, self.masks)
@@ -372,6 +391,7 @@ class Not(Mask):
     """Complement: true where the operand is false."""
 
     mask: Mask
+    combines = True
 
     def __post_init__(self) -> None:
         inherit_changeable(self)
@@ -379,6 +399,10 @@ class Not(Mask):
     def operands(self) -> tuple[Mask, ...]:
         """The negated mask."""
         return (self.mask,)
+
+    def combined(self, truths: list[Truth]) -> Truth:
+        """The negated truth."""
+        return ~truths[0]
 
     def allowed(self, q: Index, kv: Index) -> Truth:
         """The negated rule."""
@@ -406,6 +430,12 @@ class through(Pattern):  # noqa: N801 - used like a function, as the patterns ar
 
     mask: Mask
     order: TokenOrder
+    diagonal = False
+
+    @property
+    def for_arrays(self) -> bool:
+        """As the mask: the order is a table that accepts arrays."""
+        return self.mask.for_arrays
 
     def __post_init__(self) -> None:
         """Check that mask and order cover the same tokens."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from sparse_flash.masks import validation
+from sparse_flash.masks.blockwise import tensor
 from sparse_flash.masks.build import build_layout
 from sparse_flash.masks.cells import cell_of, retile_by_cells
 from sparse_flash.masks.layout import FULL_TILE, BlockLayout
@@ -65,7 +66,7 @@ class _Stored:
     def classify(self, blocks: Blocks) -> Tensor:
         """EMPTY, UNKNOWN or FULL for each rectangle, int8."""
         block_q, block_kv = self.layout.block
-        return self.table.classify(blocks.q // block_q, blocks.kv // block_kv).value
+        return tensor(self.table.classify(blocks.q // block_q, blocks.kv // block_kv).value)
 
     def signature(self, blocks: Blocks) -> None:
         """None: stored bits have no signature."""

@@ -8,21 +8,21 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
-from sparse_flash.masks import host
+from sparse_flash.masks import blockwise
 from sparse_flash.masks.array_functions import look_up
+from sparse_flash.masks.blockwise import Numbers, bit_length, full, maximum, minimum, take
 from sparse_flash.masks.dense import Dense
 from sparse_flash.masks.kleene import Columns, NotUnderstoodError, Symbol, answer, columns_of
 from sparse_flash.masks.modes import is_fake, plain_torch, unreadable
 from sparse_flash.masks.ternary import (
-    EMPTY,
     FULL,
     Form,
     Index,
     Interval,
     Ternary,
     Unknown,
-    bit_length,
     bounds,
     operand,
     symbols,
@@ -58,16 +58,22 @@ class RangeTable:
             highs.append(_pad(torch.maximum(highs[k][:n], highs[k][1 << k :][:n]), len(table)))
         self.low, self.high = torch.stack(lows), torch.stack(highs)
 
-    def bounds(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
-        """Minimum and maximum of `table[lo..hi]`, bounds inclusive; integers as int64."""
-        low, high = self.low.to(lo.device), self.high.to(lo.device)
+    def bounds(self, lo: Numbers, hi: Numbers) -> tuple[Numbers, Numbers]:
+        """Minimum and maximum of `table[lo..hi]`, bounds inclusive; integers as int64.
+
+        Floats are tensors.
+        """
+        low, high = (x.to(blockwise.device(lo)) for x in (self.low, self.high))
         k = bit_length(hi - lo + 1) - 1
         second = hi + 1 - (1 << k)  # two overlapping ranges of 2^k entries cover lo..hi
         first, second = k * low.shape[1] + lo, k * low.shape[1] + second
         low, high = low.view(-1), high.view(-1)
-        least = torch.minimum(host.take(low, first), host.take(low, second))
-        most = torch.maximum(host.take(high, first), host.take(high, second))
-        return (least, most) if least.is_floating_point() else (least.long(), most.long())
+        if low.is_floating_point():
+            first, second = blockwise.tensor(first), blockwise.tensor(second)
+            return low[first].minimum(low[second]), high[first].maximum(high[second])
+        least = minimum(take(low, first), take(low, second))
+        most = maximum(take(high, first), take(high, second))
+        return blockwise.int64(least), blockwise.int64(most)
 
 
 def _pad(x: Tensor, n: int) -> Tensor:
@@ -95,12 +101,12 @@ class Entries(Interval):
         most = int((last - first).max()) + 1 if len(first) else 0
         if most > _FEW or isinstance(other, Unknown):
             return truth
-        (lo, hi), table = bounds(other), self.table.low[0].to(first.device)
-        met = torch.zeros_like(truth.value, dtype=torch.bool)
+        (lo, hi), table = bounds(other), self.table.low[0].to(blockwise.device(first))
+        met = first > last
         for t in range(most):
-            entry = host.take(table, (first + t).minimum(last))
-            met |= (entry >= lo) & (entry <= hi)
-        return truth & Ternary(torch.where(met, FULL, EMPTY).to(torch.int8), list)
+            entry = take(table, minimum(first + t, last))
+            met = met | (entry >= lo) & (entry <= hi)
+        return truth & Ternary(FULL * blockwise.int8(met), list)
 
     __hash__ = None
 
@@ -128,7 +134,7 @@ class Indirect(Entries):
 
 def _of_index(index: Interval) -> Callable[[int], Form]:
     """The form of values that an index determines, without further structure."""
-    return lambda modulus: (torch.zeros_like(index.lo), index.columns())
+    return lambda modulus: (full(index.lo, 0), index.columns())
 
 
 class IndexTable:
@@ -157,6 +163,8 @@ class IndexTable:
             return self._bounds(index)
         if isinstance(index, Dense):
             return look_up(self.table, (index,))
+        if type(index) is np.ndarray:
+            return self.table.numpy()[index]
         if is_fake(index):
             table = index.fake_mode.from_tensor(self.table).to(index.device)
         else:
@@ -165,11 +173,11 @@ class IndexTable:
         return table.index_select(0, index.flatten()).view(index.shape)
 
     def _bounds(self, index: Interval) -> Interval:
-        device = index.lo.device
+        device = blockwise.device(index.lo)
         if not self.ascending:
             return Indirect(lambda op, n: self._range(op, n, device), index)
         table = self.on(device)
-        lo, hi = (table.index_select(0, end).long() for end in (index.lo, index.hi))
+        lo, hi = (blockwise.int64(take(table, end)) for end in (index.lo, index.hi))
         largest = max(abs(int(self.table[0])), abs(int(self.table[-1])))
         return Interval(lo, hi, largest, _of_index(index))
 
@@ -212,10 +220,16 @@ class RectangleTable:
         i, j = rows // self.cell, cols // self.cell
         area = (i.hi + 1 - i.lo) * (j.hi + 1 - j.lo)
         some, every = (
-            t[i.hi + 1, j.hi + 1] - t[i.lo, j.hi + 1] - t[i.hi + 1, j.lo] + t[i.lo, j.lo]
-            for t in (self.some.to(i.lo.device), self.every.to(i.lo.device))
+            _within(t.to(i.lo.device) if isinstance(i.lo, Tensor) else t.numpy(), i, j)
+            for t in (self.some, self.every)
         )
         return Ternary.of(every == area, some > 0, columns_of((rows, cols)))
+
+
+def _within(summed: Numbers, i: Interval, j: Interval) -> Numbers:
+    """The sum over each rectangle, by a summed-area table."""
+    below = summed[i.hi + 1, j.hi + 1] - summed[i.hi + 1, j.lo]
+    return below - summed[i.lo, j.hi + 1] + summed[i.lo, j.lo]
 
 
 def _summed(table: Tensor) -> Tensor:
@@ -302,7 +316,10 @@ class Floats(Symbol):
             lo = hi = other  # torch compares bounds as it compares entries
         else:
             return Unknown(self)._compare(other)
-        return Ternary.of(*states(lo, hi), columns_of([self, *symbols(other)]))
+        ends = states(lo, hi)
+        if not isinstance(self.like, Tensor):
+            ends = ends[0].numpy(), ends[1].numpy()
+        return Ternary.of(*ends, columns_of([self, *symbols(other)]))
 
     def __lt__(self, other: Any) -> Any:
         return self._compare(other, lambda lo, hi: (self.hi < lo, self.lo < hi))
@@ -317,8 +334,9 @@ class Floats(Symbol):
         return self._compare(other, lambda lo, hi: (self.lo >= hi, self.hi >= lo))
 
     def __eq__(self, other: object) -> Any:
-        never = torch.zeros_like(self.like, dtype=torch.bool)
-        return self._compare(other, lambda lo, hi: (never, (self.lo <= hi) & (self.hi >= lo)))
+        return self._compare(
+            other, lambda lo, hi: (self.hi < self.lo, (self.lo <= hi) & (self.hi >= lo))
+        )
 
     def __ne__(self, other: object) -> Any:
         return ~(self == other)

@@ -20,7 +20,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from sparse_flash.masks import blockwise
+from sparse_flash.masks.blockwise import Numbers, bit_length, full, maximum, minimum, numbers, where
 from sparse_flash.masks.kleene import (
     EMPTY,
     FULL,
@@ -43,13 +46,14 @@ _LARGEST = 2**31 - 1  # upper bound of every index
 Index = Any
 # Result of a rule: a bool tensor or a Ternary.
 Truth = Any
-Form = tuple[Tensor, Columns]  # base and parameters, one entry per block
+Form = tuple[Numbers, Columns]  # base and parameters, one entry per block
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """A batch of rectangles of (q, kv) indices, bounds inclusive; four int64 tensors of one shape.
+    """A batch of rectangles of (q, kv) indices, bounds inclusive; four int64 tensors or arrays.
 
+    Shapes of queries and keys broadcast: `(n, 1)` and `(m,)` stand for n x m rectangles.
     `largest`: Bound of the absolute values of all indices, for overflow checks.
 
     >>> tile = Blocks(*map(torch.tensor, ([0, 128], [127, 255], [0, 0], [127, 127])))
@@ -57,21 +61,26 @@ class Blocks:
     tensor([127, 255])
     """
 
-    q_lo: Tensor
-    q_hi: Tensor
-    kv_lo: Tensor
-    kv_hi: Tensor
+    q_lo: Numbers
+    q_hi: Numbers
+    kv_lo: Numbers
+    kv_hi: Numbers
     largest: int = _LARGEST
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the batch."""
+        return np.broadcast_shapes(self.q_lo.shape, self.kv_lo.shape)
 
     @property
     def q(self) -> Interval:
         """The query indices of each rectangle."""
-        return Interval(self.q_lo, self.q_hi, self.largest)
+        return Interval(numbers(self.q_lo), numbers(self.q_hi), self.largest)
 
     @property
     def kv(self) -> Interval:
         """The key indices of each rectangle."""
-        return Interval(self.kv_lo, self.kv_hi, self.largest)
+        return Interval(numbers(self.kv_lo), numbers(self.kv_hi), self.largest)
 
     def __getitem__(self, index: Tensor | slice) -> Blocks:
         ends = (self.q_lo[index], self.q_hi[index], self.kv_lo[index], self.kv_hi[index])
@@ -92,9 +101,9 @@ class Unknown(Symbol):
         return Unknown(self, *symbols(*others))
 
     def _compare(self, other: Any) -> Ternary:
-        value = torch.full_like(self.like, UNKNOWN, dtype=torch.int8)
+        value = blockwise.states(self.like, UNKNOWN)
         made = self._with(other)
-        return Ternary(value, lambda: [value.long(), *made.columns()])
+        return Ternary(value, lambda: [value, *made.columns()])
 
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _with
     __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __truediv__ = __rtruediv__ = _with
@@ -127,8 +136,8 @@ class Interval(Symbol):
 
     def __init__(
         self,
-        lo: Tensor,
-        hi: Tensor,
+        lo: Numbers,
+        hi: Numbers,
         largest: int = _LARGEST,
         form: Callable[[int], Form] | None = None,
     ) -> None:
@@ -138,7 +147,7 @@ class Interval(Symbol):
     @property
     def device(self) -> torch.device:
         """Device of the represented tensor."""
-        return self.lo.device
+        return blockwise.device(self.lo)
 
     def form(self, modulus: int = 0) -> Form:
         """Base and parameters in each block."""
@@ -147,8 +156,8 @@ class Interval(Symbol):
         base, parameters = self._form(modulus)
         if parameters:  # a constant value has none
             constant = self.lo == self.hi
-            base = torch.where(constant, self.lo, base)
-            parameters = [torch.where(constant, _NONE, p) for p in parameters]
+            base = where(constant, self.lo, base)
+            parameters = [where(constant, _NONE, p) for p in parameters]
         return base, parameters
 
     def columns(self) -> Columns:
@@ -210,7 +219,7 @@ class Interval(Symbol):
         def form(modulus: int) -> Form:
             (a, p), (b, r) = self.form(modulus), other.form(modulus)
             factors = [a % modulus, b % modulus] if modulus else [a, b]
-            return torch.zeros_like(a), p + r + factors
+            return full(a, 0), p + r + factors
 
         return Interval(*corners(operator.mul, self, other), largest, form)
 
@@ -237,7 +246,7 @@ class Interval(Symbol):
 
         first, width = remainder(self.lo, n), self.hi - self.lo
         same = width < n - first  # otherwise it wraps around, and every remainder is possible
-        lo, hi = torch.where(same, first, 0), torch.where(same, first + width, n - 1)
+        lo, hi = where(same, first, 0), where(same, first + width, n - 1)
 
         def form(modulus: int) -> Form:
             if modulus and n % modulus == 0:
@@ -245,10 +254,10 @@ class Interval(Symbol):
                 return base if self.largest < n else remainder(base, modulus), parameters
             base, parameters = self.form(modulus)
             start = base - self.lo if not modulus else remainder(base - self.lo, modulus)
-            inside = [torch.where(same, p, _NONE) for p in (*parameters, start)]
+            inside = [where(same, p, _NONE) for p in (*parameters, start)]
             base, parameters = self.form(n)
-            around = [torch.where(same, _NONE, p) for p in (*parameters, remainder(base, n))]
-            return torch.where(same, first, 0), inside + around
+            around = [where(same, _NONE, p) for p in (*parameters, remainder(base, n))]
+            return where(same, first, 0), inside + around
 
         return Interval(lo, hi, n - 1, form)
 
@@ -260,8 +269,8 @@ class Interval(Symbol):
         if operation is operator.floordiv:
             return Interval(*corners(operation, self, n), self.largest, form)
         same = (n.lo == n.hi) & (self.lo // n.lo == self.hi // n.lo)
-        lo = torch.where(same, self.lo % n.lo, 0)
-        return Interval(lo, torch.where(same, self.hi % n.lo, n.hi - 1), n.largest, form)
+        lo = where(same, self.lo % n.lo, 0)
+        return Interval(lo, where(same, self.hi % n.lo, n.hi - 1), n.largest, form)
 
     def __rshift__(self, k: Any) -> Any:
         k = shift_operand(k)
@@ -273,7 +282,7 @@ class Interval(Symbol):
         k = shift_operand(k)
         if isinstance(k, int):
             return self * (1 << k)
-        most = int(k.hi.max()) if k.hi.numel() else 0
+        most = int(k.hi.max()) if len(k.hi) else 0
         if self.largest << most >= _FAR:
             return Unknown(self, k)
         form = _exact_form(self, k)
@@ -295,18 +304,18 @@ class Interval(Symbol):
         value = operand(value)
         if not isinstance(value, int):
             raise NotUnderstoodError(f"an index combined with {type(value).__name__}")
-        everywhere = torch.full_like(self.lo, value)
+        everywhere = full(self.lo, value)
         return Interval(everywhere, everywhere, abs(value))
 
     def __abs__(self) -> Interval:
         positive, negative = self.lo >= 0, self.hi <= 0
-        lo = torch.where(positive, self.lo, torch.where(negative, -self.hi, 0))
-        hi = torch.maximum(-self.lo, self.hi)
+        lo = where(positive, self.lo, where(negative, -self.hi, 0))
+        hi = maximum(-self.lo, self.hi)
 
         def form(modulus: int) -> Form:
             base, parameters = self.form()
-            sign = torch.where(positive, 1, torch.where(negative, -1, 0))
-            return base * sign, [*parameters, sign, torch.where(sign == 0, base, 0)]
+            sign = where(positive, 1, where(negative, -1, 0))
+            return base * sign, [*parameters, sign, where(sign == 0, base, 0)]
 
         return Interval(lo, hi, self.largest, form)
 
@@ -329,27 +338,27 @@ class Interval(Symbol):
                 return self % (other + 1)  # only the lower bits
             other = self._constant(other)
         vary = (self.lo ^ self.hi) | (other.lo ^ other.hi)
-        low = torch.where(vary < 0, 63, bit_length(vary.clamp(min=0)))  # the sign varies
-        span = torch.where(low == 63, 2**63 - 1, (1 << low.clamp(max=62)) - 1)
-        lo = torch.where(low == 63, -(2**63), operation(self.lo, other.lo) & ~span)
-        hi = torch.where(low == 63, 2**63 - 1, lo + span)
+        low = where(vary < 0, 63, bit_length(maximum(vary, 0)))  # the sign varies
+        span = where(low == 63, 2**63 - 1, (1 << minimum(low, 62)) - 1)
+        lo = where(low == 63, -(2**63), operation(self.lo, other.lo) & ~span)
+        hi = where(low == 63, 2**63 - 1, lo + span)
         if operation is operator.and_:  # at most the smaller operand, if neither is negative
-            hi = torch.where(self.lo >= 0, torch.minimum(hi, self.hi), hi)
-            hi = torch.where(other.lo >= 0, torch.minimum(hi, other.hi), hi)
-            lo = torch.where((self.lo >= 0) | (other.lo >= 0), lo.clamp(min=0), lo)
+            hi = where(self.lo >= 0, minimum(hi, self.hi), hi)
+            hi = where(other.lo >= 0, minimum(hi, other.hi), hi)
+            lo = where((self.lo >= 0) | (other.lo >= 0), maximum(lo, 0), lo)
 
         def form(modulus: int) -> Form:
             if modulus and modulus & (modulus - 1) == 0:  # lower bits depend on lower bits
                 (a, p), (b, r) = self.form(modulus), other.form(modulus)
-                return torch.zeros_like(a), [*p, *r, remainder(a, modulus), remainder(b, modulus)]
+                return full(a, 0), [*p, *r, remainder(a, modulus), remainder(b, modulus)]
             (a, p), (b, r) = self.form(), other.form()
             below = [a - (self.lo & ~span), b - (other.lo & ~span), low]
-            base = torch.where(low == 63, 0, operation(self.lo, other.lo) & ~span)
+            base = where(low == 63, 0, operation(self.lo, other.lo) & ~span)
             return base, p + r + below
 
         largest = (1 << max(self.largest, other.largest).bit_length()) - 1
         edge = largest + 1  # all high bits of a negative number are set
-        return Interval(lo.clamp(min=-edge), hi.clamp(max=largest), edge, form)
+        return Interval(maximum(lo, -edge), minimum(hi, largest), edge, form)
 
     __radd__, __rmul__, __rand__, __ror__, __rxor__ = __add__, __mul__, __and__, __or__, __xor__
 
@@ -368,10 +377,10 @@ class Interval(Symbol):
     __rtruediv__ = __truediv__
 
     def __le__(self, other: Any) -> Any:
-        return self._compare(other, lambda lo, hi: (self.hi <= lo, self.lo <= hi))
+        return self._compare(other, lambda a, b, lo, hi: (b <= lo, a <= hi))
 
     def __lt__(self, other: Any) -> Any:
-        return self._compare(other, lambda lo, hi: (self.hi < lo, self.lo < hi))
+        return self._compare(other, lambda a, b, lo, hi: (b < lo, a < hi))
 
     def __ge__(self, other: Any) -> Any:
         return ~(self < other)
@@ -380,9 +389,9 @@ class Interval(Symbol):
         return ~(self <= other)
 
     def __eq__(self, other: object) -> Any:
-        def states(lo: Any, hi: Any) -> tuple[Tensor, Tensor]:
-            meet = (self.lo <= hi) & (self.hi >= lo)
-            return meet & (self.lo == self.hi) & (lo == hi), meet
+        def states(a: Any, b: Any, lo: Any, hi: Any) -> tuple[Numbers, Numbers]:
+            meet = (a <= hi) & (b >= lo)
+            return meet & (a == b) & (lo == hi), meet
 
         return self._compare(other, states)
 
@@ -391,7 +400,11 @@ class Interval(Symbol):
 
     __hash__ = None
 
-    def _compare(self, other: Any, states: Callable[[Any, Any], tuple[Tensor, Tensor]]) -> Ternary:
+    def _compare(self, other: Any, states: Callable[..., tuple[Numbers, Numbers]]) -> Ternary:
+        """states: Where a comparison of (lo, hi) with (lo, hi) is sure, and where it is possible.
+
+        With a float, torch compares in its default dtype.
+        """
         other = operand(other, floats=True)
         if isinstance(other, Unknown):
             return other._compare(self)
@@ -402,7 +415,10 @@ class Interval(Symbol):
             (a, p), (b, r) = self.form(), form_of(other)
             return [a - b, *p, *r]  # a comparison depends only on the difference
 
-        return Ternary.of(*states(*bounds(other)), decided_by)
+        if isinstance(other, float) and not isinstance(self.lo, Tensor):
+            ends = (blockwise.tensor(self.lo), blockwise.tensor(self.hi), other, other)
+            return Ternary.of(*(x.numpy() for x in states(*ends)), decided_by)
+        return Ternary.of(*states(self.lo, self.hi, *bounds(other)), decided_by)
 
 
 def always(index: Index) -> Truth:
@@ -472,7 +488,7 @@ def form_of(x: Any, modulus: int = 0) -> tuple[Any, Columns]:
 def _exact_form(*values: Interval) -> Callable[[int], Form]:
     """The form of a value determined by others, without further structure."""
     made = columns_of(values)
-    return lambda modulus: (torch.zeros_like(values[0].lo), made())
+    return lambda modulus: (full(values[0].lo, 0), made())
 
 
 def corners(operation: Callable[[Any, Any], Any], a: Interval, b: Interval) -> tuple[Any, Any]:
@@ -480,20 +496,15 @@ def corners(operation: Callable[[Any, Any], Any], a: Interval, b: Interval) -> t
     values = [operation(x, y) for x in (a.lo, a.hi) for y in (b.lo, b.hi)]
     least, most = values[0], values[0]
     for value in values[1:]:
-        least, most = torch.minimum(least, value), torch.maximum(most, value)
+        least, most = minimum(least, value), maximum(most, value)
     return least, most
 
 
-def floor_divide(x: Tensor, n: int) -> Tensor:
+def floor_divide(x: Numbers, n: int) -> Numbers:
     """Floor of x / n for n > 0; a shift for powers of two, several times as fast."""
     return x >> (n.bit_length() - 1) if n & (n - 1) == 0 else x // n
 
 
-def remainder(x: Tensor, n: int) -> Tensor:
+def remainder(x: Numbers, n: int) -> Numbers:
     """Remainder x % n for n > 0; a bit mask for powers of two."""
     return x & (n - 1) if n & (n - 1) == 0 else x % n
-
-
-def bit_length(x: Tensor) -> Tensor:
-    """Bit length of each non-negative integer below 2^53: 0 -> 0, 1 -> 1, 255 -> 8, 256 -> 9."""
-    return torch.frexp(x.double()).exponent.long()

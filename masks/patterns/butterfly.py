@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from sparse_flash.masks.arguments import integers
+from sparse_flash.masks.blockwise import bit_length, is_zero, maximum, where
+from sparse_flash.masks.kleene import Columns
 from sparse_flash.masks.mask import Pattern, pattern
-from sparse_flash.masks.ternary import Index, Interval, Ternary, Truth, bit_length
+from sparse_flash.masks.ternary import Index, Interval, Ternary, Truth
 
 
 @pattern
@@ -62,9 +63,18 @@ def _classify(i: Interval, j: Interval, limit: int) -> Ternary:
     Above bit m, i and j are constant, and so is their XOR. Below, every combination may occur. An
     interval that crosses zero (of a shifted mask) has no constant bits, not even the sign.
     """
+
+    def columns() -> Columns:  # only a few blocks need them
+        found: Columns = (i ^ j).columns()
+        return found
+
+    differ = i.lo ^ j.lo
+    if is_zero(i.lo ^ i.hi) and is_zero(j.lo ^ j.hi):  # single blocks
+        one = (differ & (differ - 1) == 0) & (differ < limit)
+        return Ternary.of(one, one, columns)
     vary = (i.lo ^ i.hi) | (j.lo ^ j.hi)
-    m = torch.where(vary < 0, 63, bit_length(vary.clamp(min=0)))
-    differ = (i.lo ^ j.lo) >> m
+    m = where(vary < 0, 63, bit_length(maximum(vary, 0)))
+    differ = differ >> m
     at_most_one_bit = (differ & (differ - 1) == 0) & (differ << m < limit)
     at_most_one_bit = at_most_one_bit | (m == 63)
-    return Ternary.of(at_most_one_bit & (m == 0), at_most_one_bit, (i ^ j).columns)
+    return Ternary.of(at_most_one_bit & (m == 0), at_most_one_bit, columns)

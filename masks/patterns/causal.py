@@ -23,7 +23,7 @@ class causal(Pattern):
     """
 
     offset: int = 0
-    tables = False
+    tables, diagonal = False, True
 
     def __post_init__(self) -> None:
         integers(self, offset=None)

@@ -9,12 +9,15 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NoReturn
 
 import torch
-from sparse_flash.masks import functions  # noqa: F401 - torch's functions of intervals
+from sparse_flash.masks import (
+    blockwise,
+    functions,  # noqa: F401 - torch's functions of intervals
+)
 from sparse_flash.masks.kleene import Symbol, columns_of, without_type_checks
 from sparse_flash.masks.mask import Mask, named
 from sparse_flash.masks.modes import derived, tensors_made_on, unreadable
 from sparse_flash.masks.patterns.reads import state_of
-from sparse_flash.masks.ternary import UNKNOWN, Index, Interval, Ternary, Truth, Unknown
+from sparse_flash.masks.ternary import EMPTY, UNKNOWN, Index, Interval, Ternary, Truth, Unknown
 from torch import Tensor
 
 
@@ -157,14 +160,13 @@ class custom(Mask):
             if isinstance(truth, Ternary):
                 return truth
             if isinstance(truth, Unknown):  # of a function that has no interval form
-                return Ternary(torch.full_like(q.lo, UNKNOWN, dtype=torch.int8), truth.columns)
+                return Ternary(blockwise.states(q.lo, UNKNOWN), truth.columns)
             if not isinstance(truth, Symbol) and truth.ndim == 0 and truth.dtype == torch.bool:
-                return Ternary(torch.zeros_like(q.lo, dtype=torch.int8), list) | truth
+                return Ternary(blockwise.states(q.lo, EMPTY), list) | truth
         except Exception as error:
             # Evaluating elements raises an error of the function itself again.
             object.__setattr__(self, "not_understood", f" (intervals do not support {error})")
-        unknown = torch.full_like(q.lo, UNKNOWN, dtype=torch.int8)
-        return Ternary(unknown, columns_of((q, kv)))
+        return Ternary(blockwise.states(q.lo, UNKNOWN), columns_of((q, kv)))
 
     def _check(self, truth: object, q: Tensor, kv: Tensor) -> None:
         if not isinstance(truth, Tensor) or truth.dtype != torch.bool:

@@ -21,7 +21,7 @@ class dilated(Pattern):
 
     window: int | tuple[int | None, int | None]
     dilation: int
-    relative, tables = True, False
+    relative, tables, diagonal = True, False, True
 
     def __post_init__(self) -> None:
         normalize(self, window=window_of("dilated", self.window))

@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from sparse_flash.masks import blockwise
 from sparse_flash.masks.arguments import integers, normalize, sizes
+from sparse_flash.masks.blockwise import full, take
 from sparse_flash.masks.device_builders import checked_capacity
 from sparse_flash.masks.extents import Extents
 from sparse_flash.masks.mask import Mask, Pattern, pattern
@@ -30,7 +32,7 @@ class block_diagonal(Pattern):
     """
 
     size: int
-    relative = True
+    relative, tables = True, False
 
     def __post_init__(self) -> None:
         integers(self, size=1)
@@ -127,6 +129,11 @@ class documents(Pattern):
         """The same documents with a copy of the current cu_seqlens, on a device."""
         return _Numbered(self.lengths.detach().to(device, torch.int64, copy=True), self)
 
+    @property
+    def for_arrays(self) -> bool:
+        """True unless the documents are on a device."""
+        return not self.on_device
+
     @derived
     def _document(self) -> IndexTable:
         numbers = np.repeat(np.arange(len(self.lengths)), self.lengths)
@@ -200,9 +207,9 @@ class _Numbered(Mask):
     def _look_up(self, index: Index) -> Index:
         if not isinstance(index, Interval):
             return self.numbers.index_select(0, index.flatten()).view(index.shape)
-        lo, hi = (self.numbers.index_select(0, end).long() for end in (index.lo, index.hi))
+        lo, hi = (blockwise.int64(take(self.numbers, end)) for end in (index.lo, index.hi))
         largest, of_index = len(self.cu_seqlens), index.columns
-        return Interval(lo, hi, largest, lambda modulus: (torch.zeros_like(lo), of_index()))
+        return Interval(lo, hi, largest, lambda modulus: (full(lo, 0), of_index()))
 
     def extents(self) -> Extents:
         """`length` queries and keys."""

@@ -12,7 +12,7 @@ class full(Pattern):
     0
     """
 
-    relative, tables = False, False
+    relative, tables, diagonal = False, False, True
 
     def allowed(self, q: Index, kv: Index) -> Truth:
         """Always."""

@@ -21,7 +21,7 @@ class axial(Pattern):
 
     height: int
     width: int
-    relative = True
+    relative, tables = True, False
 
     def __post_init__(self) -> None:
         integers(self, height=1, width=1)
@@ -56,7 +56,7 @@ class patches(Pattern):
     width: int
     size: tuple[int, int]
     radius: int = 1
-    relative = True
+    relative, tables = True, False
 
     def __post_init__(self) -> None:
         integers(self, height=1, width=1, radius=0)
@@ -97,7 +97,7 @@ class neighborhood(Pattern):
     height: int
     width: int
     radius: int | tuple[int, int]
-    relative = True
+    relative, tables = True, False
 
     def __post_init__(self) -> None:
         integers(self, height=1, width=1)

@@ -24,7 +24,7 @@ class local(Pattern):
     """
 
     window: int | tuple[int | None, int | None]
-    tables = False
+    tables, diagonal = False, True
 
     def __post_init__(self) -> None:
         normalize(self, window=window_of("local", self.window))

@@ -22,7 +22,7 @@ class strided(Pattern):
     """
 
     stride: int
-    relative, tables = True, False
+    relative, tables, diagonal = True, False, True
 
     def __post_init__(self) -> None:
         integers(self, stride=1)

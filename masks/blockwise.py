@@ -1,0 +1,108 @@
+"""Operations on one number per block: arrays of numpy on a CPU, tensors on a GPU.
+
+There are a few thousand blocks, so an operation takes about as long as its call. A call of numpy
+takes a third of one of torch. Operators are the same for both; other operations are here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Numbers = Any  # an array of numpy, or a tensor
+
+
+def numbers(x: Numbers) -> Numbers:
+    """A tensor as numbers; on a CPU they share its memory."""
+    return x.numpy() if isinstance(x, Tensor) and x.device.type == "cpu" else x
+
+
+def tensor(x: Numbers) -> Tensor:
+    """Numbers as a tensor."""
+    return torch.from_numpy(x) if type(x) is np.ndarray else x
+
+
+def device(x: Numbers) -> torch.device:
+    """Where numbers are."""
+    return x.device if isinstance(x, Tensor) else torch.device("cpu")
+
+
+def where(condition: Numbers, a: Any, b: Any) -> Numbers:
+    """`a` where the condition holds, elsewhere `b`."""
+    if isinstance(condition, Tensor):
+        return torch.where(condition, a, b)
+    return np.where(condition, a, b)
+
+
+def minimum(a: Numbers, b: Any) -> Numbers:
+    """The smaller of two numbers. b: Numbers, or an int."""
+    if isinstance(a, Tensor):
+        return torch.minimum(a, b) if isinstance(b, Tensor) else a.clamp(max=b)
+    return np.minimum(a, b)
+
+
+def maximum(a: Numbers, b: Any) -> Numbers:
+    """The larger of two numbers. b: Numbers, or an int."""
+    if isinstance(a, Tensor):
+        return torch.maximum(a, b) if isinstance(b, Tensor) else a.clamp(min=b)
+    return np.maximum(a, b)
+
+
+def full(like: Numbers, value: int) -> Numbers:
+    """The same int64 for each block."""
+    if isinstance(like, Tensor):
+        return torch.full_like(like, value, dtype=torch.int64)
+    return np.full(like.shape, value, np.int64)
+
+
+def states(like: Numbers, value: int) -> Numbers:
+    """The same int8 for each block."""
+    if isinstance(like, Tensor):
+        return torch.full_like(like, value, dtype=torch.int8)
+    return np.full(like.shape, value, np.int8)
+
+
+def int8(truth: Numbers) -> Numbers:
+    """Bools as 0 and 1, int8."""
+    return truth.to(torch.int8) if isinstance(truth, Tensor) else truth.view(np.int8)
+
+
+def int64(x: Numbers) -> Numbers:
+    """Integers or bools as int64."""
+    return x.long() if isinstance(x, Tensor) else x.astype(np.int64, copy=False)
+
+
+def is_zero(x: Numbers) -> bool:
+    """Whether all numbers are known to be 0. Nothing waits for a GPU, of which nothing is known."""
+    return not isinstance(x, Tensor) and not x.any()
+
+
+def bit_length(x: Numbers) -> Numbers:
+    """Bit length of each non-negative integer below 2^53: 0 -> 0, 1 -> 1, 255 -> 8, 256 -> 9.
+
+    >>> bit_length(np.array([0, 1, 255, 256]))
+    array([0, 1, 8, 9])
+    """
+    if isinstance(x, Tensor):
+        return torch.frexp(x.double()).exponent.long()
+    return np.frexp(x.astype(np.float64))[1].astype(np.int64)
+
+
+def take(table: Tensor, index: Numbers) -> Numbers:
+    """Entries of a one-dimensional table, a tensor, at each index."""
+    return table.numpy()[index] if type(index) is np.ndarray else table[index]
+
+
+def rows_of(columns: list[Numbers], like: Tensor) -> Tensor:
+    """Columns of integers as rows, int64 `(n, k)`; a column may have one number for all blocks."""
+    n, first = len(like), numbers(like)
+    if isinstance(first, Tensor):
+        made = first.new_empty(len(columns), n, dtype=torch.int64)
+    else:
+        made = np.empty((len(columns), n), np.int64)
+    for row, column in zip(made, columns, strict=True):  # written whole, then seen as rows
+        row[:] = column
+    return tensor(made).T

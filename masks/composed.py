@@ -1,0 +1,108 @@
+"""Elements of a few tiles, operand by operand: those of a composite are bits of its operands.
+
+Three-valued logic decides most operands in most tiles. Only the others are evaluated, as arrays of
+numpy. Where there are many tiles, `elements` traces the rule of the whole mask instead.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sparse_flash.masks import diagonal
+from sparse_flash.masks.blockwise import numbers, tensor
+from sparse_flash.masks.io import Lengths
+from sparse_flash.masks.rectangles import Elements
+from sparse_flash.masks.ternary import FULL, UNKNOWN, Blocks
+
+_MOST = 1 << 22  # elements of all tiles
+_AT_ONCE = 1 << 19  # elements of an array
+
+Bits = NDArray[np.uint8]
+
+
+@dataclass
+class Tiles:
+    """Tiles at some block rows and block columns, int64 `(n,)`."""
+
+    rows: NDArray[np.int64]
+    cols: NDArray[np.int64]
+    lengths: Lengths
+
+    def __getitem__(self, index: Any) -> Tiles:
+        return Tiles(self.rows[index], self.cols[index], self.lengths)
+
+    @property
+    def blocks(self) -> Blocks:
+        """Their ranges of indices."""
+        q_len, kv_len, (block_q, block_kv) = self.lengths
+        q, kv = self.rows * block_q, self.cols * block_kv
+        ends = np.minimum(q + block_q, q_len) - 1, np.minimum(kv + block_kv, kv_len) - 1
+        return Blocks(q, ends[0], kv, ends[1], max(q_len, kv_len))
+
+
+def packed(mask: Any, tiles: Tiles) -> Bits | None:
+    """The bits of tiles, uint8 `(n, block_q, bytes)`; None where there are too many, or no mask."""
+    q_len, kv_len, (block_q, block_kv) = tiles.lengths
+    if len(tiles.rows) * block_q * block_kv > _MOST or not hasattr(mask, "combined"):
+        return None
+    found = _bits(mask, tiles)
+    # No bit is beyond the lengths.
+    if q_len % block_q:
+        found[tiles.rows == q_len // block_q, q_len % block_q :] = 0
+    if kv_len % block_kv or block_kv % 8:
+        width = np.minimum(kv_len - tiles.cols * block_kv, block_kv)
+        within = np.arange(8 * found.shape[2]) < width[:, None]
+        found &= np.packbits(within, axis=1, bitorder="little")[:, None]
+    return found
+
+
+def _bits(mask: Any, tiles: Tiles) -> Bits:
+    """The bits of tiles; any bits beyond the lengths."""
+    if mask.combines:
+        found: Bits = mask.combined([_bits(operand, tiles) for operand in mask.operands()])
+        return found
+    _, _, (block_q, block_kv) = tiles.lengths
+    states = numbers(mask.classify(tiles.blocks))
+    whole = np.where(states == FULL, 255, 0).astype(np.uint8)
+    found = np.empty((len(states), block_q, -(-block_kv // 8)), np.uint8)
+    found[:] = whole[:, None, None]
+    unknown = np.flatnonzero(states == UNKNOWN)
+    if len(unknown):
+        found[unknown] = _evaluated(mask, tiles[unknown])
+    return found
+
+
+def _evaluated(mask: Any, tiles: Tiles) -> Bits:
+    """The bits of tiles, element by element."""
+    q_len, kv_len, (block_q, block_kv) = tiles.lengths
+    if diagonal.applies(mask, tiles.lengths):
+        return diagonal.bits_at(mask, block_q * (tiles.rows - tiles.cols), block_q)
+    if not (mask.for_arrays and mask.for_host):
+        return _traced(mask, tiles)
+    found = np.empty((len(tiles.rows), block_q, -(-block_kv // 8)), np.uint8)
+    step = max(1, _AT_ONCE // (block_q * block_kv))
+    for start in range(0, len(tiles.rows), step):
+        some = tiles[start : start + step]
+        # Rules see only indices that exist.
+        q = np.minimum(some.rows[:, None] * block_q + np.arange(block_q), q_len - 1)
+        kv = np.minimum(some.cols[:, None] * block_kv + np.arange(block_kv), kv_len - 1)
+        truth = mask.allowed(q[:, :, None], kv[:, None])
+        truth = np.broadcast_to(truth, (len(q), block_q, block_kv))
+        found[start : start + step] = np.packbits(truth, axis=2, bitorder="little")
+    return found
+
+
+def _traced(mask: Any, tiles: Tiles) -> Bits:
+    """As `_evaluated`, for a rule that reads tensors."""
+    q_len, kv_len, (block_q, block_kv) = tiles.lengths
+    size = min(block_q, q_len), min(block_kv, kv_len)
+    first = tensor(tiles.rows * block_q), tensor(tiles.cols * block_kv)
+    some: Bits = Elements(mask, (q_len, kv_len)).packed(*first, size).numpy()
+    if some.shape[1:] == (block_q, -(-block_kv // 8)):
+        return some
+    found = np.zeros((len(some), block_q, -(-block_kv // 8)), np.uint8)
+    found[:, : size[0], : some.shape[2]] = some
+    return found
