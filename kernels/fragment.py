@@ -8,12 +8,17 @@ each other, those of the threads follow, and a warpgroup reads 1 KiB in one go.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
-from sparse_flash.masks import host
+from numpy.typing import NDArray
+from sparse_flash.masks.bits import exchange_bits
 from torch import Tensor
 from torch.nn.functional import pad
 
-_FEW_PIECES = 16  # of so many bit tiles that an operation on a CPU starts no threads
+_PAIRS = {  # masks of the pairs whose numbers have bit a, but not bit b
+    (a, b): sum(3 << (2 * i) for i in range(32) if i >> a & 1 and not i >> b & 1)
+    for a, b in ((0, 2), (1, 3), (2, 4))
+}
 _CHUNK = 1 << 24  # bytes of bit tiles reordered at a time; temporaries are 16 times as large
 
 
@@ -32,10 +37,10 @@ def fragment_order(bit_tiles: Tensor) -> Tensor:
     n, rows, width = bit_tiles.shape
     assert rows % 64 == 0, rows
     assert width <= 16, width
+    if bit_tiles.device.type == "cpu":
+        return torch.from_numpy(_reorder_words(bit_tiles.numpy()))
     words = bit_tiles.new_empty(n, rows // 64, 128, 2, dtype=torch.int32)
-    step, few = max(1, _CHUNK // (rows * width)), host.MOST // (rows * 64)
-    if bit_tiles.device.type == "cpu" and n <= _FEW_PIECES * few:
-        step = few
+    step = max(1, _CHUNK // (rows * width))
     for i in range(0, n, step):
         words[i : i + step] = _reorder(bit_tiles[i : i + step])
     return words
@@ -53,3 +58,21 @@ def _reorder(bit_tiles: Tensor) -> Tensor:
     n, rows, _ = words.shape
     parts = words.view(n, rows // 64, 4, 2, 8, 4).permute(0, 1, 2, 4, 5, 3)
     return parts.reshape(n, rows // 64, 128, 2)
+
+
+def _reorder_words(bit_tiles: NDArray[np.uint8]) -> NDArray[np.int32]:
+    """As `_reorder`, with eight bytes of a row as a word of 32 pairs of bits.
+
+    Pair q of byte j has the number 4 j + q, and is to have 8 q + j: the bits of numbers move.
+    """
+    n, rows, width = bit_tiles.shape
+    if width < 16:
+        bit_tiles = np.pad(bit_tiles, ((0, 0), (0, 0), (0, 16 - width)))
+    words = np.array(bit_tiles, order="C").view(np.uint64)  # (n, rows, 2)
+    for a, b in ((0, 2), (1, 3), (2, 4)):
+        exchange_bits(words, 2 * ((1 << b) - (1 << a)), _PAIRS[a, b])
+    # The last two bits are still to be exchanged: the threads' numbers are 0, 2, 1, 3.
+    halves = words.view(np.uint16).reshape(n, rows, 2, 2, 2).transpose(0, 1, 4, 3, 2)
+    words = np.ascontiguousarray(halves).view(np.int32)  # (n, rows, 2, 2, 1)
+    parts = words.reshape(n, rows // 64, 4, 2, 8, 4).transpose(0, 1, 2, 4, 5, 3)
+    return np.ascontiguousarray(parts).reshape(n, rows // 64, 128, 2)

@@ -9,6 +9,7 @@ split into parts, whose results are combined through their logsumexp (Flash-Deco
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -17,9 +18,21 @@ import torch
 from sparse_flash.kernels.config import KernelConfig
 from sparse_flash.kernels.device import DeviceFacts
 from sparse_flash.kernels.fragment import fragment_order
-from sparse_flash.masks import host
-from sparse_flash.masks.layout import FULL_TILE, BlockLayout
-from sparse_flash.masks.retile import retile
+from sparse_flash.masks import blockwise, host
+from sparse_flash.masks.blockwise import (
+    Numbers,
+    argsort,
+    convert,
+    int64,
+    maximum,
+    minimum,
+    numbers,
+    take,
+    tensor,
+    where,
+)
+from sparse_flash.masks.layout import FULL_TILE, BlockLayout, RowLayout
+from sparse_flash.masks.retile import rows_in
 from sparse_flash.masks.transfer import moved
 from torch import Tensor
 from torch.nn.functional import pad
@@ -60,22 +73,21 @@ class CostModel:
     combine: float
     l2_share: float
 
-    def rows(self, layout: BlockLayout) -> Tensor:
+    def rows(self, layout: BlockLayout) -> Numbers:
         """The cost of each block row `(patterns, block rows)`, float32."""
-        partial = (layout.bit_tile_indices != FULL_TILE).float()
-        before = pad(partial.cumsum(0, dtype=torch.float64), (1, 0))
-        starts = layout.crow_indices.long()
-        tiles, partials = starts.diff(), host.take(before, starts).diff()
+        partial = blockwise.starts(numbers(layout.bit_tile_indices) != FULL_TILE)
+        starts = int64(numbers(layout.crow_indices))
+        before = take(partial, starts)
+        tiles, partials = (x[:, 1:] - x[:, :-1] for x in (starts, before))
         # The kernel walks through an empty row as through one tile.
-        cost = tiles.clamp(min=1) + (self.partial_tile - 1) * partials + self.item
-        return cost.float()
+        cost = maximum(tiles, 1) + (self.partial_tile - 1) * convert(partials, "float64")
+        return convert(cost + self.item, "float32")
 
-    def parts(self, tiles: Tensor, costs: Tensor, share: Tensor) -> Tensor:
+    def parts(self, tiles: Numbers, costs: Numbers, share: Any) -> Numbers:
         """In how many parts to compute rows of so many tiles and such costs: int64, 1 or more."""
-        limit = share * self.largest_share
-        wanted = costs / limit.clamp(min=1e-6)
-        wanted = wanted.long() + (wanted.frac() > 0)  # `ceil` of 2048 elements starts threads
-        return torch.minimum(wanted, tiles // self.fewest_tiles).clamp(min=1)
+        wanted = costs / maximum(share * self.largest_share, 1e-6)
+        whole = int64(wanted)
+        return maximum(minimum(whole + (wanted > whole), tiles // self.fewest_tiles), 1)
 
     def last_parts(self, rest: int, tiles: int, row: float, num_ctas: int) -> int:
         """In how many parts to compute each of the last `rest` rows, all of so many tiles and such
@@ -214,46 +226,59 @@ def schedule(
     (52, 1, 80, 8)
     """
     device = layout.device
-    layout = retile(on_host(layout, batch * heads, tile), tile)
-    starts = layout.crow_indices.long()
-    owners = layout.pattern_map.long().expand(batch, heads).reshape(-1)  # of (batch, head) pairs
+    layout = rows_in(on_host(layout, batch * heads, tile), tile)
+    starts = int64(numbers(layout.crow_indices))
+    owners = int64(numbers(layout.pattern_map.expand(batch, heads))).reshape(-1)  # of pairs
     # Of (batch, head, row) triples, as all that follows.
-    tiles = host.take(starts.diff(), owners).flatten()
-    cost = host.take(costs.rows(layout), owners).flatten()
+    begin, end = (take(x, owners).reshape(-1) for x in (starts[:, :-1], starts[:, 1:]))
+    tiles, cost = end - begin, take(costs.rows(layout), owners).reshape(-1)
     share = cost.sum() / facts.num_sms
     parts = costs.parts(tiles, cost, share)
     if split_last_wave:
         _split_last(parts, tiles, cost, facts.num_sms, costs)
-    row = host.repeat(parts, int(parts.sum()))
-    of, length = host.take(parts, row), host.take(tiles, row)
-    nth = host.arange(len(row), row.device) - host.take(parts.cumsum(0) - parts, row)
-    begin, end = length * nth // of, length * (nth + 1) // of
-    split = of > 1
-    part = torch.where(split, split.cumsum(0) - 1, -1)
-    first = host.take(host.take(starts[:, :-1], owners).flatten(), row) + begin
-    first = torch.where(end > begin, first, layout.num_tiles)
-    item_cost = host.take(cost, row) * (end - begin).clamp(min=1) / length.clamp(min=1)
+    shape = (heads, layout.num_block_rows)
+    row = blockwise.repeat(parts)
+    first, count, part = _items(row, parts, tiles, begin)
+    first = where(count > 0, first, layout.num_tiles)
+    item_cost = take(cost, row) * maximum(count, 1) / maximum(take(tiles, row), 1)
     l2_bytes = int(costs.l2_share * facts.l2_bytes)
-    groups = _head_groups(batch * heads, kv_bytes, l2_bytes, parts.device)
-    group = host.take(groups, row // layout.num_block_rows)
-    work = _records(row, (heads, layout.num_block_rows), first, end - begin, part)
-    in_parts = torch.where(parts > 1, parts, 0)
-    combined = (parts > 1).nonzero().squeeze(1)
-    first_part = (in_parts.cumsum(0) - in_parts)[combined]
-    counts = torch.tensor([len(work), len(combined)], dtype=torch.int32, device=layout.device)
+    groups = _head_groups(batch * heads, kv_bytes, l2_bytes, parts)
+    order = _longest_first(item_cost, take(groups, row // shape[1]), share, costs.long_item)
+    in_parts = where(parts > 1, parts, 0)
+    combined, splits = blockwise.nonzero(in_parts), blockwise.starts(in_parts)
+    combine = (combined, shape, take(splits, combined), take(parts, combined))
     made = Schedule(
-        counts=counts,
-        work=host.take(work, _longest_first(item_cost, group, share, costs.long_item)),
-        tiles=_columns((layout.col_indices, layout.bit_tile_indices), layout.num_tiles + 1, 2),
+        counts=torch.tensor([len(row), len(combined)], dtype=torch.int32, device=layout.device),
+        work=tensor(take(_records(row, shape, first, count, part), order)),
+        tiles=_tiles(layout),
         bits=_with_spares(fragment_order(layout.bit_tiles)),
         num_bit_tiles=layout.num_bit_tiles,
-        combine=_records(combined, (heads, layout.num_block_rows), first_part, parts[combined]),
+        combine=tensor(_records(*combine)),
         kv_lens=torch.full((batch,), layout.kv_len, dtype=torch.int32, device=layout.device),
-        num_splits=int(in_parts.sum()),
-        num_ctas=min(len(work), facts.num_sms),
+        num_splits=int(splits[-1]),
+        num_ctas=min(len(row), facts.num_sms),
         tile=tile,
     )
     return made if device == layout.device else made.to(device)
+
+
+def _items(
+    row: Numbers, parts: Numbers, tiles: Numbers, begin: Numbers
+) -> tuple[Numbers, Numbers, Numbers]:
+    """First tile and number of tiles of each item, and its number among all parts, or -1.
+
+    Args:
+        row: The row of each item.
+        parts: Number of parts of each row.
+        tiles: Number of tiles of each row.
+        begin: First tile of each row.
+    """
+    of, length = take(parts, row), take(tiles, row)
+    nth = blockwise.arange(len(row), row) - take(blockwise.starts(parts), row)
+    start, stop = length * nth // of, length * (nth + 1) // of
+    split = of > 1
+    part = where(split, split.cumsum(0) - 1, -1)
+    return take(begin, row) + start, stop - start, part
 
 
 def on_host(
@@ -303,7 +328,7 @@ def backward_schedule(
     """
     device = layout.device
     layout = on_host(layout, batch * heads[0], tile[::-1])
-    stacked = stack_heads(retile(layout.transpose(), tile), heads[0] // heads[1])
+    stacked = stack_heads(rows_in(RowLayout.of_columns(layout), tile), heads[0] // heads[1])
     plan = schedule(stacked, batch, heads[1], tile, facts, costs, q_bytes, split_last_wave)
     plan = replace(plan, kv_lens=torch.full_like(plan.kv_lens, layout.kv_len))
     return plan if device == layout.device else plan.to(device)
@@ -370,32 +395,41 @@ def cover(layout: BlockLayout, tile: tuple[int, int]) -> int:
     """
     if tile == layout.block:
         return layout.num_tiles
-    (block_q, block_kv), (tile_m, tile_n) = layout.block, tile
-    rows = layout.tile_rows
-    pattern, rows = rows // layout.num_block_rows, rows % layout.num_block_rows
-    height, width = -(-layout.q_len // tile_m), -(-layout.kv_len // tile_n)
-    top, left = rows * block_q, layout.col_indices.long() * block_kv
-    # The lowest row and the last column of tiles that each block touches.
-    bottom = (top + (block_q - 1)).clamp(max=layout.q_len - 1) // tile_m
-    right = (left + (block_kv - 1)).clamp(max=layout.kv_len - 1) // tile_n
-    top, left = top // tile_m + pattern * height, left // tile_n
-    bottom = bottom + pattern * height
+    sizes = [
+        (-(-n // t), *_touched(n, block, t, numbers(layout.crow_indices)))
+        for n, block, t in zip((layout.q_len, layout.kv_len), layout.block, tile, strict=True)
+    ]
+    (height, top, bottom, down), (width, left, right, across) = sizes
+    rows, cols = numbers(layout.tile_rows), numbers(layout.col_indices)
+    if layout.num_patterns > 1:
+        before = blockwise.arange(layout.num_patterns, rows)[:, None] * height
+        top, bottom = ((x + before).reshape(-1) for x in (top, bottom))
+    top, bottom = take(top * width, rows), take(bottom * width, rows)
+    left, right = take(left, cols), take(right, cols)
     size = layout.num_patterns * height * width
-    seen = host.zeros((size,), torch.bool, rows.device) if size <= _GRID else None
-    touched, yes = [], torch.ones((), dtype=torch.bool, device=rows.device)
-    for i in range((block_q - 1) // tile_m + 2):
-        m = torch.minimum(top + i, bottom) * width
-        for j in range((block_kv - 1) // tile_n + 2):
-            tiles = m + torch.minimum(left + j, right)
-            if seen is None:
-                touched.append(tiles)
-            else:
-                host.put(seen, tiles, yes)
-    return len(torch.cat(touched).unique()) if seen is None else host.count(seen)
+    touched = [
+        (minimum(top + i * width, bottom) if i else top) + (minimum(left + j, right) if j else left)
+        for i in range(down)
+        for j in range(across)
+    ]
+    if size > _GRID:
+        return len(torch.cat([tensor(x) for x in touched]).unique())
+    seen = convert(blockwise.zeros((size,), rows), "bool")
+    for tiles in touched:
+        seen[tiles] = True
+    return host.count(tensor(seen))
+
+
+def _touched(length: int, block: int, tile: int, like: Numbers) -> tuple[Numbers, Numbers, int]:
+    """The first and the last tile that each block touches, and the largest number of them."""
+    first = blockwise.arange(-(-length // block), like) * block
+    last = minimum(first + (block - 1), length - 1) // tile
+    most = (block - math.gcd(block, tile) + 2 * tile - 1) // tile
+    return first // tile, last, most
 
 
 def _split_last(
-    parts: Tensor, tiles: Tensor, cost: Tensor, num_ctas: int, costs: CostModel
+    parts: Numbers, tiles: Numbers, cost: Numbers, num_ctas: int, costs: CostModel
 ) -> None:
     """Split, in place, what would keep a few CTAs busy for a last round of its own.
 
@@ -405,10 +439,12 @@ def _split_last(
     rest = len(parts) % num_ctas
     if not rest or len(parts) < num_ctas:
         return
-    facts = torch.stack([cost.max(), cost.min(), parts.max(), tiles.min()])  # for one wait
-    dearest, cheapest, most, fewest = facts.tolist()
+    facts = [cost.max(), cost.min(), parts.max(), tiles.min()]
+    if isinstance(parts, Tensor):
+        facts = torch.stack(facts).tolist()  # one wait for all
+    dearest, cheapest, most, fewest = facts
     if most == 1 and dearest <= 1.02 * cheapest:
-        parts[-rest:] = costs.last_parts(rest, int(fewest), dearest, num_ctas)
+        parts[-rest:] = costs.last_parts(rest, int(fewest), float(dearest), num_ctas)
 
 
 def _with_spares(bits: Tensor) -> Tensor:
@@ -417,22 +453,26 @@ def _with_spares(bits: Tensor) -> Tensor:
     return host.cat([bits, host.zeros((spares, *bits.shape[1:]), bits.dtype, bits.device)])
 
 
-def _records(row: Tensor, sizes: tuple[int, int], *fields: Tensor) -> Tensor:
+def _records(row: Numbers, sizes: tuple[int, int], *fields: Numbers) -> Numbers:
     """m_block, head, batch and the fields of each row index: int32 (n, WORK_FIELDS)."""
     heads, rows = sizes
-    columns = (row % rows, row // rows % heads, row // (rows * heads), *fields)
-    return _columns(columns, len(row), WORK_FIELDS)
-
-
-def _columns(columns: Sequence[Tensor], height: int, width: int) -> Tensor:
-    """The first columns, or their beginnings, of an int32 matrix that is 0 elsewhere."""
-    matrix = host.zeros((height, width), torch.int32, columns[0].device)
-    for i, column in enumerate(columns):
-        matrix[: len(column), i] = column
+    pair = row // rows
+    matrix = blockwise.zeros((len(row), WORK_FIELDS), row)
+    for i, column in enumerate((row - pair * rows, pair % heads, pair // heads, *fields)):
+        matrix[:, i] = column
     return matrix
 
 
-def _longest_first(cost: Tensor, group: Tensor, share: Tensor, long_item: float) -> Tensor:
+def _tiles(layout: BlockLayout) -> Tensor:
+    """Block column and bit tile of each tile, and a last one of zeros: int32 (tiles + 1, 2)."""
+    columns = numbers(layout.col_indices), numbers(layout.bit_tile_indices)
+    matrix = blockwise.zeros((layout.num_tiles + 1, 2), columns[0])
+    for i, column in enumerate(columns):
+        matrix[:-1, i] = column
+    return tensor(matrix)
+
+
+def _longest_first(cost: Numbers, group: Numbers, share: Any, long_item: float) -> Numbers:
     """The order of the items: group by group, in each the longest first.
 
     Long items that would be the last to end if they began with their group come before all groups.
@@ -442,13 +482,13 @@ def _longest_first(cost: Tensor, group: Tensor, share: Tensor, long_item: float)
     groups = group.max() + 1 if len(group) else 1
     rest = share * (groups - group) / groups  # of a CTA's work when a group begins
     late = (cost > rest) & (cost > long_item * cost.mean())
-    group = torch.where(late, -1, group)
-    by_cost = cost.argsort(descending=True, stable=True)
-    return host.take(by_cost, host.take(group, by_cost).argsort(stable=True))
+    by_cost = argsort(-cost)
+    return take(by_cost, argsort(take(where(late, -1, group), by_cost)))
 
 
-def _head_groups(pairs: int, kv_bytes: int, l2_bytes: int, device: torch.device) -> Tensor:
-    """The group of each (batch, head) pair: int64 (pairs,)."""
+def _head_groups(pairs: int, kv_bytes: int, l2_bytes: int, like: Numbers) -> Numbers:
+    """The group of each (batch, head) pair `(pairs,)`, int16 if possible: numpy sorts by radix."""
     size = max(1, l2_bytes // max(1, kv_bytes))
-    groups = -(-pairs // size)
-    return torch.arange(pairs, device=device) * groups // pairs  # of equal size, or nearly
+    count = -(-pairs // size)
+    groups = blockwise.arange(pairs, like) * count // pairs  # of equal size, or nearly
+    return convert(groups, "int16") if pairs < 1 << 15 else groups

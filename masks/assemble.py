@@ -109,6 +109,19 @@ def _in_order(
     return rows, cols, values, firsts
 
 
+def dtype_of(num_bit_tiles: int) -> type[np.int16 | np.int32]:
+    """The dtype of a table of tiles with entries of so many bit tiles."""
+    return np.int16 if num_bit_tiles < 1 << 15 else np.int32
+
+
+def numbered(packed: Tensor, areas: Tensor) -> tuple[Tensor, Tensor]:
+    """The index of each tile among the distinct ones, EMPTY_TILE or FULL_TILE; the distinct."""
+    distinct, twin = bits.deduplicate(packed)
+    allowed = host.take(bits.count(distinct), twin)
+    found = torch.where(allowed == areas, FULL_TILE, twin)
+    return torch.where(allowed == 0, EMPTY_TILE, found), distinct
+
+
 def renumber(packed: Tensor, entries: Tensor, are_distinct: bool) -> tuple[Tensor, Tensor]:
     """Keep the distinct bit tiles in use, in the order of first use."""
     partial = host.positions(entries, 0)

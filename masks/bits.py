@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from sparse_flash.masks import host
 from torch import Tensor
 from torch.nn.functional import pad
@@ -49,6 +51,53 @@ def unpack(packed: Tensor, block_kv: int) -> Tensor:
     shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
     bits = (packed.unsqueeze(-1) >> shifts) & 1
     return bits.flatten(-2)[..., :block_kv].bool()
+
+
+def clip(packed: NDArray[np.uint8], heights: NDArray[Any], widths: NDArray[Any]) -> None:
+    """Set bits of tiles `(n, r, c)` below `heights` rows and beyond `widths` columns to 0.
+
+    >>> tile = np.full((1, 2, 1), 255, np.uint8)
+    >>> clip(tile, np.array([1]), np.array([3]))
+    >>> tile.tolist()
+    [[[7], [0]]]
+    """
+    _, rows, width = packed.shape
+    for low in np.flatnonzero(heights < rows):
+        packed[low, heights[low] :] = 0
+    narrow = np.flatnonzero(widths < 8 * width)
+    if len(narrow):
+        within = np.arange(8 * width) < widths[narrow, None]
+        packed[narrow] &= np.packbits(within, axis=1, bitorder="little")[:, None]
+
+
+def transposed(packed: Tensor, block_kv: int) -> Tensor:
+    """Tiles `(n, block_q, ceil(block_kv / 8))` with rows and columns exchanged.
+
+    >>> transposed(torch.tensor([[[5], [1]]], dtype=torch.uint8), 3)
+    tensor([[[3],
+             [0],
+             [1]]], dtype=torch.uint8)
+    """
+    n, rows, width = packed.shape
+    if packed.device.type != "cpu" or rows % 8 or block_kv % 8:
+        return pack(unpack(packed, block_kv).transpose(1, 2))
+    # Bytes of eight rows as words, whose bits are exchanged (Warren, Hacker's Delight, 7-3).
+    octets = packed.numpy().reshape(n, rows // 8, 8, width).transpose(0, 3, 1, 2)
+    words = np.array(octets, order="C").view(np.uint64)[..., 0]  # (n, width, rows / 8)
+    for shift, kept in ((7, 0x00AA00AA00AA00AA), (14, 0x0000CCCC0000CCCC), (28, 0xF0F0F0F0)):
+        exchange_bits(words, shift, kept)
+    octets = words[..., None].view(np.uint8).transpose(0, 1, 3, 2)  # (n, width, 8, rows / 8)
+    return torch.from_numpy(np.ascontiguousarray(octets).reshape(n, 8 * width, rows // 8))
+
+
+def exchange_bits(words: NDArray[np.uint64], distance: int, mask: int) -> None:
+    """Exchange the bits in the mask with those `distance` above them, in place."""
+    change = words >> distance
+    change ^= words
+    change &= mask
+    words ^= change
+    change <<= distance
+    words ^= change
 
 
 def deduplicate(packed: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import torch
 from sparse_flash.masks import grid, host
+from sparse_flash.masks.assemble import EMPTY_TILE
 from sparse_flash.masks.elements import (
-    EMPTY_TILE,
     Predicate,
     TooLargeError,
     count_kinds,

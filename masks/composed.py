@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sparse_flash.masks import diagonal
+from sparse_flash.masks import bits, diagonal
 from sparse_flash.masks.blockwise import numbers, tensor
 from sparse_flash.masks.io import Lengths
 from sparse_flash.masks.rectangles import Elements
@@ -49,13 +49,8 @@ def packed(mask: Any, tiles: Tiles) -> Bits | None:
     if len(tiles.rows) * block_q * block_kv > _MOST or not hasattr(mask, "combined"):
         return None
     found = _bits(mask, tiles)
-    # No bit is beyond the lengths.
-    if q_len % block_q:
-        found[tiles.rows == q_len // block_q, q_len % block_q :] = 0
-    if kv_len % block_kv or block_kv % 8:
-        width = np.minimum(kv_len - tiles.cols * block_kv, block_kv)
-        within = np.arange(8 * found.shape[2]) < width[:, None]
-        found &= np.packbits(within, axis=1, bitorder="little")[:, None]
+    heights = np.minimum(q_len - tiles.rows * block_q, block_q)
+    bits.clip(found, heights, np.minimum(kv_len - tiles.cols * block_kv, block_kv))
     return found
 
 

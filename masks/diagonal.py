@@ -11,7 +11,7 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 from sparse_flash.masks import bits
-from sparse_flash.masks.assemble import EMPTY_TILE, FULL_TILE
+from sparse_flash.masks.assemble import EMPTY_TILE, FULL_TILE, dtype_of
 from sparse_flash.masks.blockwise import numbers, tensor
 from sparse_flash.masks.io import Lengths
 from sparse_flash.masks.ternary import FULL, UNKNOWN, Blocks
@@ -25,8 +25,8 @@ def applies(predicate: Any, lengths: Lengths) -> bool:
     return whole and getattr(predicate, "diagonal", False) and predicate.for_host
 
 
-def tiles(predicate: Any, lengths: Lengths) -> tuple[NDArray[np.int32], Tensor]:
-    """The index of each tile's bit tile, EMPTY_TILE or FULL_TILE, int32; the distinct bit tiles."""
+def tiles(predicate: Any, lengths: Lengths) -> tuple[NDArray[Any], Tensor]:
+    """The index of each tile's bit tile, EMPTY_TILE or FULL_TILE; the distinct bit tiles."""
     q_len, kv_len, (block, _) = lengths
     down, across = q_len // block, kv_len // block
     offsets = block * np.arange(1 - across, down)  # q - kv at the first element of a tile
@@ -35,7 +35,7 @@ def tiles(predicate: Any, lengths: Lengths) -> tuple[NDArray[np.int32], Tensor]:
     states = numbers(predicate.classify(blocks))
     open_ = np.flatnonzero(states == UNKNOWN)
     lines, index = _lines(predicate, offsets[open_], block)
-    entries = np.where(states == FULL, FULL_TILE, EMPTY_TILE).astype(np.int32)
+    entries = np.where(states == FULL, FULL_TILE, EMPTY_TILE).astype(dtype_of(len(lines)))
     entries[open_] = index
     step = entries.itemsize  # the diagonals of a table, in one line: no copies
     table = as_strided(entries[across - 1 :], (down, across), (step, -step))

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 from sparse_flash.masks import bits, composed, host
-from sparse_flash.masks.assemble import EMPTY_TILE, FULL_TILE, extent
+from sparse_flash.masks.assemble import extent, numbered
 from sparse_flash.masks.io import Lengths
 from sparse_flash.masks.rectangles import Elements
 from sparse_flash.masks.ternary import EMPTY, UNKNOWN, Blocks
@@ -59,7 +59,7 @@ def evaluate(
     if packed is None:
         index, tiles = _evaluate_all(predicate, rows, cols, lengths)
     else:
-        index, tiles = _numbered(torch.from_numpy(packed), _areas(rows, cols, lengths))
+        index, tiles = numbered(torch.from_numpy(packed), _areas(rows, cols, lengths))
     return host.take(index, twin), tiles
 
 
@@ -126,7 +126,7 @@ def _evaluate_all(
     )
     count = 0
     for part, packed in _with_progress(_chunks(predicate, rows, cols, lengths), predicate, rows):
-        found, distinct = _numbered(packed, areas[part])
+        found, distinct = numbered(packed, areas[part])
         host.put(index, order[part], torch.where(found < 0, found, found + count))
         if part.start == 0 and part.stop >= len(rows):  # a single chunk
             store, count = distinct, len(distinct)
@@ -147,14 +147,6 @@ def _evaluate_all(
 def _areas(rows: Tensor, cols: Tensor, lengths: Lengths) -> Tensor:
     """Number of elements of each tile."""
     return extent(rows, lengths[0], lengths[2][0]) * extent(cols, lengths[1], lengths[2][1])
-
-
-def _numbered(packed: Tensor, areas: Tensor) -> tuple[Tensor, Tensor]:
-    """The index of each tile among the distinct ones, EMPTY_TILE or FULL_TILE; the distinct."""
-    distinct, twin = bits.deduplicate(packed)
-    allowed = host.take(bits.count(distinct), twin)
-    found = torch.where(allowed == areas, FULL_TILE, twin)
-    return torch.where(allowed == 0, EMPTY_TILE, found), distinct
 
 
 def _chunks(

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from sparse_flash.masks import diagonal, host
-from sparse_flash.masks.assemble import EMPTY_TILE, renumber
+from sparse_flash.masks.assemble import EMPTY_TILE, dtype_of, renumber
 from sparse_flash.masks.blockwise import numbers, tensor
 from sparse_flash.masks.elements import Predicate, TooLargeError, evaluate
 from sparse_flash.masks.io import Lengths
@@ -23,7 +23,7 @@ _MOST = 1 << 18  # tiles of a table
 _FEW = 1 << 10  # tiles that are looked at one by one
 _SIDE = 8  # tiles per side of the rectangles that are looked at before
 
-Table = NDArray[np.int32]
+Table = NDArray[Any]  # of int16 or int32: see `dtype_of`
 
 
 def fits(lengths: Lengths) -> bool:
@@ -32,7 +32,7 @@ def fits(lengths: Lengths) -> bool:
 
 
 def tiles(predicate: Predicate, lengths: Lengths, most: int | None) -> tuple[Table, Tensor]:
-    """The index of each tile's bit tile, EMPTY_TILE or FULL_TILE, int32; the distinct bit tiles.
+    """The index of each tile's bit tile, EMPTY_TILE or FULL_TILE; the distinct bit tiles.
 
     Raises:
         TooLargeError: More than `most` tiles, or 64 times as many elements, are to be looked at.
@@ -45,7 +45,7 @@ def tiles(predicate: Predicate, lengths: Lengths, most: int | None) -> tuple[Tab
     unknown = np.flatnonzero(found == UNKNOWN)
     rows, cols = np.divmod(unknown, found.shape[1])
     index, packed = evaluate(predicate, tensor(rows), tensor(cols), lengths, most and 64 * most)
-    table = ((found >> 1) + EMPTY_TILE).astype(np.int32)  # of full tiles FULL_TILE
+    table = ((found >> 1) + EMPTY_TILE).astype(dtype_of(len(packed)))  # of full tiles FULL_TILE
     table.ravel()[unknown] = index.numpy()
     return table, packed
 
@@ -93,24 +93,29 @@ def _grid(lengths: Lengths) -> tuple[int, int]:
 
 
 def arrays_of_tables(
-    tables: list[Table], packed: list[Tensor]
+    tables: list[Table], packed: list[Tensor] | Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """crow_indices, col_indices, bit_tile_indices and bit_tiles of a layout, one table a pattern.
 
-    packed: The bit tiles of each table, distinct within it.
+    packed: The bit tiles of each table, distinct within it; or those of all, distinct.
     """
     crow, cols, entries = [], [], []
     num_tiles = num_bit_tiles = 0
-    for table, bit_tiles in zip(tables, packed, strict=True):
+    shared = isinstance(packed, Tensor)
+    for pattern, table in enumerate(tables):
         down, across = table.shape
         stored = np.flatnonzero(table != EMPTY_TILE)
         ends = np.searchsorted(stored, across * np.arange(down + 1))
         crow.append(ends + num_tiles)
         cols.append(stored - np.repeat(across * np.arange(down), np.diff(ends)))
-        entry = table.ravel()[stored]
-        entries.append(np.where(entry < 0, entry, entry + num_bit_tiles) if entries else entry)
-        num_tiles, num_bit_tiles = num_tiles + len(stored), num_bit_tiles + len(bit_tiles)
-    one = len(tables) == 1
-    bit_tiles, entry = renumber(host.cat(packed), tensor(np.concatenate(entries)), one)
+        entry = table.ravel()[stored].astype(np.int32)
+        entries.append(
+            np.where(entry < 0, entry, entry + num_bit_tiles) if num_bit_tiles else entry
+        )
+        num_tiles += len(stored)
+        num_bit_tiles += 0 if shared else len(packed[pattern])
+    tiles = packed if isinstance(packed, Tensor) else host.cat(packed)
+    distinct = shared or len(tables) == 1
+    tiles, entry = renumber(tiles, tensor(np.concatenate(entries)), distinct)
     made = np.stack(crow).astype(np.int32), np.concatenate(cols).astype(np.int32)
-    return tensor(made[0]), tensor(made[1]), entry, bit_tiles
+    return tensor(made[0]), tensor(made[1]), entry, tiles

@@ -40,7 +40,7 @@ def take(x: Tensor, index: Tensor) -> Tensor:
     """`x[index]` for indices of the first dimension, int64 `(n,)`."""
     if x.device.type != "cpu":
         return x[index]
-    return torch.from_numpy(x.numpy()[index.numpy()])
+    return torch.from_numpy(x.numpy().take(index.numpy(), axis=0))
 
 
 def put(x: Tensor, index: Tensor, values: Tensor) -> None:

@@ -322,7 +322,6 @@ tile density 0.75, computed 0.75, cpu)
         True
         """
         order = self.transpose_order.long()
-        tiles = bits.unpack(self.bit_tiles, self.block[1]).transpose(1, 2)
         return BlockLayout(
             self.kv_len,
             self.q_len,
@@ -330,7 +329,7 @@ tile density 0.75, computed 0.75, cpu)
             crow_indices=self.ccol_indices,
             col_indices=self.row_indices,
             bit_tile_indices=host.take(self.bit_tile_indices, order),
-            bit_tiles=bits.pack(tiles),
+            bit_tiles=bits.transposed(self.bit_tiles, self.block[1]),
             pattern_map=self.pattern_map,
             validate=False,
             known=(self.crow_indices, self.col_indices, bits.inverse(self.transpose_order)),
@@ -498,3 +497,25 @@ tile density 0.75, computed 0.75, cpu)
             return cls(*lengths, **arrays).to(device)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path} holds no valid layout: {error}") from error
+
+
+class RowLayout(BlockLayout):
+    """A layout that is read by rows alone: without a transpose."""
+
+    def __post_init__(self, validate: bool, known: tuple[Tensor, Tensor, Tensor] | None) -> None:
+        """Derive nothing."""
+        self.derived, self.calls = {}, {}
+
+    @classmethod
+    @plain_torch()
+    def of_columns(cls, layout: BlockLayout) -> RowLayout:
+        """The rows of a layout's transpose."""
+        arrays = (
+            layout.ccol_indices,
+            layout.row_indices,
+            host.take(layout.bit_tile_indices, layout.transpose_order.long()),
+            bits.transposed(layout.bit_tiles, layout.block[1]),
+            layout.pattern_map,
+        )
+        block = layout.block[1], layout.block[0]
+        return cls(layout.kv_len, layout.q_len, block, *arrays, validate=False)

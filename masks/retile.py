@@ -7,8 +7,9 @@ from sparse_flash.masks import validation
 from sparse_flash.masks.blockwise import tensor
 from sparse_flash.masks.build import build_layout
 from sparse_flash.masks.cells import cell_of, retile_by_cells
-from sparse_flash.masks.layout import FULL_TILE, BlockLayout
+from sparse_flash.masks.layout import FULL_TILE, BlockLayout, RowLayout
 from sparse_flash.masks.modes import plain_torch
+from sparse_flash.masks.regrid import regrid
 from sparse_flash.masks.tables import RectangleTable
 from sparse_flash.masks.ternary import Blocks
 from torch import Tensor
@@ -31,9 +32,22 @@ def retile(layout: BlockLayout, block: tuple[int, int]) -> BlockLayout:
     >>> masks.retile(fine, (128, 64)).equal(masks.causal().layout(300, block=(128, 64)))
     True
     """
+    return _retiled(layout, block, BlockLayout)
+
+
+@plain_torch()
+def rows_in(layout: BlockLayout, block: tuple[int, int]) -> BlockLayout:
+    """As `retile`, for what is read by rows alone: the result may have no transpose."""
+    return _retiled(layout, block, RowLayout)
+
+
+def _retiled(layout: BlockLayout, block: tuple[int, int], kind: type[BlockLayout]) -> BlockLayout:
     lengths = validation.checked_lengths(layout.q_len, layout.kv_len, block)
     if lengths == layout.lengths:
         return layout
+    made = regrid(layout, lengths[2], kind)
+    if made is not None:
+        return made
     cell = cell_of(layout.block, lengths[2])
     if cell is not None:
         return retile_by_cells(layout, lengths[2], cell)

@@ -160,7 +160,7 @@ def test_cost_model():
     costs = replace(COSTS, partial_tile=1.5, item=10)
     counts = layout.crow_indices.diff()[0]
     partial = torch.zeros(8).index_add(0, layout.tile_rows, (layout.bit_tile_indices >= 0).float())
-    assert torch.equal(costs.rows(layout)[0], 10 + counts + 0.5 * partial)
+    assert torch.equal(torch.from_numpy(costs.rows(layout))[0], 10 + counts + 0.5 * partial)
     share = torch.tensor(20.0)
     tiles = torch.tensor([0, 5, 40, 400])
     costs = replace(COSTS, largest_share=0.5, fewest_tiles=8)
