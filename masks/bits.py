@@ -126,8 +126,11 @@ def distinct_rows(words: Tensor) -> tuple[Tensor, Tensor]:
     n = len(words)
     if n == 0:
         return (torch.empty(0, dtype=torch.int64, device=words.device),) * 2
-    if words.device.type == "cpu" and n > _FEW and (found := _by_buckets(words)) is not None:
-        return found
+    if words.device.type == "cpu":
+        if n <= _FEW:
+            return _by_content(words.numpy())
+        if (found := _by_buckets(words.numpy())) is not None:
+            return found
     every = host.arange(n, words.device)
     if words.shape[1] >= 4 * _PREFIX and len(host.unique(_hashes(words[:, :_PREFIX], 0))[0]) == n:
         return every, every
@@ -141,22 +144,33 @@ def distinct_rows(words: Tensor) -> tuple[Tensor, Tensor]:
     raise AssertionError("eight independent 64-bit hashes collided")
 
 
-def _by_buckets(words: Tensor) -> tuple[Tensor, Tensor] | None:
+def _by_content(words: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+    """As `distinct_rows`, for a few rows."""
+    first: dict[bytes, int] = {}
+    twin = np.array([first.setdefault(row.tobytes(), i) for i, row in enumerate(words)])
+    return _of_twins(twin)
+
+
+def _by_buckets(words: NDArray[np.int64]) -> tuple[Tensor, Tensor] | None:
     """As `distinct_rows`, without sorting, where few rows are distinct; None where many are.
 
     All rows in a bucket of hashes must agree with the first of them.
     """
-    some = words[:_FEW]
-    if len(host.unique(_hashes(some, 0))[0]) > len(some) // 2:
+    if len(_by_content(words[:_FEW])[0]) > _FEW // 2:
         return None
-    bucket = (_hashes(words, 0).numpy() >> 32) & (_BUCKETS - 1)
+    columns = np.ascontiguousarray(words.T)
+    bucket = (_factors(len(columns), 0).numpy() @ columns >> 32) & (_BUCKETS - 1)
     first = np.empty(_BUCKETS, np.int64)
-    every = np.arange(len(words))
-    first[bucket[::-1]] = every[::-1]  # the last assignment counts
-    twin = first[bucket]
-    if not _all_equal(words, torch.from_numpy(twin)):
+    first[bucket[::-1]] = np.arange(len(words))[::-1]  # the last assignment counts
+    twin = first.take(bucket)
+    if any(not np.array_equal(column.take(twin), column) for column in columns):
         return None
-    is_first = twin == every
+    return _of_twins(twin)
+
+
+def _of_twins(twin: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+    """The result of `distinct_rows`, from the first of all rows that equal each row."""
+    is_first = twin == np.arange(len(twin))
     index = (np.cumsum(is_first) - 1)[twin]
     return torch.from_numpy(np.flatnonzero(is_first)), torch.from_numpy(index)
 

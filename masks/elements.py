@@ -17,7 +17,7 @@ from torch import Tensor
 
 _CELL = 16  # tokens per side of the cells of a tile, some of which are decided as a whole
 _PROBED = 64  # tiles that show whether cells are worth while
-_TILES_AT_ONCE, _TILES_AT_ONCE_CUDA = 1 << 12, 1 << 18  # whose signatures are compared
+_TILES_AT_ONCE, _TILES_AT_ONCE_CUDA = 1 << 15, 1 << 18  # whose signatures are compared
 _PATIENCE = 5.0  # seconds of evaluation before a progress bar appears
 
 

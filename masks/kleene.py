@@ -183,20 +183,20 @@ class Ternary(Symbol):
         Raises:
             NotUnderstoodError: The truth value has no signature.
         """
-        return self._columns(self.value == self.value, self.value)
+        return self._columns(self.value == self.value, blockwise.int64(self.value))
 
     def _columns(self, undecided: Numbers, decided: Numbers) -> Columns:
         """The signature; columns are `decided` where the whole expression is not `undecided`.
 
         Each column is selected once, however deep the expression is.
         """
-        decided = where(undecided, self.value, decided)
+        decided = where(undecided, blockwise.int64(self.value), decided)
         undecided = undecided & (self.value == UNKNOWN)
         if self._operands:
             return [c for each in self._operands for c in each._columns(undecided, decided)]
         if self._decided_by is None:
             raise NotUnderstoodError("a truth value of unknown origin")
-        return [where(undecided, c, decided) for c in self._decided_by()]
+        return [where(undecided, blockwise.int64(c), decided) for c in self._decided_by()]
 
     def __and__(self, other: Any) -> Ternary:
         return self._combine(other, minimum)

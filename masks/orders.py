@@ -126,11 +126,9 @@ class ImageOrder(TokenOrder):
         return f"{self.name}({self.height}, {self.width})"
 
     def _make(self) -> Tensor:
-        raster = torch.arange(len(self), device="cpu")
+        row, col = (torch.arange(n, device="cpu") for n in (self.height, self.width))
         key = {"raster": _raster_key, "morton": _morton_key, "hilbert": _hilbert_key}[self.name]
-        return torch.argsort(
-            key(raster // self.width, raster % self.width, self.width), stable=True
-        )
+        return _ascending(key(row[:, None], col).flatten())
 
 
 @dataclass(frozen=True, repr=False)
@@ -222,26 +220,42 @@ def _integers(values: Any) -> np.ndarray:
     return values.astype(np.int64)
 
 
-def _raster_key(row: Tensor, col: Tensor, width: int) -> Tensor:
-    return row * width + col
+def _ascending(keys: Tensor) -> Tensor:
+    """The order of distinct keys, all at least 0."""
+    end = int(keys.max()) + 1
+    if end > 8 * len(keys):
+        return torch.argsort(keys)
+    place = np.full(end, -1)
+    place[keys.numpy()] = np.arange(len(keys))
+    return torch.from_numpy(place[place >= 0])
 
 
-def _morton_key(row: Tensor, col: Tensor, width: int) -> Tensor:
+def _raster_key(row: Tensor, col: Tensor) -> Tensor:
+    return row * len(col) + col
+
+
+def _morton_key(row: Tensor, col: Tensor) -> Tensor:
     """Interleave the bits of row and column (Morton, 1966), row bits first."""
-    key = torch.zeros_like(row)
-    for bit in range(24):
-        key |= ((col >> bit) & 1) << (2 * bit) | ((row >> bit) & 1) << (2 * bit + 1)
-    return key
+    return _spread(row) << 1 | _spread(col)
 
 
-def _hilbert_key(row: Tensor, col: Tensor, width: int) -> Tensor:
+def _spread(x: Tensor) -> Tensor:
+    """Bit i moves to bit 2 i."""
+    moved = torch.zeros_like(x)
+    for bit in range(int(x.max()).bit_length()):
+        moved |= (x >> bit & 1) << (2 * bit)
+    return moved
+
+
+def _hilbert_key(row: Tensor, col: Tensor) -> Tensor:
     """Distance along the Hilbert curve of the enclosing square of 2^k pixels (Hilbert, 1891).
 
     From the top bit down, each quadrant adds its rank. The next level is rotated so that the curve
     is continuous.
     """
-    side = 1 << (max(len(row) // width, width) - 1).bit_length()
-    x, y, key = col.clone(), row.clone(), torch.zeros_like(row)
+    side = 1 << (max(len(row), len(col)) - 1).bit_length()
+    x, y = torch.broadcast_tensors(col, row)
+    key = torch.zeros_like(x)
     half = side >> 1
     while half:
         right, low = (x & half) > 0, (y & half) > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 import sys
@@ -38,7 +39,9 @@ _CELLS = 1 << 24  # entries of the largest table with a summed-area table
 class RangeTable:
     """Minimum and maximum of `table[lo..hi]` in O(1) per range, by a sparse table.
 
-    Memory: 2 n log2(n) integers. Source: Bender & Farach-Colton, The LCA Problem Revisited, 2000.
+    Its k-th level has those of all ranges of 2^k entries. Blocks have few lengths, so a CPU makes
+    only the levels that are asked for.
+    Source: Bender & Farach-Colton, The LCA Problem Revisited, 2000.
 
     >>> table = RangeTable(torch.tensor([3, 1, 4, 1, 5]))
     >>> table.bounds(torch.tensor([2]), torch.tensor([4]))
@@ -47,33 +50,61 @@ class RangeTable:
 
     def __init__(self, table: Tensor) -> None:
         least, most = (x.item() for x in table.aminmax())
-        if not table.is_floating_point():
+        self.is_float = table.is_floating_point()
+        if not self.is_float:
             small = _INT32.min <= least and most <= _INT32.max
             table = table.to(torch.int32 if small else torch.int64)
-        self.largest = 0 if table.is_floating_point() else int(max(abs(least), abs(most)))
-        lows, highs = [table], [table]
-        for k in range(len(table).bit_length() - 1):
-            n = len(table) - (2 << k) + 1  # starts with at least 2^(k+1) entries after them
-            lows.append(_pad(torch.minimum(lows[k][:n], lows[k][1 << k :][:n]), len(table)))
-            highs.append(_pad(torch.maximum(highs[k][:n], highs[k][1 << k :][:n]), len(table)))
-        self.low, self.high = torch.stack(lows), torch.stack(highs)
+        self.largest = 0 if self.is_float else int(max(abs(least), abs(most)))
+        self.table = table
+        first = table if self.is_float else blockwise.numbers(table)
+        self._levels: dict[int, tuple[Numbers, Numbers]] = {0: (first, first)}
+        self._stacked: tuple[Tensor, Tensor] | None = None
 
     def bounds(self, lo: Numbers, hi: Numbers) -> tuple[Numbers, Numbers]:
         """Minimum and maximum of `table[lo..hi]`, bounds inclusive; integers as int64.
 
         Floats are tensors.
         """
-        low, high = (x.to(blockwise.device(lo)) for x in (self.low, self.high))
+        if self.is_float:
+            return self._of_tensors(blockwise.tensor(lo), blockwise.tensor(hi))
+        if isinstance(lo, Tensor):
+            least, most = self._of_tensors(lo, hi)
+            return least.long(), most.long()
+        level = bit_length(hi - lo + 1) - 1
+        found = np.empty(lo.shape, np.int64), np.empty(lo.shape, np.int64)
+        for k in range(int(level.min()), int(level.max()) + 1) if level.size else ():
+            at = level == k
+            if not at.any():
+                continue
+            first, second = lo[at], hi[at] + 1 - (1 << k)  # two ranges cover lo..hi
+            low, high = self._level(k)
+            found[0][at] = np.minimum(low.take(first), low.take(second))
+            found[1][at] = np.maximum(high.take(first), high.take(second))
+        return found
+
+    def _level(self, k: int) -> tuple[Numbers, Numbers]:
+        """Minima and maxima of all ranges of 2^k entries."""
+        if k not in self._levels:
+            (low, high), half = self._level(k - 1), 1 << (k - 1)
+            ends = minimum(low[:-half], low[half:]), maximum(high[:-half], high[half:])
+            self._levels[k] = ends
+        return self._levels[k]
+
+    def _of_tensors(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
+        """As `bounds`, from all levels in one tensor, so that a GPU need not be waited for."""
+        if self._stacked is None:
+            n = len(self.table)
+            levels = [self._level(k) for k in range(n.bit_length())]
+            low, high = (
+                torch.stack([_pad(blockwise.tensor(x), n) for x in ends])
+                for ends in zip(*levels, strict=True)
+            )
+            self._stacked = low, high
+        low, high = (x.to(lo.device).view(-1) for x in self._stacked)
         k = bit_length(hi - lo + 1) - 1
-        second = hi + 1 - (1 << k)  # two overlapping ranges of 2^k entries cover lo..hi
-        first, second = k * low.shape[1] + lo, k * low.shape[1] + second
-        low, high = low.view(-1), high.view(-1)
-        if low.is_floating_point():
-            first, second = blockwise.tensor(first), blockwise.tensor(second)
-            return low[first].minimum(low[second]), high[first].maximum(high[second])
-        least = minimum(take(low, first), take(low, second))
-        most = maximum(take(high, first), take(high, second))
-        return blockwise.int64(least), blockwise.int64(most)
+        first = k * len(self.table)
+        first, second = first + lo, first + hi + 1 - (1 << k)
+        return low[first].minimum(low[second]), high[first].maximum(high[second])
 
 
 def _pad(x: Tensor, n: int) -> Tensor:
@@ -101,7 +132,7 @@ class Entries(Interval):
         most = int((last - first).max()) + 1 if len(first) else 0
         if most > _FEW or isinstance(other, Unknown):
             return truth
-        (lo, hi), table = bounds(other), self.table.low[0].to(blockwise.device(first))
+        (lo, hi), table = bounds(other), self.table.table.to(blockwise.device(first))
         met = first > last
         for t in range(most):
             entry = take(table, minimum(first + t, last))
@@ -119,8 +150,32 @@ class Indirect(Entries):
     """
 
     def __init__(self, tables: Callable[[str, int], RangeTable], index: Interval) -> None:
-        self.tables = tables
-        super().__init__(tables("//", 1), index)
+        self.tables, self.index, self.like = tables, index, index.like
+        self._form, self._forms = _of_index(index), {}
+
+    @functools.cached_property
+    def table(self) -> RangeTable:
+        """Of the values themselves."""
+        return self.tables("//", 1)
+
+    @functools.cached_property
+    def _ends(self) -> tuple[Numbers, Numbers]:
+        return self.table.bounds(self.index.lo, self.index.hi)
+
+    @property
+    def lo(self) -> Numbers:
+        """Smallest value in each block."""
+        return self._ends[0]
+
+    @property
+    def hi(self) -> Numbers:
+        """Largest value in each block."""
+        return self._ends[1]
+
+    @property
+    def largest(self) -> int:
+        """Bound of the absolute values in all blocks."""
+        return self.table.largest
 
     def __floordiv__(self, n: Any) -> Any:
         return self._look_up("//", n) if type(n) is int and n > 0 else super().__floordiv__(n)

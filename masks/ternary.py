@@ -143,6 +143,7 @@ class Interval(Symbol):
     ) -> None:
         self.lo, self.hi, self.largest, self._form = lo, hi, largest, form
         self.like = lo
+        self._forms: dict[int, Form] = {}
 
     @property
     def device(self) -> torch.device:
@@ -153,6 +154,12 @@ class Interval(Symbol):
         """Base and parameters in each block."""
         if self._form is None:
             return self.lo, []
+        if modulus not in self._forms:  # several comparisons may ask
+            self._forms[modulus] = self._made_form(modulus)
+        return self._forms[modulus]
+
+    def _made_form(self, modulus: int) -> Form:
+        assert self._form is not None
         base, parameters = self._form(modulus)
         if parameters:  # a constant value has none
             constant = self.lo == self.hi
