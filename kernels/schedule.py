@@ -404,8 +404,9 @@ def cover(layout: BlockLayout, tile: tuple[int, int]) -> int:
     if layout.num_patterns > 1:
         before = blockwise.arange(layout.num_patterns, rows)[:, None] * height
         top, bottom = ((x + before).reshape(-1) for x in (top, bottom))
-    top, bottom = take(top * width, rows), take(bottom * width, rows)
-    left, right = take(left, cols), take(right, cols)
+    top, left = take(top * width, rows), take(left, cols)
+    bottom = take(bottom * width, rows) if down > 1 else top
+    right = take(right, cols) if across > 1 else left
     size = layout.num_patterns * height * width
     touched = [
         (minimum(top + i * width, bottom) if i else top) + (minimum(left + j, right) if j else left)
@@ -414,7 +415,7 @@ def cover(layout: BlockLayout, tile: tuple[int, int]) -> int:
     ]
     if size > _GRID:
         return len(torch.cat([tensor(x) for x in touched]).unique())
-    seen = convert(blockwise.zeros((size,), rows), "bool")
+    seen = blockwise.zeros((size,), rows, "bool")
     for tiles in touched:
         seen[tiles] = True
     return host.count(tensor(seen))

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from sparse_flash.masks import bits, host
 from torch import Tensor
 
@@ -59,11 +60,8 @@ def transposed(layout: BlockLayout) -> tuple[Tensor, Tensor, Tensor]:
     if patterns > 1:
         pattern, rows = host.divided(rows, nq)
         cols = cols + pattern * nk
-    if device.type == "cpu" and patterns * nk <= _RADIX and len(cols) <= host.MOST:
-        order = np.argsort(cols.numpy().astype(np.uint16), kind="stable")  # radix sort
-        counts = np.bincount(cols.numpy(), minlength=patterns * nk)
-        starts = torch.from_numpy(np.concatenate([[0], counts.cumsum()]))
-        rows, order = host.take(rows, torch.from_numpy(order)), torch.from_numpy(order)
+    if device.type == "cpu" and patterns * nk <= _RADIX:
+        starts, rows, order = _by_columns(rows.numpy(), cols.numpy(), (patterns * nk, nq))
     else:
         number = host.arange(len(rows), device)
         _, rows, order, starts = _in_order(cols, rows, number, (patterns * nk, nq))
@@ -72,6 +70,31 @@ def transposed(layout: BlockLayout) -> tuple[Tensor, Tensor, Tensor]:
     cells = torch.arange(patterns, device=device)[:, None] * nk
     cells = cells + torch.arange(nk + 1, device=device)
     return host.int32(host.take(starts, cells)), host.int32(rows), host.int32(order)
+
+
+def _by_columns(
+    rows: NDArray[np.int64], cols: NDArray[np.int64], grid: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tiles that are in the order of their rows, in the order of their columns.
+
+    Args:
+        rows: Their rows.
+        cols: Their stacked columns.
+        grid: Numbers of stacked columns and of rows.
+
+    Returns:
+        The first tile of each column and the end of the last; rows and numbers of tiles, in order.
+    """
+    counts = np.bincount(cols, minlength=grid[0])
+    size = grid[0] * grid[1]
+    if len(cols) <= host.MOST or size > 8 * len(cols) + _SMALL:
+        order = np.argsort(cols.astype(np.uint16), kind="stable")  # radix sort
+    else:  # a table takes less time
+        table = np.full(size, -1, np.int32)
+        table[cols * grid[1] + rows] = np.arange(len(cols), dtype=np.int32)
+        order = table[table >= 0]
+    starts = np.concatenate([[0], counts.cumsum()])
+    return torch.from_numpy(starts), torch.from_numpy(rows.take(order)), torch.from_numpy(order)
 
 
 def _in_order(

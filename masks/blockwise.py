@@ -110,11 +110,11 @@ def arange(n: int, like: Numbers) -> Numbers:
     return torch.arange(n, device=like.device) if isinstance(like, Tensor) else np.arange(n)
 
 
-def zeros(shape: tuple[int, ...], like: Numbers) -> Numbers:
-    """Zeros, int32."""
+def zeros(shape: tuple[int, ...], like: Numbers, dtype: str = "int32") -> Numbers:
+    """Zeros, or False, of a dtype such as "bool"."""
     if isinstance(like, Tensor):
-        return torch.zeros(shape, dtype=torch.int32, device=like.device)
-    return np.zeros(shape, np.int32)
+        return torch.zeros(shape, dtype=getattr(torch, dtype), device=like.device)
+    return np.zeros(shape, dtype)
 
 
 def repeat(counts: Numbers) -> Numbers:

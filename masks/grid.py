@@ -104,11 +104,13 @@ def arrays_of_tables(
     shared = isinstance(packed, Tensor)
     for pattern, table in enumerate(tables):
         down, across = table.shape
-        stored = np.flatnonzero(table != EMPTY_TILE)
+        line = np.ascontiguousarray(table).reshape(-1)
+        stored = np.flatnonzero(line != EMPTY_TILE)
         ends = np.searchsorted(stored, across * np.arange(down + 1))
         crow.append(ends + num_tiles)
-        cols.append(stored - np.repeat(across * np.arange(down), np.diff(ends)))
-        entry = table.ravel()[stored].astype(np.int32)
+        begin = np.arange(0, down * across, across, np.int32)
+        cols.append(stored.astype(np.int32) - begin.repeat(np.diff(ends)))
+        entry = line.take(stored).astype(np.int32)
         entries.append(
             np.where(entry < 0, entry, entry + num_bit_tiles) if num_bit_tiles else entry
         )
@@ -117,5 +119,5 @@ def arrays_of_tables(
     tiles = packed if isinstance(packed, Tensor) else host.cat(packed)
     distinct = shared or len(tables) == 1
     tiles, entry = renumber(tiles, tensor(np.concatenate(entries)), distinct)
-    made = np.stack(crow).astype(np.int32), np.concatenate(cols).astype(np.int32)
+    made = np.stack(crow).astype(np.int32), np.concatenate(cols)
     return tensor(made[0]), tensor(made[1]), entry, tiles

@@ -205,8 +205,8 @@ tile density 0.75, computed 0.75, cpu)
     @plain_torch()
     def tile_rows(self) -> Tensor:
         """The stacked block row of each tile, int64 `(T,)`: pattern x num_block_rows + row."""
-        counts = self.crow_indices.long().diff(dim=1)
-        return host.repeat(counts.flatten(), self.num_tiles)
+        crow = self.crow_indices
+        return host.repeat((crow[:, 1:] - crow[:, :-1]).flatten(), self.num_tiles)
 
     @property
     @plain_torch()

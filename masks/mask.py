@@ -19,7 +19,7 @@ from sparse_flash.masks.extents import (
     merge_extents,
     require_extents,
 )
-from sparse_flash.masks.kleene import NotUnderstoodError, Symbol
+from sparse_flash.masks.kleene import NotUnderstoodError
 from sparse_flash.masks.modes import plain_torch, reduce_without_derived
 from sparse_flash.masks.records import CACHE, inherit_changeable
 from sparse_flash.masks.registry import Registry
@@ -495,7 +495,7 @@ class Shifted(Mask):
     def allowed(self, q: Index, kv: Index) -> Truth:
         """The mask's rule at the shifted indices."""
         q, kv = q + self.by_q, kv + self.by_kv
-        if not isinstance(q, Symbol):
+        if isinstance(q, Tensor):
             check_indices(self.mask, q, kv)
         return self.mask.allowed(q, kv)
 

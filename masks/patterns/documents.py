@@ -69,7 +69,7 @@ class documents(Pattern):
     lengths: Any
     length: int | None = None
     capacity: tuple[int, int] | None = None
-    relative = True
+    relative, tables = True, False
 
     def __post_init__(self) -> None:
         if self.length is not None:
@@ -136,7 +136,7 @@ class documents(Pattern):
 
     @derived
     def _document(self) -> IndexTable:
-        numbers = np.repeat(np.arange(len(self.lengths)), self.lengths)
+        numbers = np.repeat(np.arange(len(self.lengths), dtype=np.int32), self.lengths)
         return IndexTable(torch.from_numpy(numbers), ascending=True)
 
     def allowed(self, q: Index, kv: Index) -> Truth:
