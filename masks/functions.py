@@ -295,6 +295,8 @@ def _beside_floats(method: Callable[[Any, Any], Any]) -> Callable[[Any, Any], An
 
     @functools.wraps(method)
     def apply(self: Interval, other: Any) -> Any:
+        if type(other) is int or type(other) is Interval:
+            return method(self, other)
         if isinstance(other, Tensor) and other.ndim == 0 and other.is_floating_point():
             return Unknown(self)
         return Unknown(self) if isinstance(other, float) else method(self, other)

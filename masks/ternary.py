@@ -440,6 +440,8 @@ def never(index: Index) -> Truth:
 
 def operand(x: Any, floats: bool = False) -> Any:
     """Convert to an Interval, an Unknown, an int or (with `floats`) a float; refuse others."""
+    if type(x) is int or type(x) is Interval:
+        return x
     x = x.widened() if isinstance(x, Symbol) else x
     if isinstance(x, Interval | Unknown) or type(x) is int:
         return x
@@ -479,12 +481,12 @@ def symbols(*values: Any) -> tuple[Symbol, ...]:
 
 def bounds(x: Any) -> tuple[Any, Any]:
     """Smallest and largest value."""
-    return (x.lo, x.hi) if isinstance(x, Interval) else (x, x)
+    return (x, x) if type(x) is int or not isinstance(x, Interval) else (x.lo, x.hi)
 
 
 def magnitude(x: Any) -> int:
     """Bound of the absolute value."""
-    return x.largest if isinstance(x, Interval) else abs(x)
+    return abs(x) if type(x) is int or not isinstance(x, Interval) else x.largest
 
 
 def form_of(x: Any, modulus: int = 0) -> tuple[Any, Columns]:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from sparse_flash.kernels import schedule as scheduling
+from sparse_flash.kernels.plan import PlanKey, plan_of
 from sparse_flash.kernels.schedule import ARRAYS, backward_schedule, best_config, schedule
+from sparse_flash.kernels.sm90.attention import BACKWARD, FORWARD
 from sparse_flash.kernels.sm90.config import BACKWARD_COSTS, FORWARD_COSTS, forward_configs
 
 from sparse_flash import masks
+from tests.calls import count_calls
 from tests.kernels.helpers import H200
 
 MASKS = {
@@ -59,3 +62,36 @@ def test_the_same_on_a_gpu(name, monkeypatch):
                 if array != "work":  # of equal costs, any order will do
                     assert torch.equal(getattr(a, array), getattr(b, array).cpu())
             assert sorted(a.work.tolist()) == sorted(b.work.tolist())
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_tensors_and_arrays_give_the_same(name, monkeypatch):
+    """On a GPU, the same code works on tensors."""
+    layout = MASKS[name].layout(1500)
+    configs = forward_configs("bfloat16", 64)
+    expected, config = schedules(layout), best_config(layout, configs)
+    monkeypatch.setattr(scheduling, "numbers", lambda x: x)
+    assert best_config(layout, configs) == config
+    for a, b in zip(expected, schedules(layout), strict=True):
+        assert all(torch.equal(getattr(a, x), getattr(b, x)) for x in ARRAYS)
+        assert (a.num_splits, a.num_ctas) == (b.num_splits, b.num_ctas)
+
+
+CALLS = {  # of Python and of C, in the plans of both passes at 65,536 tokens and head_dim 64
+    "local({})": 1300,
+    "causal({})": 1900,
+    "local({}) | global_tokens(64) | butterfly(128)": 1300,
+}
+
+
+@pytest.mark.parametrize("spec", CALLS)
+def test_calls_of_plans(spec):
+    keys = [
+        PlanKey(planners[torch.bfloat16, 64], 1, 8, 8, H200) for planners in (FORWARD, BACKWARD)
+    ]
+    first, second = (masks.parse(spec.format(n)).layout(65536) for n in (3, 5))
+    for key in keys:
+        plan_of(first, key)
+    calls = count_calls(lambda: [plan_of(second, key) for key in keys])
+    print(f"{spec}: {calls} calls")
+    assert calls <= CALLS[spec]
