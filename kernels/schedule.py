@@ -31,8 +31,9 @@ from sparse_flash.masks.blockwise import (
     tensor,
     where,
 )
-from sparse_flash.masks.layout import FULL_TILE, BlockLayout, RowLayout
+from sparse_flash.masks.layout import FULL_TILE, BlockLayout
 from sparse_flash.masks.retile import rows_in
+from sparse_flash.masks.rows import RowLayout
 from sparse_flash.masks.transfer import moved
 from torch import Tensor
 from torch.nn.functional import pad
@@ -286,7 +287,7 @@ def on_host(
 ) -> BlockLayout:
     """A layout's copy on the CPU where it has few tiles and rows, else itself.
 
-    A schedule takes some 200 small operations. On a GPU each takes 5 to 10 us whatever its size,
+    A schedule takes some 100 small operations. On a GPU each takes 5 to 10 us whatever its size,
     and some make the host wait; on a CPU those on a few thousand tiles take 1 to 3 us.
 
     Args:

@@ -171,7 +171,7 @@ def _by_buckets(words: NDArray[np.int64]) -> tuple[Tensor, Tensor] | None:
 def _of_twins(twin: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
     """The result of `distinct_rows`, from the first of all rows that equal each row."""
     is_first = twin == np.arange(len(twin))
-    index = (np.cumsum(is_first) - 1)[twin]
+    index = (np.cumsum(is_first, dtype=np.int64) - 1)[twin]
     return torch.from_numpy(np.flatnonzero(is_first)), torch.from_numpy(index)
 
 

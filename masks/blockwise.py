@@ -6,6 +6,7 @@ takes a third of one of torch. Operators are the same for both; other operations
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -89,6 +90,25 @@ def bit_length(x: Numbers) -> Numbers:
     if isinstance(x, Tensor):
         return torch.frexp(x.double()).exponent.long()
     return np.frexp(x.astype(np.float64))[1].astype(np.int64)
+
+
+def floor_divide(x: Numbers, n: int) -> Numbers:
+    """Floor of x / n for n > 0; a shift for powers of two, several times as fast."""
+    return x >> (n.bit_length() - 1) if n & (n - 1) == 0 else x // n
+
+
+def remainder(x: Numbers, n: int) -> Numbers:
+    """Remainder x % n for n > 0; a bit mask for powers of two."""
+    return x & (n - 1) if n & (n - 1) == 0 else x % n
+
+
+def corners(operation: Callable[[Any, Any], Any], a: Any, b: Any) -> tuple[Numbers, Numbers]:
+    """Bounds of an operation that is monotone in each operand, both with bounds `lo` and `hi`."""
+    values = [operation(x, y) for x in (a.lo, a.hi) for y in (b.lo, b.hi)]
+    least, most = values[0], values[0]
+    for value in values[1:]:
+        least, most = minimum(least, value), maximum(most, value)
+    return least, most
 
 
 def take(table: Numbers, index: Numbers) -> Numbers:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 
 import torch
 from sparse_flash.masks import grid, host
@@ -51,7 +53,23 @@ def build_layout(
         lengths: q_len, kv_len, (block_q, block_kv).
         device: Device that builds the arrays and stores them.
     """
-    device = torch.device(device)
+    build = _untraced() if "torch._dynamo" in sys.modules else _built
+    return build(patterns, pattern_map, lengths, torch.device(device))
+
+
+@functools.cache
+def _untraced() -> Callable[..., BlockLayout]:
+    """As `_built`, for processes that compile: a compiled function would trace numpy's functions.
+
+    It is made late, since importing torch._dynamo takes a second.
+    """
+    untraced: Callable[..., BlockLayout] = torch._dynamo.disable(_built)
+    return untraced
+
+
+def _built(
+    patterns: Sequence[Predicate], pattern_map: Tensor, lengths: Lengths, device: torch.device
+) -> BlockLayout:
     if device.type == "meta":
         raise ValueError("a layout needs tensors with data, not device='meta': use 'cpu'")
     if device.type == "cuda" and all(getattr(p, "for_host", False) for p in patterns):

@@ -23,6 +23,7 @@ from sparse_flash.masks.kleene import NotUnderstoodError
 from sparse_flash.masks.modes import plain_torch, reduce_without_derived
 from sparse_flash.masks.records import CACHE, inherit_changeable
 from sparse_flash.masks.registry import Registry
+from sparse_flash.masks.rule import Rule
 from sparse_flash.masks.ternary import Blocks, Index, Truth
 from sparse_flash.masks.traceable import Traceable, leave_graph
 from torch import Tensor
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from sparse_flash.masks.records import Record
 
 
-class Mask(Traceable):
+class Mask(Traceable, Rule):
     """A predicate on (query index, key index): true where attention is allowed.
 
     Subclasses define the rule `allowed(q, kv)`, in arithmetic and comparisons that accept index
@@ -58,9 +59,6 @@ class Mask(Traceable):
     by_head: ClassVar[bool] = False  # whether it has several masks, by batch entry and head
     _derived = (*Traceable._derived, "_record")
     _record: Record | None = None  # derived objects, see `RecordCache`
-    combines: ClassVar[bool] = False  # whether `combined` makes the rule from those of operands
-    changeable: bool = False  # whether `state()` can change
-    on_device: bool = False  # whether the rule reads tensors on the device
 
     def allowed(self, q: Index, kv: Index) -> Truth:
         """The rule: a bool tensor from index tensors, a Ternary from intervals."""
@@ -69,56 +67,6 @@ class Mask(Traceable):
     def extents(self) -> Extents:
         """(q_len, kv_len) for which the mask is defined; None: any length."""
         return None, None
-
-    def operands(self) -> tuple[Mask, ...]:
-        """The operands of a composite; empty for a pattern."""
-        return ()
-
-    def combined(self, truths: list[Truth]) -> Truth:
-        """The truth of a composite, from those of its operands."""
-        raise NotImplementedError(f"{type(self).__name__} has no operands")
-
-    @property
-    def tables(self) -> bool:
-        """Whether the rule may look indices up in tensors, which costs time in every operation."""
-        operands = self.operands()
-        return not operands or any(mask.tables for mask in operands)
-
-    @property
-    def for_arrays(self) -> bool:
-        """Whether the rule accepts arrays of numpy: by default, if it looks up no tables."""
-        return not self.tables
-
-    @property
-    def diagonal(self) -> bool:
-        """Whether the rule depends on q - kv alone, so that all tiles on a diagonal are equal."""
-        operands = self.operands()
-        return bool(operands) and all(mask.diagonal for mask in operands)
-
-    @property
-    def for_host(self) -> bool:
-        """Whether the rule is known to work on a CPU, so that layouts for a GPU may be built there.
-
-        A function, or a pattern from elsewhere, may read tensors on a GPU.
-        """
-        ours = type(self).__module__.startswith("sparse_flash.masks.")
-        mine = ours and not self.changeable and not self.on_device
-        return mine and all(mask.for_host for mask in self.operands())
-
-    @property
-    def relative(self) -> bool:
-        """Whether the rule compares positions of queries with positions of keys.
-
-        Such a mask depends on the position of the queries among the keys. With q_len != kv_len,
-        state it by `q_offset`, `shift` or `causal(offset)`. A composite is relative if any operand
-        is. A pattern without a declaration counts as relative.
-
-        >>> from sparse_flash import masks
-        >>> masks.local(3).relative, masks.sinks(3).relative, masks.local(3).shift(q=9).relative
-        (True, False, False)
-        """
-        operands = self.operands()
-        return not operands or any(mask.relative for mask in operands)
 
     def state(self) -> Hashable:
         """State of the data that the rule reads; a part of every cache key.

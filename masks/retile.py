@@ -7,9 +7,10 @@ from sparse_flash.masks import validation
 from sparse_flash.masks.blockwise import tensor
 from sparse_flash.masks.build import build_layout
 from sparse_flash.masks.cells import cell_of, retile_by_cells
-from sparse_flash.masks.layout import FULL_TILE, BlockLayout, RowLayout
+from sparse_flash.masks.layout import FULL_TILE, BlockLayout
 from sparse_flash.masks.modes import plain_torch
 from sparse_flash.masks.regrid import regrid
+from sparse_flash.masks.rows import RowLayout
 from sparse_flash.masks.tables import RectangleTable
 from sparse_flash.masks.ternary import Blocks
 from torch import Tensor
@@ -37,7 +38,7 @@ def retile(layout: BlockLayout, block: tuple[int, int]) -> BlockLayout:
 
 @plain_torch()
 def rows_in(layout: BlockLayout, block: tuple[int, int]) -> BlockLayout:
-    """As `retile`, for what is read by rows alone: the result may have no transpose."""
+    """As `retile`. The result may have no transpose."""
     return _retiled(layout, block, RowLayout)
 
 

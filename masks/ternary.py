@@ -154,17 +154,14 @@ class Interval(Symbol):
         """Base and parameters in each block."""
         if self._form is None:
             return self.lo, []
-        if modulus not in self._forms:  # several comparisons may ask
-            self._forms[modulus] = self._made_form(modulus)
-        return self._forms[modulus]
-
-    def _made_form(self, modulus: int) -> Form:
-        assert self._form is not None
+        if modulus in self._forms:  # several comparisons ask
+            return self._forms[modulus]
         base, parameters = self._form(modulus)
         if parameters:  # a constant value has none
             constant = self.lo == self.hi
             base = where(constant, self.lo, base)
             parameters = [where(constant, _NONE, p) for p in parameters]
+        self._forms[modulus] = base, parameters
         return base, parameters
 
     def columns(self) -> Columns:
@@ -228,7 +225,7 @@ class Interval(Symbol):
             factors = [a % modulus, b % modulus] if modulus else [a, b]
             return full(a, 0), p + r + factors
 
-        return Interval(*corners(operator.mul, self, other), largest, form)
+        return Interval(*blockwise.corners(operator.mul, self, other), largest, form)
 
     def __floordiv__(self, n: Any) -> Any:
         n = operand(n)
@@ -239,9 +236,9 @@ class Interval(Symbol):
 
         def form(modulus: int) -> Form:
             base, parameters = self.form(modulus * n if modulus * n < _FAR else 0)
-            return floor_divide(base, n), [*parameters, remainder(base, n)]
+            return blockwise.floor_divide(base, n), [*parameters, blockwise.remainder(base, n)]
 
-        ends = (floor_divide(self.lo, n), floor_divide(self.hi, n))
+        ends = (blockwise.floor_divide(self.lo, n), blockwise.floor_divide(self.hi, n))
         return Interval(*ends, self.largest // n + 1, form)
 
     def __mod__(self, n: Any) -> Any:
@@ -251,19 +248,19 @@ class Interval(Symbol):
         if n < 0:
             return -(-self % -n)
 
-        first, width = remainder(self.lo, n), self.hi - self.lo
+        first, width = blockwise.remainder(self.lo, n), self.hi - self.lo
         same = width < n - first  # otherwise it wraps around, and every remainder is possible
         lo, hi = where(same, first, 0), where(same, first + width, n - 1)
 
         def form(modulus: int) -> Form:
             if modulus and n % modulus == 0:
                 base, parameters = self.form(modulus)
-                return base if self.largest < n else remainder(base, modulus), parameters
+                return base if self.largest < n else blockwise.remainder(base, modulus), parameters
             base, parameters = self.form(modulus)
-            start = base - self.lo if not modulus else remainder(base - self.lo, modulus)
+            start = base - self.lo if not modulus else blockwise.remainder(base - self.lo, modulus)
             inside = [where(same, p, _NONE) for p in (*parameters, start)]
             base, parameters = self.form(n)
-            around = [where(same, _NONE, p) for p in (*parameters, remainder(base, n))]
+            around = [where(same, _NONE, p) for p in (*parameters, blockwise.remainder(base, n))]
             return where(same, first, 0), inside + around
 
         return Interval(lo, hi, n - 1, form)
@@ -274,7 +271,7 @@ class Interval(Symbol):
             raise NotUnderstoodError("a divisor that may be 0 or negative")
         form = _exact_form(self, n)
         if operation is operator.floordiv:
-            return Interval(*corners(operation, self, n), self.largest, form)
+            return Interval(*blockwise.corners(operation, self, n), self.largest, form)
         same = (n.lo == n.hi) & (self.lo // n.lo == self.hi // n.lo)
         lo = where(same, self.lo % n.lo, 0)
         return Interval(lo, where(same, self.hi % n.lo, n.hi - 1), n.largest, form)
@@ -283,7 +280,8 @@ class Interval(Symbol):
         k = shift_operand(k)
         if isinstance(k, int):
             return self // (1 << k)
-        return Interval(*corners(operator.rshift, self, k), self.largest, _exact_form(self, k))
+        form = _exact_form(self, k)
+        return Interval(*blockwise.corners(operator.rshift, self, k), self.largest, form)
 
     def __lshift__(self, k: Any) -> Any:
         k = shift_operand(k)
@@ -293,7 +291,7 @@ class Interval(Symbol):
         if self.largest << most >= _FAR:
             return Unknown(self, k)
         form = _exact_form(self, k)
-        return Interval(*corners(operator.lshift, self, k), self.largest << most, form)
+        return Interval(*blockwise.corners(operator.lshift, self, k), self.largest << most, form)
 
     def __rfloordiv__(self, other: Any) -> Any:
         return self._constant(other) // self
@@ -357,7 +355,8 @@ class Interval(Symbol):
         def form(modulus: int) -> Form:
             if modulus and modulus & (modulus - 1) == 0:  # lower bits depend on lower bits
                 (a, p), (b, r) = self.form(modulus), other.form(modulus)
-                return full(a, 0), [*p, *r, remainder(a, modulus), remainder(b, modulus)]
+                below = [blockwise.remainder(x, modulus) for x in (a, b)]
+                return full(a, 0), [*p, *r, *below]
             (a, p), (b, r) = self.form(), other.form()
             below = [a - (self.lo & ~span), b - (other.lo & ~span), low]
             base = where(low == 63, 0, operation(self.lo, other.lo) & ~span)
@@ -396,11 +395,7 @@ class Interval(Symbol):
         return ~(self <= other)
 
     def __eq__(self, other: object) -> Any:
-        def states(a: Any, b: Any, lo: Any, hi: Any) -> tuple[Numbers, Numbers]:
-            meet = (a <= hi) & (b >= lo)
-            return meet & (a == b) & (lo == hi), meet
-
-        return self._compare(other, states)
+        return self._compare(other, _equal)
 
     def __ne__(self, other: object) -> Any:
         return ~(self == other)
@@ -408,10 +403,7 @@ class Interval(Symbol):
     __hash__ = None
 
     def _compare(self, other: Any, states: Callable[..., tuple[Numbers, Numbers]]) -> Ternary:
-        """states: Where a comparison of (lo, hi) with (lo, hi) is sure, and where it is possible.
-
-        With a float, torch compares in its default dtype.
-        """
+        """states: Where a comparison of (lo, hi) with (lo, hi) is sure, and where possible."""
         other = operand(other, floats=True)
         if isinstance(other, Unknown):
             return other._compare(self)
@@ -422,10 +414,15 @@ class Interval(Symbol):
             (a, p), (b, r) = self.form(), form_of(other)
             return [a - b, *p, *r]  # a comparison depends only on the difference
 
-        if isinstance(other, float) and not isinstance(self.lo, Tensor):
+        if isinstance(other, float) and not isinstance(self.lo, Tensor):  # torch rounds both
             ends = (blockwise.tensor(self.lo), blockwise.tensor(self.hi), other, other)
             return Ternary.of(*(x.numpy() for x in states(*ends)), decided_by)
         return Ternary.of(*states(self.lo, self.hi, *bounds(other)), decided_by)
+
+
+def _equal(a: Any, b: Any, lo: Any, hi: Any) -> tuple[Numbers, Numbers]:
+    meet = (a <= hi) & (b >= lo)
+    return meet & (a == b) & (lo == hi), meet
 
 
 def always(index: Index) -> Truth:
@@ -498,22 +495,3 @@ def _exact_form(*values: Interval) -> Callable[[int], Form]:
     """The form of a value determined by others, without further structure."""
     made = columns_of(values)
     return lambda modulus: (full(values[0].lo, 0), made())
-
-
-def corners(operation: Callable[[Any, Any], Any], a: Interval, b: Interval) -> tuple[Any, Any]:
-    """Bounds of an operation that is monotone in each operand."""
-    values = [operation(x, y) for x in (a.lo, a.hi) for y in (b.lo, b.hi)]
-    least, most = values[0], values[0]
-    for value in values[1:]:
-        least, most = minimum(least, value), maximum(most, value)
-    return least, most
-
-
-def floor_divide(x: Numbers, n: int) -> Numbers:
-    """Floor of x / n for n > 0; a shift for powers of two, several times as fast."""
-    return x >> (n.bit_length() - 1) if n & (n - 1) == 0 else x // n
-
-
-def remainder(x: Numbers, n: int) -> Numbers:
-    """Remainder x % n for n > 0; a bit mask for powers of two."""
-    return x & (n - 1) if n & (n - 1) == 0 else x % n
