@@ -73,6 +73,6 @@ def _reorder_words(bit_tiles: NDArray[np.uint8]) -> NDArray[np.int32]:
         exchange_bits(words, 2 * ((1 << b) - (1 << a)), _PAIRS[a, b])
     # The last two bits are still to be exchanged: the threads' numbers are 0, 2, 1, 3.
     halves = words.view(np.uint16).reshape(n, rows, 2, 2, 2).transpose(0, 1, 4, 3, 2)
-    words = np.ascontiguousarray(halves).view(np.int32)  # (n, rows, 2, 2, 1)
-    parts = words.reshape(n, rows // 64, 4, 2, 8, 4).transpose(0, 1, 2, 4, 5, 3)
+    pairs = np.ascontiguousarray(halves).view(np.int32)  # (n, rows, 2, 2, 1)
+    parts = pairs.reshape(n, rows // 64, 4, 2, 8, 4).transpose(0, 1, 2, 4, 5, 3)
     return np.ascontiguousarray(parts).reshape(n, rows // 64, 128, 2)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -87,6 +87,7 @@ def _by_columns(
     """
     counts = np.bincount(cols, minlength=grid[0])
     size = grid[0] * grid[1]
+    order: NDArray[Any]
     if len(cols) <= host.MOST or size > 8 * len(cols) + _SMALL:
         order = np.argsort(cols.astype(np.uint16), kind="stable")  # radix sort
     else:  # a table takes less time

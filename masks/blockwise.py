@@ -168,6 +168,7 @@ def argsort(x: Numbers) -> Numbers:
 def rows_of(columns: list[Numbers], like: Tensor) -> Tensor:
     """Columns of integers as rows, int64 `(n, k)`; a column may have one number for all blocks."""
     n, first = len(like), numbers(like)
+    made: Numbers
     if isinstance(first, Tensor):
         made = first.new_empty(len(columns), n, dtype=torch.int64)
     else:

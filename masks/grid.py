@@ -64,8 +64,8 @@ def states(predicate: Predicate, lengths: Lengths) -> NDArray[np.int8]:
     side = np.arange(_SIDE)
     cells = (_SIDE * rows[:, None, None] + side[:, None], _SIDE * cols[:, None, None] + side)
     table[rows, :, cols] = _classified(predicate, cells, 1, lengths)
-    table = table.reshape(coarse[0] * _SIDE, coarse[1] * _SIDE)
-    return np.ascontiguousarray(table[:down, :across])
+    whole = table.reshape(coarse[0] * _SIDE, coarse[1] * _SIDE)
+    return np.ascontiguousarray(whole[:down, :across])
 
 
 def _classified(
@@ -108,7 +108,7 @@ def arrays_of_tables(
         stored = np.flatnonzero(line != EMPTY_TILE)
         ends = np.searchsorted(stored, across * np.arange(down + 1))
         crow.append(ends + num_tiles)
-        begin = np.arange(0, down * across, across, np.int32)
+        begin = np.arange(0, down * across, across, dtype=np.int32)
         cols.append(stored.astype(np.int32) - begin.repeat(np.diff(ends)))
         entry = line.take(stored).astype(np.int32)
         entries.append(
@@ -118,6 +118,6 @@ def arrays_of_tables(
         num_bit_tiles += 0 if shared else len(packed[pattern])
     tiles = packed if isinstance(packed, Tensor) else host.cat(packed)
     distinct = shared or len(tables) == 1
-    tiles, entry = renumber(tiles, tensor(np.concatenate(entries)), distinct)
+    tiles, indices = renumber(tiles, tensor(np.concatenate(entries)), distinct)
     made = np.stack(crow).astype(np.int32), np.concatenate(cols)
-    return tensor(made[0]), tensor(made[1]), entry, tiles
+    return tensor(made[0]), tensor(made[1]), indices, tiles

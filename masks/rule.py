@@ -1,4 +1,4 @@
-"""What is known of a mask's rule besides its result: how it can be evaluated."""
+"""Properties of the rule of a mask, which tell how it can be evaluated."""
 
 from __future__ import annotations
 

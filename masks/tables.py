@@ -154,7 +154,7 @@ class Indirect(Entries):
         self._form, self._forms = _of_index(index), {}
 
     @functools.cached_property
-    def table(self) -> RangeTable:
+    def table(self) -> RangeTable:  # type: ignore[override]
         """Of the values themselves."""
         return self.tables("//", 1)
 
@@ -173,7 +173,7 @@ class Indirect(Entries):
         return self._ends[1]
 
     @property
-    def largest(self) -> int:
+    def largest(self) -> int:  # type: ignore[override]
         """Bound of the absolute values in all blocks."""
         return self.table.largest
 
@@ -371,7 +371,7 @@ class Floats(Symbol):
             lo = hi = other  # torch compares bounds as it compares entries
         else:
             return Unknown(self)._compare(other)
-        ends = states(lo, hi)
+        ends: tuple[Numbers, Numbers] = states(lo, hi)
         if not isinstance(self.like, Tensor):
             ends = ends[0].numpy(), ends[1].numpy()
         return Ternary.of(*ends, columns_of([self, *symbols(other)]))

@@ -416,7 +416,8 @@ class Interval(Symbol):
 
         if isinstance(other, float) and not isinstance(self.lo, Tensor):  # torch rounds both
             ends = (blockwise.tensor(self.lo), blockwise.tensor(self.hi), other, other)
-            return Ternary.of(*(x.numpy() for x in states(*ends)), decided_by)
+            surely, possibly = states(*ends)
+            return Ternary.of(surely.numpy(), possibly.numpy(), decided_by)
         return Ternary.of(*states(self.lo, self.hi, *bounds(other)), decided_by)
 
 

@@ -1,4 +1,4 @@
-"""Layouts from tables of all tiles equal those from lists of rectangles; what they cost."""
+"""Layouts from tables of all tiles equal those from lists of rectangles; bounds of their calls."""
 
 from __future__ import annotations
 
