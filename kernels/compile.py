@@ -129,6 +129,24 @@ class Arguments:
             *(Int32(1), Int32(0), Float32(1.0), Float32(1.0)),
         )
 
+    def bias_gradients(self) -> tuple[Any, ...]:
+        """All arguments of a kernel of the gradients of biases but the stream."""
+        from cutlass import Float32, Int32
+
+        config = self.config
+        kv_lens, *lists = self.lists(config.tile_n // 64)
+        offsets = [self.ints(self.b) for _ in range(3)] if config.offsets else []
+        return (
+            *(self.queries(), self.keys(), self.values()),  # q, k, v
+            *(self.outputs(), self.outputs()),  # out, dout
+            *(self.floats(self.b, self.h, self.q_len) for _ in range(2)),  # lse, dlse
+            self.row_stats(config.tile_m),
+            *(kv_lens, *self.terms(True), *offsets, *lists),
+            self.ints(2),  # counter
+            *((self.ints(2),) if config.offsets else self.combine_arrays()),  # counts
+            *(Int32(1), Int32(0), Float32(1.0)),
+        )
+
     def terms(self, scored: bool) -> tuple[Any, ...]:
         """The `ScoreTerms` of the config, in a tuple; an empty one for kernels without."""
         from cutlass import Float32, Int32, cute
@@ -155,8 +173,28 @@ class Arguments:
             length = self.size(divisibility=16)
             found |= {"bias": self.floats(self.h, 2, length), "bias_rows": Int32(1)}
         if getattr(self.config, "distance_grads", False):  # of the backward pass alone
-            found |= {"bias_sums": self.floats(self.h, length)}
-        return (ScoreTerms(**found),)
+            found |= {"bias_sums": self.sums(length)}
+        return (ScoreTerms(**found, **self.image_terms()),)
+
+    def image_terms(self) -> dict[str, Any]:
+        """The fields of `ScoreTerms` of a bias by distances on an image."""
+        found: dict[str, Any] = {}
+        if getattr(self.config, "image_bias", False):
+            size = self.size()
+            found |= {"image": self.floats(self.h, size)}
+            found |= {"image_numbers": self.ints(self.size(divisibility=16))}
+            if getattr(self.config, "image_grads", False):
+                found |= {"image_sums": self.sums(size)}
+        if getattr(self.config, "fixed_sums", False):
+            found |= {"sum_factors": self.floats(self.h)}
+        return found
+
+    def sums(self, length: Any) -> Any:
+        """Sums of the gradients of a bias' values: (h, length)."""
+        from cutlass import Float32, Int64
+
+        fixed = getattr(self.config, "fixed_sums", False)
+        return self.compact(Int64 if fixed else Float32, self.h, length)
 
     def queries(self) -> Any:
         """As q: (b, s_q, h, d)."""

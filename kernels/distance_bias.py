@@ -12,7 +12,7 @@ through shared memory, and adds the sums to global memory, in no particular orde
 from __future__ import annotations
 
 import cutlass
-from cutlass import Float32, Int32, cute
+from cutlass import Float32, Int32, const_expr, cute
 from sparse_flash.kernels.distance_table import COPIES, ROWS, window_size
 
 
@@ -87,11 +87,11 @@ def clear_scratch(scratch):
 
 
 @cute.jit
-def add_diagonals(ds, scratch, sums):
+def add_diagonals(ds, scratch, sums, factor=None):
     """Add the diagonals of a warp's dS to sums in global memory.
 
     ds: Thread's elements of some columns. scratch: Shared memory of the warp. sums: Pointer to the
-    sum of the distance of the first row and column, minus ROWS.
+    sum of the distance of the first row and column, minus ROWS. factor: Of sums in int64, or None.
     """
     lane, groups = cute.arch.lane_idx(), cute.size(ds) // 4 + 1
     width = 8 * groups
@@ -114,7 +114,18 @@ def add_diagonals(ds, scratch, sums):
         for row in cutlass.range_constexpr(1, ROWS):
             total += scratch[first + row * (stride + 1)]
         if diagonal < width and total != 0.0:
-            address = (sums + diagonal).toint()
-            cute.arch.inline_ptx(
-                "red.relaxed.gpu.global.add.f32 [{$r0}], {$r1};", read_only_args=[address, total]
-            )
+            add_to_sum((sums + diagonal).toint(), total, factor)
+
+
+@cute.jit
+def add_to_sum(address, value, factor=None):
+    """Add a value to a float32 number in global memory; with a factor, in fixed point to int64."""
+    if const_expr(factor is None):
+        cute.arch.inline_ptx(
+            "red.relaxed.gpu.global.add.f32 [{$r0}], {$r1};", read_only_args=[address, value]
+        )
+    else:
+        cute.arch.inline_ptx(
+            "{ .reg .b64 i; cvt.rni.s64.f32 i, {$r1}; red.relaxed.gpu.global.add.u64 [{$r0}], i; }",
+            read_only_args=[address, value * factor],
+        )

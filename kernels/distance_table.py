@@ -94,11 +94,18 @@ def gradients_of(bias: DistanceBias, sums: Tensor, grid: DistanceGrid) -> Distan
     if bias.slopes is not None:
         slopes = -(sums * grid.distances(sums.device).abs()).sum(1)
     if bias.table is not None:
-        r = bias.table.shape[1] // 2
-        first, end = max(0, grid.rows - r), min(grid.length, grid.rows + r + 1)
-        table = torch.zeros_like(bias.table)
-        start = first - (grid.rows - r)
-        table[:, start : start + end - first] = sums[:, first:end]
-        table[:, 0] += sums[:, :first].sum(1)
-        table[:, -1] += sums[:, end:].sum(1)
+        table = folded(sums, 1, grid.rows, bias.table.shape[1] // 2)
     return DistanceBias(slopes, table)
+
+
+def folded(sums: Tensor, dim: int, center: int, r: int) -> Tensor:
+    """Sums by distance as sums by the distance clipped to -r..r; distance 0 is at `center`."""
+    size = sums.shape[dim]
+    first, end = max(0, center - r), min(size, center + r + 1)
+    shape = list(sums.shape)
+    shape[dim] = 2 * r + 1
+    found = sums.new_zeros(shape)
+    found.narrow(dim, first - (center - r), end - first).copy_(sums.narrow(dim, first, end - first))
+    found.select(dim, 0).add_(sums.narrow(dim, 0, first).sum(dim))
+    found.select(dim, 2 * r).add_(sums.narrow(dim, end, size - end).sum(dim))
+    return found

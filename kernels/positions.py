@@ -234,6 +234,7 @@ def forward_at(
     numbers: tuple[int, ...] = (),
     terms: TermsOfCall | None = None,
     *,
+    known: int | None = None,
     transient: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Attention of queries at positions, on torch's current stream.
@@ -249,6 +250,8 @@ def forward_at(
         numbers: Further scalar arguments of the kernel, before the scale.
         terms: Returns the kernel's score terms and scale_log2, from the positive scale. None: no
             terms.
+        known: Number of positions that the terms know, if fewer than the layout has; queries beyond
+            get NaN.
         transient: As in `Kernel.launch`.
 
     Returns:
@@ -269,7 +272,8 @@ def forward_at(
     if terms is not None:
         of_scores, scale_log2 = terms(softmax_scale)
         inputs = (*inputs, of_scores)
-    scalars = (base, plan.num_positions, splits, *numbers, scale_log2)
+    num_positions = plan.num_positions if known is None else min(plan.num_positions, known)
+    scalars = (base, num_positions, splits, *numbers, scale_log2)
     assert plan.kernel is not None
     plan.kernel.launch(inputs, plan, scalars, q.device, transient)  # type: ignore[arg-type]
     return out, lse

@@ -36,6 +36,10 @@ class ScoreTerms(NamedTuple):
     bias: cute.Tensor | None = None  # by distance: see distance_table.values_of
     bias_rows: Int32 | None = None  # DistanceGrid.rows
     bias_sums: cute.Tensor | None = None  # gradients of the values, (h, length) float32
+    image: cute.Tensor | None = None  # by distances on an image: see image_table.image_values
+    image_numbers: cute.Tensor | None = None  # of positions, int32: see image_table
+    image_sums: cute.Tensor | None = None  # gradients of these values, (h, length) float32
+    sum_factors: cute.Tensor | None = None  # (h,) float32; with them sums are int64, times these
 
     def coefficient(self, head):
         """Coefficient of ALiBi."""

@@ -25,7 +25,7 @@ class ScoreTerms(NamedTuple):
     table: Tensor | None  # by distance, (h, 2 r + 1)
     image_table: Tensor | None  # by vertical and horizontal distance, (h, 2 r_y + 1, 2 r_x + 1)
     sinks: Tensor | None  # logits without a value, (h,)
-    coordinates: Tensor | None  # row and column of each position of an image, int32 (2, n)
+    coordinates: Tensor | None  # row and column of each token of an image, int32 (2, height, width)
     seed: Tensor | None  # of dropout, int64 (1,)
     wants: tuple[bool, bool, bool, bool]  # whether the first four need gradients
     softcap: float  # 0: none

@@ -49,7 +49,7 @@ def call_of(feature: ScoreFeature, head_dim: int, gradients: bool, offset: bool)
         RELATIVE: {"table": make(_HEADS, 3), "wants": (False, gradients, False, False)},
         RELATIVE_2D: {
             "image_table": make(_HEADS, 3, 3),
-            "coordinates": make(2, 8, dtype=torch.int32),
+            "coordinates": make(2, 2, 4, dtype=torch.int32),
             "wants": (False, False, gradients, False),
         },
         DROPOUT: {"seed": make(1, dtype=torch.int64), "dropped": 26},

@@ -11,9 +11,10 @@ from sparse_flash.kernels import attention as shared
 from sparse_flash.kernels import launch
 from sparse_flash.kernels.attention import DTYPES, TermsOfCall
 from sparse_flash.kernels.device import DeviceFacts
+from sparse_flash.kernels.distance_table import DistanceGrid
 from sparse_flash.kernels.launch import Kernel
 from sparse_flash.kernels.plan import Plan, PlanKey, Planner, plan_of
-from sparse_flash.kernels.score_arguments import NO_FLAGS, ScoreFlags
+from sparse_flash.kernels.score_arguments import NO_FLAGS, ScoreArguments, ScoreFlags
 from sparse_flash.kernels.sm80.compile import load_function
 from sparse_flash.kernels.sm80.config import ForwardConfig, shared_memory_of, target_of
 from sparse_flash.kernels.sm80.costs import COSTS
@@ -73,14 +74,25 @@ def forward(
     plan: Plan[ForwardConfig],
     kv_lens: Tensor | None,
     softmax_scale: float,
-    terms: TermsOfCall | None = None,
+    terms: ScoreArguments | None = None,
     *,
     transient: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Attention on torch's current stream: (out, lse). See `kernels.attention.forward`."""
     if plan.kernel is None:
         bind(plan)
-    return shared.forward(q, k, v, plan, kv_lens, softmax_scale, terms, transient=transient)
+    of_kernel = terms_of(terms, (q.shape[1], k.shape[1]), plan.config.tile)
+    return shared.forward(q, k, v, plan, kv_lens, softmax_scale, of_kernel, transient=transient)
+
+
+def terms_of(
+    terms: ScoreArguments | None, lengths: tuple[int, int], tile: tuple[int, int]
+) -> TermsOfCall | None:
+    """The terms of a forward kernel, for numbers of query and key positions."""
+    if terms is None:
+        return None
+    grid = DistanceGrid.of(lengths, tile, transposed=False)
+    return functools.partial(terms.for_kernel, grid=grid)
 
 
 _kernels: dict[Any, Kernel] = {}  # by config

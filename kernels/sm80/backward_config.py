@@ -25,7 +25,7 @@ class BackwardConfig:
     ctas_per_sm: CTAs on a multiprocessor.
     offsets: Queries at positions (see `BackwardAtSm80`).
     fixed_point: Add dQ in fixed point, so that the result does not depend on the order.
-    softcap, alibi, dropout: Score terms, as of `ScoreFlags`.
+    softcap, alibi, dropout, distance_bias, image_bias: Score terms, as of `ScoreFlags`.
     """
 
     dtype: str  # "bfloat16" or "float16"
@@ -47,6 +47,8 @@ class BackwardConfig:
     softcap: bool = False
     alibi: bool = False
     dropout: bool = False
+    distance_bias: bool = False
+    image_bias: bool = False
     arch: str = "sm_80"
 
     def __post_init__(self) -> None:
@@ -61,14 +63,19 @@ class BackwardConfig:
         assert self.chunks == 1 or not self.exchange
         assert not (self.split_dq and self.dq_groups % 2)
 
+        assert not (self.alibi and self.biased)  # it is a part of the bias by distance then
+
     dq = False  # whether preprocess.Preprocess clears flags of sums
 
-    distance_bias = False  # relative positions are not computed
+    @property
+    def biased(self) -> bool:
+        """Whether biases are looked up (see biases.py)."""
+        return self.distance_bias or self.image_bias
 
     @property
     def scored(self) -> bool:
         """Whether there are score terms (see score_terms.py)."""
-        return self.softcap or self.alibi or self.dropout
+        return self.softcap or self.alibi or self.dropout or self.biased
 
     @property
     def weighted(self) -> bool:

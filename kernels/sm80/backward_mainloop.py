@@ -59,12 +59,16 @@ class BackwardMainloop:
         shared = (self.s_k, self.s_v, s_p, s_ds)
         warp, lane = cute.arch.make_warp_uniform(cute.arch.warp_idx()), cute.arch.lane_idx()
         scales = (scale_log2, self.terms)
-        self.tile = BackwardTile(config, dtype, shared, self.s_stats, bits, scales, warp, lane)
+        self.tile = self.new_tile(config, dtype, shared, self.s_stats, bits, scales, warp, lane)
         self.q_len = cute.size(q, mode=[1])
         if const_expr(config.offsets):
             self.offsets = ColumnOffsets(offsets[:2], cute.size(k, mode=[1]))
             self.q_tops = offsets[2] if const_expr(config.scored) else None
         self.acc_dk, self.acc_dv = self.tile.keys_accumulators(), self.tile.keys_accumulators()
+
+    def new_tile(self, *given):
+        """The computation of a tile."""
+        return BackwardTile(*given)
 
     @cute.jit
     def run(self):
@@ -311,7 +315,8 @@ class BackwardMainloop:
         if const_expr(self.config.offsets):
             query += self.s_item[TOP, 0]
         coefficient = from_bits(self.s_tiles[COEFFICIENT, j % ANNOUNCED])
-        return TilePlace(query, key, item.batch * heads + tile.head, coefficient)
+        pair = item.batch * heads + tile.head
+        return TilePlace(query, key, pair, coefficient, tile.head)
 
     @cute.jit
     def load_statistics(self, tile, batch, stage):

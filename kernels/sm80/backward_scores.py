@@ -6,6 +6,7 @@ import cutlass
 from cutlass import Float32, Int32, const_expr, cute
 from sparse_flash.kernels import online_softmax as online
 from sparse_flash.kernels import score_terms
+from sparse_flash.kernels.sm80.biases import Biases, TileCorner
 from sparse_flash.kernels.sm80.primitives import as_pairs
 from sparse_flash.kernels.vectors import pack_pair
 from sparse_flash.masks.layout import FULL_TILE
@@ -30,6 +31,7 @@ class TilePlace(NamedTuple):
     key: Int32  # position of the first one
     pair: Int32  # batch entry * query heads + query head
     coefficient: Float32  # of ALiBi
+    head: Int32  # of q
 
 
 class BackwardScores:
@@ -37,15 +39,28 @@ class BackwardScores:
 
     @cute.jit
     def begin_scores(self, acc, place, first: cutlass.Constexpr):
-        """Initialize S' for its product: with ALiBi unless it follows a softcap, or zeros."""
+        """Initialize S' for its product: with biases unless they follow a softcap, or zeros."""
         config = self.config
         for n in cutlass.range_constexpr(self.atoms):
-            if const_expr(config.alibi and not config.softcap):
+            if const_expr(config.biased and not config.softcap):
+                self.biases().begin(acc[n], self.corner(place, n, first))
+            elif const_expr(config.alibi and not config.softcap):
                 tile, own = (config.tile_m, config.tile_n), self.own_distance(n, first)
                 distances = (place.coefficient, place.query - place.key, own)
                 score_terms.fill_with_alibi(acc[n], *distances, tile, True)
             else:
                 acc[n].fill(0.0)
+
+    def biases(self):
+        """Biases that are looked up."""
+        return Biases(self.config, self.terms, self.config.tile, transposed=True)
+
+    @cute.jit
+    def corner(self, place, n: cutlass.Constexpr, first: cutlass.Constexpr):
+        """Where a tile is, and the thread's first element of 16 keys of a chunk."""
+        lane = recomputed(self.lane)
+        row, column = self.first_key + 16 * n + lane // 4, self.first_query + first + lane % 4 * 2
+        return TileCorner(place.head, place.key, place.query, row, column)
 
     @cute.jit
     def own_distance(self, n: cutlass.Constexpr, first: cutlass.Constexpr):
@@ -91,14 +106,22 @@ class BackwardScores:
         p, weights = [], []
         for n in cutlass.range_constexpr(self.atoms):
             derived = cute.make_rmem_tensor(cute.size(acc[n]), Float32)
-            sign, coefficient, start = self.signed_alibi(place, n, first)
-            for i in cutlass.range_constexpr(cute.size(acc[n])):
-                power = acc[n][i]
-                if const_expr(self.config.alibi):
-                    power += sign * score_terms.alibi_of(i, coefficient, start, True)
-                probability = online.exp2(power * self.scale_log2 - lse[i % 2, i // 4])
-                derived[i] = probability * (1.0 - acc[n][i] * acc[n][i])
-                acc[n][i] = probability
+            if const_expr(self.config.biased):
+                for i in cutlass.range_constexpr(cute.size(acc[n])):
+                    derived[i] = 1.0 - acc[n][i] * acc[n][i]
+                self.biases().add(acc[n], self.corner(place, n, first))
+                for i in cutlass.range_constexpr(cute.size(acc[n])):
+                    acc[n][i] = online.exp2(acc[n][i] * self.scale_log2 - lse[i % 2, i // 4])
+                    derived[i] = derived[i] * acc[n][i]
+            else:
+                sign, coefficient, start = self.signed_alibi(place, n, first)
+                for i in cutlass.range_constexpr(cute.size(acc[n])):
+                    power = acc[n][i]
+                    if const_expr(self.config.alibi):
+                        power += sign * score_terms.alibi_of(i, coefficient, start, True)
+                    probability = online.exp2(power * self.scale_log2 - lse[i % 2, i // 4])
+                    derived[i] = probability * (1.0 - acc[n][i] * acc[n][i])
+                    acc[n][i] = probability
             p.append(as_pairs(acc[n], self.dtype))
             weights.append(as_pairs(derived, self.dtype))
         return p, weights

@@ -27,7 +27,7 @@ class ForwardConfig:
             queries, 2 all addresses and the rescale threshold. With 2, registers have 64 keys at a
             time.
         offsets: Queries at positions (see `Positions`).
-        softcap, alibi, sinks, dropout: Score terms, as of `ScoreFlags`.
+        softcap, alibi, sinks, dropout, distance_bias, image_bias: Score terms, as of `ScoreFlags`.
         arch: Compiler target.
     """
 
@@ -44,6 +44,8 @@ class ForwardConfig:
     alibi: bool = False
     sinks: bool = False
     dropout: bool = False
+    distance_bias: bool = False
+    image_bias: bool = False
     arch: str = "sm_80"
 
     def __post_init__(self) -> None:
@@ -55,13 +57,17 @@ class ForwardConfig:
         assert self.tile_n <= 128  # a row's bits fill one word a thread
         assert self.stages in (1, 2)
         assert self.recompute in (0, 1, 2)
+        assert not (self.alibi and self.biased)  # it is a part of the bias by distance then
 
-    distance_bias = False  # relative positions are not computed
+    @property
+    def biased(self) -> bool:
+        """Whether biases are looked up (see biases.py)."""
+        return self.distance_bias or self.image_bias
 
     @property
     def scored(self) -> bool:
         """Whether there are score terms (see score_terms.py)."""
-        return self.softcap or self.alibi or self.sinks or self.dropout
+        return self.softcap or self.alibi or self.sinks or self.dropout or self.biased
 
     @property
     def threads(self) -> int:

@@ -27,6 +27,7 @@ class RowPlace(NamedTuple):
     known: Int32  # rows of the tile that are positions of the layout; only with offsets
 
 
+HEAD = 0  # word of a `RowPlace`
 # Words behind the `RowPlace` in kernels with score terms: the position of the tile's first row,
 # batch entry * query heads + query head, and the bits of ALiBi's coefficient.
 TOP, PAIR, COEFFICIENT = range(len(RowPlace._fields), len(RowPlace._fields) + 3)

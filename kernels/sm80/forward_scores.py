@@ -7,7 +7,8 @@ import cutlass
 from cutlass import Float32, const_expr, cute
 from sparse_flash.kernels import online_softmax as online
 from sparse_flash.kernels import score_terms
-from sparse_flash.kernels.sm80.forward_items import COEFFICIENT, TOP
+from sparse_flash.kernels.sm80.biases import Biases, TileCorner
+from sparse_flash.kernels.sm80.forward_items import COEFFICIENT, HEAD, TOP
 from sparse_flash.kernels.sm80.primitives import (
     accumulators,
     as_operand_a,
@@ -40,7 +41,7 @@ class ForwardScores:
 
     @cute.jit
     def scores(self, item, tile, stage):
-        """S = Q K^T of the thread's groups of rows, with ALiBi unless it follows a softcap."""
+        """S = Q K^T of the thread's groups of rows, with biases unless they follow a softcap."""
         config = self.config
         acc_s = [accumulators(config.tile_n) for _ in range(config.row_groups)]
         for group in cutlass.range_constexpr(config.row_groups):
@@ -48,6 +49,8 @@ class ForwardScores:
                 coefficient, apart = self.alibi(tile, item.slot)
                 own = self.own_distance(group)
                 score_terms.fill_with_alibi(acc_s[group], coefficient, apart, own, config.tile)
+            elif const_expr(config.biased and not config.softcap):
+                self.biases().begin(acc_s[group], self.corner(group, tile, item.slot))
             else:
                 acc_s[group].fill(0.0)
         k_lane, q_lane = self.first_keys(stage), self.first_queries()
@@ -88,6 +91,18 @@ class ForwardScores:
         coefficient = from_bits(self.places[slot, COEFFICIENT])
         return coefficient, self.places[slot, TOP] - tile.n_block * self.config.tile_n
 
+    def biases(self):
+        """Biases that are looked up."""
+        return Biases(self.config, self.terms, self.config.tile, transposed=False)
+
+    @cute.jit
+    def corner(self, group: cutlass.Constexpr, tile, slot):
+        """Where a tile is, and the thread's first element of a group of rows."""
+        thread = in_loop(self.thread)
+        row = self.row_group(group) * 64 + thread // 32 * 16 + thread % 32 // 4
+        place = (self.places[slot, HEAD], self.places[slot, TOP])
+        return TileCorner(*place, tile.n_block * self.config.tile_n, row, thread % 4 * 2)
+
     @cute.jit
     def own_distance(self, group: cutlass.Constexpr):
         """Row minus column of the thread's first element of a group."""
@@ -96,7 +111,7 @@ class ForwardScores:
 
     @cute.jit
     def apply_softcap(self, acc_s, tile, slot):
-        """The softcap, where there is one, and the ALiBi that follows it."""
+        """The softcap, where there is one, and the ALiBi or other biases that follow it."""
         config = self.config
         if const_expr(config.softcap):
             for group in cutlass.range_constexpr(config.row_groups):
@@ -105,6 +120,8 @@ class ForwardScores:
                     coefficient, apart = self.alibi(tile, slot)
                     distance = Float32(apart + self.own_distance(group))
                     score_terms.add_alibi(acc_s[group], coefficient, distance, False)
+                if const_expr(config.biased):
+                    self.biases().add(acc_s[group], self.corner(group, tile, slot))
 
     @cute.jit
     def sink(self, place):

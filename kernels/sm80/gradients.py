@@ -10,13 +10,14 @@ from sparse_flash.kernels import attention, launch
 from sparse_flash.kernels.attention import (
     DTYPES,
     GradientTensors,
+    TermsOfCall,
     bounds_and_statistics,
     gradient_tensors,
     lengths_of,
     row_tiles_of,
 )
 from sparse_flash.kernels.device import DeviceFacts
-from sparse_flash.kernels.distance_table import DistanceBias
+from sparse_flash.kernels.distance_table import DistanceBias, DistanceGrid
 from sparse_flash.kernels.launch import Kernel
 from sparse_flash.kernels.plan import Plan, PlanKey, Planner, plan_of
 from sparse_flash.kernels.positions import (
@@ -28,6 +29,8 @@ from sparse_flash.kernels.positions import (
 )
 from sparse_flash.kernels.score_arguments import (
     NO_FLAGS,
+    NO_SUMS,
+    BiasSums,
     Gradients,
     ScoreArguments,
     ScoreFlags,
@@ -131,7 +134,9 @@ def backward(
     """
     call = gradient_tensors(dout, dlse, q, k, v, out, lse, softmax_scale)
     rows = (lengths_of(plan, kv_lens, k),)
-    return _launch(plan, plan, call, _workspace(plan.config, q, k), rows, terms, transient)
+    of_kernel = terms_of(terms, (q.shape[1], k.shape[1]), plan.config.tile)
+    space = _workspace(plan.config, q, k)
+    return _launch(plan, plan, call, space, rows, terms, of_kernel, transient)
 
 
 def backward_plan_at(
@@ -183,7 +188,25 @@ def backward_at(
     if plan.config.scored:
         shift = offsets.q_offset - offsets.kv_starts + offsets.q_base
         rows = (*rows, shift - lists.q_pad)
-    return _launch(plan, listed, call, _workspace(plan.config, q, k), rows, terms, transient)
+    of_kernel = terms_of(terms, (plan.num_positions, k.shape[1]), plan.config.tile)
+    space = _workspace(plan.config, q, k)
+    return _launch(plan, listed, call, space, rows, terms, of_kernel, transient)
+
+
+def terms_of(
+    terms: ScoreArguments | None,
+    lengths: tuple[int, int],
+    tile: tuple[int, int],
+    sums: BiasSums = NO_SUMS,
+) -> TermsOfCall | None:
+    """The terms of a kernel by keys, for numbers of query and key positions.
+
+    tile: Keys and queries of its tiles. sums: For the gradients of a bias' values.
+    """
+    if terms is None:
+        return None
+    grid = DistanceGrid.of(lengths[::-1], tile, transposed=True)
+    return functools.partial(terms.for_kernel, backward=True, grid=grid, sums=sums)
 
 
 def _launch(
@@ -193,17 +216,18 @@ def _launch(
     space: tuple[Tensor, ...],
     rows: tuple[Tensor, ...],
     terms: ScoreArguments | None,
+    of_kernel: TermsOfCall | None,
     transient: bool,
 ) -> Gradients:
     """Launch a plan's kernel on the lists of a call.
 
-    space: Of `_workspace`. rows: Lengths of the keys, and where rows lie.
+    space: Of `_workspace`. rows: Lengths of the keys, and where rows lie. of_kernel: Of `terms_of`.
     """
     inputs: tuple[Any, ...] = (*call.inputs, *call.results, *space, rows[0])
     scalars, sinks = call.scalars, None
     if plan.config.scored:
-        assert terms is not None
-        of_scores, scale_log2 = terms.for_kernel(scalars[1], backward=True)
+        assert of_kernel is not None
+        of_scores, scale_log2 = of_kernel(scalars[1])
         inputs, scalars = (*inputs, of_scores), (*scalars[:2], scale_log2)
     kernel = plan.kernel or bind(plan)
     kernel.launch((*inputs, *rows[1:]), listed, scalars, call.dq.device, transient)

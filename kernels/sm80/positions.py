@@ -10,7 +10,7 @@ from typing import Any
 
 from sparse_flash.kernels import launch
 from sparse_flash.kernels import positions as shared
-from sparse_flash.kernels.attention import DTYPES, TermsOfCall
+from sparse_flash.kernels.attention import DTYPES
 from sparse_flash.kernels.device import DeviceFacts
 from sparse_flash.kernels.launch import Kernel
 from sparse_flash.kernels.positions import (
@@ -20,8 +20,8 @@ from sparse_flash.kernels.positions import (
     plan_of_key,
     row_splits,
 )
-from sparse_flash.kernels.score_arguments import NO_FLAGS, ScoreFlags
-from sparse_flash.kernels.sm80.attention import slots_of
+from sparse_flash.kernels.score_arguments import NO_FLAGS, ScoreArguments, ScoreFlags
+from sparse_flash.kernels.sm80.attention import slots_of, terms_of
 from sparse_flash.kernels.sm80.compile import load_function
 from sparse_flash.kernels.sm80.config import ForwardConfig, shared_memory_of, target_of
 from sparse_flash.kernels.sm80.scored_config import scored_forward_at_config
@@ -52,7 +52,7 @@ def forward_at(
     q_offset: Tensor | int | None,
     kv_starts: Tensor | None,
     softmax_scale: float,
-    terms: TermsOfCall | None = None,
+    terms: ScoreArguments | None = None,
     *,
     transient: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -68,15 +68,16 @@ def forward_at(
         kv_starts: First valid key of each batch entry, from which positions count, int32 (b,).
             None: 0.
         softmax_scale: Factor of the logits, of any sign; with terms other than 0.
-        terms: As of `kernels.positions.forward_at`.
+        terms: Score terms. None: none.
         transient: As in `Kernel.launch`.
     """
     if plan.kernel is None and q.numel() and k.shape[1]:
         bind(plan)
     offsets, splits = offsets_of(plan, kv_lens, q_offset, kv_starts), row_splits(plan, q, k)
-    return shared.forward_at(
-        q, k, v, plan, offsets, softmax_scale, splits, terms=terms, transient=transient
-    )
+    of_kernel = terms_of(terms, (plan.num_positions, k.shape[1]), plan.config.tile)
+    given = (plan, offsets, softmax_scale, splits)
+    known = None if terms is None or terms.image is None else terms.image.num_tokens
+    return shared.forward_at(q, k, v, *given, terms=of_kernel, known=known, transient=transient)
 
 
 _kernels: dict[Any, Kernel] = {}  # by config

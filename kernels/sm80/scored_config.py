@@ -13,18 +13,27 @@ from sparse_flash.kernels.sm80 import config as forward
 from sparse_flash.kernels.sm80.backward_config import BackwardConfig
 from sparse_flash.kernels.sm80.config import ForwardConfig
 
+_BIASES = ({}, {"alibi": True}, *({"distance_bias": n < 2, "image_bias": n > 0} for n in range(3)))
 # All sets of features.
-FLAGS = tuple(ScoreFlags(*(bool(n >> i & 1) for i in range(4))) for n in range(1, 16))
+FLAGS = tuple(
+    ScoreFlags(softcap=softcap, sinks=sinks, dropout=dropout, **biases)
+    for biases in _BIASES
+    for softcap, sinks, dropout in itertools.product((False, True), repeat=3)
+    if softcap or sinks or dropout or biases
+)
 _ANY = "bfloat16"  # stands for either
 _NARROW = ForwardConfig(_ANY, 64, tile_m=128, tile_n=64, stages=2)
-# Tiles for one of softcap, ALiBi and dropout where the plain ones leave too few registers. Time
-# relative to the plain kernel without the feature on an H200, causal, 16K queries:
+# Tiles for one feature where the plain ones leave too few registers. Time relative to the plain
+# kernel without the feature on an H200, causal, 16K queries, where it was measured:
 _FORWARD = {
     ("alibi", 64): (
         ForwardConfig(_ANY, 64, tile_m=128, tile_n=128, recompute=2),  # 1.10
         _NARROW,  # 1.22
     ),
     ("alibi", 128): (ForwardConfig(_ANY, 128, tile_m=128, tile_n=64, recompute=2),),
+    ("distance_bias", 64): (ForwardConfig(_ANY, 64, tile_m=128, tile_n=128, recompute=2), _NARROW),
+    ("distance_bias", 128): (ForwardConfig(_ANY, 128, tile_m=128, tile_n=64, recompute=2),),
+    ("image_bias", 128): (ForwardConfig(_ANY, 128, tile_m=128, tile_n=64, recompute=2),),
     ("softcap", 64): (_NARROW,),  # 1.38
     ("softcap", 128): (ForwardConfig(_ANY, 128, tile_m=128, tile_n=32, stages=2),),  # 1.21
     ("dropout", 128): (ForwardConfig(_ANY, 128, tile_m=64, tile_n=128),),  # 1.25
@@ -38,6 +47,8 @@ _SMALL_FORWARD = {
     192: ForwardConfig(_ANY, 192, tile_m=64, tile_n=64, ctas_per_sm=1),
     256: ForwardConfig(_ANY, 256, tile_m=64, tile_n=64, ctas_per_sm=1),
 }
+# Tiles for a softcap, dropout and biases that are looked up, where the small ones spill.
+_CROWDED_FORWARD = {64: ForwardConfig(_ANY, 64, tile_m=64, tile_n=64, stages=2)}
 # A GPU takes the first that fits its shared memory, or where there is none the plain tiles.
 _SMALL_BACKWARD = {
     32: (BackwardConfig(_ANY, 32, 64, 128, 4, 1, 4, stats_stages=1, chunks=4, ctas_per_sm=2),),
@@ -59,16 +70,19 @@ _SMALL_BACKWARD = {
         ),
     ),
 }
+# Tiles for a softcap, dropout and biases that are looked up, where the small ones spill.
+_CROWDED_BACKWARD = {64: (BackwardConfig(_ANY, 64, 64, 64, 4, 2, 2),)}
 
 
 def of_forward(flags: ScoreFlags) -> dict[str, Any]:
     """The features of forward kernels."""
-    return {name: getattr(flags, name) for name in ("softcap", "alibi", "sinks", "dropout")}
+    return of_backward(flags) | {"sinks": flags.sinks}
 
 
 def of_backward(flags: ScoreFlags) -> dict[str, Any]:
     """The features of backward kernels; the sinks' gradients need none."""
-    return {name: getattr(flags, name) for name in ("softcap", "alibi", "dropout")}
+    names = ("softcap", "alibi", "dropout", "distance_bias", "image_bias")
+    return {name: getattr(flags, name) for name in names}
 
 
 @functools.cache
@@ -83,9 +97,19 @@ def scored_forward_configs(
     if listed and older and max(map(forward.space, listed)) <= shared_memory:
         configs = listed
     elif _is_heavy(flags) or (used and not older):
-        configs = (_SMALL_FORWARD[size],)
+        configs = (_small_forward(size, flags),)
     features = of_forward(flags)
     return tuple(replace(c, dtype=dtype, arch=target, **features) for c in configs)
+
+
+def _small_forward(size: int, flags: ScoreFlags) -> ForwardConfig:
+    small = _SMALL_FORWARD[size]
+    return _CROWDED_FORWARD.get(size, small) if _is_crowded(flags) else small
+
+
+def _is_crowded(flags: ScoreFlags) -> bool:
+    """Whether there are all of a softcap, dropout, and biases that are looked up."""
+    return flags.softcap and flags.dropout and (flags.distance_bias or flags.image_bias)
 
 
 def _is_older(target: str) -> bool:
@@ -95,7 +119,8 @@ def _is_older(target: str) -> bool:
 
 def _is_heavy(flags: ScoreFlags) -> bool:
     """Whether the features need more registers than any one of softcap and ALiBi."""
-    return flags.dropout or (flags.softcap and flags.alibi)
+    biased = flags.distance_bias or flags.image_bias
+    return flags.dropout or biased or (flags.softcap and flags.alibi)
 
 
 def scored_forward_at_config(
@@ -105,7 +130,7 @@ def scored_forward_at_config(
     config = forward.forward_at_config(dtype, head_dim, target, shared_memory)
     if not any(flags):
         return config
-    small = _SMALL_FORWARD[config.head_dim]
+    small = _small_forward(config.head_dim, flags)
     return replace(small, dtype=dtype, arch=target, offsets=True, **of_forward(flags))
 
 
@@ -129,7 +154,10 @@ def scored_backward_config(
     if not any(features.values()):
         return config
     if offsets or _is_tight(config.head_dim, shared_memory, deterministic, flags):
-        fitting = [c for c in _SMALL_BACKWARD[config.head_dim] if backward.fits(c, shared_memory)]
+        listed = _SMALL_BACKWARD[config.head_dim]
+        if _is_crowded(flags):
+            listed = _CROWDED_BACKWARD.get(config.head_dim, listed)
+        fitting = [c for c in listed if backward.fits(c, shared_memory)]
         small = fitting[0] if fitting else config
         config = replace(small, dtype=dtype, arch=target, fixed_point=deterministic)
     elif config.head_dim == 64:
@@ -143,11 +171,12 @@ def scored_backward_config(
 def _is_tight(head_dim: int, shared_memory: int, deterministic: bool, flags: ScoreFlags) -> bool:
     """Whether the plain tiles of the gradients leave too few registers for the features."""
     large = shared_memory > forward.LIMITS[0]
+    biased = flags.alibi or flags.distance_bias or flags.image_bias
     if head_dim == 64:
-        several = flags.dropout and (flags.softcap or flags.alibi)
+        several = flags.dropout and (flags.softcap or biased)
         return not large or several or (deterministic and (flags.dropout or not flags.softcap))
     if head_dim == 128:
-        return not large or flags.softcap or (flags.dropout and (flags.alibi or deterministic))
+        return not large or flags.softcap or (flags.dropout and (biased or deterministic))
     return head_dim == 96 or _is_heavy(flags)
 
 

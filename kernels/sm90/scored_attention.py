@@ -11,6 +11,7 @@ from sparse_flash.kernels.distance_table import DistanceBias, DistanceGrid, grad
 from sparse_flash.kernels.plan import Plan, PlanKey, Planner, plan_of
 from sparse_flash.kernels.positions import PositionPlan
 from sparse_flash.kernels.score_arguments import (
+    BiasSums,
     Gradients,
     ScoreArguments,
     ScoreFlags,
@@ -149,7 +150,8 @@ def backward(
     if plan.config.distance_grads:
         sums = torch.zeros((q.shape[2], grid.length), dtype=torch.float32, device=q.device)
     if plan.config.scored:
-        of_scores, scale_log2 = terms.for_kernel(softmax_scale, backward=True, grid=grid, sums=sums)
+        given = {"backward": True, "grid": grid, "sums": BiasSums(sums)}
+        of_scores, scale_log2 = terms.for_kernel(softmax_scale, **given)
         inputs, scalars = (*inputs, of_scores), (*call.scalars[:2], scale_log2)
     (plan.kernel or attention.bind(plan)).launch(inputs, plan, scalars, q.device, transient)
     if plans.dq is not None:

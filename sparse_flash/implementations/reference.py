@@ -121,10 +121,11 @@ class _Problem:
                 f"{self.tiles.q_len} queries"
             )
         coordinates = None if self.terms is None else self.terms.terms.coordinates
-        if coordinates is not None and end > coordinates.shape[1]:
+        tokens = end if coordinates is None else coordinates[0].numel()
+        if end > tokens:
             raise ValueError(
                 f"relative2d: with q_offset the last query has position {end - 1}, but the image "
-                f"has {coordinates.shape[1]} tokens: give a larger height and width, or a smaller "
+                f"has {tokens} tokens: give a larger height and width, or a smaller "
                 "q_offset"
             )
 

@@ -80,9 +80,10 @@ class ScoreTiles:
         table, coordinates = self.terms.image_table, self.terms.coordinates
         assert table is not None
         assert coordinates is not None
-        last = coordinates.shape[1] - 1
+        of_sides = coordinates.long().flatten(1)
+        last = of_sides.shape[1] - 1
         index = places.pair % self.heads
-        for of_side, size in zip(coordinates.long(), table.shape[1:], strict=True):
+        for of_side, size in zip(of_sides, table.shape[1:], strict=True):
             of_q, of_kv = (of_side[x.clamp(0, last)] for x in (places.q, places.kv))
             index = index * size + _clipped(of_q - of_kv, size)
         return index

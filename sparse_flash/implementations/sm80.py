@@ -11,7 +11,10 @@ from sparse_flash.implementations import data_layouts
 from sparse_flash.implementations.score_features import (
     ALIBI,
     DROPOUT,
+    RELATIVE,
+    RELATIVE_2D,
     SINKS,
+    SLOPES,
     SOFTCAP,
     WIDTH,
     ScoreFeature,
@@ -19,25 +22,33 @@ from sparse_flash.implementations.score_features import (
     widest,
 )
 from sparse_flash.kernels.device import DeviceFacts
+from sparse_flash.kernels.distance_table import DistanceBias
+from sparse_flash.kernels.image_table import ImageBias
 from sparse_flash.kernels.score_arguments import NO_FLAGS, ScoreArguments, ScoreFlags
-from sparse_flash.kernels.sm80 import attention, gradients, positions
+from sparse_flash.kernels.sm80 import attention, bias_gradients, gradients, positions
 from sparse_flash.kernels.sm80.config import shared_memory_of
 from sparse_flash.kernels.sm80.scored_config import unsupported_gradients
 from sparse_flash.masks.device_layout import DeviceLayout
 
 
 class Plans(NamedTuple):
-    """The plans of both passes; `backward` is None where no gradients are needed."""
+    """The plans of both passes; `backward` is None where no gradients are needed.
+
+    biases: Of the gradients of slopes and tables; None where they are not needed.
+    """
 
     forward: Any
     backward: Any
+    biases: Any = None
 
 
 class Sm80:
     """CuTe DSL kernels for compute capability 8.0 and later: mma.sync, ldmatrix, cp.async."""
 
     name = "sm80"
-    features: frozenset[ScoreFeature] = frozenset((SOFTCAP, SINKS, ALIBI, DROPOUT, WIDTH))
+    features: frozenset[ScoreFeature] = frozenset(
+        (SOFTCAP, SINKS, ALIBI, SLOPES, RELATIVE, RELATIVE_2D, DROPOUT, WIDTH)
+    )
 
     def unsupported_reason(self, call: AttentionCall) -> str | None:
         """Dtype, device, head_dim, the DSL, and strides decide."""
@@ -62,15 +73,16 @@ class Sm80:
         Layouts of data are planned with the launches.
         """
         given, flags = (call.layout, widest(call), call.k), _flags(call)
-        if call.q_offset is None:
-            forward: Any = attention.forward_plan(*given, flags)
-            if not call.needs_grad:
-                return Plans(forward, None)
-            return Plans(forward, gradients.backward_plan(*given, call.deterministic, flags))
-        forward = positions.forward_plan_at(*given, flags)
+        at, biases = call.q_offset is not None, None
+        make: Any = positions.forward_plan_at if at else attention.forward_plan
+        forward = make(*given, flags)
         if not call.needs_grad:
             return Plans(forward, None)
-        return Plans(forward, gradients.backward_plan_at(*given, call.deterministic, flags))
+        if _grades_biases(call):
+            make = bias_gradients.bias_plan_at if at else bias_gradients.bias_plan
+            biases = make(*given, call.deterministic, _graded_arguments(call).flags)
+        make = gradients.backward_plan_at if at else gradients.backward_plan
+        return Plans(forward, make(*given, call.deterministic, flags), biases)
 
     def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
         """(out, lse), lse in float32."""
@@ -84,7 +96,7 @@ class Sm80:
                 data_layouts.mark_forward(layout, plan.errors, out, lse)
             return out, lse
         plan, transient = call.plan.forward, call.transient
-        terms = None if call.terms is None else _arguments(call).for_kernel
+        terms = None if call.terms is None else _arguments(call)
         if call.q_offset is not None:
             given = (call.kv_lens, call.q_offset, call.kv_starts)
             return positions.forward_at(*inputs, plan, *given, scale, terms, transient=transient)
@@ -103,13 +115,13 @@ class Sm80:
                 data_layouts.mark_backward(layout, plan.errors, found.dq, found.dk, found.dv)
             return found.dq, found.dk, found.dv
         terms = None if call.terms is None else _arguments(call)
-        given = (call.plan.backward, call.kv_lens)
-        if call.q_offset is None:
-            found = gradients.backward(*inputs, *given, scale, terms, transient=transient)
-        else:
-            at = (call.q_offset, call.kv_starts)
-            found = gradients.backward_at(*inputs, *given, *at, scale, terms, transient=transient)
-        return found.dq, found.dk, found.dv, *_gradients_of_terms(call, found.sinks)
+        given: tuple[Any, ...] = (call.kv_lens,)
+        if call.q_offset is not None:
+            given = (call.kv_lens, call.q_offset, call.kv_starts)
+        backward: Any = gradients.backward if call.q_offset is None else gradients.backward_at
+        plan = call.plan.backward
+        found = backward(*inputs, plan, *given, scale, terms, transient=transient)
+        return found.dq, found.dk, found.dv, *_gradients_of_terms(call, inputs, given, found.sinks)
 
 
 def _flags(call: AttentionCall) -> ScoreFlags:
@@ -118,8 +130,15 @@ def _flags(call: AttentionCall) -> ScoreFlags:
 
 def _arguments(call: AttentionCall) -> ScoreArguments:
     assert call.terms is not None
-    terms = call.terms
-    return ScoreArguments(terms.softcap, terms.slopes, terms.sinks, terms.seed, terms.dropped)
+    terms, slopes, bias, image = call.terms, call.terms.slopes, None, None
+    if terms.image_table is not None:
+        assert terms.coordinates is not None
+        image = ImageBias(terms.image_table, terms.coordinates)
+    # ALiBi is computed in registers, but not along with biases that are looked up.
+    if terms.table is not None or (image is not None and slopes is not None):
+        bias, slopes = DistanceBias(slopes, terms.table), None
+    of_call = (terms.softcap, slopes, terms.sinks, terms.seed, terms.dropped)
+    return ScoreArguments(*of_call, bias, image=image)
 
 
 def _unsupported_terms(call: AttentionCall) -> str | None:
@@ -133,10 +152,42 @@ def _unsupported_terms(call: AttentionCall) -> str | None:
     return None
 
 
-def _gradients_of_terms(call: AttentionCall, sinks: Tensor | None) -> tuple[Tensor, ...]:
-    """Gradients of the first tensors of the terms, if any; empty where not wanted."""
+def _grades_biases(call: AttentionCall) -> bool:
+    """Whether slopes or tables need gradients."""
+    return call.terms is not None and any(call.terms.wants[:3])
+
+
+def _graded_arguments(call: AttentionCall) -> ScoreArguments:
+    """The arguments of the kernel of the gradients of slopes and tables."""
+    assert call.terms is not None
+    of_slopes, of_table, of_image, _ = call.terms.wants
+    found, bias = _arguments(call), DistanceBias(call.terms.slopes, call.terms.table)
+    if of_slopes or of_table:
+        found = found._replace(slopes=None, bias=bias)
+    return found._replace(sinks=None, graded=of_slopes or of_table, image_graded=of_image)
+
+
+def _gradients_of_terms(
+    call: AttentionCall,
+    inputs: tuple[Tensor | None, ...],
+    given: tuple[Any, ...],
+    sinks: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """Gradients of the first tensors of the terms, if any; empty where not wanted.
+
+    inputs: Tensors of the backward pass. given: Lengths and offsets of the call.
+    """
     if call.terms is None:
         return ()
-    nothing = call.q.new_empty(0)
-    wanted = call.terms.wants[3] and sinks is not None
-    return nothing, nothing, nothing, sinks if wanted and sinks is not None else nothing
+    nothing, slopes, table, image = call.q.new_empty(0), None, None, None
+    if _grades_biases(call):
+        at = call.q_offset is not None
+        run: Any = bias_gradients.bias_gradients_at if at else bias_gradients.bias_gradients
+        rest = (call.softmax_scale, _graded_arguments(call))
+        tensors = bias_gradients.BackwardInputs(*inputs)  # type: ignore[arg-type]
+        found = run(tensors, call.plan.biases, *given, *rest, transient=call.transient)
+        (slopes, table), image = found
+    return tuple(
+        x if wanted and x is not None else nothing
+        for x, wanted in zip((slopes, table, image, sinks), call.terms.wants, strict=True)
+    )

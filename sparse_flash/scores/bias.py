@@ -93,17 +93,20 @@ class Relative2d(ScoreBias):
         return self.height, self.width, self.order
 
     def coordinates(self) -> Tensor:
-        """Row and column of each token, int32 (2, height * width), on the table's device."""
-        device = self.table.device
+        """Row and column of each token, int32 (2, height, width), on the table's device.
+
+        Token p is at [:, p // width, p % width]; the shape tells implementations the image's.
+        """
+        device, shape = self.table.device, (2, self.height, self.width)
         if not torch.compiler.is_compiling() and (self.table.is_meta or is_fake(self.table)):
-            return self.table.new_empty((2, self.height * self.width), dtype=torch.int32)
+            return self.table.new_empty(shape, dtype=torch.int32)
         if self.order is None:
             pixel = torch.arange(self.height * self.width, device=device)
         elif torch.compiler.is_compiling():
             pixel = self.order.permutation.to(device)
         else:
             pixel = self.order.table.on(device)
-        return torch.stack((pixel // self.width, pixel % self.width)).to(torch.int32)
+        return torch.stack((pixel // self.width, pixel % self.width)).to(torch.int32).view(shape)
 
     def __repr__(self) -> str:
         shape = tuple(self.table.shape)

@@ -14,12 +14,14 @@ from sparse_flash.implementations.choose import choose
 from sparse_flash.implementations.score_features import (
     ALIBI,
     DROPOUT,
+    FEATURES,
     RELATIVE,
     RELATIVE_2D,
     SINKS,
     SLOPES,
     SOFTCAP,
     WIDTH,
+    ScoreFeature,
 )
 from tests.kernels.helpers import H200
 from tools.score_table import call_of
@@ -43,8 +45,11 @@ def _on_gpu(monkeypatch):
         (SLOPES, True, False, "sm90"),
         (RELATIVE, True, False, "sm90"),
         (RELATIVE, False, True, "sm90"),
-        (RELATIVE, True, True, "reference"),
-        (RELATIVE_2D, False, False, "reference"),
+        (SLOPES, True, True, "sm80"),
+        (RELATIVE, True, True, "sm80"),
+        (RELATIVE_2D, False, False, "sm80"),
+        (RELATIVE_2D, True, False, "sm80"),
+        (RELATIVE_2D, True, True, "sm80"),
         (DROPOUT, True, False, "sm90"),
         (DROPOUT, False, True, "sm90"),
         (WIDTH, False, False, "sm80"),  # narrower values of sm90: not tested on a GPU
@@ -72,7 +77,7 @@ def test_by_name():
 
 
 @pytest.mark.parametrize("head_dim", [64, 256])
-@pytest.mark.parametrize("feature", [SOFTCAP, SINKS, ALIBI, DROPOUT, WIDTH])
+@pytest.mark.parametrize("feature", FEATURES, ids=lambda f: f.name)
 @pytest.mark.parametrize("gradients", [False, True])
 @pytest.mark.parametrize("offset", [False, True])
 def test_auto_outside_hopper(monkeypatch, feature, gradients, offset, head_dim):
@@ -81,11 +86,21 @@ def test_auto_outside_hopper(monkeypatch, feature, gradients, offset, head_dim):
     assert choose("auto", call_of(feature, head_dim, gradients, offset)).name == "sm80"
 
 
+@pytest.mark.parametrize("feature", [SLOPES, RELATIVE, RELATIVE_2D], ids=lambda f: f.name)
+def test_gradients_of_biases_that_hopper_kernels_refuse(feature: ScoreFeature):
+    """With a softcap, in a fixed order, of a large head_dim, and with dropout."""
+    call = call_of(feature, 64, True, False)
+    seed = torch.zeros(1, dtype=torch.int64, device="meta")
+    for changed in (
+        replace(call, terms=call.terms._replace(softcap=3.0)),
+        replace(call, deterministic=True),
+        call_of(feature, 256, True, False),
+        replace(call, terms=call.terms._replace(softcap=3.0, seed=seed, dropped=26)),
+    ):
+        assert choose("auto", changed).name == "sm80"
+
+
 def test_refusals_outside_hopper():
-    with pytest.raises(ValueError, match="gradients of ALiBi slopes"):
-        choose("sm80", call_of(SLOPES, 64, True, False))
-    with pytest.raises(ValueError, match="relative positions"):
-        choose("sm80", call_of(RELATIVE, 64, False, False))
     zero = replace(call_of(SOFTCAP, 64, False, False), softmax_scale=0.0)
     with pytest.raises(ValueError, match="softmax_scale other than 0"):
         choose("sm80", zero)

@@ -9,7 +9,7 @@ import torch
 
 from sparse_flash import block_sparse_attention, masks, scores
 from sparse_flash.implementations import IMPLEMENTATIONS
-from sparse_flash.implementations.score_features import FEATURES
+from sparse_flash.implementations.score_features import FEATURES, RELATIVE
 from sparse_flash.implementations.sm80 import Sm80
 from tools.score_table import table
 
@@ -32,6 +32,7 @@ def test_a_missing_feature_is_named(monkeypatch):
     monkeypatch.setattr(attention, "unsupported_reason", lambda *_: None)
     q = torch.randn(1, 8, 2, 16).bfloat16()
     bias = scores.relative(torch.zeros(2, 3))
+    monkeypatch.setattr(Sm80, "features", Sm80.features - {RELATIVE})
     with pytest.raises(ValueError, match=r"sm80.*not compute relative positions \(bias=.*auto"):
         block_sparse_attention(q, q, q, masks.full(), bias=bias, impl="sm80")
     monkeypatch.setattr(Sm80, "features", frozenset())

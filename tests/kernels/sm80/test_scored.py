@@ -9,7 +9,12 @@ from dataclasses import replace
 import pytest
 import torch
 from sparse_flash.kernels.score_arguments import ScoreArguments, ScoreFlags
-from sparse_flash.kernels.sm80 import attention, gradients, positions
+from sparse_flash.kernels.sm80 import attention, bias_gradients, gradients, positions
+from sparse_flash.kernels.sm80.bias_config import (
+    BiasGradientsConfig,
+    all_bias_gradients_configs,
+    bias_gradients_config,
+)
 from sparse_flash.kernels.sm80.config import LIMIT_OF, ForwardConfig
 from sparse_flash.kernels.sm80.scored_config import (
     all_scored_configs,
@@ -29,6 +34,8 @@ pytest.importorskip("cutlass.cute")
 score_terms = pytest.importorskip("sparse_flash.kernels.score_terms")
 LOG2_E = math.log2(math.e)
 ALL = ScoreFlags(softcap=True, alibi=True, sinks=True, dropout=True)
+BIASES = ScoreFlags(distance_bias=True, image_bias=True)
+GRADED = BIASES._replace(distance_grads=True, image_grads=True, dropout=True)
 ALIBI, SOFTCAP = ScoreFlags(alibi=True), ScoreFlags(softcap=True)
 
 
@@ -40,13 +47,20 @@ SOME = [
     scored_forward_configs(*limits("sm_80", 128), ALL)[0],
     scored_forward_at_config(*limits("sm_120", 64), ALL),
     scored_backward_config(*limits("sm_90", 64), False, SOFTCAP),
+    scored_forward_configs(*limits("sm_86", 64, "float16"), BIASES)[0],
+    scored_backward_config(*limits("sm_80", 128), True, BIASES),
+    bias_gradients_config("bfloat16", 64, "sm_120", True, GRADED, offsets=True),
+    bias_gradients_config("float16", 256, "sm_80", False, GRADED._replace(softcap=True)),
 ]
+
+
+TERMS = ("softcap", "alibi", "sinks", "dropout", "distance_bias", "image_bias")
+SUMS = ("distance_grads", "image_grads", "fixed_sums")
 
 
 def name(config):
     tile = f"{config.tile_m}x{config.tile_n}"
-    features = ("softcap", "alibi", "sinks", "dropout", "fixed_point", "offsets")
-    names = [n for n in features if has(config, n)]
+    names = [n for n in (*TERMS, *SUMS, "fixed_point", "offsets") if has(config, n)]
     kernel = type(config).__name__.removesuffix("Config").lower()
     return "-".join((config.arch, kernel, config.dtype, f"d{config.head_dim}", tile, *names))
 
@@ -60,6 +74,8 @@ def check(compile_for, config):
     compiled = compile_for("sparse_flash.kernels.sm80.compile.compile_config", config)
     forward = isinstance(config, ForwardConfig)
     kernels = 2 if forward else 4 + config.fixed_point - config.offsets
+    if isinstance(config, BiasGradientsConfig):
+        kernels = 2  # row statistics, and the sums
     compiled.check(kernels, config.threads, config.ctas_per_sm)
     assert (
         compiled.count(r"MUFU\.TANH") == config.softcap * math.prod(config.tile) // config.threads
@@ -71,16 +87,17 @@ def test_some_compile_well(compile_for, config):
     check(compile_for, config)
 
 
-def features(config):
-    return sum(has(config, n) for n in ("softcap", "alibi", "sinks", "dropout"))
+def is_listed(config):
+    """Whether the matrix has it: each feature alone, and all together with each bias."""
+    used = {n for n in TERMS if has(config, n)}
+    others = {"softcap", "dropout", *(["sinks"] if isinstance(config, ForwardConfig) else [])}
+    biases = used - others
+    return len(used) == 1 or (len(used) > 1 and used >= others) or biases == used
 
 
-# Each feature alone, and all together.
 MATRIX = [
-    config
-    for target in TARGETS
-    for config in all_scored_configs(target)
-    if features(config) in (1, 3 + isinstance(config, ForwardConfig))
+    *(c for target in TARGETS for c in all_scored_configs(target) if is_listed(c)),
+    *(c for target in TARGETS for c in all_bias_gradients_configs(target)),
 ]
 
 
@@ -93,14 +110,17 @@ def test_all_compile_well(compile_for, config):
 @pytest.fixture
 def launched(monkeypatch):
     """Arguments of the launches, by name."""
-    from sparse_flash.kernels.sm80 import scored
+    from sparse_flash.kernels.sm80 import bias_backward, scored
     from sparse_flash.kernels.sm80.backward import BackwardSm80
     from sparse_flash.kernels.sm80.backward_at import BackwardAtSm80
 
     calls = []
 
     def load(config):
-        if isinstance(config, ForwardConfig):
+        if isinstance(config, BiasGradientsConfig):
+            at = config.offsets
+            kernel = bias_backward.BiasGradientsAtSm80 if at else bias_backward.BiasGradientsSm80
+        elif isinstance(config, ForwardConfig):
             kernel = scored.ForwardAtScoredSm80 if config.offsets else scored.ForwardScoredSm80
         elif config.scored:
             kernel = scored.BackwardAtScoredSm80 if config.offsets else scored.BackwardScoredSm80
@@ -114,7 +134,7 @@ def launched(monkeypatch):
 
         return function
 
-    for module in (attention, positions, gradients):
+    for module in (attention, positions, gradients, bias_gradients):
         monkeypatch.setattr(module, "load_function", load)
         monkeypatch.setattr(module, "_kernels", {})
     for attribute, value in (
@@ -152,7 +172,7 @@ def test_arguments_are_those_of_the_kernel(launched, monkeypatch, facts, flags, 
     assert terms.flags == flags
     layout = masks.causal().layout(200, 300)
     plan = attention.forward_plan(layout, wide, k, flags)
-    found, _ = attention.forward(q, k, v, plan, None, 0.5, terms.for_kernel)
+    found, _ = attention.forward(q, k, v, plan, None, 0.5, terms)
     assert found.shape == (2, 200, 4, width)
     plan = gradients.backward_plan(layout, wide, k, False, flags)
     given = (dout, None, q, k, v, out, lse, plan, None, 0.5, terms)
@@ -160,7 +180,7 @@ def test_arguments_are_those_of_the_kernel(launched, monkeypatch, facts, flags, 
     assert [x.shape for x in results[:3]] == [q.shape, k.shape, v.shape]
     assert (results.sinks is None) == (not flags.sinks)
     at = positions.forward_plan_at(layout, wide, k, flags)
-    found, _ = positions.forward_at(q, k, v, at, None, 7, None, 0.5, terms.for_kernel)
+    found, _ = positions.forward_at(q, k, v, at, None, 7, None, 0.5, terms)
     assert found.shape == (2, 200, 4, width)
     at = gradients.backward_plan_at(layout, wide, k, False, flags)
     gradients.backward_at(dout, None, q, k, v, out, lse, at, None, 70, None, 0.5, terms)
