@@ -32,7 +32,7 @@ _FIXED_BITS = 61  # of the sums in int64
 
 
 class BiasGradients(NamedTuple):
-    """Gradients of biases; None of those that were not asked for."""
+    """Gradients of biases; None where not asked for."""
 
     distance: DistanceBias
     image: Tensor | None

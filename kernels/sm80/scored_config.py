@@ -171,9 +171,11 @@ def scored_backward_config(
 def _is_tight(head_dim: int, shared_memory: int, deterministic: bool, flags: ScoreFlags) -> bool:
     """Whether the plain tiles of the gradients leave too few registers for the features."""
     large = shared_memory > forward.LIMITS[0]
-    biased = flags.alibi or flags.distance_bias or flags.image_bias
+    looked_up = flags.distance_bias or flags.image_bias
+    biased = flags.alibi or looked_up
     if head_dim == 64:
         several = flags.dropout and (flags.softcap or biased)
+        several = several or (looked_up and flags.softcap)
         return not large or several or (deterministic and (flags.dropout or not flags.softcap))
     if head_dim == 128:
         return not large or flags.softcap or (flags.dropout and (biased or deterministic))

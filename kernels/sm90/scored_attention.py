@@ -150,8 +150,8 @@ def backward(
     if plan.config.distance_grads:
         sums = torch.zeros((q.shape[2], grid.length), dtype=torch.float32, device=q.device)
     if plan.config.scored:
-        given = {"backward": True, "grid": grid, "sums": BiasSums(sums)}
-        of_scores, scale_log2 = terms.for_kernel(softmax_scale, **given)
+        of_kernel = functools.partial(terms.for_kernel, backward=True, grid=grid)
+        of_scores, scale_log2 = of_kernel(softmax_scale, sums=BiasSums(sums))
         inputs, scalars = (*inputs, of_scores), (*call.scalars[:2], scale_log2)
     (plan.kernel or attention.bind(plan)).launch(inputs, plan, scalars, q.device, transient)
     if plans.dq is not None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import operator
 from typing import NamedTuple
 
 import pytest
@@ -16,9 +18,10 @@ from tests.oracle import dense_scored_attention
 from tests.strategies import problems
 
 pytestmark = pytest.mark.gpu
-TERMS = ["softcap", "slopes", "table", "sinks", "dropout"]
+TERMS = ["softcap", "slopes", "table", "sinks", "dropout", "image"]
+GRADED = ("sinks", "slopes", "table", "image")  # terms with gradients
 CHOSEN = {}  # options of all calls
-MISSING = {"sm90": (), "sm80": ("table",)}  # terms that an implementation does not compute
+MISSING = {"sm90": ("image",), "sm80": ()}  # terms that an implementation does not compute
 
 
 @pytest.fixture(autouse=True, scope="module", params=["sm90", "sm80"])
@@ -52,6 +55,27 @@ class Dropout(NamedTuple):
         return kept.double() * (256 / (256 - dropped))
 
 
+class Grid(NamedTuple):
+    """An image of more tokens than any call has, and the order of its tokens."""
+
+    height: int
+    width: int
+    order: masks.TokenOrder | None
+
+    def pixels(self):
+        """Row and column of each token."""
+        pixel = torch.arange(self.height * self.width)
+        pixel = (pixel if self.order is None else self.order.permutation).cuda()
+        return pixel // self.width, pixel % self.width
+
+
+GRIDS = [
+    Grid(64, 64, masks.morton(64, 64)),
+    Grid(50, 82, None),
+    Grid(41, 100, masks.hilbert(41, 100)),
+]
+
+
 def draw_terms(heads, names, seed, sharp=1.0):
     torch.manual_seed(seed)
     names, terms = [n for n in names if n not in MISSING[CHOSEN["impl"]]], {}
@@ -65,16 +89,21 @@ def draw_terms(heads, names, seed, sharp=1.0):
     if "table" in names:
         r = (2, 40, 700)[seed % 3]
         terms["table"] = torch.randn(heads, 2 * r + 1, device="cuda")
+    if "image" in names:
+        r, terms["grid"] = ((2, 3), (63, 90), (7, 30))[seed % 3], GRIDS[seed % 3]
+        terms["image"] = torch.randn(heads, 2 * r[0] + 1, 2 * r[1] + 1, device="cuda")
     if "dropout" in names:
         terms["dropout"] = Dropout((0.1, 0.5, 0.9)[seed % 3], seed)
     return terms
 
 
 def call(q, k, v, mask, terms, **options):
-    bias = scores.alibi(terms["slopes"]) if "slopes" in terms else None
+    biases = [scores.alibi(terms["slopes"])] if "slopes" in terms else []
     if "table" in terms:
-        of_table = scores.relative(terms["table"])
-        bias = of_table if bias is None else bias + of_table
+        biases.append(scores.relative(terms["table"]))
+    if "image" in terms:
+        biases.append(scores.relative2d(terms["image"], *terms["grid"]))
+    bias = functools.reduce(operator.add, biases) if biases else None
     options |= {n: terms[n] for n in ("softcap", "sinks") if n in terms}
     if "dropout" in terms:
         options |= {"dropout_p": terms["dropout"].p, "generator": terms["dropout"].generator()}
@@ -89,7 +118,8 @@ def check(q, k, v, dout, dlse, allowed, mask, terms, lens=None, grads=(), **opti
     named = [terms[n].requires_grad_() for n in grads if n in terms]
     out, lse = call(*leaves, mask, terms, kv_lens=lens, return_lse=True, **options)
 
-    dropout = terms.pop("dropout", None)
+    dropout, grid = terms.pop("dropout", None), terms.pop("grid", None)
+    pixels = None if grid is None else grid.pixels()
     keep = None if dropout is None else dropout.keep(q, k)
 
     def dense(dtype):
@@ -99,7 +129,7 @@ def check(q, k, v, dout, dlse, allowed, mask, terms, lens=None, grads=(), **opti
             for n, x in terms.items()
         }
         factors = None if keep is None else keep.to(dtype)
-        ref, ref_lse = dense_scored_attention(*wide, allowed, keep=factors, **given)
+        ref, ref_lse = dense_scored_attention(*wide, allowed, keep=factors, pixels=pixels, **given)
         finite = torch.where(ref_lse == -torch.inf, 0, ref_lse)
         wanted = [*wide, *(given[n] for n in grads if n in given)]
         found = ()
@@ -169,7 +199,7 @@ def test_gradients(case, deterministic):
 def graded(names, deterministic, dim):
     """The terms whose gradients the kernels compute."""
     if CHOSEN["impl"] == "sm80":
-        return ("sinks",)
+        return GRADED
     refused = deterministic or "softcap" in names or ("dropout" in names and dim > 96)
     return ("sinks",) if refused else ("sinks", "slopes", "table")
 
@@ -206,7 +236,10 @@ def test_published_widths(dim, width):
 
 @pytest.mark.parametrize(
     "names",
-    [["softcap", "slopes", "sinks"], ["dropout"], ["slopes"], ["table"], TERMS[1:], TERMS],
+    [
+        *(["softcap", "slopes", "sinks"], ["dropout"], ["slopes"], ["table"], ["image"]),
+        *(TERMS[1:], TERMS),
+    ],
     ids="+".join,
 )
 @pytest.mark.parametrize("deterministic", [False, True])
@@ -230,17 +263,16 @@ def test_gradients_of_long_rows(dim, deterministic, names):
         runs = []
         for _ in range(2):
             leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-            if "sinks" in terms:
-                leaves.append(terms["sinks"].detach().requires_grad_())
-            changed = terms | ({"sinks": leaves[3]} if "sinks" in terms else {})
-            out = call(*leaves[:3], mask, changed, deterministic=True)
+            named = {n: terms[n].detach().requires_grad_() for n in grads if n in terms}
+            leaves += named.values()
+            out = call(*leaves[:3], mask, terms | named, deterministic=True)
             runs.append(torch.autograd.grad(out, leaves, dout))
         assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
 @pytest.mark.parametrize(
     "names",
-    [["sinks"], ["softcap"], ["slopes"], ["table"], ["dropout"], TERMS],
+    [["sinks"], ["softcap"], ["slopes"], ["table"], ["image"], ["dropout"], TERMS],
     ids="+".join,
 )
 @pytest.mark.parametrize("dim", [64, 128])
@@ -258,6 +290,28 @@ def test_split_rows(names, dim):
     check(q, k, v, q, dlse, allowed, mask, terms)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dim", [32, 192, 256])
+@pytest.mark.parametrize("names", [["table"], ["image"], TERMS], ids="+".join)
+def test_gradients_of_all_head_dims(implementation, names, dim, dtype):
+    """Masks of each head, grouped heads, keys of other lengths, rows without keys."""
+    if implementation == "sm90":
+        pytest.skip("its kernels compute gradients with biases up to head_dim 128")
+    torch.manual_seed(0)
+    q, dout = (torch.randn(2, 300, 4, dim, device="cuda", dtype=dtype) for _ in "qd")
+    k, v = (torch.randn(2, 330, 2, dim, device="cuda", dtype=dtype) for _ in "kv")
+    of_heads = [masks.causal(), masks.local(20), masks.butterfly(16), masks.local((0, 9)).shift(40)]
+    mask, lens = masks.per_head(of_heads), torch.tensor([330, 111], device="cuda")
+    layout = mask.layout(300, 330, device="cuda")
+    valid = torch.arange(330, device="cuda") < lens[:, None, None, None]
+    allowed = layout.to_dense().expand(2, 4, -1, -1) & valid
+    dlse = torch.randn(2, 4, 300, device="cuda")
+    for deterministic in (False, True):
+        terms = draw_terms(4, names, 1 + deterministic)
+        given = (q, k, v, dout, dlse, allowed, layout, terms, lens)
+        check(*given, grads=GRADED, deterministic=deterministic)
+
+
 def test_other_values_compile_nothing(implementation):
     attention = importlib.import_module(f"sparse_flash.kernels.{implementation}.attention")
     q, k, v = (torch.randn(1, 300, 2, 64, device="cuda", dtype=torch.bfloat16) for _ in "qkv")
@@ -270,7 +324,9 @@ def test_other_values_compile_nothing(implementation):
 
 
 @pytest.mark.parametrize(
-    "names", [["sinks"], ["softcap", "slopes"], ["slopes", "table"]], ids="+".join
+    "names",
+    [["sinks"], ["softcap", "slopes"], ["slopes", "table"], ["image"], TERMS[:4] + TERMS[5:]],
+    ids="+".join,
 )
 @pytest.mark.parametrize("q_len", [1, 70])
 @pytest.mark.parametrize("dim", [64, 128])
@@ -291,6 +347,8 @@ def test_positions(names, q_len, dim):
     with torch.no_grad():
         out, lse = call(q, k, v, mask, terms, q_offset=offset, kv_starts=start, return_lse=True)
     wide = {n: x.double() if torch.is_tensor(x) else x for n, x in terms.items()}
+    grid = wide.pop("grid", None)
+    wide["pixels"] = None if grid is None else grid.pixels()
     given = (q.double(), k.double(), v.double(), allowed)
     ref, ref_lse = dense_scored_attention(*given, positions=(p_q, p_kv), **wide)
     assert largest(out.double() - ref) < 0.02 * ref.abs().max() + 2e-3

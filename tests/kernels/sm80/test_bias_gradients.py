@@ -25,7 +25,7 @@ IMAGE, Q_LEN, KV_LEN, HEADS = (12, 25), 200, 300, 4
 
 
 class Emulated:
-    """What a kernel computes, from the arguments of its launch; dense, in float64."""
+    """The results of a kernel, from the arguments of its launch; dense, in float64."""
 
     def __init__(self, call):
         self.call, self.config, self.terms = call, call["config"], ScoreTerms(*call["terms"])
@@ -115,7 +115,7 @@ class Emulated:
 
 @pytest.fixture
 def emulated(launched, monkeypatch):  # noqa: F811
-    """Emulates each launch; what was launched."""
+    """Emulates each launch. Returns the arguments of all."""
     for module in (attention, positions, gradients, bias_gradients):
         recording = module.load_function
 

@@ -88,16 +88,20 @@ def test_some_compile_well(compile_for, config):
 
 
 def is_listed(config):
-    """Whether the matrix has it: each feature alone, and all together with each bias."""
-    used = {n for n in TERMS if has(config, n)}
+    """Whether the matrix has it: each feature alone, and all together with each kind of bias."""
+    used = {n for n in (*TERMS, "distance_grads", "image_grads") if has(config, n)}
+    if isinstance(config, BiasGradientsConfig):
+        of_both = {"distance_bias", "image_bias", "distance_grads", "image_grads"}
+        return len(used) == 2 or used == of_both | {"softcap", "dropout"}
     others = {"softcap", "dropout", *(["sinks"] if isinstance(config, ForwardConfig) else [])}
-    biases = used - others
-    return len(used) == 1 or (len(used) > 1 and used >= others) or biases == used
+    return len(used) == 1 or others < used
 
 
 MATRIX = [
-    *(c for target in TARGETS for c in all_scored_configs(target) if is_listed(c)),
-    *(c for target in TARGETS for c in all_bias_gradients_configs(target)),
+    config
+    for target in TARGETS
+    for config in (*all_scored_configs(target), *all_bias_gradients_configs(target))
+    if is_listed(config)
 ]
 
 
@@ -238,7 +242,7 @@ def _plain(*given):
 @pytest.mark.gpu
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.parametrize("names", ["sinks", "softcap", "alibi", "dropout", "all"])
+@pytest.mark.parametrize("names", ["sinks", "softcap", "alibi", "dropout", "biases", "all"])
 def test_gradients_at_positions(names, dim, deterministic):
     """Chunks of a cache with padding on the left: as the reference in float64."""
     torch.manual_seed(0)
@@ -250,8 +254,12 @@ def test_gradients_at_positions(names, dim, deterministic):
         "softcap": {"softcap": 5.0},
         "alibi": {"bias": scores.alibi(torch.rand(4, device="cuda") * 0.05)},
         "dropout": {"dropout_p": 0.3},
+        "biases": {"bias": None},
     }
-    terms["all"] = terms["sinks"] | terms["softcap"] | terms["alibi"] | terms["dropout"]
+    terms["all"] = terms["sinks"] | terms["softcap"] | terms["dropout"] | terms["biases"]
+    biases = [torch.rand(4, device="cuda") * 0.05, torch.randn(4, 301, device="cuda")]
+    biases.append(torch.randn(4, 15, 41, device="cuda"))
+    order = masks.hilbert(30, 25)
     options = {"q_offset": offset, "kv_starts": starts, "deterministic": deterministic}
 
     def gradients_by(impl, dtype):
@@ -261,6 +269,11 @@ def test_gradients_at_positions(names, dim, deterministic):
             leaves.append(given["sinks"])
         if "dropout_p" in given:
             given["generator"] = torch.Generator("cuda").manual_seed(1)
+        if names in ("biases", "all"):
+            slopes, table, image = (x.clone().requires_grad_() for x in biases)
+            given["bias"] = scores.alibi(slopes) + scores.relative(table)
+            given["bias"] += scores.relative2d(image, 30, 25, order)
+            leaves += [slopes, table, image]
         out = block_sparse_attention(*leaves[:3], masks.causal(), impl=impl, **given, **options)
         return torch.autograd.grad(out, leaves, dout.to(dtype))
 
