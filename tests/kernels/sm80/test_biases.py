@@ -154,3 +154,68 @@ def test_gradients_of_image_tables(r):
     values = image_values(given._replace(table=leaf), 2.0)
     (values * sums).sum().backward()
     torch.testing.assert_close(image_gradient(given, sums) / 2, leaf.grad)
+
+
+def sums_of_tile(tile, transposed, fixed):
+    """Compiles: adds the elements of a tile (rows, columns) to the sums of an image's values."""
+    rows, columns = tile
+    config = SimpleNamespace(distance_bias=False, image_bias=True)
+
+    @cute.jit
+    def of_tile(
+        ds: cute.Tensor,
+        sums: cute.Tensor,
+        numbers: cute.Tensor,
+        head: Int32,
+        row: Int32,
+        column: Int32,
+    ):
+        for thread in cutlass.range(2 * rows):
+            terms = ScoreTerms(image_sums=sums, image_numbers=numbers)
+            found = biases.Biases(config, terms, tile, transposed)
+            lane = thread % 32
+            own_row, own_column = thread // 32 * 16 + lane // 4, lane % 4 * 2
+            corner = biases.TileCorner(head, row, column, own_row, own_column)
+            mine = cute.make_rmem_tensor((4, 1, columns // 8), Float32)
+            for i in cutlass.range_constexpr(columns // 2):
+                mine[i] = ds[own_row + i // 2 % 2 * 8, own_column + i // 4 * 8 + i % 2]
+            found.add_image_sums(mine, corner, Float32(256.0) if fixed else None)
+
+    sums = torch.zeros(3, 3, dtype=torch.int64 if fixed else torch.float32)
+    tensors = (
+        cute.runtime.from_dlpack(x, enable_tvm_ffi=True).mark_layout_dynamic()
+        for x in (torch.zeros(tile), sums, torch.zeros(2).int())
+    )
+    options = "--enable-tvm-ffi --gpu-arch sm_90a"
+    return cute.compile(of_tile, *tensors, *[Int32(1)] * 3, options=options)
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_sums_of_an_image(monkeypatch, transposed, fixed):
+    """Of all elements of all tiles; the gradient of the table is that of autograd."""
+
+    def add_to_sum(address, value, factor=None):
+        dtype = Float32 if factor is None else cutlass.Int64
+        goal = at(address, dtype)
+        goal[0] = goal[0] + (value if factor is None else (value * factor).to(dtype))
+
+    on_host(monkeypatch)
+    monkeypatch.setattr(biases, "add_to_sum", add_to_sum)
+    tile, image = (64, 32), image_bias()
+    grid = DistanceGrid.of(LENGTHS[::-1] if transposed else LENGTHS, tile, transposed)
+    numbers = image_numbers(image, max(grid.rows, grid.columns))
+    run = sums_of_tile(tile, transposed, fixed)
+    ds = torch.randint(-9, 10, (HEADS, grid.rows, grid.columns)).float()
+    sums = torch.zeros(HEADS, image.length, dtype=torch.int64 if fixed else torch.float32)
+    for head in range(HEADS):
+        for row in range(0, grid.rows, tile[0]):
+            for column in range(0, grid.columns, tile[1]):
+                own = ds[head, row : row + tile[0], column : column + tile[1]].contiguous()
+                run(own, sums, numbers, head, row, column)
+    leaf = image.table.double().requires_grad_()
+    places = (torch.arange(grid.rows)[:, None], torch.arange(grid.columns)[None])
+    values = expected(None, image._replace(table=leaf), *(places[::-1] if transposed else places))
+    (values * ds).sum().backward()
+    found = image_gradient(image, sums.double()) / (256 if fixed else 1)
+    torch.testing.assert_close(found, leaf.grad)

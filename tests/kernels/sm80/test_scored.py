@@ -10,6 +10,7 @@ import pytest
 import torch
 from sparse_flash.kernels.score_arguments import ScoreArguments, ScoreFlags
 from sparse_flash.kernels.sm80 import attention, bias_gradients, gradients, positions
+from sparse_flash.kernels.sm80.backward_config import fits
 from sparse_flash.kernels.sm80.bias_config import (
     BiasGradientsConfig,
     all_bias_gradients_configs,
@@ -103,6 +104,19 @@ MATRIX = [
     for config in (*all_scored_configs(target), *all_bias_gradients_configs(target))
     if is_listed(config)
 ]
+
+
+@pytest.mark.parametrize("dim", [32, 64, 96, 128, 192, 256])
+def test_shared_memory_of_sums(dim):
+    """As much as the config says, and no more than any GPU has."""
+    cutlass = pytest.importorskip("cutlass")
+    from sparse_flash.kernels.sm80.bias_backward import BiasGradientsSm80
+
+    for flags in (GRADED, ScoreFlags(image_bias=True, image_grads=True)):
+        config = bias_gradients_config("bfloat16", dim, "sm_86", False, flags)
+        storage = BiasGradientsSm80(config, cutlass.BFloat16)._storage()
+        assert storage.__sizeof__() == config.shared_memory
+        assert fits(config, LIMIT_OF["sm_86"])
 
 
 @pytest.mark.matrix
