@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from sparse_flash.call import AttentionCall
-from sparse_flash.implementations import data_layouts
+from sparse_flash.implementations import bias_sums, data_layouts
 from sparse_flash.implementations.score_features import (
     ALIBI,
     DROPOUT,
@@ -25,10 +25,13 @@ from sparse_flash.kernels.device import DeviceFacts
 from sparse_flash.kernels.distance_table import DistanceBias
 from sparse_flash.kernels.image_table import ImageBias
 from sparse_flash.kernels.score_arguments import NO_FLAGS, ScoreArguments, ScoreFlags
-from sparse_flash.kernels.sm80 import attention, bias_gradients, gradients, positions
+from sparse_flash.kernels.sm80 import attention, gradients, positions
 from sparse_flash.kernels.sm80.config import shared_memory_of
 from sparse_flash.kernels.sm80.scored_config import unsupported_gradients
 from sparse_flash.masks.device_layout import DeviceLayout
+
+
+NO_BIASES: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
 
 
 class Plans(NamedTuple):
@@ -78,9 +81,8 @@ class Sm80:
         forward = make(*given, flags)
         if not call.needs_grad:
             return Plans(forward, None)
-        if _grades_biases(call):
-            make = bias_gradients.bias_plan_at if at else bias_gradients.bias_plan
-            biases = make(*given, call.deterministic, _graded_arguments(call).flags)
+        if bias_sums.wants_biases(call):
+            biases = bias_sums.plan_of(call, _arguments(call))
         make = gradients.backward_plan_at if at else gradients.backward_plan
         return Plans(forward, make(*given, call.deterministic, flags), biases)
 
@@ -121,7 +123,8 @@ class Sm80:
         backward: Any = gradients.backward if call.q_offset is None else gradients.backward_at
         plan = call.plan.backward
         found = backward(*inputs, plan, *given, scale, terms, transient=transient)
-        return found.dq, found.dk, found.dv, *_gradients_of_terms(call, inputs, given, found.sinks)
+        of_terms = _gradients_of_terms(call, (out, lse), (dout, dlse), found.sinks)
+        return found.dq, found.dk, found.dv, *of_terms
 
 
 def _flags(call: AttentionCall) -> ScoreFlags:
@@ -152,42 +155,23 @@ def _unsupported_terms(call: AttentionCall) -> str | None:
     return None
 
 
-def _grades_biases(call: AttentionCall) -> bool:
-    """Whether slopes or tables need gradients."""
-    return call.terms is not None and any(call.terms.wants[:3])
-
-
-def _graded_arguments(call: AttentionCall) -> ScoreArguments:
-    """The arguments of the kernel of the gradients of slopes and tables."""
-    assert call.terms is not None
-    of_slopes, of_table, of_image, _ = call.terms.wants
-    found, bias = _arguments(call), DistanceBias(call.terms.slopes, call.terms.table)
-    if of_slopes or of_table:
-        found = found._replace(slopes=None, bias=bias)
-    return found._replace(sinks=None, graded=of_slopes or of_table, image_graded=of_image)
-
-
 def _gradients_of_terms(
     call: AttentionCall,
-    inputs: tuple[Tensor | None, ...],
-    given: tuple[Any, ...],
+    outputs: tuple[Tensor, Tensor],
+    gradients: tuple[Tensor, Tensor | None],
     sinks: Tensor | None,
 ) -> tuple[Tensor, ...]:
     """Gradients of the first tensors of the terms, if any; empty where not wanted.
 
-    inputs: Tensors of the backward pass. given: Lengths and offsets of the call.
+    outputs: Output and logsumexp. gradients: Theirs.
     """
     if call.terms is None:
         return ()
-    nothing, slopes, table, image = call.q.new_empty(0), None, None, None
-    if _grades_biases(call):
-        at = call.q_offset is not None
-        run: Any = bias_gradients.bias_gradients_at if at else bias_gradients.bias_gradients
-        rest = (call.softmax_scale, _graded_arguments(call))
-        tensors = bias_gradients.BackwardInputs(*inputs)  # type: ignore[arg-type]
-        found = run(tensors, call.plan.biases, *given, *rest, transient=call.transient)
-        (slopes, table), image = found
+    nothing, biases = call.q.new_empty(0), NO_BIASES
+    if bias_sums.wants_biases(call):
+        given = (call.plan.biases, _arguments(call), outputs, gradients)
+        biases = bias_sums.gradients_of(call, *given)
     return tuple(
         x if wanted and x is not None else nothing
-        for x, wanted in zip((slopes, table, image, sinks), call.terms.wants, strict=True)
+        for x, wanted in zip((*biases, sinks), call.terms.wants, strict=True)
     )

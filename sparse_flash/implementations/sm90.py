@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from sparse_flash.call import AttentionCall
-from sparse_flash.implementations import data_layouts
+from sparse_flash.implementations import bias_sums, data_layouts
 from sparse_flash.implementations.score_features import (
     ALIBI,
     DROPOUT,
@@ -21,7 +21,7 @@ from sparse_flash.implementations.score_features import (
     widest,
 )
 from sparse_flash.kernels.distance_table import DistanceBias
-from sparse_flash.kernels.score_arguments import Gradients, ScoreArguments
+from sparse_flash.kernels.score_arguments import ScoreArguments
 from sparse_flash.kernels.sm90 import attention, positions, scored_attention
 from sparse_flash.kernels.sm90.scored_config import MOST_HEAD_DIM, MOST_WITH_BIAS_AND_DROPOUT
 from sparse_flash.masks.device_layout import DeviceLayout
@@ -33,11 +33,14 @@ class Plans(NamedTuple):
     """The plans of both passes; `backward` is None where no gradients are needed.
 
     at_positions: Whether the kernels for positions run the forward pass.
+    biases: Of the gradients of slopes and tables by a kernel of their own; None where the backward
+        kernel computes them.
     """
 
     forward: Any
     backward: Any
     at_positions: bool = False
+    biases: Any = None
 
 
 class Sm90:
@@ -75,7 +78,9 @@ class Sm90:
             if not call.needs_grad:
                 return Plans(scored, None)
             given = (layout, q, k, call.deterministic, flags)
-            return Plans(scored, scored_attention.backward_plans(*given))
+            biases = bias_sums.plan_of(call, _arguments(call)) if _sums_apart(call) else None
+            backward_plans = scored_attention.backward_plans(*given)
+            return Plans(scored, backward_plans, biases=biases)
         at_positions = _at_positions(call)
         forward = positions.forward_plan_at if at_positions else attention.forward_plan
         backward = positions if call.q_offset is not None else attention
@@ -133,7 +138,11 @@ class Sm90:
             return positions.backward_at(*inputs, *at, scale, transient=transient)
         if call.terms is not None:
             found = scored_attention.backward(*inputs, scale, _arguments(call), transient=transient)
-            return found.dq, found.dk, found.dv, *_gradients_of_terms(call, found)
+            biases: tuple[Any, ...] = (*found.bias, None)
+            if _sums_apart(call):
+                given = (call.plan.biases, _arguments(call), (out, lse), (dout, dlse))
+                biases = bias_sums.gradients_of(call, *given)
+            return found.dq, found.dk, found.dv, *_gradients_of_terms(call, biases, found.sinks)
         dq, dk, dv = attention.backward(*inputs, scale, transient=transient)
         if isinstance(layout, DeviceLayout) and plans.dkdv.errors is not None:
             data_layouts.mark_backward(layout, plans.dkdv.errors, dq, dk, dv)
@@ -160,6 +169,7 @@ def _at_positions(call: AttentionCall) -> bool:
 def _arguments(call: AttentionCall) -> ScoreArguments:
     assert call.terms is not None
     terms, graded = call.terms, call.needs_grad and any(call.terms.wants[:2])
+    graded = graded and not _sums_apart(call)
     bias, slopes = None, terms.slopes
     # ALiBi alone is computed in registers, of which other terms and gradients leave too few.
     at = call.q_offset is not None
@@ -196,27 +206,31 @@ def _unsupported_gradients(call: AttentionCall) -> str | None:
             f"it computes gradients with softcap, bias or dropout up to head_dim "
             f"{MOST_HEAD_DIM}, not {width}"
         )
-    if flags.distance_grads and flags.dropout and width > MOST_WITH_BIAS_AND_DROPOUT:
-        return (
-            f"it computes gradients of slopes and tables with dropout up to head_dim "
-            f"{MOST_WITH_BIAS_AND_DROPOUT}, not {width}"
-        )
-    if flags.distance_grads and flags.softcap:
-        return "it computes gradients of slopes and tables without softcap only"
-    if flags.distance_grads and call.deterministic:
-        return (
-            "it adds up gradients of slopes and tables in no fixed order, which deterministic=True "
-            "does not allow"
-        )
     return None
 
 
-def _gradients_of_terms(call: AttentionCall, found: Gradients) -> tuple[Tensor, ...]:
-    """Gradients of the first tensors of the terms, empty where not wanted."""
+def _sums_apart(call: AttentionCall) -> bool:
+    """Whether gradients of slopes and tables have a kernel of their own: the backward kernel lacks
+    registers for them beside other terms, and adds them up in no fixed order.
+    """
+    if not bias_sums.wants_biases(call):
+        return False
+    assert call.terms is not None
+    width = max(call.q.shape[3], call.v.shape[3])
+    wide = call.terms.seed is not None and width > MOST_WITH_BIAS_AND_DROPOUT
+    return call.deterministic or call.terms.softcap > 0 or wide
+
+
+def _gradients_of_terms(
+    call: AttentionCall, biases: tuple[Any, ...], sinks: Tensor | None
+) -> tuple[Tensor, ...]:
+    """Gradients of the first tensors of the terms, empty where not wanted.
+
+    biases: Those of slopes, table and image table.
+    """
     assert call.terms is not None
     nothing = call.q.new_empty(0)
-    gradients = (found.bias.slopes, found.bias.table, None, found.sinks)
     return tuple(
         x if wanted and x is not None else nothing
-        for x, wanted in zip(gradients, call.terms.wants, strict=True)
+        for x, wanted in zip((*biases, sinks), call.terms.wants, strict=True)
     )

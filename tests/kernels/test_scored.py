@@ -4,6 +4,7 @@ import inspect
 
 import pytest
 import torch
+from sparse_flash.kernels.sm80.bias_config import BiasGradientsConfig
 from sparse_flash.kernels.sm90 import attention, positions
 from sparse_flash.kernels.sm90.config import BackwardConfig, ForwardConfig
 from sparse_flash.kernels.sm90.scored_config import all_scored_configs
@@ -68,6 +69,7 @@ def test_compiles_well(compiler, config, tmp_path):
 @pytest.fixture
 def launches(monkeypatch):
     """Numbers of arguments of launches, and the classes that they are for."""
+    from sparse_flash.kernels.sm80 import bias_backward, bias_gradients
     from sparse_flash.kernels.sm90 import dq, scored
     from sparse_flash.kernels.sm90.backward import BackwardSm90
 
@@ -76,7 +78,9 @@ def launches(monkeypatch):
     class Stub:
         def launch(self, inputs, plan, scalars, device, transient):
             config = plan.config
-            if not getattr(config, "scored", False):
+            if isinstance(config, BiasGradientsConfig):
+                kernel = bias_backward.BiasGradientsSm80
+            elif not getattr(config, "scored", False):
                 kernel = BackwardSm90 if isinstance(config, BackwardConfig) else dq.DqSm90
             elif isinstance(config, BackwardConfig):
                 kernel = scored.BackwardScoredSm90
@@ -94,6 +98,7 @@ def launches(monkeypatch):
 
     monkeypatch.setattr(attention, "unsupported_reason", lambda *_: None)
     monkeypatch.setattr(attention, "bind", lambda plan: Stub())
+    monkeypatch.setattr(bias_gradients, "bind", lambda plan: Stub())
     monkeypatch.setattr(positions, "_bind", lambda plan: setattr(plan, "kernel", Stub()))
     plan_on_cpu(monkeypatch)
     clear_cache()  # plans keep their kernels
@@ -153,3 +158,19 @@ def test_arguments(launches, d, d_v, names):
             given = {"q_offset": 200, "impl": "sm90"} | terms[names]
             block_sparse_attention(q[:, :7], k, v, masks.causal(), **given)
         assert launches[-1] == "ForwardAtScoredSm90"
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("names", ["softcap", "dropout", "none"])
+def test_gradients_of_biases_apart(launches, names, deterministic):
+    """In a kernel of their own beside a softcap, dropout at head_dim 128, or in a fixed order."""
+    table, slopes = torch.zeros(4, 81, requires_grad=True), torch.rand(4, requires_grad=True)
+    options = {"softcap": {"softcap": 3.0}, "dropout": {"dropout_p": 0.1}, "none": {}}[names]
+    options |= {"bias": scores.relative(table) + scores.alibi(slopes)}
+    q, k, v = (torch.randn(1, 300, h, 128).bfloat16().requires_grad_() for h in (4, 2, 2))
+    options |= {"deterministic": deterministic, "impl": "sm90"}
+    block_sparse_attention(q, k, v, masks.causal(), **options).sum().backward()
+    assert (table.grad.shape, slopes.grad.shape) == (table.shape, slopes.shape)
+    apart = deterministic or names != "none"
+    expected = ["ForwardScoredSm90", "BackwardScoredSm90", *["BiasGradientsSm80"] * apart]
+    assert launches == expected

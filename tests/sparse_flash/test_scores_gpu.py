@@ -192,16 +192,7 @@ def test_gradients(case, deterministic):
     problem, names, dtype = case
     tensors, lens = of_problem(problem, dtype)
     terms = draw_terms(problem.heads, names, problem.seed)
-    grads = graded(names, deterministic, tensors[0].shape[3])
-    check(*tensors, terms, lens, grads=grads, deterministic=deterministic)
-
-
-def graded(names, deterministic, dim):
-    """The terms whose gradients the kernels compute."""
-    if CHOSEN["impl"] == "sm80":
-        return GRADED
-    refused = deterministic or "softcap" in names or ("dropout" in names and dim > 96)
-    return ("sinks",) if refused else ("sinks", "slopes", "table")
+    check(*tensors, terms, lens, grads=GRADED, deterministic=deterministic)
 
 
 @settings(max_examples=15)
@@ -257,13 +248,12 @@ def test_gradients_of_long_rows(dim, deterministic, names):
     if "slopes" in terms:
         terms["slopes"] *= 0.1
     given = (q, k, v, dout, dlse, allowed, mask)
-    grads = graded(names, deterministic, dim)
-    check(*given, terms, grads=grads, deterministic=deterministic)
+    check(*given, terms, grads=GRADED, deterministic=deterministic)
     if deterministic:
         runs = []
         for _ in range(2):
             leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-            named = {n: terms[n].detach().requires_grad_() for n in grads if n in terms}
+            named = {n: terms[n].detach().requires_grad_() for n in GRADED if n in terms}
             leaves += named.values()
             out = call(*leaves[:3], mask, terms | named, deterministic=True)
             runs.append(torch.autograd.grad(out, leaves, dout))
@@ -290,9 +280,14 @@ def test_split_rows(names, dim):
     check(q, k, v, q, dlse, allowed, mask, terms)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("dim", [32, 192, 256])
-@pytest.mark.parametrize("names", [["table"], ["image"], TERMS], ids="+".join)
+THOROUGH = pytest.mark.thorough
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float16, marks=THOROUGH)], ids=str
+)
+@pytest.mark.parametrize("dim", [32, pytest.param(192, marks=THOROUGH), 256])
+@pytest.mark.parametrize("names", [["table", "image"], TERMS], ids="+".join)
 def test_gradients_of_all_head_dims(implementation, names, dim, dtype):
     """Masks of each head, grouped heads, keys of other lengths, rows without keys."""
     if implementation == "sm90":
