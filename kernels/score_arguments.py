@@ -146,7 +146,6 @@ class Gradients(NamedTuple):
     dv: Tensor
     sinks: Tensor | None
     bias: DistanceBias
-    image: Tensor | None = None
 
 
 def sink_gradients(sinks: Tensor, stats: Tensor) -> Tensor:

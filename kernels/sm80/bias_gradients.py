@@ -183,15 +183,20 @@ def fixed_point_factors(
     """Powers of two of each head, by which no sum of dS reaches 2^62; float32 (h,).
 
     Since P sums to 1, the sum of |dS| over the keys of a query is at most
-    2 |dO| max |V| + |dlse|, and dropout scales dP. NaN where a gradient of the output is.
+    2 |dO| max |V| + |dlse|, and dropout scales dP. NaN where a query of the head is not finite:
+    integers have no NaN.
     """
     first, end = keys
     index = torch.arange(inputs.v.shape[1], device=inputs.v.device)
     valid = (index >= first[:, None]) & (index < end[:, None])
     values = torch.linalg.vector_norm(inputs.v, dim=3, dtype=torch.float32)  # (b, s_kv, h_kv)
     values = values.nan_to_num(0.0, 0.0).where(valid[..., None], 0).amax((0, 1))
-    rows = torch.linalg.vector_norm(inputs.dout, dim=3, dtype=torch.float32).sum((0, 1))
+    rows, poison = (
+        torch.linalg.vector_norm(x, dim=3, dtype=torch.float32).sum((0, 1))
+        for x in (inputs.dout, inputs.out)
+    )
     bound = 2 * terms.keep_scale * rows * values.repeat_interleave(len(rows) // len(values))
+    bound = bound + 0 * poison
     if inputs.dlse is not None:
         bound = bound + inputs.dlse.abs().sum((0, 2))
     _, exponent = torch.frexp(bound)

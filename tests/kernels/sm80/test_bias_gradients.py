@@ -8,6 +8,7 @@ import operator
 
 import pytest
 import torch
+from sparse_flash.kernels.score_arguments import ScoreArguments
 from sparse_flash.kernels.sm80 import attention, bias_gradients, gradients, positions
 from sparse_flash.kernels.sm80.bias_config import BiasGradientsConfig
 from sparse_flash.kernels.sm80.config import ForwardConfig
@@ -267,3 +268,36 @@ def test_no_launch_without_gradients_of_biases(emulated):
     torch.autograd.grad(out, [q, k, v], out)
     assert not any(isinstance(x["config"], BiasGradientsConfig) for x in emulated)
     assert len(emulated) == 2
+
+
+def test_queries_beyond_the_image_are_unknown(emulated):
+    """The kernel gets the smaller number of positions, beyond which results are NaN."""
+    q, k, v = (torch.randn(1, n, HEADS, 32).bfloat16() for n in (10, 280, 280))
+    layout = masks.causal().layout(500, 280)
+    bias = scores.relative2d(torch.randn(HEADS, 3, 3), *IMAGE)
+    for given, known in ((bias, 300), (scores.relative(torch.randn(HEADS, 3)), 500)):
+        block_sparse_attention(q, k, v, layout, bias=given, q_offset=290, impl="sm80")
+        assert emulated[-1]["num_positions"] == known
+
+
+@pytest.mark.parametrize("where", ["dout", "out"])
+def test_sums_in_fixed_point_keep_nan(where):
+    """Of one head; the others have a factor with which sums fit into 62 bits."""
+    dout, out = torch.randn(2, 50, HEADS, 32), torch.randn(2, 50, HEADS, 32)
+    v = torch.randn(2, 60, 2, 32)
+    v[1, 40:] = torch.nan  # beyond the keys of this entry
+    v[0, 3, 0] = torch.inf  # may be masked
+    {"dout": dout, "out": out}[where][0, 7, 1, 3] = torch.nan
+    inputs = bias_gradients.BackwardInputs(dout, None, out, v, v, out, dout[..., 0])
+    keys = torch.zeros(2, dtype=torch.int64), torch.tensor([60, 40])
+    terms = ScoreArguments(0.0, None, None)
+    factors = bias_gradients.fixed_point_factors(inputs, keys, terms)
+    assert factors.isnan().tolist() == [False, True, False, False]
+    kept = [0, 2, 3]
+    norms = torch.stack(
+        [v[0, :, :].norm(dim=-1).nan_to_num(0, 0).amax(0), v[1, :40].norm(dim=-1).amax(0)]
+    )
+    most = 2 * dout.norm(dim=-1).sum((0, 1)) * norms.amax(0).repeat_interleave(2)
+    scaled = (most * factors)[kept]
+    assert (scaled < 2.0**62).all()
+    assert (scaled >= 2.0**60).all()
