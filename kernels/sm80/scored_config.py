@@ -71,7 +71,11 @@ _SMALL_BACKWARD = {
     ),
 }
 # Tiles for a softcap, dropout and biases that are looked up, where the small ones spill.
-_CROWDED_BACKWARD = {64: (BackwardConfig(_ANY, 64, 64, 64, 4, 2, 2),)}
+_CROWDED_BACKWARD = {
+    64: (BackwardConfig(_ANY, 64, 64, 64, 4, 2, 2),),
+    128: (BackwardConfig(_ANY, 128, 64, 64, 4, 2, 2, do_stages=1),),
+    256: (BackwardConfig(_ANY, 256, 32, 64, 4, 2, 2, q_stages=1, do_stages=1, stats_stages=1),),
+}
 
 
 def of_forward(flags: ScoreFlags) -> dict[str, Any]:
