@@ -164,6 +164,8 @@ def scored_backward_config(
         fitting = [c for c in listed if backward.fits(c, shared_memory)]
         small = fitting[0] if fitting else config
         config = replace(small, dtype=dtype, arch=target, fixed_point=deterministic)
+        if offsets and _is_crowded(flags) and config.head_dim == 256:
+            config = replace(config, dq_warps=1)  # as compiled: ptxas spills otherwise
     elif config.head_dim == 64:
         several = flags.softcap or flags.dropout or not _is_older(target)
         config = replace(config, chunks=4, do_stages=1 if several else config.do_stages)
