@@ -9,11 +9,12 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from sparse_flash.call import AttentionCall
+from sparse_flash.implementations import sm80, sm90
 from sparse_flash.implementations.empty import EmptyBatch
 from sparse_flash.implementations.reference import Reference
 from sparse_flash.implementations.score_features import ScoreFeature
 from sparse_flash.implementations.sm80 import Sm80
-from sparse_flash.implementations.sm90 import Sm90, untested_reason
+from sparse_flash.implementations.sm90 import Sm90
 
 
 class Implementation(Protocol):
@@ -52,7 +53,10 @@ class Implementation(Protocol):
 IMPLEMENTATIONS: tuple[Implementation, ...] = (Sm90(), Sm80(), Reference())
 _EMPTY = EmptyBatch()
 # Why "auto" leaves a call to others, by the name of the implementation.
-_UNTESTED: dict[str, Callable[[AttentionCall], str | None]] = {"sm90": untested_reason}
+_UNTESTED: dict[str, Callable[[AttentionCall], str | None]] = {
+    "sm90": sm90.untested_reason,
+    "sm80": sm80.untested_reason,
+}
 
 
 def choose(impl: str, call: AttentionCall) -> Implementation:
