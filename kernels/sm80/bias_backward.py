@@ -10,14 +10,14 @@ from sparse_flash.kernels import online_softmax as online
 from sparse_flash.kernels import score_terms
 from sparse_flash.kernels.distance_bias import add_diagonals, clear_scratch
 from sparse_flash.kernels.distance_table import ROWS
+from sparse_flash.kernels.position_work_tiles import row_tiles
 from sparse_flash.kernels.preprocess import Preprocess
 from sparse_flash.kernels.schedule import WORK_FIELDS
 from sparse_flash.kernels.score_terms import ScoreTerms
-from sparse_flash.kernels.sm80.backward_mainloop import ANNOUNCED, DO, LOADS, Q, BackwardMainloop
+from sparse_flash.kernels.sm80.backward_mainloop import ANNOUNCED, DO, LOADS, BackwardMainloop, Q
 from sparse_flash.kernels.sm80.backward_tile import BackwardLayouts, BackwardTile
 from sparse_flash.kernels.sm80.bias_config import BiasGradientsConfig
 from sparse_flash.kernels.sm80.primitives import accumulators
-from sparse_flash.kernels.position_work_tiles import row_tiles
 
 
 class BiasGradientsSm80:

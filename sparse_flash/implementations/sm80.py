@@ -30,7 +30,6 @@ from sparse_flash.kernels.sm80.config import shared_memory_of
 from sparse_flash.kernels.sm80.scored_config import unsupported_gradients
 from sparse_flash.masks.device_layout import DeviceLayout
 
-
 NO_BIASES: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
 
 
