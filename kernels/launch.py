@@ -155,6 +155,8 @@ def bind(plan: Any, kernels: dict[Any, Kernel], make: Callable[[Any], Kernel]) -
     if plan.lasts:
         plan.lists, plan.combine = kept_arguments(plan.lists), kept_arguments(plan.combine)
     plan.kernel = kernel
+    if plan.of_form is not None:
+        plan.of_form.kernel = kernel
     return kernel
 
 

@@ -8,8 +8,9 @@ import torch
 from sparse_flash.masks import validation
 from sparse_flash.masks.arguments import integer
 from sparse_flash.masks.device_tiles import Source
-from sparse_flash.masks.device_within import readers, snapshot
-from sparse_flash.masks.modes import plain_torch, refuse_mapped
+from sparse_flash.masks.device_within import form_of, readers, snapshot
+from sparse_flash.masks.modes import is_plain, plain_torch, refuse_mapped
+from sparse_flash.masks.records import CACHE
 from sparse_flash.masks.traceable import Traceable
 from torch import Tensor
 
@@ -217,6 +218,20 @@ def _with_heads_of(within: Mask | None, data: Tensor) -> tuple[tuple[int, int], 
     repeats = (b // shape[0], h // shape[1])
     data = data.repeat_interleave(repeats[0], 0).repeat_interleave(repeats[1], 1)
     return (b, h), data
+
+
+def layout_of_call(mask: Mask, q_len: int, kv_len: int, device: torch.device) -> BlockLayout:
+    """As `mask.layout`, of a mask that reads tensors; masks of one form are checked once."""
+    form = form_of(mask)
+    key = (form, q_len, kv_len, device)
+    known = None if form is None else CACHE.forms.get(key)
+    if known is not None and is_plain():
+        layout: BlockLayout = known.layout(snapshot(mask, device))
+        return layout
+    layout = mask.layout(q_len, kv_len, device=device)
+    if known is None and form is not None:
+        CACHE.forms[key] = layout.form
+    return layout
 
 
 def of_mask(mask: Mask, lengths: Lengths, device: torch.device) -> BlockLayout:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Hashable
 from typing import Any
 
 import numpy as np
@@ -116,6 +117,12 @@ class documents(Pattern):
         what = id(self.lengths) if self.on_device else self.lengths
         return self.on_device, what, self.length, self.capacity
 
+    @property
+    def form(self) -> Hashable:
+        """All but the values of cu_seqlens."""
+        x = self.lengths
+        return documents, x.shape, x.dtype, x.device, self.length, self.capacity
+
     def __repr__(self) -> str:
         if not self.on_device:
             return f"documents({self.lengths!r})"
@@ -170,6 +177,11 @@ class _Numbered(Mask):
         self.of, self.cu_seqlens, self.capacity = of, cu_seqlens, of.capacity
         self._numbers: Tensor | None = None
         self._captured = is_capturing(cu_seqlens.device)
+
+    @property
+    def form(self) -> Hashable:
+        """That of the documents."""
+        return self.of.form
 
     @property
     def is_numbered(self) -> bool:
