@@ -274,7 +274,7 @@ def compile_data_kernel(name: str, arch: str) -> Any:
 
     kind, _, rest = name.partition("_")
     if kind == "from":
-        return data_lists.compileblock_bits(rest, arch)
+        return data_lists.compile_block_bits(rest, arch)
     if kind == "invalid":
         _, dtype, direction = rest.split("_")
         return invalid_rows.compile_invalid_rows(dtype, direction == "backward", arch)
