@@ -4,7 +4,10 @@ import cutlass
 from cutlass import Int32, Int64, Uint8, cute
 from sparse_flash.kernels.data_lists import ints
 
-THREADS, MAX_CTAS = 128, 2048  # as many threads as columns of a bit tile
+THREADS, MAX_CTAS = 128, 2048  # as many threads as columns of a bit tile at most
+MAX_LINES = 256  # rows of a bit tile at most
+_STEPS = 7  # halvings of as many columns as there are threads
+_LAST = 2**31 - 1
 INVALID = 8  # in `errors`: cu_seqlens that do not ascend from 0 to the length
 
 
@@ -100,20 +103,21 @@ class OwnBits:
         sizes,
     ):
         """Some bit tiles."""
-        s_numbers = cutlass.utils.SmemAllocator().allocate_tensor(
-            Int32, cute.make_layout(THREADS), 16
-        )
+        smem = cutlass.utils.SmemAllocator()
+        s_columns = smem.allocate_tensor(Int32, cute.make_layout(THREADS), 16)
+        s_lines = smem.allocate_tensor(Int32, cute.make_layout(MAX_LINES), 16)
         count = cutlass.min(used[1], cute.size(bits, mode=[0]))
         for slot in cutlass.range(
             cute.arch.block_idx()[0], count, cute.arch.grid_dim()[0], unroll=1
         ):
-            self.bit_tile(slot, own, numbers, mask_bits, bits, s_numbers, sizes)
+            self.bit_tile(slot, own, numbers, mask_bits, bits, (s_columns, s_lines), sizes)
 
     @cute.jit
-    def bit_tile(self, slot, own, numbers, mask_bits, bits, s_numbers, sizes):
+    def bit_tile(self, slot, own, numbers, mask_bits, bits, memory, sizes):
         """One bit tile: two words of a warpgroup's row pairs for each thread."""
         thread = cute.arch.thread_idx()[0]
         rows, height, width, q_len, kv_len, down, across, numbered, all_blocks, by_column = sizes
+        s_columns, s_lines = memory
         at, col, state, blocks = (own[slot, i] for i in range(4))
         table = at // rows if numbered > 1 else Int32(0)
         top, left = at % rows * height, col * width
@@ -122,36 +126,42 @@ class OwnBits:
         from_line, last_line = (top, q_len - 1) if by_column == 0 else (left, kv_len - 1)
         if numbered != 0:
             cute.arch.sync_threads()  # the tile before has been read
-            s_numbers[thread] = numbers[table, cutlass.min(start + thread, end - 1)]
+            number = numbers[table, cutlass.min(start + thread, end - 1)]
+            s_columns[thread] = number if thread < reach else Int32(_LAST)
+            for i in cutlass.range_constexpr(MAX_LINES // THREADS):
+                line = i * THREADS + thread
+                s_lines[line] = numbers[table, cutlass.min(from_line + line, last_line)]
             cute.arch.sync_threads()
         lines = 16 * (thread // 32) + thread % 32 // 4
         sides = (height // down, width // across, across)
         for group in cutlass.range(cute.size(bits, mode=[1]), unroll=1):
             for n in cutlass.range_constexpr(2):
-                line = group * 64 + lines + 8 * n
+                line, of_mask = group * 64 + lines + 8 * n, Int32(-1)
+                if state >= 0:  # loaded while the documents are searched
+                    of_mask = mask_bits[state, group, thread, n]
                 low, high = Int32(0), reach
                 if numbered != 0:
-                    number = numbers[table, cutlass.min(from_line + line, last_line)]
-                    low = self.below(s_numbers, number, reach)
-                    high = self.below(s_numbers, number + 1, reach)
-                word = self.interval(low, high, 2 * (thread % 4))
+                    low, high = self.columns_of(s_columns, s_lines[line])
+                word = self.interval(low, high, 2 * (thread % 4)) & of_mask
                 if blocks != all_blocks:
                     word = word & self.chosen(blocks, line, 2 * (thread % 4), sides, by_column)
-                if state >= 0:
-                    word = word & mask_bits[state, group, thread, n]
                 bits[slot, group, thread, n] = word
 
     @cute.jit
-    def below(self, s_numbers, number, reach):
-        """How many of the first `reach` numbers are less than `number`."""
-        low, high = Int32(0), reach
-        while low < high:
-            middle = (low + high) >> 1
-            if s_numbers[middle] < number:
-                low = middle + 1
-            else:
-                high = middle
-        return low
+    def columns_of(self, s_columns, number):
+        """How many of the columns have numbers below `number`, and how many at most `number`.
+
+        A search without branches, so that several run at once. Columns beyond the tile have the
+        largest number.
+        """
+        low, high = Int32(0), Int32(0)
+        for n in cutlass.range_constexpr(_STEPS):
+            step = THREADS >> (n + 1)
+            low += Int32(step) if s_columns[low + (step - 1)] < number else Int32(0)
+            high += Int32(step) if s_columns[high + (step - 1)] <= number else Int32(0)
+        low += Int32(1) if s_columns[low] < number else Int32(0)
+        high += Int32(1) if s_columns[high] <= number else Int32(0)
+        return low, high
 
     @cute.jit
     def interval(self, low, high, first):
