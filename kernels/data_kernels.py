@@ -53,16 +53,24 @@ class BlockBits:
         flat_errors: The same, (P x nq,).
     """
 
-    def __init__(self, layout: DeviceLayout) -> None:
+    def __init__(self, layout: DeviceLayout, documents: Any = None) -> None:
+        """Allocate errors and counters, zeros unless a kernel for `documents` writes them first."""
         patterns, rows = layout.num_patterns, layout.source.num_blocks[0]
-        size = 4 * ALIGNED * _COUNTERS  # bytes of the counters
-        zeros = torch.zeros(size + patterns * rows, dtype=torch.uint8, device=layout.device)
-        self._counters, self._taken = zeros[:size].view(torch.int32), 0
-        self._captured = is_capturing(layout.device)
+        size, device = ALIGNED * _COUNTERS, layout.device  # the counters, then errors, numbers
+        start = size + _aligned(-(-patterns * rows // 4))
+        if documents is None:
+            array = torch.zeros(start, dtype=torch.int32, device=device)
+        else:
+            length = documents.of.length
+            array = torch.empty(start + length, dtype=torch.int32, device=device)
+            documents.numbers = array.as_strided((length,), (1,), start)
+        self.counter_space, self._taken = array.as_strided((size,), (1,), 0), 0
+        self._captured = is_capturing(device)
         self.words: Tensor | None = None
         self.numbers: Tensor | None = None
-        self.errors = zeros.as_strided((patterns, rows), (rows, 1), size)
-        self.flat_errors = zeros.as_strided((patterns * rows,), (1,), size)
+        data = array.view(torch.uint8)
+        self.errors = data.as_strided((patterns, rows), (rows, 1), 4 * size)
+        self.flat_errors = data.as_strided((patterns * rows,), (1,), 4 * size)
 
     def counters(self) -> Tensor:
         """Two zeros for another schedule, int32."""
@@ -71,15 +79,18 @@ class BlockBits:
         if self._taken == _COUNTERS or is_capturing(device) != self._captured:
             return torch.zeros(2, dtype=torch.int32, device=device)
         self._taken += 1
-        return self._counters.as_strided((2,), (1,), ALIGNED * (self._taken - 1))
+        return self.counter_space.as_strided((2,), (1,), ALIGNED * (self._taken - 1))
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNED) * ALIGNED
 
 
 def block_bits(layout: DeviceLayout, functions: Functions) -> BlockBits:
     """The blocks of a layout, cut to its capacity. Kept with the layout."""
     found: BlockBits | None = layout.derived_bits
     if found is None:
-        found = BlockBits(layout)
-        _read_documents(layout, functions, found)
+        found = _read_documents(layout, functions)
         _read_blocks(layout, functions, found)
         if layout.source.capacity is not None:
             _fit(layout, functions, found)
@@ -103,23 +114,24 @@ def _read_blocks(layout: DeviceLayout, functions: Functions, found: BlockBits) -
     _launch(function, layout.device, *arguments, source.num_blocks[1])
 
 
-def _read_documents(layout: DeviceLayout, functions: Functions, found: BlockBits) -> None:
+def _read_documents(layout: DeviceLayout, functions: Functions) -> BlockBits:
     """The numbers of documents, and errors of their cu_seqlens."""
     mask, device = layout.source.within, layout.device
     if mask is None or not mask.on_device:
-        return
+        return BlockBits(layout)
     known = None if mask.by_head else documents_and_rest(mask)
     if known is None or known[0].is_numbered or not layout.keeps_what_is_derived:
-        wrong = layout.wrong_documents()
+        found, wrong = BlockBits(layout), layout.wrong_documents()
         assert wrong is not None
         found.errors += wrong
         found.numbers = numbers_of(mask, layout.source.heads)
-        return
-    reader, length = known[0], known[0].of.length
-    reader.numbers = torch.empty(length, dtype=torch.int32, device=device)
-    arguments = (reader.cu_seqlens, reader.numbers, found.flat_errors)
+        return found
+    reader = known[0]
+    found = BlockBits(layout, reader)
+    arguments = (reader.cu_seqlens, reader.numbers, found.flat_errors, found.counter_space)
     _launch(functions.number_documents, device, *arguments)
     found.numbers = reader.numbers[None]
+    return found
 
 
 def _fit(layout: DeviceLayout, functions: Functions, found: BlockBits) -> None:

@@ -14,23 +14,39 @@ INVALID = 8  # in `errors`: cu_seqlens that do not ascend from 0 to the length
 class NumberDocuments:
     """The document of each token; a thread for each.
 
+    It is the first to write for a layout, so it also begins what others add to.
+
     cu_seqlens: int64 (n,).
     numbers: int32 (length,): how many of cu_seqlens are not beyond the token. Ascending.
-    errors: uint8 (patterns x nq,): INVALID is added everywhere where cu_seqlens do not ascend from
-        0 to the length.
+    errors: uint8 (patterns x nq,): INVALID everywhere where cu_seqlens do not ascend from 0 to the
+        length, else 0.
+    counters: int32, which become 0.
     """
 
     @cute.jit
-    def __call__(self, cu_seqlens: cute.Tensor, numbers: cute.Tensor, errors: cute.Tensor, stream):
+    def __call__(
+        self,
+        cu_seqlens: cute.Tensor,
+        numbers: cute.Tensor,
+        errors: cute.Tensor,
+        counters: cute.Tensor,
+        stream,
+    ):
         """Launch on the stream."""
-        self.kernel(cu_seqlens, numbers, errors).launch(
+        self.kernel(cu_seqlens, numbers, errors, counters).launch(
             grid=(cute.ceil_div(cute.size(numbers, mode=[0]), THREADS), 1, 1),
             block=(THREADS, 1, 1),
             stream=stream,
         )
 
     @cute.kernel
-    def kernel(self, cu_seqlens: cute.Tensor, numbers: cute.Tensor, errors: cute.Tensor):
+    def kernel(
+        self,
+        cu_seqlens: cute.Tensor,
+        numbers: cute.Tensor,
+        errors: cute.Tensor,
+        counters: cute.Tensor,
+    ):
         """THREADS tokens. Each warp checks cu_seqlens for itself."""
         thread = cute.arch.block_idx()[0] * THREADS + cute.arch.thread_idx()[0]
         n, length = cute.size(cu_seqlens, mode=[0]), cute.size(numbers, mode=[0])
@@ -40,10 +56,12 @@ class NumberDocuments:
         for i in cutlass.range(cute.arch.lane_idx(), n - 1, 32, unroll=1):
             if cu_seqlens[i + 1] < cu_seqlens[i]:
                 wrong = Int32(1)
-        if cute.arch.vote_ballot_sync(wrong != 0) != 0:
-            stride = cute.arch.grid_dim()[0] * THREADS
-            for i in cutlass.range(thread, cute.size(errors, mode=[0]), stride, unroll=1):
-                errors[i] = (errors[i].to(Int32) | INVALID).to(Uint8)
+        code = Int32(INVALID) if cute.arch.vote_ballot_sync(wrong != 0) != 0 else Int32(0)
+        stride = cute.arch.grid_dim()[0] * THREADS
+        for i in cutlass.range(thread, cute.size(errors, mode=[0]), stride, unroll=1):
+            errors[i] = code.to(Uint8)
+        for i in cutlass.range(thread, cute.size(counters, mode=[0]), stride, unroll=1):
+            counters[i] = Int32(0)
         if thread < length:
             low, high = Int32(0), Int32(n)
             while low < high:
@@ -192,7 +210,7 @@ def compile_number_documents(arch: str):
     from sparse_flash.kernels.compile import compile_kernel
 
     size = cute.sym_int
-    arguments = (ints(size(), dtype=Int64), ints(size()), ints(size(), dtype=Uint8))
+    arguments = (ints(size(), dtype=Int64), ints(size()), ints(size(), dtype=Uint8), ints(size()))
     return compile_kernel(NumberDocuments(), arguments, arch)
 
 
