@@ -22,7 +22,7 @@ MakeSchedule = Callable[[DeviceLayout], tuple[Schedule, Tensor]]
 def schedule_by_kernels(
     layout: DeviceLayout, lines: Lines, sizes: ScheduleSizes, costs: CostModel, facts: DeviceFacts
 ) -> MakeSchedule | None:
-    """What makes schedules of the layouts of this form; None where kernels cannot."""
+    """The maker of schedules for layouts of this form; None where kernels cannot run."""
     functions = data_kernels.functions_for(layout, facts, lines.transposed)
     if functions is None:
         return None

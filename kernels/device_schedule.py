@@ -78,7 +78,7 @@ def schedule_maker(
     costs: CostModel,
     kv_bytes: int = 0,
 ) -> MakeSchedule:
-    """What makes the schedules of `device_schedule`, for all layouts of this one's form."""
+    """The maker of the schedules of `device_schedule`, for all layouts of this one's form."""
     sizes = _sizes((batch, heads), -(-layout.q_len // tile[0]), facts, costs, kv_bytes)
     lines = Lines(tile, heads, 1, transposed=False)
 
@@ -124,7 +124,7 @@ def backward_schedule_maker(
     costs: CostModel,
     q_bytes: int = 0,
 ) -> MakeSchedule:
-    """What makes the schedules of `device_backward_schedule`, as `schedule_maker`."""
+    """The maker of the schedules of `device_backward_schedule`, as `schedule_maker`."""
     sizes = _sizes((batch, heads[1]), -(-layout.kv_len // tile[0]), facts, costs, q_bytes)
     lines = Lines(tile[::-1], heads[0], heads[0] // heads[1], transposed=True)
 

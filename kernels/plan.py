@@ -62,7 +62,7 @@ class Plan(Generic[Config]):
     captured: bool = False  # a CUDA graph reads the arrays
     # Of layouts of data: why block rows are not as asked for, uint8 (P, nq); None: no row can be.
     errors: Tensor | None = field(default=None, repr=False)
-    of_form: DataPlans | None = field(default=None, repr=False)  # what made it
+    of_form: DataPlans | None = field(default=None, repr=False)  # its maker
 
     def __post_init__(self) -> None:
         # Arguments of a launch, gathered once: `follow` changes only the contents of arrays.
@@ -230,7 +230,7 @@ def _plan_of_data(layout: DeviceLayout, key: PlanKey) -> Plan[Any]:
         with plain_torch():
             return _plan_of_data(layout, key)
     if is_capturing(layout.device) or layout.form is None:
-        return DataPlans(layout, key).plan(layout)  # what is made now belongs to the CUDA graph
+        return DataPlans(layout, key).plan(layout)  # its tensors belong to the CUDA graph
     on_gpu = layout.device.type == "cuda"
     stream = torch._C._cuda_getCurrentRawStream(layout.device.index) if on_gpu else 0
     plans: DataPlans | None = layout.form.plans.get((key, stream))

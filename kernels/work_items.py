@@ -119,7 +119,7 @@ class WorkItems:
     @cute.jit
     def chunk(self, first, lists, results, sizes, costs, shares, simple, memory):
         """The items of the rows from `first` on, one row for each warp."""
-        s_ints, s_keys, s_parts, _ = memory
+        _, s_keys, s_parts, _ = memory
         warp, lane = cute.arch.warp_idx(), cute.arch.lane_idx()
         total = sizes[0] * sizes[1] * sizes[4]
         row = first + warp
@@ -206,7 +206,7 @@ class WorkItems:
 
     @cute.jit
     def before(self, lists, sizes, costs, shares, extents, mine, memory):
-        """What comes before the rows of a chunk, whose groups have the rows low..high - 1.
+        """Numbers of items and parts before a chunk, whose groups have the rows low..high - 1.
 
         mine: The row of this warp, its key, and whether it comes before all groups.
 
@@ -289,7 +289,7 @@ class WorkItems:
 
     @cute.jit
     def divide(self, number, by, inverse):
-        """number // by, without the steps that signs and large quotients take.
+        """The quotient number // by, without the steps that signs and large quotients take.
 
         Both are positive, or number is 0; the quotient is below 2^20. inverse: 1 / by.
         """

@@ -33,10 +33,10 @@ _REASONS = {
 
 
 class Form:
-    """What layouts of data have in common where only their data differ.
+    """The common properties of layouts that differ in their data alone.
 
     source: A source of this form, without its data.
-    plans: What makes their plans: see `kernels.plan`.
+    plans: Makers of their plans, see `kernels.plan.DataPlans`.
     """
 
     def __init__(self, source: Source) -> None:
@@ -102,7 +102,7 @@ class DeviceLayout(BlockLayout):
 
     @property
     def form(self) -> Form | None:
-        """What it has in common with layouts of other data; None where that cannot be told."""
+        """The form that layouts of other data share; None where it cannot be told."""
         if self._form is None:
             self._form = form_of_source(self.source)
         return self._form

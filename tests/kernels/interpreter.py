@@ -1,6 +1,6 @@
 """Runs small kernels as ordinary Python, a thread for each thread, where there is no GPU.
 
-The sources of the kernels are executed with a stand-in for the DSL. It knows what the kernels for
+The sources of the kernels are executed with a stand-in for the DSL. It has all that kernels for
 layouts of data use: numbers of fixed width, tensors, votes, shuffles, reductions and barriers.
 """
 
