@@ -1,4 +1,4 @@
-"""Kernels for layouts of data: what they read of the data, and NaN for invalid rows.
+"""Kernels for layouts of data: their input from the data, and NaN for invalid rows.
 
 They run on every GPU that the DSL compiles for. Where they cannot run, `functions_for` returns None
 and `mark_invalid` returns False: PyTorch then computes the same, in many more launches.
@@ -23,6 +23,7 @@ from sparse_flash.masks.modes import is_capturing
 from torch import Tensor
 
 _COUNTERS = 8  # pairs of counters that are zeroed at once, for as many schedules
+_COUNTER_SIZE = ALIGNED * _COUNTERS
 _WORDS = 12  # where `data_lists.Sizes` has the number of words
 _DTYPES = ("bfloat16", "float16")
 loaded: set[tuple[Any, int | None]] = set()  # functions and indices of devices with their code
@@ -56,15 +57,15 @@ class BlockBits:
     def __init__(self, layout: DeviceLayout, documents: Any = None) -> None:
         """Allocate errors and counters, zeros unless a kernel for `documents` writes them first."""
         patterns, rows = layout.num_patterns, layout.source.num_blocks[0]
-        size, device = ALIGNED * _COUNTERS, layout.device  # the counters, then errors, numbers
-        start = size + _aligned(-(-patterns * rows // 4))
+        device, size = layout.device, _COUNTER_SIZE  # of counters; then errors
+        space = -(-patterns * rows // 4)
         if documents is None:
-            array = torch.zeros(start, dtype=torch.int32, device=device)
-        else:
-            length = documents.of.length
-            array = torch.empty(start + length, dtype=torch.int32, device=device)
-            documents.numbers = array.as_strided((length,), (1,), start)
-        self.counter_space, self._taken = array.as_strided((size,), (1,), 0), 0
+            array = torch.zeros(size + space, dtype=torch.int32, device=device)
+        else:  # counters, a copy of cu_seqlens, errors, numbers
+            length, size = documents.of.length, size + 2 * documents.of.lengths.shape[0]
+            array = torch.empty(size + space + length, dtype=torch.int32, device=device)
+            documents.numbers = array.as_strided((length,), (1,), size + space)
+        self.space, self._taken = array.as_strided((size,), (1,), 0), 0
         self._captured = is_capturing(device)
         self.words: Tensor | None = None
         self.numbers: Tensor | None = None
@@ -79,11 +80,11 @@ class BlockBits:
         if self._taken == _COUNTERS or is_capturing(device) != self._captured:
             return torch.zeros(2, dtype=torch.int32, device=device)
         self._taken += 1
-        return self.counter_space.as_strided((2,), (1,), ALIGNED * (self._taken - 1))
+        return self.space.as_strided((2,), (1,), ALIGNED * (self._taken - 1))
 
-
-def _aligned(size: int) -> int:
-    return -(-size // ALIGNED) * ALIGNED
+    def copy_of_cu_seqlens(self) -> Tensor:
+        """The copy that the kernel for documents made, int64 (n,)."""
+        return self.space[_COUNTER_SIZE:].view(torch.int64)
 
 
 def block_bits(layout: DeviceLayout, functions: Functions) -> BlockBits:
@@ -127,9 +128,11 @@ def _read_documents(layout: DeviceLayout, functions: Functions) -> BlockBits:
         found.numbers = numbers_of(mask, layout.source.heads)
         return found
     reader = known[0]
+    cu_seqlens = reader.readable()
     found = BlockBits(layout, reader)
-    arguments = (reader.cu_seqlens, reader.numbers, found.flat_errors, found.counter_space)
-    _launch(functions.number_documents, device, *arguments)
+    arguments = (cu_seqlens, reader.numbers, found.flat_errors, found.space)
+    _launch(functions.of_documents(cu_seqlens.dtype), device, *arguments)
+    reader.make_copy = found.copy_of_cu_seqlens
     found.numbers = reader.numbers[None]
     return found
 
@@ -251,7 +254,8 @@ class Functions(NamedTuple):
     list_columns: Callable[..., None]
     work_items: Callable[..., None]
     own_bits: Callable[..., None]
-    number_documents: Callable[..., None]
+    number_int64: Callable[..., None]
+    number_int32: Callable[..., None]
 
     def of_data(self, source: Source) -> Callable[..., None] | None:
         """The kernel that packs the data into words; None if all blocks are chosen."""
@@ -260,15 +264,24 @@ class Functions(NamedTuple):
             return None if source.table is None else self.from_table
         return self.from_int64 if indices.dtype == torch.int64 else self.from_int32
 
+    def of_documents(self, dtype: torch.dtype) -> Callable[..., None]:
+        """The kernel that numbers documents, for cu_seqlens of this dtype."""
+        return self.number_int64 if dtype == torch.int64 else self.number_int32
+
     def needed(self, source: Source, transposed: bool) -> list[Callable[..., None]]:
         """The kernels that a schedule may launch."""
-        cut = source.within is not None and source.within.on_device
+        mask, number, known = source.within, None, None
+        cut = mask is not None and mask.on_device
+        if mask is not None and cut and not mask.by_head:
+            known = documents_and_rest(mask)
+        if known is not None and not known[0].is_numbered:
+            number = self.of_documents(known[0].readable().dtype)
         every = (
             self.of_data(source),
             None if source.capacity is None else self.fit_rows,
             self.list_columns if transposed else self.list_rows,
             self.work_items,
-            self.number_documents if cut else None,
+            number,
             self.own_bits if cut else None,
         )
         return [*filter(None, every)]
@@ -294,8 +307,8 @@ def compile_data_kernel(name: str, arch: str) -> Any:
         return work_items.compile_work_items(arch)
     if name == "own_bits":
         return document_bits.compile_own_bits(arch)
-    if name == "number_documents":
-        return document_bits.compile_number_documents(arch)
+    if kind == "number":
+        return document_bits.compile_number_documents(rest, arch)
     return data_lists.compile_list_tiles(name == "list_columns", name == "fit_rows", arch)
 
 

@@ -16,11 +16,11 @@ class NumberDocuments:
 
     It is the first to write for a layout, so it also begins what others add to.
 
-    cu_seqlens: int64 (n,).
+    cu_seqlens: int64 or int32 (n,).
     numbers: int32 (length,): how many of cu_seqlens are not beyond the token. Ascending.
     errors: uint8 (patterns x nq,): INVALID everywhere where cu_seqlens do not ascend from 0 to the
         length, else 0.
-    counters: int32, which become 0.
+    space: int32 (counters + 2 n,): counters, which become 0, and a copy of cu_seqlens as int64.
     """
 
     @cute.jit
@@ -29,11 +29,11 @@ class NumberDocuments:
         cu_seqlens: cute.Tensor,
         numbers: cute.Tensor,
         errors: cute.Tensor,
-        counters: cute.Tensor,
+        space: cute.Tensor,
         stream,
     ):
         """Launch on the stream."""
-        self.kernel(cu_seqlens, numbers, errors, counters).launch(
+        self.kernel(cu_seqlens, numbers, errors, space).launch(
             grid=(cute.ceil_div(cute.size(numbers, mode=[0]), THREADS), 1, 1),
             block=(THREADS, 1, 1),
             stream=stream,
@@ -45,7 +45,7 @@ class NumberDocuments:
         cu_seqlens: cute.Tensor,
         numbers: cute.Tensor,
         errors: cute.Tensor,
-        counters: cute.Tensor,
+        space: cute.Tensor,
     ):
         """THREADS tokens. Each warp checks cu_seqlens for itself."""
         thread = cute.arch.block_idx()[0] * THREADS + cute.arch.thread_idx()[0]
@@ -60,8 +60,13 @@ class NumberDocuments:
         stride = cute.arch.grid_dim()[0] * THREADS
         for i in cutlass.range(thread, cute.size(errors, mode=[0]), stride, unroll=1):
             errors[i] = code.to(Uint8)
-        for i in cutlass.range(thread, cute.size(counters, mode=[0]), stride, unroll=1):
-            counters[i] = Int32(0)
+        counters = cute.size(space, mode=[0]) - 2 * n
+        for i in cutlass.range(thread, counters, stride, unroll=1):
+            space[i] = Int32(0)
+        for i in cutlass.range(thread, n, stride, unroll=1):
+            end = cu_seqlens[i].to(Int64)
+            space[counters + 2 * i] = end.to(Int32)
+            space[counters + 2 * i + 1] = (end >> 32).to(Int32)
         if thread < length:
             low, high = Int32(0), Int32(n)
             while low < high:
@@ -205,12 +210,13 @@ class OwnBits:
         return result
 
 
-def compile_number_documents(arch: str):
-    """Compile, whether or not there is a GPU."""
+def compile_number_documents(kind: str, arch: str):
+    """Compile for cu_seqlens of "int64" or "int32", whether or not there is a GPU."""
     from sparse_flash.kernels.compile import compile_kernel
 
     size = cute.sym_int
-    arguments = (ints(size(), dtype=Int64), ints(size()), ints(size(), dtype=Uint8), ints(size()))
+    dtype = {"int64": Int64, "int32": Int32}[kind]
+    arguments = (ints(size(), dtype=dtype), ints(size()), ints(size(), dtype=Uint8), ints(size()))
     return compile_kernel(NumberDocuments(), arguments, arch)
 
 

@@ -224,13 +224,12 @@ def layout_of_call(mask: Mask, q_len: int, kv_len: int, device: torch.device) ->
     """As `mask.layout`, of a mask that reads tensors; masks of one form are checked once."""
     form = form_of(mask)
     key = (form, q_len, kv_len, device)
-    known = None if form is None else CACHE.forms.get(key)
-    if known is not None and is_plain():
-        layout: BlockLayout = known.layout(snapshot(mask, device))
-        return layout
-    layout = mask.layout(q_len, kv_len, device=device)
-    if known is None and form is not None:
-        CACHE.forms[key] = layout.form
+    if form is None or not is_plain():
+        return mask.layout(q_len, kv_len, device=device)
+    known = CACHE.forms.get(key)
+    if known is None:
+        known = CACHE.forms[key] = mask.layout(q_len, kv_len, device=device).form
+    layout: BlockLayout = known.layout(snapshot(mask, device, in_call=True))
     return layout
 
 
@@ -242,5 +241,5 @@ def of_mask(mask: Mask, lengths: Lengths, device: torch.device) -> BlockLayout:
     heads = tuple(mask.patterns()[1].shape)
     read = list(readers(kept))
     capacity = next((m.capacity for m in read if m.capacity is not None), None)
-    device = read[0].cu_seqlens.device  # with its index
+    device = read[0].cu_seqlens.device  # with its index, as the copies are there
     return DeviceLayout(Source(lengths, (heads[0], heads[1]), None, None, kept, capacity, device))

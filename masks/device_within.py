@@ -189,14 +189,17 @@ def cut_of(
     return Evaluated(masks, patterns, lengths, tile)
 
 
-def snapshot(mask: Any, device: torch.device) -> Any:
-    """The mask with copies of the tensors that it reads, on a device."""
+def snapshot(mask: Any, device: torch.device, *, in_call: bool = False) -> Any:
+    """The mask with copies of the tensors that it reads, on a device.
+
+    in_call: Copies are made at first use, in the call of attention that the mask is given to.
+    """
     if not mask.on_device:
         return mask
     if hasattr(mask, "now"):
-        return mask.now(device)
+        return mask.now(device, in_call=in_call)
     if hasattr(mask, "symbol"):  # `replace` costs each call more
-        return type(mask)(tuple(snapshot(m, device) for m in mask.masks))
+        return type(mask)(tuple(snapshot(m, device, in_call=in_call) for m in mask.masks))
     changed = {f.name: _snapshots(getattr(mask, f.name), device) for f in fields(mask)}
     return replace(mask, **changed)
 

@@ -76,7 +76,7 @@ def step_of(kind):
     return step
 
 
-@pytest.mark.parametrize(("kind", "calls", "operations"), [("forward", 420, 40), ("both", 680, 70)])
+@pytest.mark.parametrize(("kind", "calls", "operations"), [("forward", 400, 32), ("both", 640, 62)])
 def test_new_documents_cost_few_operations(launched, kind, calls, operations):
     """Of all that follows from the structure of a mask nothing is done again."""
     step, made = step_of(kind), [documents(n) for n in range(8)]
@@ -139,13 +139,13 @@ def test_calls_see_the_lengths_of_their_time(launched):
     q, k, v = inputs()
     ends = torch.tensor([0, 300, S])
     mask, seen = masks.documents(ends, length=S) & masks.causal(), []
-    number = data_kernels._usable().number_documents
+    number = data_kernels._usable().number_int64
 
     def note(cu_seqlens, *rest):
         seen.append(cu_seqlens.tolist())
         number(cu_seqlens, *rest)
 
-    functions = data_kernels._usable()._replace(number_documents=note)
+    functions = data_kernels._usable()._replace(number_int64=note)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data_kernels, "_usable", lambda *_: functions)
         for middle in (300, 500, 700):

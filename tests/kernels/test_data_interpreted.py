@@ -9,6 +9,7 @@ import torch
 from sparse_flash.kernels import data_kernels
 from sparse_flash.kernels.device import DeviceFacts
 from sparse_flash.masks import BlockLayout
+from sparse_flash.masks.device_builders import layout_of_call
 from sparse_flash.masks.records import CACHE
 
 from sparse_flash import masks
@@ -48,7 +49,8 @@ def interpreted(monkeypatch):
         list_columns=lists.ListTiles(by_column=True),
         work_items=items.WorkItems(),
         own_bits=bits.OwnBits(),
-        number_documents=bits.NumberDocuments(),
+        number_int64=bits.NumberDocuments(),
+        number_int32=bits.NumberDocuments(),
     )
     functions = data_kernels.Functions(*(functools.partial(interpreter.call, k) for k in kernels))
     monkeypatch.setattr(data_kernels, "_usable", lambda *_: functions)
@@ -72,6 +74,24 @@ def test_documents(monkeypatch, interpreted, within):
     ends = torch.tensor((0, *LENGTHS)).cumsum(0)
     numbers = torch.bucketize(torch.arange(768), ends, right=True)
     assert torch.equal(layout.derived_bits.numbers[0], numbers.int())
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_documents_of_a_call_are_copied_by_the_kernel(interpreted, dtype):
+    """Later steps of the call, such as its backward pass, read the copy."""
+    ends = torch.tensor((0, *LENGTHS), dtype=dtype).cumsum(0, dtype=dtype)
+    values = ends.tolist()
+    layout = layout_of_call(masks.documents(ends, length=768) & CAUSAL, 768, 768, ends.device)
+    reader = layout.source.within.masks[0]
+    assert reader.readable() is ends
+    data = data_kernels.block_bits(layout, data_kernels._usable())
+    assert not data.space[: data_kernels._COUNTER_SIZE].any()
+    ends[2] = 700
+    assert reader.readable().tolist() == reader.cu_seqlens.tolist() == values
+    assert not data.errors.any()
+    layout.check()
+    wrong = layout_of_call(masks.documents(ends, length=768) & CAUSAL, 768, 768, ends.device)
+    assert (data_kernels.block_bits(wrong, data_kernels._usable()).errors == 8).all()
 
 
 @thorough
