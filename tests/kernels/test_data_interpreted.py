@@ -7,7 +7,17 @@ import functools
 import pytest
 import torch
 from sparse_flash.kernels import data_kernels
+from sparse_flash.kernels.data_recipes import ScheduleSizes
 from sparse_flash.kernels.device import DeviceFacts
+from sparse_flash.kernels.device_schedule import (
+    TileList,
+    _work_items,
+    column_list,
+    device_backward_schedule,
+    device_schedule,
+    row_list,
+)
+from sparse_flash.kernels.sm90.config import FORWARD_COSTS
 from sparse_flash.masks import BlockLayout
 from sparse_flash.masks.device_builders import layout_of_call
 from sparse_flash.masks.records import CACHE
@@ -158,3 +168,54 @@ def test_rows_with_errors_are_nan(backward):
     for x in others:
         assert x[:, :, 1].isnan().all()
         assert not x[:, :, 0].isnan().any()
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_tiles_of_long_lines_are_found(interpreted, monkeypatch, transposed):
+    """Narrow tiles: 64 lines of 512 candidates, in which a warp finds the ends in two steps."""
+    listed = []
+    functions = data_kernels._usable()._replace(
+        work_items=lambda *arrays: listed.extend(arrays[:3]), own_bits=lambda *_: None
+    )
+    monkeypatch.setattr(data_kernels, "_usable", lambda *_: functions)
+    lengths = (70, 0, 1, 3000, 129, 2000, 2992)
+    layout = (masks.documents(torch.tensor((0, *lengths)).cumsum(0), length=8192)).layout(8192)
+    sizes = (SMALL, FORWARD_COSTS)
+    if transposed:
+        made, _ = device_backward_schedule(layout, 1, (2, 1), (128, 16), *sizes)
+        expected = column_list(layout, (128, 16), (2, 1))
+    else:
+        made, _ = device_schedule(layout, 1, 1, (128, 16), *sizes)
+        expected = row_list(layout, (128, 16))
+    begins, counts, partials = listed
+    assert torch.equal(counts, expected.starts.diff())
+    assert torch.equal(partials, expected.partial)
+    for line, (begin, count) in enumerate(zip(begins.tolist(), counts.tolist(), strict=True)):
+        columns = expected.tiles[expected.starts[line] :][:count, 0]
+        assert torch.equal(made.tiles[begin : begin + count, 0], columns)
+
+
+@pytest.mark.slow
+def test_items_before_all_groups_come_in_their_order():
+    """Of the last head's rows two take longer than what is left then, so they come first."""
+    with pytest.MonkeyPatch.context() as patch:
+        module = interpreter.load(patch, "work_items")
+    heads, rows = 3, 40
+    sizes = ScheduleSizes(batch=1, heads=heads, rows=rows, ctas=6, extra=20, groups=heads)
+    tiles = torch.arange(rows, dtype=torch.int32) % 9 + 3
+    tiles[5], tiles[30] = 90, 100
+    starts = torch.cat([torch.zeros(1, dtype=torch.int32), tiles.cumsum(0, dtype=torch.int32)])
+    every, c = torch.zeros(int(starts[-1]) + 1, 2, dtype=torch.int32), FORWARD_COSTS
+    listed = TileList(starts, every, tiles // 3, None, (1, 1), rows)
+    work, combine, counts = _work_items(listed, sizes, c)
+    first = work[:2].tolist()
+    assert [row[:2] for row in first] == [[30, 2], [5, 2]]
+    found = [torch.zeros_like(x) for x in (work, combine, counts, counts[:1])]
+    interpreter.call(
+        module.WorkItems(),
+        *(starts[:-1].clone(), tiles, tiles // 3, *found),
+        *(1000, 1, heads, 1, 1, rows, heads, len(every) - 1, 6, sizes.rest, c.fewest_tiles),
+        *(c.item, c.partial_tile - 1, c.largest_share, c.split, c.combine, c.long_item),
+    )
+    assert torch.equal(found[2], counts)
+    assert torch.equal(found[0][: counts[0]], work[: counts[0]])
