@@ -197,7 +197,7 @@ def test_tiles_of_long_lines_are_found(interpreted, monkeypatch, transposed):
 
 @pytest.mark.slow
 def test_items_before_all_groups_come_in_their_order():
-    """Of the last head's rows two take longer than what is left then, so they come first."""
+    """Two rows of the last head take longer than all later work: they come first."""
     with pytest.MonkeyPatch.context() as patch:
         module = interpreter.load(patch, "work_items")
     heads, rows = 3, 40
