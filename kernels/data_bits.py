@@ -13,8 +13,8 @@ from sparse_flash.masks.device_layout import DeviceLayout
 from sparse_flash.masks.device_tiles import Grid, Source, bits_of_sets, grid_of
 from sparse_flash.masks.device_within import (
     TileTable,
-    numbers_and_rest,
     numbers_and_rest_exist,
+    rest_of,
     tile_table,
 )
 from sparse_flash.masks.modes import is_capturing
@@ -46,7 +46,6 @@ class Cut(NamedTuple):
 
     table: States of all tiles, int32 (tables, rows, cols); None: all are full.
     table_of: Table of each pattern, int32 (patterns,).
-    numbers: Document of each token, int32 (1 or patterns, length); None: there are no documents.
     bits: In fragment order, int32 (n, height / 64, 128, 2): those of the table, with `own` False
         then those of sets of blocks. At least one, whatever it contains.
     facts: Its properties that the host knows.
@@ -54,7 +53,6 @@ class Cut(NamedTuple):
 
     table: Tensor | None
     table_of: Tensor | None
-    numbers: Tensor | None
     bits: Tensor
     facts: CutFacts
 
@@ -71,9 +69,10 @@ def cut_by(layout: DeviceLayout, tile: tuple[int, int], transposed: bool | None)
     transposed: Bit tiles are of (keys, queries). None: no bit tiles are needed.
     """
     source, mask = layout.source, layout.source.within
-    numbers: Tensor | None = None
+    numbered = 0
     if mask is not None and mask.on_device:
-        numbers, mask = numbers_and_rest(mask, source.heads)
+        numbered = source.num_patterns if mask.by_head else 1
+        mask = rest_of(mask)
     grid = grid_of(source.lengths, tile)
     assert grid is not None
     table: TileTable | None = None
@@ -82,7 +81,7 @@ def cut_by(layout: DeviceLayout, tile: tuple[int, int], transposed: bool | None)
     known = 0 if table is None else len(table.bit_tiles)
     size = ((known + 1) << grid.cells) * tile[0] * tile[1] // 8
     several = grid.cells > 1 and (source.indices is not None or source.table is not None)
-    own = numbers is not None or (several and size > _MOST_BYTES)
+    own = numbered > 0 or (several and size > _MOST_BYTES)
     if transposed is None:
         made = torch.empty(0, dtype=torch.int32, device=layout.device)
     else:
@@ -90,11 +89,10 @@ def cut_by(layout: DeviceLayout, tile: tuple[int, int], transposed: bool | None)
     return Cut(
         table=None if table is None else table.table,
         table_of=None if table is None or table.patterns is None else table.patterns.int(),
-        numbers=numbers,
         bits=made,
         facts=CutFacts(
             tables=0 if table is None else len(table.table),
-            numbered=0 if numbers is None else len(numbers),
+            numbered=numbered,
             known=known,
             own=own,
             sets=several,

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import cutlass
 from cutlass import Int32, Int64, Uint8, cute
 
-THREADS = 256
+THREADS = 128
 WARPS = THREADS // 32
 EMPTY, FULL = -2, -1  # states of tiles in the table of a mask; bit tiles from 0 on
 
@@ -204,6 +204,7 @@ class ListTiles:
             grid=(cute.ceil_div(cute.size(counts, mode=[0]), WARPS), 1, 1),
             block=(THREADS, 1, 1),
             stream=stream,
+            min_blocks_per_mp=1,
         )
 
     @cute.kernel
@@ -215,8 +216,8 @@ class ListTiles:
         lane = cute.arch.lane_idx()
         line = cute.arch.block_idx()[0] * WARPS + cute.arch.warp_idx()
         if line < cute.size(counts, mode=[0]):
-            zero = (Int32(0), Int32(0))
-            found, own = self.walk(data, lists, line, zero, s, not self.fit)
+            zero, ends = (Int32(0), Int32(0)), (Int32(0), s.rows if self.by_column else s.cols)
+            found, own, ends = self.walk(data, lists, line, (zero, ends), s, True)
             if lane == 0:
                 counts[line], partials[line] = found, own
             if cutlass.const_expr(not self.fit):
@@ -231,81 +232,142 @@ class ListTiles:
                     begins[line] = first
                 start = (cute.arch.shuffle_sync(first, 0), cute.arch.shuffle_sync(slot, 0))
                 if found > 0:
-                    self.walk(data, lists, line, start, s, False)
+                    self.walk(data, lists, line, (start, ends), s, False)
 
     @cute.jit
-    def walk(self, data, lists, line, start, s, count: cutlass.Constexpr):
+    def walk(self, data, lists, line, start, s, first: cutlass.Constexpr):
         """Look at the candidates of a line, 32 at a time: count the tiles, or list them.
 
+        start: Sums to begin with, and the ends of the candidates, which the first walk finds.
+
         Returns:
-            Number of tiles and of partial tiles, added to `start`.
+            Number of tiles and of partial tiles, added to those of `start`, and the ends.
         """
-        lane = cute.arch.lane_idx()
-        before = (Int32(1) << lane) - 1
-        found, own = start
+        sums, ends = start
+        found, own = sums
         if cutlass.const_expr(self.by_column):
             stack, col = line // s.cols, line % s.cols
             for head in cutlass.range(s.group, unroll=1):
                 query_head = stack % s.stacked * s.group + head
                 pattern = stack // s.stacked * s.own_heads + query_head * s.own_heads // s.heads
-                for i in cutlass.range(cute.ceil_div(s.rows, 32), unroll=4):
-                    row = i * 32 + lane
-                    coord = (pattern, row, col, row < s.rows, head * s.rows + row)
-                    found, own = self.look(data, lists, coord, (found, own), before, s, count)
+                of_line = self.of_line(data, pattern, col, s)
+                find = s.numbered > 1  # heads of a group may have ends of their own
+                if cutlass.const_expr(first):
+                    find = find or head == 0
+                if find:
+                    ends = self.candidates(data[3], of_line, s)
+                found, own = self.some(
+                    data, lists, (line, of_line, head * s.rows), ends, (found, own), s, first
+                )
         else:
-            pattern, row = line // s.rows, line % s.rows
-            for i in cutlass.range(cute.ceil_div(s.cols, 32), unroll=4):
-                col = i * 32 + lane
-                coord = (pattern, row, col, col < s.cols, col)
-                if cutlass.const_expr(self.fit):
-                    exists, partial, _, _ = self.tile(data, coord, s)
-                    here = cute.arch.vote_ballot_sync(exists != 0)
-                    found += cute.arch.popc(here)
-                    own += cute.arch.popc(cute.arch.vote_ballot_sync(partial != 0))
-                    if lane == 0:
-                        lists[0][line, i] = here
-                else:
-                    found, own = self.look(data, lists, coord, (found, own), before, s, count)
+            of_line = self.of_line(data, line // s.rows, line % s.rows, s)
+            if cutlass.const_expr(first and not self.fit):
+                ends = self.candidates(data[3], of_line, s)
+            found, own = self.some(
+                data, lists, (line, of_line, Int32(0)), ends, (found, own), s, first
+            )
+        return found, own, ends
+
+    @cute.jit
+    def of_line(self, data, pattern, at, s):
+        """Pattern, row or column, the table of the mask and of the numbers, and the documents."""
+        _, _, table_of, numbers = data
+        mask_table, table = Int32(0), pattern if s.numbered > 1 else Int32(0)
+        low, high = Int32(0), Int32(0)
+        if s.tables != 0:
+            mask_table = table_of[pattern]
+        if s.numbered != 0:
+            low, high = self.documents(numbers, table, at, self.by_column, s)
+        return pattern, at, mask_table, table, low, high
+
+    @cute.jit
+    def documents(self, numbers, table, at, of_keys: cutlass.Constexpr, s):
+        """The documents of the first and last token of a row, or column, of tiles."""
+        side, length = (s.width, s.kv_len) if of_keys else (s.height, s.q_len)
+        end = cutlass.min(at * side + side, length)
+        return numbers[table, at * side], numbers[table, end - 1]
+
+    @cute.jit
+    def candidates(self, numbers, of_line, s):
+        """The ends of the columns, or rows, of tiles that have tokens of a line's documents.
+
+        Documents ascend, so a warp finds both ends in few steps, each of 32 probes.
+        """
+        total = s.rows if self.by_column else s.cols
+        begin, end = Int32(0), total
+        if s.numbered != 0:
+            _, _, _, table, low, high = of_line
+            lane, left, right = cute.arch.lane_idx(), total, total
+            end = Int32(0)
+            while left > 0 or right > 0:  # unknown ones from `begin`, and from `end`, on
+                steps = (cute.ceil_div(left, 32), cute.ceil_div(right, 32))
+                probes = (lane * steps[0], lane * steps[1])
+                at = cutlass.min(begin + probes[0], total - 1)
+                _, last = self.documents(numbers, table, at, not self.by_column, s)
+                at = cutlass.min(end + probes[1], total - 1)
+                first, _ = self.documents(numbers, table, at, not self.by_column, s)
+                before = probes[0] < left and last < low
+                within = probes[1] < right and first <= high
+                number = cute.arch.popc(cute.arch.vote_ballot_sync(before))
+                begin, left = self.narrowed(begin, left, steps[0], number)
+                number = cute.arch.popc(cute.arch.vote_ballot_sync(within))
+                end, right = self.narrowed(end, right, steps[1], number)
+        return begin, end
+
+    @cute.jit
+    def narrowed(self, first, unknown, step, number):
+        """The first unknown one, and how many are, once `number` probes are known to be before."""
+        passed = cutlass.max(number - 1, 0) * step + cutlass.min(number, 1)
+        rest = cutlass.min(unknown - passed, step - 1)
+        return first + passed, rest if number > 0 else Int32(0)
+
+    @cute.jit
+    def some(self, data, lists, coord, ends, sums, s, first: cutlass.Constexpr):
+        """Count, or list, the tiles of a line with a pattern. Returns the new sums."""
+        lane = cute.arch.lane_idx()
+        before = (Int32(1) << lane) - 1
+        line, of_line, name = coord
+        found, own = sums
+        begin, end = ends
+        for i in cutlass.range(cute.ceil_div(end - begin, 32), unroll=4):
+            at = begin + i * 32 + lane
+            exists, partial, state, blocks = self.tile(data, of_line, at, at < end, s)
+            here = cute.arch.vote_ballot_sync(exists != 0)
+            cut = cute.arch.vote_ballot_sync(partial != 0)
+            if cutlass.const_expr(self.fit):
+                if lane == 0:
+                    lists[0][line, i] = here
+            elif cutlass.const_expr(not first):
+                if exists != 0:
+                    slot = own + cute.arch.popc(cut & before)
+                    where = found + cute.arch.popc(here & before)
+                    goal = (of_line[0], of_line[1], at, name + at)
+                    if cutlass.const_expr(self.by_column):
+                        goal = (of_line[0], at, of_line[1], name + at)
+                    self.put(lists, goal, where, (partial, state, blocks, slot), s)
+            found, own = found + cute.arch.popc(here), own + cute.arch.popc(cut)
         return found, own
 
     @cute.jit
-    def look(self, data, lists, coord, sums, before, s, count: cutlass.Constexpr):
-        """Count, or list, a candidate for each lane. Returns the new sums."""
-        found, own = sums
-        exists, partial, state, blocks = self.tile(data, coord, s)
-        here = cute.arch.vote_ballot_sync(exists != 0)
-        cut = cute.arch.vote_ballot_sync(partial != 0)
-        if cutlass.const_expr(not count):
-            if exists != 0:
-                slot = own + cute.arch.popc(cut & before)
-                where = found + cute.arch.popc(here & before)
-                self.put(lists, coord, where, (partial, state, blocks, slot), s)
-        return found + cute.arch.popc(here), own + cute.arch.popc(cut)
-
-    @cute.jit
-    def tile(self, data, coord, s):
+    def tile(self, data, of_line, at, inside, s):
         """Whether a tile exists, whether it is partial, its state in the table, and its blocks."""
-        words, states, table_of, numbers = data
-        pattern, row, col, inside, _ = coord
+        words, states, _, numbers = data
+        pattern, line, mask_table, table, low, high = of_line
+        row, col = (at, line) if self.by_column else (line, at)
         exists, partial, state, blocks = Int32(0), Int32(0), Int32(FULL), s.all_blocks
         if inside:
             exists = Int32(1)
             if s.words != 0:
                 blocks, exists = self.blocks(words, pattern, row, col, s)
             if s.tables != 0 and exists != 0:
-                state = states[table_of[pattern], row, col]
+                state = states[mask_table, row, col]
                 exists = Int32(0) if state == EMPTY else exists
             partial = Int32(0) if state == FULL and blocks == s.all_blocks else Int32(1)
             if s.numbered != 0 and exists != 0:
-                first, key = row * s.height, col * s.width
-                end = cutlass.min(first + s.height, s.q_len) - 1
-                key_end = cutlass.min(key + s.width, s.kv_len) - 1
-                table = pattern if s.numbered > 1 else Int32(0)
-                low, high = numbers[table, first], numbers[table, end]
-                key_low, key_high = numbers[table, key], numbers[table, key_end]
-                if low > key_high or key_low > high:
+                first, last = self.documents(numbers, table, at, not self.by_column, s)
+                if low > last or first > high:
                     exists = Int32(0)
-                elif low != high or key_low != key_high:
+                elif low != high or first != last:
                     partial = Int32(1)
             partial = partial * exists
         return exists, partial, state, blocks
@@ -336,7 +398,7 @@ class ListTiles:
     def put(self, lists, coord, where, values, s):
         """Write a tile to the list, with the source of its own bit tile."""
         tiles, own, _, errors = lists
-        pattern, row, col, _, name = coord
+        pattern, row, col, name = coord
         partial, state, blocks, slot = values
         entry, wrong = Int32(FULL), Int32(0)
         if partial != 0:

@@ -11,9 +11,9 @@ import math
 from typing import NamedTuple
 
 import torch
-from sparse_flash.kernels import data_kernels
 from sparse_flash.kernels.data_bits import fragments
-from sparse_flash.kernels.data_kernels import Lines, ScheduleSizes
+from sparse_flash.kernels.data_recipes import Lines, ScheduleSizes
+from sparse_flash.kernels.data_schedules import MakeSchedule, schedule_by_kernels
 from sparse_flash.kernels.device import DeviceFacts
 from sparse_flash.kernels.schedule import WORK_FIELDS, CostModel, Schedule
 from sparse_flash.masks.device_layout import DeviceLayout
@@ -66,12 +66,27 @@ def device_schedule(
     >>> s.counts.tolist(), s.work[:2, :6].tolist()
     ([2, 0], [[1, 0, 0, 1, 2, -1], [0, 0, 0, 0, 1, -1]])
     """
+    return schedule_maker(layout, batch, heads, tile, facts, costs, kv_bytes)(layout)
+
+
+def schedule_maker(
+    layout: DeviceLayout,
+    batch: int,
+    heads: int,
+    tile: tuple[int, int],
+    facts: DeviceFacts,
+    costs: CostModel,
+    kv_bytes: int = 0,
+) -> MakeSchedule:
+    """The maker of the schedules of `device_schedule`, for all layouts of this one's form."""
     sizes = _sizes((batch, heads), -(-layout.q_len // tile[0]), facts, costs, kv_bytes)
-    made = data_kernels.schedule_of_data(layout, Lines(tile, heads, 1, False), sizes, costs, facts)
-    if made is not None:
-        return made
-    errors = layout.tiles_at(tile).errors
-    return _schedule(row_list(layout, tile), layout.kv_len, tile, sizes, costs), errors
+    lines = Lines(tile, heads, 1, transposed=False)
+
+    def by_pytorch(layout: DeviceLayout) -> tuple[Schedule, Tensor]:
+        errors = layout.tiles_at(tile).errors
+        return _schedule(row_list(layout, tile), layout.kv_len, tile, sizes, costs), errors
+
+    return schedule_by_kernels(layout, lines, sizes, costs, facts) or by_pytorch
 
 
 def device_backward_schedule(
@@ -97,14 +112,28 @@ def device_backward_schedule(
     >>> s.work[:2, :6].tolist(), s.tiles[:, 0].tolist()
     ([[0, 0, 0, 0, 4, -1], [1, 0, 0, 4, 2, -1]], [0, 1, 2, 3, 1, 3, 0, 0, 0])
     """
+    return backward_schedule_maker(layout, batch, heads, tile, facts, costs, q_bytes)(layout)
+
+
+def backward_schedule_maker(
+    layout: DeviceLayout,
+    batch: int,
+    heads: tuple[int, int],
+    tile: tuple[int, int],
+    facts: DeviceFacts,
+    costs: CostModel,
+    q_bytes: int = 0,
+) -> MakeSchedule:
+    """The maker of the schedules of `device_backward_schedule`, as `schedule_maker`."""
     sizes = _sizes((batch, heads[1]), -(-layout.kv_len // tile[0]), facts, costs, q_bytes)
-    lines = Lines(tile[::-1], heads[0], heads[0] // heads[1], True)
-    made = data_kernels.schedule_of_data(layout, lines, sizes, costs, facts)
-    if made is not None:
-        return made
-    errors = layout.tiles_at(tile[::-1]).errors
-    listed = column_list(layout, tile, heads)
-    return _schedule(listed, layout.kv_len, tile, sizes, costs), errors
+    lines = Lines(tile[::-1], heads[0], heads[0] // heads[1], transposed=True)
+
+    def by_pytorch(layout: DeviceLayout) -> tuple[Schedule, Tensor]:
+        errors = layout.tiles_at(tile[::-1]).errors
+        listed = column_list(layout, tile, heads)
+        return _schedule(listed, layout.kv_len, tile, sizes, costs), errors
+
+    return schedule_by_kernels(layout, lines, sizes, costs, facts) or by_pytorch
 
 
 def row_list(layout: DeviceLayout, tile: tuple[int, int]) -> TileList:

@@ -15,7 +15,9 @@ def _nan(dtype: cutlass.Constexpr):
 
 
 class InvalidRows:
-    """A CTA for each block row of each batch entry and head; it ends at once where all is well.
+    """A CTA for each 32 block rows of batch entries and heads, which all its warps look at.
+
+    It ends at once where all is well.
 
     errors: Why the row is not as asked for, or 0, uint8 (patterns x rows,).
     of_queries: Results (b, s, h, d), of which the rows of the block get NaN.
@@ -44,9 +46,9 @@ class InvalidRows:
         """Launch on the stream; first and second: results by key, or lse twice."""
         others = (first, second)
         rows = cute.ceil_div(cute.size(of_queries, mode=[1]), block)
-        grid = rows * cute.size(of_queries, mode=[2]) * cute.size(of_queries, mode=[0])
-        self.kernel(errors, of_queries, others, own_batch, own_heads, block, rows).launch(
-            grid=(grid, 1, 1), block=(THREADS, 1, 1), stream=stream
+        total = rows * cute.size(of_queries, mode=[2]) * cute.size(of_queries, mode=[0])
+        self.kernel(errors, of_queries, others, own_batch, own_heads, block, rows, total).launch(
+            grid=(cute.ceil_div(total, 32), 1, 1), block=(THREADS, 1, 1), stream=stream
         )
 
     @cute.kernel
@@ -59,25 +61,47 @@ class InvalidRows:
         own_heads: Int32,
         block: Int32,
         rows: Int32,
+        total: Int32,
     ):
-        """One block row."""
-        index, thread = cute.arch.block_idx()[0], cute.arch.thread_idx()[0]
+        """32 block rows."""
+        first, lane = cute.arch.block_idx()[0] * 32, cute.arch.lane_idx()
+        own, wrong, filled = (own_batch, own_heads), Int32(0), Int32(-1)
+        if first + lane < total:
+            at, _, _, _ = self.place(of_queries, first + lane, rows, own)
+            wrong = errors[at].to(Int32)
+        bad = cute.arch.vote_ballot_sync(wrong != 0)
+        for n in cutlass.range(32, unroll=1):
+            if (bad >> n) & 1 != 0:
+                _, batch, head, row = self.place(of_queries, first + n, rows, own)
+                filled = self.mark(of_queries, others, (batch, head), row * block, block, filled)
+
+    @cute.jit
+    def place(self, of_queries, index, rows, own):
+        """Index of a block row's errors, its batch entry, its head, and its row."""
         batches, heads = cute.size(of_queries, mode=[0]), cute.size(of_queries, mode=[2])
         row, pair = index % rows, index // rows
         head, batch = pair % heads, pair // heads
-        pattern = batch * own_batch // batches * own_heads + head * own_heads // heads
-        if errors[pattern * rows + row].to(Int32) != 0:
-            first = row * block
-            end = cutlass.min(first + block, cute.size(of_queries, mode=[1]))
-            self.fill(of_queries, batch, head, first, end, thread)
-            if cutlass.const_expr(self.backward):
-                kv_head = head // (heads // cute.size(others[0], mode=[2]))
+        pattern = batch * own[0] // batches * own[1] + head * own[1] // heads
+        return pattern * rows + row, batch, head, row
+
+    @cute.jit
+    def mark(self, of_queries, others, pair, first, block, filled):
+        """Write NaN for a block row. filled: The last key head that got NaN; returns the next."""
+        thread, (batch, head) = cute.arch.thread_idx()[0], pair
+        end = cutlass.min(first + block, cute.size(of_queries, mode=[1]))
+        self.fill(of_queries, batch, head, first, end, thread)
+        if cutlass.const_expr(self.backward):
+            kv_heads = cute.size(others[0], mode=[2])
+            kv_head = head // (cute.size(of_queries, mode=[2]) // kv_heads)
+            if batch * kv_heads + kv_head != filled:  # once for the rows of a head
                 for n in cutlass.range_constexpr(2):
                     keys = cute.size(others[n], mode=[1])
                     self.fill(others[n], batch, kv_head, Int32(0), keys, thread)
-            else:
-                for i in cutlass.range(first + thread, end, THREADS, unroll=1):
-                    others[0][batch, head, i] = _nan(Float32)
+            filled = batch * kv_heads + kv_head
+        else:
+            for i in cutlass.range(first + thread, end, THREADS, unroll=1):
+                others[0][batch, head, i] = _nan(Float32)
+        return filled
 
     @cute.jit
     def fill(self, tensor, batch, head, first, end, thread):

@@ -155,6 +155,9 @@ def bind(plan: Any, kernels: dict[Any, Kernel], make: Callable[[Any], Kernel]) -
     if plan.lasts:
         plan.lists, plan.combine = kept_arguments(plan.lists), kept_arguments(plan.combine)
     plan.kernel = kernel
+    maker = getattr(plan, "of_form", None)  # of layouts of data: the next plan has the kernel
+    if maker is not None:
+        maker.kernel = kernel
     return kernel
 
 

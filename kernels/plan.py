@@ -14,9 +14,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, TypeVar
 
+import torch
 from sparse_flash.kernels.config import KernelConfig
 from sparse_flash.kernels.device import DeviceFacts
-from sparse_flash.kernels.device_schedule import device_backward_schedule, device_schedule
+from sparse_flash.kernels.data_schedules import MakeSchedule
+from sparse_flash.kernels.device_schedule import backward_schedule_maker, schedule_maker
 from sparse_flash.kernels.launch import Kernel
 from sparse_flash.kernels.schedule import (
     CostModel,
@@ -28,7 +30,7 @@ from sparse_flash.kernels.schedule import (
 from sparse_flash.masks.device_layout import DeviceLayout
 from sparse_flash.masks.device_tiles import grid_of
 from sparse_flash.masks.layout import BlockLayout
-from sparse_flash.masks.modes import plain_torch
+from sparse_flash.masks.modes import is_capturing, is_plain, plain_torch
 from torch import Tensor
 
 Config = TypeVar("Config", bound=KernelConfig)
@@ -60,6 +62,7 @@ class Plan(Generic[Config]):
     captured: bool = False  # a CUDA graph reads the arrays
     # Of layouts of data: why block rows are not as asked for, uint8 (P, nq); None: no row can be.
     errors: Tensor | None = field(default=None, repr=False)
+    of_form: DataPlans | None = field(default=None, repr=False)  # its maker
 
     def __post_init__(self) -> None:
         # Arguments of a launch, gathered once: `follow` changes only the contents of arrays.
@@ -149,14 +152,27 @@ def plan_of(layout: BlockLayout, key: PlanKey) -> Plan[Any]:
         with _lock:
             plan = layout.derived.get(key)
             if plan is None:
-                plan = _build(layout, key)
-                if not isinstance(layout, DeviceLayout) or layout.keeps_what_is_derived:
-                    layout.derived[key] = plan
+                if isinstance(layout, DeviceLayout):
+                    plan = _plan_of_data(layout, key)
+                    if not layout.keeps_what_is_derived:
+                        return plan
+                else:
+                    plan = _build(layout, key)
+                layout.derived[key] = plan
     return plan
 
 
 @plain_torch()  # a plan outlives the modes and transforms of the call that asks for it
 def _build(layout: BlockLayout, key: PlanKey) -> Plan[Any]:
+    configs = _possible_configs(key)
+    several = len(configs) > 1 and key.planner.transposed
+    config = best_config(layout.transpose() if several else layout, configs)
+    reschedule = functools.partial(_schedule, key, config, split_last_wave=False)
+    return Plan(config, _schedule(key, config, layout), reschedule)
+
+
+def _possible_configs(key: PlanKey) -> list[Any]:
+    """The configs that the GPU has the shared memory for."""
     planner, capacity = key.planner, key.facts.shared_memory
     configs = [c for c in planner.configs if c.shared_memory <= capacity]
     if not configs:
@@ -165,12 +181,7 @@ def _build(layout: BlockLayout, key: PlanKey) -> Plan[Any]:
             f"the kernels need {least} bytes of shared memory, but this GPU ({key.facts.arch}) has "
             f"{capacity}: use impl='reference'"
         )
-    if isinstance(layout, DeviceLayout):
-        return _plan_of_data(layout, key, configs)
-    several = len(configs) > 1 and planner.transposed
-    config = best_config(layout.transpose() if several else layout, configs)
-    reschedule = functools.partial(_schedule, key, config, split_last_wave=False)
-    return Plan(config, _schedule(key, config, layout), reschedule)
+    return configs
 
 
 def fitting(layout: BlockLayout, planner: Planner[Any]) -> list[Any]:
@@ -182,25 +193,50 @@ def fitting(layout: BlockLayout, planner: Planner[Any]) -> list[Any]:
     ]
 
 
-def _plan_of_data(layout: DeviceLayout, key: PlanKey, configs: list[Any]) -> Plan[Any]:
-    """The plan of a layout that data on the device decide: nothing waits for them."""
-    planner, facts = key.planner, key.facts
-    config = next(c for c in fitting(layout, planner) if c in configs)
-    if not planner.transposed:
-        size = planner.token_bytes * layout.kv_len
-        sizes = (key.batch, key.heads)
-        made, errors = device_schedule(layout, *sizes, config.tile, facts, planner.costs, size)
-    else:
-        size = planner.token_bytes * layout.q_len * key.heads // key.kv_heads
-        heads = (key.heads, key.kv_heads)
-        made, errors = device_backward_schedule(
-            layout, key.batch, heads, config.tile, facts, planner.costs, size
-        )
-    if not layout.source.may_fail:
-        return Plan(config, made)
-    if layout.keeps_what_is_derived:
-        layout.note(errors)
-    return Plan(config, made, errors=errors)
+class DataPlans:
+    """Makes the plans of layouts of one form, for one key: only data differ from plan to plan."""
+
+    def __init__(self, layout: DeviceLayout, key: PlanKey) -> None:
+        planner, facts = key.planner, key.facts
+        configs = _possible_configs(key)
+        self.config = next(c for c in fitting(layout, planner) if c in configs)
+        self.may_fail = layout.source.may_fail
+        self.kernel: Kernel | None = None  # of the config, from the first launch on
+        self.make: MakeSchedule
+        if not planner.transposed:
+            size = planner.token_bytes * layout.kv_len
+            sizes = (key.batch, key.heads)
+            self.make = schedule_maker(layout, *sizes, self.config.tile, facts, planner.costs, size)
+        else:
+            size = planner.token_bytes * layout.q_len * key.heads // key.kv_heads
+            heads = (key.heads, key.kv_heads)
+            self.make = backward_schedule_maker(
+                layout, key.batch, heads, self.config.tile, facts, planner.costs, size
+            )
+
+    def plan(self, layout: DeviceLayout) -> Plan[Any]:
+        """The plan of a layout of the form: nothing waits for its data."""
+        made, errors = self.make(layout)
+        if not self.may_fail:
+            return Plan(self.config, made, kernel=self.kernel, of_form=self)
+        if layout.keeps_what_is_derived:
+            layout.note(errors)
+        return Plan(self.config, made, kernel=self.kernel, errors=errors, of_form=self)
+
+
+def _plan_of_data(layout: DeviceLayout, key: PlanKey) -> Plan[Any]:
+    """The plan of a layout that data on the device decide."""
+    if not is_plain():
+        with plain_torch():
+            return _plan_of_data(layout, key)
+    if is_capturing(layout.device) or layout.form is None:
+        return DataPlans(layout, key).plan(layout)  # its tensors belong to the CUDA graph
+    on_gpu = layout.device.type == "cuda"
+    stream = torch._C._cuda_getCurrentRawStream(layout.device.index) if on_gpu else 0
+    plans: DataPlans | None = layout.form.plans.get((key, stream))
+    if plans is None:
+        plans = layout.form.plans[key, stream] = DataPlans(layout, key)
+    return plans.plan(layout)
 
 
 def _schedule(

@@ -13,7 +13,7 @@ THREADS = 1024
 WARPS = THREADS // 32
 MAX_CTAS = 132  # CTAs take several chunks of rows each beyond that
 _LAST = 2**31 - 1
-_INT_SUMS = 3  # sums that one reduction gives
+_FLOAT_SUMS, _INT_SUMS = 4, 3  # results of one reduction
 
 
 @cute.jit
@@ -88,11 +88,15 @@ class WorkItems:
         """Some chunks of as many rows as there are warps."""
         thread, cta = cute.arch.thread_idx()[0], cute.arch.block_idx()[0]
         smem = cutlass.utils.SmemAllocator()
-        s_floats = smem.allocate_tensor(Float32, cute.make_layout(WARPS), 16)
+        layout = cute.make_layout((_FLOAT_SUMS, WARPS), stride=(WARPS, 1))
+        s_floats = smem.allocate_tensor(Float32, layout, 16)
         layout = cute.make_layout((_INT_SUMS, WARPS), stride=(WARPS, 1))
         s_ints = smem.allocate_tensor(Int32, layout, 16)
         s_keys = smem.allocate_tensor(Int64, cute.make_layout(THREADS), 16)
         s_parts = smem.allocate_tensor(Int32, cute.make_layout(THREADS), 16)
+        s_fronts = smem.allocate_tensor(Int32, cute.make_layout(WARPS), 16)
+        inverses = (1 / sizes[4].to(Float32), 1 / (sizes[0] * sizes[1]).to(Float32))
+        sizes = (*sizes, *inverses)
         total = sizes[0] * sizes[1] * sizes[4]
         work_sum, dearest, last, items, splits = self.totals(
             lists, sizes, costs, (thread, total), (s_floats, s_ints)
@@ -106,7 +110,7 @@ class WorkItems:
                 kv_lens[i] = kv_len
         long = sizes[5] > 1 and dearest > costs[5] * shares[2]
         simple = Int32(0) if long or splits > 0 else Int32(1)
-        memory = (s_ints, s_keys, s_parts)
+        memory = (s_ints, s_keys, s_parts, s_fronts)
         for chunk in cutlass.range(
             cta, cute.ceil_div(total, WARPS), cute.arch.grid_dim()[0], unroll=1
         ):
@@ -115,9 +119,8 @@ class WorkItems:
     @cute.jit
     def chunk(self, first, lists, results, sizes, costs, shares, simple, memory):
         """The items of the rows from `first` on, one row for each warp."""
-        s_ints, s_keys, s_parts = memory
+        _, s_keys, s_parts, _ = memory
         warp, lane = cute.arch.warp_idx(), cute.arch.lane_idx()
-        thread = cute.arch.thread_idx()[0]
         total = sizes[0] * sizes[1] * sizes[4]
         row = first + warp
         mine = self.row(lists, sizes, costs, shares, cutlass.min(row, total - 1))
@@ -125,13 +128,10 @@ class WorkItems:
         end = cutlass.min(first + WARPS, total)
         low = self.first_row(self.group(first, sizes), sizes)
         high = self.first_row(self.group(end - 1, sizes) + 1, sizes)
-        before, splits, in_splits = low, Int32(0), Int32(0)
+        before, of_front, splits, in_splits = low, Int32(0), Int32(0), Int32(0)
         if simple == 0:
-            several, _, _ = self.add((front, Int32(0), Int32(0)), s_ints)
-            if several > 0:
-                low, high = Int32(0), total
-            before, splits, in_splits = self.before(
-                lists, sizes, costs, shares, (first, low, high), s_ints
+            before, of_front, splits, in_splits = self.before(
+                lists, sizes, costs, shares, (first, low, high), (row, key, front), memory
             )
             earlier = Int32(1) if lane < warp and first + lane < total else Int32(0)
             cute.arch.sync_threads()
@@ -143,6 +143,7 @@ class WorkItems:
             splits += cute.arch.warp_reduction(some, operator.add)
             in_splits += cute.arch.warp_reduction(other * some, operator.add)
         rank = Int32(0)
+        thread = cute.arch.thread_idx()[0]
         for i in cutlass.range(cute.ceil_div(high - low, THREADS), unroll=1):
             start = low + i * THREADS
             other, number = Int64(_LAST << 32), Int32(0)
@@ -154,13 +155,18 @@ class WorkItems:
             cute.arch.sync_threads()
             count = cute.ceil_div(cutlass.min(high - start, THREADS), 32)
             for j in cutlass.range(count, unroll=4):
-                index = j * 32 + lane
-                bound = key + (Int64(1) if start + index < row else Int64(0))
-                rank += s_parts[index] if s_keys[index] < bound else Int32(0)
+                rank += self.parts_before(j * 32 + lane, start, (row, key), s_keys, s_parts)
         cute.arch.sync_threads()
         rank = before + cute.arch.warp_reduction(rank, operator.add)
+        rank = of_front if front > 0 else rank
         if row < total:
             self.emit(row, mine, (rank, splits, in_splits), lists, results, sizes)
+
+    @cute.jit
+    def parts_before(self, index, start, mine, s_keys, s_parts):
+        """The parts of row `start + index`, if they come before those of my row; else 0."""
+        bound = mine[1] + (Int64(1) if start + index < mine[0] else Int64(0))
+        return s_parts[index] if s_keys[index] < bound else Int32(0)
 
     @cute.jit
     def totals(self, lists, sizes, costs, extents, memory):
@@ -180,10 +186,8 @@ class WorkItems:
             work_sum += cost
             dearest, cheapest = cutlass.max(dearest, cost), cutlass.min(cheapest, cost)
             few = cutlass.min(few, count.to(Float32))
-        work_sum = self.reduce(work_sum, s_floats, operator.add) * repeats.to(Float32)
-        dearest = self.reduce(dearest, s_floats, cutlass.max)
-        cheapest = self.reduce(cheapest, s_floats, cutlass.min)
-        few = self.reduce(few, s_floats, cutlass.min).to(Int32)
+        work_sum, dearest, cheapest, few = self.reduce((work_sum, dearest, cheapest, few), s_floats)
+        work_sum, few = work_sum * repeats.to(Float32), few.to(Int32)
         limit = self.limit(work_sum / sizes[7].to(Float32), costs)
         items, splits = Int32(0), Int32(0)
         for line in cutlass.range(thread, lines, THREADS, unroll=4):
@@ -201,24 +205,50 @@ class WorkItems:
         return work_sum, dearest, last, items, splits
 
     @cute.jit
-    def before(self, lists, sizes, costs, shares, extents, s_ints):
-        """Items that come before the rows low..high - 1, and split rows before `first`.
+    def before(self, lists, sizes, costs, shares, extents, mine, memory):
+        """Numbers of items and parts before a chunk, whose groups have the rows low..high - 1.
+
+        mine: The row of this warp, its key, and whether it comes before all groups.
 
         Returns:
-            Number of items, number of split rows, and number of their parts.
+            Number of items before these groups, of items before the warp's row if that comes before
+            all groups, of split rows before `first`, and of their parts.
         """
-        first, low, high = extents
-        items, splits, in_splits = Int32(0), Int32(0), Int32(0)
+        s_ints, s_keys, s_parts, s_fronts = memory
+        (first, low, high), (row, key, front) = extents, mine
+        thread, lane = cute.arch.thread_idx()[0], cute.arch.lane_idx()
+        items, splits, in_splits, of_front = Int32(0), Int32(0), Int32(0), Int32(0)
         total = sizes[0] * sizes[1] * sizes[4]
-        for row in cutlass.range(cute.arch.thread_idx()[0], total, THREADS, unroll=1):
-            found = self.row(lists, sizes, costs, shares, row)
-            parts, front = found[1], found[2]
-            if row < low or (row >= high and front > 0):
-                items += parts
-            if row < first and parts > 1:
-                splits += Int32(1)
-                in_splits += parts
-        return self.add((items, splits, in_splits), s_ints)
+        several, _, _ = self.add((front, Int32(0), Int32(0)), s_ints)
+        for i in cutlass.range(cute.ceil_div(total, THREADS), unroll=1):
+            other = i * THREADS + thread
+            found = self.row(lists, sizes, costs, shares, cutlass.min(other, total - 1))
+            parts, in_front = found[1], Int32(0)
+            if other < total:
+                in_front = found[2]
+                if other < low or (other >= high and in_front > 0):
+                    items += parts
+                if other < first and parts > 1:
+                    splits += Int32(1)
+                    in_splits += parts
+            if several > 0:
+                cute.arch.sync_threads()
+                s_keys[thread] = found[0] if in_front > 0 else Int64(_LAST << 32)
+                s_parts[thread] = parts
+                some = cute.arch.vote_ballot_sync(in_front > 0)
+                if lane == 0:
+                    s_fronts[thread // 32] = some
+                cute.arch.sync_threads()
+                warps = cute.arch.vote_ballot_sync(s_fronts[lane] != 0)
+                if front > 0:
+                    for j in cutlass.range(WARPS, unroll=1):
+                        if (warps >> j) & 1 != 0:
+                            of_front += self.parts_before(
+                                j * 32 + lane, i * THREADS, (row, key), s_keys, s_parts
+                            )
+        of_front = cute.arch.warp_reduction(of_front, operator.add)
+        items, splits, in_splits = self.add((items, splits, in_splits), s_ints)
+        return items, of_front, splits, in_splits
 
     @cute.jit
     def row(self, lists, sizes, costs, shares, row):
@@ -229,24 +259,44 @@ class WorkItems:
         """
         _, tiles, partials = lists
         share, limit, mean, last = shares
-        total, line, group = sizes[0] * sizes[1] * sizes[4], row, Int32(0)
-        if cute.size(tiles, mode=[0]) != total or sizes[5] > 1:
-            pair = row // sizes[4]
-            head, batch = pair % sizes[1], pair // sizes[1]
-            pattern = batch * sizes[2] // sizes[0] * sizes[3] + head * sizes[3] // sizes[1]
-            line = pattern * sizes[4] + row - pair * sizes[4]
-            group = pair * sizes[5] // (sizes[0] * sizes[1])
+        pairs, lines = sizes[0] * sizes[1], cute.size(tiles, mode=[0])
+        total, line, group = pairs * sizes[4], row, Int32(0)
+        if lines != total or sizes[5] > 1:
+            pair = self.divide(row, sizes[4], sizes[10])
+            group = pair
+            if sizes[5] != pairs:
+                group = self.divide(pair * sizes[5], pairs, sizes[11])
+            if lines != total:
+                line = row - pair * sizes[4]
+                if lines != sizes[4]:
+                    head, batch = pair % sizes[1], pair // sizes[1]
+                    pattern = batch * sizes[2] // sizes[0] * sizes[3] + head * sizes[3] // sizes[1]
+                    line += pattern * sizes[4]
         count = tiles[line]
         cost = self.cost(count, partials[line], costs)
         parts = self.parts(count, cost, limit, sizes)
         if row >= total - sizes[8]:
             parts = cutlass.max(parts, last)
-        cost = cost / parts.to(Float32)
-        later = share * (sizes[5] - group).to(Float32) / sizes[5].to(Float32)
-        front = Int32(1) if sizes[5] > 1 and cost > later and cost > costs[5] * mean else Int32(0)
+        if parts > 1:
+            cost = cost / parts.to(Float32)
+        front = Int32(0)
+        if sizes[5] > 1 and cost > costs[5] * mean:
+            later = share * (sizes[5] - group).to(Float32) / sizes[5].to(Float32)
+            front = Int32(1) if cost > later else Int32(0)
         order = Int32(0) if front > 0 else group + 1
         key = (order.to(Int64) << 32) | (_LAST - bits_of(cost)).to(Int64)
         return key, parts, front, line, count
+
+    @cute.jit
+    def divide(self, number, by, inverse):
+        """The quotient number // by, without the steps that signs and large quotients take.
+
+        Both are positive, or number is 0; the quotient is below 2^20. inverse: 1 / by.
+        """
+        found = (number.to(Float32) * inverse).to(Int32)
+        rest = number - found * by
+        found -= Int32(1) if rest < 0 else Int32(0)
+        return found + (Int32(1) if rest >= by else Int32(0))
 
     @cute.jit
     def group(self, row, sizes):
@@ -272,12 +322,13 @@ class WorkItems:
     @cute.jit
     def parts(self, count, cost, limit, sizes):
         """As `CostModel.parts`."""
-        wanted = cutlass.min(cost / limit, Float32(1 << 20))
-        whole = wanted.to(Int32)
-        whole += Int32(1) if whole.to(Float32) < wanted else Int32(0)
-        if whole > 1:
+        whole = Int32(1)
+        if cost > limit:
+            wanted = cutlass.min(cost / limit, Float32(1 << 20))
+            whole = wanted.to(Int32)
+            whole += Int32(1) if whole.to(Float32) < wanted else Int32(0)
             whole = cutlass.max(cutlass.min(whole, count // sizes[9]), 1)
-        return cutlass.max(whole, 1)
+        return whole
 
     @cute.jit
     def last_parts(self, fewest, dearest, sizes, costs):
@@ -293,15 +344,22 @@ class WorkItems:
         return best
 
     @cute.jit
-    def reduce(self, value, s_floats, operation: cutlass.Constexpr):
-        """One Float32 of all threads, to all threads, in a fixed order."""
+    def reduce(self, values, s_floats):
+        """Sum, largest, least and least of four Float32 of all threads, to all threads.
+
+        In a fixed order.
+        """
         warp, lane = cute.arch.warp_idx(), cute.arch.lane_idx()  # `warp_idx` is a shuffle
-        value = cute.arch.warp_reduction(value, operation)
+        operations = (operator.add, cutlass.max, cutlass.min, cutlass.min)
         cute.arch.sync_threads()  # earlier values have been read
-        if lane == 0:
-            s_floats[warp] = value
+        for n in cutlass.range_constexpr(_FLOAT_SUMS):
+            value = cute.arch.warp_reduction(values[n], operations[n])
+            if lane == 0:
+                s_floats[n, warp] = value
         cute.arch.sync_threads()
-        return cute.arch.warp_reduction(s_floats[lane], operation)
+        return tuple(
+            cute.arch.warp_reduction(s_floats[n, lane], operations[n]) for n in range(_FLOAT_SUMS)
+        )
 
     @cute.jit
     def add(self, values, s_ints):

@@ -8,8 +8,9 @@ import torch
 from sparse_flash.masks import validation
 from sparse_flash.masks.arguments import integer
 from sparse_flash.masks.device_tiles import Source
-from sparse_flash.masks.device_within import readers, snapshot
-from sparse_flash.masks.modes import plain_torch, refuse_mapped
+from sparse_flash.masks.device_within import form_of, readers, snapshot
+from sparse_flash.masks.modes import is_plain, plain_torch, refuse_mapped
+from sparse_flash.masks.records import CACHE
 from sparse_flash.masks.traceable import Traceable
 from torch import Tensor
 
@@ -219,6 +220,19 @@ def _with_heads_of(within: Mask | None, data: Tensor) -> tuple[tuple[int, int], 
     return (b, h), data
 
 
+def layout_of_call(mask: Mask, q_len: int, kv_len: int, device: torch.device) -> BlockLayout:
+    """As `mask.layout`, of a mask that reads tensors; masks of one form are checked once."""
+    form = form_of(mask)
+    key = (form, q_len, kv_len, device)
+    if form is None or not is_plain():
+        return mask.layout(q_len, kv_len, device=device)
+    known = CACHE.forms.get(key)
+    if known is None:
+        known = CACHE.forms[key] = mask.layout(q_len, kv_len, device=device).form
+    layout: BlockLayout = known.layout(snapshot(mask, device, in_call=True))
+    return layout
+
+
 def of_mask(mask: Mask, lengths: Lengths, device: torch.device) -> BlockLayout:
     """The layout of a mask that reads tensors on the device, from their current values."""
     from sparse_flash.masks.device_layout import DeviceLayout
@@ -227,5 +241,5 @@ def of_mask(mask: Mask, lengths: Lengths, device: torch.device) -> BlockLayout:
     heads = tuple(mask.patterns()[1].shape)
     read = list(readers(kept))
     capacity = next((m.capacity for m in read if m.capacity is not None), None)
-    device = read[0].cu_seqlens.device  # with its index
+    device = read[0].cu_seqlens.device  # with its index, as the copies are there
     return DeviceLayout(Source(lengths, (heads[0], heads[1]), None, None, kept, capacity, device))

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NoReturn
+from collections.abc import Hashable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import torch
 from sparse_flash.masks import device_tiles
 from sparse_flash.masks.device_tiles import DeviceTiles, Source
-from sparse_flash.masks.device_within import invalid_documents
+from sparse_flash.masks.device_within import form_of, invalid_documents
 from sparse_flash.masks.layout import BlockLayout
 from sparse_flash.masks.modes import is_capturing, plain_torch
+from sparse_flash.masks.records import CACHE
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from sparse_flash.masks.mask import Mask
+
+_MOST_FORMS = 1024
 _ARRAYS = (
     *("crow_indices", "col_indices", "bit_tile_indices", "bit_tiles"),
     *("ccol_indices", "row_indices", "transpose_order"),
@@ -25,6 +32,46 @@ _REASONS = {
 }
 
 
+class Form:
+    """The common properties of layouts that differ in their data alone.
+
+    source: A source of this form, without its data.
+    plans: Makers of their plans, see `kernels.plan.DataPlans`.
+    """
+
+    def __init__(self, source: Source) -> None:
+        static = source.static  # kept, as it is derived
+        self.source = replace(source, indices=None, table=None, within=None)
+        self.source.__dict__["static"] = static
+        self.plans: dict[Hashable, Any] = {}
+
+    def layout(self, within: Mask) -> DeviceLayout:
+        """The layout of another mask of this form, a snapshot."""
+        source = object.__new__(Source)
+        source.__dict__.update(self.source.__dict__)
+        source.__dict__["within"] = within
+        return DeviceLayout(source, self)
+
+
+def form_of_source(source: Source) -> Form | None:
+    """The form of a source; None where it cannot be told. Forms are few and kept."""
+    within = () if source.within is None else form_of(source.within)
+    if within is None:
+        return None
+    dtype = None if source.indices is None else source.indices.dtype
+    return kept_form((Form, source.static, dtype, within, source.device), source)
+
+
+def kept_form(key: Hashable, source: Source) -> Form:
+    """The form kept under a key, or a new one of this source."""
+    found: Form | None = CACHE.forms.get(key)
+    if found is None:
+        if len(CACHE.forms) >= _MOST_FORMS:
+            CACHE.forms.clear()
+        found = CACHE.forms[key] = Form(source)
+    return found
+
+
 class DeviceLayout(BlockLayout):
     """A BlockLayout whose tiles are listed on the device, without a host synchronization.
 
@@ -36,9 +83,9 @@ class DeviceLayout(BlockLayout):
 
     on_device: ClassVar[bool] = True
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, form: Form | None = None) -> None:
         self.q_len, self.kv_len, self.block = source.lengths
-        self.source = source
+        self.source, self._form = source, form
         self.derived, self.calls = {}, {}
         self._lists: dict[tuple[int, int], DeviceTiles] = {}
         self._noted: list[Tensor] = []
@@ -52,6 +99,13 @@ class DeviceLayout(BlockLayout):
         """The pattern of each batch entry and head with rows of its own, int32."""
         patterns = torch.arange(self.num_patterns, dtype=torch.int32, device=self.device)
         return patterns.view(self.source.heads)
+
+    @property
+    def form(self) -> Form | None:
+        """The form that layouts of other data share; None where it cannot be told."""
+        if self._form is None:
+            self._form = form_of_source(self.source)
+        return self._form
 
     @property
     def device(self) -> torch.device:

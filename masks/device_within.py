@@ -189,14 +189,32 @@ def cut_of(
     return Evaluated(masks, patterns, lengths, tile)
 
 
-def snapshot(mask: Any, device: torch.device) -> Any:
-    """The mask with copies of the tensors that it reads, on a device."""
+def snapshot(mask: Any, device: torch.device, *, in_call: bool = False) -> Any:
+    """The mask with copies of the tensors that it reads, on a device.
+
+    in_call: Copies are made at first use, in the call of attention that the mask is given to.
+    """
     if not mask.on_device:
         return mask
-    if not mask.operands():
-        return mask.now(device)
+    if hasattr(mask, "now"):
+        return mask.now(device, in_call=in_call)
+    if hasattr(mask, "symbol"):  # `replace` costs each call more
+        return type(mask)(tuple(snapshot(m, device, in_call=in_call) for m in mask.masks))
     changed = {f.name: _snapshots(getattr(mask, f.name), device) for f in fields(mask)}
     return replace(mask, **changed)
+
+
+def form_of(mask: Any) -> Hashable | None:
+    """All of a mask but the values that it reads on the device; None where that is not known.
+
+    Layouts of masks of one form are checked, planned and launched alike.
+    """
+    if not mask.on_device:
+        return None if mask.changeable else mask
+    if getattr(mask, "symbol", "") == "&":
+        forms = tuple(map(form_of, mask.masks))
+        return None if None in forms else forms
+    return getattr(mask, "form", None)
 
 
 def _snapshots(value: Any, device: torch.device) -> Any:
@@ -230,8 +248,8 @@ def numbers_and_rest_exist(mask: Any) -> bool:
     return None not in found and len({one[1] for one in found if one is not None}) == 1
 
 
-def numbers_and_rest(mask: Any, heads: tuple[int, int]) -> tuple[Tensor, Mask | None]:
-    """Document numbers, int32 (1 or P, length), and the other operands of an intersection.
+def numbers_of(mask: Any, heads: tuple[int, int]) -> Tensor:
+    """Document of each token, int32 (1 or P, length).
 
     Args:
         mask: A mask for which `numbers_and_rest_exist`.
@@ -241,9 +259,15 @@ def numbers_and_rest(mask: Any, heads: tuple[int, int]) -> tuple[Tensor, Mask | 
     found = [one for one in map(documents_and_rest, masks) if one is not None]
     numbers = [documents.numbers[None] for documents, _ in found]
     if pattern_map is None:
-        return numbers[0], found[0][1]
-    chosen = [numbers[n] for n in pattern_map.expand(*heads).flatten().tolist()]
-    return torch.cat(chosen), found[0][1]
+        return numbers[0]
+    return torch.cat([numbers[n] for n in pattern_map.expand(*heads).flatten().tolist()])
+
+
+def rest_of(mask: Any) -> Mask | None:
+    """The operands without documents of a mask for which `numbers_and_rest_exist`."""
+    found = documents_and_rest(mask.masks[0] if mask.by_head else mask)
+    assert found is not None
+    return found[1]
 
 
 def documents_and_rest(mask: Any) -> tuple[Any, Mask | None] | None:

@@ -28,7 +28,7 @@ def plain_torch() -> Iterator[None]:
     >>> table, table.is_inference()
     (tensor([0, 1, 2]), False)
     """
-    if _is_plain():
+    if is_plain():
         with torch.no_grad():
             yield
         return
@@ -48,7 +48,7 @@ def plain_torch() -> Iterator[None]:
         yield
 
 
-def _is_plain() -> bool:
+def is_plain() -> bool:
     """Whether only gradients need to be switched off."""
     return not (
         torch._C._len_torch_function_stack()

@@ -93,6 +93,7 @@ class RecordCache:
     def __init__(self, limit: int = GIBIBYTE) -> None:
         self.limit = limit
         self.calls_of_data: dict[Hashable, Any] = {}  # prepared calls of layouts from data
+        self.forms: dict[Hashable, Any] = {}  # of layouts from data, see `device_layout.Form`
         self._recent: dict[Mask, Record] = {}
         self._ticks = itertools.count()
         self._all: weakref.WeakSet[Record] = weakref.WeakSet()
@@ -154,6 +155,7 @@ class RecordCache:
         """Remove all objects that no captured CUDA graph reads, also of live masks."""
         with self._lock:
             self.calls_of_data.clear()
+            self.forms.clear()
             self._recent = {m: r for m, r in self._recent.items() if r.pinned}
             for record in list(self._all):
                 if not record.pinned:

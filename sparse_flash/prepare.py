@@ -19,6 +19,7 @@ from sparse_flash.checks import (
 )
 from sparse_flash.implementations import Implementation, choose
 from sparse_flash.masks import BlockLayout, Mask
+from sparse_flash.masks.device_builders import layout_of_call
 from sparse_flash.masks.device_layout import DeviceLayout
 from sparse_flash.masks.records import CACHE
 from sparse_flash.positions import lengths_of, warn_of_alignment, with_positions
@@ -100,7 +101,7 @@ def prepare(
     if terms is not None:
         tensors = (*tensors, *terms.tensors)
     if mask.on_device:  # the layout is another one, and is planned with the launches
-        call = replace(call, layout=mask)
+        call = call.with_layout(mask)
     return call.with_tensors(*tensors), known.implementation
 
 
@@ -154,8 +155,10 @@ def layout_of_data(mask: Mask | BlockLayout, tensors: Tensors) -> DeviceLayout:
             "layout.fixed(), which makes the host wait for the data"
         )
     if isinstance(mask, Mask):
-        check_tensors(q, k, tensors[2])
-        mask = mask.layout(q.shape[1], k.shape[1], device=q.device)
+        ordinary = q.layout is k.layout is torch.strided and q.ndim == k.ndim == 4
+        if not ordinary or q.is_nested or k.is_nested:
+            check_tensors(q, k, tensors[2])
+        mask = layout_of_call(mask, q.shape[1], k.shape[1], q.device)
     assert isinstance(mask, DeviceLayout)
     return mask
 

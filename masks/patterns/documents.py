@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import numpy as np
@@ -118,6 +119,12 @@ class documents(Pattern):
         what = id(self.lengths) if self.on_device else self.lengths
         return self.on_device, what, self.length, self.capacity
 
+    @property
+    def form(self) -> Hashable:
+        """All but the values of cu_seqlens."""
+        x = self.lengths
+        return documents, x.shape, x.dtype, x.device, self.length, self.capacity
+
     def __repr__(self) -> str:
         if not self.on_device:
             return f"documents({self.lengths!r})"
@@ -125,9 +132,15 @@ class documents(Pattern):
         tensor = f"<{self.lengths.dtype} ({len(self.lengths)},) on {self.lengths.device}>"
         return f"documents({tensor}, length={self.length}{capacity})"
 
-    def now(self, device: torch.device) -> Mask:
-        """The same documents with a copy of the current cu_seqlens, on a device."""
-        return _Numbered(self.lengths.detach().to(device, torch.int64, copy=True), self)
+    def now(self, device: torch.device, *, in_call: bool = False) -> Mask:
+        """The same documents with a copy of the current cu_seqlens, on a device.
+
+        in_call: The copy is made at first use: what asks for it uses it before it returns.
+        """
+        numbered = _Numbered(self, device)
+        if not in_call:
+            numbered.cu_seqlens  # noqa: B018 - the copy
+        return numbered
 
     @property
     def for_arrays(self) -> bool:
@@ -166,17 +179,38 @@ class documents(Pattern):
 
 
 class _Numbered(Mask):
-    """Documents with a copy of cu_seqlens, from `documents.now`; never cached.
-
-    cu_seqlens: int64 (n,).
-    """
+    """Documents with a copy of cu_seqlens, from `documents.now`; never cached."""
 
     on_device, relative = True, True
 
-    def __init__(self, cu_seqlens: Tensor, of: documents) -> None:
-        self.of, self.cu_seqlens, self.capacity = of, cu_seqlens, of.capacity
+    def __init__(self, of: documents, device: torch.device) -> None:
+        self.of, self.device, self.capacity = of, device, of.capacity
+        self._copy: Tensor | None = None
         self._numbers: Tensor | None = None
-        self._captured = is_capturing(cu_seqlens.device)
+        self._captured = is_capturing(device)
+        self.make_copy: Callable[[], Tensor] = self._copied
+
+    def _copied(self) -> Tensor:
+        return self.of.lengths.detach().to(self.device, torch.int64, copy=True)
+
+    @property
+    def cu_seqlens(self) -> Tensor:
+        """int64 (n,), made at first use."""
+        if self._copy is None:
+            self._copy = self.make_copy()
+        return self._copy
+
+    def readable(self) -> Tensor:
+        """cu_seqlens for a kernel on the device that runs now: those of the user where it can."""
+        given: Tensor = self.of.lengths
+        plain = type(given) is Tensor and given.device == self.device and given.is_contiguous()
+        unread = self._copy is None and not self.is_numbered
+        return given if plain and unread else self.cu_seqlens
+
+    @property
+    def form(self) -> Hashable:
+        """That of the documents."""
+        return self.of.form
 
     @property
     def is_numbered(self) -> bool:
@@ -215,7 +249,7 @@ class _Numbered(Mask):
         """`length` queries and keys."""
         return self.of.extents()
 
-    def now(self, device: torch.device) -> Mask:
+    def now(self, device: torch.device, *, in_call: bool = False) -> Mask:
         """Itself."""
         return self
 
