@@ -49,6 +49,11 @@ class ForwardConfig:
         return any(terms)
 
     @property
+    def caps_alone(self) -> bool:
+        """Whether nothing is added to the scores with a softcap: see softcap.py."""
+        return self.softcap and not self.alibi and not self.distance_bias
+
+    @property
     def tile(self) -> tuple[int, int]:
         """(tile_m, tile_n)."""
         return self.tile_m, self.tile_n

@@ -19,6 +19,7 @@ from sparse_flash.kernels.dropout import Dropout, drop
 from sparse_flash.kernels.sm90.barriers import ForwardBarrier
 from sparse_flash.kernels.sm90.forward_producer import FULL_BEYOND
 from sparse_flash.kernels.sm90.primitives import check_arrivals, gemm, load_a_to_registers
+from sparse_flash.kernels.sm90.softcap import Softcap
 from sparse_flash.kernels.vectors import pack_pair, store_pairs
 from sparse_flash.kernels.work_tiles import PositionWorkTile, RowWorkTile
 from sparse_flash.masks.layout import FULL_TILE
@@ -68,6 +69,8 @@ class ForwardConsumer:
             # Batch entry and head in one, and positions of the warp's first row and of the first
             # key beyond the end.
             self.places = cute.make_rmem_tensor(3, Int32)
+        if const_expr(config.caps_alone):
+            self.softcap = Softcap(self.terms.cap_scale, scale_log2, dtype)
         if const_expr(config.dropout):
             self.dropout = Dropout(self.terms.seed, self.terms.dropped, transposed=False)
             self.keep_flags = cute.make_rmem_tensor(config.tile_n // 8, Uint32)
@@ -173,16 +176,7 @@ class ForwardConsumer:
         self.draw_flags(bit_tile, remaining)
         warpgroup.wait_group(0 if const_expr(kind == StepKind.FIRST) else 1)
         self.add_terms(acc_s, remaining, kv_state)
-        if bit_tile != FULL_TILE:
-            online.apply_mask(acc_s, words, online.columns_within(remaining, self.thread))
-        if const_expr(kind != StepKind.INNER):
-            online.reset(self.stats)
-        grown, decay = online.update_row_max(
-            acc_s, self.stats, self.scale_log2, self.rescale_threshold
-        )
-        # Always true, but opaque to ptxas, which moves the wait for O ahead within a basic block.
-        if const_expr(not config.exp_before_pv_wait) or bit_tile >= FULL_BEYOND:
-            online.exp2_and_sum(acc_s, self.stats, self.scale_log2)
+        grown, decay = self.probabilities(acc_s, bit_tile, words, remaining, kind)
         if const_expr(kind != StepKind.FIRST):
             warpgroup.wait_group(0)
             self.v_pipe.consumer_release(v_state)
@@ -195,11 +189,30 @@ class ForwardConsumer:
         return kv_state, remaining
 
     @cute.jit
+    def probabilities(self, acc_s, bit_tile, words, remaining, kind: cutlass.Constexpr):
+        """Replace scores by P. Returns whether to rescale O, and the factors."""
+        config, threshold = self.config, self.rescale_threshold
+        if const_expr(not config.caps_alone):
+            if bit_tile != FULL_TILE:
+                online.apply_mask(acc_s, words, online.columns_within(remaining, self.thread))
+        if const_expr(kind != StepKind.INNER):
+            online.reset(self.stats)
+        if const_expr(config.caps_alone):
+            masking = (bit_tile, words, remaining, self.thread)
+            grown, decay = self.softcap.probabilities(acc_s, self.stats, masking, threshold)
+        else:
+            grown, decay = online.update_row_max(acc_s, self.stats, self.scale_log2, threshold)
+            # Always true, but opaque to ptxas, which moves the wait for O ahead in a basic block.
+            if const_expr(not config.exp_before_pv_wait) or bit_tile >= FULL_BEYOND:
+                online.exp2_and_sum(acc_s, self.stats, self.scale_log2)
+        return grown, decay
+
+    @cute.jit
     def add_terms(self, acc_s, remaining, kv_state):
         """Turn S into scores, and release the stage of K."""
         if const_expr(not self.config.distance_bias):
             self.k_pipe.consumer_release(kv_state)
-        if const_expr(self.config.softcap):
+        if const_expr(self.config.softcap and not self.config.caps_alone):
             score_terms.apply_softcap(acc_s, self.terms.cap_scale)
         if const_expr(self.config.alibi):
             distance = self.alibi[1] + Float32(remaining)
