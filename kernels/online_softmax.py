@@ -69,14 +69,18 @@ def reset(stats):
 
 
 @cute.jit
-def update_row_max(acc_s, stats, scale_log2, rescale_threshold):
+def update_row_max(acc_s, stats, scale_log2, rescale_threshold, row_bias=None):
     """Update the row maxima with S. Returns whether to rescale O, and the factors.
+
+    row_bias: Numbers that the scores of both rows have in addition to S, or `None`.
 
     Online softmax: Milakov & Gimelshein, 2018. Growth below `rescale_threshold`, 8 / scale_log2, is
     ignored (as in FlashAttention-4): P stays below 2^8 without loss of precision, and no exchange
     or rescale is needed.
     """
     tops = [row_max(acc_s, row) for row in range(2)]
+    if const_expr(row_bias is not None):
+        tops = [top + row_bias[row] for row, top in enumerate(tops)]
     return update_max(tops, stats, scale_log2, rescale_threshold)
 
 
@@ -117,16 +121,19 @@ def update_max(tops, stats, scale_log2, rescale_threshold):
 
 
 @cute.jit
-def exp2_and_sum(acc_s, stats, scale_log2, polynomial: cutlass.Constexpr = 0):
+def exp2_and_sum(acc_s, stats, scale_log2, polynomial: cutlass.Constexpr = 0, row_bias=None):
     """Replace S by exp2(scale (S - maximum)), and add it to the row sums.
 
     Row sums cover the thread's own columns until `row_normalizers` reduces them.
 
     polynomial: Of eight exponentials, how many take `exp2_polynomial`.
+    row_bias: As of `update_row_max`.
     """
     for row in cutlass.range_constexpr(2):
         # A row without keys so far has maximum -inf.
         shift = Float32(0.0) if stats[row, 0] == -Float32.inf else stats[row, 0]
+        if const_expr(row_bias is not None):
+            shift = shift - row_bias[row]
         scaled = shift * scale_log2
         for i in row_elements(acc_s, row):
             x = acc_s[i] * scale_log2 - scaled

@@ -107,6 +107,7 @@ class ForwardConfig:
         """Bytes of shared memory: tiles, and less than 1 KiB of barriers and work items."""
         rows = self.q_stages * self.tile_m + 2 * self.kv_stages * self.tile_n
         windows = self.kv_stages * window_bytes(self.tile) if self.distance_bias else 0
+        windows += 32 * self.tile_n if self.alibi else 0  # see alibi.py
         return 2 * (rows * self.head_dim + self.tile_m * self.o_columns) + windows + 1024
 
 

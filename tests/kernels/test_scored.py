@@ -1,6 +1,7 @@
 """Kernels with score terms: their code, and the arguments that they are launched with."""
 
 import inspect
+import re
 
 import pytest
 import torch
@@ -64,6 +65,9 @@ def test_compiles_well(compiler, config, tmp_path):
     if forward and config.caps_alone:
         elements += 3 * (2 if config.dtype == "bfloat16" else 4)
     assert sass.count("MUFU.TANH") == (elements if config.softcap else 0)
+    if forward:  # S and O in each step, and a bias that the GEMM adds
+        hgmma = config.head_dim // 16 + config.tile_n // 16 + config.alibi
+        assert len(re.findall(r"\bHGMMA\.", sass)) == 3 * hgmma
     assert ("PRMT" in sass) >= config.dropout
 
 
