@@ -12,8 +12,6 @@ from sparse_flash.kernels.sm90.primitives import add_products, mul_pairs, split_
 from sparse_flash.kernels.vectors import as_pairs, round_pair
 from sparse_flash.masks.layout import FULL_TILE
 
-POLYNOMIAL = 3  # of eight exponentials with a softcap
-
 
 class Place(NamedTuple):
     """Where a tile is, for score terms that depend on positions; the fields are Int32."""
@@ -22,6 +20,13 @@ class Place(NamedTuple):
     key: Int32  # the first one
     head: Int32  # of q
     pair: Int32  # batch entry * query heads + query head
+
+
+def polynomials(config) -> int:
+    """Of eight exponentials, how many are polynomials: with a softcap, whose tanh takes the
+    special-function unit too, as far as there are registers for it.
+    """
+    return 3 if config.softcap and not config.placed and not config.fixed_point else 0
 
 
 class BackwardScores:
@@ -51,7 +56,8 @@ class BackwardScores:
                     power += bias[i]
                 power = power * self.scale_log2 - lse[i % 2, i // 4]
                 # Spread evenly: the tanh takes the special-function unit too.
-                by_polynomial = i // 2 * POLYNOMIAL % 8 < POLYNOMIAL
+                polynomial = polynomials(self.config)
+                by_polynomial = i // 2 * polynomial % 8 < polynomial
                 exp2 = online.exp2_polynomial if const_expr(by_polynomial) else online.exp2
                 probability = exp2(power)
                 p[first + i] = probability.to(self.dtype)

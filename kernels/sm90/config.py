@@ -49,11 +49,6 @@ class ForwardConfig:
         return any(terms)
 
     @property
-    def caps_alone(self) -> bool:
-        """Whether nothing is added to the scores with a softcap: see softcap.py."""
-        return self.softcap and not self.alibi and not self.distance_bias
-
-    @property
     def tile(self) -> tuple[int, int]:
         """(tile_m, tile_n)."""
         return self.tile_m, self.tile_n
@@ -87,9 +82,7 @@ class ForwardConfig:
 
     @property
     def draws_ahead(self) -> bool:
-        """Whether to draw which elements dropout keeps while the tensor cores compute S, as far as
-        there are registers for it.
-        """
+        """Whether dropout draws while the tensor cores compute S: there are registers for it."""
         return self.dropout and self.warpgroups == 2
 
     @property

@@ -25,7 +25,7 @@ from sparse_flash.kernels.sm90.primitives import (
     gemm_after,
     load_a_to_registers,
 )
-from sparse_flash.kernels.sm90.softcap import Softcap
+from sparse_flash.kernels.sm90.softcap import Softcap, caps_alone
 from sparse_flash.kernels.vectors import pack_pair, store_pairs
 from sparse_flash.kernels.work_tiles import PositionWorkTile, RowWorkTile
 from sparse_flash.masks.layout import FULL_TILE
@@ -72,7 +72,7 @@ class ForwardConsumer:
             # Batch entry and head in one, and positions of the warp's first row and of the first
             # key beyond the end.
             self.places = cute.make_rmem_tensor(3, Int32)
-        if const_expr(config.caps_alone):
+        if const_expr(caps_alone(config)):
             self.softcap = Softcap(self.terms.cap_scale, scale_log2, dtype)
         if const_expr(config.dropout):
             self.dropout = Dropout(self.terms.seed, self.terms.dropped, transposed=False)
@@ -205,12 +205,12 @@ class ForwardConsumer:
         """Replace scores by P. Returns whether to rescale O, and the factors."""
         config, threshold = self.config, self.rescale_threshold
         row_bias = self.alibi.row_bias if const_expr(config.alibi) else None
-        if const_expr(not config.caps_alone):
+        if const_expr(not caps_alone(config)):
             if bit_tile != FULL_TILE:
                 online.apply_mask(acc_s, words, online.columns_within(remaining, self.thread))
         if const_expr(kind != StepKind.INNER):
             online.reset(self.stats)
-        if const_expr(config.caps_alone):
+        if const_expr(caps_alone(config)):
             masking = (bit_tile, words, remaining, self.thread)
             grown, decay = self.softcap.probabilities(acc_s, self.stats, masking, threshold)
         else:
@@ -226,7 +226,7 @@ class ForwardConsumer:
         """Turn S into scores, and release the stage of K."""
         if const_expr(not self.config.distance_bias):
             self.k_pipe.consumer_release(kv_state)
-        if const_expr(self.config.softcap and not self.config.caps_alone):
+        if const_expr(self.config.softcap and not caps_alone(self.config)):
             score_terms.apply_softcap(acc_s, self.terms.cap_scale)
         if const_expr(self.config.alibi):
             self.alibi.add(acc_s, remaining)

@@ -25,6 +25,11 @@ MASKED = -1e18
 LEAST_SCALE = 1e-6
 
 
+def caps_alone(config) -> bool:
+    """Whether a forward kernel adds nothing to its scores with a softcap."""
+    return config.softcap and not config.alibi and not config.distance_bias
+
+
 class Softcap:
     """The softcap of a launch. cap_scale: softmax_scale / softcap. scale_log2: softcap log2(e)."""
 

@@ -15,6 +15,7 @@ from tests.kernels.test_compile import compile_well
 
 pytest.importorskip("cutlass.cute")
 from sparse_flash.kernels.score_terms import ScoreTerms
+from sparse_flash.kernels.sm90.softcap import caps_alone
 
 CONFIGS = all_scored_configs()
 TERMS = ("softcap", "alibi", "sinks", "dropout", "distance_bias", "distance_grads")
@@ -62,7 +63,7 @@ def test_compiles_well(compiler, config, tmp_path):
     sass = compile_well(compiler, "scored", index, kernels, tmp_path, warpgroups)
     # Of a thread in each step: first, inner, boundary; or first, inner, last, only.
     elements = 3 * config.tile_n // 2 if forward else 4 * config.tile_m // 2
-    if forward and config.caps_alone:
+    if forward and caps_alone(config):
         elements += 3 * (2 if config.dtype == "bfloat16" else 4)
     assert sass.count("MUFU.TANH") == (elements if config.softcap else 0)
     if forward:  # S and O in each step, and a bias that the GEMM adds
