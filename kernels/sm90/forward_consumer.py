@@ -15,7 +15,7 @@ from cutlass import Float32, Int32, Uint32, const_expr, cute, pipeline
 from cutlass.cute.nvgpu import cpasync, warp, warpgroup
 from sparse_flash.kernels import online_softmax as online
 from sparse_flash.kernels import score_terms
-from sparse_flash.kernels.dropout import Dropout, drop
+from sparse_flash.kernels.dropout import Dropout, multiply, unit_of_factors
 from sparse_flash.kernels.sm90.alibi import Alibi
 from sparse_flash.kernels.sm90.barriers import ForwardBarrier
 from sparse_flash.kernels.sm90.forward_producer import FULL_BEYOND
@@ -75,7 +75,7 @@ class ForwardConsumer:
         if const_expr(caps_alone(config)):
             self.softcap = Softcap(self.terms.cap_scale, scale_log2, dtype)
         if const_expr(config.dropout):
-            self.dropout = Dropout(self.terms.seed, self.terms.dropped, transposed=False)
+            self.dropout = Dropout(self.terms.seed, self.terms.dropped, False, by_factors=True)
             self.keep_flags = cute.make_rmem_tensor(config.tile_n // 8, Uint32)
         self.thread = cute.arch.thread_idx()[0] % 128
         self.mma_qk, self.mma_qk_rs, self.mma_pv, self.mma_store = tiled_mmas
@@ -253,10 +253,10 @@ class ForwardConsumer:
     def apply_dropout(self, remaining):
         """Drop elements of P, whose row sums are those without dropout."""
         if const_expr(self.config.draws_ahead):
-            drop(self.p, self.dropout.masks_of(self.keep_flags))
+            multiply(self.p, self.dropout.masks_of(self.keep_flags))
         elif const_expr(self.config.dropout):
             pair, row, column = self.places[0], self.places[1], self.places[2] - remaining
-            drop(self.p, self.dropout.masks(pair, row, column, self.config.tile_n // 16))
+            multiply(self.p, self.dropout.masks(pair, row, column, self.config.tile_n // 16))
 
     @cute.jit
     def begin_terms(self, work_tile):
@@ -335,7 +335,7 @@ class ForwardConsumer:
         factors, log_sums = online.row_normalizers(stats, self.scale_log2, sink)
         if const_expr(self.config.dropout):
             for r in cutlass.range_constexpr(2):
-                factors[r] = factors[r] * self.terms.keep_scale
+                factors[r] = factors[r] * (self.terms.keep_scale / unit_of_factors(self.dtype))
         if const_expr(self.config.offsets):
             online.mark_unknown(factors, log_sums, work_tile.known, self.row(0))
             online.rescale(self.acc_o, factors)
