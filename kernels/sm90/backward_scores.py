@@ -62,7 +62,7 @@ class BackwardScores:
                 probability = exp2(power)
                 p[first + i] = probability.to(self.dtype)
                 goal[i] = (probability * (1.0 - acc[i] * acc[i])).to(goal.element_type)
-            self.round_weights(acc, weights, masking[0], p_slice)
+            self.round_weights(acc, weights, p, masking[0], p_slice)
         else:
             for i in cutlass.range_constexpr(cute.size(acc)):
                 if const_expr(self.config.distance_bias):
@@ -76,17 +76,26 @@ class BackwardScores:
             self.apply_dropout(p, factors, place, p_slice)
 
     @cute.jit
-    def round_weights(self, acc, weights, bit_tile, p_slice: cutlass.Constexpr):
+    def round_weights(self, acc, weights, p, bit_tile, p_slice: cutlass.Constexpr):
         """With `early_weights`, round the weights of a slice before the next slice."""
         # Always true, but opaque to ptxas, which would round where dS' is computed, and keep both
         # factors in float32 until then.
         if const_expr(self.config.early_weights):
-            pairs = as_pairs(self.slice_of(weights, p_slice)[0])
+            (mine, first), pairs = self.slice_of(weights, p_slice), None
+            if const_expr(not self.config.placed):  # where pairs would need more registers
+                pairs = as_pairs(mine)
             if bit_tile >= FULL_TILE:
-                for i in cutlass.range_constexpr(cute.size(pairs)):
-                    pairs[i] = round_pair(acc[2 * i], acc[2 * i + 1], self.dtype)
+                for i in cutlass.range_constexpr(cute.size(acc)):
+                    if const_expr(pairs is None):
+                        mine[i] = acc[i].to(self.dtype)
+                    elif const_expr(i % 2 == 1):
+                        pairs[i // 2] = round_pair(acc[i - 1], acc[i], self.dtype)
             else:  # never; without a value here, the old ones would keep their registers
-                pairs.fill(0)
+                for i in cutlass.range_constexpr(cute.size(acc)):
+                    if const_expr(pairs is None):
+                        mine[i] = p[first + i]
+                    elif const_expr(i % 2 == 1):
+                        pairs[i // 2] = Int32(0)
 
     @cute.jit
     def apply_dropout(self, p, factors, place, p_slice: cutlass.Constexpr):
