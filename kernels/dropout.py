@@ -8,14 +8,15 @@ exchange half of their results.
 
 An element is kept if its byte is at least `dropped`: if byte + (256 - dropped) carries. The carries
 of four bytes are computed at once, and each pair of 16-bit elements gets a mask of 32 bits. An
-element costs four instructions, half of them for the generator.
+element costs four instructions, half of them for the generator. The forward kernel for Hopper has
+more work for its integer units than for its FMA units. It multiplies by factors: see `pair_factor`.
 """
 
 from __future__ import annotations
 
 import cutlass
-from cutlass import Int32, Uint32, Uint64, const_expr, cute
-from sparse_flash.kernels.vectors import as_pairs
+from cutlass import BFloat16, Float16, Float32, Int32, Uint32, Uint64, const_expr, cute
+from sparse_flash.kernels.vectors import as_pairs, pack_pair
 
 ROUNDS = 7
 LEVELS = 256  # values of a byte
@@ -30,11 +31,16 @@ class Dropout:
     """Masks of a thread's elements of accumulators, of which a warp has 16 rows.
 
     seed: int32 (2,), the low and the high word. dropped: Number of byte values that drop an
-    element, Int32 in 1..255. transposed: Whether rows are keys instead of queries.
+    element, Int32 in 1..255. transposed: Whether rows are keys instead of queries. by_factors:
+    Whether `masks` are factors of pairs instead, 0 or 1 in float16: see `pair_factor`.
     """
 
-    def __init__(self, seed, dropped, transposed: bool) -> None:
+    by_factors = False
+
+    def __init__(self, seed, dropped, transposed: bool, by_factors: bool = False) -> None:
         self.transposed, self.lane = transposed, cute.arch.lane_idx()
+        self.by_factors = by_factors
+        self.numbers = numbers_of(dropped) if by_factors else None
         # In uniform registers.
         self.keys = round_keys(*(cute.arch.make_warp_uniform(seed[i]) for i in range(2)))
         self.levels = levels_of(dropped)
@@ -67,6 +73,12 @@ class Dropout:
         # Elements of a thread in a tile: two columns, two rows, then two further columns.
         order = (0, 1, 2, 3) if self.transposed else (0, 2, 1, 3)
         count = len(flags) if isinstance(flags, list) else cute.size(flags)
+        if self.by_factors:
+            return [
+                pair_factor((flags[i], flags[i + 1]), byte, self.numbers)
+                for i in range(0, count, 2)
+                for byte in order
+            ]
         return [
             pair_mask((flags[i], flags[i + 1]), byte) for i in range(0, count, 2) for byte in order
         ]
@@ -87,7 +99,7 @@ class Dropout:
         units = ((row // 4 + self.lane // 8).to(Uint32), unit.to(Uint32))
         q, kv = units[::-1] if self.transposed else units
         words = philox((kv, q, pair.to(Uint32), Uint32(0)), self.keys)
-        return [keep_flags(word, self.levels) for word in words]
+        return words if self.by_factors else [keep_flags(x, self.levels) for x in words]
 
     @cute.jit
     def _halves(self, words):
@@ -150,6 +162,61 @@ def pair_mask(flags, byte: int):
         write_only_types=[Int32],
         read_only_args=[*flags, Int32(0x1100 * (12 + byte) + 0x11 * (8 + byte))],
     )
+
+
+def numbers_of(dropped):
+    """-(1023 + dropped) twice, in float16, which is exact; and four bytes 0x64."""
+    threshold = pack_pair(*[Float32(-1023 - dropped)] * 2, Float16)
+    # The sum is 0, which ptxas does not know. It would move all selectors of `permute` instead.
+    return threshold, add_saturated(threshold, threshold) | Int32(0x64646464)
+
+
+def pair_factor(words, byte: int, numbers):
+    """1 where a byte of two words is at least `dropped`, else 0, in float16.
+
+    0x6400 + byte is the float16 1024 + byte. Unlike masks, half of the work is that of FMA units.
+    """
+    threshold, high = numbers
+    half, place = byte // 2, byte % 2
+    both = permute(*words, 0x7362 if half else 0x5140)  # two bytes of each word in turn
+    pair = permute(both, high, 0x4342 if place else 0x4140)
+    return add_saturated(pair, threshold)
+
+
+def permute(a, b, selector: int):
+    """Bytes of two words: `prmt`."""
+    return cute.arch.inline_ptx(
+        "prmt.b32 {$w0}, {$r0}, {$r1}, {$r2};",
+        write_only_types=[Int32],
+        read_only_args=[a, b, Int32(selector)],
+    )
+
+
+def add_saturated(a, b):
+    """The sums of two pairs of float16, no less than 0 and no more than 1."""
+    return cute.arch.inline_ptx(
+        "add.sat.f16x2 {$w0}, {$r0}, {$r1};", write_only_types=[Int32], read_only_args=[a, b]
+    )
+
+
+def multiply(values, factors):
+    """Multiply a register tensor of 16-bit elements by factors of its pairs.
+
+    As bfloat16, the float16 1 is 2^-7: see `unit_of_factors`.
+    """
+    pairs = as_pairs(values)
+    name = "bf16x2" if values.element_type is BFloat16 else "f16x2"
+    for i in range(cute.size(pairs)):
+        pairs[i] = cute.arch.inline_ptx(
+            f"mul.rn.{name} {{$w0}}, {{$r0}}, {{$r1}};",
+            write_only_types=[Int32],
+            read_only_args=[pairs[i], factors[i]],
+        )
+
+
+def unit_of_factors(dtype) -> float:
+    """What `multiply` multiplies kept elements by."""
+    return 2.0**-7 if dtype is BFloat16 else 1.0
 
 
 @cute.jit

@@ -11,7 +11,7 @@ import math
 
 import cutlass
 from cutlass import Float32, Int32, const_expr, cute
-from sparse_flash.kernels.score_terms import with_sink
+from sparse_flash.kernels.score_terms import absolute, with_sink
 
 LN2 = math.log(2.0)
 # Of 2^f for |f| <= 1/2, from the highest power: the least relative error, 1.1e-4, with 1 at 0.
@@ -69,16 +69,41 @@ def reset(stats):
 
 
 @cute.jit
-def update_row_max(acc_s, stats, scale_log2, rescale_threshold):
+def update_row_max(acc_s, stats, scale_log2, rescale_threshold, row_bias=None):
     """Update the row maxima with S. Returns whether to rescale O, and the factors.
+
+    row_bias: Numbers that the scores of both rows have in addition to S, or `None`.
 
     Online softmax: Milakov & Gimelshein, 2018. Growth below `rescale_threshold`, 8 / scale_log2, is
     ignored (as in FlashAttention-4): P stays below 2^8 without loss of precision, and no exchange
     or rescale is needed.
     """
+    tops = [row_max(acc_s, row) for row in range(2)]
+    if const_expr(row_bias is not None):
+        tops = [top + row_bias[row] for row, top in enumerate(tops)]
+    return update_max(tops, stats, scale_log2, rescale_threshold)
+
+
+def row_max(acc_s, row: int):
+    """Maximum of a row's elements in this thread."""
+    return _reduce([acc_s[i] for i in row_elements(acc_s, row)], cute.arch.fmax)
+
+
+def row_min(acc_s, row: int):
+    """Minimum of a row's elements in this thread."""
+    return _reduce([acc_s[i] for i in row_elements(acc_s, row)], cute.arch.fmin)
+
+
+def row_max_abs(acc_s, row: int):
+    """Maximum of the absolute values of a row's elements in this thread."""
+    return _reduce([absolute(acc_s[i]) for i in row_elements(acc_s, row)], cute.arch.fmax)
+
+
+@cute.jit
+def update_max(tops, stats, scale_log2, rescale_threshold):
+    """As `update_row_max`. tops: Maxima of the thread's elements of both rows."""
     decay = cute.make_rmem_tensor(2, Float32)
     decay.fill(1.0)
-    tops = [_reduce([acc_s[i] for i in _row(acc_s, row)], cute.arch.fmax) for row in range(2)]
     grown = tops[0] > stats[0, 0] + rescale_threshold or tops[1] > stats[1, 0] + rescale_threshold
     grown = cute.arch.vote_any_sync(grown)
     if grown:
@@ -96,18 +121,30 @@ def update_row_max(acc_s, stats, scale_log2, rescale_threshold):
 
 
 @cute.jit
-def exp2_and_sum(acc_s, stats, scale_log2):
+def exp2_and_sum(acc_s, stats, scale_log2, polynomial: cutlass.Constexpr = 0, row_bias=None):
     """Replace S by exp2(scale (S - maximum)), and add it to the row sums.
 
     Row sums cover the thread's own columns until `row_normalizers` reduces them.
+
+    polynomial: Of eight exponentials, how many take `exp2_polynomial`.
+    row_bias: As of `update_row_max`.
     """
     for row in cutlass.range_constexpr(2):
         # A row without keys so far has maximum -inf.
         shift = Float32(0.0) if stats[row, 0] == -Float32.inf else stats[row, 0]
+        if const_expr(row_bias is not None):
+            shift = shift - row_bias[row]
         scaled = shift * scale_log2
-        for i in _row(acc_s, row):
-            acc_s[i] = exp2(acc_s[i] * scale_log2 - scaled)
-        stats[row, 1] = stats[row, 1] + _reduce([acc_s[i] for i in _row(acc_s, row)], _add)
+        for i in row_elements(acc_s, row):
+            x = acc_s[i] * scale_log2 - scaled
+            by_polynomial = i // 2 * polynomial % 8 < polynomial  # spread evenly
+            acc_s[i] = exp2_polynomial(x) if const_expr(by_polynomial) else exp2(x)
+        add_row(acc_s, stats, row)
+
+
+def add_row(acc_s, stats, row: int):
+    """Add a row of P to its sum."""
+    stats[row, 1] = stats[row, 1] + _reduce([acc_s[i] for i in row_elements(acc_s, row)], _add)
 
 
 def exp2(x):
@@ -137,7 +174,7 @@ def exp2_polynomial(x):
     )
 
 
-def _row(acc_s, row):
+def row_elements(acc_s, row):
     """Indices of a row's elements among a thread's accumulators."""
     return [4 * j + 2 * row + c for j in range(cute.size(acc_s) // 4) for c in range(2)]
 

@@ -9,7 +9,7 @@ from sparse_flash.kernels import score_terms
 from sparse_flash.kernels.distance_bias import add_diagonals, clear_scratch
 from sparse_flash.kernels.distance_table import ROWS
 from sparse_flash.kernels.sm90.primitives import add_products, mul_pairs, split_signs
-from sparse_flash.kernels.vectors import as_pairs
+from sparse_flash.kernels.vectors import as_pairs, round_pair
 from sparse_flash.masks.layout import FULL_TILE
 
 
@@ -20,6 +20,13 @@ class Place(NamedTuple):
     key: Int32  # the first one
     head: Int32  # of q
     pair: Int32  # batch entry * query heads + query head
+
+
+def polynomials(config) -> int:
+    """Of eight exponentials, how many are polynomials: with a softcap, whose tanh takes the
+    special-function unit too, as far as there are registers for it.
+    """
+    return 3 if config.softcap and not config.placed and not config.fixed_point else 0
 
 
 class BackwardScores:
@@ -48,10 +55,14 @@ class BackwardScores:
                 if const_expr(self.config.distance_bias):
                     power += bias[i]
                 power = power * self.scale_log2 - lse[i % 2, i // 4]
-                probability = online.exp2(power)
+                # Spread evenly: the tanh takes the special-function unit too.
+                polynomial = polynomials(self.config)
+                by_polynomial = i // 2 * polynomial % 8 < polynomial
+                exp2 = online.exp2_polynomial if const_expr(by_polynomial) else online.exp2
+                probability = exp2(power)
                 p[first + i] = probability.to(self.dtype)
                 goal[i] = (probability * (1.0 - acc[i] * acc[i])).to(goal.element_type)
-            self.round_weights(acc, weights, p, masking[0], first)
+            self.round_weights(acc, weights, p, masking[0], p_slice)
         else:
             for i in cutlass.range_constexpr(cute.size(acc)):
                 if const_expr(self.config.distance_bias):
@@ -65,17 +76,26 @@ class BackwardScores:
             self.apply_dropout(p, factors, place, p_slice)
 
     @cute.jit
-    def round_weights(self, acc, weights, p, bit_tile, first: cutlass.Constexpr):
+    def round_weights(self, acc, weights, p, bit_tile, p_slice: cutlass.Constexpr):
         """With `early_weights`, round the weights of a slice before the next slice."""
         # Always true, but opaque to ptxas, which would round where dS' is computed, and keep both
         # factors in float32 until then.
         if const_expr(self.config.early_weights):
+            (mine, first), pairs = self.slice_of(weights, p_slice), None
+            if const_expr(not self.config.placed):  # where pairs would need more registers
+                pairs = as_pairs(mine)
             if bit_tile >= FULL_TILE:
                 for i in cutlass.range_constexpr(cute.size(acc)):
-                    weights[first + i] = acc[i].to(self.dtype)
+                    if const_expr(pairs is None):
+                        mine[i] = acc[i].to(self.dtype)
+                    elif const_expr(i % 2 == 1):
+                        pairs[i // 2] = round_pair(acc[i - 1], acc[i], self.dtype)
             else:  # never; without a value here, the old ones would keep their registers
                 for i in cutlass.range_constexpr(cute.size(acc)):
-                    weights[first + i] = p[first + i]
+                    if const_expr(pairs is None):
+                        mine[i] = p[first + i]
+                    elif const_expr(i % 2 == 1):
+                        pairs[i // 2] = Int32(0)
 
     @cute.jit
     def apply_dropout(self, p, factors, place, p_slice: cutlass.Constexpr):

@@ -82,9 +82,7 @@ class ForwardConfig:
 
     @property
     def draws_ahead(self) -> bool:
-        """Whether to draw which elements dropout keeps while the tensor cores compute S, as far as
-        there are registers for it.
-        """
+        """Whether dropout draws while the tensor cores compute S: there are registers for it."""
         return self.dropout and self.warpgroups == 2
 
     @property
@@ -102,6 +100,7 @@ class ForwardConfig:
         """Bytes of shared memory: tiles, and less than 1 KiB of barriers and work items."""
         rows = self.q_stages * self.tile_m + 2 * self.kv_stages * self.tile_n
         windows = self.kv_stages * window_bytes(self.tile) if self.distance_bias else 0
+        windows += 32 * self.tile_n if self.alibi else 0  # see alibi.py
         return 2 * (rows * self.head_dim + self.tile_m * self.o_columns) + windows + 1024
 
 

@@ -17,6 +17,7 @@ from sparse_flash.kernels.distance_bias import DistanceWindows, window_layout, w
 from sparse_flash.kernels.distance_table import window_bytes
 from sparse_flash.kernels.position_work_tiles import positions_of
 from sparse_flash.kernels.score_terms import ScoreTerms
+from sparse_flash.kernels.sm90.alibi import columns_layout, fill_columns
 from sparse_flash.kernels.sm90.config import ForwardConfig
 from sparse_flash.kernels.sm90.forward_consumer import WARPGROUP, ForwardConsumer
 from sparse_flash.kernels.sm90.forward_producer import ForwardProducer
@@ -152,10 +153,14 @@ class ForwardSm90:
             )
         )
         sTiles = smem.tiles.get_tensor(cute.make_layout((config.kv_stages, 2), stride=(2, 1)))
-        windows = None
+        windows = columns = None
         if cutlass.const_expr(config.distance_bias):
             sWindows = smem.windows.get_tensor(window_layout(config.tile, config.kv_stages))
             windows = DistanceWindows(ScoreTerms(*terms), sWindows, config.tile)
+        elif cutlass.const_expr(config.alibi):
+            columns = smem_tensor(smem.windows, columns_layout(self.dtype, config.tile_n))
+            fill_columns(columns)
+            cute.arch.sync_threads()
         kv_lens, work, tiles, bits, counter, counts = lists
         work_tiles = WorkList(work, counter, counts, smem.work, work_pipe)
         if warp_idx < 4:
@@ -169,7 +174,7 @@ class ForwardSm90:
             outside = (store, (sQ, sK, sV, sO, sTiles), pipes, work_tiles, bits, results)
             of_scores = None
             if cutlass.const_expr(config.scored):
-                of_scores = (ScoreTerms(*terms), windows, kv_lens)
+                of_scores = (ScoreTerms(*terms), windows if columns is None else columns, kv_lens)
                 if cutlass.const_expr(config.offsets):  # kv_starts and the number of keys
                     of_scores = (*of_scores, positions[0][2], positions[2][3])
             ForwardConsumer(config, self.dtype, tiled_mmas, *outside, scale_log2, of_scores).run()
@@ -189,6 +194,8 @@ class ForwardSm90:
     def _storage(self, q_layout, kv_layout, o_layout):
         config = self.config
         window_memory = window_storage(config.tile, config.kv_stages if config.distance_bias else 0)
+        if config.alibi:
+            window_memory = tile_storage(self.dtype, columns_layout(self.dtype, config.tile_n))
 
         @cute.struct
         class Storage:

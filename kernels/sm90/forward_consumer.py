@@ -15,10 +15,17 @@ from cutlass import Float32, Int32, Uint32, const_expr, cute, pipeline
 from cutlass.cute.nvgpu import cpasync, warp, warpgroup
 from sparse_flash.kernels import online_softmax as online
 from sparse_flash.kernels import score_terms
-from sparse_flash.kernels.dropout import Dropout, drop
+from sparse_flash.kernels.dropout import Dropout, multiply, unit_of_factors
+from sparse_flash.kernels.sm90.alibi import Alibi
 from sparse_flash.kernels.sm90.barriers import ForwardBarrier
 from sparse_flash.kernels.sm90.forward_producer import FULL_BEYOND
-from sparse_flash.kernels.sm90.primitives import check_arrivals, gemm, load_a_to_registers
+from sparse_flash.kernels.sm90.primitives import (
+    check_arrivals,
+    gemm,
+    gemm_after,
+    load_a_to_registers,
+)
+from sparse_flash.kernels.sm90.softcap import Softcap, caps_alone
 from sparse_flash.kernels.vectors import pack_pair, store_pairs
 from sparse_flash.kernels.work_tiles import PositionWorkTile, RowWorkTile
 from sparse_flash.masks.layout import FULL_TILE
@@ -62,23 +69,24 @@ class ForwardConsumer:
         self.rescale_threshold = RESCALE_THRESHOLD / scale_log2
         if const_expr(config.scored):  # see score_terms.py; and kv_lens
             self.terms, self.windows, *self.lengths = terms
-            # Coefficient of ALiBi, and position of the thread's first row minus that of the first
-            # key beyond the end and the thread's first column.
-            self.alibi = cute.make_rmem_tensor(2, Float32)
             # Batch entry and head in one, and positions of the warp's first row and of the first
             # key beyond the end.
             self.places = cute.make_rmem_tensor(3, Int32)
+        if const_expr(caps_alone(config)):
+            self.softcap = Softcap(self.terms.cap_scale, scale_log2, dtype)
         if const_expr(config.dropout):
-            self.dropout = Dropout(self.terms.seed, self.terms.dropped, transposed=False)
+            self.dropout = Dropout(self.terms.seed, self.terms.dropped, False, by_factors=True)
             self.keep_flags = cute.make_rmem_tensor(config.tile_n // 8, Uint32)
+        self.thread = cute.arch.thread_idx()[0] % 128
         self.mma_qk, self.mma_qk_rs, self.mma_pv, self.mma_store = tiled_mmas
         self.sQ, sK, self.sV, self.sO, self.sTiles = buffers
         self.q_pipe, self.k_pipe, self.v_pipe = pipes
+        if const_expr(config.alibi):
+            self.alibi = Alibi(tiled_mmas[:2], self.windows, config.tile_n, self.thread)
         self.store = store
         self.lse, self.out_splits, self.lse_splits, *others = results
         if const_expr(config.offsets):
             (self.out,) = others
-        self.thread = cute.arch.thread_idx()[0] % 128
         self.group = cute.arch.make_warp_uniform(cute.arch.thread_idx()[0] // 128 - 1)
         # V as operand B of O += P V: (head_dim, keys).
         shape = (config.head_dim, config.tile_n, config.kv_stages)
@@ -157,32 +165,30 @@ class ForwardConsumer:
         if const_expr(config.q_in_registers and kind != StepKind.INNER):
             load_a_to_registers(self.mma_qk_rs, self.sQ[None, None, slot], self.rQ, self.thread)
         self.k_pipe.consumer_wait(kv_state)
+        if const_expr(config.alibi):
+            bit_tile, remaining = self.read_tile_info(kv_state.index)
+            self.alibi.begin_tile(remaining)
         if const_expr(kind != StepKind.FIRST):
             self.take_turn()
+        of_s = (self.mma_qk, self.tSrQ[None, None, None, slot])
         if const_expr(config.q_in_registers):
-            gemm(self.mma_qk_rs, acc_s, self.rQ, self.tSrK, kv_state.index, True)
+            of_s = (self.mma_qk_rs, self.rQ)
+        tiled_mma, mine = of_s
+        if const_expr(config.alibi):
+            gemm_after(self.alibi.operands, tiled_mma, acc_s, mine, self.tSrK, kv_state.index)
         else:
-            mine = self.tSrQ[None, None, None, slot]
-            gemm(self.mma_qk, acc_s, mine, self.tSrK, kv_state.index, True)
+            gemm(tiled_mma, acc_s, mine, self.tSrK, kv_state.index, True)
         if const_expr(kind != StepKind.FIRST):
             self.v_pipe.consumer_wait(v_state)
             gemm(self.mma_pv, self.acc_o, self.p, self.tOrV, v_state.index, False)
             self.pass_turn()
-        bit_tile, remaining = self.read_tile_info(kv_state.index)
+        if const_expr(not config.alibi):
+            bit_tile, remaining = self.read_tile_info(kv_state.index)
         words = online.mask_words(self.bits, bit_tile, self.group, self.thread)
         self.draw_flags(bit_tile, remaining)
         warpgroup.wait_group(0 if const_expr(kind == StepKind.FIRST) else 1)
         self.add_terms(acc_s, remaining, kv_state)
-        if bit_tile != FULL_TILE:
-            online.apply_mask(acc_s, words, online.columns_within(remaining, self.thread))
-        if const_expr(kind != StepKind.INNER):
-            online.reset(self.stats)
-        grown, decay = online.update_row_max(
-            acc_s, self.stats, self.scale_log2, self.rescale_threshold
-        )
-        # Always true, but opaque to ptxas, which moves the wait for O ahead within a basic block.
-        if const_expr(not config.exp_before_pv_wait) or bit_tile >= FULL_BEYOND:
-            online.exp2_and_sum(acc_s, self.stats, self.scale_log2)
+        grown, decay = self.probabilities(acc_s, bit_tile, words, remaining, kind)
         if const_expr(kind != StepKind.FIRST):
             warpgroup.wait_group(0)
             self.v_pipe.consumer_release(v_state)
@@ -195,15 +201,35 @@ class ForwardConsumer:
         return kv_state, remaining
 
     @cute.jit
+    def probabilities(self, acc_s, bit_tile, words, remaining, kind: cutlass.Constexpr):
+        """Replace scores by P. Returns whether to rescale O, and the factors."""
+        config, threshold = self.config, self.rescale_threshold
+        row_bias = self.alibi.row_bias if const_expr(config.alibi) else None
+        if const_expr(not caps_alone(config)):
+            if bit_tile != FULL_TILE:
+                online.apply_mask(acc_s, words, online.columns_within(remaining, self.thread))
+        if const_expr(kind != StepKind.INNER):
+            online.reset(self.stats)
+        if const_expr(caps_alone(config)):
+            masking = (bit_tile, words, remaining, self.thread)
+            grown, decay = self.softcap.probabilities(acc_s, self.stats, masking, threshold)
+        else:
+            scale = self.scale_log2
+            grown, decay = online.update_row_max(acc_s, self.stats, scale, threshold, row_bias)
+            # Always true, but opaque to ptxas, which moves the wait for O ahead in a basic block.
+            if const_expr(not config.exp_before_pv_wait) or bit_tile >= FULL_BEYOND:
+                online.exp2_and_sum(acc_s, self.stats, scale, 0, row_bias)
+        return grown, decay
+
+    @cute.jit
     def add_terms(self, acc_s, remaining, kv_state):
         """Turn S into scores, and release the stage of K."""
         if const_expr(not self.config.distance_bias):
             self.k_pipe.consumer_release(kv_state)
-        if const_expr(self.config.softcap):
+        if const_expr(self.config.softcap and not caps_alone(self.config)):
             score_terms.apply_softcap(acc_s, self.terms.cap_scale)
         if const_expr(self.config.alibi):
-            distance = self.alibi[1] + Float32(remaining)
-            score_terms.add_alibi(acc_s, self.alibi[0], distance, False)
+            self.alibi.add(acc_s, remaining)
         if const_expr(self.config.distance_bias):
             values = self.windows.values(kv_state.index, self.row(0), 0, cute.size(acc_s))
             for i in cutlass.range_constexpr(cute.size(acc_s)):
@@ -227,10 +253,10 @@ class ForwardConsumer:
     def apply_dropout(self, remaining):
         """Drop elements of P, whose row sums are those without dropout."""
         if const_expr(self.config.draws_ahead):
-            drop(self.p, self.dropout.masks_of(self.keep_flags))
+            multiply(self.p, self.dropout.masks_of(self.keep_flags))
         elif const_expr(self.config.dropout):
             pair, row, column = self.places[0], self.places[1], self.places[2] - remaining
-            drop(self.p, self.dropout.masks(pair, row, column, self.config.tile_n // 16))
+            multiply(self.p, self.dropout.masks(pair, row, column, self.config.tile_n // 16))
 
     @cute.jit
     def begin_terms(self, work_tile):
@@ -243,8 +269,8 @@ class ForwardConsumer:
                 limit = cutlass.min(limit, s_kv) - kv_starts[work_tile.batch]
             query = work_tile.m_block * self.config.tile_m
             if const_expr(self.config.alibi):
-                self.alibi[0] = self.terms.coefficient(work_tile.head)
-                self.alibi[1] = Float32(query + self.row(0) - limit - self.thread % 4 * 2)
+                coefficient = self.terms.coefficient(work_tile.head)
+                self.alibi.begin(coefficient, query + self.row(0) - limit)
             if const_expr(self.config.dropout):
                 heads = cute.size(self.lse, mode=[1])
                 self.places[0] = work_tile.batch * heads + work_tile.head
@@ -309,7 +335,7 @@ class ForwardConsumer:
         factors, log_sums = online.row_normalizers(stats, self.scale_log2, sink)
         if const_expr(self.config.dropout):
             for r in cutlass.range_constexpr(2):
-                factors[r] = factors[r] * self.terms.keep_scale
+                factors[r] = factors[r] * (self.terms.keep_scale / unit_of_factors(self.dtype))
         if const_expr(self.config.offsets):
             online.mark_unknown(factors, log_sums, work_tile.known, self.row(0))
             online.rescale(self.acc_o, factors)

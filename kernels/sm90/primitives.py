@@ -21,6 +21,17 @@ def gemm(tiled_mma, acc, a, b, stage, clear: cutlass.Constexpr):
 
 
 @cute.jit
+def gemm_after(before, tiled_mma, acc, a, b, stage):
+    """Issue acc = the product `before` + a b. before: Tiled MMA, a in registers, b of one stage."""
+    warpgroup.fence()
+    first_mma, first_a, first_b = before
+    steps = (0, cute.size(first_a, mode=[2]))
+    _issue_gemms(first_mma, acc, first_a, first_b, 0, True, steps)
+    _issue_gemms(tiled_mma, acc, a, b, stage, False, (0, cute.size(a, mode=[2])))
+    warpgroup.commit_group()
+
+
+@cute.jit
 def gemm_slice(tiled_mma, acc, a, b, stage, index: cutlass.Constexpr, count: cutlass.Constexpr):
     """Issue acc += a b for slice `index` of `count` equal slices of a's columns."""
     steps = cute.size(a, mode=[2]) // count

@@ -64,7 +64,7 @@ def scored_backward_configs(
         return backward_configs(dtype, head_dim, deterministic)
     size = min(n for n in (32, 64, 96, 128) if head_dim <= n)
     others = flags.dropout or flags.distance_bias
-    crowded = flags.softcap or (flags.distance_grads and flags.dropout)
+    crowded = (flags.softcap and others) or (flags.distance_grads and flags.dropout)
     if (size == 64 and crowded) or (size == 32 and flags.softcap and others):
         size = 96  # with tiles of 128 queries, P' and its factors would spill
     if size == 96 and deterministic:
@@ -83,7 +83,9 @@ def _changes(size: int, deterministic: bool, flags: ScoreFlags) -> dict[str, Any
     if size == 32:
         return {"v_stages": 1, "k_stages": 1} if crowded else {}
     if size == 64:
-        slices = {"p_slices": 1} if flags.dropout else {"p_slices": 2}
+        slices: dict[str, Any] = {"p_slices": 1} if flags.dropout else {"p_slices": 2}
+        if flags.softcap:
+            slices = {"p_slices": 4, "sliced_statistics": True, "early_weights": True}
         return slices | {"v_stages": 1} | ({"k_stages": 1} if crowded else {})
     if crowded:
         found = {"k_stages": 1, "sliced_statistics": True}

@@ -1,6 +1,7 @@
 """Kernels with score terms: their code, and the arguments that they are launched with."""
 
 import inspect
+import re
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from tests.kernels.test_compile import compile_well
 
 pytest.importorskip("cutlass.cute")
 from sparse_flash.kernels.score_terms import ScoreTerms
+from sparse_flash.kernels.sm90.softcap import caps_alone
 
 CONFIGS = all_scored_configs()
 TERMS = ("softcap", "alibi", "sinks", "dropout", "distance_bias", "distance_grads")
@@ -53,7 +55,7 @@ COMPILED = [pytest.param(config, marks=marks(config)) for config in CONFIGS]
 
 @pytest.mark.parametrize("config", COMPILED, ids=name)
 def test_compiles_well(compiler, config, tmp_path):
-    """Without spills; a tanh for each score in each step."""
+    """Without spills; a tanh for each score in each step, and for each maximum of a row."""
     forward = isinstance(config, ForwardConfig)
     # Attention and the combination; in the backward pass statistics, bounds, and sums of dQ too.
     kernels = 2 if forward else 4 + config.fixed_point
@@ -62,7 +64,12 @@ def test_compiles_well(compiler, config, tmp_path):
     sass = compile_well(compiler, "scored", index, kernels, tmp_path, warpgroups)
     # Of a thread in each step: first, inner, boundary; or first, inner, last, only.
     elements = 3 * config.tile_n // 2 if forward else 4 * config.tile_m // 2
+    if forward and caps_alone(config):
+        elements += 3 * (2 if config.dtype == "bfloat16" else 4)
     assert sass.count("MUFU.TANH") == (elements if config.softcap else 0)
+    if forward:  # S and O in each step, and a bias that the GEMM adds
+        hgmma = config.head_dim // 16 + config.tile_n // 16 + config.alibi
+        assert len(re.findall(r"\bHGMMA\.", sass)) == 3 * hgmma
     assert ("PRMT" in sass) >= config.dropout
 
 

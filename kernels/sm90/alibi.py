@@ -1,0 +1,106 @@
+"""ALiBi in the forward kernel for Hopper: a step of 16 columns more of the GEMM S = Q K^T.
+
+In a tile whose distances have one sign, as almost all have, the bias of an element is a multiple of
+its column plus a number of its row. The tensor cores add the first, exactly: the columns are
+integers, and the slope is the sum of three 16-bit numbers. The second moves the row's maximum. So a
+score costs no instruction. Tiles with both signs add the bias in registers.
+"""
+
+import cutlass
+from cutlass import Boolean, Float32, Int32, cute
+from sparse_flash.kernels.score_terms import absolute, add_alibi
+from sparse_flash.kernels.sm90.primitives import smem_layout
+from sparse_flash.kernels.vectors import as_pairs, pack_pair
+
+DEPTH = 16  # of a step of the GEMM
+TERMS = 3  # 16-bit numbers of a slope
+SIGNS = -0x7FFF8000  # of a pair of 16-bit numbers
+MOST = 6e4  # the range of float16
+
+
+def columns_layout(dtype, tile_n: int):
+    """Layout of operand B, (tile_n, DEPTH, 1): each column's index in the first TERMS numbers."""
+    return smem_layout(dtype, tile_n, DEPTH, 1)
+
+
+@cute.jit
+def fill_columns(columns):
+    """Fill operand B in shared memory, before a barrier of all threads."""
+    threads = cute.arch.block_dim()[0]
+    for i in cutlass.range(cute.arch.thread_idx()[0], cute.size(columns), threads):
+        column, k = i // DEPTH, i % DEPTH
+        value = Float32(column) if k < TERMS else Float32(0.0)
+        columns[column, k, 0] = value.to(columns.element_type)
+    cute.arch.fence_view_async_shared()
+
+
+class Alibi:
+    """The bias of a warpgroup's tiles.
+
+    tiled_mmas: Of S, with operand A in shared memory and in registers. columns: Operand B.
+    thread: In the warpgroup.
+    """
+
+    def __init__(self, tiled_mmas, columns, tile_n, thread) -> None:
+        mma_qk, self.mma_qk_rs = tiled_mmas
+        self.tSrC = mma_qk.make_fragment_B(mma_qk.get_slice(0).partition_B(columns))
+        self.slopes = self.mma_qk_rs.make_fragment_A(self.mma_qk_rs.partition_shape_A((64, DEPTH)))
+        self.dtype, self.tile_n, self.quad = columns.element_type, tile_n, thread % 4
+        self.coefficient = cute.make_rmem_tensor(1, Float32)  # see score_terms.py
+        self.terms = cute.make_rmem_tensor(1, Int32)  # the thread's pair of its terms
+        # Position of the thread's first row minus that of the first key beyond the end.
+        self.position = cute.make_rmem_tensor(1, Float32)
+        # Of a tile, whether its distances have one sign, and what its rows add.
+        self.one_sign = cute.make_rmem_tensor(1, Boolean)
+        self.row_bias = cute.make_rmem_tensor(2, Float32)
+
+    @cute.jit
+    def begin(self, coefficient, position):
+        """Prepare a work tile."""
+        terms = terms_of(coefficient, self.dtype)
+        first = pack_pair(terms[0], terms[1], self.dtype)
+        second = pack_pair(terms[2], Float32(0.0), self.dtype)
+        pair = first if self.quad == 0 else second
+        self.terms[0] = pair if self.quad < 2 else Int32(0)
+        self.coefficient[0], self.position[0] = coefficient, Float32(position)
+
+    @cute.jit
+    def begin_tile(self, remaining):
+        """Prepare operand A, before the GEMM. remaining: Keys from the tile's first column on."""
+        coefficient = self.coefficient[0]
+        distance = self.position[0] + Float32(remaining)
+        after = cute.arch.vote_all_sync(distance >= self.tile_n)
+        before = cute.arch.vote_all_sync(distance <= -8.0)
+        one_sign = (after or before) and absolute(coefficient) < MOST
+        slope = -coefficient if after else coefficient
+        pair = self.terms[0] ^ Int32(SIGNS) if after else self.terms[0]
+        pair = pair if one_sign else Int32(0)
+        # Two rows of the first 8 numbers, and of the next ones.
+        pairs = as_pairs(self.slopes)
+        for i in cutlass.range_constexpr(4):
+            pairs[i] = pair if i < 2 else Int32(0)
+        self.one_sign[0] = one_sign
+        for row in cutlass.range_constexpr(2):
+            bias = -slope * (distance + 8.0 * row)
+            self.row_bias[row] = bias if one_sign else Float32(0.0)
+
+    @property
+    def operands(self):
+        """Arguments of `primitives.gemm_after`."""
+        return self.mma_qk_rs, self.slopes, self.tSrC
+
+    @cute.jit
+    def add(self, acc_s, remaining):
+        """Add the bias to S where the GEMM did not."""
+        if not self.one_sign[0]:
+            distance = self.position[0] + Float32(remaining - 2 * self.quad)
+            add_alibi(acc_s, self.coefficient[0], distance, False)
+
+
+def terms_of(number, dtype):
+    """A number as a sum of TERMS 16-bit numbers, the largest first."""
+    terms = []
+    for _ in range(TERMS):
+        terms.append(number.to(dtype).to(Float32))
+        number = number - terms[-1]
+    return terms
