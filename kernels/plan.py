@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from sparse_flash.kernels.config import KernelConfig
@@ -173,6 +173,12 @@ def _build(layout: BlockLayout, key: PlanKey) -> Plan[Any]:
     return Plan(config, _schedule(key, config, layout), reschedule)
 
 
+def slots_of(facts: DeviceFacts, config: KernelConfig) -> DeviceFacts:
+    """The GPU as a schedule sees it: a multiprocessor for each CTA of the config that it runs."""
+    resident = getattr(config, "resident_ctas", 1)  # facts of other architectures count them
+    return facts if resident == 1 else replace(facts, num_sms=facts.num_sms * resident)
+
+
 def fitting(layout: BlockLayout, planner: Planner[Any]) -> list[Any]:
     """The configs of a planner whose tiles can be listed on the device for a layout's blocks."""
     return [
@@ -184,8 +190,9 @@ def fitting(layout: BlockLayout, planner: Planner[Any]) -> list[Any]:
 
 def _plan_of_data(layout: DeviceLayout, key: PlanKey, configs: list[Any]) -> Plan[Any]:
     """The plan of a layout that data on the device decide: nothing waits for them."""
-    planner, facts = key.planner, key.facts
+    planner = key.planner
     config = next(c for c in fitting(layout, planner) if c in configs)
+    facts = slots_of(key.facts, config)
     if not planner.transposed:
         size = planner.token_bytes * layout.kv_len
         sizes = (key.batch, key.heads)
@@ -207,7 +214,7 @@ def _schedule(
     key: PlanKey, config: KernelConfig, layout: BlockLayout, split_last_wave: bool = True
 ) -> Schedule:
     """The schedule of a layout; parts for the last wave may not fit where a plan follows."""
-    planner, facts = key.planner, key.facts
+    planner, facts = key.planner, slots_of(key.facts, config)
     if not planner.transposed:
         size = planner.token_bytes * layout.kv_len
         sizes = (key.batch, key.heads)

@@ -20,11 +20,11 @@ from sparse_flash.kernels.sm90.config import (
     FORWARD_COSTS,
     BackwardConfig,
     DqConfig,
-    ForwardConfig,
     backward_configs,
     dq_config,
     forward_configs,
 )
+from sparse_flash.kernels.sm90.forward_config import ForwardConfig
 from sparse_flash.masks.layout import BlockLayout
 from torch import Tensor
 

@@ -10,8 +10,8 @@ from sparse_flash.kernels.sm90.config import (
     BackwardConfig,
     Config,
     DqConfig,
-    ForwardConfig,
 )
+from sparse_flash.kernels.sm90.forward_config import ForwardConfig
 
 
 def load_function(config: Config) -> Callable[..., None]:

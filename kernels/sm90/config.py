@@ -7,102 +7,7 @@ from enum import Enum
 
 from sparse_flash.kernels.distance_table import scratch_size, window_bytes
 from sparse_flash.kernels.schedule import CostModel
-
-
-@dataclass(frozen=True)
-class ForwardConfig:
-    """One compiled forward kernel.
-
-    A CTA computes tiles of tile_m x tile_n. head_dim is the largest supported one; the loads pad
-    smaller ones with zeros. The epilogue stores o_columns columns of the output at a time through
-    shared memory.
-    """
-
-    dtype: str  # "bfloat16" or "float16"
-    head_dim: int
-    tile_m: int
-    tile_n: int = 128
-    q_stages: int = 2
-    kv_stages: int = 2
-    o_columns: int = 0  # 0: all
-    q_in_registers: bool = False  # for the whole work tile
-    clear_tile_info: bool = False  # for fewer registers, see `ForwardConsumer.read_tile_info`
-    offsets: bool = False  # queries at positions, see position_work_tiles.py
-    softcap: bool = False  # see score_terms.py, as the next four
-    alibi: bool = False
-    sinks: bool = False
-    dropout: bool = False
-    distance_bias: bool = False
-    arch: str = "sm_90a"
-
-    def __post_init__(self) -> None:
-        if not self.o_columns:
-            object.__setattr__(self, "o_columns", self.head_dim)
-        assert self.tile_m in (128, 192)  # two or three warpgroups
-        assert self.tile_n % 16 == 0
-        assert self.tile_n <= 128  # a thread's mask bits of a row fit one 32-bit word
-
-    @property
-    def scored(self) -> bool:
-        """Whether the kernel has score terms, see score_terms.py."""
-        terms = (self.softcap, self.alibi, self.sinks, self.dropout, self.distance_bias)
-        return any(terms)
-
-    @property
-    def tile(self) -> tuple[int, int]:
-        """(tile_m, tile_n)."""
-        return self.tile_m, self.tile_n
-
-    @property
-    def tile_cost(self) -> float:
-        """Time of a full tile, in units of one of 128 x 128.
-
-        Measured on an H200 at head_dim 64: 571 TFLOP/s with tile_m 192, 461 with 128.
-        """
-        return (1.2 if self.tile_m == 192 else 1.0) * self.tile_n / 128
-
-    @property
-    def split_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Output and logsumexp of one split of a row."""
-        return (self.tile_m, self.head_dim), (self.tile_m,)
-
-    @property
-    def warpgroups(self) -> int:
-        """Consumer warpgroups; each owns 64 query rows."""
-        return self.tile_m // 64
-
-    @property
-    def exp_before_pv_wait(self) -> bool:
-        """Whether to wait for O += P V only after the exponentials.
-
-        ptxas moves that wait ahead of them. On an H200 three warpgroups then lose 2 to 10 %, while
-        two gain up to 2 %.
-        """
-        return self.warpgroups == 3
-
-    @property
-    def draws_ahead(self) -> bool:
-        """Whether to draw which elements dropout keeps while the tensor cores compute S, as far as
-        there are registers for it.
-        """
-        return self.dropout and self.warpgroups == 2
-
-    @property
-    def consumer_registers(self) -> int:
-        """Registers per consumer thread. With the producer's they fill the register file."""
-        return {2: 232, 3: 160}[self.warpgroups]
-
-    @property
-    def producer_registers(self) -> int:
-        """Registers per producer thread."""
-        return {2: 40, 3: 32}[self.warpgroups]
-
-    @property
-    def shared_memory(self) -> int:
-        """Bytes of shared memory: tiles, and less than 1 KiB of barriers and work items."""
-        rows = self.q_stages * self.tile_m + 2 * self.kv_stages * self.tile_n
-        windows = self.kv_stages * window_bytes(self.tile) if self.distance_bias else 0
-        return 2 * (rows * self.head_dim + self.tile_m * self.o_columns) + windows + 1024
+from sparse_flash.kernels.sm90.forward_config import ForwardConfig
 
 
 @dataclass(frozen=True)
@@ -374,6 +279,30 @@ _FORWARD = {
     256: (ForwardConfig(_ANY, 256, 128, tile_n=64, q_stages=1, kv_stages=2, o_columns=64),),
 }
 
+
+def _small(head_dim: int, kv_stages: int, resident_ctas: int, tiles_per_step: int) -> ForwardConfig:
+    """A config for layouts of small blocks, of which taller tiles compute more than is stored.
+
+    A step takes 64 keys, in one block or in several. Q in registers frees its stage early. At
+    head_dim 128 three stages of K and V leave no shared memory for the output.
+    """
+    config = ForwardConfig(_ANY, head_dim, 64, 64, q_stages=1, q_in_registers=True)
+    return replace(
+        config,
+        kv_stages=kv_stages,
+        resident_ctas=resident_ctas,
+        tiles_per_step=tiles_per_step,
+        direct_store=head_dim == 128,
+    )
+
+
+_SMALL = {
+    32: (_small(32, 6, 3, 1), _small(32, 6, 2, 2)),
+    64: (_small(64, 3, 3, 1), _small(64, 5, 2, 2)),
+    96: (_small(96, 3, 2, 1), _small(96, 3, 2, 2)),
+    128: (_small(128, 3, 2, 1), _small(128, 3, 2, 2)),
+}
+
 _DQ = {
     32: BackwardConfig(
         _ANY, 32, 128, True, k_stages=2, v_stages=2, buffers=2, k_in_registers=32, p_slices=1
@@ -409,11 +338,12 @@ def forward_configs(dtype: str, head_dim: int) -> tuple[ForwardConfig, ...]:
     """The configs that compute this head_dim, the default first; none above 256.
 
     Taller tiles keep more warps busy at small head_dims, but only suit layouts whose neighboring
-    rows agree. The plan decides by the layout.
+    rows agree. Those of 64 rows suit layouts of small blocks. The plan decides by the layout.
     """
     for size, configs in _FORWARD.items():
         if head_dim <= size:
-            return tuple(replace(config, dtype=dtype) for config in configs)
+            candidates = (*configs, *_SMALL.get(size, ()))
+            return tuple(replace(config, dtype=dtype) for config in candidates)
     return ()
 
 

@@ -17,6 +17,7 @@ from sparse_flash.kernels import online_softmax as online
 from sparse_flash.kernels import score_terms
 from sparse_flash.kernels.dropout import Dropout, drop
 from sparse_flash.kernels.sm90.barriers import ForwardBarrier
+from sparse_flash.kernels.sm90.forward_gather import read_gathered_mask
 from sparse_flash.kernels.sm90.forward_producer import FULL_BEYOND
 from sparse_flash.kernels.sm90.primitives import check_arrivals, gemm, load_a_to_registers
 from sparse_flash.kernels.vectors import pack_pair, store_pairs
@@ -76,7 +77,7 @@ class ForwardConsumer:
         self.q_pipe, self.k_pipe, self.v_pipe = pipes
         self.store = store
         self.lse, self.out_splits, self.lse_splits, *others = results
-        if const_expr(config.offsets):
+        if const_expr(config.offsets or config.direct_store):
             (self.out,) = others
         self.thread = cute.arch.thread_idx()[0] % 128
         self.group = cute.arch.make_warp_uniform(cute.arch.thread_idx()[0] // 128 - 1)
@@ -112,11 +113,12 @@ class ForwardConsumer:
             self.begin_terms(work_tile)
             self.q_pipe.consumer_wait(q_state)
             kv_state, remaining = self.step(q_state.index, kv_state, StepKind.FIRST)
+            self.release_q(q_state, True)
         while work_tile.count > 0:
             self.acc_o.fill(0.0)
             for _ in cutlass.range(work_tile.count - 1, unroll=1):
                 kv_state, remaining = self.step(q_state.index, kv_state, StepKind.INNER)
-            self.q_pipe.consumer_release(q_state)
+            self.release_q(q_state, False)
             q_state.advance()
             following = self.work_tiles.take(work_state, self.work_tile_type)
             work_state.advance()
@@ -129,6 +131,7 @@ class ForwardConsumer:
                 self.begin_terms(following)
                 self.q_pipe.consumer_wait(q_state)
                 kv_state, remaining = self.step(q_state.index, kv_state, StepKind.BOUNDARY)
+                self.release_q(q_state, True)
             else:
                 self.v_pipe.consumer_wait(kv_state)
                 gemm(self.mma_pv, self.acc_o, self.p, self.tOrV, kv_state.index, False)
@@ -168,8 +171,7 @@ class ForwardConsumer:
             self.v_pipe.consumer_wait(v_state)
             gemm(self.mma_pv, self.acc_o, self.p, self.tOrV, v_state.index, False)
             self.pass_turn()
-        bit_tile, remaining = self.read_tile_info(kv_state.index)
-        words = online.mask_words(self.bits, bit_tile, self.group, self.thread)
+        bit_tile, remaining, words = self.read_mask(kv_state.index)
         self.draw_flags(bit_tile, remaining)
         warpgroup.wait_group(0 if const_expr(kind == StepKind.FIRST) else 1)
         self.add_terms(acc_s, remaining, kv_state)
@@ -193,6 +195,20 @@ class ForwardConsumer:
             if grown:
                 online.rescale(self.acc_o, decay)
         return kv_state, remaining
+
+    @cute.jit
+    def release_q(self, q_state, early: cutlass.Constexpr):
+        """Release Q after the first step of a work tile (`early`) or after the last one."""
+        if const_expr(early == self.config.early_q_release):
+            self.q_pipe.consumer_release(q_state)
+
+    @cute.jit
+    def read_mask(self, stage):
+        """Read the bit tile of a step, its number of keys, and the thread's words of bits."""
+        if const_expr(self.config.gathers):
+            return read_gathered_mask(self.config, (self.sTiles, self.bits), stage, self.thread)
+        bit_tile, remaining = self.read_tile_info(stage)
+        return bit_tile, remaining, online.mask_words(self.bits, bit_tile, self.group, self.thread)
 
     @cute.jit
     def add_terms(self, acc_s, remaining, kv_state):
@@ -267,15 +283,18 @@ class ForwardConsumer:
     @cute.jit
     def take_turn(self):
         """Wait until the previous warpgroup has issued its GEMMs."""
-        cute.arch.barrier(barrier_id=ForwardBarrier.TURN + self.group, number_of_threads=PAIR)
+        if const_expr(self.config.takes_turns):
+            cute.arch.barrier(barrier_id=ForwardBarrier.TURN + self.group, number_of_threads=PAIR)
 
     @cute.jit
     def pass_turn(self):
         """Let the next warpgroup issue its GEMMs."""
-        following = (self.group + 1) % self.config.warpgroups
-        check_arrivals("turn", {"waiting": WARPGROUP, "passing": WARPGROUP}, PAIR)
-        assert self.config.warpgroups <= ForwardBarrier.OWN - ForwardBarrier.TURN
-        cute.arch.barrier_arrive(barrier_id=ForwardBarrier.TURN + following, number_of_threads=PAIR)
+        groups = self.config.warpgroups
+        if const_expr(self.config.takes_turns):
+            following = ForwardBarrier.TURN + (self.group + 1) % groups
+            check_arrivals("turn", {"waiting": WARPGROUP, "passing": WARPGROUP}, PAIR)
+            assert groups <= ForwardBarrier.OWN - ForwardBarrier.TURN
+            cute.arch.barrier_arrive(barrier_id=following, number_of_threads=PAIR)
 
     @cute.jit
     def sync_warpgroup(self):
@@ -350,7 +369,10 @@ class ForwardConsumer:
         lse, out_splits, lse_splits = self.lse, self.out_splits, self.lse_splits
         quad, row = self.thread % 4, self.row(0)
         if split_idx < 0:
-            self.store_out(work_tile)
+            if const_expr(self.config.direct_store):
+                self.store_rows(self.out, work_tile)
+            else:
+                self.store_out(work_tile)
             for r in cutlass.range_constexpr(2):
                 q_idx = m_block * self.config.tile_m + row + 8 * r
                 if quad == 0 and q_idx < cute.size(lse, mode=[2]):
@@ -366,11 +388,16 @@ class ForwardConsumer:
     @cute.jit
     def store_rows(self, tensor, work_tile):
         """Store the warpgroup's 64 rows from registers: TMA cannot store at negative rows."""
+        at_positions = const_expr(self.config.offsets)
+        if const_expr(at_positions):
+            start = work_tile.start
+        else:
+            start = work_tile.m_block * self.config.tile_m
         for r in cutlass.range_constexpr(2):
             starts = range(2 * r, cute.size(self.acc_o), 4)
             pairs = [pack_pair(self.acc_o[n], self.acc_o[n + 1], self.dtype) for n in starts]
-            coord = (work_tile.batch, work_tile.start + self.row(r), work_tile.head, 0)
-            store_pairs(tensor, coord, pairs, any_row=True)
+            coord = (work_tile.batch, start + self.row(r), work_tile.head, 0)
+            store_pairs(tensor, coord, pairs, any_row=at_positions)
 
     @cute.jit
     def store_out(self, work_tile):

@@ -8,11 +8,11 @@ from sparse_flash.kernels.sm90.config import (
     DTYPES,
     BackwardConfig,
     DqConfig,
-    ForwardConfig,
     backward_configs,
     dq_config,
     forward_configs,
 )
+from sparse_flash.kernels.sm90.forward_config import ForwardConfig
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from sparse_flash.kernels.sm90.config import (
     BACKWARD_COSTS,
     FORWARD_COSTS,
     BackwardConfig,
-    ForwardConfig,
 )
+from sparse_flash.kernels.sm90.forward_config import ForwardConfig
 from sparse_flash.kernels.sm90.scored_config import (
     scored_backward_configs,
     scored_forward_at_config,

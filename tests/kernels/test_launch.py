@@ -22,11 +22,11 @@ from sparse_flash.kernels.sm90.config import (
     BackwardConfig,
     BackwardVariant,
     DqConfig,
-    ForwardConfig,
     dq_config,
     forward_configs,
     variant_config,
 )
+from sparse_flash.kernels.sm90.forward_config import ForwardConfig
 
 from sparse_flash import masks
 from tests.kernels.helpers import H200, plan_on_cpu

@@ -14,9 +14,9 @@ from sparse_flash.kernels.sm90.config import (
     FORWARD_COSTS,
     BackwardConfig,
     BackwardVariant,
-    ForwardConfig,
     variant_config,
 )
+from sparse_flash.kernels.sm90.forward_config import ForwardConfig
 from torch.nn.functional import scaled_dot_product_attention
 
 from sparse_flash import block_sparse_attention, masks
