@@ -14,11 +14,11 @@ from sparse_flash.kernels.device import DeviceFacts
 from sparse_flash.kernels.launch import Kernel
 from sparse_flash.kernels.plan import Plan, PlanKey, Planner, plan_of
 from sparse_flash.kernels.schedule import CostModel
+from sparse_flash.kernels.sm90.backward_config import BackwardConfig
 from sparse_flash.kernels.sm90.compile import load_function
 from sparse_flash.kernels.sm90.config import (
     BACKWARD_COSTS,
     FORWARD_COSTS,
-    BackwardConfig,
     DqConfig,
     backward_configs,
     dq_config,

@@ -155,17 +155,28 @@ def read_gathered_mask(config: cutlass.Constexpr, given, stage, thread):
         for i in cutlass.range_constexpr(size + 1):
             words[i] = sTiles[stage, i]
     remaining = cute.arch.shuffle_sync(words[size], 0)
+    bit_tiles = [cute.arch.shuffle_sync(words[i], 0) for i in range(size)]
+    whole, mine = gathered_words(bits, bit_tiles, config.kv_block, thread)
+    found = Int32(FULL_TILE)
+    if whole != FULL_TILE or remaining < config.tile_n:
+        found = Int32(FULL_BEYOND)
+    return found, remaining, mine
+
+
+@cute.jit
+def gathered_words(bits, bit_tiles, width: cutlass.Constexpr, thread):
+    """Mask bits of the thread's two rows in tiles of so many columns side by side.
+
+    Returns FULL_TILE if all tiles are full, else another number, and the two words.
+    """
     mine, whole = cute.make_rmem_tensor(2, Int32), Int32(FULL_TILE)
     mine.fill(0)
-    shift = config.kv_block // 4  # bits of a thread's row of one tile
-    for i in cutlass.range_constexpr(size):
-        bit_tile = cute.arch.shuffle_sync(words[i], 0)
+    shift = width // 4  # bits of a thread's row of one tile
+    for i in cutlass.range_constexpr(len(bit_tiles)):
+        bit_tile = bit_tiles[i]
         whole = whole & bit_tile  # -1 if all are
         of_tile = online.mask_words(bits, bit_tile, 0, thread)
         field = Int32(0) if bit_tile == NO_TILE else Int32((1 << shift) - 1)
         for r in cutlass.range_constexpr(2):
             mine[r] = mine[r] | (of_tile[r] & field) << (shift * i)
-    found = Int32(FULL_TILE)
-    if whole != FULL_TILE or remaining < config.tile_n:
-        found = Int32(FULL_BEYOND)
-    return found, remaining, mine
+    return whole, mine

@@ -8,9 +8,9 @@ from dataclasses import replace
 from typing import Any
 
 from sparse_flash.kernels.score_arguments import ScoreFlags
+from sparse_flash.kernels.sm90.backward_config import BackwardConfig
 from sparse_flash.kernels.sm90.config import (
     DTYPES,
-    BackwardConfig,
     backward_configs,
     forward_configs,
 )

@@ -25,8 +25,8 @@ Int32 = cutlass.Int32
 def name(config):
     kind = "" if getattr(config, "dq", True) else "-without-dq"
     kind = "-fixed-point" if getattr(config, "fixed_point", False) else kind
-    width = getattr(config, "kv_block", config.tile_n)
-    return f"{config.dtype}-d{config.head_dim}-{config.tile_m}x{width}{kind}"
+    tile = config.tile[::-1] if hasattr(config, "dq") else config.tile
+    return f"{config.dtype}-d{config.head_dim}-{tile[0]}x{tile[1]}{kind}"
 
 
 CONFIGS, BACKWARD, DQ = all_forward_configs(), all_backward_configs(), all_dq_configs()
@@ -74,7 +74,12 @@ def test_backward_compiles_well(compiler, index, tmp_path):
     config = BACKWARD[index]
     # Attention; statistics, and in fixed point bounds, before, conversion of dQ and sums after it.
     kernels, warpgroups = 3 + config.dq + config.fixed_point, 3 if config.wide else 2
-    sass = compile_well(compiler, "backward", index, kernels, tmp_path, warpgroups)
+    warpgroups = 1 if config.small else warpgroups
+    sizes = warpgroups, config.resident_ctas
+    sass = compile_well(compiler, "backward", index, kernels, tmp_path, *sizes)
+    if config.small:
+        check_small(config, sass)
+        return
     if config.wide:
         check_wide(config, sass)
         return
@@ -87,6 +92,17 @@ def test_backward_compiles_well(compiler, index, tmp_path):
         hgmma += (5 if config.overlap_items else 3) * queries
     assert len(re.findall(r"\bHGMMA\.", sass)) == hgmma
     assert len(re.findall(r"MUFU\.EX2", sass)) == steps * config.tile_m // 2  # each once
+
+
+def check_small(config, sass):
+    """Two steps, inner and last; S before the first one and in the inner one."""
+    scores, keys, queries = config.head_dim // 16, config.tile_m // 16, config.tile_n // 16
+    chunks = config.head_dim // config.small_dq_columns
+    hgmma = len(re.findall(r"\bHGMMA\.", sass))
+    assert hgmma == 2 * scores + 2 * (scores + 2 * keys + chunks * queries)
+    assert len(re.findall(r"MUFU\.EX2", sass)) == 2 * config.tile_m // 2
+    adds = re.findall(r"\bREDG?\.E\.ADD\.F32x4", sass)
+    assert len(adds) == 2 * config.head_dim // 8
 
 
 def check_wide(config, sass):
@@ -128,9 +144,11 @@ def test_configs():
             found = [backward_configs(dtype, d, deterministic) for d in dims]
             assert [c.head_dim for c, *_ in found] == [32, 64, 64, width, 128, 128]
             assert all(c.fixed_point == deterministic and c.dq for some in found for c in some)
-            tiles_m = [[c.tile_m for c in some] for some in found]
+            tiles_m = [[c.tile_m for c in some if not c.small] for some in found]
             several = [[64]] * 2 if deterministic else [[64, 80]] * 2
             assert tiles_m == [[128], [128], [128], [64], *several]
+            small = [[c.tile for c in some if c.small] for some in found]
+            assert small == [[] if deterministic else [(64, 64), (64, 32)]] * 6
         for head_dim in (136, 192, 200, 256):
             (wide,) = backward_configs(dtype, head_dim)
             assert (wide.head_dim, wide.wide) == (192 if head_dim <= 192 else 256, True)

@@ -5,7 +5,7 @@ import inspect
 import pytest
 import torch
 from sparse_flash.kernels.sm90 import attention, positions
-from sparse_flash.kernels.sm90.config import BackwardConfig
+from sparse_flash.kernels.sm90.backward_config import BackwardConfig
 from sparse_flash.kernels.sm90.forward_config import ForwardConfig
 from sparse_flash.kernels.sm90.scored_config import all_scored_configs
 

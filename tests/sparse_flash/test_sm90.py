@@ -10,9 +10,9 @@ import torch
 import torch._dynamo.testing
 from sparse_flash.kernels.schedule import schedule
 from sparse_flash.kernels.sm90 import attention as sm90
+from sparse_flash.kernels.sm90.backward_config import BackwardConfig
 from sparse_flash.kernels.sm90.config import (
     FORWARD_COSTS,
-    BackwardConfig,
     BackwardVariant,
     variant_config,
 )
