@@ -180,19 +180,22 @@ def slots_of(facts: DeviceFacts, config: KernelConfig) -> DeviceFacts:
 
 
 def fitting(layout: BlockLayout, planner: Planner[Any]) -> list[Any]:
-    """The configs of a planner whose tiles can be listed on the device for a layout's blocks."""
+    """The configs of a planner whose tiles can be listed on the device for a layout's blocks.
+
+    Not those for small blocks: to choose them takes a count of the tiles, for which the host waits.
+    """
     return [
         c
         for c in planner.configs
-        if grid_of(layout.lengths, c.tile[::-1] if planner.transposed else c.tile)
+        if getattr(c, "resident_ctas", 1) == 1
+        and grid_of(layout.lengths, c.tile[::-1] if planner.transposed else c.tile)
     ]
 
 
 def _plan_of_data(layout: DeviceLayout, key: PlanKey, configs: list[Any]) -> Plan[Any]:
     """The plan of a layout that data on the device decide: nothing waits for them."""
-    planner = key.planner
+    planner, facts = key.planner, key.facts
     config = next(c for c in fitting(layout, planner) if c in configs)
-    facts = slots_of(key.facts, config)
     if not planner.transposed:
         size = planner.token_bytes * layout.kv_len
         sizes = (key.batch, key.heads)

@@ -10,7 +10,7 @@ from hypothesis import given
 from sparse_flash.experiments.bench.cases import SUITES
 from sparse_flash.kernels.device import DeviceFacts
 from sparse_flash.kernels.fragment import fragment_order
-from sparse_flash.kernels.plan import PlanKey, Planner, plan_of
+from sparse_flash.kernels.plan import PlanKey, Planner, fitting, plan_of
 from sparse_flash.kernels.schedule import best_config, cover
 from sparse_flash.kernels.sm90 import attention
 from sparse_flash.kernels.sm90.config import (
@@ -20,7 +20,7 @@ from sparse_flash.kernels.sm90.config import (
     forward_configs,
 )
 
-from sparse_flash import block_sparse_attention, masks
+from sparse_flash import BlockLayout, block_sparse_attention, masks
 from tests.kernels.helpers import DTYPES, H200, tensors, truth, wait
 from tests.kernels.test_backward import check as check_gradients
 from tests.kernels.test_forward import check
@@ -96,6 +96,16 @@ class TestChoice:
             plan = plan_of(layout, PlanKey(planner, 1, 16, 16, H200))
             assert plan.config.small
             assert plan.num_ctas == 132 * plan.config.resident_ctas
+
+
+def test_layouts_of_data_keep_large_tiles():
+    chosen = torch.zeros(1, 1, 16, 16, dtype=torch.bool)
+    layout = BlockLayout.from_blocks(chosen, (64, 64), 1024)
+    for head_dim in SIZES:
+        for planners in (attention.FORWARD, attention.BACKWARD):
+            found = fitting(layout, planners[torch.bfloat16, head_dim])
+            assert found
+            assert all(c.resident_ctas == 1 for c in found)
 
 
 def test_words_of_tiles_side_by_side():
