@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -184,12 +184,22 @@ def _possible_configs(key: PlanKey) -> list[Any]:
     return configs
 
 
+def slots_of(facts: DeviceFacts, config: KernelConfig) -> DeviceFacts:
+    """The GPU as a schedule sees it: a multiprocessor for each CTA of the config that it runs."""
+    resident = getattr(config, "resident_ctas", 1)  # facts of other architectures count them
+    return facts if resident == 1 else replace(facts, num_sms=facts.num_sms * resident)
+
+
 def fitting(layout: BlockLayout, planner: Planner[Any]) -> list[Any]:
-    """The configs of a planner whose tiles can be listed on the device for a layout's blocks."""
+    """The configs of a planner whose tiles can be listed on the device for a layout's blocks.
+
+    Not those for small blocks: to choose them takes a count of the tiles, for which the host waits.
+    """
     return [
         c
         for c in planner.configs
-        if grid_of(layout.lengths, c.tile[::-1] if planner.transposed else c.tile)
+        if getattr(c, "resident_ctas", 1) == 1
+        and grid_of(layout.lengths, c.tile[::-1] if planner.transposed else c.tile)
     ]
 
 
@@ -243,7 +253,7 @@ def _schedule(
     key: PlanKey, config: KernelConfig, layout: BlockLayout, split_last_wave: bool = True
 ) -> Schedule:
     """The schedule of a layout; parts for the last wave may not fit where a plan follows."""
-    planner, facts = key.planner, key.facts
+    planner, facts = key.planner, slots_of(key.facts, config)
     if not planner.transposed:
         size = planner.token_bytes * layout.kv_len
         sizes = (key.batch, key.heads)

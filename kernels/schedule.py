@@ -383,7 +383,25 @@ def best_config(layout: BlockLayout, configs: Sequence[Config]) -> Config:
     if len(configs) == 1:
         return configs[0]
     layout = on_host(layout)
-    return min(configs, key=lambda c: cover(layout, c.tile) * c.tile_cost)
+    best, least = configs[0], cover(layout, configs[0].tile) * configs[0].tile_cost
+    area = _stored_area(layout)
+    for config in configs[1:]:
+        # At best its tiles cover nothing but stored blocks.
+        if area / math.prod(config.tile) * config.tile_cost < least:
+            cost = cover(layout, config.tile) * config.tile_cost
+            best, least = (config, cost) if cost < least else (best, least)
+    return best
+
+
+def _stored_area(layout: BlockLayout) -> int:
+    """Elements of all stored blocks."""
+    (block_q, block_kv), kv_len = layout.block, layout.kv_len
+    if not (layout.q_len % block_q or kv_len % block_kv):
+        return layout.num_tiles * block_q * block_kv
+    rows = layout.tile_rows % layout.num_block_rows
+    heights = (layout.q_len - rows * block_q).clamp(max=block_q)
+    widths = (kv_len - layout.col_indices.long() * block_kv).clamp(max=block_kv)
+    return int((heights * widths).sum())
 
 
 def cover(layout: BlockLayout, tile: tuple[int, int]) -> int:

@@ -68,8 +68,8 @@ def builds(
     Raises:
         ValueError: A name, a width or a compute capability that has no kernels.
 
-    >>> [build.name for build in builds("sm_90", head_dims=[128], kernels=["forward"])]
-    ['forward-sm_90a-bfloat16-128-128x128']
+    >>> [build.name for build in builds("sm_90", head_dims=[256], kernels=["forward"])]
+    ['forward-sm_90a-bfloat16-256-128x64']
     """
     for what, given, known in (("kernels", kernels, KERNELS), ("dtype", dtypes, DTYPES)):
         for name in given:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from sparse_flash.kernels.attention import DTYPES
-from sparse_flash.kernels.plan import Plan, PlanKey, plan_of
+from sparse_flash.kernels.plan import Plan, PlanKey, plan_of, slots_of
 from sparse_flash.kernels.sm80 import attention as sm80
 from sparse_flash.kernels.sm80 import backward_config as sm80_backward
 from sparse_flash.kernels.sm80 import gradients
@@ -76,6 +76,14 @@ class Kernel(NamedTuple):
         config = self.plan.config
         return 2 * self.gemms * config.tile[0] * config.tile[1] * config.head_dim
 
+    @property
+    def slowdown(self) -> float:
+        """Time of an operation of a CTA, in units of that of a CTA with a multiprocessor alone."""
+        config = self.plan.config
+        resident = getattr(config, "resident_ctas", 1)
+        area = config.tile[0] * config.tile[1] / 128**2
+        return resident * config.tile_cost / area if resident > 1 else 1.0
+
     def milliseconds(self, cost: Cost, mega: float) -> float:
         """Predicted time. mega: Elements of q / 2^20."""
         schedule = self.plan.schedule
@@ -118,9 +126,10 @@ def kernels_of(layout: BlockLayout, call: Call, gpu: Gpu, which: str) -> list[Ke
             planners = [gradients.planner_of(config)]
         ctas = planners[0].configs[0].ctas_per_sm
         facts = sm80.slots_of(facts, ctas)
+    plans = [plan_of(host, PlanKey(p, *sizes, facts)) for p in planners]
     return [
-        Kernel(plan_of(host, PlanKey(p, *sizes, facts)), which, p.transposed, facts.num_sms)
-        for p in planners
+        Kernel(plan, which, p.transposed, slots_of(facts, plan.config).num_sms)
+        for plan, p in zip(plans, planners, strict=True)
     ]
 
 
@@ -139,7 +148,7 @@ def cost_of(kernel: Kernel, gpu: Gpu, costs: dict[str, Cost]) -> tuple[Cost, str
         head_dim, _, size = name.partition("-")[2].partition("-")
         height, width = map(int, size.split("x"))
         flops = 2 * _GEMMS[kernel.which] * height * width * int(head_dim)
-        ratio, base = kernel.tile_flops / flops, costs[name]
+        ratio, base = kernel.tile_flops / flops * kernel.slowdown, costs[name]
         scaled = {
             field: getattr(base, field) * ratio for field in ("item", "tile", "partial", "split")
         }

@@ -179,8 +179,14 @@ def _amounts(kernel: Kernel, mega: float, cost: Cost) -> list[float]:
 def errors(
     rows: list[dict[str, Any]], gpu: Gpu, costs: dict[str, Cost]
 ) -> Iterator[tuple[dict[str, Any], float]]:
-    """Each row, and predicted / measured time - 1."""
+    """Each row, and predicted / measured time - 1.
+
+    Rows whose plan takes a kernel without constants are left out: their times are those of the
+    kernels before it.
+    """
     for row, kernels, mega in kernels_of_rows(rows, gpu):
+        if any(kernel.name not in costs for kernel in kernels):
+            continue
         ms = sum(kernel.milliseconds(cost_of(kernel, gpu, costs)[0], mega) for kernel in kernels)
         yield row, ms / row["ms"] - 1
 

@@ -14,17 +14,17 @@ from sparse_flash.kernels.device import DeviceFacts
 from sparse_flash.kernels.launch import Kernel
 from sparse_flash.kernels.plan import Plan, PlanKey, Planner, plan_of
 from sparse_flash.kernels.schedule import CostModel
+from sparse_flash.kernels.sm90.backward_config import BackwardConfig
 from sparse_flash.kernels.sm90.compile import load_function
 from sparse_flash.kernels.sm90.config import (
     BACKWARD_COSTS,
     FORWARD_COSTS,
-    BackwardConfig,
     DqConfig,
-    ForwardConfig,
     backward_configs,
     dq_config,
     forward_configs,
 )
+from sparse_flash.kernels.sm90.forward_config import ForwardConfig
 from sparse_flash.masks.layout import BlockLayout
 from torch import Tensor
 

@@ -15,9 +15,9 @@ from sparse_flash.kernels.distance_table import window_bytes
 from sparse_flash.kernels.position_work_tiles import ColumnOffsets, row_tiles
 from sparse_flash.kernels.preprocess import Bounds, Preprocess
 from sparse_flash.kernels.score_terms import ScoreTerms
+from sparse_flash.kernels.sm90.backward_config import BackwardConfig
 from sparse_flash.kernels.sm90.backward_consumer import BackwardConsumer
 from sparse_flash.kernels.sm90.backward_producer import BackwardProducer, BackwardStorer
-from sparse_flash.kernels.sm90.config import BackwardConfig
 from sparse_flash.kernels.sm90.postprocess import Postprocess
 from sparse_flash.kernels.sm90.primitives import (
     LOAD,

@@ -11,7 +11,8 @@ is 0.
 import cutlass
 from cutlass import Float32, Int32, cute
 from sparse_flash.kernels.sm90.backward import BackwardSm90
-from sparse_flash.kernels.sm90.config import BackwardConfig, DqConfig
+from sparse_flash.kernels.sm90.backward_config import BackwardConfig
+from sparse_flash.kernels.sm90.config import DqConfig
 from sparse_flash.kernels.sm90.dq import DqSm90
 
 

@@ -19,13 +19,13 @@ import cutlass
 from cutlass import Float32, Int32, cute
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from sparse_flash.kernels.sm90.backward import BackwardSm90
+from sparse_flash.kernels.sm90.backward_config import BackwardConfig
 from sparse_flash.kernels.sm90.backward_producer import BackwardProducer
 from sparse_flash.kernels.sm90.backward_wide_consumer import (
     KeyGradient,
     QueryGradient,
     ValueGradient,
 )
-from sparse_flash.kernels.sm90.config import BackwardConfig
 from sparse_flash.kernels.sm90.primitives import (
     LOAD,
     WORK_STAGES,

@@ -27,6 +27,13 @@ class BackwardBarrier(IntEnum):
     STAGGER = 10  # delays the second warpgroup
 
 
+class SmallBackwardBarrier(IntEnum):
+    """Named barriers of the backward kernel for small blocks."""
+
+    ALL = 0  # the whole CTA
+    CONSUMERS = 1
+
+
 class WideBackwardBarrier(IntEnum):
     """Named barriers of the backward kernel for large head_dims."""
 

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 from sparse_flash.kernels.compile import Arguments, compile_kernel, load
+from sparse_flash.kernels.sm90.backward_config import BackwardConfig
 from sparse_flash.kernels.sm90.config import (
-    BackwardConfig,
     Config,
     DqConfig,
-    ForwardConfig,
 )
+from sparse_flash.kernels.sm90.forward_config import ForwardConfig
 
 
 def load_function(config: Config) -> Callable[..., None]:
@@ -47,6 +47,7 @@ def compile_forward(config: ForwardConfig) -> Any:
 def compile_backward(config: BackwardConfig) -> Any:
     """Compile without a GPU."""
     from sparse_flash.kernels.sm90.backward import BackwardSm90
+    from sparse_flash.kernels.sm90.backward_small import BackwardSmallSm90
     from sparse_flash.kernels.sm90.backward_wide import BackwardWideSm90
     from sparse_flash.kernels.sm90.scored import BackwardScoredSm90
 
@@ -56,6 +57,7 @@ def compile_backward(config: BackwardConfig) -> Any:
         kernel = BackwardScoredSm90(config, of.dtype)
         return compile_kernel(kernel, of.backward(done, scored=True), config.arch)
     plain = BackwardWideSm90 if config.wide else BackwardSm90
+    plain = BackwardSmallSm90 if config.small else plain
     return compile_kernel(plain(config, of.dtype), of.backward(done), config.arch)
 
 

@@ -18,8 +18,9 @@ from sparse_flash.kernels.distance_table import window_bytes
 from sparse_flash.kernels.position_work_tiles import positions_of
 from sparse_flash.kernels.score_terms import ScoreTerms
 from sparse_flash.kernels.sm90.alibi import columns_layout, fill_columns
-from sparse_flash.kernels.sm90.config import ForwardConfig
+from sparse_flash.kernels.sm90.forward_config import ForwardConfig
 from sparse_flash.kernels.sm90.forward_consumer import WARPGROUP, ForwardConsumer
+from sparse_flash.kernels.sm90.forward_gather import GatherProducer, box_layout
 from sparse_flash.kernels.sm90.forward_producer import ForwardProducer
 from sparse_flash.kernels.sm90.primitives import (
     LOAD,
@@ -72,6 +73,8 @@ class ForwardSm90:
         """Launch on the stream. See `Schedule` for work tiles and splits."""
         lists = (kv_lens, work, tiles, bits, counter, counts)
         results = (lse, out_splits, lse_splits)
+        if cutlass.const_expr(self.config.direct_store):
+            results = (*results, out)
         self.launch((q, k, v, out), lists, None, results, num_ctas, scale_log2, stream)
         if cute.size(combine, mode=[0]) > 0:
             rows = CombineOutput(self.config.tile_m, self.config.head_dim, self.dtype)
@@ -100,9 +103,12 @@ class ForwardSm90:
         kv_layout = smem_layout(self.dtype, config.tile_n, width, config.kv_stages)
         o_layout = smem_layout(self.dtype, 64, config.o_columns, config.warpgroups)
         load, store = LOAD(), STORE()
+        loaded = kv_layout
+        if cutlass.const_expr(config.gathers):
+            loaded = box_layout(config, self.dtype)
         self.kernel(
-            (tma(load, q, q_layout), tma(load, k, kv_layout), tma(load, v, kv_layout)),
-            tma(store, out, o_layout),
+            (tma(load, q, q_layout), tma(load, k, loaded), tma(load, v, loaded)),
+            None if config.direct_store else tma(store, out, o_layout),
             (q_layout, kv_layout, o_layout),
             self._tiled_mmas(),
             lists,
@@ -116,14 +122,16 @@ class ForwardSm90:
             grid=(num_ctas, 1, 1),
             block=(128 + self.consumers, 1, 1),
             stream=stream,
-            min_blocks_per_mp=1,
+            min_blocks_per_mp=config.resident_ctas,
+            # All for shared memory: the DSL would ask a driver for the size.
+            preferred_smem_carveout=100 if config.resident_ctas > 1 else None,
         )
 
     @cute.kernel
     def kernel(
         self,
         loads,  # (TMA atom, tensor) of q, k, v
-        store,  # (TMA atom, tensor) of out
+        store,  # (TMA atom, tensor) of out, or None
         layouts,
         tiled_mmas,
         lists,
@@ -138,21 +146,19 @@ class ForwardSm90:
         config = self.config
         warp_idx = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp_idx == 0:
-            for atom, _ in (*loads, store):
+            for atom, _ in loads if config.direct_store else (*loads, store):
                 cpasync.prefetch_descriptor(atom)
         smem = cutlass.utils.SmemAllocator().allocate(storage)
         *pipes, work_pipe = self._pipelines(smem, layouts)
         q_layout, kv_layout, o_layout = layouts
-        sQ, sK, sV, sO = (
+        sQ, sK, sV = (
             smem_tensor(field, layout)
-            for field, layout in (
-                (smem.q, q_layout),
-                (smem.k, kv_layout),
-                (smem.v, kv_layout),
-                (smem.o, o_layout),
-            )
+            for field, layout in ((smem.q, q_layout), (smem.k, kv_layout), (smem.v, kv_layout))
         )
-        sTiles = smem.tiles.get_tensor(cute.make_layout((config.kv_stages, 2), stride=(2, 1)))
+        sO = None if config.direct_store else smem_tensor(smem.o, o_layout)
+        words = config.tiles_per_step + 1  # bit tiles, and the number of keys
+        shape = (config.kv_stages, words)
+        sTiles = smem.tiles.get_tensor(cute.make_layout(shape, stride=(words, 1)))
         windows = columns = None
         if cutlass.const_expr(config.distance_bias):
             sWindows = smem.windows.get_tensor(window_layout(config.tile, config.kv_stages))
@@ -168,7 +174,13 @@ class ForwardSm90:
             if warp_idx == 0:
                 inputs = (kv_lens, tiles, group_size)
                 outside = (sTiles, pipes, work_tiles, inputs, positions_of(config, positions))
-                ForwardProducer(config, loads, (sQ, sK, sV), *outside, windows).run()
+                if cutlass.const_expr(config.gathers):
+                    boxes = (
+                        smem_tensor(x, box_layout(config, self.dtype)) for x in (smem.k, smem.v)
+                    )
+                    GatherProducer(config, loads, (sQ, *boxes), *outside).run()
+                else:
+                    ForwardProducer(config, loads, (sQ, sK, sV), *outside, windows).run()
         else:
             cute.arch.setmaxregister_increase(config.consumer_registers)
             outside = (store, (sQ, sK, sV, sO, sTiles), pipes, work_tiles, bits, results)
@@ -196,6 +208,9 @@ class ForwardSm90:
         window_memory = window_storage(config.tile, config.kv_stages if config.distance_bias else 0)
         if config.alibi:
             window_memory = tile_storage(self.dtype, columns_layout(self.dtype, config.tile_n))
+        o_storage = tile_storage(self.dtype, o_layout)
+        if cutlass.const_expr(config.direct_store):
+            o_storage = cute.struct.MemRange[Float32, 0]
 
         @cute.struct
         class Storage:
@@ -204,11 +219,11 @@ class ForwardSm90:
             v_barriers: barrier_storage(config.kv_stages)
             work_barriers: barrier_storage(WORK_STAGES)
             work: work_storage()
-            tiles: cute.struct.MemRange[Int32, config.kv_stages * 2]
+            tiles: cute.struct.MemRange[Int32, config.kv_stages * (config.tiles_per_step + 1)]
             q: tile_storage(self.dtype, q_layout)
             k: tile_storage(self.dtype, kv_layout)
             v: tile_storage(self.dtype, kv_layout)
-            o: tile_storage(self.dtype, o_layout)
+            o: o_storage
             windows: window_memory
 
         return Storage

@@ -18,6 +18,7 @@ from sparse_flash.kernels import score_terms
 from sparse_flash.kernels.dropout import Dropout, multiply, unit_of_factors
 from sparse_flash.kernels.sm90.alibi import Alibi
 from sparse_flash.kernels.sm90.barriers import ForwardBarrier
+from sparse_flash.kernels.sm90.forward_gather import read_gathered_mask
 from sparse_flash.kernels.sm90.forward_producer import FULL_BEYOND
 from sparse_flash.kernels.sm90.primitives import (
     check_arrivals,
@@ -85,7 +86,7 @@ class ForwardConsumer:
             self.alibi = Alibi(tiled_mmas[:2], self.windows, config.tile_n, self.thread)
         self.store = store
         self.lse, self.out_splits, self.lse_splits, *others = results
-        if const_expr(config.offsets):
+        if const_expr(config.offsets or config.direct_store):
             (self.out,) = others
         self.group = cute.arch.make_warp_uniform(cute.arch.thread_idx()[0] // 128 - 1)
         # V as operand B of O += P V: (head_dim, keys).
@@ -120,11 +121,12 @@ class ForwardConsumer:
             self.begin_terms(work_tile)
             self.q_pipe.consumer_wait(q_state)
             kv_state, remaining = self.step(q_state.index, kv_state, StepKind.FIRST)
+            self.release_q(q_state, True)
         while work_tile.count > 0:
             self.acc_o.fill(0.0)
             for _ in cutlass.range(work_tile.count - 1, unroll=1):
                 kv_state, remaining = self.step(q_state.index, kv_state, StepKind.INNER)
-            self.q_pipe.consumer_release(q_state)
+            self.release_q(q_state, False)
             q_state.advance()
             following = self.work_tiles.take(work_state, self.work_tile_type)
             work_state.advance()
@@ -137,6 +139,7 @@ class ForwardConsumer:
                 self.begin_terms(following)
                 self.q_pipe.consumer_wait(q_state)
                 kv_state, remaining = self.step(q_state.index, kv_state, StepKind.BOUNDARY)
+                self.release_q(q_state, True)
             else:
                 self.v_pipe.consumer_wait(kv_state)
                 gemm(self.mma_pv, self.acc_o, self.p, self.tOrV, kv_state.index, False)
@@ -165,9 +168,10 @@ class ForwardConsumer:
         if const_expr(config.q_in_registers and kind != StepKind.INNER):
             load_a_to_registers(self.mma_qk_rs, self.sQ[None, None, slot], self.rQ, self.thread)
         self.k_pipe.consumer_wait(kv_state)
+        info = None
         if const_expr(config.alibi):
-            bit_tile, remaining = self.read_tile_info(kv_state.index)
-            self.alibi.begin_tile(remaining)
+            info = self.read_tile_info(kv_state.index)
+            self.alibi.begin_tile(info[1])
         if const_expr(kind != StepKind.FIRST):
             self.take_turn()
         of_s = (self.mma_qk, self.tSrQ[None, None, None, slot])
@@ -182,9 +186,7 @@ class ForwardConsumer:
             self.v_pipe.consumer_wait(v_state)
             gemm(self.mma_pv, self.acc_o, self.p, self.tOrV, v_state.index, False)
             self.pass_turn()
-        if const_expr(not config.alibi):
-            bit_tile, remaining = self.read_tile_info(kv_state.index)
-        words = online.mask_words(self.bits, bit_tile, self.group, self.thread)
+        bit_tile, remaining, words = self.read_mask(kv_state.index, info)
         self.draw_flags(bit_tile, remaining)
         warpgroup.wait_group(0 if const_expr(kind == StepKind.FIRST) else 1)
         self.add_terms(acc_s, remaining, kv_state)
@@ -220,6 +222,23 @@ class ForwardConsumer:
             if const_expr(not config.exp_before_pv_wait) or bit_tile >= FULL_BEYOND:
                 online.exp2_and_sum(acc_s, self.stats, scale, 0, row_bias)
         return grown, decay
+
+    @cute.jit
+    def release_q(self, q_state, early: cutlass.Constexpr):
+        """Release Q after the first step of a work tile (`early`) or after the last one."""
+        if const_expr(early == self.config.early_q_release):
+            self.q_pipe.consumer_release(q_state)
+
+    @cute.jit
+    def read_mask(self, stage, info):
+        """Read the bit tile of a step, its number of keys, and the thread's words of bits.
+
+        info: The first two, or None where they were not read yet.
+        """
+        if const_expr(self.config.gathers):
+            return read_gathered_mask(self.config, (self.sTiles, self.bits), stage, self.thread)
+        bit_tile, remaining = self.read_tile_info(stage) if const_expr(info is None) else info
+        return bit_tile, remaining, online.mask_words(self.bits, bit_tile, self.group, self.thread)
 
     @cute.jit
     def add_terms(self, acc_s, remaining, kv_state):
@@ -293,15 +312,18 @@ class ForwardConsumer:
     @cute.jit
     def take_turn(self):
         """Wait until the previous warpgroup has issued its GEMMs."""
-        cute.arch.barrier(barrier_id=ForwardBarrier.TURN + self.group, number_of_threads=PAIR)
+        if const_expr(self.config.takes_turns):
+            cute.arch.barrier(barrier_id=ForwardBarrier.TURN + self.group, number_of_threads=PAIR)
 
     @cute.jit
     def pass_turn(self):
         """Let the next warpgroup issue its GEMMs."""
-        following = (self.group + 1) % self.config.warpgroups
-        check_arrivals("turn", {"waiting": WARPGROUP, "passing": WARPGROUP}, PAIR)
-        assert self.config.warpgroups <= ForwardBarrier.OWN - ForwardBarrier.TURN
-        cute.arch.barrier_arrive(barrier_id=ForwardBarrier.TURN + following, number_of_threads=PAIR)
+        groups = self.config.warpgroups
+        if const_expr(self.config.takes_turns):
+            following = ForwardBarrier.TURN + (self.group + 1) % groups
+            check_arrivals("turn", {"waiting": WARPGROUP, "passing": WARPGROUP}, PAIR)
+            assert groups <= ForwardBarrier.OWN - ForwardBarrier.TURN
+            cute.arch.barrier_arrive(barrier_id=following, number_of_threads=PAIR)
 
     @cute.jit
     def sync_warpgroup(self):
@@ -376,7 +398,10 @@ class ForwardConsumer:
         lse, out_splits, lse_splits = self.lse, self.out_splits, self.lse_splits
         quad, row = self.thread % 4, self.row(0)
         if split_idx < 0:
-            self.store_out(work_tile)
+            if const_expr(self.config.direct_store):
+                self.store_rows(self.out, work_tile)
+            else:
+                self.store_out(work_tile)
             for r in cutlass.range_constexpr(2):
                 q_idx = m_block * self.config.tile_m + row + 8 * r
                 if quad == 0 and q_idx < cute.size(lse, mode=[2]):
@@ -392,11 +417,16 @@ class ForwardConsumer:
     @cute.jit
     def store_rows(self, tensor, work_tile):
         """Store the warpgroup's 64 rows from registers: TMA cannot store at negative rows."""
+        at_positions = const_expr(self.config.offsets)
+        if const_expr(at_positions):
+            start = work_tile.start
+        else:
+            start = work_tile.m_block * self.config.tile_m
         for r in cutlass.range_constexpr(2):
             starts = range(2 * r, cute.size(self.acc_o), 4)
             pairs = [pack_pair(self.acc_o[n], self.acc_o[n + 1], self.dtype) for n in starts]
-            coord = (work_tile.batch, work_tile.start + self.row(r), work_tile.head, 0)
-            store_pairs(tensor, coord, pairs, any_row=True)
+            coord = (work_tile.batch, start + self.row(r), work_tile.head, 0)
+            store_pairs(tensor, coord, pairs, any_row=at_positions)
 
     @cute.jit
     def store_out(self, work_tile):

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from sparse_flash.kernels.compile import Arguments, compile_kernel, load
-from sparse_flash.kernels.sm90.config import BackwardConfig, DqConfig, ForwardConfig
+from sparse_flash.kernels.sm90.backward_config import BackwardConfig
+from sparse_flash.kernels.sm90.config import DqConfig
+from sparse_flash.kernels.sm90.forward_config import ForwardConfig
 from sparse_flash.kernels.sm90.position_config import DecodeConfig, PositionConfig
 
 

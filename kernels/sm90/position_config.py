@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from sparse_flash.kernels.sm90.backward_config import BackwardConfig
 from sparse_flash.kernels.sm90.config import (
     DTYPES,
-    BackwardConfig,
     DqConfig,
-    ForwardConfig,
     backward_configs,
     dq_config,
     forward_configs,
 )
+from sparse_flash.kernels.sm90.forward_config import ForwardConfig
 
 
 @dataclass(frozen=True)

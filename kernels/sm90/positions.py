@@ -24,7 +24,9 @@ from sparse_flash.kernels.positions import (
     row_splits,
 )
 from sparse_flash.kernels.sm90.attention import workspace
-from sparse_flash.kernels.sm90.config import BackwardConfig, DqConfig, ForwardConfig
+from sparse_flash.kernels.sm90.backward_config import BackwardConfig
+from sparse_flash.kernels.sm90.config import DqConfig
+from sparse_flash.kernels.sm90.forward_config import ForwardConfig
 from sparse_flash.kernels.sm90.position_compile import load_position_function
 from sparse_flash.kernels.sm90.position_config import (
     DecodeConfig,

@@ -71,8 +71,11 @@ class Postprocess:
             row += nth * ROWS
         start = sum_address(dq_sum, coord) + 16 * (nth * 32 + lane)
         numbers = [read_four(start + 2048 * i) for i in range(config.dq_tile[1] // 8)]
-        state = chunk // 2 * 2 if const_expr(config.wide) else chunk  # one for both chunks
+        # One state for both chunks in kernels that add dQ from registers.
+        state = chunk // 2 * 2 if const_expr(config.wide or config.small) else chunk
         there = Int32(0) if done[batch, head, state] == FREE else Int32(-1)
+        if const_expr(config.small):  # a bit for each slice: a step may have half of the tile
+            there = Int32(0) - (done[batch, head, state] >> nth & 1)
         scales = [self.scale_of(stats, scale, (batch, head, row + 8 * i)) for i in range(2)]
         if const_expr(config.dq_transposed):
             rows = [(x[:2], x[2:]) for x in numbers]

@@ -5,8 +5,9 @@ from cutlass import Float32, Int32, cute
 from sparse_flash.kernels.combine import CombineGradients, CombineOutput
 from sparse_flash.kernels.score_terms import ScoreTerms
 from sparse_flash.kernels.sm90.backward import BackwardSm90
-from sparse_flash.kernels.sm90.config import BackwardConfig, ForwardConfig
+from sparse_flash.kernels.sm90.backward_config import BackwardConfig
 from sparse_flash.kernels.sm90.forward import ForwardSm90
+from sparse_flash.kernels.sm90.forward_config import ForwardConfig
 from sparse_flash.kernels.split_combine import SplitCombine
 
 

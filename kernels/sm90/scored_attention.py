@@ -18,12 +18,12 @@ from sparse_flash.kernels.score_arguments import (
     sink_gradients,
 )
 from sparse_flash.kernels.sm90 import attention, positions
+from sparse_flash.kernels.sm90.backward_config import BackwardConfig
 from sparse_flash.kernels.sm90.config import (
     BACKWARD_COSTS,
     FORWARD_COSTS,
-    BackwardConfig,
-    ForwardConfig,
 )
+from sparse_flash.kernels.sm90.forward_config import ForwardConfig
 from sparse_flash.kernels.sm90.scored_config import (
     scored_backward_configs,
     scored_forward_at_config,

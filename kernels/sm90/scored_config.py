@@ -8,13 +8,13 @@ from dataclasses import replace
 from typing import Any
 
 from sparse_flash.kernels.score_arguments import ScoreFlags
+from sparse_flash.kernels.sm90.backward_config import BackwardConfig
 from sparse_flash.kernels.sm90.config import (
     DTYPES,
-    BackwardConfig,
-    ForwardConfig,
     backward_configs,
     forward_configs,
 )
+from sparse_flash.kernels.sm90.forward_config import ForwardConfig
 from sparse_flash.kernels.sm90.position_config import forward_at_config
 
 MOST_HEAD_DIM = 128  # of gradients with softcap, bias or dropout
@@ -27,8 +27,9 @@ _CLEARED = ((32, True), (64, False))  # head_dim, and whether there is dropout
 def scored_forward_configs(
     dtype: str, head_dim: int, flags: ScoreFlags
 ) -> tuple[ForwardConfig, ...]:
-    """The forward configs of a head_dim with these features."""
-    return tuple(_with_terms(c, flags) for c in forward_configs(dtype, head_dim))
+    """The forward configs of a head_dim with these features, of tiles of 128 rows and more."""
+    configs = [c for c in forward_configs(dtype, head_dim) if c.tile_m >= 128]
+    return tuple(_with_terms(c, flags) for c in configs)
 
 
 def scored_forward_at_config(dtype: str, head_dim: int, flags: ScoreFlags) -> ForwardConfig:

@@ -25,14 +25,15 @@ Int32 = cutlass.Int32
 def name(config):
     kind = "" if getattr(config, "dq", True) else "-without-dq"
     kind = "-fixed-point" if getattr(config, "fixed_point", False) else kind
-    return f"{config.dtype}-d{config.head_dim}-{config.tile_m}x{config.tile_n}{kind}"
+    tile = config.tile[::-1] if hasattr(config, "dq") else config.tile
+    return f"{config.dtype}-d{config.head_dim}-{tile[0]}x{tile[1]}{kind}"
 
 
 CONFIGS, BACKWARD, DQ = all_forward_configs(), all_backward_configs(), all_dq_configs()
 DATA = data_kernel_names()
 
 
-def compile_well(compiler, kind, index, kernels, tmp_path, warpgroups=2):
+def compile_well(compiler, kind, index, kernels, tmp_path, warpgroups=2, resident=1):
     """The SASS. No spills, no stack; products by WGMMA, and not one after the other."""
     status = compiler(tmp_path, kind, index)
     log = (tmp_path / "log").read_text()
@@ -49,7 +50,7 @@ def compile_well(compiler, kind, index, kernels, tmp_path, warpgroups=2):
     low, *high = sorted(int(n, 16) for n in re.findall(r"USETMAXREG.* 0x([0-9a-f]+)", sass))
     high = high * warpgroups if len(high) == 1 else high  # of all, or of each
     assert len(high) == warpgroups
-    threads = 128 * (1 + warpgroups)
+    threads = 128 * (1 + warpgroups) * resident
     # A launch gives each thread as many; who asks for more than the others leave waits forever.
     assert low + sum(high) <= (1 + warpgroups) * (65536 // threads // 8 * 8)
     return sass
@@ -59,7 +60,8 @@ def compile_well(compiler, kind, index, kernels, tmp_path, warpgroups=2):
 def test_forward_compiles_well(compiler, index, tmp_path):
     config = CONFIGS[index]
     # Attention, and the combination.
-    sass = compile_well(compiler, "forward", index, 2, tmp_path, config.warpgroups)
+    sizes = config.warpgroups, config.resident_ctas
+    sass = compile_well(compiler, "forward", index, 2, tmp_path, *sizes)
     hgmma = len(re.findall(r"\bHGMMA\.", sass))
     # Three steps (first, inner, boundary) with S, and three places (inner, boundary, last) with O.
     assert hgmma == 3 * (config.head_dim // 16 + config.tile_n // 16)
@@ -72,7 +74,12 @@ def test_backward_compiles_well(compiler, index, tmp_path):
     config = BACKWARD[index]
     # Attention; statistics, and in fixed point bounds, before, conversion of dQ and sums after it.
     kernels, warpgroups = 3 + config.dq + config.fixed_point, 3 if config.wide else 2
-    sass = compile_well(compiler, "backward", index, kernels, tmp_path, warpgroups)
+    warpgroups = 1 if config.small else warpgroups
+    sizes = warpgroups, config.resident_ctas
+    sass = compile_well(compiler, "backward", index, kernels, tmp_path, *sizes)
+    if config.small:
+        check_small(config, sass)
+        return
     if config.wide:
         check_wide(config, sass)
         return
@@ -85,6 +92,17 @@ def test_backward_compiles_well(compiler, index, tmp_path):
         hgmma += (5 if config.overlap_items else 3) * queries
     assert len(re.findall(r"\bHGMMA\.", sass)) == hgmma
     assert len(re.findall(r"MUFU\.EX2", sass)) == steps * config.tile_m // 2  # each once
+
+
+def check_small(config, sass):
+    """Two steps, inner and last; S before the first one and in the inner one."""
+    scores, keys, queries = config.head_dim // 16, config.tile_m // 16, config.tile_n // 16
+    chunks = config.head_dim // config.small_dq_columns
+    hgmma = len(re.findall(r"\bHGMMA\.", sass))
+    assert hgmma == 2 * scores + 2 * (scores + 2 * keys + chunks * queries)
+    assert len(re.findall(r"MUFU\.EX2", sass)) == 2 * config.tile_m // 2
+    adds = re.findall(r"\bREDG?\.E\.ADD\.F32x4", sass)
+    assert len(adds) == 2 * config.head_dim // 8
 
 
 def check_wide(config, sass):
@@ -126,9 +144,11 @@ def test_configs():
             found = [backward_configs(dtype, d, deterministic) for d in dims]
             assert [c.head_dim for c, *_ in found] == [32, 64, 64, width, 128, 128]
             assert all(c.fixed_point == deterministic and c.dq for some in found for c in some)
-            tiles_m = [[c.tile_m for c in some] for some in found]
+            tiles_m = [[c.tile_m for c in some if not c.small] for some in found]
             several = [[64]] * 2 if deterministic else [[64, 80]] * 2
             assert tiles_m == [[128], [128], [128], [64], *several]
+            small = [[c.tile for c in some if c.small] for some in found]
+            assert small == [[] if deterministic else [(64, 64), (64, 32)]] * 6
         for head_dim in (136, 192, 200, 256):
             (wide,) = backward_configs(dtype, head_dim)
             assert (wide.head_dim, wide.wide) == (192 if head_dim <= 192 else 256, True)
@@ -193,3 +213,53 @@ def test_walk_of_a_list_on_the_host():
             compiled(tiles, out, first, number, limit)
             some = columns[first : first + number]
             assert out.item() == max(1, int((some * 128 < limit).sum()))
+
+
+def test_keys_of_a_gathered_step_on_the_host():
+    """Against a count of the keys of the step's tiles, of 32 keys each."""
+    from sparse_flash.kernels.sm90.forward_gather import keys_of_step
+
+    @cute.jit
+    def count(out: cute.Tensor, limit: Int32, n_last: Int32, last: Int32):
+        out[0] = keys_of_step(limit, n_last, last, (64, 32), 2)
+
+    out = torch.zeros(1, dtype=torch.int32)
+    compiled = on_host(count, (out,), 3)
+    for limit in (0, 1, 31, 32, 33, 64, 97, 100, 128, 5000):
+        for columns in ([0], [2], [0, 1], [1, 3]):
+            inside = limit - 32 * columns[-1]
+            if len(columns) == 1 or inside > 0:  # `tiles_within` has cut the list
+                compiled(out, limit, columns[-1], len(columns) - 1)
+                keys = 32 * (len(columns) - 1) + inside
+                assert out.item() == (64 if inside >= 32 else keys)
+
+
+@pytest.mark.parametrize("width", [32, 64, 96, 128])
+def test_boxes_of_a_gathered_stage(width):
+    """The boxes of a stage, as TMA loads fill them, are its rows and columns."""
+    from sparse_flash.kernels.sm90.forward_gather import box_layout
+    from sparse_flash.kernels.sm90.primitives import smem_layout
+
+    config = next(c for c in forward_configs("bfloat16", width) if c.gathers)
+    stages, rows, columns = config.kv_stages, config.kv_block, config.box_columns
+    chunks, size = width // columns, config.tiles_per_step
+
+    @cute.jit
+    def copy(memory: cute.Tensor, out: cute.Tensor):
+        boxes, whole = (
+            box_layout(config, cutlass.BFloat16),
+            smem_layout(cutlass.BFloat16, config.tile_n, width, stages),
+        )
+        assert str(boxes.inner) == str(whole.inner)  # the swizzle
+        boxes = cute.make_tensor(memory.iterator, boxes.outer)
+        whole = cute.make_tensor(memory.iterator, whole.outer)
+        for index in cutlass.range(stages * chunks * size * rows * columns):
+            row, column, box = index % rows, index // rows % columns, index // (rows * columns)
+            tile, chunk, stage = box % size, box // size % chunks, box // (size * chunks)
+            here = whole[tile * rows + row, chunk * columns + column, stage]
+            out[index] = boxes[row, column, box] - here
+
+    memory = torch.arange(stages * config.tile_n * width, dtype=torch.int32)
+    out = torch.full_like(memory, -1)
+    on_host(copy, (memory, out))(memory, out)
+    assert not out.any()

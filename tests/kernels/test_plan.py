@@ -17,12 +17,12 @@ from sparse_flash.kernels.sm90 import attention as sm90
 from sparse_flash.kernels.sm90.config import (
     DTYPES,
     FORWARD_COSTS,
-    ForwardConfig,
     all_configs,
     backward_configs,
     dq_config,
     forward_configs,
 )
+from sparse_flash.kernels.sm90.forward_config import ForwardConfig
 
 from sparse_flash import kernels, masks
 from tests.kernels.helpers import H200, plan_on_cpu
@@ -92,8 +92,8 @@ def test_the_config_that_was_chosen_is_the_one_that_is_launched(monkeypatch):
 
 def test_configs_that_do_not_fit_the_gpu_are_not_taken():
     layout = masks.full().layout(4096)
-    planner = sm90.FORWARD[torch.bfloat16, 64]
-    small, large = planner.configs
+    small, large, *_ = sm90.FORWARD[torch.bfloat16, 64].configs
+    planner = Planner((small, large), FORWARD_COSTS, 256)
     assert plan_of(layout, key_of(planner)).config == large
     facts = replace(H200, shared_memory=small.shared_memory)
     assert small.shared_memory < large.shared_memory
@@ -105,7 +105,7 @@ def test_configs_that_do_not_fit_the_gpu_are_not_taken():
 
 def test_a_transposed_plan_has_the_config_of_the_transposed_layout():
     layout = masks.custom(lambda q, kv: (q < 64) & (kv >= 0)).layout(768, block=(64, 64))
-    small, large = forward_configs("bfloat16", 64)
+    small, large, *_ = forward_configs("bfloat16", 64)
     planner = Planner((small, large), FORWARD_COSTS, 256)
     assert plan_of(layout, key_of(planner)).config == small  # 64 of 192 rows would be used
     assert plan_of(layout, key_of(replace(planner, transposed=True))).config == large

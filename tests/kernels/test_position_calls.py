@@ -24,9 +24,10 @@ def launched(monkeypatch):
     from sparse_flash.kernels import launch as launching
     from sparse_flash.kernels.launch import Kernel
     from sparse_flash.kernels.sm90.backward_at import BackwardAtSm90, DqAtSm90
-    from sparse_flash.kernels.sm90.config import BackwardConfig, ForwardConfig
+    from sparse_flash.kernels.sm90.backward_config import BackwardConfig
     from sparse_flash.kernels.sm90.decode import DecodeSm90
     from sparse_flash.kernels.sm90.forward_at import ForwardAtSm90
+    from sparse_flash.kernels.sm90.forward_config import ForwardConfig
 
     calls = []
 

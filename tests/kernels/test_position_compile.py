@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from sparse_flash.kernels.sm90.config import BackwardConfig
+from sparse_flash.kernels.sm90.backward_config import BackwardConfig
 from sparse_flash.kernels.sm90.position_config import DecodeConfig, all_position_configs
 
 from tests.kernels.helpers import common_first

@@ -7,7 +7,8 @@ import pytest
 import torch
 from sparse_flash.kernels.sm80.bias_config import BiasGradientsConfig
 from sparse_flash.kernels.sm90 import attention, positions
-from sparse_flash.kernels.sm90.config import BackwardConfig, ForwardConfig
+from sparse_flash.kernels.sm90.backward_config import BackwardConfig
+from sparse_flash.kernels.sm90.forward_config import ForwardConfig
 from sparse_flash.kernels.sm90.scored_config import all_scored_configs
 
 from sparse_flash import block_sparse_attention, clear_cache, masks, scores

@@ -66,17 +66,19 @@ def test_tile_density_counts_ragged_tiles_whole():
     assert heads.tile_density == (1 + 1 + 1 + 0.75) / 4
 
 
-def test_random_blocks_of_32_execute_most_tiles_of_128():
+def test_random_blocks_of_32_execute_tiles_of_64_x_32():
     layout = masks.random_blocks(0.1, block=32).layout(32768, block=(32, 32))
     assert layout.density == pytest.approx(0.1, abs=0.003)
     assert layout.tile_density == layout.density
     assert layout.computed_density((128, 128)) == pytest.approx(1 - 0.9**16, abs=0.005)
-    assert computed_density(layout, head_dim=128) == layout.computed_density((128, 128))
-    assert computed_density(layout, head_dim=64) == layout.computed_density((192, 128))
-    hint = densities(layout, head_dim=128).hint
-    assert "9.96 % of elements in 81.6 % of tiles" in hint
-    assert "8.2 times" in hint
-    assert "a pattern of 128 x 128 blocks" in hint
+    assert layout.computed_density((64, 32)) == pytest.approx(1 - 0.9**2, abs=0.005)
+    for head_dim in (64, 128):
+        assert computed_density(layout, head_dim) == layout.computed_density((64, 32))
+        assert densities(layout, head_dim).hint is None
+    hint = densities(layout, head_dim=256).hint
+    assert "9.96 % of elements in 56.9 % of tiles" in hint
+    assert "5.7 times" in hint
+    assert "a pattern of 128 x 64 blocks" in hint
 
 
 def test_the_tile_is_that_of_the_config_which_a_plan_takes():

@@ -63,8 +63,8 @@ def test_layouts_that_are_special():
 def test_advice():
     small = masks.random_blocks(0.1, 32).layout(8192, block=(32, 32))
     text = " ".join(predict(small, 8, 128, device="H200").advice)
-    assert re.search(r"blocks of 32 x 32 waste 8\d% of the computed elements", text)
-    assert "or use blocks of 128" in text
+    assert re.search(r"blocks of 32 x 32 waste 4\d% of the computed elements", text)
+    assert "or use blocks of 64" in text
     thin = " ".join(predict(masks.local(4).layout(65536), 8, 128, device="H200").advice)
     assert re.search(r"9\d% of the elements of stored tiles are masked", thin)
     tiny = " ".join(predict(masks.local(128).layout(512), 1, 64, device="H200").advice)

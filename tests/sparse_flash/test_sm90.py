@@ -10,13 +10,13 @@ import torch
 import torch._dynamo.testing
 from sparse_flash.kernels.schedule import schedule
 from sparse_flash.kernels.sm90 import attention as sm90
+from sparse_flash.kernels.sm90.backward_config import BackwardConfig
 from sparse_flash.kernels.sm90.config import (
     FORWARD_COSTS,
-    BackwardConfig,
     BackwardVariant,
-    ForwardConfig,
     variant_config,
 )
+from sparse_flash.kernels.sm90.forward_config import ForwardConfig
 from torch.nn.functional import scaled_dot_product_attention
 
 from sparse_flash import block_sparse_attention, masks

@@ -1,0 +1,151 @@
+"""Configs of the forward kernel on Hopper."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sparse_flash.kernels.distance_table import window_bytes
+
+
+@dataclass(frozen=True)
+class ForwardConfig:
+    """One compiled forward kernel.
+
+    A CTA computes tiles of tile_m x tile_n. head_dim is the largest supported one; the loads pad
+    smaller ones with zeros. The epilogue stores o_columns columns of the output at a time through
+    shared memory.
+
+    With tile_m 64 a CTA has one consumer warpgroup, and several CTAs share a multiprocessor: rows
+    whose keys differ then need not be united in taller tiles.
+
+    Args:
+        tiles_per_step: Tiles of the schedule that a step of tile_n keys computes. The keys of
+            several tiles need not be neighbors: see forward_gather.py.
+        direct_store: Store the output from registers, without shared memory.
+        resident_ctas: CTAs that share a multiprocessor.
+    """
+
+    dtype: str  # "bfloat16" or "float16"
+    head_dim: int
+    tile_m: int
+    tile_n: int = 128
+    q_stages: int = 2
+    kv_stages: int = 2
+    o_columns: int = 0  # 0: all
+    q_in_registers: bool = False  # for the whole work tile
+    clear_tile_info: bool = False  # for fewer registers, see `ForwardConsumer.read_tile_info`
+    tiles_per_step: int = 1
+    direct_store: bool = False
+    resident_ctas: int = 1
+    offsets: bool = False  # queries at positions, see position_work_tiles.py
+    softcap: bool = False  # see score_terms.py, as the next four
+    alibi: bool = False
+    sinks: bool = False
+    dropout: bool = False
+    distance_bias: bool = False
+    arch: str = "sm_90a"
+
+    def __post_init__(self) -> None:
+        if not self.o_columns:
+            object.__setattr__(self, "o_columns", self.head_dim)
+        assert self.tile_m in (64, 128, 192)  # a warpgroup for each 64 rows
+        if self.tile_m == 64:
+            assert not self.scored
+            assert not self.offsets
+            # A multiprocessor has 228 KiB; each CTA reserves 1 KiB more.
+            assert self.resident_ctas * (self.shared_memory + 1024) <= 228 * 1024
+        assert self.tile_n % 16 == 0
+        assert self.tile_n <= 128  # a thread's mask bits of a row fit one 32-bit word
+
+    @property
+    def scored(self) -> bool:
+        """Whether the kernel has score terms, see score_terms.py."""
+        terms = (self.softcap, self.alibi, self.sinks, self.dropout, self.distance_bias)
+        return any(terms)
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        """Rows and keys of a tile of the schedule."""
+        return self.tile_m, self.kv_block
+
+    @property
+    def tile_cost(self) -> float:
+        """Time of a full tile, in units of one of 128 x 128.
+
+        Measured on an H200 at head_dim 64: 571 TFLOP/s with tile_m 192, 461 with 128. Tiles of 64
+        rows are bound by the L2 cache: they read K and V twice as often as those of 128.
+        """
+        cost = {64: 1.0, 128: 1.0, 192: 1.2}[self.tile_m] * self.kv_block / 128
+        return cost * 1.04 if self.gathers else cost
+
+    @property
+    def gathers(self) -> bool:
+        """Whether a step computes several tiles of the schedule."""
+        return self.tiles_per_step > 1
+
+    @property
+    def kv_block(self) -> int:
+        """Keys of a tile of the schedule."""
+        return self.tile_n // self.tiles_per_step
+
+    @property
+    def box_columns(self) -> int:
+        """Columns of K or V that one TMA load of a gathered tile writes: a row of the swizzle."""
+        return 64 if self.head_dim % 64 == 0 else 32
+
+    @property
+    def early_q_release(self) -> bool:
+        """Whether Q is released after the first step, which has loaded it to registers."""
+        return self.q_in_registers and self.tile_m == 64
+
+    @property
+    def split_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Output and logsumexp of one split of a row."""
+        return (self.tile_m, self.head_dim), (self.tile_m,)
+
+    @property
+    def warpgroups(self) -> int:
+        """Consumer warpgroups; each owns 64 query rows."""
+        return self.tile_m // 64
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether the warpgroups alternate their GEMMs."""
+        return self.warpgroups > 1
+
+    @property
+    def exp_before_pv_wait(self) -> bool:
+        """Whether to wait for O += P V only after the exponentials.
+
+        ptxas moves that wait ahead of them. On an H200 three warpgroups then lose 2 to 10 %, while
+        two gain up to 2 %.
+        """
+        return self.warpgroups == 3
+
+    @property
+    def draws_ahead(self) -> bool:
+        """Whether dropout draws while the tensor cores compute S: there are registers for it."""
+        return self.dropout and self.warpgroups == 2
+
+    @property
+    def consumer_registers(self) -> int:
+        """Registers per consumer thread. With the producer's they fill the register file."""
+        if self.warpgroups == 1:
+            return {2: 216, 3: 136}[self.resident_ctas]
+        return {2: 232, 3: 160}[self.warpgroups]
+
+    @property
+    def producer_registers(self) -> int:
+        """Registers per producer thread."""
+        if self.warpgroups == 1:
+            return {2: 40, 3: 24}[self.resident_ctas]
+        return {2: 40, 3: 32}[self.warpgroups]
+
+    @property
+    def shared_memory(self) -> int:
+        """Bytes of shared memory: tiles, and less than 1 KiB of barriers and work items."""
+        rows = self.q_stages * self.tile_m + 2 * self.kv_stages * self.tile_n
+        windows = self.kv_stages * window_bytes(self.tile) if self.distance_bias else 0
+        windows += 32 * self.tile_n if self.alibi else 0  # see alibi.py
+        outputs = 0 if self.direct_store else self.tile_m * self.o_columns
+        return 2 * (rows * self.head_dim + outputs) + windows + 1024
