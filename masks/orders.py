@@ -222,6 +222,8 @@ def _integers(values: Any) -> np.ndarray:
 
 def _ascending(keys: Tensor) -> Tensor:
     """The order of distinct keys, all at least 0."""
+    if torch.compiler.is_dynamo_compiling():  # the graph computes it
+        return torch.argsort(keys)
     end = int(keys.max()) + 1
     if end > 8 * len(keys):
         return torch.argsort(keys)
@@ -240,9 +242,9 @@ def _morton_key(row: Tensor, col: Tensor) -> Tensor:
 
 
 def _spread(x: Tensor) -> Tensor:
-    """Bit i moves to bit 2 i."""
+    """Bit i of 0, 1, 2, ... moves to bit 2 i."""
     moved = torch.zeros_like(x)
-    for bit in range(int(x.max()).bit_length()):
+    for bit in range((x.numel() - 1).bit_length()):
         moved |= (x >> bit & 1) << (2 * bit)
     return moved
 
