@@ -16,8 +16,8 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from sparse_flash.kernels.config import KernelConfig
-from sparse_flash.kernels.device import DeviceFacts
 from sparse_flash.kernels.data_schedules import MakeSchedule
+from sparse_flash.kernels.device import DeviceFacts
 from sparse_flash.kernels.device_schedule import backward_schedule_maker, schedule_maker
 from sparse_flash.kernels.launch import Kernel
 from sparse_flash.kernels.schedule import (
