@@ -10,7 +10,7 @@ range, and takes the maximum and the minimum.
 """
 
 import cutlass
-from cutlass import BFloat16, Boolean, Float32, const_expr, cute
+from cutlass import BFloat16, Boolean, Float32, Int32, const_expr, cute
 from sparse_flash.kernels import online_softmax as online
 from sparse_flash.kernels.score_terms import apply_softcap, tanh
 from sparse_flash.masks.layout import FULL_TILE
@@ -36,8 +36,7 @@ class Softcap:
     def __init__(self, cap_scale, scale_log2, dtype) -> None:
         self.cap_scale, self.scale_log2 = cap_scale, scale_log2
         self.with_minimum = dtype is not BFloat16
-        # In uniform registers.
-        uniform, square = cute.arch.make_warp_uniform, cap_scale * cap_scale
+        square = cap_scale * cap_scale
         factors = [scale_log2 * cap_scale]
         for _ in TANH_POLYNOMIAL[1:]:
             factors.append(factors[-1] * square)
@@ -99,6 +98,11 @@ class Softcap:
                     factor = factor * square + coefficient
                 acc_s[i] = online.exp2(acc_s[i] * factor - scaled)
             online.add_row(acc_s, stats, row)
+
+
+def uniform(x):
+    """x in a uniform register. By its bits, since `make_warp_uniform` converts to an integer."""
+    return cute.arch.make_warp_uniform(x.bitcast(Int32)).bitcast(Float32)
 
 
 @cute.jit

@@ -293,5 +293,8 @@ def test_gradients_at_positions(names, dim, deterministic):
 
     wanted = gradients_by("reference", torch.float64)
     for got, want in zip(gradients_by("sm80", torch.bfloat16), wanted, strict=True):
+        # dS has sum 0 in each row, so the sums over it for a slope or sink are small beside the
+        # errors of tanh.approx (2^-11 of a score) and of the rounded output in their terms.
+        bar = 0.012 if want.ndim > 1 else 0.03
         assert (got - want).abs().max() < 0.03 * want.abs().max()
-        assert (got - want).norm() < 0.012 * want.norm()
+        assert (got - want).norm() < bar * want.norm()
