@@ -85,11 +85,28 @@ def _lra() -> list[Case]:
     ]
 
 
+def _others() -> list[Case]:
+    """Large head_dims, heads that share keys, and blocks smaller than the kernels' tiles."""
+    small = [
+        Case(f"16K random {n}-blocks 0.1", f"random_blocks(0.1, {n}, 3)", 16384, 16, 128, block=n)
+        for n in (64, 32)
+    ]
+    return [
+        Case("8K causal", "causal()", 8192, 8, 192),
+        Case("8K dense", "full()", 8192, 8, 192),
+        Case("8K causal", "causal()", 8192, 8, 256),
+        Case("8K dense", "full()", 8192, 8, 256),
+        Case("8K GQA 32:8 causal", "causal()", 8192, 32, 128, batch=2, kv_heads=8),
+        *small,
+    ]
+
+
 SUITES: dict[str, list[Case]] = {
     "quick": [_paper(128)[0], _paper(64)[3], _long(64)[2]],
     "standard": [
         *(case for d in (128, 64) for case in (*_paper(d), *_long(d))),
         *(case for d in (32, 96) for case in (_paper(d)[0], _paper(d)[4], _long(d)[2])),
         *_lra(),
+        *_others(),
     ],
 }

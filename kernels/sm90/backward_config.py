@@ -57,6 +57,7 @@ class BackwardConfig:
     sliced_statistics: bool = False
     early_weights: bool = False  # for fewer registers, see `BackwardScores.round_weights`
     fixed_point: bool = False
+    sum_first: bool = False
     small: bool = False
     tiles_per_step: int = 1
     resident_ctas: int = 1
@@ -77,7 +78,7 @@ class BackwardConfig:
             # A multiprocessor has 228 KiB; each CTA reserves 1 KiB more.
             assert self.resident_ctas * (self.shared_memory + 1024) <= 228 * 1024
         elif self.wide:
-            assert (self.tile_m, self.q_stages, self.ds_stages) == (64, 2, 2)
+            assert (self.tile_m, self.ds_stages) == (64, 2)
             assert self.head_dim in _WIDE_REGISTERS
             assert not self.fixed_point
             assert not self.offsets

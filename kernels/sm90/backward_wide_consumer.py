@@ -5,7 +5,7 @@ each other's. Two stages of P' and of dS' let each run a tile ahead of the next.
 """
 
 import cutlass
-from cutlass import Float32, Int32, cute, pipeline
+from cutlass import Float32, Int32, const_expr, cute, pipeline
 from cutlass.cute.nvgpu import warp, warpgroup
 from sparse_flash.kernels import online_softmax as online
 from sparse_flash.kernels.sm90.backward_producer import load_relaxed, query_coord, sum_address
@@ -51,6 +51,7 @@ class KeyAccumulator:
     def run(self):
         """Process work tiles until the end of the list."""
         q_state = pipeline.make_pipeline_state(CONSUMER, self.config.q_stages)
+        ds_state = pipeline.make_pipeline_state(CONSUMER, self.config.ds_stages)
         key_state = pipeline.make_pipeline_state(CONSUMER, self.key_pipe.num_stages)
         work_state = pipeline.make_pipeline_state(CONSUMER, self.work_tiles.pipe.num_stages)
         work_tile = self.work_tiles.take(work_state, ColumnWorkTile)
@@ -65,9 +66,11 @@ class KeyAccumulator:
                 mask = self.load_mask(q_state)
                 warpgroup.wait_group(0)
                 self.modify(acc, mask, q_state, remaining)
-                self.publish(acc, q_state, remaining)
+                self.publish(acc, ds_state)
+                ds_state.advance()
                 for _ in cutlass.range(count - 1, unroll=1):
-                    q_state = self.step(key_state, q_state, remaining)
+                    q_state = self.step(key_state, q_state, ds_state, remaining)
+                    ds_state.advance()
                 self.key_pipe.consumer_release(key_state)
                 key_state.advance()
                 self.issue_sum(q_state)
@@ -79,18 +82,27 @@ class KeyAccumulator:
             work_state.advance()
 
     @cute.jit
-    def step(self, key_state, q_state, remaining):
+    def step(self, key_state, q_state, ds_state, remaining):
         """Add a tile to the gradient, and compute the scores of the next one; returns its state."""
         following = q_state.clone()
         following.advance()
-        acc = self.issue_scores(key_state, following)
-        mask = self.load_mask(following)
-        self.issue_sum(q_state)
-        warpgroup.wait_group(self.chunks)
-        self.modify(acc, mask, following, remaining)
-        warpgroup.wait_group(0)  # the GEMM has read `scores`
-        self.sum_pipe.consumer_release(q_state)
-        self.publish(acc, following, remaining)
+        if const_expr(self.config.sum_first):
+            self.issue_sum(q_state)
+            acc = self.issue_scores(key_state, following)
+            mask = self.load_mask(following)
+            warpgroup.wait_group(1)
+            self.sum_pipe.consumer_release(q_state)
+            warpgroup.wait_group(0)
+            self.modify(acc, mask, following, remaining)
+        else:
+            acc = self.issue_scores(key_state, following)
+            mask = self.load_mask(following)
+            self.issue_sum(q_state)
+            warpgroup.wait_group(self.chunks)
+            self.modify(acc, mask, following, remaining)
+            warpgroup.wait_group(0)  # the GEMM has read `scores`
+            self.sum_pipe.consumer_release(q_state)
+        self.publish(acc, ds_state)
         return following
 
     @cute.jit
@@ -180,14 +192,15 @@ class ValueGradient(KeyAccumulator):
         self.score_pipe.consumer_release(q_state)
 
     @cute.jit
-    def publish(self, acc, q_state, remaining):
+    def publish(self, acc, ds_state):
         """Round P', and give it to the warpgroup of dK."""
         for i in cutlass.range_constexpr(cute.size(acc)):
             self.scores[i] = acc[i].to(self.dtype)
-        self.p_pipe.sync_object_empty.wait(q_state.index, q_state.phase ^ 1)
-        goal = self.sP[None, self.thread, None, q_state.index]
+        stage = ds_state.index
+        self.p_pipe.sync_object_empty.wait(stage, ds_state.phase ^ 1)
+        goal = self.sP[None, self.thread, None, stage]
         cute.autovec_copy(cute.make_tensor(self.scores.iterator, goal.shape), goal)
-        cute.arch.mbarrier_arrive(self.p_pipe.sync_object_full.get_barrier(q_state.index))
+        cute.arch.mbarrier_arrive(self.p_pipe.sync_object_full.get_barrier(stage))
 
 
 class KeyGradient(KeyAccumulator):
@@ -229,10 +242,10 @@ class KeyGradient(KeyAccumulator):
                 acc[i] = acc[i] if self.row(i // 2 % 2) < remaining else Float32(0.0)
 
     @cute.jit
-    def publish(self, acc, q_state, remaining):
+    def publish(self, acc, ds_state):
         """Multiply by P', and give dS' to the warpgroup of dQ."""
-        stage = q_state.index
-        self.p_pipe.consumer_wait(q_state)
+        stage = ds_state.index
+        self.p_pipe.consumer_wait(ds_state)
         source = self.sP[None, self.thread, None, stage]
         p = cute.make_rmem_tensor(cute.size(acc), self.dtype)
         cute.autovec_copy(source, cute.make_tensor(p.iterator, source.shape))
@@ -240,7 +253,7 @@ class KeyGradient(KeyAccumulator):
             self.scores[i] = acc[i].to(self.dtype)
         mul_pairs(self.scores, p)
         cute.arch.mbarrier_arrive(self.p_pipe.sync_object_empty.get_barrier(stage))
-        self.ds_pipe.sync_object_empty.wait(stage, q_state.phase ^ 1)
+        self.ds_pipe.sync_object_empty.wait(stage, ds_state.phase ^ 1)
         stmatrix = cute.make_copy_atom(warp.StMatrix8x8x16bOp(num_matrices=4), self.dtype)
         copy = cute.make_tiled_copy_C(stmatrix, self.mma_s).get_slice(self.thread)
         ds = cute.make_tensor(self.scores.iterator, acc.layout)

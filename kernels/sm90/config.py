@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from enum import Enum
+from typing import Any
 
 from sparse_flash.kernels.schedule import CostModel
 from sparse_flash.kernels.sm90.backward_config import BackwardConfig
@@ -82,29 +83,28 @@ _FORWARD = {
 }
 
 
-def _small_forward(
-    head_dim: int, kv_stages: int, resident_ctas: int, tiles_per_step: int
-) -> ForwardConfig:
+def _small_forward(head_dim: int, kv_stages: int, **options: Any) -> ForwardConfig:
     """A config for layouts of small blocks, of which taller tiles compute more than is stored.
 
-    A step takes 64 keys, in one block or in several. Q in registers frees its stage early. At
-    head_dim 128 three stages of K and V leave no shared memory for the output.
+    A step takes 64 keys, or several blocks. Q in registers frees its stage early.
     """
-    config = ForwardConfig(_ANY, head_dim, 64, 64, q_stages=1, q_in_registers=True)
-    return replace(
-        config,
-        kv_stages=kv_stages,
-        resident_ctas=resident_ctas,
-        tiles_per_step=tiles_per_step,
-        direct_store=head_dim == 128,
-    )
+    given: dict[str, Any] = {"q_in_registers": True, "resident_ctas": 2} | options
+    return ForwardConfig(_ANY, head_dim, 64, given.pop("tile_n", 64), 1, kv_stages, **given)
 
 
+# Blocks of 64 keys, and blocks of 32. At head_dim 128 three stages of K and V leave no shared
+# memory for the output.
 _SMALL_FORWARD = {
-    32: (_small_forward(32, 6, 3, 1), _small_forward(32, 6, 2, 2)),
-    64: (_small_forward(64, 3, 3, 1), _small_forward(64, 5, 2, 2)),
-    96: (_small_forward(96, 3, 2, 1), _small_forward(96, 3, 2, 2)),
-    128: (_small_forward(128, 3, 2, 1), _small_forward(128, 3, 2, 2)),
+    32: (_small_forward(32, 6, resident_ctas=3), _small_forward(32, 6, tiles_per_step=2)),
+    64: (
+        _small_forward(64, 3, resident_ctas=3),
+        _small_forward(64, 3, tile_n=128, tiles_per_step=4, direct_store=True),
+    ),
+    96: (_small_forward(96, 3), _small_forward(96, 3, tiles_per_step=2)),
+    128: (
+        _small_forward(128, 3, direct_store=True, q_in_registers=False),
+        _small_forward(128, 3, direct_store=True, tiles_per_step=2),
+    ),
 }
 
 _DQ = {
@@ -150,9 +150,13 @@ def _small_dq(
 
 _SMALL_DQ = {
     32: _small_dq(32, (2, 2), 32, 1),
-    64: _small_dq(64, (2, 2), 64, 2),
+    64: _small_dq(64, (2, 2), 64, 1),
     96: _small_dq(96, (2, 1), 0, 2),
-    128: _small_dq(128, (1, 1), 0, 2),
+    128: _small_dq(128, (1, 1), 0, 1),
+}
+_GATHERED_DQ = {
+    size: replace(config, tiles_per_step=2, p_slices=2 if size == 128 else config.p_slices)
+    for size, config in _SMALL_DQ.items()
 }
 # All gradients in one pass above head_dim 128.
 _WIDE = {
@@ -211,9 +215,7 @@ _VARIANTS = {
     BackwardVariant.DQ: _DQ,
     BackwardVariant.TILE80: _TILE80,
     BackwardVariant.SMALL: _SMALL_DQ,
-    BackwardVariant.GATHERED: {
-        size: replace(config, tiles_per_step=2) for size, config in _SMALL_DQ.items()
-    },
+    BackwardVariant.GATHERED: _GATHERED_DQ,
     BackwardVariant.DETERMINISTIC: _DETERMINISTIC,
     BackwardVariant.WIDE: _WIDE,
     BackwardVariant.DKDV: _DKDV,

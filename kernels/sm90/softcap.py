@@ -101,7 +101,7 @@ class Softcap:
 
 
 def uniform(x):
-    """x in a uniform register. By its bits, since `make_warp_uniform` converts to an integer."""
+    """Keep x in a uniform register: by its bits, since `make_warp_uniform` takes integers."""
     return cute.arch.make_warp_uniform(x.bitcast(Int32)).bitcast(Float32)
 
 

@@ -139,7 +139,7 @@ def test_plans_are_compared_as_objects():
 
 
 def test_all_derived_values_follow_or_none():
-    layout = masks.full().layout(700, block=(64, 64))
+    layout = masks.full().layout(2100, block=(64, 64))
     planner = sm90.FORWARD[torch.bfloat16, 64]
     plan = plan_of(layout, key_of(planner))
     before = plan.schedule.counts.tolist(), plan.schedule.tiles.clone(), layout.col_indices
@@ -149,7 +149,7 @@ def test_all_derived_values_follow_or_none():
             raise ValueError("no")
 
     layout.derived["other"] = Refuses()
-    other = masks.causal().layout(700, block=(64, 64))
+    other = masks.causal().layout(2100, block=(64, 64))
     with pytest.raises(ValueError, match="no"):
         layout.update_(other)
     assert plan.schedule.counts.tolist() == before[0]

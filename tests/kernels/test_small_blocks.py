@@ -55,6 +55,8 @@ class TestChoice:
 
     def test_cases_of_the_benchmark_keep_their_tiles(self):
         for case in SUITES["standard"]:
+            if case.block < 128:
+                continue
             layout = case.pattern.layout(case.length, block=(case.block,) * 2)
             configs = forward_configs(case.dtype, case.head_dim)
             large = [c for c in configs if c.tile_m >= 128]
