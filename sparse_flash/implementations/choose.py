@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from sparse_flash.call import AttentionCall
-from sparse_flash.implementations import sm80, sm90
+from sparse_flash.implementations import sm90
 from sparse_flash.implementations.empty import EmptyBatch
 from sparse_flash.implementations.reference import Reference
 from sparse_flash.implementations.score_features import ScoreFeature
@@ -55,7 +55,6 @@ _EMPTY = EmptyBatch()
 # Why "auto" leaves a call to others, by the name of the implementation.
 _UNTESTED: dict[str, Callable[[AttentionCall], str | None]] = {
     "sm90": sm90.untested_reason,
-    "sm80": sm80.untested_reason,
 }
 
 

@@ -151,12 +151,6 @@ class Sm90:
 
 def untested_reason(call: AttentionCall) -> str | None:
     """Why "auto" leaves a call to other implementations: it was not tested on a GPU."""
-    if _sums_apart(call):
-        return (
-            "gradients of slopes and tables with softcap, deterministic=True, or dropout above "
-            f"head_dim {MOST_WITH_BIAS_AND_DROPOUT} of impl='sm90' were not tested on a GPU in "
-            "this version; ask for it by name"
-        )
     d, d_v = call.q.shape[3], call.v.shape[3]
     if d == d_v or d < d_v <= MOST_TESTED_WIDTH:
         return None
