@@ -45,20 +45,30 @@ def _on_gpu(monkeypatch):
         (SLOPES, True, False, "sm90"),
         (RELATIVE, True, False, "sm90"),
         (RELATIVE, False, True, "sm90"),
+        (DROPOUT, True, False, "sm90"),
+        (DROPOUT, False, True, "sm90"),
+        (WIDTH, False, False, "sm90"),
+        (WIDTH, True, False, "sm90"),
         # What only the portable kernels compute.
+        (WIDTH, False, True, "sm80"),
         (SLOPES, True, True, "sm80"),
         (RELATIVE, True, True, "sm80"),
         (RELATIVE_2D, False, False, "sm80"),
         (RELATIVE_2D, True, False, "sm80"),
         (RELATIVE_2D, False, True, "sm80"),
         (RELATIVE_2D, True, True, "sm80"),
-        (DROPOUT, True, False, "sm90"),
-        (DROPOUT, False, True, "sm90"),
-        (WIDTH, False, False, "sm80"),  # narrower values of sm90: not tested on a GPU
     ],
 )
 def test_auto(feature, gradients, offset, name):
     assert choose("auto", call_of(feature, 64, gradients, offset)).name == name
+
+
+@pytest.mark.parametrize(("head_dim", "width"), [(192, 128), (64, 128), (64, 192)])
+@pytest.mark.parametrize("gradients", [False, True])
+def test_values_of_another_width(head_dim, width, gradients):
+    call = call_of(WIDTH, head_dim, gradients, False)
+    call = replace(call, v=call.v.new_empty(*call.v.shape[:3], width))
+    assert choose("auto", call).name == "sm90"
 
 
 def test_by_name():
