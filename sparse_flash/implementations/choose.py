@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from sparse_flash.call import AttentionCall
-from sparse_flash.implementations import sm80, sm90
 from sparse_flash.implementations.empty import EmptyBatch
 from sparse_flash.implementations.reference import Reference
 from sparse_flash.implementations.score_features import ScoreFeature
@@ -52,11 +50,6 @@ class Implementation(Protocol):
 # Best first: "auto" takes the first one that can run a call; the last one runs all.
 IMPLEMENTATIONS: tuple[Implementation, ...] = (Sm90(), Sm80(), Reference())
 _EMPTY = EmptyBatch()
-# Why "auto" leaves a call to others, by the name of the implementation.
-_UNTESTED: dict[str, Callable[[AttentionCall], str | None]] = {
-    "sm90": sm90.untested_reason,
-    "sm80": sm80.untested_reason,
-}
 
 
 def choose(impl: str, call: AttentionCall) -> Implementation:
@@ -86,8 +79,6 @@ def _best(call: AttentionCall) -> Implementation:
     reasons: list[str] = []
     for implementation in IMPLEMENTATIONS:
         reason = implementation.unsupported_reason(call)
-        if reason is None and implementation.name in _UNTESTED:
-            reason = _UNTESTED[implementation.name](call)
         if reason is None:
             if implementation is IMPLEMENTATIONS[-1] and call.q.is_cuda:
                 name = implementation.name

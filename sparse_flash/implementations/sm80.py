@@ -126,18 +126,6 @@ class Sm80:
         return found.dq, found.dk, found.dv, *of_terms
 
 
-def untested_reason(call: AttentionCall) -> str | None:
-    """Why "auto" leaves a call to other implementations: it was not tested on a GPU."""
-    terms = call.terms
-    relative = terms is not None and not (terms.table is None and terms.image_table is None)
-    if not relative and not bias_sums.wants_biases(call):
-        return None
-    return (
-        "relative positions and gradients of slopes and tables of impl='sm80' were not tested on "
-        "a GPU in this version; ask for it by name"
-    )
-
-
 def _flags(call: AttentionCall) -> ScoreFlags:
     return NO_FLAGS if call.terms is None else _arguments(call).flags
 

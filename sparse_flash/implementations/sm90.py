@@ -26,8 +26,6 @@ from sparse_flash.kernels.sm90 import attention, positions, scored_attention
 from sparse_flash.kernels.sm90.scored_config import MOST_HEAD_DIM, MOST_WITH_BIAS_AND_DROPOUT
 from sparse_flash.masks.device_layout import DeviceLayout
 
-MOST_TESTED_WIDTH = 128  # of values that are wider than queries
-
 
 class Plans(NamedTuple):
     """The plans of both passes; `backward` is None where no gradients are needed.
@@ -147,23 +145,6 @@ class Sm90:
         if isinstance(layout, DeviceLayout) and plans.dkdv.errors is not None:
             data_layouts.mark_backward(layout, plans.dkdv.errors, dq, dk, dv)
         return dq, dk, dv
-
-
-def untested_reason(call: AttentionCall) -> str | None:
-    """Why "auto" leaves a call to other implementations: it was not tested on a GPU."""
-    if _sums_apart(call):
-        return (
-            "gradients of slopes and tables with softcap, deterministic=True, or dropout above "
-            f"head_dim {MOST_WITH_BIAS_AND_DROPOUT} of impl='sm90' were not tested on a GPU in "
-            "this version; ask for it by name"
-        )
-    d, d_v = call.q.shape[3], call.v.shape[3]
-    if d == d_v or d < d_v <= MOST_TESTED_WIDTH:
-        return None
-    return (
-        f"head_dim {d} with values of {d_v} of impl='sm90' was not tested on a GPU in this "
-        "version; ask for it by name"
-    )
 
 
 def _at_positions(call: AttentionCall) -> bool:

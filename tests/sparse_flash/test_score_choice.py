@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import replace
 
 import pytest
@@ -28,12 +27,6 @@ from tests.kernels.helpers import H200
 from tools.score_table import call_of
 
 
-def everything_is_tested(monkeypatch):
-    """As "auto" chooses when all of it was tested on a GPU."""
-    module = importlib.import_module("sparse_flash.implementations.choose")
-    monkeypatch.setattr(module, "_UNTESTED", {})
-
-
 @pytest.fixture(autouse=True)
 def _on_gpu(monkeypatch):
     for module in (sm80, sm90):
@@ -54,30 +47,28 @@ def _on_gpu(monkeypatch):
         (RELATIVE, False, True, "sm90"),
         (DROPOUT, True, False, "sm90"),
         (DROPOUT, False, True, "sm90"),
-        (WIDTH, False, False, "sm80"),  # narrower values of sm90: not tested on a GPU
+        (WIDTH, False, False, "sm90"),
+        (WIDTH, True, False, "sm90"),
+        # What only the portable kernels compute.
+        (WIDTH, False, True, "sm80"),
+        (SLOPES, True, True, "sm80"),
+        (RELATIVE, True, True, "sm80"),
+        (RELATIVE_2D, False, False, "sm80"),
+        (RELATIVE_2D, True, False, "sm80"),
+        (RELATIVE_2D, False, True, "sm80"),
+        (RELATIVE_2D, True, True, "sm80"),
     ],
 )
 def test_auto(feature, gradients, offset, name):
     assert choose("auto", call_of(feature, 64, gradients, offset)).name == name
 
 
-@pytest.mark.parametrize(
-    ("feature", "gradients", "offset"),
-    [
-        (SLOPES, True, True),
-        (RELATIVE, True, True),
-        (RELATIVE_2D, False, False),
-        (RELATIVE_2D, True, False),
-        (RELATIVE_2D, True, True),
-    ],
-)
-def test_biases_of_sm80(monkeypatch, feature, gradients, offset):
-    """By name, until they were tested on a GPU."""
-    call = call_of(feature, 64, gradients, offset)
-    assert choose("auto", call).name == "reference"
-    assert choose("sm80", call).name == "sm80"
-    everything_is_tested(monkeypatch)
-    assert choose("auto", call).name == "sm80"
+@pytest.mark.parametrize(("head_dim", "width"), [(192, 128), (64, 128), (64, 192)])
+@pytest.mark.parametrize("gradients", [False, True])
+def test_values_of_another_width(head_dim, width, gradients):
+    call = call_of(WIDTH, head_dim, gradients, False)
+    call = replace(call, v=call.v.new_empty(*call.v.shape[:3], width))
+    assert choose("auto", call).name == "sm90"
 
 
 def test_by_name():
@@ -95,21 +86,25 @@ def test_by_name():
 def test_auto_outside_hopper(monkeypatch, feature, gradients, offset, head_dim):
     """The kernels for Ampere compute them at all head_dims, and at positions."""
     monkeypatch.setattr(sm90, "unsupported_reason", lambda *_: "no Hopper")
-    everything_is_tested(monkeypatch)
     assert choose("auto", call_of(feature, head_dim, gradients, offset)).name == "sm80"
 
 
+def with_terms(call, **terms):
+    return replace(call, terms=call.terms._replace(**terms))
+
+
 @pytest.mark.parametrize("feature", [SLOPES, RELATIVE, RELATIVE_2D], ids=lambda f: f.name)
-def test_gradients_of_biases(monkeypatch, feature: ScoreFeature):
+def test_gradients_of_biases(feature: ScoreFeature):
     """With a softcap, in a fixed order, with dropout, and of a large head_dim."""
-    everything_is_tested(monkeypatch)
     call = call_of(feature, 64, True, False)
     seed = torch.zeros(1, dtype=torch.int64, device="meta")
+    dropout = {"seed": seed, "dropped": 26}
     first = "sm80" if feature is RELATIVE_2D else "sm90"
     for changed, name in (
-        (replace(call, terms=call.terms._replace(softcap=3.0)), first),
+        (with_terms(call, softcap=3.0), first),
         (replace(call, deterministic=True), first),
-        (replace(call, terms=call.terms._replace(softcap=3.0, seed=seed, dropped=26)), first),
+        (with_terms(call, softcap=3.0, **dropout), first),
+        (with_terms(call_of(feature, 128, True, False), **dropout), first),
         (call_of(feature, 256, True, False), "sm80"),
     ):
         assert choose("auto", changed).name == name
