@@ -213,9 +213,10 @@ def pretrained() -> str:
     )
 
 
-def foreground_tiles() -> str:
-    """The computed share of the matrix where images decide the layout."""
-    return f"{100 * run('path-x-foreground-seed0')['stages'][-1]['computed_density']:.0f} %"
+def foreground_tiles(name: str) -> str:
+    """The computed share of the matrix where images decide the layout, of the last stage."""
+    density = 100 * run(name)["stages"][-1]["computed_density"]
+    return f"{density:.{0 if density >= 10 else 1}f} %"
 
 
 def unbroken() -> str:
