@@ -171,7 +171,8 @@ class Arguments:
             found |= {"seed": seed, "dropped": Int32(1), "keep_scale": Float32(1.0)}
         if self.config.distance_bias:
             length = self.size(divisibility=16)
-            found |= {"bias": self.floats(self.h, 2, length), "bias_rows": Int32(1)}
+            found |= {"bias": self.floats(self.h, 2, length)}
+            found |= {"bias_rows": Int32(1), "bias_radius": Int32(1)}
         if getattr(self.config, "distance_grads", False):  # of the backward pass alone
             found |= {"bias_sums": self.sums(length)}
         return (ScoreTerms(**found, **self.image_terms()),)

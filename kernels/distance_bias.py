@@ -11,6 +11,8 @@ through shared memory, and adds the sums to global memory, in no particular orde
 
 from __future__ import annotations
 
+import operator
+
 import cutlass
 from cutlass import Float32, Int32, const_expr, cute
 from sparse_flash.kernels.distance_table import COPIES, ROWS, window_size
@@ -30,7 +32,7 @@ class DistanceWindows:
 
     def __init__(self, terms, windows, tile: tuple[int, int]) -> None:
         self.bias, self.num_rows, self.windows = terms.bias, terms.bias_rows, windows
-        self.rows, self.size = tile[0], window_size(tile)
+        self.radius, self.rows, self.size = terms.bias_radius, tile[0], window_size(tile)
 
     @cute.jit
     def load(self, head, row, column, stage, barrier):
@@ -55,17 +57,34 @@ class DistanceWindows:
             )
 
     @cute.jit
+    def is_constant(self, apart, shape: cutlass.Constexpr):
+        """Whether some rows and columns have one value: none of them is within the radius.
+
+        apart: Position of the first row minus that of the first column. shape: Rows, columns.
+        """
+        rows, columns = shape
+        return apart - (columns - 1) >= self.radius or apart + (rows - 1) <= -self.radius
+
+    @cute.jit
+    def value(self, stage, row):
+        """Value of the thread's first element. row: In the tile."""
+        return self.windows[self.start(row) + ROWS, 0, stage]
+
+    def start(self, row):
+        """Index of the value ROWS columns before the thread's first element."""
+        # All that depends on the thread is one number, which takes one register; with an odd row
+        # it is in the second copy, whose values begin one later.
+        own = row % 2 * (self.size - 1) - row + 2 * (cute.arch.lane_idx() % 4)
+        return own + (self.rows - ROWS)
+
+    @cute.jit
     def values(self, stage, row, first: cutlass.Constexpr, size: cutlass.Constexpr):
         """Values for `size` elements of a thread's accumulators, from element `first` on.
 
         row: In the tile, of the thread's first element. Returns a list.
         """
-        lane, groups = cute.arch.lane_idx(), size // 4 + 1  # of 8 columns
-        # All that depends on the thread is one number, which takes one register; with an odd row
-        # it is in the second copy, whose values begin one later.
-        own = row % 2 * (self.size - 1) - row + 2 * (lane % 4)
-        start = own + (self.rows + 2 * first - ROWS)
-        mine = self.windows[None, 0, stage].iterator + start
+        groups = size // 4 + 1  # of 8 columns
+        mine = self.windows[None, 0, stage].iterator + (self.start(row) + 2 * first)
         values = cute.make_rmem_tensor((2, groups), Float32)
         layout = cute.make_layout((2, groups), stride=(1, 8))
         cute.autovec_copy(cute.make_tensor(mine.align(8), layout), values)
@@ -115,6 +134,17 @@ def add_diagonals(ds, scratch, sums, factor=None):
             total += scratch[first + row * (stride + 1)]
         if diagonal < width and total != 0.0:
             add_to_sum((sums + diagonal).toint(), total, factor)
+
+
+@cute.jit
+def add_total(ds, address):
+    """Add all elements of a warp's dS to one sum in global memory."""
+    totals = [ds[i].to(Float32) for i in range(cute.size(ds))]
+    while const_expr(len(totals) > 1):  # in pairs: the chains are short
+        totals = [sum(totals[i : i + 2]) for i in range(0, len(totals), 2)]
+    total = cute.arch.warp_reduction(totals[0], operator.add)
+    if cute.arch.lane_idx() == 0:
+        add_to_sum(address.toint(), total)
 
 
 @cute.jit

@@ -13,6 +13,7 @@ from torch import Tensor
 
 ROWS = 8  # distance of the two rows of a thread's accumulators
 COPIES = 2  # of the values; the second one begins at value 1
+UNBOUNDED = 1 << 30  # more than any distance
 
 
 def window_size(tile: tuple[int, int]) -> int:
@@ -41,6 +42,13 @@ class DistanceBias(NamedTuple):
 
     slopes: Tensor | None
     table: Tensor | None
+
+    @property
+    def radius(self) -> int:
+        """From this distance on all values of a head and side are equal."""
+        if self.table is None or self.slopes is not None:
+            return UNBOUNDED
+        return self.table.shape[1] // 2
 
 
 class DistanceGrid(NamedTuple):

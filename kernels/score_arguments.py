@@ -124,10 +124,10 @@ class ScoreArguments(NamedTuple):
         dropout: tuple[Any, ...] = (None, None, None)
         if self.seed is not None:
             dropout = (self.seed.view(torch.int32), self.dropped, self.keep_scale)
-        bias: tuple[Any, ...] = (None, None)
+        bias: tuple[Any, ...] = (None, None, None)
         if self.bias is not None:
             assert grid is not None
-            bias = (values_of(self.bias, grid, unit), grid.rows)
+            bias = (values_of(self.bias, grid, unit), grid.rows, self.bias.radius)
         image: tuple[Any, ...] = (None, None)
         if self.image is not None:
             assert grid is not None

@@ -35,6 +35,7 @@ class ScoreTerms(NamedTuple):
     keep_scale: Float32 | None = None  # 256 / (256 - dropped)
     bias: cute.Tensor | None = None  # by distance: see distance_table.values_of
     bias_rows: Int32 | None = None  # DistanceGrid.rows
+    bias_radius: Int32 | None = None  # DistanceBias.radius
     bias_sums: cute.Tensor | None = None  # gradients of the values, (h, length) float32
     image: cute.Tensor | None = None  # by distances on an image: see image_table.image_values
     image_numbers: cute.Tensor | None = None  # of positions, int32: see image_table

@@ -6,7 +6,7 @@ import cutlass
 from cutlass import Float32, Int32, const_expr, cute
 from sparse_flash.kernels import online_softmax as online
 from sparse_flash.kernels import score_terms
-from sparse_flash.kernels.distance_bias import add_diagonals, clear_scratch
+from sparse_flash.kernels.distance_bias import add_diagonals, add_total, clear_scratch
 from sparse_flash.kernels.distance_table import ROWS
 from sparse_flash.kernels.sm90.primitives import add_products, mul_pairs, split_signs
 from sparse_flash.kernels.vectors import as_pairs, round_pair
@@ -129,10 +129,13 @@ class BackwardScores:
             sums, warp = self.terms.bias_sums, self.group * 4 + self.thread // 32
             start = self.terms.bias_rows + place.query - place.key - ROWS
             index = cute.crd2idx((place.head, start), sums.layout)
-            for p_slice in cutlass.range_constexpr(self.config.p_slices):
-                mine, first = self.slice_of(ds, p_slice)
-                goal = sums.iterator + (index + 2 * first)
-                add_diagonals(mine, self.scratch[None, warp], goal)
+            if self.windows.is_constant(place.key - place.query, (16, self.config.tile_m)):
+                add_total(ds, sums.iterator + (index + ROWS))
+            else:
+                for p_slice in cutlass.range_constexpr(self.config.p_slices):
+                    mine, first = self.slice_of(ds, p_slice)
+                    goal = sums.iterator + (index + 2 * first)
+                    add_diagonals(mine, self.scratch[None, warp], goal)
 
     @cute.jit
     def derive(self, ds, acc_dp, factors, delta, p_slice: cutlass.Constexpr):

@@ -124,6 +124,13 @@ class ForwardConfig:
         return self.warpgroups == 3
 
     @property
+    def skips_constant_bias(self) -> bool:
+        """Whether the maxima of rows take a bias by distance that is one value for a warp's tile,
+        instead of all its scores. With a softcap there are no registers for both ways.
+        """
+        return self.distance_bias and not self.softcap
+
+    @property
     def draws_ahead(self) -> bool:
         """Whether dropout draws while the tensor cores compute S: there are registers for it."""
         return self.dropout and self.warpgroups == 2

@@ -11,7 +11,7 @@ work tile is issued together with the last one of this work tile, so short rows 
 from enum import IntEnum
 
 import cutlass
-from cutlass import Float32, Int32, Uint32, const_expr, cute, pipeline
+from cutlass import Boolean, Float32, Int32, Uint32, const_expr, cute, pipeline
 from cutlass.cute.nvgpu import cpasync, warp, warpgroup
 from sparse_flash.kernels import online_softmax as online
 from sparse_flash.kernels import score_terms
@@ -73,6 +73,7 @@ class ForwardConsumer:
             # Batch entry and head in one, and positions of the warp's first row and of the first
             # key beyond the end.
             self.places = cute.make_rmem_tensor(3, Int32)
+            self.bias = cute.make_rmem_tensor(1, Float32)  # see `add_bias`
         if const_expr(caps_alone(config)):
             self.softcap = Softcap(self.terms.cap_scale, scale_log2, dtype)
         if const_expr(config.dropout):
@@ -207,6 +208,8 @@ class ForwardConsumer:
         """Replace scores by P. Returns whether to rescale O, and the factors."""
         config, threshold = self.config, self.rescale_threshold
         row_bias = self.alibi.row_bias if const_expr(config.alibi) else None
+        if const_expr(config.skips_constant_bias):
+            row_bias = (self.bias[0], self.bias[0])
         if const_expr(not caps_alone(config)):
             if bit_tile != FULL_TILE:
                 online.apply_mask(acc_s, words, online.columns_within(remaining, self.thread))
@@ -250,11 +253,25 @@ class ForwardConsumer:
         if const_expr(self.config.alibi):
             self.alibi.add(acc_s, remaining)
         if const_expr(self.config.distance_bias):
-            values = self.windows.values(kv_state.index, self.row(0), 0, cute.size(acc_s))
-            for i in cutlass.range_constexpr(cute.size(acc_s)):
-                acc_s[i] = acc_s[i] + values[i]
+            self.add_bias(acc_s, remaining, kv_state.index)
             cute.arch.sync_warp()  # one lane releases for all
             self.k_pipe.consumer_release(kv_state)
+
+    @cute.jit
+    def add_bias(self, acc_s, remaining, stage):
+        """Add the bias by distance to S; where it is one value, leave that to the rows' maxima."""
+        config, row, bias = self.config, self.row(0), self.bias
+        constant = Boolean(False)
+        if const_expr(config.skips_constant_bias):
+            apart = self.places[1] - self.places[2] + remaining
+            constant = self.windows.is_constant(apart, (16, config.tile_n))
+            bias[0] = Float32(0.0)
+        if constant:
+            bias[0] = self.windows.value(stage, row)
+        else:
+            values = self.windows.values(stage, row, 0, cute.size(acc_s))
+            for i in cutlass.range_constexpr(cute.size(acc_s)):
+                acc_s[i] = acc_s[i] + values[i]
 
     @cute.jit
     def draw_flags(self, bit_tile, remaining):
@@ -280,7 +297,8 @@ class ForwardConsumer:
     @cute.jit
     def begin_terms(self, work_tile):
         """Prepare positions of a work tile, and the coefficient of its head."""
-        if const_expr(self.config.alibi or self.config.dropout):
+        placed = self.config.dropout or self.config.skips_constant_bias
+        if const_expr(self.config.alibi or placed):
             kv_lens, *at = self.lengths
             limit = kv_lens[work_tile.batch]
             if const_expr(self.config.offsets):  # as in `Positions.shift`
@@ -290,7 +308,7 @@ class ForwardConsumer:
             if const_expr(self.config.alibi):
                 coefficient = self.terms.coefficient(work_tile.head)
                 self.alibi.begin(coefficient, query + self.row(0) - limit)
-            if const_expr(self.config.dropout):
+            if const_expr(placed):
                 heads = cute.size(self.lse, mode=[1])
                 self.places[0] = work_tile.batch * heads + work_tile.head
                 self.places[1] = query + self.group * 64 + self.thread // 32 * 16

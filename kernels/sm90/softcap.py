@@ -6,7 +6,8 @@ is a polynomial in S, which the FMA units compute. The other tiles take the tanh
 
 The maximum of |S| decides between both. In bfloat16 it is also the bound that replaces the row's
 maximum, so it costs no further instruction: P may then be as small as 2^-GAP. Float16 has no such
-range, and takes the maximum and the minimum.
+range, and takes the maximum and the minimum. Tiles with masked elements take the maximum of the
+others: P of a row's only key is 1, which rounding leaves as it is.
 """
 
 import cutlass
@@ -62,9 +63,8 @@ class Softcap:
         if short:
             if bit_tile != FULL_TILE:
                 online.apply_mask(acc_s, words, online.columns_within(*columns), MASKED)
-                if const_expr(self.with_minimum):  # maxima without masked elements
-                    for row in cutlass.range_constexpr(2):
-                        tops[row] = tanh(online.row_max(acc_s, row) * self.cap_scale)
+                for row in cutlass.range_constexpr(2):
+                    tops[row] = self.top_of(online.row_max(acc_s, row))
         else:
             apply_softcap(acc_s, self.cap_scale)
             if bit_tile != FULL_TILE:
@@ -92,12 +92,21 @@ class Softcap:
         for row in cutlass.range_constexpr(2):
             scaled = stats[row, 0] * self.scale_log2
             for i in online.row_elements(acc_s, row):
-                square = acc_s[i] * acc_s[i]
-                factor = self.coefficients[-1]
-                for coefficient in self.coefficients[-2::-1]:
-                    factor = factor * square + coefficient
-                acc_s[i] = online.exp2(acc_s[i] * factor - scaled)
+                acc_s[i] = online.exp2(acc_s[i] * self.factor(acc_s[i]) - scaled)
             online.add_row(acc_s, stats, row)
+
+    def factor(self, s):
+        """Exponent of a short score over its S."""
+        square, factor = s * s, self.coefficients[-1]
+        for coefficient in self.coefficients[-2::-1]:
+            factor = factor * square + coefficient
+        return factor
+
+    @cute.jit
+    def top_of(self, s):
+        """A maximum of S with the softcap, by the polynomial; -1 where all elements are masked."""
+        top = s * self.factor(s) / self.scale_log2
+        return top if s >= -self.limit else Float32(-1.0)
 
 
 def uniform(x):
