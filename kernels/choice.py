@@ -16,7 +16,7 @@ from sparse_flash.masks.blockwise import Numbers, minimum, numbers, take, tensor
 from sparse_flash.masks.layout import BlockLayout
 
 _GRID = 1 << 24  # tiles of which a table of bools is made
-_FEW = 1 << 18  # blocks of which such a table takes less time than an operation on each tile
+_FEW = 1 << 14  # blocks of which such a table takes less time than an operation on each tile
 
 Config = TypeVar("Config", bound=KernelConfig)
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
-from sparse_flash.masks import bits
+from sparse_flash.masks import bits, host
 from sparse_flash.masks.assemble import EMPTY_TILE, FULL_TILE, dtype_of
 from sparse_flash.masks.blockwise import numbers, tensor
 from sparse_flash.masks.io import Lengths
@@ -48,6 +48,14 @@ def bits_at(predicate: Any, offsets: NDArray[np.int64], block: int) -> NDArray[n
     lines = _truth(predicate, distinct, block)
     packed: NDArray[np.uint8] = _packed(lines, block).numpy()[twin]
     return packed
+
+
+def kinds(rows: NDArray[np.int64], cols: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+    """The first tile of each diagonal, and the diagonal of each tile at these block indices."""
+    distance = rows - cols
+    least = distance.min(initial=0)
+    distinct, twin = host.unique(tensor(distance - least), int(distance.max(initial=0) - least) + 1)
+    return host.firsts(twin, len(distinct)), twin
 
 
 def _lines(
