@@ -269,7 +269,8 @@ def _items(
     """
     of, length = take(parts, row), take(tiles, row)
     nth = blockwise.arange(len(row), row) - take(blockwise.starts(parts), row)
-    start, stop = length * nth // of, length * (nth + 1) // of
+    # Quotients of floats are exact below 2^53, and take a tenth of the time of `//`.
+    start, stop = (int64(convert(length * n, "float64") / of) for n in (nth, nth + 1))
     split = of > 1
     part = where(split, split.cumsum(0) - 1, -1)
     return take(begin, row) + start, stop - start, part

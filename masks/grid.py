@@ -147,25 +147,44 @@ def arrays_of_tables(
 
     packed: The bit tiles of each table, distinct within it; or those of all, distinct.
     """
-    crow, cols, entries = [], [], []
+    stored, entries = [], []
+    for table in tables:
+        line = np.ascontiguousarray(table).reshape(-1)
+        stored.append(np.flatnonzero(line != EMPTY_TILE))
+        entries.append(line.take(stored[-1]))
+    return arrays_of_stored(stored, entries, tables[0].shape, packed)
+
+
+def arrays_of_stored(
+    stored: list[NDArray[np.int64]],
+    entries: list[Table],
+    shape: tuple[int, int],
+    packed: list[Tensor] | Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `arrays_of_tables`.
+
+    Args:
+        stored: The stored tiles of each pattern: row x number of columns + column, ascending.
+        entries: Their bit tiles, or FULL_TILE.
+        shape: Numbers of rows and of columns.
+        packed: As in `arrays_of_tables`.
+    """
+    crow, cols, of_all = [], [], []
     num_tiles = num_bit_tiles = 0
     shared = isinstance(packed, Tensor)
-    for pattern, table in enumerate(tables):
-        down, across = table.shape
-        line = np.ascontiguousarray(table).reshape(-1)
-        stored = np.flatnonzero(line != EMPTY_TILE)
-        ends = np.searchsorted(stored, across * np.arange(down + 1))
+    down, across = shape
+    first = np.arange(0, down * across, across, dtype=np.int32)  # tile of each row
+    for pattern, (tiles, entry) in enumerate(zip(stored, entries, strict=True)):
+        ends = np.searchsorted(tiles, across * np.arange(down + 1))
         crow.append(ends + num_tiles)
-        begin = np.arange(0, down * across, across, dtype=np.int32)
-        cols.append(stored.astype(np.int32) - begin.repeat(np.diff(ends)))
-        entry = line.take(stored).astype(np.int32)
-        entries.append(
-            np.where(entry < 0, entry, entry + num_bit_tiles) if num_bit_tiles else entry
-        )
-        num_tiles += len(stored)
+        cols.append(tiles.astype(np.int32))
+        cols[-1] -= first.repeat(np.diff(ends))
+        index = entry.astype(np.int32)
+        of_all.append(np.where(index < 0, index, index + num_bit_tiles) if num_bit_tiles else index)
+        num_tiles += len(tiles)
         num_bit_tiles += 0 if shared else len(packed[pattern])
-    tiles = packed if isinstance(packed, Tensor) else host.cat(packed)
-    distinct = shared or len(tables) == 1
-    tiles, indices = renumber(tiles, tensor(np.concatenate(entries)), distinct)
+    bit_tiles = packed if isinstance(packed, Tensor) else host.cat(packed)
+    distinct = shared or len(stored) == 1
+    bit_tiles, indices = renumber(bit_tiles, tensor(np.concatenate(of_all)), distinct)
     made = np.stack(crow).astype(np.int32), np.concatenate(cols)
-    return tensor(made[0]), tensor(made[1]), indices, tiles
+    return tensor(made[0]), tensor(made[1]), indices, bit_tiles

@@ -123,9 +123,9 @@ def unique(x: Tensor, end: int | None = None) -> tuple[Tensor, Tensor]:
     if end is None:
         distinct, index = np.unique(x.numpy(), return_inverse=True)
     else:
-        seen = np.zeros(end, np.bool_)
-        seen[x.numpy()] = True
-        distinct, index = np.flatnonzero(seen), (np.cumsum(seen) - 1)[x.numpy()]
+        number, seen = x.numpy().astype(np.int64, copy=False), np.zeros(end, np.bool_)
+        seen[number] = True
+        distinct, index = np.flatnonzero(seen), (seen.cumsum() - 1).take(number)
     return torch.from_numpy(distinct), torch.from_numpy(index)
 
 

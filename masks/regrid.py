@@ -78,15 +78,15 @@ def regrid(
     codes = _codes(layout, parts, dtype)
     stored = [_numbers(table, axes, base) for table in codes]
     number, index = _distinct(np.concatenate([number for _, number in stored]), size)
-    entry, tiles = _made(layout, number, axes, block)
-    tables, start = [], 0
+    entry, bit_tiles = _made(layout, number, axes, block)
+    tiles = [some for some, _ in stored]
+    entries = np.split(entry.take(index), np.cumsum([len(some) for some in tiles[:-1]]))
+    if (entry == EMPTY_TILE).any():  # of parts without allowed elements
+        kept = [np.flatnonzero(some != EMPTY_TILE) for some in entries]
+        tiles = [some.take(keep) for some, keep in zip(tiles, kept, strict=True)]
+        entries = [some.take(keep) for some, keep in zip(entries, kept, strict=True)]
     shape = len(axes[0].first), len(axes[1].first)
-    for tiles_of_pattern, some in stored:
-        table = np.full(shape, EMPTY_TILE, entry.dtype)
-        table.ravel()[tiles_of_pattern] = entry[index[start : start + len(some)]]
-        tables.append(table)
-        start += len(some)
-    arrays = grid.arrays_of_tables(tables, tiles)
+    arrays = grid.arrays_of_stored(tiles, entries, shape, bit_tiles)
     return made(*lengths, *arrays, layout.pattern_map, validate=False)
 
 
@@ -99,8 +99,9 @@ def _codes(layout: BlockLayout, parts: tuple[int, int], dtype: Any) -> Iterator[
         zip(crow[:, 0].tolist(), crow[:, -1].tolist(), strict=True)
     ):
         codes = np.zeros(shape, dtype)
-        row = rows[start:end] - pattern * layout.num_block_rows
-        codes.ravel()[row * shape[1] + cols[start:end]] = entries[start:end]
+        place = (rows[start:end] - pattern * layout.num_block_rows) * shape[1]
+        place += cols[start:end]
+        codes.ravel()[place] = entries[start:end]
         yield codes
 
 
