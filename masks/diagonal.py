@@ -29,10 +29,7 @@ def tiles(predicate: Any, lengths: Lengths) -> tuple[NDArray[Any], Tensor]:
     """The index of each tile's bit tile, EMPTY_TILE or FULL_TILE; the distinct bit tiles."""
     q_len, kv_len, (block, _) = lengths
     down, across = q_len // block, kv_len // block
-    offsets = block * np.arange(1 - across, down)  # q - kv at the first element of a tile
-    q, kv = np.maximum(offsets, 0), np.maximum(-offsets, 0)
-    blocks = Blocks(q, q + (block - 1), kv, kv + (block - 1), max(q_len, kv_len))
-    states = numbers(predicate.classify(blocks))
+    offsets, states = _classified(predicate, lengths)
     open_ = np.flatnonzero(states == UNKNOWN)
     lines, index = _lines(predicate, offsets[open_], block)
     entries = np.where(states == FULL, FULL_TILE, EMPTY_TILE).astype(dtype_of(len(lines)))
@@ -40,6 +37,23 @@ def tiles(predicate: Any, lengths: Lengths) -> tuple[NDArray[Any], Tensor]:
     step = entries.itemsize  # the diagonals of a table, in one line: no copies
     table = as_strided(entries[across - 1 :], (down, across), (step, -step))
     return table, _packed(lines, block)
+
+
+def states(
+    predicate: Any, rows: NDArray[np.int64], cols: NDArray[np.int64], lengths: Lengths
+) -> NDArray[np.int8]:
+    """EMPTY, UNKNOWN or FULL for tiles at rows and columns whose shapes broadcast."""
+    _, found = _classified(predicate, lengths)
+    return found.take(rows - cols + (lengths[1] // lengths[2][1] - 1))
+
+
+def _classified(predicate: Any, lengths: Lengths) -> tuple[NDArray[np.int64], NDArray[np.int8]]:
+    """q - kv at the first element of the tiles on each diagonal, ascending; their states."""
+    q_len, kv_len, (block, _) = lengths
+    offsets = block * np.arange(1 - kv_len // block, q_len // block)
+    q, kv = np.maximum(offsets, 0), np.maximum(-offsets, 0)
+    blocks = Blocks(q, q + (block - 1), kv, kv + (block - 1), max(q_len, kv_len))
+    return offsets, numbers(predicate.classify(blocks))
 
 
 def bits_at(predicate: Any, offsets: NDArray[np.int64], block: int) -> NDArray[np.uint8]:

@@ -97,14 +97,16 @@ def kinds_of(
             sizes = blocks.q_hi - blocks.q_lo, blocks.kv_hi - blocks.kv_lo
             signature = host.cat([signature, *(tensor(x)[:, None] for x in sizes)], 1)
         first, twin = bits.distinct_rows(signature)
+        if len(some_rows) == len(rows):
+            return first, twin
         if len(first) == len(some_rows) and not count:
             return every, every
         firsts.append(first + start)
         twins.append(twin + count)
         kept.append(host.take(signature, first))
         count += len(first)
-    if len(firsts) < 2:
-        return (firsts[0], twins[0]) if firsts else (every, every)
+    if not firsts:
+        return every, every
     first, twin = bits.distinct_rows(host.cat(kept))
     return host.take(host.cat(firsts), first), host.take(twin, host.cat(twins))
 

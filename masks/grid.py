@@ -123,6 +123,8 @@ def _classified(
 
     Rows and columns have shapes that broadcast. Rectangles beyond the lengths have any state.
     """
+    if side == 1 and diagonal.applies(predicate, lengths):
+        return diagonal.states(predicate, *cells, lengths)
     first = [np.minimum(x * block, n - 1) for x, block, n in _axes(cells, lengths)]
     last = [np.minimum((x + side) * block, n) - 1 for x, block, n in _axes(cells, lengths)]
     blocks = Blocks(first[0], last[0], first[1], last[1], max(lengths[:2]))
