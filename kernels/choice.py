@@ -94,14 +94,16 @@ def cover(layout: BlockLayout, tile: tuple[int, int]) -> int:
 def _cover_of_table(layout: BlockLayout, tile: tuple[int, int]) -> int:
     """As `cover`, from a table of all blocks."""
     shape = layout.num_patterns, layout.num_block_rows, layout.num_block_cols
-    rows = numbers(layout.tile_rows)
-    stored = blockwise.zeros((math.prod(shape),), rows, "bool")
-    stored[rows * shape[2] + numbers(layout.col_indices)] = True
+    place = numbers(layout.tile_rows)
+    place *= shape[2]
+    place += numbers(layout.col_indices)
+    stored = blockwise.zeros((math.prod(shape),), place, "bool")
+    stored[place] = True
     stored = stored.reshape(shape)
     lengths = layout.q_len, layout.kv_len
     for axis, (n, block, t) in enumerate(zip(lengths, layout.block, tile, strict=True), 1):
         if t != block:
-            first, last, most = _touched(n, t, block, rows)
+            first, last, most = _touched(n, t, block, place)
             parts = [minimum(first + i, last) for i in range(most)]
             stored = functools.reduce(operator.or_, [take(stored, x, axis) for x in parts])
     return host.count(tensor(stored))

@@ -91,8 +91,9 @@ def _by_columns(
     if len(cols) <= host.MOST or size > 8 * len(cols) + _SMALL:
         order = np.argsort(cols.astype(np.uint16), kind="stable")  # radix sort
     else:  # a table takes less time
-        table = np.full(size, -1, np.int32)
-        table[cols * grid[1] + rows] = np.arange(len(cols), dtype=np.int32)
+        table, place = np.full(size, -1, np.int32), cols * grid[1]
+        place += rows
+        table[place] = np.arange(len(cols), dtype=np.int32)
         order = table[table >= 0]
     starts = np.concatenate([[0], counts.cumsum()])
     return torch.from_numpy(starts), torch.from_numpy(rows.take(order)), torch.from_numpy(order)

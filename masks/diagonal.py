@@ -48,7 +48,7 @@ def states(
 
 
 def _classified(predicate: Any, lengths: Lengths) -> tuple[NDArray[np.int64], NDArray[np.int8]]:
-    """q - kv at the first element of the tiles on each diagonal, ascending; their states."""
+    """Distances q - kv of the first elements on each diagonal of tiles, ascending; states."""
     q_len, kv_len, (block, _) = lengths
     offsets = block * np.arange(1 - kv_len // block, q_len // block)
     q, kv = np.maximum(offsets, 0), np.maximum(-offsets, 0)

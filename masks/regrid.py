@@ -94,12 +94,16 @@ def _codes(layout: BlockLayout, parts: tuple[int, int], dtype: Any) -> Iterator[
     """A table of the entries of each pattern, with empty tiles below and to the right."""
     shape = layout.num_block_rows + parts[0], layout.num_block_cols + parts[1]
     rows, cols = layout.tile_rows.numpy(), layout.col_indices.numpy()
-    entries, crow = layout.bit_tile_indices.numpy() + _OFFSET, layout.crow_indices
+    # Assigned in another dtype, they would take several times as long.
+    entries = (layout.bit_tile_indices.numpy() + _OFFSET).astype(dtype)
+    crow = layout.crow_indices
     for pattern, (start, end) in enumerate(
         zip(crow[:, 0].tolist(), crow[:, -1].tolist(), strict=True)
     ):
         codes = np.zeros(shape, dtype)
-        place = (rows[start:end] - pattern * layout.num_block_rows) * shape[1]
+        place = rows[start:end]  # in place: new memory takes as long as arithmetic
+        place -= pattern * layout.num_block_rows
+        place *= shape[1]
         place += cols[start:end]
         codes.ravel()[place] = entries[start:end]
         yield codes
@@ -119,8 +123,9 @@ def _numbers(
             number += rows[:, :width] if across.is_same else rows.take(across.first + j, axis=1)
     stored = np.flatnonzero(number != 0)
     kinds = down.kind[:, None] * len(across.sizes) + across.kind
-    number = number.ravel().take(stored) * (len(down.sizes) * len(across.sizes))
-    return stored, number + kinds.astype(codes.dtype).ravel().take(stored)
+    number *= len(down.sizes) * len(across.sizes)
+    number += kinds.astype(codes.dtype)
+    return stored, number.ravel().take(stored)
 
 
 def _distinct(number: NDArray[Any], size: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
