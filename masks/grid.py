@@ -187,6 +187,6 @@ def arrays_of_stored(
         num_bit_tiles += 0 if shared else len(packed[pattern])
     bit_tiles = packed if isinstance(packed, Tensor) else host.cat(packed)
     distinct = shared or len(stored) == 1
-    bit_tiles, indices = renumber(bit_tiles, tensor(np.concatenate(of_all)), distinct)
-    made = np.stack(crow).astype(np.int32), np.concatenate(cols)
-    return tensor(made[0]), tensor(made[1]), indices, bit_tiles
+    bit_tiles, indices = renumber(bit_tiles, host.cat([tensor(x) for x in of_all]), distinct)
+    starts = tensor(np.stack(crow).astype(np.int32))
+    return starts, host.cat([tensor(x) for x in cols]), indices, bit_tiles
