@@ -122,9 +122,10 @@ def _numbers(
             number *= base
             number += rows[:, :width] if across.is_same else rows.take(across.first + j, axis=1)
     stored = np.flatnonzero(number != 0)
-    kinds = down.kind[:, None] * len(across.sizes) + across.kind
-    number *= len(down.sizes) * len(across.sizes)
-    number += kinds.astype(codes.dtype)
+    number *= len(down.sizes)
+    number += down.kind.astype(codes.dtype)[:, None]
+    number *= len(across.sizes)
+    number += across.kind.astype(codes.dtype)
     return stored, number.ravel().take(stored)
 
 
