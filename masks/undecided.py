@@ -1,7 +1,7 @@
 """Elements of the tiles that three-valued logic cannot decide, from the kinds of each leaf.
 
-A tile of a composite is determined by what it is for each leaf: empty, full, or of one of a few
-kinds. So few tiles are evaluated for each leaf, and few combinations of them are made.
+For each leaf, a tile is empty, full, or of one of a few kinds. These determine the tile of the
+composite. So few tiles are evaluated for each leaf, and few combinations of them are made.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ def _combinations(
     number, size = codes[0]
     for code, end in codes[1:]:
         if size * end > 1 << 62:
-            distinct, number = (x.numpy() for x in host.unique(tensor(number)))
-            size = len(distinct)
+            distinct, index = host.unique(tensor(number))
+            number, size = index.numpy(), len(distinct)
         number, size = number * end + code, size * end
     if size > _TABLE:
         first, twin = bits.distinct_rows(tensor(number[:, None]))
