@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
+from sparse_flash.kernels.choice import best_config
 from sparse_flash.kernels.config import KernelConfig
 from sparse_flash.kernels.data_schedules import MakeSchedule
 from sparse_flash.kernels.device import DeviceFacts
@@ -24,7 +25,6 @@ from sparse_flash.kernels.schedule import (
     CostModel,
     Schedule,
     backward_schedule,
-    best_config,
     schedule,
 )
 from sparse_flash.masks.device_layout import DeviceLayout
@@ -165,8 +165,7 @@ def plan_of(layout: BlockLayout, key: PlanKey) -> Plan[Any]:
 @plain_torch()  # a plan outlives the modes and transforms of the call that asks for it
 def _build(layout: BlockLayout, key: PlanKey) -> Plan[Any]:
     configs = _possible_configs(key)
-    several = len(configs) > 1 and key.planner.transposed
-    config = best_config(layout.transpose() if several else layout, configs)
+    config = best_config(layout, configs, key.planner.transposed)
     reschedule = functools.partial(_schedule, key, config, split_last_wave=False)
     return Plan(config, _schedule(key, config, layout), reschedule)
 

@@ -56,7 +56,7 @@ def arrays_of_tiles(
 def transposed(layout: BlockLayout) -> tuple[Tensor, Tensor, Tensor]:
     """ccol_indices, row_indices and transpose_order of a layout, from its rows."""
     rows, nk, nq = layout.tile_rows, layout.num_block_cols, layout.num_block_rows
-    patterns, device, cols = layout.num_patterns, rows.device, host.int64(layout.col_indices)
+    patterns, device, cols = layout.num_patterns, rows.device, layout.col_indices
     if patterns > 1:
         pattern, rows = host.divided(rows, nq)
         cols = cols + pattern * nk
@@ -64,7 +64,7 @@ def transposed(layout: BlockLayout) -> tuple[Tensor, Tensor, Tensor]:
         starts, rows, order = _by_columns(rows.numpy(), cols.numpy(), (patterns * nk, nq))
     else:
         number = host.arange(len(rows), device)
-        _, rows, order, starts = _in_order(cols, rows, number, (patterns * nk, nq))
+        _, rows, order, starts = _in_order(host.int64(cols), rows, number, (patterns * nk, nq))
     if patterns == 1:
         return host.int32(starts)[None], host.int32(rows), host.int32(order)
     cells = torch.arange(patterns, device=device)[:, None] * nk
@@ -73,7 +73,7 @@ def transposed(layout: BlockLayout) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _by_columns(
-    rows: NDArray[np.int64], cols: NDArray[np.int64], grid: tuple[int, int]
+    rows: NDArray[np.int64], cols: NDArray[Any], grid: tuple[int, int]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Tiles that are in the order of their rows, in the order of their columns.
 
@@ -91,8 +91,9 @@ def _by_columns(
     if len(cols) <= host.MOST or size > 8 * len(cols) + _SMALL:
         order = np.argsort(cols.astype(np.uint16), kind="stable")  # radix sort
     else:  # a table takes less time
-        table = np.full(size, -1, np.int32)
-        table[cols * grid[1] + rows] = np.arange(len(cols), dtype=np.int32)
+        table, place = np.full(size, -1, np.int32), np.multiply(cols, grid[1], dtype=np.int64)
+        place += rows
+        table[place] = np.arange(len(cols), dtype=np.int32)
         order = table[table >= 0]
     starts = np.concatenate([[0], counts.cumsum()])
     return torch.from_numpy(starts), torch.from_numpy(rows.take(order)), torch.from_numpy(order)

@@ -127,7 +127,8 @@ def distinct_rows(words: Tensor) -> tuple[Tensor, Tensor]:
     if n == 0:
         return (torch.empty(0, dtype=torch.int64, device=words.device),) * 2
     if words.device.type == "cpu":
-        if n <= _FEW:
+        wide = words.shape[1] >= 4 * _PREFIX  # looked up in about the time of hashing
+        if n <= _FEW or (wide and n <= 4 * _FEW):
             return _by_content(words.numpy())
         if (found := _by_buckets(words.numpy())) is not None:
             return found

@@ -111,11 +111,11 @@ def corners(operation: Callable[[Any, Any], Any], a: Any, b: Any) -> tuple[Numbe
     return least, most
 
 
-def take(table: Numbers, index: Numbers) -> Numbers:
-    """Entries of a table, numbers or a tensor, at indices of its first dimension."""
+def take(table: Numbers, index: Numbers, axis: int = 0) -> Numbers:
+    """Entries of a table, numbers or a tensor, at indices of one dimension."""
     if isinstance(index, Tensor):
-        return table[index]
-    return numbers(table).take(index, axis=0)  # several times as fast as table[index]
+        return table[(slice(None),) * axis + (index,)]
+    return numbers(table).take(index, axis)  # several times as fast as table[index]
 
 
 def convert(x: Numbers, dtype: str) -> Numbers:

@@ -1,4 +1,6 @@
-"""Elements of a few tiles, operand by operand: those of a composite are bits of its operands.
+"""Composites from their leaves: the patterns at the ends of `|`, `&` and `~`.
+
+States and bits of a composite are those of its leaves, combined.
 
 Three-valued logic decides most operands in most tiles. Only the others are evaluated, as arrays of
 numpy. Where there are many tiles, `elements` traces the rule of the whole mask instead.
@@ -6,6 +8,7 @@ numpy. Where there are many tiles, `elements` traces the rule of the whole mask 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,41 +45,74 @@ class Tiles:
         ends = np.minimum(q + block_q, q_len) - 1, np.minimum(kv + block_kv, kv_len) - 1
         return Blocks(q, ends[0], kv, ends[1], max(q_len, kv_len))
 
+    @property
+    def areas(self) -> NDArray[np.int64]:
+        """Number of elements of each tile."""
+        q_len, kv_len, (block_q, block_kv) = self.lengths
+        heights = np.minimum(q_len - self.rows * block_q, block_q)
+        areas: NDArray[np.int64] = heights * np.minimum(kv_len - self.cols * block_kv, block_kv)
+        return areas
+
+    def clip(self, found: Bits) -> None:
+        """Set bits beyond the lengths to 0."""
+        q_len, kv_len, (block_q, block_kv) = self.lengths
+        heights = np.minimum(q_len - self.rows * block_q, block_q)
+        bits.clip(found, heights, np.minimum(kv_len - self.cols * block_kv, block_kv))
+
+
+def leaves(mask: Any) -> list[Any]:
+    """The masks that a composite combines, at any depth; of another predicate, itself."""
+    if not getattr(mask, "combines", False):
+        return [mask]
+    return [leaf for operand in mask.operands() for leaf in leaves(operand)]
+
+
+def combined(mask: Any, values: Iterable[Any]) -> Any:
+    """A composite's truth from those of its leaves: any values with `|`, `&` and `~`."""
+    following = iter(values)
+
+    def of(part: Any) -> Any:
+        if not getattr(part, "combines", False):
+            return next(following)
+        return part.combined([of(operand) for operand in part.operands()])
+
+    return of(mask)
+
+
+def few(mask: Any, n: int, lengths: Lengths) -> bool:
+    """Whether `n` tiles are few enough to combine their bits."""
+    return n * lengths[2][0] * lengths[2][1] <= _MOST and hasattr(mask, "combined")
+
 
 def packed(mask: Any, tiles: Tiles) -> Bits | None:
     """The bits of tiles, uint8 `(n, block_q, bytes)`; None where there are too many, or no mask."""
-    q_len, kv_len, (block_q, block_kv) = tiles.lengths
-    if len(tiles.rows) * block_q * block_kv > _MOST or not hasattr(mask, "combined"):
+    if not few(mask, len(tiles.rows), tiles.lengths):
         return None
-    found = _bits(mask, tiles)
-    heights = np.minimum(q_len - tiles.rows * block_q, block_q)
-    bits.clip(found, heights, np.minimum(kv_len - tiles.cols * block_kv, block_kv))
+    found: Bits = combined(mask, [_bits(leaf, tiles) for leaf in leaves(mask)])
+    tiles.clip(found)
     return found
 
 
-def _bits(mask: Any, tiles: Tiles) -> Bits:
+def _bits(leaf: Any, tiles: Tiles) -> Bits:
     """The bits of tiles; any bits beyond the lengths."""
-    if mask.combines:
-        found: Bits = mask.combined([_bits(operand, tiles) for operand in mask.operands()])
-        return found
     _, _, (block_q, block_kv) = tiles.lengths
-    states = numbers(mask.classify(tiles.blocks))
+    states = numbers(leaf.classify(tiles.blocks))
     whole = np.where(states == FULL, 255, 0).astype(np.uint8)
     found = np.empty((len(states), block_q, -(-block_kv // 8)), np.uint8)
     found[:] = whole[:, None, None]
     unknown = np.flatnonzero(states == UNKNOWN)
     if len(unknown):
-        found[unknown] = _evaluated(mask, tiles[unknown])
+        found[unknown] = evaluated(leaf, tiles[unknown])
     return found
 
 
-def _evaluated(mask: Any, tiles: Tiles) -> Bits:
-    """The bits of tiles, element by element."""
+def evaluated(leaf: Any, tiles: Tiles) -> Bits:
+    """The bits of tiles, element by element; any bits beyond the lengths."""
     q_len, kv_len, (block_q, block_kv) = tiles.lengths
-    if diagonal.applies(mask, tiles.lengths):
-        return diagonal.bits_at(mask, block_q * (tiles.rows - tiles.cols), block_q)
-    if not (mask.for_arrays and mask.for_host):
-        return _traced(mask, tiles)
+    if diagonal.applies(leaf, tiles.lengths):
+        return diagonal.bits_at(leaf, block_q * (tiles.rows - tiles.cols), block_q)
+    if not (leaf.for_arrays and leaf.for_host):
+        return _traced(leaf, tiles)
     found = np.empty((len(tiles.rows), block_q, -(-block_kv // 8)), np.uint8)
     step = max(1, _AT_ONCE // (block_q * block_kv))
     for start in range(0, len(tiles.rows), step):
@@ -84,7 +120,7 @@ def _evaluated(mask: Any, tiles: Tiles) -> Bits:
         # Rules see only indices that exist.
         q = np.minimum(some.rows[:, None] * block_q + np.arange(block_q), q_len - 1)
         kv = np.minimum(some.cols[:, None] * block_kv + np.arange(block_kv), kv_len - 1)
-        truth = mask.allowed(q[:, :, None], kv[:, None])
+        truth = leaf.allowed(q[:, :, None], kv[:, None])
         truth = np.broadcast_to(truth, (len(q), block_q, block_kv))
         found[start : start + step] = np.packbits(truth, axis=2, bitorder="little")
     return found

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
-from sparse_flash.masks import bits
+from sparse_flash.masks import bits, host
 from sparse_flash.masks.assemble import EMPTY_TILE, FULL_TILE, dtype_of
 from sparse_flash.masks.blockwise import numbers, tensor
 from sparse_flash.masks.io import Lengths
@@ -29,10 +29,7 @@ def tiles(predicate: Any, lengths: Lengths) -> tuple[NDArray[Any], Tensor]:
     """The index of each tile's bit tile, EMPTY_TILE or FULL_TILE; the distinct bit tiles."""
     q_len, kv_len, (block, _) = lengths
     down, across = q_len // block, kv_len // block
-    offsets = block * np.arange(1 - across, down)  # q - kv at the first element of a tile
-    q, kv = np.maximum(offsets, 0), np.maximum(-offsets, 0)
-    blocks = Blocks(q, q + (block - 1), kv, kv + (block - 1), max(q_len, kv_len))
-    states = numbers(predicate.classify(blocks))
+    offsets, states = _classified(predicate, lengths)
     open_ = np.flatnonzero(states == UNKNOWN)
     lines, index = _lines(predicate, offsets[open_], block)
     entries = np.where(states == FULL, FULL_TILE, EMPTY_TILE).astype(dtype_of(len(lines)))
@@ -42,12 +39,37 @@ def tiles(predicate: Any, lengths: Lengths) -> tuple[NDArray[Any], Tensor]:
     return table, _packed(lines, block)
 
 
+def states(
+    predicate: Any, rows: NDArray[np.int64], cols: NDArray[np.int64], lengths: Lengths
+) -> NDArray[np.int8]:
+    """EMPTY, UNKNOWN or FULL for tiles at rows and columns whose shapes broadcast."""
+    _, found = _classified(predicate, lengths)
+    return found.take(rows - cols + (lengths[1] // lengths[2][1] - 1))
+
+
+def _classified(predicate: Any, lengths: Lengths) -> tuple[NDArray[np.int64], NDArray[np.int8]]:
+    """Distances q - kv of the first elements on each diagonal of tiles, ascending; states."""
+    q_len, kv_len, (block, _) = lengths
+    offsets = block * np.arange(1 - kv_len // block, q_len // block)
+    q, kv = np.maximum(offsets, 0), np.maximum(-offsets, 0)
+    blocks = Blocks(q, q + (block - 1), kv, kv + (block - 1), max(q_len, kv_len))
+    return offsets, numbers(predicate.classify(blocks))
+
+
 def bits_at(predicate: Any, offsets: NDArray[np.int64], block: int) -> NDArray[np.uint8]:
     """The bits of tiles whose first elements are at these distances."""
     distinct, twin = np.unique(offsets, return_inverse=True)
     lines = _truth(predicate, distinct, block)
     packed: NDArray[np.uint8] = _packed(lines, block).numpy()[twin]
     return packed
+
+
+def kinds(rows: NDArray[np.int64], cols: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+    """The first tile of each diagonal, and the diagonal of each tile at these block indices."""
+    distance = rows - cols
+    least = distance.min(initial=0)
+    distinct, twin = host.unique(tensor(distance - least), int(distance.max(initial=0) - least) + 1)
+    return host.firsts(twin, len(distinct)), twin
 
 
 def _lines(

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from sparse_flash.masks import bits, composed, host
 from sparse_flash.masks.assemble import extent, numbered
+from sparse_flash.masks.blockwise import minimum, numbers, tensor
 from sparse_flash.masks.io import Lengths
 from sparse_flash.masks.rectangles import Elements
 from sparse_flash.masks.ternary import EMPTY, UNKNOWN, Blocks
@@ -49,7 +50,7 @@ def evaluate(
     Raises:
         TooLargeError: More than `most` elements are to be evaluated.
     """
-    first, twin = _kinds(predicate, rows, cols, lengths)
+    first, twin = kinds_of(predicate, rows, cols, lengths)
     if most is not None and len(first) * lengths[2][0] * lengths[2][1] > most:
         raise TooLargeError
     rows, cols = host.take(rows, first), host.take(cols, first)
@@ -57,7 +58,7 @@ def evaluate(
     if rows.device.type == "cpu":
         packed = composed.packed(predicate, composed.Tiles(rows.numpy(), cols.numpy(), lengths))
     if packed is None:
-        index, tiles = _evaluate_all(predicate, rows, cols, lengths)
+        index, tiles = evaluate_all(predicate, rows, cols, lengths)
     else:
         index, tiles = numbered(torch.from_numpy(packed), _areas(rows, cols, lengths))
     return host.take(index, twin), tiles
@@ -65,18 +66,18 @@ def evaluate(
 
 def count_kinds(predicate: Predicate, rows: Tensor, cols: Tensor, lengths: Lengths) -> int:
     """Number of these tiles that `evaluate` evaluates: one per signature."""
-    return len(_kinds(predicate, rows, cols, lengths)[0])
+    return len(kinds_of(predicate, rows, cols, lengths)[0])
 
 
 def _tiles(rows: Tensor, cols: Tensor, lengths: Lengths) -> Blocks:
     """The index ranges of tiles."""
     q_len, kv_len, (block_q, block_kv) = lengths
-    q, kv = rows * block_q, cols * block_kv
-    ends = ((q + block_q).clamp(max=q_len) - 1, (kv + block_kv).clamp(max=kv_len) - 1)
+    q, kv = numbers(rows) * block_q, numbers(cols) * block_kv
+    ends = minimum(q + block_q, q_len) - 1, minimum(kv + block_kv, kv_len) - 1
     return Blocks(q, ends[0], kv, ends[1], max(q_len, kv_len))
 
 
-def _kinds(
+def kinds_of(
     predicate: Predicate, rows: Tensor, cols: Tensor, lengths: Lengths
 ) -> tuple[Tensor, Tensor]:
     """The first tile of each signature, and the signature number of every tile."""
@@ -93,22 +94,24 @@ def _kinds(
         if signature is None:
             return every, every
         if lengths[0] % lengths[2][0] or lengths[1] % lengths[2][1]:  # not all are of one size
-            size = torch.stack([blocks.q_hi - blocks.q_lo, blocks.kv_hi - blocks.kv_lo], 1)
-            signature = host.cat([signature, size], 1)
+            sizes = blocks.q_hi - blocks.q_lo, blocks.kv_hi - blocks.kv_lo
+            signature = host.cat([signature, *(tensor(x)[:, None] for x in sizes)], 1)
         first, twin = bits.distinct_rows(signature)
+        if len(some_rows) == len(rows):
+            return first, twin
         if len(first) == len(some_rows) and not count:
             return every, every
         firsts.append(first + start)
         twins.append(twin + count)
         kept.append(host.take(signature, first))
         count += len(first)
-    if len(firsts) < 2:
-        return (firsts[0], twins[0]) if firsts else (every, every)
+    if not firsts:
+        return every, every
     first, twin = bits.distinct_rows(host.cat(kept))
     return host.take(host.cat(firsts), first), host.take(twin, host.cat(twins))
 
 
-def _evaluate_all(
+def evaluate_all(
     predicate: Predicate, rows: Tensor, cols: Tensor, lengths: Lengths
 ) -> tuple[Tensor, Tensor]:
     """Like `evaluate`, without signatures.

@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sparse_flash.masks import diagonal, host
+from sparse_flash.masks import composed, diagonal, host, undecided
 from sparse_flash.masks.assemble import EMPTY_TILE, dtype_of, renumber
 from sparse_flash.masks.blockwise import numbers, tensor
-from sparse_flash.masks.elements import Predicate, TooLargeError, evaluate
+from sparse_flash.masks.composed import Tiles
+from sparse_flash.masks.elements import Predicate, TooLargeError
 from sparse_flash.masks.io import Lengths
-from sparse_flash.masks.ternary import UNKNOWN, Blocks
+from sparse_flash.masks.ternary import UNKNOWN, Blocks, Ternary
 from torch import Tensor
 
 _MOST = 1 << 18  # tiles of a table
@@ -39,33 +40,80 @@ def tiles(predicate: Predicate, lengths: Lengths, most: int | None) -> tuple[Tab
     """
     if diagonal.applies(predicate, lengths):
         return diagonal.tiles(predicate, lengths)
-    found = states(predicate, lengths)
+    found, open_, of_leaves = _states(predicate, lengths)
     if most is not None and np.count_nonzero(found) > most:
         raise TooLargeError
-    unknown = np.flatnonzero(found == UNKNOWN)
-    rows, cols = np.divmod(unknown, found.shape[1])
-    index, packed = evaluate(predicate, tensor(rows), tensor(cols), lengths, most and 64 * most)
+    index, packed = undecided.evaluate(predicate, open_, of_leaves, most and 64 * most)
     table = ((found >> 1) + EMPTY_TILE).astype(dtype_of(len(packed)))  # of full tiles FULL_TILE
-    table.ravel()[unknown] = index.numpy()
+    table[open_.rows, open_.cols] = index
     return table, packed
 
 
-def states(predicate: Predicate, lengths: Lengths) -> NDArray[np.int8]:
-    """EMPTY, UNKNOWN or FULL for each tile: of rectangles first, then within unknown ones."""
-    down, across = _grid(lengths)
-    if down * across <= _FEW:
-        return _classified(predicate, (np.arange(down)[:, None], np.arange(across)), 1, lengths)
-    coarse = -(-down // _SIDE), -(-across // _SIDE)
-    corners = (_SIDE * np.arange(coarse[0])[:, None], _SIDE * np.arange(coarse[1]))
-    of_rectangles = _classified(predicate, corners, _SIDE, lengths)
-    table = np.empty((coarse[0], _SIDE, coarse[1], _SIDE), np.int8)
-    table[:] = of_rectangles[:, None, :, None]
-    rows, cols = np.nonzero(of_rectangles == UNKNOWN)
-    side = np.arange(_SIDE)
-    cells = (_SIDE * rows[:, None, None] + side[:, None], _SIDE * cols[:, None, None] + side)
-    table[rows, :, cols] = _classified(predicate, cells, 1, lengths)
-    whole = table.reshape(coarse[0] * _SIDE, coarse[1] * _SIDE)
-    return np.ascontiguousarray(whole[:down, :across])
+def _states(
+    predicate: Predicate, lengths: Lengths
+) -> tuple[NDArray[np.int8], Tiles, list[NDArray[np.int8]]]:
+    """EMPTY, UNKNOWN or FULL for each tile: of rectangles first, then within unknown ones.
+
+    Returns:
+        The states; the unknown tiles, and the states of each leaf of the predicate in these.
+    """
+    leaves, (down, across) = composed.leaves(predicate), _grid(lengths)
+    side = _SIDE if down * across > _FEW else 1
+    coarse = -(-down // side), -(-across // side)
+    cells = side * np.arange(coarse[0])[:, None], side * np.arange(coarse[1])
+    of_leaves = [_classified(leaf, cells, side, lengths) for leaf in leaves]
+    states = _combined(predicate, of_leaves)
+    open_ = np.flatnonzero(states == UNKNOWN)
+    rows, cols = np.divmod(open_, coarse[1])
+    of_leaves = [x.reshape(-1).take(open_) for x in of_leaves]
+    if side == 1:
+        return states, Tiles(rows, cols, lengths), of_leaves
+    parts = [
+        _within(leaf, x, rows, cols, lengths) for leaf, x in zip(leaves, of_leaves, strict=True)
+    ]
+    within = _combined(predicate, parts)
+    table = states.repeat(side, 1).repeat(side, 0)
+    table.reshape(coarse[0], side, coarse[1], side)[rows, :, cols] = within
+    open_ = np.flatnonzero(within == UNKNOWN)
+    of_leaves = [x.reshape(-1).take(open_) for x in parts]
+    nth, row, col = np.unravel_index(open_, within.shape)
+    tiles = Tiles(side * rows[nth] + row, side * cols[nth] + col, lengths)
+    if down % side or across % side:  # rectangles reach beyond the lengths
+        exist = np.flatnonzero((tiles.rows < down) & (tiles.cols < across))
+        tiles, of_leaves = tiles[exist], [x[exist] for x in of_leaves]
+        table = np.ascontiguousarray(table[:down, :across])
+    return table, tiles, of_leaves
+
+
+def _combined(predicate: Predicate, of_leaves: list[NDArray[np.int8]]) -> NDArray[np.int8]:
+    """The states of a composite, from those of its leaves."""
+    found: NDArray[np.int8] = composed.combined(predicate, map(Ternary, of_leaves)).value
+    return found
+
+
+def _within(
+    leaf: Predicate,
+    states: NDArray[np.int8],
+    rows: NDArray[np.int64],
+    cols: NDArray[np.int64],
+    lengths: Lengths,
+) -> NDArray[np.int8]:
+    """The states of the tiles in rectangles `(n, _SIDE, _SIDE)`, of which some are unknown.
+
+    Args:
+        leaf: The mask.
+        states: Its states in the rectangles.
+        rows: Their block rows, in units of _SIDE tiles.
+        cols: Their block columns, likewise.
+        lengths: q_len, kv_len, block.
+    """
+    found = np.empty((len(states), _SIDE, _SIDE), np.int8)
+    found[:] = states[:, None, None]
+    open_, side = np.flatnonzero(states == UNKNOWN), np.arange(_SIDE)
+    rows, cols = _SIDE * rows[open_], _SIDE * cols[open_]
+    cells = rows[:, None, None] + side[:, None], cols[:, None, None] + side
+    found[open_] = _classified(leaf, cells, 1, lengths)
+    return found
 
 
 def _classified(
@@ -75,6 +123,8 @@ def _classified(
 
     Rows and columns have shapes that broadcast. Rectangles beyond the lengths have any state.
     """
+    if side == 1 and diagonal.applies(predicate, lengths):
+        return diagonal.states(predicate, *cells, lengths)
     first = [np.minimum(x * block, n - 1) for x, block, n in _axes(cells, lengths)]
     last = [np.minimum((x + side) * block, n) - 1 for x, block, n in _axes(cells, lengths)]
     blocks = Blocks(first[0], last[0], first[1], last[1], max(lengths[:2]))
@@ -99,25 +149,44 @@ def arrays_of_tables(
 
     packed: The bit tiles of each table, distinct within it; or those of all, distinct.
     """
-    crow, cols, entries = [], [], []
+    stored, entries = [], []
+    for table in tables:
+        line = np.ascontiguousarray(table).reshape(-1)
+        stored.append(np.flatnonzero(line != EMPTY_TILE))
+        entries.append(line.take(stored[-1]))
+    return arrays_of_stored(stored, entries, tables[0].shape, packed)
+
+
+def arrays_of_stored(
+    stored: list[NDArray[np.int64]],
+    entries: list[Table],
+    shape: tuple[int, int],
+    packed: list[Tensor] | Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `arrays_of_tables`.
+
+    Args:
+        stored: The stored tiles of each pattern: row x number of columns + column, ascending.
+        entries: Their bit tiles, or FULL_TILE.
+        shape: Numbers of rows and of columns.
+        packed: As in `arrays_of_tables`.
+    """
+    crow, cols, of_all = [], [], []
     num_tiles = num_bit_tiles = 0
     shared = isinstance(packed, Tensor)
-    for pattern, table in enumerate(tables):
-        down, across = table.shape
-        line = np.ascontiguousarray(table).reshape(-1)
-        stored = np.flatnonzero(line != EMPTY_TILE)
-        ends = np.searchsorted(stored, across * np.arange(down + 1))
+    down, across = shape
+    first = np.arange(0, down * across, across, dtype=np.int32)  # tile of each row
+    for pattern, (tiles, entry) in enumerate(zip(stored, entries, strict=True)):
+        ends = np.searchsorted(tiles, across * np.arange(down + 1))
         crow.append(ends + num_tiles)
-        begin = np.arange(0, down * across, across, dtype=np.int32)
-        cols.append(stored.astype(np.int32) - begin.repeat(np.diff(ends)))
-        entry = line.take(stored).astype(np.int32)
-        entries.append(
-            np.where(entry < 0, entry, entry + num_bit_tiles) if num_bit_tiles else entry
-        )
-        num_tiles += len(stored)
+        cols.append(tiles.astype(np.int32))
+        cols[-1] -= first.repeat(np.diff(ends))
+        index = entry.astype(np.int32)
+        of_all.append(np.where(index < 0, index, index + num_bit_tiles) if num_bit_tiles else index)
+        num_tiles += len(tiles)
         num_bit_tiles += 0 if shared else len(packed[pattern])
-    tiles = packed if isinstance(packed, Tensor) else host.cat(packed)
-    distinct = shared or len(tables) == 1
-    tiles, indices = renumber(tiles, tensor(np.concatenate(entries)), distinct)
-    made = np.stack(crow).astype(np.int32), np.concatenate(cols)
-    return tensor(made[0]), tensor(made[1]), indices, tiles
+    bit_tiles = packed if isinstance(packed, Tensor) else host.cat(packed)
+    distinct = shared or len(stored) == 1
+    bit_tiles, indices = renumber(bit_tiles, host.cat([tensor(x) for x in of_all]), distinct)
+    starts = tensor(np.stack(crow).astype(np.int32))
+    return starts, host.cat([tensor(x) for x in cols]), indices, bit_tiles

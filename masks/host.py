@@ -94,13 +94,17 @@ def count(x: Tensor) -> int:
 
 
 def int32(x: Tensor) -> Tensor:
-    """As int32."""
-    return x.int() if x.device.type != "cpu" else torch.from_numpy(x.numpy().astype(np.int32))
+    """As int32; itself if it is."""
+    if x.device.type != "cpu":
+        return x.int()
+    return torch.from_numpy(x.numpy().astype(np.int32, copy=False))
 
 
 def int64(x: Tensor) -> Tensor:
-    """As int64."""
-    return x.long() if x.device.type != "cpu" else torch.from_numpy(x.numpy().astype(np.int64))
+    """As int64; itself if it is."""
+    if x.device.type != "cpu":
+        return x.long()
+    return torch.from_numpy(x.numpy().astype(np.int64, copy=False))
 
 
 def positions(x: Tensor, least: int, most: int | None = None) -> Tensor:
@@ -123,9 +127,9 @@ def unique(x: Tensor, end: int | None = None) -> tuple[Tensor, Tensor]:
     if end is None:
         distinct, index = np.unique(x.numpy(), return_inverse=True)
     else:
-        seen = np.zeros(end, np.bool_)
-        seen[x.numpy()] = True
-        distinct, index = np.flatnonzero(seen), (np.cumsum(seen) - 1)[x.numpy()]
+        number, seen = x.numpy().astype(np.int64, copy=False), np.zeros(end, np.bool_)
+        seen[number] = True
+        distinct, index = np.flatnonzero(seen), (seen.cumsum() - 1).take(number)
     return torch.from_numpy(distinct), torch.from_numpy(index)
 
 

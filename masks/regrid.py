@@ -78,15 +78,15 @@ def regrid(
     codes = _codes(layout, parts, dtype)
     stored = [_numbers(table, axes, base) for table in codes]
     number, index = _distinct(np.concatenate([number for _, number in stored]), size)
-    entry, tiles = _made(layout, number, axes, block)
-    tables, start = [], 0
+    entry, bit_tiles = _made(layout, number, axes, block)
+    tiles = [some for some, _ in stored]
+    entries = np.split(entry.take(index), np.cumsum([len(some) for some in tiles[:-1]]))
+    if (entry == EMPTY_TILE).any():  # of parts without allowed elements
+        kept = [np.flatnonzero(some != EMPTY_TILE) for some in entries]
+        tiles = [some.take(keep) for some, keep in zip(tiles, kept, strict=True)]
+        entries = [some.take(keep) for some, keep in zip(entries, kept, strict=True)]
     shape = len(axes[0].first), len(axes[1].first)
-    for tiles_of_pattern, some in stored:
-        table = np.full(shape, EMPTY_TILE, entry.dtype)
-        table.ravel()[tiles_of_pattern] = entry[index[start : start + len(some)]]
-        tables.append(table)
-        start += len(some)
-    arrays = grid.arrays_of_tables(tables, tiles)
+    arrays = grid.arrays_of_stored(tiles, entries, shape, bit_tiles)
     return made(*lengths, *arrays, layout.pattern_map, validate=False)
 
 
@@ -94,13 +94,18 @@ def _codes(layout: BlockLayout, parts: tuple[int, int], dtype: Any) -> Iterator[
     """A table of the entries of each pattern, with empty tiles below and to the right."""
     shape = layout.num_block_rows + parts[0], layout.num_block_cols + parts[1]
     rows, cols = layout.tile_rows.numpy(), layout.col_indices.numpy()
-    entries, crow = layout.bit_tile_indices.numpy() + _OFFSET, layout.crow_indices
+    # Assigned in another dtype, they would take several times as long.
+    entries = (layout.bit_tile_indices.numpy() + _OFFSET).astype(dtype)
+    crow = layout.crow_indices
     for pattern, (start, end) in enumerate(
         zip(crow[:, 0].tolist(), crow[:, -1].tolist(), strict=True)
     ):
         codes = np.zeros(shape, dtype)
-        row = rows[start:end] - pattern * layout.num_block_rows
-        codes.ravel()[row * shape[1] + cols[start:end]] = entries[start:end]
+        place = rows[start:end]  # in place: new memory takes as long as arithmetic
+        place -= pattern * layout.num_block_rows
+        place *= shape[1]
+        place += cols[start:end]
+        codes.ravel()[place] = entries[start:end]
         yield codes
 
 
@@ -117,9 +122,11 @@ def _numbers(
             number *= base
             number += rows[:, :width] if across.is_same else rows.take(across.first + j, axis=1)
     stored = np.flatnonzero(number != 0)
-    kinds = down.kind[:, None] * len(across.sizes) + across.kind
-    number = number.ravel().take(stored) * (len(down.sizes) * len(across.sizes))
-    return stored, number + kinds.astype(codes.dtype).ravel().take(stored)
+    number *= len(down.sizes)
+    number += down.kind.astype(codes.dtype)[:, None]
+    number *= len(across.sizes)
+    number += across.kind.astype(codes.dtype)
+    return stored, number.ravel().take(stored)
 
 
 def _distinct(number: NDArray[Any], size: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -13,7 +13,18 @@ import numpy as np
 import torch
 from sparse_flash.masks import blockwise
 from sparse_flash.masks.array_functions import look_up
-from sparse_flash.masks.blockwise import Numbers, bit_length, full, maximum, minimum, take
+from sparse_flash.masks.blockwise import (
+    Numbers,
+    bit_length,
+    floor_divide,
+    full,
+    maximum,
+    minimum,
+    numbers,
+    remainder,
+    take,
+    tensor,
+)
 from sparse_flash.masks.dense import Dense
 from sparse_flash.masks.kleene import Columns, NotUnderstoodError, Symbol, answer, columns_of
 from sparse_flash.masks.modes import is_fake, plain_torch, unreadable
@@ -31,7 +42,6 @@ from sparse_flash.masks.ternary import (
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-_INT32 = torch.iinfo(torch.int32)
 _FEW = 8  # entries of a range that are looked at one by one
 _CELLS = 1 << 24  # entries of the largest table with a summed-area table
 
@@ -51,12 +61,13 @@ class RangeTable:
     def __init__(self, table: Tensor) -> None:
         least, most = (x.item() for x in table.aminmax())
         self.is_float = table.is_floating_point()
-        if not self.is_float:
-            small = _INT32.min <= least and most <= _INT32.max
-            table = table.to(torch.int32 if small else torch.int64)
         self.largest = 0 if self.is_float else int(max(abs(least), abs(most)))
+        if not self.is_float:
+            table = table.to(torch.int32 if self.largest < 1 << 31 else torch.int64)
         self.table = table
-        first = table if self.is_float else blockwise.numbers(table)
+        first = table if self.is_float else numbers(table)
+        if not self.is_float and self.largest < 1 << 15:  # levels take time by their bytes
+            first = blockwise.convert(first, "int16")
         self._levels: dict[int, tuple[Numbers, Numbers]] = {0: (first, first)}
         self._stacked: tuple[Tensor, Tensor] | None = None
 
@@ -247,8 +258,8 @@ class IndexTable:
         key = (op, n, device)
         if key not in self._ranges:
             with plain_torch():
-                table = self.on(device)
-                made = RangeTable(table // n if op == "//" else table % n)
+                operation = floor_divide if op == "//" else remainder
+                made = RangeTable(tensor(operation(numbers(self.on(device)), n)))
                 return self._ranges.setdefault(key, made)
         return self._ranges[key]
 

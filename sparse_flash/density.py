@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sparse_flash.kernels.schedule import best_config
+from sparse_flash.kernels.choice import best_config
 from sparse_flash.kernels.sm90.config import DTYPES, forward_configs
 from sparse_flash.kernels.sm90.forward_config import ForwardConfig
 from sparse_flash.masks.arguments import integer

@@ -11,11 +11,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from sparse_flash.kernels.choice import cover
 from sparse_flash.kernels.fragment import fragment_order
 from sparse_flash.kernels.schedule import (
     ARRAYS,
     backward_schedule,
-    cover,
     schedule,
     stack_heads,
 )

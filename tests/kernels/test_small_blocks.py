@@ -8,10 +8,10 @@ import pytest
 import torch
 from hypothesis import given
 from sparse_flash.experiments.bench.cases import SUITES
+from sparse_flash.kernels.choice import best_config, cover
 from sparse_flash.kernels.device import DeviceFacts
 from sparse_flash.kernels.fragment import fragment_order
 from sparse_flash.kernels.plan import PlanKey, Planner, fitting, plan_of
-from sparse_flash.kernels.schedule import best_config, cover
 from sparse_flash.kernels.sm90 import attention
 from sparse_flash.kernels.sm90.config import (
     BACKWARD_COSTS,

@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from sparse_flash.masks import build, elements
+from sparse_flash.masks import build, elements, undecided
 
 from sparse_flash import masks
 
@@ -91,14 +91,14 @@ def test_layouts_of_any_expression_are_exact(part):
 def evaluated(monkeypatch):
     """How many kinds of tiles were evaluated, of how many that were undecided."""
     counts = []
-    kinds = elements._kinds
+    kinds = undecided.kinds_of
 
     def count(*args):
         first, twin = kinds(*args)
         counts.append((len(first), len(twin)))
         return first, twin
 
-    monkeypatch.setattr(elements, "_kinds", count)
+    monkeypatch.setattr(undecided, "kinds_of", count)
     return counts
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from sparse_flash.kernels.schedule import best_config
+from sparse_flash.kernels.choice import best_config
 from sparse_flash.kernels.sm90.config import forward_configs
 from torch._subclasses.fake_tensor import FakeTensorMode
 

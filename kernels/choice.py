@@ -1,0 +1,117 @@
+"""Which config of a kernel computes a layout: the one whose tiles cover it at the least cost."""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+from sparse_flash.kernels.config import KernelConfig
+from sparse_flash.kernels.schedule import on_host
+from sparse_flash.masks import blockwise, host
+from sparse_flash.masks.blockwise import Numbers, minimum, numbers, take, tensor
+from sparse_flash.masks.layout import BlockLayout
+
+_GRID = 1 << 24  # tiles of which a table of bools is made
+_FEW = 1 << 14  # blocks of which such a table takes less time than an operation on each tile
+
+Config = TypeVar("Config", bound=KernelConfig)
+
+
+def best_config(layout: BlockLayout, configs: Sequence[Config], transposed: bool = False) -> Config:
+    """The config whose tiles cover the layout, or its transpose, at the least cost.
+
+    Tiles are counted over the stored blocks, as if all these were full: exact where neither
+    granularity cuts the blocks of the other, and else close enough.
+    """
+    if len(configs) == 1:
+        return configs[0]
+    layout = on_host(layout)
+    area = _stored_area(layout)
+    best, least = configs[0], math.inf
+    for config in configs:
+        # At best its tiles cover nothing but stored blocks.
+        if area / math.prod(config.tile) * config.tile_cost < least:
+            tile = config.tile[::-1] if transposed else config.tile
+            cost = cover(layout, tile) * config.tile_cost
+            best, least = (config, cost) if cost < least else (best, least)
+    return best
+
+
+def _stored_area(layout: BlockLayout) -> int:
+    """Elements of all stored blocks."""
+    (block_q, block_kv), kv_len = layout.block, layout.kv_len
+    if not (layout.q_len % block_q or kv_len % block_kv):
+        return layout.num_tiles * block_q * block_kv
+    rows = layout.tile_rows % layout.num_block_rows
+    heights = (layout.q_len - rows * block_q).clamp(max=block_q)
+    widths = (kv_len - layout.col_indices.long() * block_kv).clamp(max=block_kv)
+    return int((heights * widths).sum())
+
+
+def cover(layout: BlockLayout, tile: tuple[int, int]) -> int:
+    """How many tiles of this size touch stored blocks of the layout, over all its patterns.
+
+    >>> from sparse_flash import masks
+    >>> layout = masks.block_local(128, 1).layout(768)  # 128-blocks: 2, 3, 3, 3, 3, 2 in a row
+    >>> cover(layout, (128, 128)), cover(layout, (192, 128)), cover(layout, (128, 64))
+    (16, 14, 32)
+    """
+    if tile == layout.block:
+        return layout.num_tiles
+    blocks = layout.num_patterns * layout.num_block_rows * layout.num_block_cols
+    if blocks <= max(_FEW, 8 * layout.num_tiles):
+        return _cover_of_table(layout, tile)
+    sizes = [
+        (-(-n // t), *_touched(n, block, t, numbers(layout.crow_indices)))
+        for n, block, t in zip((layout.q_len, layout.kv_len), layout.block, tile, strict=True)
+    ]
+    (height, top, bottom, down), (width, left, right, across) = sizes
+    rows, cols = numbers(layout.tile_rows), numbers(layout.col_indices)
+    if layout.num_patterns > 1:
+        before = blockwise.arange(layout.num_patterns, rows)[:, None] * height
+        top, bottom = ((x + before).reshape(-1) for x in (top, bottom))
+    top, left = take(top * width, rows), take(left, cols)
+    bottom = take(bottom * width, rows) if down > 1 else top
+    right = take(right, cols) if across > 1 else left
+    size = layout.num_patterns * height * width
+    touched = [
+        (minimum(top + i * width, bottom) if i else top) + (minimum(left + j, right) if j else left)
+        for i in range(down)
+        for j in range(across)
+    ]
+    if size > _GRID:
+        return len(torch.cat([tensor(x) for x in touched]).unique())
+    seen = blockwise.zeros((size,), rows, "bool")
+    for tiles in touched:
+        seen[tiles] = True
+    return host.count(tensor(seen))
+
+
+def _cover_of_table(layout: BlockLayout, tile: tuple[int, int]) -> int:
+    """As `cover`, from a table of all blocks."""
+    shape = layout.num_patterns, layout.num_block_rows, layout.num_block_cols
+    place = numbers(layout.tile_rows)
+    place *= shape[2]
+    place += numbers(layout.col_indices)
+    stored = blockwise.zeros((math.prod(shape),), place, "bool")
+    stored[place] = True
+    stored = stored.reshape(shape)
+    lengths = layout.q_len, layout.kv_len
+    for axis, (n, block, t) in enumerate(zip(lengths, layout.block, tile, strict=True), 1):
+        if t != block:
+            first, last, most = _touched(n, t, block, place)
+            parts = [minimum(first + i, last) for i in range(most)]
+            stored = functools.reduce(operator.or_, [take(stored, x, axis) for x in parts])
+    return host.count(tensor(stored))
+
+
+def _touched(length: int, block: int, tile: int, like: Numbers) -> tuple[Numbers, Numbers, int]:
+    """The first and the last tile that each block touches, and the largest number of them."""
+    first = blockwise.arange(-(-length // block), like) * block
+    last = minimum(first + (block - 1), length - 1) // tile
+    most = (block - math.gcd(block, tile) + 2 * tile - 1) // tile
+    return first // tile, last, most
