@@ -37,6 +37,7 @@ from torch.nn.functional import pad
 
 WORK_FIELDS = 8  # int32 words of a work item, padded to a sector of memory
 _MOST_ON_HOST = 1 << 14  # tiles, and rows of all heads, of a schedule that is made on the CPU
+_MOST_WITH_COPY = 1 << 18  # tiles, where the CPU has the layout already
 _CUT_ON_HOST = 8  # times as few tiles if they are cut into others, which takes longest on a CPU
 ARRAYS = ("work", "tiles", "bits", "combine", "kv_lens", "counts")  # of a Schedule
 
@@ -279,7 +280,7 @@ def _items(
 def on_host(
     layout: BlockLayout, pairs: int = 1, tile: tuple[int, int] | None = None
 ) -> BlockLayout:
-    """A layout's copy on the CPU where it has few tiles and rows, else itself.
+    """A layout's copy on the CPU where that has few tiles and rows, or is there; else itself.
 
     A schedule takes some 100 small operations. On a GPU each takes 5 to 10 us whatever its size,
     and some make the host wait; on a CPU those on a few thousand tiles take 1 to 3 us.
@@ -291,7 +292,8 @@ def on_host(
     """
     rows = pairs * max(layout.num_block_rows, layout.num_block_cols)
     cut = _CUT_ON_HOST if tile not in (None, layout.block) else 1
-    small = layout.num_tiles * cut <= _MOST_ON_HOST and rows <= _MOST_ON_HOST
+    most = _MOST_WITH_COPY if "_host" in layout.__dict__ else _MOST_ON_HOST // cut
+    small = layout.num_tiles <= most and rows <= _MOST_ON_HOST
     return layout.host if small else layout
 
 

@@ -86,7 +86,7 @@ def _build(
     device: torch.device,
     most: int | None = None,
 ) -> BlockLayout:
-    """As `build_layout`. TooLargeError: more than `most` rectangles, or 64 times as many elements,
+    """As `build_layout`. TooLargeError: more than `most` rectangles, or 256 times as many elements,
     are to be looked at.
     """
     if device.type == "cpu" and grid.fits(lengths):
@@ -99,7 +99,7 @@ def _build(
     for number, predicate in enumerate(patterns):
         with _lookups(predicate):
             full, unknown = _classify(predicate, lengths, device, most)
-            index, tiles = evaluate(predicate, *unknown, lengths, most and 64 * most)
+            index, tiles = evaluate(predicate, *unknown, lengths, most and 256 * most)
         rows.append(full[0] + number * num_block_rows if number else full[0])
         cols.append(full[1])
         entries.append(host.full(len(full[0]), FULL_TILE, device))

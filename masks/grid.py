@@ -36,14 +36,14 @@ def tiles(predicate: Predicate, lengths: Lengths, most: int | None) -> tuple[Tab
     """The index of each tile's bit tile, EMPTY_TILE or FULL_TILE; the distinct bit tiles.
 
     Raises:
-        TooLargeError: More than `most` tiles, or 64 times as many elements, are to be looked at.
+        TooLargeError: More than `most` tiles, or 256 times as many elements, are to be looked at.
     """
     if diagonal.applies(predicate, lengths):
         return diagonal.tiles(predicate, lengths)
     found, open_, of_leaves = _states(predicate, lengths)
     if most is not None and np.count_nonzero(found) > most:
         raise TooLargeError
-    index, packed = undecided.evaluate(predicate, open_, of_leaves, most and 64 * most)
+    index, packed = undecided.evaluate(predicate, open_, of_leaves, most and 256 * most)
     table = ((found >> 1) + EMPTY_TILE).astype(dtype_of(len(packed)))  # of full tiles FULL_TILE
     table[open_.rows, open_.cols] = index
     return table, packed

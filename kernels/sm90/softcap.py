@@ -11,7 +11,7 @@ others: P of a row's only key is 1, which rounding leaves as it is.
 """
 
 import cutlass
-from cutlass import BFloat16, Boolean, Float32, Int32, const_expr, cute
+from cutlass import BFloat16, Boolean, Float32, Int32, cute
 from sparse_flash.kernels import online_softmax as online
 from sparse_flash.kernels.score_terms import apply_softcap, tanh
 from sparse_flash.masks.layout import FULL_TILE
