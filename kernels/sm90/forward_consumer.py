@@ -11,7 +11,7 @@ work tile is issued together with the last one of this work tile, so short rows 
 from enum import IntEnum
 
 import cutlass
-from cutlass import Boolean, Float32, Int32, Uint32, const_expr, cute, pipeline
+from cutlass import Float32, Int32, Uint32, const_expr, cute, pipeline
 from cutlass.cute.nvgpu import cpasync, warp, warpgroup
 from sparse_flash.kernels import online_softmax as online
 from sparse_flash.kernels import score_terms
@@ -73,6 +73,7 @@ class ForwardConsumer:
             # Batch entry and head in one, and positions of the warp's first row and of the first
             # key beyond the end.
             self.places = cute.make_rmem_tensor(3, Int32)
+        if const_expr(config.skips_constant_bias):
             self.bias = cute.make_rmem_tensor(1, Float32)  # see `add_bias`
         if const_expr(caps_alone(config)):
             self.softcap = Softcap(self.terms.cap_scale, scale_log2, dtype)
@@ -260,18 +261,22 @@ class ForwardConsumer:
     @cute.jit
     def add_bias(self, acc_s, remaining, stage):
         """Add the bias by distance to S; where it is one value, leave that to the rows' maxima."""
-        config, row, bias = self.config, self.row(0), self.bias
-        constant = Boolean(False)
-        if const_expr(config.skips_constant_bias):
-            apart = self.places[1] - self.places[2] + remaining
-            constant = self.windows.is_constant(apart, (16, config.tile_n))
-            bias[0] = Float32(0.0)
-        if constant:
-            bias[0] = self.windows.value(stage, row)
+        if const_expr(not self.config.skips_constant_bias):
+            self.add_values(acc_s, stage)
         else:
-            values = self.windows.values(stage, row, 0, cute.size(acc_s))
-            for i in cutlass.range_constexpr(cute.size(acc_s)):
-                acc_s[i] = acc_s[i] + values[i]
+            bias, apart = self.bias, self.places[1] - self.places[2] + remaining
+            bias[0] = Float32(0.0)
+            if self.windows.is_constant(apart, (16, self.config.tile_n)):
+                bias[0] = self.windows.value(stage, self.row(0))
+            else:
+                self.add_values(acc_s, stage)
+
+    @cute.jit
+    def add_values(self, acc_s, stage):
+        """Add the bias of each element to S."""
+        values = self.windows.values(stage, self.row(0), 0, cute.size(acc_s))
+        for i in cutlass.range_constexpr(cute.size(acc_s)):
+            acc_s[i] = acc_s[i] + values[i]
 
     @cute.jit
     def draw_flags(self, bit_tile, remaining):

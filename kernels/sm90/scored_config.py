@@ -20,7 +20,7 @@ from sparse_flash.kernels.sm90.position_config import forward_at_config
 MOST_HEAD_DIM = 128  # of gradients with softcap, bias or dropout
 MOST_WITH_BIAS_AND_DROPOUT = 96  # likewise, of gradients of a bias with dropout
 MOST_SHARED_MEMORY = 227 << 10  # of a CTA, in bytes
-_CLEARED = ((32, True), (64, False))  # head_dim, and whether there is dropout
+_CLEARED = ((32, True), (64, False), (96, True))  # head_dim, and whether there is dropout
 
 
 @functools.cache
