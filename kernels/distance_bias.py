@@ -16,6 +16,7 @@ import operator
 import cutlass
 from cutlass import Float32, Int32, const_expr, cute
 from sparse_flash.kernels.distance_table import COPIES, ROWS, window_size
+from sparse_flash.kernels.vectors import as_pairs
 
 
 def window_layout(tile: tuple[int, int], stages: int):
@@ -138,13 +139,35 @@ def add_diagonals(ds, scratch, sums, factor=None):
 
 @cute.jit
 def add_total(ds, address):
-    """Add all elements of a warp's dS to one sum in global memory."""
-    totals = [ds[i].to(Float32) for i in range(cute.size(ds))]
-    while const_expr(len(totals) > 1):  # in pairs: the chains are short
-        totals = [sum(totals[i : i + 2]) for i in range(0, len(totals), 2)]
-    total = cute.arch.warp_reduction(totals[0], operator.add)
+    """Add all elements of a warp's dS to one sum in global memory.
+
+    The tensor cores add 16 x 16 elements at a time: a product with a matrix of ones.
+    """
+    pairs, sums = as_pairs(ds), [Float32(0.0)] * 4
+    for i in cutlass.range_constexpr(0, cute.size(pairs), 4):
+        sums = add_rows([pairs[i + n] for n in range(4)], sums, ds.element_type)
+    # Two rows of a thread; four threads of a quad have the same ones.
+    total = cute.arch.warp_reduction(sums[0] + sums[2], operator.add) * 0.25
     if cute.arch.lane_idx() == 0:
         add_to_sum(address.toint(), total)
+
+
+def add_rows(pairs, sums, dtype):
+    """`sums` plus the row sums of 16 x 16 elements, by mma.m16n8k16 with a matrix of ones."""
+    bfloat16 = dtype is cutlass.BFloat16
+    kind, ones = ("bf16", 0x3F803F80) if bfloat16 else ("f16", 0x3C003C00)
+
+    def registers(letter, first, count):
+        listed = ", ".join(f"{{${letter}{i}}}" for i in range(first, first + count))
+        return "{" + listed + "}"
+
+    operands = [registers("w", 0, 4), registers("r", 0, 4), "{ones, ones}", registers("r", 4, 4)]
+    return cute.arch.inline_ptx(
+        f"{{ .reg .b32 ones; mov.b32 ones, {ones}; "
+        f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 {', '.join(operands)}; }}",
+        write_only_types=[Float32] * 4,
+        read_only_args=[*pairs, *sums],
+    )
 
 
 @cute.jit

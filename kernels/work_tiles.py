@@ -6,7 +6,7 @@ The fields of all NamedTuples are Int32.
 from typing import NamedTuple
 
 import cutlass
-from cutlass import Int32, cute
+from cutlass import Int32, const_expr, cute
 
 
 class RowWorkTile(NamedTuple):
@@ -109,3 +109,26 @@ def query_coord(column, kv_head, heads):
     """(m_block, q head) of a block column; the q heads of a kv head are stacked in the layout."""
     group_size, num_m_blocks = heads
     return column % num_m_blocks, kv_head * group_size + column // num_m_blocks
+
+
+@cute.jit
+def first_step(config, tiles, work_tile):
+    """Step at which a column of tiles begins, with `config.rotated`; else 0.
+
+    It is that of the queries beside the keys, where all blocks are stored. So CTAs that compute
+    neighboring columns add to different rows of dQ, and none waits for another one's first sum.
+    """
+    if const_expr(not config.rotated):
+        return Int32(0)
+    beside = work_tile.n_block * config.tile_n // config.tile_m
+    apart = beside - tiles[work_tile.first, 0]
+    return cutlass.max(apart, 0) % work_tile.count
+
+
+@cute.jit
+def tile_of_step(config, work_tile, start, step):
+    """Index of a step's tile in the list. start: Of `first_step`."""
+    if const_expr(config.rotated):
+        step = step + start
+        step = step - work_tile.count if step >= work_tile.count else step
+    return work_tile.first + step

@@ -30,7 +30,7 @@ PLAIN = "none"
 OURS, FLEX, FA4 = "ours", "FlexAttention", "FlashAttention-4"
 TERMS = {  # of each implementation
     OURS: (PLAIN, "softcap", "alibi", "sinks", "relative", "relative, with gradient", "dropout"),
-    FLEX: (PLAIN, "softcap", "alibi", "relative, with gradient"),
+    FLEX: (PLAIN, "softcap", "alibi", "relative", "relative, with gradient"),
     FA4: (PLAIN, "softcap", "sinks"),
 }
 Row = dict[str, Any]
@@ -111,22 +111,18 @@ def flex(term: str, head_dim: int) -> Problem:
     """A term as FlexAttention's score_mod."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    inputs, table = _qkv(head_dim), _table(grad=True)
+    inputs, table = _qkv(head_dim), _table(grad="gradient" in term)
     slopes = scores.alibi_slopes(HEADS).cuda()
     mods = {
         PLAIN: None,
         "softcap": lambda s, b, h, i, j: CAP * torch.tanh(s / CAP),
         "alibi": lambda s, b, h, i, j: s - slopes[h] * (i - j).abs(),
-        "relative, with gradient": lambda s, b, h, i, j: (
-            s + table[h, (i - j).clamp(-RADIUS, RADIUS) + RADIUS]
-        ),
+        "relative": lambda s, b, h, i, j: s + table[h, (i - j).clamp(-RADIUS, RADIUS) + RADIUS],
     }
-    heads_first, mask, compiled = [x.transpose(1, 2) for x in inputs], _mask(), _compiled
-    inputs += [table] * term.startswith("relative")
-    options = {"score_mod": mods[term], "block_mask": mask}
-    return Problem(
-        lambda: compiled(flex_attention)(*heads_first, **options).transpose(1, 2), inputs
-    )
+    options = {"score_mod": mods[term.partition(",")[0]], "block_mask": _mask()}
+    heads_first, compiled = [x.transpose(1, 2) for x in inputs], _compiled(flex_attention)
+    inputs += [table] * table.requires_grad
+    return Problem(lambda: compiled(*heads_first, **options).transpose(1, 2), inputs)
 
 
 @functools.cache

@@ -7,12 +7,13 @@ score costs no instruction. Tiles with both signs add the bias in registers.
 """
 
 import cutlass
-from cutlass import Boolean, Float32, Int32, cute
+from cutlass import Float32, Int32, cute
 from sparse_flash.kernels.score_terms import absolute, add_alibi
 from sparse_flash.kernels.sm90.primitives import smem_layout
 from sparse_flash.kernels.vectors import as_pairs, pack_pair
 
 DEPTH = 16  # of a step of the GEMM
+ROWS = 16  # of a warp
 TERMS = 3  # 16-bit numbers of a slope
 SIGNS = -0x7FFF8000  # of a pair of 16-bit numbers
 MOST = 6e4  # the range of float16
@@ -48,10 +49,12 @@ class Alibi:
         self.dtype, self.tile_n, self.quad = columns.element_type, tile_n, thread % 4
         self.coefficient = cute.make_rmem_tensor(1, Float32)  # see score_terms.py
         self.terms = cute.make_rmem_tensor(1, Int32)  # the thread's pair of its terms
-        # Position of the thread's first row minus that of the first key beyond the end.
+        # Positions of the thread's and of the warp's first row minus that of the first key beyond
+        # the end.
         self.position = cute.make_rmem_tensor(1, Float32)
-        # Of a tile, whether its distances have one sign, and what its rows add.
-        self.one_sign = cute.make_rmem_tensor(1, Boolean)
+        self.of_warp = cute.make_rmem_tensor(1, Int32)
+        # Sign of a tile's distances, which operand A is for, or 0; and what the tile's rows add.
+        self.sign = cute.make_rmem_tensor(1, Int32)
         self.row_bias = cute.make_rmem_tensor(2, Float32)
 
     @cute.jit
@@ -63,26 +66,29 @@ class Alibi:
         pair = first if self.quad == 0 else second
         self.terms[0] = pair if self.quad < 2 else Int32(0)
         self.coefficient[0], self.position[0] = coefficient, Float32(position)
+        row = cute.arch.thread_idx()[0] % 32 // 4
+        self.of_warp[0] = cute.arch.make_warp_uniform(position - row)
+        self.sign[0] = Int32(2)  # operand A is of another work tile
 
     @cute.jit
     def begin_tile(self, remaining):
         """Prepare operand A, before the GEMM. remaining: Keys from the tile's first column on."""
-        coefficient = self.coefficient[0]
+        coefficient, apart = self.coefficient[0], self.of_warp[0] + remaining
+        sign = Int32(1) if apart >= self.tile_n else Int32(0)
+        sign = Int32(-1) if apart <= -ROWS else sign
+        sign = sign if absolute(coefficient) < MOST else Int32(0)
+        pairs, terms, of_a = as_pairs(self.slopes), self.terms, self.sign
+        if sign != of_a[0]:
+            of_a[0] = sign
+            pair = terms[0] ^ Int32(SIGNS) if sign > 0 else terms[0]
+            pair = pair if sign != 0 else Int32(0)
+            # Two rows of the first 8 numbers, and of the next ones.
+            for i in cutlass.range_constexpr(4):
+                pairs[i] = pair if i < 2 else Int32(0)
+        signed = coefficient * Float32(sign) if sign != 0 else Float32(0.0)
         distance = self.position[0] + Float32(remaining)
-        after = cute.arch.vote_all_sync(distance >= self.tile_n)
-        before = cute.arch.vote_all_sync(distance <= -8.0)
-        one_sign = (after or before) and absolute(coefficient) < MOST
-        slope = -coefficient if after else coefficient
-        pair = self.terms[0] ^ Int32(SIGNS) if after else self.terms[0]
-        pair = pair if one_sign else Int32(0)
-        # Two rows of the first 8 numbers, and of the next ones.
-        pairs = as_pairs(self.slopes)
-        for i in cutlass.range_constexpr(4):
-            pairs[i] = pair if i < 2 else Int32(0)
-        self.one_sign[0] = one_sign
         for row in cutlass.range_constexpr(2):
-            bias = -slope * (distance + 8.0 * row)
-            self.row_bias[row] = bias if one_sign else Float32(0.0)
+            self.row_bias[row] = signed * (distance + 8.0 * row)
 
     @property
     def operands(self):
@@ -92,7 +98,7 @@ class Alibi:
     @cute.jit
     def add(self, acc_s, remaining):
         """Add the bias to S where the GEMM did not."""
-        if not self.one_sign[0]:
+        if self.sign[0] == 0:
             distance = self.position[0] + Float32(remaining - 2 * self.quad)
             add_alibi(acc_s, self.coefficient[0], distance, False)
 

@@ -35,6 +35,7 @@ class BackwardConfig:
             latency that is not hidden.
         fixed_point: Accumulate dQ in fixed point, so the sum does not depend on the order of the
             additions. See `preprocess.Preprocess`.
+        rotated: Begin each column of tiles at another row of dQ, see `work_tiles.first_step`.
         small: Whether a CTA has one warpgroup and 64 keys, for layouts of small blocks.
         tiles_per_step: Tiles of the schedule that a step of tile_m queries computes, only with
             `small`. The queries of several tiles need not be neighbors.
@@ -57,7 +58,7 @@ class BackwardConfig:
     sliced_statistics: bool = False
     early_weights: bool = False  # for fewer registers, see `BackwardScores.round_weights`
     fixed_point: bool = False
-    sum_first: bool = False
+    rotated: bool = False
     small: bool = False
     tiles_per_step: int = 1
     resident_ctas: int = 1
@@ -78,7 +79,7 @@ class BackwardConfig:
             # A multiprocessor has 228 KiB; each CTA reserves 1 KiB more.
             assert self.resident_ctas * (self.shared_memory + 1024) <= 228 * 1024
         elif self.wide:
-            assert (self.tile_m, self.ds_stages) == (64, 2)
+            assert (self.tile_m, self.q_stages, self.ds_stages) == (64, 2, 2)
             assert self.head_dim in _WIDE_REGISTERS
             assert not self.fixed_point
             assert not self.offsets

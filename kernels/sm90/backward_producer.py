@@ -4,7 +4,13 @@ import cutlass
 from cutlass import Int32, const_expr, cute, pipeline
 from sparse_flash.kernels.sm90.barriers import BackwardBarrier
 from sparse_flash.kernels.sm90.primitives import check_arrivals, tma_load, tma_store
-from sparse_flash.kernels.work_tiles import ColumnWorkTile, end_of_work, query_coord
+from sparse_flash.kernels.work_tiles import (
+    ColumnWorkTile,
+    end_of_work,
+    first_step,
+    query_coord,
+    tile_of_step,
+)
 
 PRODUCER = pipeline.PipelineUserType.Producer
 CONSUMER = pipeline.PipelineUserType.Consumer
@@ -48,9 +54,10 @@ class BackwardProducer:
             work_state.advance()
             if count > 0 and remaining > 0:
                 coord = (n_block, head, batch)
+                start = first_step(config, self.tiles, work_tile)
                 if const_expr(config.k_stages > 1):
                     self.load_keys(2, self.k_pipe, k_state, coord)
-                self.load_queries(q_state, first, coord)
+                self.load_queries(q_state, tile_of_step(config, work_tile, start, 0), coord)
                 q_state.advance()
                 self.load_keys(3, self.v_pipe, v_state, coord)
                 v_state.advance()
@@ -58,11 +65,13 @@ class BackwardProducer:
                     self.load_keys(2, self.k_pipe, k_state, coord)
                 k_state.advance()
                 for j in cutlass.range(1, count - 1, unroll=1):
-                    self.load_queries(q_state, first + j, coord)
+                    self.load_queries(q_state, tile_of_step(config, work_tile, start, j), coord)
                     q_state.advance()
             index = self.work_tiles.next_index()
             if count > 1 and remaining > 0:
-                self.load_queries(q_state, first + count - 1, (n_block, head, batch))
+                start = first_step(config, self.tiles, work_tile)
+                last = tile_of_step(config, work_tile, start, count - 1)
+                self.load_queries(q_state, last, (n_block, head, batch))
                 q_state.advance()
         self.work_tiles.announce(work_state, end_of_work(ColumnWorkTile, count=Int32(-1)))
         self.work_tiles.reset_counters()
@@ -126,20 +135,26 @@ class BackwardStorer:
     @cute.jit
     def run(self):
         """Process work tiles until the end of the list."""
+        config = self.config
         state = pipeline.make_pipeline_state(CONSUMER, self.work_tiles.pipe.num_stages)
         buffer = Int32(0)
         self.release_buffer(buffer)
         work_tile = self.work_tiles.take(state, ColumnWorkTile)
         state.advance()
         while work_tile.count >= 0:
-            n_block, head, batch, count, split_idx, first, remaining = work_tile
-            end = first + count if remaining > 0 else first
-            for tile in cutlass.range(first, end - 1, unroll=1):
+            n_block, head, batch, count, split_idx, _, remaining = work_tile
+            count = count if remaining > 0 else Int32(0)
+            start = Int32(0)
+            if count > 0:
+                start = first_step(config, self.tiles, work_tile)
+            for j in cutlass.range(0, count - 1, unroll=1):
+                tile = tile_of_step(config, work_tile, start, j)
                 buffer = self.add_tile(tile, head, batch, buffer)
             if split_idx < 0:
                 buffer = self.store((2 * n_block + self.group, head, batch), buffer)
-            if end > first:
-                buffer = self.add_tile(end - 1, head, batch, buffer)
+            if count > 0:
+                tile = tile_of_step(config, work_tile, start, count - 1)
+                buffer = self.add_tile(tile, head, batch, buffer)
             work_tile = self.work_tiles.take(state, ColumnWorkTile)
             state.advance()
         cute.arch.cp_async_bulk_wait_group(0)

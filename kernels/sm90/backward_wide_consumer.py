@@ -5,14 +5,14 @@ each other's. Two stages of P' and of dS' let each run a tile ahead of the next.
 """
 
 import cutlass
-from cutlass import Float32, Int32, const_expr, cute, pipeline
+from cutlass import Float32, Int32, cute, pipeline
 from cutlass.cute.nvgpu import warp, warpgroup
 from sparse_flash.kernels import online_softmax as online
 from sparse_flash.kernels.sm90.backward_producer import load_relaxed, query_coord, sum_address
 from sparse_flash.kernels.sm90.barriers import WideBackwardBarrier
 from sparse_flash.kernels.sm90.primitives import arrive_once, gemm, mul_pairs
 from sparse_flash.kernels.vectors import pack_pair, store_pairs
-from sparse_flash.kernels.work_tiles import ColumnWorkTile
+from sparse_flash.kernels.work_tiles import ColumnWorkTile, first_step, tile_of_step
 from sparse_flash.masks.layout import FULL_TILE
 
 CONSUMER = pipeline.PipelineUserType.Consumer
@@ -51,7 +51,6 @@ class KeyAccumulator:
     def run(self):
         """Process work tiles until the end of the list."""
         q_state = pipeline.make_pipeline_state(CONSUMER, self.config.q_stages)
-        ds_state = pipeline.make_pipeline_state(CONSUMER, self.config.ds_stages)
         key_state = pipeline.make_pipeline_state(CONSUMER, self.key_pipe.num_stages)
         work_state = pipeline.make_pipeline_state(CONSUMER, self.work_tiles.pipe.num_stages)
         work_tile = self.work_tiles.take(work_state, ColumnWorkTile)
@@ -66,11 +65,9 @@ class KeyAccumulator:
                 mask = self.load_mask(q_state)
                 warpgroup.wait_group(0)
                 self.modify(acc, mask, q_state, remaining)
-                self.publish(acc, ds_state)
-                ds_state.advance()
+                self.publish(acc, q_state, remaining)
                 for _ in cutlass.range(count - 1, unroll=1):
-                    q_state = self.step(key_state, q_state, ds_state, remaining)
-                    ds_state.advance()
+                    q_state = self.step(key_state, q_state, remaining)
                 self.key_pipe.consumer_release(key_state)
                 key_state.advance()
                 self.issue_sum(q_state)
@@ -82,27 +79,18 @@ class KeyAccumulator:
             work_state.advance()
 
     @cute.jit
-    def step(self, key_state, q_state, ds_state, remaining):
+    def step(self, key_state, q_state, remaining):
         """Add a tile to the gradient, and compute the scores of the next one; returns its state."""
         following = q_state.clone()
         following.advance()
-        if const_expr(self.config.sum_first):
-            self.issue_sum(q_state)
-            acc = self.issue_scores(key_state, following)
-            mask = self.load_mask(following)
-            warpgroup.wait_group(1)
-            self.sum_pipe.consumer_release(q_state)
-            warpgroup.wait_group(0)
-            self.modify(acc, mask, following, remaining)
-        else:
-            acc = self.issue_scores(key_state, following)
-            mask = self.load_mask(following)
-            self.issue_sum(q_state)
-            warpgroup.wait_group(self.chunks)
-            self.modify(acc, mask, following, remaining)
-            warpgroup.wait_group(0)  # the GEMM has read `scores`
-            self.sum_pipe.consumer_release(q_state)
-        self.publish(acc, ds_state)
+        acc = self.issue_scores(key_state, following)
+        mask = self.load_mask(following)
+        self.issue_sum(q_state)
+        warpgroup.wait_group(self.chunks)
+        self.modify(acc, mask, following, remaining)
+        warpgroup.wait_group(0)  # the GEMM has read `scores`
+        self.sum_pipe.consumer_release(q_state)
+        self.publish(acc, following, remaining)
         return following
 
     @cute.jit
@@ -192,15 +180,14 @@ class ValueGradient(KeyAccumulator):
         self.score_pipe.consumer_release(q_state)
 
     @cute.jit
-    def publish(self, acc, ds_state):
+    def publish(self, acc, q_state, remaining):
         """Round P', and give it to the warpgroup of dK."""
         for i in cutlass.range_constexpr(cute.size(acc)):
             self.scores[i] = acc[i].to(self.dtype)
-        stage = ds_state.index
-        self.p_pipe.sync_object_empty.wait(stage, ds_state.phase ^ 1)
-        goal = self.sP[None, self.thread, None, stage]
+        self.p_pipe.sync_object_empty.wait(q_state.index, q_state.phase ^ 1)
+        goal = self.sP[None, self.thread, None, q_state.index]
         cute.autovec_copy(cute.make_tensor(self.scores.iterator, goal.shape), goal)
-        cute.arch.mbarrier_arrive(self.p_pipe.sync_object_full.get_barrier(stage))
+        cute.arch.mbarrier_arrive(self.p_pipe.sync_object_full.get_barrier(q_state.index))
 
 
 class KeyGradient(KeyAccumulator):
@@ -242,10 +229,10 @@ class KeyGradient(KeyAccumulator):
                 acc[i] = acc[i] if self.row(i // 2 % 2) < remaining else Float32(0.0)
 
     @cute.jit
-    def publish(self, acc, ds_state):
+    def publish(self, acc, q_state, remaining):
         """Multiply by P', and give dS' to the warpgroup of dQ."""
-        stage = ds_state.index
-        self.p_pipe.consumer_wait(ds_state)
+        stage = q_state.index
+        self.p_pipe.consumer_wait(q_state)
         source = self.sP[None, self.thread, None, stage]
         p = cute.make_rmem_tensor(cute.size(acc), self.dtype)
         cute.autovec_copy(source, cute.make_tensor(p.iterator, source.shape))
@@ -253,7 +240,7 @@ class KeyGradient(KeyAccumulator):
             self.scores[i] = acc[i].to(self.dtype)
         mul_pairs(self.scores, p)
         cute.arch.mbarrier_arrive(self.p_pipe.sync_object_empty.get_barrier(stage))
-        self.ds_pipe.sync_object_empty.wait(stage, ds_state.phase ^ 1)
+        self.ds_pipe.sync_object_empty.wait(stage, q_state.phase ^ 1)
         stmatrix = cute.make_copy_atom(warp.StMatrix8x8x16bOp(num_matrices=4), self.dtype)
         copy = cute.make_tiled_copy_C(stmatrix, self.mma_s).get_slice(self.thread)
         ds = cute.make_tensor(self.scores.iterator, acc.layout)
@@ -308,8 +295,9 @@ class QueryGradient:
             if count > 0 and remaining > 0:
                 self.k_pipe.consumer_wait(k_state)
                 self.zero_beyond(k_state, remaining)
+                start = first_step(self.config, self.tiles, work_tile)
                 for j in cutlass.range(count, unroll=1):
-                    column = self.tiles[work_tile.first + j, 0]
+                    column = self.tiles[tile_of_step(self.config, work_tile, start, j), 0]
                     m_block, head = query_coord(column, work_tile.head, self.heads)
                     coord = (work_tile.batch, head, 2 * m_block)
                     self.add_tile(coord, k_state, ds_state)

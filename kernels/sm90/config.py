@@ -76,9 +76,15 @@ _FORWARD = {
         ForwardConfig(_ANY, 32, tile_m=192, q_in_registers=True),
     ),
     64: (ForwardConfig(_ANY, 64, tile_m=128), ForwardConfig(_ANY, 64, tile_m=192)),
-    96: (ForwardConfig(_ANY, 96, tile_m=128), ForwardConfig(_ANY, 96, tile_m=192, tile_n=96)),
-    128: (ForwardConfig(_ANY, 128, tile_m=128, q_in_registers=True),),
-    192: (ForwardConfig(_ANY, 192, 128, tile_n=64, q_stages=1, kv_stages=3, o_columns=64),),
+    96: (
+        ForwardConfig(_ANY, 96, tile_m=128),
+        ForwardConfig(_ANY, 96, tile_m=192, tile_n=96, turns=False),
+    ),
+    128: (
+        ForwardConfig(_ANY, 128, tile_m=128, q_in_registers=True),
+        ForwardConfig(_ANY, 128, 192, tile_n=80, q_stages=1, clear_tile_info=True),
+    ),
+    192: (ForwardConfig(_ANY, 192, 128, 64, q_stages=1, kv_stages=3, o_columns=64, turns=False),),
     256: (ForwardConfig(_ANY, 256, 128, tile_n=64, q_stages=1, kv_stages=2, o_columns=64),),
 }
 
@@ -222,10 +228,15 @@ _VARIANTS = {
 }
 
 
+ROTATED: tuple[int, ...] = ()  # head_dims of kernels with `BackwardConfig.rotated`
+
+
 def variant_config(variant: BackwardVariant, dtype: str, head_dim: int) -> BackwardConfig:
     """The config of a variant for this head_dim, which must not exceed the variant's largest."""
     configs = _VARIANTS[variant]
-    return replace(configs[min(size for size in configs if head_dim <= size)], dtype=dtype)
+    size = min(size for size in configs if head_dim <= size)
+    config = configs[size]
+    return replace(config, dtype=dtype, rotated=size in ROTATED and config.dq and not config.small)
 
 
 def backward_configs(
@@ -245,8 +256,8 @@ def backward_configs(
 
 def all_backward_configs() -> list[BackwardConfig]:
     """All shipped backward configs."""
-    configs = [config for sizes in _VARIANTS.values() for config in sizes.values()]
-    return [replace(config, dtype=dtype) for dtype in DTYPES for config in configs]
+    all_sizes = [(variant, size) for variant, sizes in _VARIANTS.items() for size in sizes]
+    return [variant_config(variant, dtype, size) for dtype in DTYPES for variant, size in all_sizes]
 
 
 _DQ_ONLY = {

@@ -27,8 +27,9 @@ _CLEARED = ((32, True), (64, False), (96, True))  # head_dim, and whether there 
 def scored_forward_configs(
     dtype: str, head_dim: int, flags: ScoreFlags
 ) -> tuple[ForwardConfig, ...]:
-    """The forward configs of a head_dim with these features, of tiles of 128 rows and more."""
-    configs = [c for c in forward_configs(dtype, head_dim) if c.tile_m >= 128]
+    """The forward configs of a head_dim with these features, of tiles of 128 rows or more."""
+    tall = 128 if 96 < head_dim <= 128 else 192  # there are no registers for 192 rows
+    configs = [c for c in forward_configs(dtype, head_dim) if 128 <= c.tile_m <= tall]
     return tuple(_with_terms(c, flags) for c in configs)
 
 
