@@ -35,7 +35,6 @@ class BackwardConfig:
             latency that is not hidden.
         fixed_point: Accumulate dQ in fixed point, so the sum does not depend on the order of the
             additions. See `preprocess.Preprocess`.
-        rotated: Begin each column of tiles at another row of dQ, see `work_tiles.first_step`.
         small: Whether a CTA has one warpgroup and 64 keys, for layouts of small blocks.
         tiles_per_step: Tiles of the schedule that a step of tile_m queries computes, only with
             `small`. The queries of several tiles need not be neighbors.
@@ -58,7 +57,6 @@ class BackwardConfig:
     sliced_statistics: bool = False
     early_weights: bool = False  # for fewer registers, see `BackwardScores.round_weights`
     fixed_point: bool = False
-    rotated: bool = False
     small: bool = False
     tiles_per_step: int = 1
     resident_ctas: int = 1
@@ -96,6 +94,15 @@ class BackwardConfig:
     def wide(self) -> bool:
         """Whether three warpgroups compute dV, dK and dQ: `backward_wide.BackwardWideSm90`."""
         return self.dq and self.tile_n == 64 and not self.small
+
+    @property
+    def rotated(self) -> bool:
+        """Whether columns of tiles begin at different rows of dQ, see `work_tiles.first_step`.
+
+        On an H200 dense layouts gain 4 to 10 % up to head_dim 128; others change by less than 1 %,
+        or gain up to 8 % at head_dim 256.
+        """
+        return self.dq and not self.small
 
     @property
     def registers(self) -> tuple[int, int]:

@@ -228,15 +228,10 @@ _VARIANTS = {
 }
 
 
-ROTATED: tuple[int, ...] = ()  # head_dims of kernels with `BackwardConfig.rotated`
-
-
 def variant_config(variant: BackwardVariant, dtype: str, head_dim: int) -> BackwardConfig:
     """The config of a variant for this head_dim, which must not exceed the variant's largest."""
     configs = _VARIANTS[variant]
-    size = min(size for size in configs if head_dim <= size)
-    config = configs[size]
-    return replace(config, dtype=dtype, rotated=size in ROTATED and config.dq and not config.small)
+    return replace(configs[min(size for size in configs if head_dim <= size)], dtype=dtype)
 
 
 def backward_configs(
@@ -256,8 +251,8 @@ def backward_configs(
 
 def all_backward_configs() -> list[BackwardConfig]:
     """All shipped backward configs."""
-    all_sizes = [(variant, size) for variant, sizes in _VARIANTS.items() for size in sizes]
-    return [variant_config(variant, dtype, size) for dtype in DTYPES for variant, size in all_sizes]
+    configs = [config for sizes in _VARIANTS.values() for config in sizes.values()]
+    return [replace(config, dtype=dtype) for dtype in DTYPES for config in configs]
 
 
 _DQ_ONLY = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from sparse_flash.kernels.distance_table import (
+    UNBOUNDED,
     DistanceBias,
     DistanceGrid,
     gradients_of,
@@ -61,3 +62,17 @@ def test_gradients(r, slopes):
         only = gradients_of(DistanceBias(slopes, None), sums, grid)
         torch.testing.assert_close(only.slopes, leaves.slopes.grad)
         assert only.table is None
+
+
+@pytest.mark.parametrize("r", [0, 3, 40])
+def test_radius(r):
+    """From the radius on, values of a side are equal; with slopes there is none."""
+    given = bias(r, None)
+    grid = DistanceGrid.of((128, 128), (128, 128), transposed=True)
+    values = values_of(given, grid, 1.0)[:, 0]
+    distance = grid.distances(torch.device("cpu"))
+    for side in (distance >= given.radius, distance <= -given.radius):
+        assert (values[:, side] == values[:, side][:, :1]).all()
+    assert given.radius == r
+    assert bias(r).radius == UNBOUNDED
+    assert DistanceBias(SLOPES, None).radius == UNBOUNDED
