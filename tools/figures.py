@@ -89,9 +89,9 @@ def _draw_speed(data: dict[str, Any], theme: str) -> Any:
     figure = Figure(figsize=(10, 5.2), layout="constrained")
     width = 0.8 / len(tables.BASELINES)
     for axes, (which, cases) in zip(figure.subplots(2, 1, sharex=True), data.items(), strict=True):
-        for i, (baseline, color) in enumerate(zip(tables.BASELINES, (ours, *others), strict=True)):
+        for i, (baseline, color) in enumerate(zip(tables.BASELINES, (ours, *others), strict=False)):
             heights = [case[baseline] for case in cases.values()]
-            coordinates = [j + (i - 1.5) * width for j in range(len(cases))]
+            coordinates = [j + (i - 1) * width for j in range(len(cases))]
             label = tables.TITLES.get(baseline, baseline)
             bars = axes.bar(coordinates, heights, width * 0.92, color=color, label=label)
             if baseline == "ours":

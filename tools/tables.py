@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 from pathlib import Path
 from typing import Any
 
 from sparse_flash.experiments import markdown
 from sparse_flash.experiments.attention import AttentionKind
+from sparse_flash.experiments.bench.scores import OURS, TERMS
 from sparse_flash.experiments.selected import HybridKind, TopK
 
 from sparse_flash import masks
@@ -16,7 +18,7 @@ from sparse_flash import masks
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"
 BENCH = RESULTS / "bench"
-BASELINES = ("ours", "FlashAttention-4", "cudnn-frontend", "FlexAttention")
+BASELINES = ("ours", "FlashAttention-4", "cudnn-frontend")
 TASKS = ("listops", "text", "image", "pathfinder")
 _TRAINED = ("local", "sdpa", "dense")
 TITLES = {"ours": "sparse_flash"}
@@ -45,8 +47,12 @@ def read(path: Path) -> Any:
 
 def bench_rows(which: str) -> dict[str, dict[str, dict[str, float]]]:
     """Rows of the recorded benchmark: `[case][baseline]`, for the pass "forward" or "backward"."""
+    return _by_case(BENCH / "h200", which)
+
+
+def _by_case(folder: Path, which: str) -> dict[str, dict[str, dict[str, float]]]:
     found: dict[str, dict[str, dict[str, float]]] = {}
-    for row in read(BENCH / "h200" / "bench.json")["rows"]:
+    for row in read(folder / "bench.json")["rows"]:
         if row["pass"] == which and "ms" in row:
             found.setdefault(row["case"], {})[row["peer"]] = row
     return found
@@ -106,34 +112,16 @@ def speed() -> str:
 
 def all_cases(which: str) -> str:
     """Every case of the recorded benchmark, and the ratio to the fastest baseline."""
-    baselines = [*BASELINES[1:], "SDPA cuDNN", "SDPA flash"]
-    head = ["case", "density", TITLES["ours"], *baselines, "speed-up (GPU / wall-clock)"]
+    names = [TITLES.get(name, name) for name in BASELINES]
+    head = ["case", "density", *names, "speed-up", "of the product", "SM MHz"]
     rows = []
     for case, found in bench_rows(which).items():
-        cells = [case, f"{found['ours']['density']:.2%}".replace("%", " %"), _tflops(found["ours"])]
-        cells += [_tflops(found[name]) if name in found else "" for name in baselines]
-        gpu, wall = (_ratio(found, key) for key in ("ms", "wall_ms"))
-        rows.append([*cells, f"{gpu:.2f} / {wall:.2f}"])
-    return table(head, rows)
-
-
-def turns() -> str:
-    """The recorded cases in which libraries took turns call by call."""
-    rows = read(BENCH / "h200-turns" / "bench.json")["rows"]
-    names = ["FlashAttention-4", "SDPA cuDNN"]
-    head = ["pass", "case", TITLES["ours"], *names, "speed-up", "of the product", "SM MHz"]
-    found: dict[tuple[str, str], dict[str, Any]] = {}
-    for row in rows:
-        if "ms" in row:
-            found.setdefault((row["pass"], row["case"]), {})[row["peer"]] = row
-    lines = []
-    for (which, case), by in found.items():
-        ours = by["ours"]
-        cells = [which, case, *(_tflops(by.get(name)) for name in ("ours", *names))]
+        ours = found["ours"]
+        cells = [case, f"{ours['density']:.2%}".replace("%", " %")]
+        cells += [_tflops(found.get(name)) for name in BASELINES]
         share = f"{ours['tflops'] / ours['matrix_tflops']:.2f}"
-        clock = f"{ours['sm_mhz']:.0f}"
-        lines.append([*cells, markdown.speed_up_text(by), share, clock])
-    return table(head, lines)
+        rows.append([*cells, markdown.speed_up_text(found), share, f"{ours['sm_mhz']:.0f}"])
+    return table(head, rows)
 
 
 def prediction_errors() -> str:
@@ -153,11 +141,25 @@ def prediction_errors() -> str:
     )
 
 
-def ratio_range(which: str, wall: bool = False) -> str:
-    """Smallest and largest speed-up over the fastest baseline in each case."""
-    key = "wall_ms" if wall else "ms"
-    ratios = [_ratio(found, key) for found in bench_rows(which).values()]
+def ratio_range(which: str) -> str:
+    """Smallest and largest speed-up over the fastest baseline in each case, by GPU time."""
+    ratios = speed_ups(which)
     return f"{min(ratios):.2f}x to {max(ratios):.2f}x"
+
+
+def speed_ups(which: str) -> list[float]:
+    """Speed-up over the fastest baseline in each case: the median of the ratio within a turn."""
+    found = []
+    for rows in bench_rows(which).values():
+        others = [row for name, row in rows.items() if name != "ours"]
+        found.append(min(others, key=lambda row: row["ms"])["ratio"])
+    return found
+
+
+def ahead() -> str:
+    """In how many passes of all cases no baseline is ahead by more than 1 %."""
+    ratios = [ratio for which in ("forward", "backward") for ratio in speed_ups(which)]
+    return f"{sum(ratio >= 0.99 for ratio in ratios)} of {len(ratios)}"
 
 
 def flex_range() -> str:
@@ -165,10 +167,48 @@ def flex_range() -> str:
     ratios = [
         found["FlexAttention"]["ms"] / found["ours"]["ms"]
         for which in ("forward", "backward")
-        for found in bench_rows(which).values()
+        for found in _by_case(BENCH / "h200-flex", which).values()
         if "FlexAttention" in found
     ]
     return f"{min(ratios):.1f}x to {max(ratios):.1f}x"
+
+
+def score_costs() -> str:
+    """Time of calls with a score term over that without, and of baselines over ours."""
+    rows = read(BENCH / "h200-scores" / "scores.json")["rows"]
+    by = {(r["head_dim"], r["pass"], r["peer"], r["term"]): r for r in rows if "ms" in r}
+    peers = ("FlexAttention", "FlashAttention-4")
+    head = ["term", "head_dim", "forward", "backward", *(f"{p}, forward / backward" for p in peers)]
+    lines = []
+    dims = sorted({row["head_dim"] for row in rows})
+    for head_dim, term in itertools.product(dims, TERMS[OURS][1:]):
+        both = [by[head_dim, which, "ours", term] for which in ("forward", "backward")]
+        cells = [term, str(head_dim), *(f"{row['ratio']:.2f}" for row in both)]
+        for peer in peers:
+            of_peer = [by.get((head_dim, which, peer, term)) for which in ("forward", "backward")]
+            texts = [f"{row['over_ours']:.2f}x" for row in of_peer if row is not None]
+            cells.append(" / ".join(texts))
+        lines.append(cells)
+    return table(head, lines)
+
+
+def documents() -> str:
+    """Time of packed documents with new lengths at each call."""
+    lines = []
+    for run in read(BENCH / "h200-documents.json")["runs"]:
+        by: dict[tuple[int, int, str], dict[str, dict[str, Any]]] = {}
+        for row in run["rows"]:
+            key = row["head_dim"], row["heads"], row["passes"]
+            by.setdefault(key, {})[row["name"]] = row
+        for (head_dim, heads, passes), rows in by.items():
+            if head_dim == 64 and "cudnn-frontend" not in rows:
+                continue  # the run with all libraries has it
+            names = ("ours", "ours, fixed layout", "FA4 varlen", "cudnn-frontend")
+            times = [f"{rows[name]['wall_ms']:.2f}" if name in rows else "" for name in names]
+            ratio = f"{rows['FA4 varlen']['ratio']:.2f}x"
+            lines.append([f"{passes}, {heads} heads of {head_dim}", *times, ratio])
+    head = ["pass", "new lengths", "the same layout", "FlashAttention-4", "cudnn-frontend"]
+    return table([*head, "FlashAttention-4 over ours"], lines)
 
 
 def steps(folder: str) -> str:
@@ -409,12 +449,6 @@ def _kind(attention: str) -> str:
     if attention in ("standard", "sdpa", "dense"):
         return attention
     return "flex" if attention.startswith("flex:") else "mask"
-
-
-def _ratio(found: dict[str, dict[str, float]], key: str) -> float:
-    ratio = markdown.speed_up(found, key)
-    assert ratio is not None
-    return ratio
 
 
 def _tflops(row: dict[str, float] | None) -> str:

@@ -1,4 +1,4 @@
-"""What score terms cost: each call takes turns with the same call without the term, and with peers.
+"""The cost of score terms, in turns with the same call without a term and with the baselines.
 
     python -m sparse_flash.experiments.bench.scores costs.json   # on the GPU
 
@@ -157,7 +157,7 @@ MAKERS = {OURS: ours, FLEX: flex, FA4: flash_attention_4}
 def prepared(
     head_dim: int, peers: list[str], stream: torch.cuda.Stream
 ) -> tuple[dict[str, Calls], list[Row]]:
-    """Calls by pass and name, and rows of those that fail, with the reason."""
+    """Calls by pass and name, and rows of calls that fail, with the reason."""
     calls: dict[str, Calls] = {"forward": {}, "backward": {}}
     left_out: list[Row] = []
     for peer in peers:
@@ -184,8 +184,8 @@ def prepared(
 def rows_of(which: str, head_dim: int, turns: Turns) -> list[Row]:
     """A row for each call.
 
-    ms: Median. ratio, ratio_low, ratio_high: Over the same peer without the term, in the same turn,
-    with the 95 % confidence interval. over_ours: Over ours with the term, likewise the median.
+    ms: Median. ratio, ratio_low, ratio_high: Over the same implementation without the term, in the
+    same turn, with the 95 % confidence interval. over_ours: Over ours with the term, likewise.
     """
     rows = []
     for name in turns.ms:

@@ -53,7 +53,7 @@ class Alibi:
         # the end.
         self.position = cute.make_rmem_tensor(1, Float32)
         self.of_warp = cute.make_rmem_tensor(1, Int32)
-        # Sign of a tile's distances, which operand A is for, or 0; and what the tile's rows add.
+        # Sign of a tile's distances, for which operand A is, or 0; and the bias of its rows.
         self.sign = cute.make_rmem_tensor(1, Int32)
         self.row_bias = cute.make_rmem_tensor(2, Float32)
 
