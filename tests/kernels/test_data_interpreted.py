@@ -70,12 +70,12 @@ def interpreted(monkeypatch):
 
 
 LENGTHS = (100, 28, 0, 300, 1, 339)
-thorough = pytest.mark.thorough  # a schedule takes some seconds
+# A schedule takes some seconds.
+thorough, by_hand = pytest.mark.thorough, pytest.mark.matrix
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    "within", [CAUSAL, pytest.param(None, marks=thorough), pytest.param(LOCAL, marks=thorough)]
+    "within", [CAUSAL, pytest.param(None, marks=by_hand), pytest.param(LOCAL, marks=by_hand)]
 )
 def test_documents(monkeypatch, interpreted, within):
     data, _ = packed(LENGTHS, within)
@@ -116,7 +116,7 @@ def test_cu_seqlens_that_do_not_ascend(monkeypatch, interpreted):
     same_as_pytorch(monkeypatch, wrong.layout(768), (2, 1), 0)
 
 
-@thorough
+@by_hand
 def test_documents_by_batch_entry_and_chosen_blocks(monkeypatch, interpreted):
     data, _ = packed(LENGTHS, CAUSAL)
     other, _ = packed((400, 368), CAUSAL)
