@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 from sparse_flash.kernels import attention
-from sparse_flash.kernels.attention import is_aligned
 from sparse_flash.kernels.launch import Kernel, bind
 from sparse_flash.kernels.plan import Plan
 from sparse_flash.kernels.schedule import backward_schedule, schedule
@@ -226,18 +225,6 @@ def test_a_split_row_allocates_and_others_do_not(launched):
     launch(q, q, q, masks.full())
     assert launched[0]["out_splits"] is launched[1]["out_splits"]
     assert launched[0]["out_splits"].shape[0] == 0
-
-
-def test_alignment():
-    x = torch.randn(2, 30, 4, 64)
-    assert is_aligned(x)
-    assert is_aligned(x.transpose(1, 2))
-    assert is_aligned(x[:, :, :1].expand(-1, -1, 3, -1))
-    assert is_aligned(x[..., 8:24])
-    assert not is_aligned(x[..., 4:20])
-    assert not is_aligned(x.transpose(2, 3))
-    assert not is_aligned(torch.randn(2, 30, 4, 60))
-    assert is_aligned(torch.empty_strided((1, 30, 1, 64), (1, 64, 3, 1)))
 
 
 def test_refusals_that_need_no_gpu():
