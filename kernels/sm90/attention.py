@@ -86,7 +86,7 @@ def _unsupported_gpu(arch: str, found: str) -> str | None:
 
 def unsupported_blocks(layout: BlockLayout, q: Tensor, deterministic: bool) -> str | None:
     """Why the kernels cannot take a layout of data with such blocks; None where they can."""
-    planners = [FORWARD[q.dtype, q.shape[3]], *_gradient_planners(layout, q, deterministic)]
+    planners = [FORWARD[q.dtype, q.shape[3]], *_gradient_planners(q, deterministic)]
     return shared.unsupported_blocks(layout, planners)
 
 
@@ -106,32 +106,19 @@ def backward_plans(
     """The plans of the gradients, for the tensors of `forward_plan`.
 
     One kernel computes all gradients and adds up dQ in memory, in any order; with `deterministic`
-    it does so in fixed point. Above head_dim 128 `deterministic` and dense layouts take two kernels
-    instead: one computes dK and dV, one dQ, both bitwise repeatable.
+    it does so in fixed point. Above head_dim 128 `deterministic` takes two kernels instead: one
+    computes dK and dV, one dQ, both bitwise repeatable.
     """
     sizes = (q.shape[0], q.shape[2], k.shape[2], DeviceFacts.of(layout.device))
-    planners = _gradient_planners(layout, q, deterministic)
+    planners = _gradient_planners(q, deterministic)
     return BackwardPlans(*(plan_of(layout, PlanKey(planner, *sizes)) for planner in planners))
 
 
-def _gradient_planners(layout: BlockLayout, q: Tensor, deterministic: bool) -> list[Planner[Any]]:
-    """Planner of the kernel of all gradients, or those of dK and dV, and of dQ.
-
-    In a dense layout all CTAs of a head begin with the same queries and add to the same rows of dQ.
-    Above head_dim 128, where a tile has 64 keys, that is slower than a second kernel. On an H200 at
-    head_dim 256 and 8,192 tokens: dense 264 TFLOP/s, with two kernels 338; causal 456 and 315;
-    density 0.25 at 16,384 tokens 423 and 361. Layouts of data count as sparse: to count their tiles
-    would synchronize the host.
-    """
+def _gradient_planners(q: Tensor, deterministic: bool) -> list[Planner[Any]]:
+    """Planner of the kernel of all gradients, or those of dK and dV, and of dQ."""
     key = q.dtype, q.shape[3]
-    dense = q.shape[3] > 128 and not layout.on_device and _is_dense(layout)
-    backward = (DETERMINISTIC_BACKWARD if deterministic or dense else BACKWARD)[key]
+    backward = (DETERMINISTIC_BACKWARD if deterministic else BACKWARD)[key]
     return [backward] if backward.configs[0].dq else [backward, DQ[key]]
-
-
-def _is_dense(layout: BlockLayout) -> bool:
-    tiles = layout.num_patterns * layout.num_block_rows * layout.num_block_cols
-    return layout.num_tiles > 0.75 * tiles
 
 
 def forward(

@@ -146,9 +146,7 @@ def test_gradients_are_those_of_attention(calls, dim, deterministic):
     )
     for a, b in zip(got, expected, strict=True):
         assert (a.double() - b).norm() < 0.01 * b.norm()
-    # A dense layout takes two kernels above head_dim 128.
-    config = backward_config(dim, deterministic or dim > 128)
-    assert calls[-1] == (q.shape, config, False)
+    assert calls[-1] == (q.shape, backward_config(dim, deterministic), False)
 
 
 def test_only_the_lse_is_used(calls):
@@ -202,17 +200,14 @@ def test_how_gradients_are_made(calls, dim):
         assert (plans.dq is None) == plans.dkdv.config.dq
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("dim", [136, 256])
-def test_dense_gradients_above_128_take_two_kernels(calls, dim):
+def test_only_deterministic_gradients_above_128_take_two_kernels(calls, dim, deterministic):
     q = torch.zeros(1, 1024, 2, 1).bfloat16().expand(-1, -1, -1, dim)
-    for mask, dense in (
-        (masks.full(), True),
-        (masks.causal(), False),
-        (masks.per_head([masks.full(), masks.local(100)]), False),
-    ):
-        plans = sm90.backward_plans(mask.layout(1024), q, q)
-        assert plans.dkdv.config == backward_config(dim, deterministic=dense)
-        assert (plans.dq is not None) == dense
+    for mask in (masks.full(), masks.causal(), masks.local(100)):
+        plans = sm90.backward_plans(mask.layout(1024), q, q, deterministic)
+        assert plans.dkdv.config == backward_config(dim, deterministic)
+        assert (plans.dq is not None) == deterministic
 
 
 @pytest.mark.parametrize(
