@@ -112,17 +112,18 @@ def query_coord(column, kv_head, heads):
 
 
 @cute.jit
-def first_step(config, tiles, work_tile):
+def first_step(config, work_tile):
     """Step at which a column of tiles begins, with `config.rotated`; else 0.
 
-    It is that of the queries beside the keys, where all blocks are stored. So CTAs that compute
+    It is the number of the queries beside the keys, counted around the column. So CTAs that compute
     neighboring columns add to different rows of dQ, and none waits for another one's first sum.
+    That holds in causal layouts too: there a CTA begins a column when another one ends a shorter
+    column, so columns that all begin at their diagonal tiles would add to the same rows.
     """
     if const_expr(not config.rotated):
         return Int32(0)
     beside = work_tile.n_block * config.tile_n // config.tile_m
-    apart = beside - tiles[work_tile.first, 0]
-    return cutlass.max(apart, 0) % work_tile.count
+    return beside % work_tile.count
 
 
 @cute.jit

@@ -295,7 +295,7 @@ class QueryGradient:
             if count > 0 and remaining > 0:
                 self.k_pipe.consumer_wait(k_state)
                 self.zero_beyond(k_state, remaining)
-                start = first_step(self.config, self.tiles, work_tile)
+                start = first_step(self.config, work_tile)
                 for j in cutlass.range(count, unroll=1):
                     column = self.tiles[tile_of_step(self.config, work_tile, start, j), 0]
                     m_block, head = query_coord(column, work_tile.head, self.heads)
