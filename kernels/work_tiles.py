@@ -123,13 +123,19 @@ def first_step(config, work_tile):
     if const_expr(not config.rotated):
         return Int32(0)
     beside = work_tile.n_block * config.tile_n // config.tile_m
-    return beside % work_tile.count
+    return beside % cutlass.max(work_tile.count, 1)
+
+
+@cute.jit
+def turned(config, work_tile, start, step):
+    """Number of a step's tile, or tiles, in the column. start: Of `first_step`."""
+    if const_expr(config.rotated):
+        step = step + start
+        step = step - work_tile.count if step >= work_tile.count else step
+    return step
 
 
 @cute.jit
 def tile_of_step(config, work_tile, start, step):
     """Index of a step's tile in the list. start: Of `first_step`."""
-    if const_expr(config.rotated):
-        step = step + start
-        step = step - work_tile.count if step >= work_tile.count else step
-    return work_tile.first + step
+    return work_tile.first + turned(config, work_tile, start, step)

@@ -50,11 +50,11 @@ class BackwardProducer:
                 limit = self.offsets.limit(limit, batch)
             remaining = limit - n_block * config.tile_n
             work_tile = ColumnWorkTile(n_block, head, batch, count, split_idx, first, remaining)
+            start = first_step(config, work_tile)
             self.work_tiles.announce(work_state, work_tile)
             work_state.advance()
             if count > 0 and remaining > 0:
                 coord = (n_block, head, batch)
-                start = first_step(config, work_tile)
                 if const_expr(config.k_stages > 1):
                     self.load_keys(2, self.k_pipe, k_state, coord)
                 self.load_queries(q_state, tile_of_step(config, work_tile, start, 0), coord)
@@ -69,7 +69,6 @@ class BackwardProducer:
                     q_state.advance()
             index = self.work_tiles.next_index()
             if count > 1 and remaining > 0:
-                start = first_step(config, work_tile)
                 last = tile_of_step(config, work_tile, start, count - 1)
                 self.load_queries(q_state, last, (n_block, head, batch))
                 q_state.advance()
@@ -144,9 +143,7 @@ class BackwardStorer:
         while work_tile.count >= 0:
             n_block, head, batch, count, split_idx, _, remaining = work_tile
             count = count if remaining > 0 else Int32(0)
-            start = Int32(0)
-            if count > 0:
-                start = first_step(config, work_tile)
+            start = first_step(config, work_tile)
             for j in cutlass.range(0, count - 1, unroll=1):
                 tile = tile_of_step(config, work_tile, start, j)
                 buffer = self.add_tile(tile, head, batch, buffer)

@@ -67,7 +67,10 @@ def test_dense_columns_begin_apart():
 
 
 def test_causal_columns_begin_apart():
-    """No row has many CTAs at once. A CTA begins a column of the second head when another one ends a shorter one of the first."""
+    """A CTA begins a column when another one ends a shorter column of the head before.
+
+    Nevertheless no row has many CTAs at once.
+    """
     run, blocks = compiled(config(tile=(64, 64))), 16
     at = Counter()
     for n_block in range(blocks):
