@@ -211,7 +211,10 @@ def test_dense_gradients_above_128_take_two_kernels(calls, dim):
         (masks.per_head([masks.full(), masks.local(100)]), False),
     ):
         plans = sm90.backward_plans(mask.layout(1024), q, q)
-        assert plans.dkdv.config == backward_config(dim, deterministic=dense)
+        config = backward_config(dim, deterministic=dense)
+        if dim <= 192 and not dense:
+            config = variant_config(BackwardVariant.TILE96, "bfloat16", dim)
+        assert plans.dkdv.config == config
         assert (plans.dq is not None) == dense
 
 
@@ -233,6 +236,13 @@ def test_wide_tiles_where_they_cover_little_more(calls, spec, tile):
     q = of[128][:, :400].clone().requires_grad_()
     block_sparse_attention(q, q, q, masks.full(), impl="auto").sum().backward()
     assert calls[-1].config == variant_config(BackwardVariant.TILE80, "bfloat16", 128)
+
+
+def test_tiles_of_96_keys_where_they_cover_little_more(calls):
+    x = torch.zeros(1, 4096, 2, 1).bfloat16().expand(-1, -1, -1, 192)
+    for spec, tile_n in (("causal()", 96), ("local(500)", 96), ("random_blocks(0.1, 128, 0)", 64)):
+        plan = sm90.backward_plans(masks.parse(spec).layout(4096), x, x).dkdv
+        assert plan.config.tile == plan.schedule.tile == (tile_n, 64)
 
 
 def test_plans_follow_an_updated_layout(calls):
