@@ -110,7 +110,7 @@ class Arguments:
         from cutlass import Float32, Int32
 
         config = self.config
-        kv_lens, *lists = self.lists(config.tile_n // 64)
+        kv_lens, *lists = self.lists(-(-config.tile_n // 64))
         offsets = [self.ints(self.b) for _ in range(2 + scored)] if config.offsets else []
         return (
             *(self.queries(), self.keys(), self.values()),  # q, k, v

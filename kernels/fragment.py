@@ -24,10 +24,10 @@ _CHUNK = 1 << 24  # bytes of bit tiles reordered at a time; temporaries are 16 t
 
 
 def fragment_order(bit_tiles: Tensor) -> Tensor:
-    """Reorder uint8 `(n, tile_m, tile_n / 8)` into int32 `(n, tile_m / 64, 128, 2)`.
+    """Reorder uint8 `(n, tile_m, tile_n / 8)` into int32 `(n, ceil(tile_m / 64), 128, 2)`.
 
-    tile_m must be a multiple of 64, and tile_n at most 128. No bit is lost: every one is in
-    exactly one word.
+    tile_n must be at most 128. No bit is lost: every one is in exactly one word. Rows beyond tile_m
+    have no bits set.
 
     >>> tile = torch.zeros(1, 64, 16, dtype=torch.uint8)
     >>> tile[0, 8, 1] = 1 << 3              # row 8, column 8 + 3
@@ -36,8 +36,10 @@ def fragment_order(bit_tiles: Tensor) -> Tensor:
     ([[0, 0, 1, 1]], 8)
     """
     n, rows, width = bit_tiles.shape
-    assert rows % 64 == 0, rows
     assert width <= 16, width
+    if rows % 64:
+        bit_tiles = pad(bit_tiles, (0, 0, 0, -rows % 64))
+        rows = bit_tiles.shape[1]
     if bit_tiles.device.type == "cpu":
         return torch.from_numpy(_reorder_words(bit_tiles.numpy()))
     words = bit_tiles.new_empty(n, rows // 64, 128, 2, dtype=torch.int32)

@@ -193,11 +193,13 @@ def fitting(layout: BlockLayout, planner: Planner[Any]) -> list[Any]:
     """The configs of a planner whose tiles can be listed on the device for a layout's blocks.
 
     Not those for small blocks: to choose them takes a count of the tiles, for which the host waits.
+    Nor those whose bit tiles are padded to a multiple of 64 rows, which the lists do not expect.
     """
     return [
         c
         for c in planner.configs
         if getattr(c, "resident_ctas", 1) == 1
+        and c.tile[0] % 64 == 0
         and grid_of(layout.lengths, c.tile[::-1] if planner.transposed else c.tile)
     ]
 

@@ -18,7 +18,8 @@ class BackwardConfig:
     tile_m 64 or 80, half of the rows with 128. With tile_n 64 (large head_dims) both own all keys
     and half of the columns of dK and dV, and both compute the scores. With `dq` and tile_n 64 three
     warpgroups compute one gradient each: see backward_wide.py. With `small` one warpgroup computes
-    all gradients of 64 keys: see backward_small.py.
+    all gradients of 64 keys: see backward_small.py. With tile_n 96 three warpgroups share each
+    GEMM: see backward_tile96.py.
 
     Args:
         dq: Compute dQ too, accumulated in global memory.
@@ -68,7 +69,15 @@ class BackwardConfig:
     arch: str = "sm_90a"
 
     def __post_init__(self) -> None:
-        if self.small:
+        if self.tile96:
+            assert self.dq
+            assert (self.tile_m, self.head_dim) == (64, 192)  # each warpgroup owns 64 columns
+            # See Tile96Consumer for the stages.
+            assert (self.q_stages, self.k_stages, self.v_stages, self.ds_stages) == (2, 1, 1, 1)
+            assert not self.scored
+            assert not self.offsets
+            assert not self.fixed_point
+        elif self.small:
             assert self.dq
             assert (self.tile_m, self.tile_n, self.ds_stages) == (64, 64, 1)
             assert not self.scored
@@ -96,13 +105,30 @@ class BackwardConfig:
         return self.dq and self.tile_n == 64 and not self.small
 
     @property
+    def tile96(self) -> bool:
+        """Whether three warpgroups share each GEMM: `backward_tile96.BackwardTile96Sm90`."""
+        return self.tile_n == 96
+
+    @property
+    def warpgroups(self) -> int:
+        """Consumer warpgroups."""
+        return 1 if self.small else 3 if self.wide or self.tile96 else 2
+
+    @property
+    def one_state(self) -> bool:
+        """Whether both chunks of a tile of dQ share one state: dQ is added from registers."""
+        return self.wide or self.small or self.tile96
+
+    @property
     def rotated(self) -> bool:
         """Whether columns of tiles begin at different rows of dQ, see `work_tiles.first_step`."""
         return self.dq
 
     @property
     def registers(self) -> tuple[int, int]:
-        """Registers per thread of the producer and of the consumer, with `small`."""
+        """Registers per thread of the producer and of a consumer, with `small` and `tile96`."""
+        if self.tile96:
+            return 32, 160
         return (40, 216) if self.head_dim < 128 else (24, 232)
 
     @property
@@ -143,9 +169,9 @@ class BackwardConfig:
     @property
     def tile_words(self) -> int:
         """Int32 words of a tile in shared memory: its bit tile, and its `Place` (see
-        backward_scores.py).
+        backward_scores.py), or with `tile96` the index of its queries among the tiles of dQ.
         """
-        return 5 if self.placed else 1
+        return 5 if self.placed else 2 if self.tile96 else 1
 
     @property
     def overlap_items(self) -> bool:
@@ -181,7 +207,10 @@ class BackwardConfig:
     def tile_cost(self) -> float:
         """Time of a full tile, in units of one of 128 queries; one of 80 takes 1.17 times that of
         one of 64 (measured on an H200 at head_dim 128). Tiles of 64 keys are bound by the L2 cache.
+        That of 96 keys is an estimate, 1.2 times that of 64 keys.
         """
+        if self.tile96:
+            return 0.6
         if self.small:
             cost = 0.42 * self.query_block / 64
             return cost * 1.04 if self.tiles_per_step > 1 else cost
@@ -208,7 +237,7 @@ class BackwardConfig:
     @property
     def dq_columns(self) -> int:
         """Columns of a chunk of dQ's sums."""
-        return self.head_dim // 2 if self.wide or self.small else min(64, self.head_dim)
+        return self.head_dim // 2 if self.one_state else min(64, self.head_dim)
 
     @property
     def small_dq_columns(self) -> int:
@@ -238,7 +267,9 @@ class BackwardConfig:
         results = 4 * self.buffers * self.dq_chunk if self.dq else 0
         if self.wide:
             scores, results = 2 * scores, 0  # P and dS; dQ is added from registers
-        if self.small:
+        if self.tile96:
+            scores += self.q_stages * self.tile_m * self.tile_n
+        if self.small or self.tile96:
             results = 0
         statistics = 8 * self.tile_m * self.q_stages
         windows = self.q_stages * window_bytes(self.tile) if self.distance_bias else 0

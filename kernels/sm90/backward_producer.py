@@ -101,6 +101,9 @@ class BackwardProducer:
                 query, key = m_block * self.config.tile_m, n_block * self.config.tile_n
                 for i, place in enumerate((query, key, head, pair)):
                     sTiles[state.index, 1 + i] = place
+            if const_expr(self.config.tile96):
+                pair = batch * cute.size(self.loads[0][1], mode=[2]) + head
+                sTiles[state.index, 1] = pair * self.heads[1] + m_block
             # This arrival releases the store above.
             size = self.q_pipe.sync_object_full.tx_count
             cute.arch.mbarrier_arrive_and_expect_tx(barrier, size)

@@ -34,6 +34,14 @@ class SmallBackwardBarrier(IntEnum):
     CONSUMERS = 1
 
 
+class Tile96BackwardBarrier(IntEnum):
+    """Named barriers of the backward kernel with tiles of 96 keys."""
+
+    ALL = 0  # the whole CTA
+    P = 1  # the consumers: P is stored
+    DS = 2  # likewise, dS
+
+
 class WideBackwardBarrier(IntEnum):
     """Named barriers of the backward kernel for large head_dims."""
 

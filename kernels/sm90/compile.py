@@ -48,6 +48,7 @@ def compile_backward(config: BackwardConfig) -> Any:
     """Compile without a GPU."""
     from sparse_flash.kernels.sm90.backward import BackwardSm90
     from sparse_flash.kernels.sm90.backward_small import BackwardSmallSm90
+    from sparse_flash.kernels.sm90.backward_tile96 import BackwardTile96Sm90
     from sparse_flash.kernels.sm90.backward_wide import BackwardWideSm90
     from sparse_flash.kernels.sm90.scored import BackwardScoredSm90
 
@@ -58,6 +59,7 @@ def compile_backward(config: BackwardConfig) -> Any:
         return compile_kernel(kernel, of.backward(done, scored=True), config.arch)
     plain = BackwardWideSm90 if config.wide else BackwardSm90
     plain = BackwardSmallSm90 if config.small else plain
+    plain = BackwardTile96Sm90 if config.tile96 else plain
     return compile_kernel(plain(config, of.dtype), of.backward(done), config.arch)
 
 

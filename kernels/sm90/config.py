@@ -164,7 +164,9 @@ _GATHERED_DQ = {
     size: replace(config, tiles_per_step=2, p_slices=2 if size == 128 else config.p_slices)
     for size, config in _SMALL_DQ.items()
 }
-# All gradients in one pass above head_dim 128.
+# All gradients in one pass above head_dim 128. Tiles of 64 keys suit layouts of blocks that tiles
+# of 96 do not divide, and these cannot be listed on the device for such blocks.
+_TILE96 = {192: BackwardConfig(_ANY, 192, tile_m=64, dq=True, tile_n=96, ds_stages=1)}
 _WIDE = {
     192: BackwardConfig(_ANY, 192, tile_m=64, dq=True, tile_n=64, k_stages=2, v_stages=2),
     256: BackwardConfig(_ANY, 256, tile_m=64, dq=True, tile_n=64),
@@ -203,6 +205,8 @@ class BackwardVariant(Enum):
     SMALL: As DQ, with tiles of 64 keys and 64 queries, for layouts of small blocks.
     GATHERED: As SMALL, with tiles of 32 queries.
     DETERMINISTIC: As DQ, in fixed point: bitwise repeatable.
+    TILE96: As DQ, for head_dims above 128 up to 192, with tiles of 96 keys and 64 queries: three
+        warpgroups share each GEMM.
     WIDE: As DQ, for head_dims above 128: three warpgroups compute one gradient each.
     DKDV: dK and dV only, bitwise repeatable; dQ comes from a kernel of its own. Seven GEMMs
         instead of five, without accumulation in memory.
@@ -213,6 +217,7 @@ class BackwardVariant(Enum):
     SMALL = "small"
     GATHERED = "gathered"
     DETERMINISTIC = "deterministic"
+    TILE96 = "tile96"
     WIDE = "wide"
     DKDV = "dkdv"
 
@@ -223,6 +228,7 @@ _VARIANTS = {
     BackwardVariant.SMALL: _SMALL_DQ,
     BackwardVariant.GATHERED: _GATHERED_DQ,
     BackwardVariant.DETERMINISTIC: _DETERMINISTIC,
+    BackwardVariant.TILE96: _TILE96,
     BackwardVariant.WIDE: _WIDE,
     BackwardVariant.DKDV: _DKDV,
 }
@@ -238,8 +244,12 @@ def backward_configs(
     dtype: str, head_dim: int, deterministic: bool = False
 ) -> tuple[BackwardConfig, ...]:
     """The candidates for this head_dim, the default first. `dq` tells whether they compute dQ."""
-    if head_dim > 128:
-        variants = [BackwardVariant.DKDV if deterministic else BackwardVariant.WIDE]
+    if head_dim > 128 and deterministic:
+        variants = [BackwardVariant.DKDV]
+    elif head_dim > 128:
+        variants = [BackwardVariant.WIDE]
+        if head_dim <= 192:
+            variants.insert(0, BackwardVariant.TILE96)
     elif deterministic:
         variants = [BackwardVariant.DETERMINISTIC]
     else:

@@ -72,7 +72,7 @@ class Postprocess:
         start = sum_address(dq_sum, coord) + 16 * (nth * 32 + lane)
         numbers = [read_four(start + 2048 * i) for i in range(config.dq_tile[1] // 8)]
         # One state for both chunks in kernels that add dQ from registers.
-        state = chunk // 2 * 2 if const_expr(config.wide or config.small) else chunk
+        state = chunk // 2 * 2 if const_expr(config.one_state) else chunk
         there = Int32(0) if done[batch, head, state] == FREE else Int32(-1)
         if const_expr(config.small):  # a bit for each slice: a step may have half of the tile
             there = Int32(0) - (done[batch, head, state] >> nth & 1)

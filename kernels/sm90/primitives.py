@@ -310,9 +310,15 @@ class WorkList:
     @cute.jit
     def take(self, state, record_type: cutlass.Constexpr):
         """Wait for the next work tile, a NamedTuple of this type."""
+        record = self.look(state, record_type)
+        self.pipe.consumer_release(state)
+        return record
+
+    @cute.jit
+    def look(self, state, record_type: cutlass.Constexpr):
+        """As `take`, without the release: the work tile can be read again, for fewer registers."""
         self.pipe.consumer_wait(state)
         fields = [self.sWork[state.index, i] for i in range(len(record_type._fields))]
-        self.pipe.consumer_release(state)
         return record_type(*fields)
 
     @cute.jit

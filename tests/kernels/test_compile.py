@@ -73,12 +73,14 @@ def test_forward_compiles_well(compiler, index, tmp_path):
 def test_backward_compiles_well(compiler, index, tmp_path):
     config = BACKWARD[index]
     # Attention; statistics, and in fixed point bounds, before, conversion of dQ and sums after it.
-    kernels, warpgroups = 3 + config.dq + config.fixed_point, 3 if config.wide else 2
-    warpgroups = 1 if config.small else warpgroups
-    sizes = warpgroups, config.resident_ctas
+    kernels = 3 + config.dq + config.fixed_point
+    sizes = config.warpgroups, config.resident_ctas
     sass = compile_well(compiler, "backward", index, kernels, tmp_path, *sizes)
     if config.small:
         check_small(config, sass)
+        return
+    if config.tile96:
+        check_tile96(config, sass)
         return
     if config.wide:
         check_wide(config, sass)
@@ -103,6 +105,15 @@ def check_small(config, sass):
     assert len(re.findall(r"MUFU\.EX2", sass)) == 2 * config.tile_m // 2
     adds = re.findall(r"\bREDG?\.E\.ADD\.F32x4", sass)
     assert len(adds) == 2 * config.head_dim // 8
+
+
+def check_tile96(config, sass):
+    """A third of each of two steps, inner and last; S before the first one and in the inner one."""
+    scores, keys, queries = config.head_dim // 16, config.tile_m // 16, config.tile_n // 16
+    hgmma = len(re.findall(r"\bHGMMA\.", sass))
+    assert hgmma == 2 * scores + 2 * (scores + 2 * keys + queries)
+    assert len(re.findall(r"MUFU\.EX2", sass)) == 2 * config.tile_m * config.tile_n // 3 // 128
+    assert len(re.findall(r"\bREDG?\.E\.ADD\.F32x4", sass)) == 2 * config.head_dim // 3 // 8
 
 
 def check_wide(config, sass):
@@ -150,8 +161,9 @@ def test_configs():
             small = [[c.tile for c in some if c.small] for some in found]
             assert small == [[] if deterministic else [(64, 64), (64, 32)]] * 6
         for head_dim in (136, 192, 200, 256):
-            (wide,) = backward_configs(dtype, head_dim)
+            *first, wide = backward_configs(dtype, head_dim)
             assert (wide.head_dim, wide.wide) == (192 if head_dim <= 192 else 256, True)
+            assert [(c.head_dim, c.tile) for c in first] == [(192, (96, 64))] * (head_dim <= 192)
             (dkdv,) = backward_configs(dtype, head_dim, deterministic=True)
             assert (dkdv.head_dim, dkdv.dq, dkdv.fixed_point) == (256, False, False)
         assert dq_config(dtype, 136).head_dim == 256
@@ -263,3 +275,27 @@ def test_boxes_of_a_gathered_stage(width):
     out = torch.full_like(memory, -1)
     on_host(copy, (memory, out))(memory, out)
     assert not out.any()
+
+
+def test_masked_elements_of_a_bit_tile_of_keys():
+    """Of each thread's 16 elements of S, against the bit tile of (96 keys, 64 queries)."""
+    from sparse_flash.kernels.fragment import fragment_order
+    from sparse_flash.kernels.sm90.backward_tile96_consumer import allowed_elements
+    from sparse_flash.masks import bits
+
+    @cute.jit
+    def words(of: cute.Tensor, out: cute.Tensor, bit_tile: Int32, remaining: Int32):
+        for thread in cutlass.range(384):
+            out[thread] = allowed_elements(of, bit_tile, thread // 128, thread % 128, remaining)
+
+    tiles = torch.rand(2, 96, 64, generator=torch.Generator().manual_seed(0)) < 0.5
+    given, out = fragment_order(bits.pack(tiles)), torch.zeros(384, dtype=torch.int32)
+    compiled = on_host(words, (given, out), 2)
+    thread, i = torch.arange(384)[:, None], torch.arange(16)
+    query = thread % 128 // 32 * 16 + thread % 32 // 4 + 8 * (i // 2 % 2)
+    key = thread // 128 * 32 + 8 * (i // 4) + thread % 4 * 2 + i % 2
+    for bit_tile, tile in ((0, tiles[0]), (1, tiles[1]), (-1, torch.ones(96, 64).bool())):
+        for remaining in (1000, 96, 95, 64, 33, 8, 1):
+            compiled(given, out, bit_tile, remaining)
+            assert torch.equal(out[:, None] >> i & 1 == 1, tile[key, query] & (key < remaining))
+            assert not (out >> 16).any()

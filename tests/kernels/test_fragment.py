@@ -31,6 +31,14 @@ def test_every_bit_is_where_its_thread_looks(tile):
     assert torch.equal(decode(fragment_order(bits.pack(tiles)), tile[1]), tiles)
 
 
+def test_rows_are_padded():
+    """Of tiles whose height is not a multiple of 64."""
+    tiles = torch.rand(3, 96, 64, generator=torch.Generator().manual_seed(0)) < 0.5
+    found = decode(fragment_order(bits.pack(tiles)), 64)
+    assert torch.equal(found[:, :96], tiles)
+    assert not found[:, 96:].any()
+
+
 @given(st.integers(0, 40), st.integers(0, 5))
 def test_chunks_make_no_difference(n, seed):
     from sparse_flash.kernels import fragment

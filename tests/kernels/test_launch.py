@@ -30,7 +30,7 @@ from sparse_flash.kernels.sm90.forward_config import ForwardConfig
 from sparse_flash import masks
 from tests.kernels.helpers import H200, plan_on_cpu
 
-DQ, TILE80, SMALL, GATHERED, DETERMINISTIC, WIDE, DKDV = BackwardVariant
+DQ, TILE80, SMALL, GATHERED, DETERMINISTIC, TILE96, WIDE, DKDV = BackwardVariant
 
 
 @dataclass
@@ -140,6 +140,7 @@ def launch_backward(q, k, v, mask, dout, dlse=None, variant=DQ):
         (TILE80, 104, 80, 128),
         (SMALL, 40, 64, 64),
         (GATHERED, 104, 64, 128),
+        (TILE96, 136, 64, 192),
         (WIDE, 136, 64, 192),
         (WIDE, 200, 64, 256),
     ],
@@ -160,13 +161,14 @@ def test_backward_arguments_are_those_of_the_kernel(launched, variant, dim, tile
     assert (dq.shape, dk.shape, dv.shape) == (q.shape, k.shape, v.shape)
     blocks = -(-20000 // tile_m)
     assert given["stats"].shape == (2, 4, 2, blocks * tile_m)
-    by_halves = variant in (WIDE, SMALL, GATHERED)
+    by_halves = variant in (TILE96, WIDE, SMALL, GATHERED)
     chunk = 64 * (80 if variant is TILE80 else width // 2 if by_halves else min(64, width))
     assert given["dq_sum"].shape == (2, 4, 2 * blocks, chunk)
     assert given["done"].shape == (2, 4, 2 * blocks)
     assert given["bounds"].shape == (2 if variant is DETERMINISTIC else 0, 2, 2)
     assert not given["bounds"].any()
-    shape = (plan.num_splits, 64 if by_halves else 128, width)
+    tile_n = 96 if variant is TILE96 else 64 if by_halves else 128
+    shape = (plan.num_splits, tile_n, width)
     assert given["dk_splits"].shape == given["dv_splits"].shape == shape
     assert given["num_ctas"] == min(132, plan.schedule.num_items)
     assert given["softmax_scale"] == 0.5

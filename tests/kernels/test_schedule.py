@@ -272,15 +272,17 @@ def test_stacked_heads_are_those_of_each_group(setting, size):
     assert stacked.num_block_cols == size * width
 
 
-def test_backward_goes_by_keys_and_kv_heads():
+@pytest.mark.parametrize("keys", [128, 96])
+def test_backward_goes_by_keys_and_kv_heads(keys):
     layout = masks.causal().layout(300, 1000, block=(64, 64))
-    plan = backward_schedule(layout, 2, (4, 2), (128, 64), H200, BACKWARD_COSTS)
+    plan = backward_schedule(layout, 2, (4, 2), (keys, 64), H200, BACKWARD_COSTS)
     assert plan.kv_lens.tolist() == [1000, 1000]
-    assert plan.tile == (128, 64)
+    assert plan.tile == (keys, 64)
+    assert plan.bits.shape[1:] == (2, 128, 2)
     assert sorted(rows_of(plan)) == [
-        (b, h, n) for b in range(2) for h in range(2) for n in range(8)
+        (b, h, n) for b in range(2) for h in range(2) for n in range(-(-1000 // keys))
     ]
-    expected = masks.retile(layout, (64, 128)).transpose()
+    expected = masks.retile(layout, (64, keys)).transpose()
     assert plan.work[:, COUNT].sum() == 2 * 4 * expected.num_tiles  # each q head's
     assert torch.equal(plan.bits[: plan.num_bit_tiles], fragment_order(expected.bit_tiles))
 

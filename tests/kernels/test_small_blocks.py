@@ -110,6 +110,15 @@ def test_layouts_of_data_keep_large_tiles():
             assert all(c.resident_ctas == 1 for c in found)
 
 
+def test_layouts_of_data_take_no_tiles_whose_bit_tiles_are_padded():
+    """Above head_dim 128; 96 keys are a multiple of these blocks."""
+    chosen = torch.zeros(1, 1, 16, 32, dtype=torch.bool)
+    layout = BlockLayout.from_blocks(chosen, (64, 32), 1024)
+    planner = attention.BACKWARD[torch.bfloat16, 192]
+    assert [c.tile for c in planner.configs] == [(96, 64), (64, 64)]
+    assert [c.tile for c in fitting(layout, planner)] == [(64, 64)]
+
+
 def test_words_of_tiles_side_by_side():
     """As `read_gathered_mask` puts them together: those of one tile of all columns."""
     generator = torch.Generator().manual_seed(0)

@@ -204,9 +204,12 @@ def test_how_gradients_are_made(calls, dim):
 @pytest.mark.parametrize("dim", [136, 256])
 def test_only_deterministic_gradients_above_128_take_two_kernels(calls, dim, deterministic):
     q = torch.zeros(1, 1024, 2, 1).bfloat16().expand(-1, -1, -1, dim)
-    for mask in (masks.full(), masks.causal(), masks.local(100)):
+    for mask in (masks.full(), masks.causal(), masks.per_head([masks.full(), masks.local(100)])):
         plans = sm90.backward_plans(mask.layout(1024), q, q, deterministic)
-        assert plans.dkdv.config == backward_config(dim, deterministic)
+        config = backward_config(dim, deterministic)
+        if dim <= 192 and not deterministic:
+            config = variant_config(BackwardVariant.TILE96, "bfloat16", dim)
+        assert plans.dkdv.config == config
         assert (plans.dq is not None) == deterministic
 
 
@@ -228,6 +231,13 @@ def test_wide_tiles_where_they_cover_little_more(calls, spec, tile):
     q = of[128][:, :400].clone().requires_grad_()
     block_sparse_attention(q, q, q, masks.full(), impl="auto").sum().backward()
     assert calls[-1].config == variant_config(BackwardVariant.TILE80, "bfloat16", 128)
+
+
+def test_tiles_of_96_keys_where_they_cover_little_more(calls):
+    x = torch.zeros(1, 4096, 2, 1).bfloat16().expand(-1, -1, -1, 192)
+    for spec, tile_n in (("causal()", 96), ("local(500)", 96), ("random_blocks(0.1, 128, 0)", 64)):
+        plan = sm90.backward_plans(masks.parse(spec).layout(4096), x, x).dkdv
+        assert plan.config.tile == plan.schedule.tile == (tile_n, 64)
 
 
 def test_plans_follow_an_updated_layout(calls):
