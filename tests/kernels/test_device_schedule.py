@@ -175,6 +175,26 @@ def test_work_is_balanced_as_on_the_host(spec, length, batch, heads, tile):
     assert longest <= 1.03 * makespan(host, 132, BACKWARD_COSTS)[0]
 
 
+@pytest.mark.parametrize(
+    ("spec", "length", "heads", "tile", "kv_bytes"),
+    [
+        ("causal()", 8192, 8, (128, 64), 8 << 20),  # the last groups of heads are one
+        ("random_blocks(0.5, 64, 0)", 8192, 10, (128, 128), 0),  # the last round is split
+    ],
+)
+def test_ends_are_those_of_the_host(spec, length, heads, tile, kv_bytes):
+    mask = masks.parse(spec)
+    layout = mask.layout(length, block=tile)
+    table = torch.zeros(1, 1, layout.num_block_rows, layout.num_block_cols, dtype=torch.bool)
+    table[0, 0, layout.tile_rows, layout.col_indices.long()] = True
+    data = BlockLayout.from_blocks(table, tile, length, within=mask)
+    got, _ = device_schedule(data, 1, heads, tile, H200, FORWARD_COSTS, kv_bytes)
+    host = schedule(layout, 1, heads, tile, H200, FORWARD_COSTS, kv_bytes)
+    fields = [0, 1, 2, 4, 5]  # all but first tiles
+    assert used(got).work[:, fields].equal(host.work[:, fields])
+    assert used(got).combine.equal(host.combine)
+
+
 def same_as_pytorch(
     monkeypatch, layout, heads, kv_bytes, tiles=((128, 128), (128, 64)), same_items=True
 ):
