@@ -144,12 +144,13 @@ def test_documents_are_those_of_the_host(within):
     assert rows_with_tiles(got) == rows_with_tiles(backward_schedule(host, *sizes))
 
 
-BALANCED = [  # the patterns of test_schedule: spec, length, batch, heads, tile
+BALANCED = [  # patterns as in test_schedule: spec, length, batch, heads, tile
     ("local(128) | global_tokens(128)", 65536, 1, 8, (128, 128)),
     ("local(200) | global_tokens(37)", 65536, 1, 8, (128, 128)),
     ("causal()", 16384, 1, 16, (128, 128)),
     ("butterfly(128)", 65536, 1, 8, (128, 128)),
     ("random_blocks(0.05, 128, 0)", 16384, 1, 16, (128, 128)),
+    ("random_blocks(0.5, 128, 0)", 12288, 1, 6, (128, 128)),
     ("full()", 4096, 1, 8, (128, 128)),
     ("full()", 16384, 1, 16, (128, 128)),
     ("full()", 16384, 1, 16, (192, 128)),
