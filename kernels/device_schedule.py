@@ -15,7 +15,7 @@ from sparse_flash.kernels.data_bits import fragments
 from sparse_flash.kernels.data_recipes import Lines, ScheduleSizes
 from sparse_flash.kernels.data_schedules import MakeSchedule, schedule_by_kernels
 from sparse_flash.kernels.device import DeviceFacts
-from sparse_flash.kernels.schedule import WORK_FIELDS, CostModel, Schedule
+from sparse_flash.kernels.schedule import EVEN, WORK_FIELDS, CostModel, Schedule
 from sparse_flash.masks.device_layout import DeviceLayout
 from sparse_flash.masks.device_tiles import DeviceTiles
 from torch import Tensor
@@ -263,7 +263,7 @@ def _work_items(
         tiles, cost, begin = tiles[owner], cost[owner], begin[owner]
     share = cost.sum() / sizes.ctas
     parts = torch.minimum(
-        (cost / (share * costs.largest_share).clamp(min=1e-6)).ceil().int(),
+        (cost / costs.limit(share)).ceil().int(),
         tiles // costs.fewest_tiles,
     ).clamp(min=1)
     if sizes.rest:
@@ -290,7 +290,8 @@ def _work_items(
     most = min(total, sizes.extra)
     combine = torch.zeros(most + 1, WORK_FIELDS, dtype=torch.int32, device=device)
     combine[torch.where(several, number - 1, most).clamp(max=most)] = combined
-    order = _order(item_cost, exists, row, share, sizes, costs)
+    largest = torch.minimum(cost.max(), costs.limit(share))
+    order = _order(item_cost, exists, row, (share, largest), sizes, costs)
     counts = torch.stack([ends[-1], number[-1].int()])
     return work[order], combine[:-1], counts
 
@@ -311,17 +312,17 @@ def _owners(listed: TileList, sizes: ScheduleSizes) -> Tensor | None:
 def _with_last_split(
     parts: Tensor, tiles: Tensor, cost: Tensor, sizes: ScheduleSizes, costs: CostModel
 ) -> Tensor:
-    """As `schedule._split_last`, where all rows take as long."""
+    """As `schedule._split_last`, where all rows take about as long."""
     rest, ctas = sizes.rest, sizes.ctas
-    dearest, fewest = cost.max(), tiles.min()
-    best, least = torch.ones_like(fewest), dearest
+    mean, fewest = cost.mean(), tiles.min()
+    best, least = torch.ones_like(fewest), mean
     for rounds in (1, 2):
         number = (fewest // 2).clamp(max=rounds * ctas // rest)
-        time = (dearest - costs.item) / number.clamp(min=1) + costs.item + costs.split
+        time = (mean - costs.item) / number.clamp(min=1) + costs.item + costs.split
         time = rounds * time + costs.combine
         better = (number > 1) & (time < least)
         best, least = torch.where(better, number, best), torch.where(better, time, least)
-    even = (parts.max() == 1) & (dearest <= 1.02 * cost.min())
+    even = (parts.max() == 1) & (cost.max() <= EVEN * mean)
     last = torch.where(even, best, parts[-rest:])
     return torch.cat([parts[:-rest], last])
 
@@ -337,15 +338,26 @@ def _records(
 
 
 def _order(
-    cost: Tensor, exists: Tensor, row: Tensor, share: Tensor, sizes: ScheduleSizes, costs: CostModel
+    cost: Tensor,
+    exists: Tensor,
+    row: Tensor,
+    limits: tuple[Tensor, Tensor],
+    sizes: ScheduleSizes,
+    costs: CostModel,
 ) -> Tensor:
-    """The order of the items, as `schedule._longest_first`; items that do not exist come last."""
+    """The order of the items, as `schedule._longest_first`; items that do not exist come last.
+
+    limits: Work of a CTA, and the largest cost of an item.
+    """
     groups = sizes.groups
     if groups == 1:
         return torch.where(exists, cost, -1.0).argsort(descending=True, stable=True)
     group = row // sizes.rows * groups // (sizes.batch * sizes.heads)
-    mean = torch.where(exists, cost, 0).sum() / exists.sum()
-    late = (cost > share * (groups - group) / groups) & (cost > costs.long_item * mean)
+    share, largest = limits
+    long = costs.long_item * share * sizes.ctas / exists.sum()
+    last = (groups * (1 - torch.minimum(largest, long) / share)).clamp(min=0).long()
+    group = torch.minimum(group, last)
+    late = (cost > share * (groups - group) / groups) & (cost > long)
     group = torch.where(exists, torch.where(late, 0, group + 1), groups + 1)
     # Positive floats are in the order of their bits.
     return ((group << 32) - cost.float().view(torch.int32)).argsort(stable=True)

@@ -39,6 +39,7 @@ WORK_FIELDS = 8  # int32 words of a work item, padded to a sector of memory
 _MOST_ON_HOST = 1 << 14  # tiles, and rows of all heads, of a schedule that is made on the CPU
 _MOST_WITH_COPY = 1 << 18  # tiles, where the CPU has the layout already
 _CUT_ON_HOST = 8  # times as few tiles if they are cut into others, which takes longest on a CPU
+EVEN = 1.25  # largest cost of a row, in units of the mean one, for rows of about equal cost
 ARRAYS = ("work", "tiles", "bits", "combine", "kv_lens", "counts")  # of a Schedule
 
 
@@ -50,8 +51,8 @@ class CostModel:
         partial_tile: Cost of a partial tile.
         item: Cost of a work item besides its tiles: loading Q, the first softmax, writing O.
         largest_share: Largest cost of one item, as a fraction of the mean work of a CTA.
-        long_item: Cost of an item, in units of the mean item, above which it may come before
-            all groups of heads (see `_longest_first`).
+        long_item: Cost of an item, in units of the mean item, above which items must be few: they
+            may come before all groups of heads (see `_longest_first`).
         fewest_tiles: Least number of tiles of a part; shorter ones cost more than they balance.
         split: Cost of writing a split and reading it again.
         combine: Cost of launching the kernel that combines parts.
@@ -80,13 +81,17 @@ class CostModel:
 
     def parts(self, tiles: Numbers, costs: Numbers, share: Any) -> Numbers:
         """In how many parts to compute rows of so many tiles and such costs: int64, 1 or more."""
-        wanted = costs / maximum(share * self.largest_share, 1e-6)
+        wanted = costs / self.limit(share)
         whole = int64(wanted)
         return maximum(minimum(whole + (wanted > whole), tiles // self.fewest_tiles), 1)
 
+    def limit(self, share: Any) -> Any:
+        """The largest cost of an item, where a CTA's share of the work is so much."""
+        return maximum(share * self.largest_share, 1e-6)
+
     def last_parts(self, rest: int, tiles: int, row: float, num_ctas: int) -> int:
-        """In how many parts to compute each of the last `rest` rows, all of so many tiles and such
-        a cost, that would not give each CTA one.
+        """In how many parts to compute each of the last `rest` rows, of at least so many tiles and
+        such a mean cost, that would not give each CTA one.
 
         They are to fill one round of the CTAs, or two (so there are never more parts than that).
         """
@@ -209,8 +214,8 @@ def schedule(
         costs: Costs of the kernel's work.
         kv_bytes: Size of one head's keys and values, in bytes: heads are taken in groups whose
             keys and values fit the L2 cache together. Default 0: all heads are one group.
-        split_last_wave: Split the last rows, where all take as long, so that no CTA waits for
-            them. Default True.
+        split_last_wave: Split the last rows, where all take about as long, so that no CTA waits
+            for them. Default True.
 
     >>> from sparse_flash import masks
     >>> from sparse_flash.kernels.sm90.config import FORWARD_COSTS
@@ -236,9 +241,13 @@ def schedule(
     first, count, part = _items(row, parts, tiles, begin)
     first = where(count > 0, first, layout.num_tiles)
     item_cost = take(cost, row) * maximum(count, 1) / maximum(take(tiles, row), 1)
-    l2_bytes = int(costs.l2_share * facts.l2_bytes)
-    groups = _head_groups(batch * heads, kv_bytes, l2_bytes, parts)
-    order = _longest_first(item_cost, take(groups, row // shape[1]), share, costs.long_item)
+    long = costs.long_item * share * facts.num_sms / len(row)
+    longest = cost.max() if len(cost) else share
+    common = minimum(minimum(longest, costs.limit(share)), long)
+    size = max(1, int(costs.l2_share * facts.l2_bytes) // max(1, kv_bytes))
+    groups, left = _head_groups(batch * heads, size, share, common, parts)
+    pair = row // shape[1]
+    order = _longest_first(item_cost, take(groups, pair), take(left, pair), long)
     in_parts = where(parts > 1, parts, 0)
     combined, splits = blockwise.nonzero(in_parts), blockwise.starts(in_parts)
     combine = (combined, shape, take(splits, combined), take(parts, combined))
@@ -376,17 +385,17 @@ def _split_last(
     """Split, in place, what would keep a few CTAs busy for a last round of its own.
 
     2048 rows of 128 tiles take 132 CTAs 16 rounds, of which the last has work for half of them.
-    Where rows differ, the shortest come last, and there is nothing to gain.
+    Where rows differ much, the shortest come last, and there is nothing to gain.
     """
     rest = len(parts) % num_ctas
     if not rest or len(parts) < num_ctas:
         return
-    facts = [cost.max(), cost.min(), parts.max(), tiles.min()]
+    facts = [cost.max(), cost.mean(), parts.max(), tiles.min()]
     if isinstance(parts, Tensor):
         facts = torch.stack(facts).tolist()  # one wait for all
-    dearest, cheapest, most, fewest = facts
-    if most == 1 and dearest <= 1.02 * cheapest:
-        parts[-rest:] = costs.last_parts(rest, int(fewest), float(dearest), num_ctas)
+    dearest, mean, most, fewest = facts
+    if most == 1 and dearest <= EVEN * mean:
+        parts[-rest:] = costs.last_parts(rest, int(fewest), float(mean), num_ctas)
 
 
 def _with_spares(bits: Tensor) -> Tensor:
@@ -414,23 +423,39 @@ def _tiles(layout: BlockLayout) -> Tensor:
     return tensor(matrix)
 
 
-def _longest_first(cost: Numbers, group: Numbers, share: Any, long_item: float) -> Numbers:
+def _longest_first(cost: Numbers, group: Numbers, left: Numbers, long: Any) -> Numbers:
     """The order of the items: group by group, in each the longest first.
 
     Long items that would be the last to end if they began with their group come before all groups.
     They must be few, for they mix the groups, and what these read no longer fits the L2 cache: so
-    items must be much longer than most.
+    they cost more than `long`, much more than most. Shorter ones begin in time, as the last groups
+    are joined (see `_head_groups`).
     """
-    groups = group.max() + 1 if len(group) else 1
-    rest = share * (groups - group) / groups  # of a CTA's work when a group begins
-    late = (cost > rest) & (cost > long_item * cost.mean())
+    late = (cost > left) & (cost > long)
     by_cost = argsort(-cost)
     return take(by_cost, argsort(take(where(late, -1, group), by_cost)))
 
 
-def _head_groups(pairs: int, kv_bytes: int, l2_bytes: int, like: Numbers) -> Numbers:
-    """The group of each (batch, head) pair `(pairs,)`, int16 if possible: numpy sorts by radix."""
-    size = max(1, l2_bytes // max(1, kv_bytes))
+def _head_groups(
+    pairs: int, size: int, share: Any, common: Any, like: Numbers
+) -> tuple[Numbers, Numbers]:
+    """The group of each (batch, head) pair, and the work that a CTA has left when it begins.
+
+    A group must not begin with less work left than its common long items take, for which CTAs
+    would wait in the end: such groups join the last one before them.
+
+    Args:
+        pairs: Number of pairs.
+        size: Number of pairs whose keys and values fit the L2 cache.
+        share: Work of a CTA.
+        common: Cost of an item of which a group may have many.
+        like: Numbers of the kind to return.
+
+    Returns:
+        Groups `(pairs,)`, int16 if possible: numpy sorts them by radix. Work left `(pairs,)`.
+    """
     count = -(-pairs // size)
     groups = blockwise.arange(pairs, like) * count // pairs  # of equal size, or nearly
-    return convert(groups, "int16") if pairs < 1 << 15 else groups
+    groups = minimum(groups, int64(maximum(count * (1 - common / share), 0)))
+    groups = convert(groups, "int16") if pairs < 1 << 15 else groups
+    return groups, share * (count - groups) / count

@@ -12,8 +12,9 @@ from cutlass import Float32, Int32, Int64, cute
 THREADS = 1024
 WARPS = THREADS // 32
 MAX_CTAS = 132  # CTAs take several chunks of rows each beyond that
+EVEN = 1.25  # as `schedule.EVEN`
 _LAST = 2**31 - 1
-_FLOAT_SUMS, _INT_SUMS = 4, 3  # results of one reduction
+_FLOAT_SUMS, _INT_SUMS = 3, 3  # results of one reduction
 
 
 @cute.jit
@@ -28,8 +29,8 @@ class WorkItems:
     """The kernel for all layouts. A warp writes the items of a row.
 
     The rank of an item is the number of items that come before it (sorting by counting). Heads
-    are computed in groups, so only the rows of its own group need to be compared, unless some are
-    so long that they come before all groups.
+    are computed in groups, of which the last are joined as in `schedule._head_groups`. So only the
+    rows of its own group need to be compared, unless some are so long that they come before all.
 
     begins, tiles, partials: First tile, tiles, and partial tiles of each line, int32 (lines,).
     work, combine: As of a `Schedule`.
@@ -102,14 +103,16 @@ class WorkItems:
             lists, sizes, costs, (thread, total), (s_floats, s_ints)
         )
         share = work_sum / sizes[7].to(Float32)
-        shares = (share, self.limit(share, costs), work_sum / items.to(Float32), last)
+        limit, long = self.limit(share, costs), costs[5] * (work_sum / items.to(Float32))
+        common = cutlass.min(cutlass.min(dearest, limit), long)
+        joined = sizes[5].to(Float32) * (1 - common / share)  # the group that the last ones join
+        shares = (share, limit, long, last, cutlass.max(joined, Float32(0.0)).to(Int32))
         if cta == 0 and thread == 0:
             results[2][0], results[2][1] = items, splits
         if cta == 0:
             for i in cutlass.range(thread, cute.size(kv_lens, mode=[0]), THREADS, unroll=1):
                 kv_lens[i] = kv_len
-        long = sizes[5] > 1 and dearest > costs[5] * shares[2]
-        simple = Int32(0) if long or splits > 0 else Int32(1)
+        simple = Int32(0) if (sizes[5] > 1 and dearest > long) or splits > 0 else Int32(1)
         memory = (s_ints, s_keys, s_parts, s_fronts)
         for chunk in cutlass.range(
             cta, cute.ceil_div(total, WARPS), cute.arch.grid_dim()[0], unroll=1
@@ -126,8 +129,9 @@ class WorkItems:
         mine = self.row(lists, sizes, costs, shares, cutlass.min(row, total - 1))
         key, parts, front = mine[0], mine[1], mine[2]
         end = cutlass.min(first + WARPS, total)
-        low = self.first_row(self.group(first, sizes), sizes)
-        high = self.first_row(self.group(end - 1, sizes) + 1, sizes)
+        low = self.first_row(cutlass.min(self.group(first, sizes), shares[4]), sizes)
+        above = self.group(end - 1, sizes) + 1
+        high = self.first_row(above, sizes) if above <= shares[4] else total
         before, of_front, splits, in_splits = low, Int32(0), Int32(0), Int32(0)
         if simple == 0:
             before, of_front, splits, in_splits = self.before(
@@ -178,15 +182,14 @@ class WorkItems:
         _, tiles, partials = lists
         lines = cute.size(tiles, mode=[0])
         repeats = total // lines
-        work_sum, dearest, cheapest = Float32(0.0), Float32(0.0), Float32.inf
-        few = Float32.inf
+        work_sum, dearest, few = Float32(0.0), Float32(0.0), Float32.inf
         for line in cutlass.range(thread, lines, THREADS, unroll=4):
             count = tiles[line]
             cost = self.cost(count, partials[line], costs)
             work_sum += cost
-            dearest, cheapest = cutlass.max(dearest, cost), cutlass.min(cheapest, cost)
-            few = cutlass.min(few, count.to(Float32))
-        work_sum, dearest, cheapest, few = self.reduce((work_sum, dearest, cheapest, few), s_floats)
+            dearest, few = cutlass.max(dearest, cost), cutlass.min(few, count.to(Float32))
+        work_sum, dearest, few = self.reduce((work_sum, dearest, few), s_floats)
+        mean = work_sum / lines.to(Float32)
         work_sum, few = work_sum * repeats.to(Float32), few.to(Int32)
         limit = self.limit(work_sum / sizes[7].to(Float32), costs)
         items, splits = Int32(0), Int32(0)
@@ -197,8 +200,8 @@ class WorkItems:
             splits += Int32(1) if parts > 1 else Int32(0)
         items, splits, _ = self.add((items, splits, Int32(0)), s_ints)
         items, splits, last = items * repeats, splits * repeats, Int32(1)
-        if sizes[8] > 0 and splits == 0 and dearest <= 1.02 * cheapest:
-            last = self.last_parts(few, dearest, sizes, costs)
+        if sizes[8] > 0 and splits == 0 and dearest <= EVEN * mean:
+            last = self.last_parts(few, mean, sizes, costs)
             if last > 1:
                 items += sizes[8] * (last - 1)
                 splits = sizes[8]
@@ -258,7 +261,7 @@ class WorkItems:
         for a tile.
         """
         _, tiles, partials = lists
-        share, limit, mean, last = shares
+        share, limit, long, last, joined = shares
         pairs, lines = sizes[0] * sizes[1], cute.size(tiles, mode=[0])
         total, line, group = pairs * sizes[4], row, Int32(0)
         if lines != total or sizes[5] > 1:
@@ -266,6 +269,7 @@ class WorkItems:
             group = pair
             if sizes[5] != pairs:
                 group = self.divide(pair * sizes[5], pairs, sizes[11])
+            group = cutlass.min(group, joined)
             if lines != total:
                 line = row - pair * sizes[4]
                 if lines != sizes[4]:
@@ -280,7 +284,7 @@ class WorkItems:
         if parts > 1:
             cost = cost / parts.to(Float32)
         front = Int32(0)
-        if sizes[5] > 1 and cost > costs[5] * mean:
+        if sizes[5] > 1 and cost > long:
             later = share * (sizes[5] - group).to(Float32) / sizes[5].to(Float32)
             front = Int32(1) if cost > later else Int32(0)
         order = Int32(0) if front > 0 else group + 1
@@ -300,7 +304,7 @@ class WorkItems:
 
     @cute.jit
     def group(self, row, sizes):
-        """The group of heads of a row."""
+        """The group of heads of a row, before the last ones are joined."""
         return row // sizes[4] * sizes[5] // (sizes[0] * sizes[1])
 
     @cute.jit
@@ -331,13 +335,13 @@ class WorkItems:
         return whole
 
     @cute.jit
-    def last_parts(self, fewest, dearest, sizes, costs):
+    def last_parts(self, fewest, mean, sizes, costs):
         """As `CostModel.last_parts`."""
-        best, least = Int32(1), dearest
+        best, least = Int32(1), mean
         for rounds in cutlass.range_constexpr(1, 3):
             number = cutlass.min(rounds * sizes[7] // sizes[8], fewest // 2)
             if number > 1:
-                time = (dearest - costs[0]) / number.to(Float32) + costs[0] + costs[3]
+                time = (mean - costs[0]) / number.to(Float32) + costs[0] + costs[3]
                 time = rounds * time + costs[4]
                 if time < least:
                     best, least = number, time
@@ -345,12 +349,12 @@ class WorkItems:
 
     @cute.jit
     def reduce(self, values, s_floats):
-        """Sum, largest, least and least of four Float32 of all threads, to all threads.
+        """Sum, largest and least of three Float32 of all threads, to all threads.
 
         In a fixed order.
         """
         warp, lane = cute.arch.warp_idx(), cute.arch.lane_idx()  # `warp_idx` is a shuffle
-        operations = (operator.add, cutlass.max, cutlass.min, cutlass.min)
+        operations = (operator.add, cutlass.max, cutlass.min)
         cute.arch.sync_threads()  # earlier values have been read
         for n in cutlass.range_constexpr(_FLOAT_SUMS):
             value = cute.arch.warp_reduction(values[n], operations[n])

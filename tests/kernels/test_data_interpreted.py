@@ -195,27 +195,47 @@ def test_tiles_of_long_lines_are_found(interpreted, monkeypatch, transposed):
         assert torch.equal(made.tiles[begin : begin + count, 0], columns)
 
 
-@pytest.mark.slow
-def test_items_before_all_groups_come_in_their_order():
-    """Two rows of the last head take longer than all later work: they come first."""
+def items_of(tiles, heads, groups):
+    """`work` and `counts` for 6 CTAs and heads that share a pattern: of the kernel and PyTorch."""
     with pytest.MonkeyPatch.context() as patch:
         module = interpreter.load(patch, "work_items")
-    heads, rows = 3, 40
-    sizes = ScheduleSizes(batch=1, heads=heads, rows=rows, ctas=6, extra=20, groups=heads)
-    tiles = torch.arange(rows, dtype=torch.int32) % 9 + 3
-    tiles[5], tiles[30] = 90, 100
+    rows = len(tiles)
+    sizes = ScheduleSizes(batch=1, heads=heads, rows=rows, ctas=6, extra=20, groups=groups)
     starts = torch.cat([torch.zeros(1, dtype=torch.int32), tiles.cumsum(0, dtype=torch.int32)])
     every, c = torch.zeros(int(starts[-1]) + 1, 2, dtype=torch.int32), FORWARD_COSTS
     listed = TileList(starts, every, tiles // 3, None, (1, 1), rows)
     work, combine, counts = _work_items(listed, sizes, c)
-    first = work[:2].tolist()
-    assert [row[:2] for row in first] == [[30, 2], [5, 2]]
     found = [torch.zeros_like(x) for x in (work, combine, counts, counts[:1])]
     interpreter.call(
         module.WorkItems(),
         *(starts[:-1].clone(), tiles, tiles // 3, *found),
-        *(1000, 1, heads, 1, 1, rows, heads, len(every) - 1, 6, sizes.rest, c.fewest_tiles),
+        *(1000, 1, heads, 1, 1, rows, groups, len(every) - 1, 6, sizes.rest, c.fewest_tiles),
         *(c.item, c.partial_tile - 1, c.largest_share, c.split, c.combine, c.long_item),
     )
     assert torch.equal(found[2], counts)
     assert torch.equal(found[0][: counts[0]], work[: counts[0]])
+    assert torch.equal(found[1][: counts[1]], combine[: counts[1]])
+    return work[: counts[0]], counts
+
+
+@pytest.mark.slow
+def test_items_before_all_groups_come_in_their_order():
+    """Two rows of the last head take longer than all later work: they come first."""
+    tiles = torch.arange(40, dtype=torch.int32) % 9 + 3
+    tiles[5], tiles[30] = 90, 100
+    work, _ = items_of(tiles, 3, 3)
+    assert [row[:2] for row in work[:2].tolist()] == [[30, 2], [5, 2]]
+
+
+def test_the_last_groups_are_joined():
+    """The longest rows take longer than the last head keeps the CTAs busy."""
+    work, _ = items_of(torch.arange(1, 9, dtype=torch.int32), 5, 5)
+    heads = [set(some.tolist()) for some in work[:, 1].split(8)]
+    assert heads[:3] == [{0}, {1}, {2}]
+    assert heads[3] == {3, 4}
+
+
+def test_the_last_round_of_rows_that_differ_a_little_is_split():
+    tiles = 18 + torch.arange(13, dtype=torch.int32) % 5  # 26 rows of 6 CTAs
+    _, counts = items_of(tiles, 2, 1)
+    assert counts[1] == 2

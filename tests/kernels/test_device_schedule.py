@@ -144,12 +144,13 @@ def test_documents_are_those_of_the_host(within):
     assert rows_with_tiles(got) == rows_with_tiles(backward_schedule(host, *sizes))
 
 
-BALANCED = [  # the patterns of test_schedule: spec, length, batch, heads, tile
+BALANCED = [  # patterns as in test_schedule: spec, length, batch, heads, tile
     ("local(128) | global_tokens(128)", 65536, 1, 8, (128, 128)),
     ("local(200) | global_tokens(37)", 65536, 1, 8, (128, 128)),
     ("causal()", 16384, 1, 16, (128, 128)),
     ("butterfly(128)", 65536, 1, 8, (128, 128)),
     ("random_blocks(0.05, 128, 0)", 16384, 1, 16, (128, 128)),
+    ("random_blocks(0.5, 128, 0)", 12288, 1, 6, (128, 128)),
     ("full()", 4096, 1, 8, (128, 128)),
     ("full()", 16384, 1, 16, (128, 128)),
     ("full()", 16384, 1, 16, (192, 128)),
@@ -173,6 +174,26 @@ def test_work_is_balanced_as_on_the_host(spec, length, batch, heads, tile):
     got, host = device_backward_schedule(data, *sizes)[0], backward_schedule(layout, *sizes)
     longest = makespan(used(got), 132, BACKWARD_COSTS)[0]
     assert longest <= 1.03 * makespan(host, 132, BACKWARD_COSTS)[0]
+
+
+@pytest.mark.parametrize(
+    ("spec", "length", "heads", "tile", "kv_bytes"),
+    [
+        ("causal()", 8192, 8, (128, 64), 8 << 20),  # the last groups of heads are one
+        ("random_blocks(0.5, 64, 0)", 8192, 10, (128, 128), 0),  # the last round is split
+    ],
+)
+def test_ends_are_those_of_the_host(spec, length, heads, tile, kv_bytes):
+    mask = masks.parse(spec)
+    layout = mask.layout(length, block=tile)
+    table = torch.zeros(1, 1, layout.num_block_rows, layout.num_block_cols, dtype=torch.bool)
+    table[0, 0, layout.tile_rows, layout.col_indices.long()] = True
+    data = BlockLayout.from_blocks(table, tile, length, within=mask)
+    got, _ = device_schedule(data, 1, heads, tile, H200, FORWARD_COSTS, kv_bytes)
+    host = schedule(layout, 1, heads, tile, H200, FORWARD_COSTS, kv_bytes)
+    fields = [0, 1, 2, 4, 5]  # all but first tiles
+    assert used(got).work[:, fields].equal(host.work[:, fields])
+    assert used(got).combine.equal(host.combine)
 
 
 def same_as_pytorch(
