@@ -25,7 +25,8 @@ def best_config(layout: BlockLayout, configs: Sequence[Config], transposed: bool
     """The config whose tiles cover the layout, or its transpose, at the least cost.
 
     Tiles are counted over the stored blocks, as if all these were full: exact where neither
-    granularity cuts the blocks of the other, and else close enough.
+    granularity cuts the blocks of the other, and else close enough. Tiles that would reach into
+    blocks which nothing reads are not taken: these may hold NaN, and 0 times NaN is NaN.
     """
     if len(configs) == 1:
         return configs[0]
@@ -37,8 +38,31 @@ def best_config(layout: BlockLayout, configs: Sequence[Config], transposed: bool
         if area / math.prod(config.tile) * config.tile_cost < least:
             tile = config.tile[::-1] if transposed else config.tile
             cost = cover(layout, tile) * config.tile_cost
-            best, least = (config, cost) if cost < least else (best, least)
+            if cost < least and (_aligned(config, transposed) or _all_read(layout, transposed)):
+                best, least = config, cost
     return best
+
+
+def _aligned(config: KernelConfig, transposed: bool) -> bool:
+    """Whether no tile reaches across a multiple of 128, in what a product sums over.
+
+    That is keys, and in a backward pass queries too. Tiles of more than 128 are rows of O.
+    """
+    sizes = config.tile if transposed else config.tile[1:]
+    return not any(128 % size for size in sizes if size < 128)
+
+
+def _all_read(layout: BlockLayout, rows_too: bool) -> bool:
+    """Whether each pattern has a stored block in each block column, and with `rows_too` in each
+    block row.
+    """
+    starts = numbers(layout.crow_indices)
+    if rows_too and not bool((starts[:, 1:] > starts[:, :-1]).all()):
+        return False
+    rows, columns = numbers(layout.tile_rows), layout.num_block_cols
+    read = blockwise.zeros((layout.num_patterns * columns,), rows, "bool")
+    read[rows // layout.num_block_rows * columns + numbers(layout.col_indices)] = True
+    return bool(read.all())
 
 
 def _stored_area(layout: BlockLayout) -> int:

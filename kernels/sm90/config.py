@@ -84,7 +84,10 @@ _FORWARD = {
         ForwardConfig(_ANY, 128, tile_m=128, q_in_registers=True),
         ForwardConfig(_ANY, 128, 192, tile_n=80, q_stages=1, clear_tile_info=True),
     ),
-    192: (ForwardConfig(_ANY, 192, 128, 64, q_stages=1, kv_stages=3, o_columns=64, turns=False),),
+    192: (
+        ForwardConfig(_ANY, 192, 128, 64, q_stages=1, kv_stages=3, o_columns=64, turns=False),
+        ForwardConfig(*(_ANY, 192, 128, 112), q_stages=1, o_columns=32, turns=False, rotated=True),
+    ),
     256: (ForwardConfig(_ANY, 256, 128, tile_n=64, q_stages=1, kv_stages=2, o_columns=64),),
 }
 

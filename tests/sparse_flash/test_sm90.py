@@ -243,6 +243,23 @@ def test_tiles_of_96_keys_where_they_cover_little_more(calls):
         assert plan.config.tile == plan.schedule.tile == (tile_n, 64)
 
 
+@pytest.mark.parametrize("dim", [128, 192])
+def test_no_tile_reaches_into_keys_that_nothing_reads(calls, dim):
+    """They may hold NaN. Tiles of 80, 96 or 112 keys or queries are not taken then."""
+    x = torch.zeros(1, 8192, 2, 1).bfloat16().expand(-1, -1, -1, dim)
+    for mask, unread in (
+        (masks.full(), False),
+        (~masks.sinks(128), True),  # no query reads the first keys
+        (masks.per_head([masks.full(), ~masks.sinks(128)]), True),
+    ):
+        layout = mask.layout(8192)
+        tiles = [sm90.forward_plan(layout, x, x).config.tile[1:]]
+        tiles.append(sm90.backward_plans(layout, x, x).dkdv.config.tile)
+        assert [any(128 % n for n in tile) for tile in tiles] == [not unread] * 2
+    layout = masks.causal(-128).layout(8192)  # the first queries read no keys
+    assert not any(128 % n for n in sm90.backward_plans(layout, x, x).dkdv.config.tile)
+
+
 def test_plans_follow_an_updated_layout(calls):
     q, k, _ = tensors(False)
     layout = masks.full().layout(200, block=(64, 64))
