@@ -22,6 +22,7 @@ class ScheduleSizes(NamedTuple):
     ctas: Number of CTAs.
     extra: Items at most beyond one for each line; a bound of split lines, too.
     groups: Groups of heads that are computed one after the other.
+    joined: First group that the ones after it may join.
     """
 
     batch: int
@@ -30,6 +31,7 @@ class ScheduleSizes(NamedTuple):
     ctas: int
     extra: int
     groups: int
+    joined: int
 
     @property
     def total(self) -> int:
@@ -120,8 +122,8 @@ def recipe_of(
         items=(
             *(source.lengths[1], sizes.batch, sizes.heads, source.heads[0], own_heads),
             *(sizes.rows, sizes.groups),
-            *(capacity, sizes.ctas, sizes.rest, costs.fewest_tiles, costs.item),
-            *(costs.partial_tile - 1, costs.largest_share, costs.split, costs.combine),
+            *(capacity, sizes.ctas, sizes.rest, costs.fewest_tiles, sizes.joined),
+            *(costs.item, costs.partial_tile - 1, costs.largest_share, costs.split, costs.combine),
             costs.long_item,
         ),
         own=(

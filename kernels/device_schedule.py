@@ -15,7 +15,7 @@ from sparse_flash.kernels.data_bits import fragments
 from sparse_flash.kernels.data_recipes import Lines, ScheduleSizes
 from sparse_flash.kernels.data_schedules import MakeSchedule, schedule_by_kernels
 from sparse_flash.kernels.device import DeviceFacts
-from sparse_flash.kernels.schedule import EVEN, WORK_FIELDS, CostModel, Schedule
+from sparse_flash.kernels.schedule import EVEN, WORK_FIELDS, CostModel, Schedule, group_count
 from sparse_flash.masks.device_layout import DeviceLayout
 from sparse_flash.masks.device_tiles import DeviceTiles
 from torch import Tensor
@@ -223,9 +223,8 @@ def _sizes(
     """Sizes of a schedule for (batch entries, heads)."""
     # Parts have at least so much work, or are those of the last rows.
     extra = math.ceil(max(facts.num_sms / costs.largest_share, 2 * facts.num_sms)) + _SPARE
-    size = max(1, int(costs.l2_share * facts.l2_bytes) // max(1, kv_bytes))
-    groups = -(-pairs[0] * pairs[1] // size)
-    return ScheduleSizes(*pairs, rows, facts.num_sms, extra, groups)
+    groups = group_count(pairs[0] * pairs[1], kv_bytes, facts, costs)
+    return ScheduleSizes(*pairs, rows, facts.num_sms, extra, *groups)
 
 
 def _schedule(
@@ -355,7 +354,7 @@ def _order(
     group = row // sizes.rows * groups // (sizes.batch * sizes.heads)
     share, largest = limits
     long = costs.long_item * share * sizes.ctas / exists.sum()
-    last = (groups * (1 - torch.minimum(largest, long) / share)).clamp(min=0).long()
+    last = (groups * (1 - torch.minimum(largest, long) / share)).long().clamp(min=sizes.joined)
     group = torch.minimum(group, last)
     late = (cost > share * (groups - group) / groups) & (cost > long)
     group = torch.where(exists, torch.where(late, 0, group + 1), groups + 1)

@@ -58,6 +58,7 @@ class CostModel:
         combine: Cost of launching the kernel that combines parts.
         l2_share: Fraction of the L2 cache for the keys and values of a group of heads; each half
             of the cache may hold a copy.
+        last_l2_share: The same for groups that join the last one (see `_head_groups`).
     """
 
     partial_tile: float
@@ -68,6 +69,7 @@ class CostModel:
     split: float
     combine: float
     l2_share: float
+    last_l2_share: float
 
     def rows(self, layout: BlockLayout) -> Numbers:
         """The cost of each block row `(patterns, block rows)`, float32."""
@@ -244,8 +246,9 @@ def schedule(
     long = costs.long_item * share * facts.num_sms / len(row)
     longest = cost.max() if len(cost) else share
     common = minimum(minimum(longest, costs.limit(share)), long)
-    size = max(1, int(costs.l2_share * facts.l2_bytes) // max(1, kv_bytes))
-    groups, left = _head_groups(batch * heads, size, share, common, parts)
+    groups, left = _head_groups(
+        batch * heads, group_count(batch * heads, kv_bytes, facts, costs), share, common, parts
+    )
     pair = row // shape[1]
     order = _longest_first(item_cost, take(groups, pair), take(left, pair), long)
     in_parts = where(parts > 1, parts, 0)
@@ -436,17 +439,29 @@ def _longest_first(cost: Numbers, group: Numbers, left: Numbers, long: Any) -> N
     return take(by_cost, argsort(take(where(late, -1, group), by_cost)))
 
 
+def group_count(pairs: int, kv_bytes: int, facts: DeviceFacts, costs: CostModel) -> tuple[int, int]:
+    """In how many groups to compute (batch, head) pairs, and the first one that others may join."""
+    size, most = (
+        max(1, int(share * facts.l2_bytes) // max(1, kv_bytes))
+        for share in (costs.l2_share, costs.last_l2_share)
+    )
+    count = -(-pairs // size)
+    first = (pairs - most - 1) * count // max(pairs, 1) + 1
+    return count, max(0, min(first, count - 1))
+
+
 def _head_groups(
-    pairs: int, size: int, share: Any, common: Any, like: Numbers
+    pairs: int, count: tuple[int, int], share: Any, common: Any, like: Numbers
 ) -> tuple[Numbers, Numbers]:
     """The group of each (batch, head) pair, and the work that a CTA has left when it begins.
 
     A group must not begin with less work left than its common long items take, for which CTAs
-    would wait in the end: such groups join the last one before them.
+    would wait in the end: such groups join the last one before them, as long as what they read
+    fits the L2 cache.
 
     Args:
         pairs: Number of pairs.
-        size: Number of pairs whose keys and values fit the L2 cache.
+        count: Of `group_count`.
         share: Work of a CTA.
         common: Cost of an item of which a group may have many.
         like: Numbers of the kind to return.
@@ -454,8 +469,8 @@ def _head_groups(
     Returns:
         Groups `(pairs,)`, int16 if possible: numpy sorts them by radix. Work left `(pairs,)`.
     """
-    count = -(-pairs // size)
-    groups = blockwise.arange(pairs, like) * count // pairs  # of equal size, or nearly
-    groups = minimum(groups, int64(maximum(count * (1 - common / share), 0)))
+    number, first = count
+    groups = blockwise.arange(pairs, like) * number // pairs  # of equal size, or nearly
+    groups = minimum(groups, maximum(int64(number * (1 - common / share)), first))
     groups = convert(groups, "int16") if pairs < 1 << 15 else groups
-    return groups, share * (count - groups) / count
+    return groups, share * (number - groups) / number

@@ -41,7 +41,7 @@ class WorkItems:
 
     sizes: batch, heads, batch entries and heads with lines of their own, lines of each, groups of
         heads, index of the tile that stands for none, number of CTAs of the attention kernel, rows
-        of the last round, and fewest tiles of a part.
+        of the last round, fewest tiles of a part, and the first group that others may join.
     costs: Fields of the `CostModel`: item, extra cost of a partial tile, largest_share, split,
         combine, long_item.
     """
@@ -67,6 +67,7 @@ class WorkItems:
         ctas: Int32,
         rest: Int32,
         fewest: Int32,
+        joinable: Int32,
         item: Float32,
         partial_tile: Float32,
         largest_share: Float32,
@@ -77,6 +78,7 @@ class WorkItems:
     ):
         """Launch on the stream."""
         sizes = (batch, heads, own_batch, own_heads, rows, groups, no_tile, ctas, rest, fewest)
+        sizes = (*sizes, joinable)
         costs = (item, partial_tile, largest_share, split, combine_cost, long_item)
         chunks = cute.ceil_div(batch * heads * rows, WARPS)
         lists, results = (begins, tiles, partials), (work, combine, counts)
@@ -106,7 +108,7 @@ class WorkItems:
         limit, long = self.limit(share, costs), costs[5] * (work_sum / items.to(Float32))
         common = cutlass.min(cutlass.min(dearest, limit), long)
         joined = sizes[5].to(Float32) * (1 - common / share)  # the group that the last ones join
-        shares = (share, limit, long, last, cutlass.max(joined, Float32(0.0)).to(Int32))
+        shares = (share, limit, long, last, cutlass.max(joined.to(Int32), sizes[10]))
         if cta == 0 and thread == 0:
             results[2][0], results[2][1] = items, splits
         if cta == 0:
@@ -265,10 +267,10 @@ class WorkItems:
         pairs, lines = sizes[0] * sizes[1], cute.size(tiles, mode=[0])
         total, line, group = pairs * sizes[4], row, Int32(0)
         if lines != total or sizes[5] > 1:
-            pair = self.divide(row, sizes[4], sizes[10])
+            pair = self.divide(row, sizes[4], sizes[11])
             group = pair
             if sizes[5] != pairs:
-                group = self.divide(pair * sizes[5], pairs, sizes[11])
+                group = self.divide(pair * sizes[5], pairs, sizes[12])
             group = cutlass.min(group, joined)
             if lines != total:
                 line = row - pair * sizes[4]
@@ -424,7 +426,7 @@ def compile_work_items(arch: str):
     arguments = (
         *(ints(lines) for _ in range(3)),
         *(ints(size(), 8), ints(size(), 8), ints(2), ints(size())),
-        *(Int32(1) for _ in range(11)),
+        *(Int32(1) for _ in range(12)),
         *(Float32(1.0) for _ in range(6)),
     )
     return compile_kernel(WorkItems(), arguments, arch)

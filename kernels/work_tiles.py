@@ -112,30 +112,28 @@ def query_coord(column, kv_head, heads):
 
 
 @cute.jit
-def first_step(config, work_tile):
+def first_step(config, work_tile, group_size):
     """Step at which a column of tiles begins, with `config.rotated`; else 0.
 
-    It is the number of the queries beside the keys, counted around the column. So CTAs that compute
-    neighboring columns add to different rows of dQ, and none waits for another one's first sum.
-    That holds in causal layouts too: there a CTA begins a column when another one ends a shorter
-    column, so columns that all begin at their diagonal tiles would add to the same rows.
+    It is the number of the queries beside the keys, counted around the tiles of a query head. So
+    CTAs that compute neighboring columns add to different rows of dQ, and none waits for another
+    one's first sum. That holds in causal layouts too: there a CTA begins a column when another one
+    ends a shorter column, so columns that all begin at their diagonal tiles would add to the same
+    rows.
+
+    group_size: Query heads of a key head. All CTAs of a key head begin with the first of them,
+    whose rows the L2 cache then holds.
     """
     if const_expr(not config.rotated):
         return Int32(0)
     beside = work_tile.n_block * config.tile_n // config.tile_m
-    return beside % cutlass.max(work_tile.count, 1)
-
-
-@cute.jit
-def turned(config, work_tile, start, step):
-    """Number of a step's tile, or tiles, in the column. start: Of `first_step`."""
-    if const_expr(config.rotated):
-        step = step + start
-        step = step - work_tile.count if step >= work_tile.count else step
-    return step
+    return beside % cutlass.max(work_tile.count // group_size, 1)
 
 
 @cute.jit
 def tile_of_step(config, work_tile, start, step):
     """Index of a step's tile in the list. start: Of `first_step`."""
-    return work_tile.first + turned(config, work_tile, start, step)
+    if const_expr(config.rotated):
+        step = step + start
+        step = step - work_tile.count if step >= work_tile.count else step
+    return work_tile.first + step

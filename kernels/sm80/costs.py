@@ -30,6 +30,7 @@ _H200 = CostModel(
     split=1.0,
     combine=2.0,
     l2_share=0.6,
+    last_l2_share=0.75,
 )
 _MEASURED = Costs(_H200, replace(_H200, partial_tile=1.05), estimated=False)
 

@@ -121,8 +121,11 @@ class BackwardConfig:
 
     @property
     def rotated(self) -> bool:
-        """Whether columns of tiles begin at different rows of dQ, see `work_tiles.first_step`."""
-        return self.dq
+        """Whether columns of tiles begin at different rows of dQ, see `work_tiles.first_step`.
+
+        Those of small tiles gain nothing: measured with random blocks of 64.
+        """
+        return self.dq and not self.small
 
     @property
     def registers(self) -> tuple[int, int]:

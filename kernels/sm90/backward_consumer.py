@@ -32,6 +32,7 @@ from sparse_flash.kernels.sm90.backward_gemms import BackwardGemms
 from sparse_flash.kernels.sm90.backward_producer import STORE_THREADS
 from sparse_flash.kernels.sm90.backward_scores import BackwardScores, Place
 from sparse_flash.kernels.sm90.barriers import BackwardBarrier
+from sparse_flash.kernels.sm90.primitives import clear_rows
 from sparse_flash.kernels.vectors import from_bits, pack_pair, store_pairs
 from sparse_flash.kernels.work_tiles import ColumnWorkTile
 
@@ -317,12 +318,9 @@ class BackwardConsumer(BackwardScores):
         Both warpgroups clear all rows, between the last read of the previous tile and the first
         read of this one.
         """
-        width, height, sK = self.config.head_dim, self.config.tile_n, self.sK
-        if remaining < height:
+        if remaining < self.config.tile_n:
             cute.arch.barrier(barrier_id=BackwardBarrier.BOTH, number_of_threads=BOTH)
-            for i in cutlass.range(self.thread, (height - remaining) * width, 128, unroll=1):
-                sK[remaining + i // width, i % width, state.index] = self.dtype(0.0)
-            cute.arch.fence_view_async_shared()
+            clear_rows(self.sK, remaining, state.index, self.thread, 128)
             cute.arch.barrier(barrier_id=BackwardBarrier.BOTH, number_of_threads=BOTH)
 
     @cute.jit

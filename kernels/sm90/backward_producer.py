@@ -50,7 +50,7 @@ class BackwardProducer:
                 limit = self.offsets.limit(limit, batch)
             remaining = limit - n_block * config.tile_n
             work_tile = ColumnWorkTile(n_block, head, batch, count, split_idx, first, remaining)
-            start = first_step(config, work_tile)
+            start = first_step(config, work_tile, self.heads[0])
             self.work_tiles.announce(work_state, work_tile)
             work_state.advance()
             if count > 0 and remaining > 0:
@@ -146,7 +146,7 @@ class BackwardStorer:
         while work_tile.count >= 0:
             n_block, head, batch, count, split_idx, _, remaining = work_tile
             count = count if remaining > 0 else Int32(0)
-            start = first_step(config, work_tile)
+            start = first_step(config, work_tile, self.heads[0])
             for j in cutlass.range(0, count - 1, unroll=1):
                 tile = tile_of_step(config, work_tile, start, j)
                 buffer = self.add_tile(tile, head, batch, buffer)

@@ -36,13 +36,7 @@ from sparse_flash.kernels.sm90.primitives import (
     work_pipeline,
     work_storage,
 )
-from sparse_flash.kernels.work_tiles import (
-    ColumnWorkTile,
-    end_of_work,
-    first_step,
-    query_coord,
-    turned,
-)
+from sparse_flash.kernels.work_tiles import ColumnWorkTile, end_of_work, query_coord
 
 WARPS = 4  # of the consumer warpgroup, and of that of the producer
 THREADS = 32 * 2 * WARPS
@@ -221,14 +215,13 @@ class SmallProducer(BackwardProducer):
             remaining = self.kv_lens[batch] - n_block * config.tile_n
             steps = cute.ceil_div(count, config.tiles_per_step)
             work_tile = ColumnWorkTile(n_block, head, batch, steps, split_idx, first, remaining)
-            start = first_step(config, work_tile)
             self.work_tiles.announce(work_state, work_tile)
             work_state.advance()
             if count > 0 and remaining > 0:
                 coord = (n_block, head, batch)
                 if const_expr(config.k_stages > 1):
                     self.load_keys(2, self.k_pipe, k_state, coord)
-                self.load_step(q_state, work_tile, turned(config, work_tile, start, 0), count)
+                self.load_step(q_state, first, Int32(0), count, coord)
                 q_state.advance()
                 self.load_keys(3, self.v_pipe, v_state, coord)
                 v_state.advance()
@@ -236,26 +229,28 @@ class SmallProducer(BackwardProducer):
                     self.load_keys(2, self.k_pipe, k_state, coord)
                 k_state.advance()
                 for j in cutlass.range(1, steps - 1, unroll=1):
-                    self.load_step(q_state, work_tile, turned(config, work_tile, start, j), count)
+                    self.load_step(q_state, first, j, count, coord)
                     q_state.advance()
             index = self.work_tiles.next_index()
             if steps > 1 and remaining > 0:
-                last = turned(config, work_tile, start, steps - 1)
-                self.load_step(q_state, work_tile, last, count)
+                self.load_step(q_state, first, steps - 1, count, (n_block, head, batch))
                 q_state.advance()
         self.work_tiles.announce(work_state, end_of_work(ColumnWorkTile, count=Int32(-1)))
         self.work_tiles.reset_counters()
 
     @cute.jit
-    def load_step(self, state, work_tile, j, count):
-        """Load Q, row statistics and dO of step j of a column of `count` tiles, and publish them.
+    def load_step(self, state, first, j, count, coord_of_keys):
+        """Load Q, row statistics and dO of step j, and publish its tiles.
 
         Of each tile: its bit tile, its block of queries (negative: no tile), and its head.
         """
-        size, lane = self.config.tiles_per_step, cute.arch.lane_idx()
-        kv_head, batch = work_tile.head, work_tile.batch
+        size, lane, (_, kv_head, batch) = (
+            self.config.tiles_per_step,
+            cute.arch.lane_idx(),
+            coord_of_keys,
+        )
         nth = j * size + lane % size
-        tile = work_tile.first + cutlass.min(nth, count - 1)
+        tile = first + cutlass.min(nth, count - 1)
         bit_tile = self.tiles[tile, 1]
         m_block, head = query_coord(self.tiles[tile, 0], kv_head, self.heads)
         published = m_block

@@ -14,7 +14,7 @@ from sparse_flash.kernels.sm90.backward_scores import BackwardScores
 from sparse_flash.kernels.sm90.backward_wide_consumer import QueryGradient
 from sparse_flash.kernels.sm90.barriers import SmallBackwardBarrier
 from sparse_flash.kernels.sm90.forward_gather import gathered_words
-from sparse_flash.kernels.sm90.primitives import gemm
+from sparse_flash.kernels.sm90.primitives import clear_rows, gemm
 from sparse_flash.kernels.vectors import pack_pair, store_pairs
 from sparse_flash.kernels.work_tiles import ColumnWorkTile
 
@@ -196,11 +196,8 @@ class SmallConsumer(BackwardScores):
     @cute.jit
     def zero_beyond(self, state, remaining):
         """Clear keys beyond the length: the dQ GEMM would compute 0 times NaN."""
-        width, height, sK = self.config.head_dim, self.config.tile_n, self.sK
-        if remaining < height:
-            for i in cutlass.range(self.thread, (height - remaining) * width, 128, unroll=1):
-                sK[remaining + i // width, i % width, state.index] = self.dtype(0.0)
-            cute.arch.fence_view_async_shared()
+        if remaining < self.config.tile_n:
+            clear_rows(self.sK, remaining, state.index, self.thread, 128)
             self.sync()
 
     @cute.jit

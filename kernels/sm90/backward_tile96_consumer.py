@@ -27,7 +27,7 @@ from sparse_flash.kernels.sm90.backward_producer import load_relaxed
 from sparse_flash.kernels.sm90.backward_wide_consumer import QueryGradient
 from sparse_flash.kernels.sm90.barriers import Tile96BackwardBarrier
 from sparse_flash.kernels.sm90.postprocess import transpose
-from sparse_flash.kernels.sm90.primitives import gemm, gemm_slice, mul_pairs
+from sparse_flash.kernels.sm90.primitives import clear_rows, gemm, gemm_slice, mul_pairs
 from sparse_flash.kernels.vectors import pack_pair, store_pairs
 from sparse_flash.kernels.work_tiles import ColumnWorkTile
 
@@ -306,12 +306,8 @@ class Tile96Consumer:
         All warpgroups clear some. The barriers of the first tile come before its dQ. The GEMM of S
         may read these rows meanwhile; its columns are masked.
         """
-        width, height, sK = self.config.head_dim, self.config.tile_n, self.sK
-        if remaining < height:
-            first, size = self.group * 128 + self.thread, (height - remaining) * width
-            for i in cutlass.range(first, size, GROUPS * 128, unroll=1):
-                sK[remaining + i // width, i % width, 0] = self.dtype(0.0)
-            cute.arch.fence_view_async_shared()
+        if remaining < self.config.tile_n:
+            clear_rows(self.sK, remaining, 0, self.group * 128 + self.thread, GROUPS * 128)
 
     @cute.jit
     def finish(self, work_tile):

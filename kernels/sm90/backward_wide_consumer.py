@@ -10,7 +10,7 @@ from cutlass.cute.nvgpu import warp, warpgroup
 from sparse_flash.kernels import online_softmax as online
 from sparse_flash.kernels.sm90.backward_producer import load_relaxed, query_coord, sum_address
 from sparse_flash.kernels.sm90.barriers import WideBackwardBarrier
-from sparse_flash.kernels.sm90.primitives import arrive_once, gemm, mul_pairs
+from sparse_flash.kernels.sm90.primitives import arrive_once, clear_rows, gemm, mul_pairs
 from sparse_flash.kernels.vectors import pack_pair, store_pairs
 from sparse_flash.kernels.work_tiles import ColumnWorkTile, first_step, tile_of_step
 from sparse_flash.masks.layout import FULL_TILE
@@ -295,7 +295,7 @@ class QueryGradient:
             if count > 0 and remaining > 0:
                 self.k_pipe.consumer_wait(k_state)
                 self.zero_beyond(k_state, remaining)
-                start = first_step(self.config, work_tile)
+                start = first_step(self.config, work_tile, self.heads[0])
                 for j in cutlass.range(count, unroll=1):
                     column = self.tiles[tile_of_step(self.config, work_tile, start, j), 0]
                     m_block, head = query_coord(column, work_tile.head, self.heads)
@@ -374,9 +374,6 @@ class QueryGradient:
 
         The warpgroup of dV may read them meanwhile; it masks their rows.
         """
-        width, height, sK = self.config.head_dim, self.config.tile_n, self.sK
-        if remaining < height:
-            for i in cutlass.range(self.thread, (height - remaining) * width, 128, unroll=1):
-                sK[remaining + i // width, i % width, state.index] = self.dtype(0.0)
-            cute.arch.fence_view_async_shared()
+        if remaining < self.config.tile_n:
+            clear_rows(self.sK, remaining, state.index, self.thread, 128)
             cute.arch.barrier(barrier_id=WideBackwardBarrier.QUERIES, number_of_threads=128)

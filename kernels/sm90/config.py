@@ -65,6 +65,7 @@ FORWARD_COSTS = CostModel(
     split=1.0,
     combine=2.0,
     l2_share=0.4,
+    last_l2_share=0.75,
 )
 BACKWARD_COSTS = replace(FORWARD_COSTS, partial_tile=1.05)  # more GEMMs per masked tile
 
@@ -86,7 +87,7 @@ _FORWARD = {
     ),
     192: (
         ForwardConfig(_ANY, 192, 128, 64, q_stages=1, kv_stages=3, o_columns=64, turns=False),
-        ForwardConfig(*(_ANY, 192, 128, 112), q_stages=1, o_columns=32, turns=False, rotated=True),
+        ForwardConfig(_ANY, 192, 128, 112, q_stages=1, o_columns=32, turns=False),
     ),
     256: (ForwardConfig(_ANY, 256, 128, tile_n=64, q_stages=1, kv_stages=2, o_columns=64),),
 }

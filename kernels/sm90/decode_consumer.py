@@ -6,7 +6,7 @@ from cutlass.cute.nvgpu import warpgroup
 from sparse_flash.kernels import online_softmax as online
 from sparse_flash.kernels.sm90.barriers import DecodeBarrier
 from sparse_flash.kernels.sm90.forward_consumer import RESCALE_THRESHOLD
-from sparse_flash.kernels.sm90.primitives import gemm
+from sparse_flash.kernels.sm90.primitives import clear_rows, gemm
 from sparse_flash.masks.layout import FULL_TILE
 
 CONSUMER = pipeline.PipelineUserType.Consumer
@@ -100,12 +100,8 @@ class DecodeConsumer:
     @cute.jit
     def zero_beyond(self, stage, remaining):
         """Clear values beyond the keys' length: 0 times NaN is NaN."""
-        width, height = self.config.head_dim, self.config.tile_n
-        if remaining < height:
-            start, sV = cutlass.max(remaining, Int32(0)), self.sV
-            for i in cutlass.range(self.thread, (height - start) * width, 128, unroll=1):
-                sV[start + i // width, i % width, stage] = self.dtype(0.0)
-            cute.arch.fence_view_async_shared()
+        if remaining < self.config.tile_n:
+            clear_rows(self.sV, cutlass.max(remaining, Int32(0)), stage, self.thread, 128)
             cute.arch.barrier(barrier_id=DecodeBarrier.CONSUMERS, number_of_threads=128)
 
     @cute.jit

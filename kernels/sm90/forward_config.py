@@ -24,9 +24,6 @@ class ForwardConfig:
         turns: Warpgroups alternate their GEMMs. Off where that measured faster, by 1 to 2 %.
         direct_store: Store the output from registers, without shared memory.
         resident_ctas: CTAs that share a multiprocessor.
-        rotated: Rows begin with different tiles. In dense layouts all CTAs work in lockstep, and
-            would load the same keys at a time, which slows down tiles of many keys: by 11 % with
-            112 keys at head_dim 192 on an H200.
     """
 
     dtype: str  # "bfloat16" or "float16"
@@ -42,7 +39,6 @@ class ForwardConfig:
     tiles_per_step: int = 1
     direct_store: bool = False
     resident_ctas: int = 1
-    rotated: bool = False
     offsets: bool = False  # queries at positions, see position_work_tiles.py
     softcap: bool = False  # see score_terms.py, as the next four
     alibi: bool = False
@@ -80,12 +76,12 @@ class ForwardConfig:
 
         Measured on an H200. At head_dim 64: 571 TFLOP/s with tile_m 192, 461 with 128; at 128, 2 %
         more with tile_m 192. Tiles of 64 rows reach 0.86 of the speed of 128 rows with whole tiles,
-        and 0.75 with gathered ones. At head_dim 192 rotated tiles of 112 keys take 0.93 to
+        and 0.75 with gathered ones. At head_dim 192 tiles of 112 keys take 0.93 to
         0.98 of the time of 64 in causal layouts, and 0.99 to 1.01 in dense ones.
         """
         tall = 1.47 if self.head_dim == 128 else 1.2
         cost = {64: 0.58, 128: 1.0, 192: tall}[self.tile_m] * self.kv_block / 128
-        return cost * (1.15 if self.gathers else 0.97 if self.rotated else 1.0)
+        return cost * (1.15 if self.gathers else 0.97 if self.tile_n == 112 else 1.0)
 
     @property
     def gathers(self) -> bool:

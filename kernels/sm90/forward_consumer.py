@@ -22,6 +22,7 @@ from sparse_flash.kernels.sm90.forward_gather import read_gathered_mask
 from sparse_flash.kernels.sm90.forward_producer import FULL_BEYOND
 from sparse_flash.kernels.sm90.primitives import (
     check_arrivals,
+    clear_rows,
     gemm,
     gemm_after,
     load_a_to_registers,
@@ -359,15 +360,8 @@ class ForwardConsumer:
 
         Every warpgroup clears all rows before its own reads, so no synchronization is needed.
         """
-        width, height = self.config.head_dim, self.config.tile_n
-        if remaining < height:
-            start = cutlass.max(remaining, Int32(0))
-            elements = (height - start) * width
-            for i in cutlass.range(cute.ceil_div(elements, 128), unroll=1):
-                element = i * 128 + self.thread
-                if element < elements:
-                    tensor[start + element // width, element % width, stage] = self.dtype(0.0)
-            cute.arch.fence_view_async_shared()
+        if remaining < self.config.tile_n:
+            clear_rows(tensor, cutlass.max(remaining, Int32(0)), stage, self.thread, WARPGROUP)
             self.sync_warpgroup()
 
     @cute.jit

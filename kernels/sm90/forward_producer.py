@@ -65,13 +65,12 @@ class ForwardProducer:
             q_state.advance()
             first, count = load.first, load.count
             kv_head = load.head // self.group_size
-            start = self.first_step(load)
-            n_block, bit_tile = self.tiles[first + start, 0], self.tiles[first + start, 1]
+            n_block, bit_tile = self.tiles[first, 0], self.tiles[first, 1]
             for j in cutlass.range(count, unroll=1):
                 if j == cutlass.max(count - 2, 0):
                     index = self.work_tiles.next_index()
                 # Prefetch: the wait below hides the latency.
-                following = first + self.turned(start, cutlass.min(j + 1, count - 1), count)
+                following = first + cutlass.min(j + 1, count - 1)
                 next_block, next_bit_tile = self.tiles[following, 0], self.tiles[following, 1]
                 coord = KeyTile(n_block, kv_head, load.batch, load.key_start)
                 self.load_k(k_state, coord, bit_tile, load)
@@ -85,24 +84,6 @@ class ForwardProducer:
         if v_coord.n_block >= 0:
             self.load_v(v_state, v_coord)
         self.work_tiles.reset_counters()
-
-    @cute.jit
-    def first_step(self, load):
-        """Number of the tile that a row begins with; CTAs of other rows begin with others."""
-        if const_expr(not self.config.rotated):
-            return Int32(0)
-        beside = load.m_block * self.config.tile_m // self.config.tile_n
-        return beside % cutlass.max(load.count - 1, 1)
-
-    @cute.jit
-    def turned(self, start, step, count):
-        """Number of a step's tile. The last tile stays last: it may have keys beyond the length."""
-        if const_expr(self.config.rotated):
-            last = count - 1
-            turned = step + start
-            turned = turned - last if turned >= last else turned
-            step = turned if step < last else step
-        return step
 
     @cute.jit
     def num_work_tiles(self):

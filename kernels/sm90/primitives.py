@@ -77,6 +77,24 @@ def load_a_to_registers(tiled_mma, tensor, registers, thread):
 
 
 @cute.jit
+def clear_rows(tensor, start, stage, thread, threads: cutlass.Constexpr):
+    """Set the rows from `start` on of a stage of shared memory (rows, columns, stage) to 0.
+
+    The threads store 16 bytes at a time, which a swizzle keeps together; it moves them within their
+    row only. GEMMs may read the rows after a barrier of the caller.
+    """
+    pieces = cute.size(tensor, mode=[1]) // 8
+    count = (cute.size(tensor, mode=[0]) - start) * pieces
+    for i in cutlass.range(thread, count, threads, unroll=1):
+        offset = cute.crd2idx((start + i // pieces, i % pieces * 8, stage), tensor.layout)
+        cute.arch.inline_ptx(
+            "st.shared.v4.b32 [{$r0}], {{$r1}, {$r1}, {$r1}, {$r1}};",
+            read_only_args=[(tensor.iterator + offset).toint(), Int32(0)],
+        )
+    cute.arch.fence_view_async_shared()
+
+
+@cute.jit
 def mul_pairs(values, factors):
     """Multiply register tensors of 16-bit elements in place, two elements per instruction."""
     pairs, others = (as_pairs(x) for x in (values, factors))

@@ -30,7 +30,9 @@ def scored_forward_configs(
     """The forward configs of a head_dim with these features, of tiles of 128 rows or more."""
     tall = 128 if 96 < head_dim <= 128 else 192  # there are no registers for 192 rows
     configs = [
-        c for c in forward_configs(dtype, head_dim) if 128 <= c.tile_m <= tall and not c.rotated
+        c
+        for c in forward_configs(dtype, head_dim)
+        if 128 <= c.tile_m <= tall and c.tile_n != 112  # score terms need shared memory
     ]
     return tuple(_with_terms(c, flags) for c in configs)
 

@@ -195,12 +195,14 @@ def test_tiles_of_long_lines_are_found(interpreted, monkeypatch, transposed):
         assert torch.equal(made.tiles[begin : begin + count, 0], columns)
 
 
-def items_of(tiles, heads, groups):
+def items_of(tiles, heads, groups, joined=0):
     """`work` and `counts` for 6 CTAs and heads that share a pattern: of the kernel and PyTorch."""
     with pytest.MonkeyPatch.context() as patch:
         module = interpreter.load(patch, "work_items")
     rows = len(tiles)
-    sizes = ScheduleSizes(batch=1, heads=heads, rows=rows, ctas=6, extra=20, groups=groups)
+    sizes = ScheduleSizes(
+        batch=1, heads=heads, rows=rows, ctas=6, extra=20, groups=groups, joined=joined
+    )
     starts = torch.cat([torch.zeros(1, dtype=torch.int32), tiles.cumsum(0, dtype=torch.int32)])
     every, c = torch.zeros(int(starts[-1]) + 1, 2, dtype=torch.int32), FORWARD_COSTS
     listed = TileList(starts, every, tiles // 3, None, (1, 1), rows)
@@ -210,7 +212,7 @@ def items_of(tiles, heads, groups):
         module.WorkItems(),
         *(starts[:-1].clone(), tiles, tiles // 3, *found),
         *(1000, 1, heads, 1, 1, rows, groups, len(every) - 1, 6, sizes.rest, c.fewest_tiles),
-        *(c.item, c.partial_tile - 1, c.largest_share, c.split, c.combine, c.long_item),
+        *(joined, c.item, c.partial_tile - 1, c.largest_share, c.split, c.combine, c.long_item),
     )
     assert torch.equal(found[2], counts)
     assert torch.equal(found[0][: counts[0]], work[: counts[0]])

@@ -21,14 +21,14 @@ Int32 = cutlass.Int32
 MOST = 64
 
 
-def compiled(config):
+def compiled(config, group_size=1):
     """Compiles: the tiles of all steps, from a work tile's block of keys, first tile and count."""
 
     @cute.jit
     def run(tiles: cute.Tensor, out: cute.Tensor, n_block: Int32, first: Int32, count: Int32):
         zero = Int32(0)
         work_tile = ColumnWorkTile(n_block, zero, zero, count, Int32(-1), first, zero)
-        start = first_step(config, work_tile)
+        start = first_step(config, work_tile, Int32(group_size))
         for step in cutlass.range(count):
             out[step] = tile_of_step(config, work_tile, start, step)
 
@@ -78,6 +78,12 @@ def test_causal_columns_begin_apart():
         steps = steps_of(run, columns, n_block, 0, len(columns))
         at.update((n_block + i, columns[step]) for i, step in enumerate(steps))
     assert sum(n * n for n in at.values()) <= 2 * at.total()  # 11 at the diagonal tiles
+
+
+def test_columns_of_a_group_begin_in_its_first_head():
+    run, blocks = compiled(config(tile=(64, 64)), group_size=4), 16
+    begins = [steps_of(run, range(64), n_block, 0, 4 * blocks)[0] for n_block in range(blocks)]
+    assert sorted(begins) == list(range(blocks))
 
 
 def test_without_rotation():
