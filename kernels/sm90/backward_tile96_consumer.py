@@ -7,12 +7,12 @@ A step computes the tile whose S has been computed in the step before. GEMMs run
 their issue:
 
     issue dP;   P = exp2(scale S - lse);   store P;   barrier of all consumers
-    issue half of dV;   wait for dP;   dS = P (dP - delta);   store dS;   barrier of all consumers
-    issue dQ, half of dV, and dK;   wait for dQ, and add it to memory
+    issue dV;   wait for dP;   dS = P (dP - delta);   store dS;   barrier of all consumers
+    issue dQ and dK;   wait for dQ, and add it to memory
     issue S of the next tile;   wait for all
 
-Half of dV runs while dS is computed, and half while dQ is added. S comes after these additions,
-because there are no registers for S beside dQ.
+DV runs while dS is computed, and dK while dQ is added. S comes after these additions, because there
+are no registers for S beside dQ.
 
 A thread that arrives at a barrier of a tile has completed its GEMMs of the previous tile. So dS has
 one buffer: it is stored after the tile's first barrier, when all GEMMs have read that of the
@@ -27,7 +27,7 @@ from sparse_flash.kernels.sm90.backward_producer import load_relaxed
 from sparse_flash.kernels.sm90.backward_wide_consumer import QueryGradient
 from sparse_flash.kernels.sm90.barriers import Tile96BackwardBarrier
 from sparse_flash.kernels.sm90.postprocess import transpose
-from sparse_flash.kernels.sm90.primitives import clear_rows, gemm, gemm_slice, mul_pairs
+from sparse_flash.kernels.sm90.primitives import clear_rows, gemm, mul_pairs
 from sparse_flash.kernels.vectors import pack_pair, store_pairs
 from sparse_flash.kernels.work_tiles import ColumnWorkTile
 
@@ -89,10 +89,10 @@ class Tile96Gemms:
         gemm(self.mma_s, acc, self.tdPrdO[None, None, None, stage], self.tdPrV, 0, True)
 
     @cute.jit
-    def gemm_dv(self, acc, stage, half: cutlass.Constexpr):
-        """Issue half of dV' += dO' P."""
+    def gemm_dv(self, acc, stage):
+        """Issue dV' += dO' P."""
         mine = self.tdVrdO[None, None, None, self.group, stage]
-        gemm_slice(self.mma_dkv, acc, mine, self.tdVrP, stage, half, 2)
+        gemm(self.mma_dkv, acc, mine, self.tdVrP, stage, False)
 
     @cute.jit
     def gemm_dk(self, acc, stage):
@@ -184,7 +184,7 @@ class Tile96Consumer:
         p = self.probabilities(stage)
         self.store(p, self.sP, stage)
         self.sync(Tile96BackwardBarrier.P)
-        self.gemms.gemm_dv(self.acc_dv, stage, 0)
+        self.gemms.gemm_dv(self.acc_dv, stage)
         place = self.sums_of()
         delta = self.statistics(1, stage)
         warpgroup.wait_group(1)  # dP
@@ -196,9 +196,8 @@ class Tile96Consumer:
             self.mma_dq.partition_shape_C((self.config.tile_m, self.columns)), Float32
         )
         self.gemms.gemm_dq(acc_dq)
-        self.gemms.gemm_dv(self.acc_dv, stage, 1)
         self.gemms.gemm_dk(self.acc_dk, stage)
-        warpgroup.wait_group(2)  # dQ
+        warpgroup.wait_group(1)  # dQ
         if const_expr(last):
             self.k_pipe.consumer_release(k_state)
         self.add_dq(acc_dq, place)
@@ -206,7 +205,7 @@ class Tile96Consumer:
             self.q_pipe.consumer_wait(following)
             self.acc_s.fill(0.0)  # frees its registers: the old content is dead
             self.gemms.gemm_s(self.acc_s, following.index)
-        warpgroup.wait_group(0 if const_expr(last) else 1)  # dV and dK
+        warpgroup.wait_group(0 if const_expr(last) else 1)  # dK
         self.do_pipe.consumer_release(q_state)
         self.q_pipe.consumer_release(q_state)
         if const_expr(not last):
