@@ -22,6 +22,7 @@ class BackwardConfig:
         registers.
     v_in_registers: Keep V as an operand in registers instead of shared memory.
     split_dq: Compute dQ half by half, in fewer registers.
+    recompute: Recompute the addresses of K and V for each product, to save registers.
     ctas_per_sm: CTAs on a multiprocessor.
     offsets: Queries at positions (see `BackwardAtSm80`).
     fixed_point: Add dQ in fixed point, so that the result does not depend on the order.
@@ -41,6 +42,7 @@ class BackwardConfig:
     chunks: int = 1
     v_in_registers: bool = False
     split_dq: bool = False
+    recompute: bool = False
     ctas_per_sm: int = 1
     fixed_point: bool = False
     offsets: bool = False

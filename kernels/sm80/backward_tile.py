@@ -152,6 +152,8 @@ class BackwardTile(BackwardScores):
     @cute.jit
     def add_products_of_rows(self, acc, a, held, b, first: cutlass.Constexpr):
         """Add the warp's keys times a chunk of its queries to S' or dP'."""
+        if const_expr(self.config.recompute):
+            a = Operand(a.layout, recomputed(a.lane), a.base)
         queries = range(first, first + self.chunk, 16)
         for k in cutlass.range_constexpr(self.config.head_dim // 16):
             rows = as_operand_b(self.q_rows.load(b, [(i, 16 * k) for i in queries]), self.dtype)

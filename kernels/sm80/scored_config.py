@@ -166,6 +166,7 @@ def scored_backward_config(
         config = replace(small, dtype=dtype, arch=target, fixed_point=deterministic)
         if offsets and _is_crowded(flags) and config.head_dim == 256:
             config = replace(config, dq_warps=1)  # as compiled: ptxas spills otherwise
+        config = replace(config, recompute=_recomputes(config, flags))
     elif config.head_dim == 64:
         several = flags.softcap or flags.dropout or not _is_older(target)
         config = replace(config, chunks=4, do_stages=1 if several else config.do_stages)
@@ -186,6 +187,13 @@ def _is_tight(head_dim: int, shared_memory: int, deterministic: bool, flags: Sco
     if head_dim == 128:
         return not large or flags.softcap or (flags.dropout and (biased or deterministic))
     return head_dim == 96 or _is_heavy(flags)
+
+
+def _recomputes(config: BackwardConfig, flags: ScoreFlags) -> bool:
+    """Whether ptxas spills unless it recomputes addresses; without fixed point that adds spills."""
+    if not (config.v_in_registers and config.fixed_point and _is_older(config.arch)):
+        return False
+    return flags.image_bias or (flags.softcap and flags.alibi)
 
 
 def unsupported_gradients(head_dim: int, shared_memory: int, flags: ScoreFlags) -> str | None:

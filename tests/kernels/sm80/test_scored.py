@@ -50,6 +50,7 @@ SOME = [
     scored_backward_config(*limits("sm_90", 64), False, SOFTCAP),
     scored_forward_configs(*limits("sm_86", 64, "float16"), BIASES)[0],
     scored_backward_config(*limits("sm_80", 128), True, BIASES),
+    scored_backward_config(*limits("sm_86", 256), True, ScoreFlags(image_bias=True)),
     bias_gradients_config("bfloat16", 64, "sm_120", True, GRADED, offsets=True),
     bias_gradients_config("float16", 256, "sm_80", False, GRADED._replace(softcap=True)),
 ]
