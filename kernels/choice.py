@@ -44,9 +44,9 @@ def best_config(layout: BlockLayout, configs: Sequence[Config], transposed: bool
 
 
 def _aligned(config: KernelConfig, transposed: bool) -> bool:
-    """Whether no tile reaches across a multiple of 128, in what a product sums over.
+    """Whether no tile reaches across a multiple of 128 of the rows that a GEMM sums over.
 
-    That is keys, and in a backward pass queries too. Tiles of more than 128 are rows of O.
+    These are keys, and in a backward pass queries too. Tiles of more than 128 are rows of O.
     """
     sizes = config.tile if transposed else config.tile[1:]
     return not any(128 % size for size in sizes if size < 128)

@@ -456,8 +456,8 @@ def _head_groups(
     """The group of each (batch, head) pair, and the work that a CTA has left when it begins.
 
     A group must not begin with less work left than its common long items take, for which CTAs
-    would wait in the end: such groups join the last one before them, as long as what they read
-    fits the L2 cache.
+    would wait in the end: such groups join the last one before them, as long as the L2 cache can
+    hold their keys and values.
 
     Args:
         pairs: Number of pairs.

@@ -11,8 +11,8 @@ their issue:
     issue dQ and dK;   wait for dQ, and add it to memory
     issue S of the next tile;   wait for all
 
-DV runs while dS is computed, and dK while dQ is added. S comes after these additions, because there
-are no registers for S beside dQ.
+DV runs while dS is computed, and dK while dQ is added. S comes after these additions, because the
+registers cannot hold S beside dQ.
 
 A thread that arrives at a barrier of a tile has completed its GEMMs of the previous tile. So dS has
 one buffer: it is stored after the tile's first barrier, when all GEMMs have read that of the
