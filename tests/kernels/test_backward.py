@@ -118,7 +118,9 @@ def test_transposed_dq(dim, length):
         layout = mask.layout(length, 400, device="cuda")
         if IMPL == "sm90":
             tile = backward_plans(layout, q, k).dkdv.config.tile
-            assert tile == (128, 80 if dim > 96 else 64)
+            # Queries that read nothing may hold NaN: no tile reaches into a block of them.
+            all_read = bool((layout.crow_indices.diff() > 0).all())
+            assert tile == (128, 80 if dim > 96 and all_read else 64)
         run(q, k, v, mask, lens)
 
 
