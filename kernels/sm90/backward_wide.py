@@ -19,7 +19,6 @@ import cutlass
 from cutlass import Float32, Int32, cute
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from sparse_flash.kernels.sm90.backward import BackwardSm90
-from sparse_flash.kernels.sm90.backward_config import BackwardConfig
 from sparse_flash.kernels.sm90.backward_producer import BackwardProducer
 from sparse_flash.kernels.sm90.backward_wide_consumer import (
     KeyGradient,
@@ -53,10 +52,6 @@ WARPS = 4  # of a warpgroup
 class BackwardWideSm90(BackwardSm90):
     """One compiled kernel. `config` holds its static parameters."""
 
-    def __init__(self, config: BackwardConfig, dtype: type[cutlass.Numeric]) -> None:
-        assert config.wide
-        super().__init__(config, dtype)
-
     @cute.jit
     def launch(self, tensors, stats, results, lists, offsets, num_ctas: Int32, scales, stream):
         """Launch the attention kernel itself."""
@@ -67,10 +62,7 @@ class BackwardWideSm90(BackwardSm90):
         q_layout = smem_layout(self.dtype, m, width, stages)
         k_layout = smem_layout(self.dtype, n, width, config.k_stages)
         v_layout = smem_layout(self.dtype, n, width, config.v_stages)
-        ds_layout = smem_layout(self.dtype, n, m, config.ds_stages)
-        # P': (8 elements, thread, chunk, stage): 16 bytes per thread at a time.
-        shape = (8, 128, n * m // 1024, config.ds_stages)
-        p_layout = cute.make_ordered_layout(shape, order=(0, 1, 2, 3))
+        p_layout, ds_layout = self._score_layouts()
         stats_layout = cute.make_layout((m, 2, stages), stride=(1, m, 2 * m))
         loaded = ((q, q_layout), (dout, q_layout), (k, k_layout), (v, v_layout))
         loaded = (*loaded, (stats, stats_layout))
@@ -112,8 +104,7 @@ class BackwardWideSm90(BackwardSm90):
             for atom, _ in loads:
                 cpasync.prefetch_descriptor(atom)
         smem = cutlass.utils.SmemAllocator().allocate(storage)
-        *pipes, p_pipe, ds_pipe, work_pipe = self._pipelines(smem, layouts)
-        q_pipe, do_pipe, k_pipe, v_pipe = pipes
+        *pipes, work_pipe = self._pipelines(smem, layouts)
         q_layout, k_layout, v_layout, p_layout, ds_layout, stats_layout = layouts
         sQ, sdO, sK, sV, sdS = (
             smem_tensor(field, layout)
@@ -125,21 +116,30 @@ class BackwardWideSm90(BackwardSm90):
                 (smem.ds, ds_layout),
             )
         )
-        sP, sStats = smem.p.get_tensor(p_layout), smem.stats.get_tensor(stats_layout)
-        sTiles = smem.tiles.get_tensor(cute.make_layout((config.q_stages, 1)))
+        sP, sStats = self._buffer_of_p(smem, p_layout), smem.stats.get_tensor(stats_layout)
+        sTiles = smem.tiles.get_tensor(cute.make_layout((config.q_stages, config.tile_words)))
         kv_lens, work, tiles, bits, counter, counts = lists
         work_tiles = WorkList(work, counter, counts, smem.work, work_pipe)
-        (dv, dk), (dq_sum, done), (dv_splits, dk_splits) = results
-        mma_s, mma_dkv, mma_dq = tiled_mmas
-        producer_registers, *registers = config.wide_registers
-        common = (config, self.dtype, work_tiles)
         if warp_idx < WARPS:
-            cute.arch.setmaxregister_decrease(producer_registers)
+            cute.arch.setmaxregister_decrease(self._registers()[0])
             if warp_idx == 0:
                 inputs = (kv_lens, tiles, heads, None)
-                outside = ((sQ, sdO, sK, sV, sStats), sTiles, pipes, work_tiles, inputs)
+                outside = ((sQ, sdO, sK, sV, sStats), sTiles, pipes[:4], work_tiles, inputs)
                 BackwardProducer(config, loads, *outside).run()
-        elif warp_idx < 2 * WARPS:
+        else:
+            buffers, inputs = (sQ, sdO, sK, sV, sP, sdS), (sStats, sTiles)
+            shared = (buffers, inputs, pipes, (work_tiles, tiles, bits), heads)
+            self._consume(warp_idx, tiled_mmas, shared, results, scales)
+
+    @cute.jit
+    def _consume(self, warp_idx, tiled_mmas, shared, results, scales):
+        """Run the role of a consumer warp."""
+        (sQ, sdO, sK, sV, sP, sdS), (sStats, sTiles), pipes, lists, heads = shared
+        (q_pipe, do_pipe, k_pipe, v_pipe, p_pipe, ds_pipe), (work_tiles, tiles, bits) = pipes, lists
+        (dv, dk), (dq_sum, done), (dv_splits, dk_splits) = results
+        mma_s, mma_dkv, mma_dq = tiled_mmas
+        registers, common = self._registers()[1:], (self.config, self.dtype, work_tiles)
+        if warp_idx < 2 * WARPS:
             cute.arch.setmaxregister_increase(registers[0])
             operands, given = (sK, sQ, sdO), (k_pipe, q_pipe, do_pipe)
             outside = ((mma_s, mma_dkv), operands, given, (sP, p_pipe), (sStats, sTiles, bits))
@@ -153,6 +153,23 @@ class BackwardWideSm90(BackwardSm90):
             cute.arch.setmaxregister_decrease(registers[2])
             outside = ((sK, k_pipe), (sdS, ds_pipe), (dq_sum, done, tiles, heads))
             QueryGradient(*common, mma_dq, *outside).run()
+
+    def _registers(self):
+        """Registers per thread of the producer, and of each consumer warpgroup."""
+        return self.config.wide_registers
+
+    def _score_layouts(self):
+        """Layouts of P' and dS'. P' is (8 elements, thread, chunk, stage): 16 bytes per thread at
+        a time.
+        """
+        config = self.config
+        m, n = config.tile_m, config.tile_n
+        shape = (8, 128, n * m // 1024, config.ds_stages)
+        p_layout = cute.make_ordered_layout(shape, order=(0, 1, 2, 3))
+        return p_layout, smem_layout(self.dtype, n, m, config.ds_stages)
+
+    def _buffer_of_p(self, smem, layout):
+        return smem.p.get_tensor(layout)
 
     def _tiled_mmas(self):
         """Tiled MMAs of S' and dP', of dV and dK (P' and dS' in registers), and of dQ."""
