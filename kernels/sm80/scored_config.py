@@ -168,8 +168,7 @@ def scored_backward_config(
             config = replace(config, dq_warps=1)  # as compiled: ptxas spills otherwise
         config = replace(config, recompute=_recomputes(config, flags))
     elif config.head_dim == 64:
-        several = flags.softcap or flags.dropout or not _is_older(target)
-        config = replace(config, chunks=4, do_stages=1 if several else config.do_stages)
+        config = replace(config, chunks=4, **_for_plain_64(config, flags))
     elif config.split_dq:
         config = replace(config, split_dq=False)
     return replace(config, offsets=offsets, **features)
@@ -187,6 +186,16 @@ def _is_tight(head_dim: int, shared_memory: int, deterministic: bool, flags: Sco
     if head_dim == 128:
         return not large or flags.softcap or (flags.dropout and (biased or deterministic))
     return head_dim == 96 or _is_heavy(flags)
+
+
+def _for_plain_64(config: BackwardConfig, flags: ScoreFlags) -> dict[str, Any]:
+    """Options of the plain tiles at head_dim 64 without which ptxas spills.
+
+    With biases it needs more registers for sm_90 than for sm_80.
+    """
+    biases = (flags.distance_bias + flags.image_bias) * (config.arch == "sm_90")
+    single = flags.softcap or flags.dropout or biases > 0 or not _is_older(config.arch)
+    return {"do_stages": 1 if single else config.do_stages, "recompute": biases == 2}
 
 
 def _recomputes(config: BackwardConfig, flags: ScoreFlags) -> bool:

@@ -48,6 +48,7 @@ SOME = [
     scored_forward_configs(*limits("sm_80", 128), ALL)[0],
     scored_forward_at_config(*limits("sm_120", 64), ALL),
     scored_backward_config(*limits("sm_90", 64), False, SOFTCAP),
+    scored_backward_config(*limits("sm_90", 64), False, BIASES),
     scored_forward_configs(*limits("sm_86", 64, "float16"), BIASES)[0],
     scored_backward_config(*limits("sm_80", 128), True, BIASES),
     scored_backward_config(*limits("sm_86", 256), True, ScoreFlags(image_bias=True)),
