@@ -166,10 +166,10 @@ def scored_backward_config(
         config = replace(small, dtype=dtype, arch=target, fixed_point=deterministic)
         if offsets and _is_crowded(flags) and config.head_dim == 256:
             config = replace(config, dq_warps=1)  # as compiled: ptxas spills otherwise
-        config = replace(config, recompute=_recomputes(config, flags))
+        if config.v_in_registers:
+            config = replace(config, **_for_v_in_registers(config, flags))
     elif config.head_dim == 64:
-        several = flags.softcap or flags.dropout or not _is_older(target)
-        config = replace(config, chunks=4, do_stages=1 if several else config.do_stages)
+        config = replace(config, chunks=4, **_for_plain_64(config, flags))
     elif config.split_dq:
         config = replace(config, split_dq=False)
     return replace(config, offsets=offsets, **features)
@@ -189,11 +189,26 @@ def _is_tight(head_dim: int, shared_memory: int, deterministic: bool, flags: Sco
     return head_dim == 96 or _is_heavy(flags)
 
 
-def _recomputes(config: BackwardConfig, flags: ScoreFlags) -> bool:
-    """Whether ptxas spills unless it recomputes addresses; without fixed point that adds spills."""
-    if not (config.v_in_registers and config.fixed_point and _is_older(config.arch)):
-        return False
-    return flags.image_bias or (flags.softcap and flags.alibi)
+def _for_plain_64(config: BackwardConfig, flags: ScoreFlags) -> dict[str, Any]:
+    """Options of the plain tiles at head_dim 64 without which ptxas spills.
+
+    With biases it needs more registers for sm_90 than for sm_80.
+    """
+    biases = (flags.distance_bias + flags.image_bias) * (config.arch == "sm_90")
+    single = flags.softcap or flags.dropout or biases > 0 or not _is_older(config.arch)
+    return {"do_stages": 1 if single else config.do_stages, "recompute": biases == 2}
+
+
+def _for_v_in_registers(config: BackwardConfig, flags: ScoreFlags) -> dict[str, Any]:
+    """Options with V in registers without which ptxas spills; some add spills elsewhere."""
+    older, capped_image = _is_older(config.arch), flags.softcap and flags.image_bias
+    if older and config.fixed_point:
+        return {"recompute": flags.image_bias or (flags.softcap and flags.alibi)}
+    if capped_image and older:
+        return {"stats_stages": 2, "dq_warps": 1}
+    if capped_image and config.fixed_point:
+        return {"stats_stages": 2, "split_dq": True}
+    return {}
 
 
 def unsupported_gradients(head_dim: int, shared_memory: int, flags: ScoreFlags) -> str | None:

@@ -48,9 +48,12 @@ SOME = [
     scored_forward_configs(*limits("sm_80", 128), ALL)[0],
     scored_forward_at_config(*limits("sm_120", 64), ALL),
     scored_backward_config(*limits("sm_90", 64), False, SOFTCAP),
+    scored_backward_config(*limits("sm_90", 64), False, BIASES),
     scored_forward_configs(*limits("sm_86", 64, "float16"), BIASES)[0],
     scored_backward_config(*limits("sm_80", 128), True, BIASES),
     scored_backward_config(*limits("sm_86", 256), True, ScoreFlags(image_bias=True)),
+    scored_backward_config(*limits("sm_86", 256), False, BIASES._replace(softcap=True)),
+    scored_backward_config(*limits("sm_120", 256), True, BIASES._replace(softcap=True), True),
     bias_gradients_config("bfloat16", 64, "sm_120", True, GRADED, offsets=True),
     bias_gradients_config("float16", 256, "sm_80", False, GRADED._replace(softcap=True)),
 ]
@@ -90,11 +93,16 @@ def test_some_compile_well(compile_for, config):
 
 
 def is_listed(config):
-    """Whether the matrix has it: each feature alone, and all together with each kind of bias."""
+    """Whether the matrix has it: each feature alone, and all together with each kind of bias.
+
+    Of the gradients with V in registers at head_dim 256 it has all: each pair may spill.
+    """
     used = {n for n in (*TERMS, "distance_grads", "image_grads") if has(config, n)}
     if isinstance(config, BiasGradientsConfig):
         of_both = {"distance_bias", "image_bias", "distance_grads", "image_grads"}
         return len(used) == 2 or used == of_both | {"softcap", "dropout"}
+    if config.head_dim == 256 and has(config, "v_in_registers"):
+        return True
     others = {"softcap", "dropout", *(["sinks"] if isinstance(config, ForwardConfig) else [])}
     return len(used) == 1 or others < used
 
