@@ -135,6 +135,12 @@ def scored_forward_at_config(
     if not any(flags):
         return config
     small = _small_forward(config.head_dim, flags)
+    biases = flags.distance_bias + flags.image_bias
+    plain = not (flags.softcap or flags.dropout)
+    if small.head_dim == 256 and biases and plain and not _is_older(target):
+        small = replace(small, recompute=2)  # ptxas spills otherwise, for sm_100 with one stage
+        double = replace(small, stages=2)
+        small = double if biases == 1 and forward.space(double) <= shared_memory else small
     return replace(small, dtype=dtype, arch=target, offsets=True, **of_forward(flags))
 
 

@@ -146,10 +146,8 @@ def test_gradients_are_those_of_attention(calls, dim, deterministic):
     )
     for a, b in zip(got, expected, strict=True):
         assert (a.double() - b).norm() < 0.01 * b.norm()
-    config = backward_config(dim, deterministic)
-    if 128 < dim <= 192 and not deterministic:
-        config = variant_config(BackwardVariant.TILE96, "bfloat16", dim)
-    assert calls[-1] == (q.shape, config, False)
+    # Tiles of 96 keys cover this short layout worse than those of 64.
+    assert calls[-1] == (q.shape, backward_config(dim, deterministic), False)
 
 
 def test_only_the_lse_is_used(calls):
