@@ -101,14 +101,21 @@ def scored_forward_configs(
     if listed and older and max(map(forward.space, listed)) <= shared_memory:
         configs = listed
     elif _is_heavy(flags) or (used and not older):
-        configs = (_small_forward(size, flags),)
+        configs = (_small_forward(size, flags, older),)
     features = of_forward(flags)
     return tuple(replace(c, dtype=dtype, arch=target, **features) for c in configs)
 
 
-def _small_forward(size: int, flags: ScoreFlags) -> ForwardConfig:
+def _small_forward(size: int, flags: ScoreFlags, older: bool) -> ForwardConfig:
     small = _SMALL_FORWARD[size]
+    if size == 256 and _biases(flags) and not (older or flags.softcap or flags.dropout):
+        return replace(small, recompute=2)  # ptxas spills otherwise
     return _CROWDED_FORWARD.get(size, small) if _is_crowded(flags) else small
+
+
+def _biases(flags: ScoreFlags) -> int:
+    """The number of biases that are looked up."""
+    return flags.distance_bias + flags.image_bias
 
 
 def _is_crowded(flags: ScoreFlags) -> bool:
@@ -134,13 +141,10 @@ def scored_forward_at_config(
     config = forward.forward_at_config(dtype, head_dim, target, shared_memory)
     if not any(flags):
         return config
-    small = _small_forward(config.head_dim, flags)
-    biases = flags.distance_bias + flags.image_bias
-    plain = not (flags.softcap or flags.dropout)
-    if small.head_dim == 256 and biases and plain and not _is_older(target):
-        small = replace(small, recompute=2)  # ptxas spills otherwise, for sm_100 with one stage
-        double = replace(small, stages=2)
-        small = double if biases == 1 and forward.space(double) <= shared_memory else small
+    small = _small_forward(config.head_dim, flags, _is_older(target))
+    double = replace(small, stages=2)
+    if small.recompute and _biases(flags) == 1 and forward.space(double) <= shared_memory:
+        small = double  # with one stage ptxas spills for sm_100
     return replace(small, dtype=dtype, arch=target, offsets=True, **of_forward(flags))
 
 
@@ -200,7 +204,7 @@ def _for_plain_64(config: BackwardConfig, flags: ScoreFlags) -> dict[str, Any]:
 
     With biases it needs more registers for sm_90 than for sm_80.
     """
-    biases = (flags.distance_bias + flags.image_bias) * (config.arch == "sm_90")
+    biases = _biases(flags) * (config.arch == "sm_90")
     single = flags.softcap or flags.dropout or biases > 0 or not _is_older(config.arch)
     return {"do_stages": 1 if single else config.do_stages, "recompute": biases == 2}
 
