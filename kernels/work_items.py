@@ -8,11 +8,11 @@ import operator
 
 import cutlass
 from cutlass import Float32, Int32, Int64, cute
+from sparse_flash.kernels.schedule import EVEN
 
 THREADS = 1024
 WARPS = THREADS // 32
 MAX_CTAS = 132  # CTAs take several chunks of rows each beyond that
-EVEN = 1.25  # as `schedule.EVEN`
 _LAST = 2**31 - 1
 _FLOAT_SUMS, _INT_SUMS = 3, 3  # results of one reduction
 

@@ -168,8 +168,8 @@ _GATHERED_DQ = {
     size: replace(config, tiles_per_step=2, p_slices=2 if size == 128 else config.p_slices)
     for size, config in _SMALL_DQ.items()
 }
-# All gradients in one pass above head_dim 128. Tiles of 64 keys suit layouts of blocks that tiles
-# of 96 do not divide, and these cannot be listed on the device for such blocks.
+# All gradients in one pass above head_dim 128. Tiles of 64 keys suit blocks that tiles of 96 do not
+# divide, and all layouts of data: the device lists no tiles of 96.
 _TILE96 = {192: BackwardConfig(_ANY, 192, tile_m=64, dq=True, tile_n=96, ds_stages=1)}
 _WIDE = {
     192: BackwardConfig(_ANY, 192, tile_m=64, dq=True, tile_n=64, k_stages=2, v_stages=2),

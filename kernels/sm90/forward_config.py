@@ -76,8 +76,8 @@ class ForwardConfig:
 
         Measured on an H200. At head_dim 64: 571 TFLOP/s with tile_m 192, 461 with 128; at 128, 2 %
         more with tile_m 192. Tiles of 64 rows reach 0.86 of the speed of 128 rows with whole tiles,
-        and 0.75 with gathered ones. At head_dim 192 tiles of 112 keys
-        take 0.93 to 0.98 of the time of 64 in causal layouts, and 0.99 to 1.01 in dense ones.
+        and 0.75 with gathered ones. At head_dim 192 tiles of 112 keys take
+        0.93 to 0.98 of the time of 64 in causal layouts, and 0.98 to 1.01 in dense ones.
         """
         tall = 1.47 if self.head_dim == 128 else 1.2
         cost = {64: 0.58, 128: 1.0, 192: tall}[self.tile_m] * self.kv_block / 128

@@ -32,7 +32,7 @@ def scored_forward_configs(
     configs = [
         c
         for c in forward_configs(dtype, head_dim)
-        if 128 <= c.tile_m <= tall and c.tile_n != 112  # score terms need shared memory
+        if 128 <= c.tile_m <= tall and c.tile_n != 112  # leaves no memory for windows
     ]
     return tuple(_with_terms(c, flags) for c in configs)
 

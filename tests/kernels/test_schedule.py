@@ -184,9 +184,7 @@ def test_few_heads_are_at_work_at_a_time(spec):
     layout = masks.parse(spec).layout(16384)
     # A head at a time.
     plan = backward_schedule(layout, 1, (16, 16), (128, 64), H200, BACKWARD_COSTS, 16 << 20)
-    heads = [len(some.unique()) for some in plan.work[:, HEAD].split(132)]
-    assert set(heads[:12]) <= {1, 2, 3}
-    assert set(heads) <= {2, 3, 4}  # the last heads are one group
+    assert {len(some.unique()) for some in plan.work[:, HEAD].split(132)} <= {1, 2, 3}
     longest, mean = makespan(plan, 132, BACKWARD_COSTS)
     assert longest < 1.04 * mean
 
