@@ -3,11 +3,16 @@
 In a tile whose distances have one sign, as almost all have, the bias of an element is a multiple of
 its column plus a number of its row. The tensor cores add the first, exactly: the columns are
 integers, and the slope is the sum of three 16-bit numbers. The second moves the row's maximum. So a
-score costs no instruction. Tiles with both signs add the bias in registers.
+score costs no instruction.
+
+The GEMM takes the sign of the tile before, and of keys before queries in the first tile. It need
+not wait to know its tile. Elements of the other sign are corrected in registers. So are all of them
+where slopes are so large that rounding would show.
 """
 
 import cutlass
 from cutlass import Float32, Int32, cute
+from sparse_flash.kernels.online_softmax import LN2
 from sparse_flash.kernels.score_terms import absolute, add_alibi
 from sparse_flash.kernels.sm90.primitives import smem_layout
 from sparse_flash.kernels.vectors import as_pairs, pack_pair
@@ -16,7 +21,10 @@ DEPTH = 16  # of a step of the GEMM
 ROWS = 16  # of a warp
 TERMS = 3  # 16-bit numbers of a slope
 SIGNS = -0x7FFF8000  # of a pair of 16-bit numbers
-MOST = 6e4  # the range of float16
+MOST = 6e4  # coefficient of the GEMM: the range of float16
+# Slope of the GEMM. A correction is rounded by 2^-24 of the slope times some 300 positions, which
+# are 3e-4 here.
+STEEPEST = 16.0
 
 
 def columns_layout(dtype, tile_n: int):
@@ -39,21 +47,22 @@ class Alibi:
     """The bias of a warpgroup's tiles.
 
     tiled_mmas: Of S, with operand A in shared memory and in registers. columns: Operand B.
-    thread: In the warpgroup.
+    thread: In the warpgroup. scale_log2: softmax_scale log2(e).
     """
 
-    def __init__(self, tiled_mmas, columns, tile_n, thread) -> None:
+    def __init__(self, tiled_mmas, columns, tile_n, thread, scale_log2) -> None:
         mma_qk, self.mma_qk_rs = tiled_mmas
         self.tSrC = mma_qk.make_fragment_B(mma_qk.get_slice(0).partition_B(columns))
         self.slopes = self.mma_qk_rs.make_fragment_A(self.mma_qk_rs.partition_shape_A((64, DEPTH)))
         self.dtype, self.tile_n, self.quad = columns.element_type, tile_n, thread % 4
+        self.most = cutlass.min(Float32(MOST), Float32(STEEPEST / LN2) / scale_log2)
         self.coefficient = cute.make_rmem_tensor(1, Float32)  # see score_terms.py
         self.terms = cute.make_rmem_tensor(1, Int32)  # the thread's pair of its terms
         # Positions of the thread's and of the warp's first row minus that of the first key beyond
         # the end.
         self.position = cute.make_rmem_tensor(1, Float32)
         self.of_warp = cute.make_rmem_tensor(1, Int32)
-        # Sign of a tile's distances, for which operand A is, or 0; and the bias of its rows.
+        # Sign of the distances for which operand A is, or 0: no bias. And what it leaves to rows.
         self.sign = cute.make_rmem_tensor(1, Int32)
         self.row_bias = cute.make_rmem_tensor(2, Float32)
 
@@ -68,27 +77,18 @@ class Alibi:
         self.coefficient[0], self.position[0] = coefficient, Float32(position)
         row = cute.arch.thread_idx()[0] % 32 // 4
         self.of_warp[0] = cute.arch.make_warp_uniform(position - row)
-        self.sign[0] = Int32(2)  # operand A is of another work tile
+        self.turn(Int32(1) if absolute(coefficient) <= self.most else Int32(0))
 
     @cute.jit
-    def begin_tile(self, remaining):
-        """Prepare operand A, before the GEMM. remaining: Keys from the tile's first column on."""
-        coefficient, apart = self.coefficient[0], self.of_warp[0] + remaining
-        sign = Int32(1) if apart >= self.tile_n else Int32(0)
-        sign = Int32(-1) if apart <= -ROWS else sign
-        sign = sign if absolute(coefficient) < MOST else Int32(0)
-        pairs, terms, of_a = as_pairs(self.slopes), self.terms, self.sign
-        if sign != of_a[0]:
-            of_a[0] = sign
-            pair = terms[0] ^ Int32(SIGNS) if sign > 0 else terms[0]
-            pair = pair if sign != 0 else Int32(0)
-            # Two rows of the first 8 numbers, and of the next ones.
-            for i in cutlass.range_constexpr(4):
-                pairs[i] = pair if i < 2 else Int32(0)
-        signed = coefficient * Float32(sign) if sign != 0 else Float32(0.0)
-        distance = self.position[0] + Float32(remaining)
-        for row in cutlass.range_constexpr(2):
-            self.row_bias[row] = signed * (distance + 8.0 * row)
+    def turn(self, sign):
+        """Make operand A for a sign of the distances, or for no bias."""
+        pairs, terms = as_pairs(self.slopes), self.terms[0]
+        pair = terms ^ Int32(SIGNS) if sign > 0 else terms
+        pair = pair if sign != 0 else Int32(0)
+        # Two rows of the first 8 numbers, and of the next ones.
+        for i in cutlass.range_constexpr(4):
+            pairs[i] = pair if i < 2 else Int32(0)
+        self.sign[0] = sign
 
     @property
     def operands(self):
@@ -96,11 +96,38 @@ class Alibi:
         return self.mma_qk_rs, self.slopes, self.tSrC
 
     @cute.jit
-    def add(self, acc_s, remaining):
-        """Add the bias to S where the GEMM did not."""
-        if self.sign[0] == 0:
-            distance = self.position[0] + Float32(remaining - 2 * self.quad)
-            add_alibi(acc_s, self.coefficient[0], distance, False)
+    def complete(self, acc_s, remaining):
+        """Complete S after the GEMM: `row_bias`, and elements of another sign than operand A's.
+
+        remaining: Keys from the tile's first column on. Prepares operand A for the next tile.
+        """
+        coefficient, sign, apart = self.coefficient[0], self.sign[0], self.of_warp[0] + remaining
+        here = Int32(1) if apart >= self.tile_n else Int32(0)
+        here = Int32(-1) if apart <= -ROWS else here
+        distance = self.position[0] + Float32(remaining)
+        signed = coefficient * Float32(sign)
+        for row in cutlass.range_constexpr(2):
+            self.row_bias[row] = signed * (distance + 8.0 * row)
+        distance -= Float32(2 * self.quad)
+        if sign == 0:
+            add_alibi(acc_s, coefficient, distance, False)
+        elif here != sign:
+            correct(acc_s, coefficient, Float32(-sign), distance)
+            if here != 0:
+                self.turn(here)
+
+
+@cute.jit
+def correct(acc, coefficient, other, distance):
+    """Turn other * -coefficient (p_q - p_k) into coefficient |p_q - p_k|, where it is not that.
+
+    The difference is 2 coefficient max(other (p_q - p_k), 0). distance: p_q - p_k of the thread's
+    first element.
+    """
+    start, twice = other * distance, 2.0 * coefficient
+    for i in cutlass.range_constexpr(cute.size(acc)):
+        place = i // 2 % 2 * 8 - (i // 4 * 8 + i % 2)
+        acc[i] = acc[i] + twice * cutlass.max(start + other * Float32(place), Float32(0.0))
 
 
 def terms_of(number, dtype):

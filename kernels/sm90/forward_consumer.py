@@ -11,7 +11,7 @@ work tile is issued together with the last one of this work tile, so short rows 
 from enum import IntEnum
 
 import cutlass
-from cutlass import Float32, Int32, Uint32, const_expr, cute, pipeline
+from cutlass import BFloat16, Float32, Int32, Uint32, const_expr, cute, pipeline
 from cutlass.cute.nvgpu import cpasync, warp, warpgroup
 from sparse_flash.kernels import online_softmax as online
 from sparse_flash.kernels import score_terms
@@ -36,6 +36,9 @@ CONSUMER = pipeline.PipelineUserType.Consumer
 WARPGROUP = 128  # threads
 PAIR = 2 * WARPGROUP  # threads of the waiting warpgroup and of the previous one
 RESCALE_THRESHOLD = 8.0  # log2 of the growth of the row maximum that triggers a rescale of O
+# With ALiBi scores grow towards the diagonal, by up to 128 slopes a tile. In bfloat16 P may be as
+# large, and sums of 2^17 values of up to 2^62 still fit float32.
+ALIBI_RESCALE_THRESHOLD = 48.0
 
 
 class StepKind(IntEnum):
@@ -68,7 +71,10 @@ class ForwardConsumer:
             work_tiles,
             PositionWorkTile if config.offsets else RowWorkTile,
         )
-        self.rescale_threshold = RESCALE_THRESHOLD / scale_log2
+        growth = RESCALE_THRESHOLD
+        if const_expr(config.alibi and dtype is BFloat16):
+            growth = ALIBI_RESCALE_THRESHOLD
+        self.rescale_threshold = growth / scale_log2
         if const_expr(config.scored):  # see score_terms.py; and kv_lens
             self.terms, self.windows, *self.lengths = terms
             # Batch entry and head in one, and positions of the warp's first row and of the first
@@ -86,7 +92,7 @@ class ForwardConsumer:
         self.sQ, sK, self.sV, self.sO, self.sTiles = buffers
         self.q_pipe, self.k_pipe, self.v_pipe = pipes
         if const_expr(config.alibi):
-            self.alibi = Alibi(tiled_mmas[:2], self.windows, config.tile_n, self.thread)
+            self.alibi = Alibi(tiled_mmas[:2], self.windows, config.tile_n, self.thread, scale_log2)
         self.store = store
         self.lse, self.out_splits, self.lse_splits, *others = results
         if const_expr(config.offsets or config.direct_store):
@@ -171,10 +177,6 @@ class ForwardConsumer:
         if const_expr(config.q_in_registers and kind != StepKind.INNER):
             load_a_to_registers(self.mma_qk_rs, self.sQ[None, None, slot], self.rQ, self.thread)
         self.k_pipe.consumer_wait(kv_state)
-        info = None
-        if const_expr(config.alibi):
-            info = self.read_tile_info(kv_state.index)
-            self.alibi.begin_tile(info[1])
         if const_expr(kind != StepKind.FIRST):
             self.take_turn()
         of_s = (self.mma_qk, self.tSrQ[None, None, None, slot])
@@ -189,7 +191,7 @@ class ForwardConsumer:
             self.v_pipe.consumer_wait(v_state)
             gemm(self.mma_pv, self.acc_o, self.p, self.tOrV, v_state.index, False)
             self.pass_turn()
-        bit_tile, remaining, words = self.read_mask(kv_state.index, info)
+        bit_tile, remaining, words = self.read_mask(kv_state.index)
         self.draw_flags(bit_tile, remaining)
         warpgroup.wait_group(0 if const_expr(kind == StepKind.FIRST) else 1)
         self.add_terms(acc_s, remaining, kv_state)
@@ -235,14 +237,11 @@ class ForwardConsumer:
             self.q_pipe.consumer_release(q_state)
 
     @cute.jit
-    def read_mask(self, stage, info):
-        """Read the bit tile of a step, its number of keys, and the thread's words of bits.
-
-        info: The first two, or None where they were not read yet.
-        """
+    def read_mask(self, stage):
+        """Read the bit tile of a step, its number of keys, and the thread's words of bits."""
         if const_expr(self.config.gathers):
             return read_gathered_mask(self.config, (self.sTiles, self.bits), stage, self.thread)
-        bit_tile, remaining = self.read_tile_info(stage) if const_expr(info is None) else info
+        bit_tile, remaining = self.read_tile_info(stage)
         return bit_tile, remaining, online.mask_words(self.bits, bit_tile, self.group, self.thread)
 
     @cute.jit
@@ -253,7 +252,7 @@ class ForwardConsumer:
         if const_expr(self.config.softcap and not caps_alone(self.config)):
             score_terms.apply_softcap(acc_s, self.terms.cap_scale)
         if const_expr(self.config.alibi):
-            self.alibi.add(acc_s, remaining)
+            self.alibi.complete(acc_s, remaining)
         if const_expr(self.config.distance_bias):
             self.add_bias(acc_s, remaining, kv_state.index)
             cute.arch.sync_warp()  # one lane releases for all
