@@ -110,13 +110,18 @@ class BackwardConfig:
         return self.tile_n == 96
 
     @property
+    def do_stages(self) -> int:
+        """Pipeline stages of dO: with `tile96` dQ takes the shared memory of the second one."""
+        return 1 if self.tile96 else self.q_stages
+
+    @property
     def warpgroups(self) -> int:
         """Consumer warpgroups."""
         return 1 if self.small else 3 if self.wide or self.tile96 else 2
 
     @property
     def one_state(self) -> bool:
-        """Whether both chunks of a tile of dQ share one state: dQ is added from registers."""
+        """Whether all chunks of a tile of dQ share one state, with a bit for each part."""
         return self.wide or self.small or self.tile96
 
     @property
@@ -172,9 +177,9 @@ class BackwardConfig:
     @property
     def tile_words(self) -> int:
         """Int32 words of a tile in shared memory: its bit tile, and its `Place` (see
-        backward_scores.py), or with `tile96` the index of its queries among the tiles of dQ.
+        backward_scores.py).
         """
-        return 5 if self.placed else 2 if self.tile96 else 1
+        return 5 if self.placed else 1
 
     @property
     def overlap_items(self) -> bool:
@@ -265,14 +270,15 @@ class BackwardConfig:
     @property
     def shared_memory(self) -> int:
         """Bytes of shared memory: tiles, statistics, and less than 1 KiB of barriers and items."""
-        rows = 2 * self.q_stages * self.tile_m + (self.k_stages + self.v_stages) * self.tile_n
+        rows = (self.q_stages + self.do_stages) * self.tile_m
+        rows += (self.k_stages + self.v_stages) * self.tile_n
         scores = self.ds_stages * self.tile_m * self.tile_n if self.dq else 0
         results = 4 * self.buffers * self.dq_chunk if self.dq else 0
         if self.wide:
             scores, results = 2 * scores, 0  # P and dS; dQ is added from registers
         if self.tile96:
-            scores += self.q_stages * self.tile_m * self.tile_n
-        if self.small or self.tile96:
+            scores, results = 2 * scores, 2 * self.tile_m * self.head_dim
+        if self.small:
             results = 0
         statistics = 8 * self.tile_m * self.q_stages
         windows = self.q_stages * window_bytes(self.tile) if self.distance_bias else 0

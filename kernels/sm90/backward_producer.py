@@ -3,7 +3,12 @@
 import cutlass
 from cutlass import Int32, const_expr, cute, pipeline
 from sparse_flash.kernels.sm90.barriers import BackwardBarrier
-from sparse_flash.kernels.sm90.primitives import check_arrivals, tma_load, tma_store
+from sparse_flash.kernels.sm90.primitives import (
+    check_arrivals,
+    single_stage,
+    tma_load,
+    tma_store,
+)
 from sparse_flash.kernels.work_tiles import (
     ColumnWorkTile,
     end_of_work,
@@ -101,9 +106,6 @@ class BackwardProducer:
                 query, key = m_block * self.config.tile_m, n_block * self.config.tile_n
                 for i, place in enumerate((query, key, head, pair)):
                     sTiles[state.index, 1 + i] = place
-            if const_expr(self.config.tile96):
-                pair = batch * cute.size(self.loads[0][1], mode=[2]) + head
-                sTiles[state.index, 1] = pair * self.heads[1] + m_block
             # This arrival releases the store above.
             size = self.q_pipe.sync_object_full.tx_count
             cute.arch.mbarrier_arrive_and_expect_tx(barrier, size)
@@ -112,6 +114,8 @@ class BackwardProducer:
                 self.windows.load(head, row, column, state.index, barrier)
         tma_load(self.loads[0], self.buffers[0], coord, state.index, barrier, start)
         tma_load(self.loads[4], self.buffers[4], coord, state.index, barrier)
+        if const_expr(self.config.do_stages < self.config.q_stages):
+            state = single_stage(state)
         self.do_pipe.producer_acquire(state)
         barrier = self.do_pipe.producer_get_barrier(state)
         tma_load(self.loads[1], self.buffers[1], coord, state.index, barrier, start)
@@ -199,11 +203,15 @@ class BackwardStorer:
 
     @cute.jit
     def add(self, coord, buffer, found):
-        """Issue the bulk store (FREE) or bulk reduction of a buffer to a chunk of sums."""
+        """Add a buffer to a chunk of sums, or store it there."""
         smem = self.sdQ[None, None, None, self.group, buffer].iterator
-        sums = sum_address(self.dq_sum, coord)
+        self.bulk(sum_address(self.dq_sum, coord), smem, 4 * self.config.dq_chunk, found)
+
+    @cute.jit
+    def bulk(self, sums, smem, size: cutlass.Constexpr, found):
+        """Issue the bulk store (FREE) or bulk reduction of a buffer of `size` bytes."""
         if cute.arch.lane_idx() == 0:
-            arguments = [sums, smem.toint(), Int32(4 * self.config.dq_chunk)]
+            arguments = [sums, smem.toint(), Int32(size)]
             if found != FREE:
                 operand_type = "s32" if const_expr(self.config.fixed_point) else "f32"
                 cute.arch.inline_ptx(

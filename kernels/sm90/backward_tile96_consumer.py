@@ -8,26 +8,32 @@ their issue:
 
     issue dP;   P = exp2(scale S - lse);   store P;   barrier of all consumers
     issue dV;   wait for dP;   dS = P (dP - delta);   store dS;   barrier of all consumers
-    issue dQ and dK;   wait for dQ, and add it to memory
+    issue dQ and dK;   wait for dQ, and stage it for the store warp
     issue S of the next tile;   wait for all
 
-DV runs while dS is computed, and dK while dQ is added. S comes after these additions, because the
-registers cannot hold S beside dQ.
+DV runs while dS is computed, and dK while dQ is staged. S comes after that, because the registers
+cannot hold S beside dQ.
 
 A thread that arrives at a barrier of a tile has completed its GEMMs of the previous tile. So dS has
 one buffer: it is stored after the tile's first barrier, when all GEMMs have read that of the
-previous tile. P, which is stored before that barrier, has two.
+previous tile. P is stored before that barrier. All threads have then arrived at a barrier of its
+own, after their GEMMs of dV.
 """
 
 import cutlass
-from cutlass import Float32, Int32, Int64, const_expr, cute, pipeline
+from cutlass import Float32, Int32, const_expr, cute, pipeline
 from cutlass.cute.nvgpu import warp, warpgroup
 from sparse_flash.kernels import online_softmax as online
-from sparse_flash.kernels.sm90.backward_producer import load_relaxed
-from sparse_flash.kernels.sm90.backward_wide_consumer import QueryGradient
+from sparse_flash.kernels.sm90.backward_producer import STORE_THREADS
 from sparse_flash.kernels.sm90.barriers import Tile96BackwardBarrier
 from sparse_flash.kernels.sm90.postprocess import transpose
-from sparse_flash.kernels.sm90.primitives import clear_rows, gemm, mul_pairs
+from sparse_flash.kernels.sm90.primitives import (
+    check_arrivals,
+    clear_rows,
+    gemm,
+    mul_pairs,
+    single_stage,
+)
 from sparse_flash.kernels.vectors import pack_pair, store_pairs
 from sparse_flash.kernels.work_tiles import ColumnWorkTile
 
@@ -71,10 +77,10 @@ class Tile96Gemms:
         )
         self.tSrK, self.tdPrV = rows(sK), rows(sV)
         self.tdKrQ, self.tdVrdO = (
-            self.mma_dkv.make_fragment_A(mma_dkv.partition_A(columns(x, m, config.q_stages)))
-            for x in (sQ, sdO)
+            self.mma_dkv.make_fragment_A(mma_dkv.partition_A(columns(x, m, stages)))
+            for x, stages in ((sQ, config.q_stages), (sdO, config.do_stages))
         )
-        self.tdVrP, self.tdKrdS = transposed(sP, config.q_stages), transposed(sdS, 1)
+        self.tdVrP, self.tdKrdS = transposed(sP, 1), transposed(sdS, 1)
         self.tdQrdS = self.mma_dq.make_fragment_A(mma_dq.partition_A(sdS))
         self.tdQrK = self.mma_dq.make_fragment_B(mma_dq.partition_B(columns(sK, n, 1)))
 
@@ -84,15 +90,15 @@ class Tile96Gemms:
         gemm(self.mma_s, acc, self.tSrQ[None, None, None, stage], self.tSrK, 0, True)
 
     @cute.jit
-    def gemm_dp(self, acc, stage):
+    def gemm_dp(self, acc):
         """Issue dP = dO V'."""
-        gemm(self.mma_s, acc, self.tdPrdO[None, None, None, stage], self.tdPrV, 0, True)
+        gemm(self.mma_s, acc, self.tdPrdO[None, None, None, 0], self.tdPrV, 0, True)
 
     @cute.jit
-    def gemm_dv(self, acc, stage):
+    def gemm_dv(self, acc):
         """Issue dV' += dO' P."""
-        mine = self.tdVrdO[None, None, None, self.group, stage]
-        gemm(self.mma_dkv, acc, mine, self.tdVrP, stage, False)
+        mine = self.tdVrdO[None, None, None, self.group, 0]
+        gemm(self.mma_dkv, acc, mine, self.tdVrP, 0, False)
 
     @cute.jit
     def gemm_dk(self, acc, stage):
@@ -108,25 +114,19 @@ class Tile96Gemms:
 
 
 class Tile96Consumer:
-    """State of one warpgroup: accumulators of dK and dV, operands, pipelines.
+    """State of one warpgroup: accumulators of dK and dV, operands, pipelines."""
 
-    DQ is added as in `QueryGradient`, with the warpgroup in place of the chunk.
-    """
-
-    add, claim_rows, mark_stored = (
-        QueryGradient.add,
-        QueryGradient.claim_rows,
-        QueryGradient.mark_stored,
-    )
-
-    def __init__(self, config, dtype, tiled_mmas, buffers, inputs, pipes, lists, results, scales):
+    def __init__(
+        self, config, dtype, tiled_mmas, buffers, inputs, pipes, lists, staging, results, scales
+    ):
         self.config, self.dtype = config, dtype
         self.work_tiles, self.bits = lists
         self.scale, self.scale_log2 = scales
         self.sStats, self.sTiles = inputs
         _, _, self.sK, _, self.sP, self.sdS = buffers
         self.q_pipe, self.do_pipe, self.k_pipe, self.v_pipe = pipes
-        self.results, (self.dq_sum, self.done), self.splits = results  # of dV and dK
+        self.sdQ, self.read = staging  # and one barrier for each buffer: it has been read
+        self.results, self.splits = results  # of dV and dK
         self.thread = cute.arch.thread_idx()[0] % 128
         self.group = cute.arch.make_warp_uniform(cute.arch.thread_idx()[0] // 128 - 1)
         self.gemms = Tile96Gemms(config, tiled_mmas, buffers, self.group)
@@ -137,10 +137,8 @@ class Tile96Consumer:
         shape = mma_dkv.partition_shape_C((self.columns, config.tile_n))
         self.acc_dk = cute.make_rmem_tensor(shape, Float32)
         self.acc_dv = cute.make_rmem_tensor(shape, Float32)
-        # Of the tile whose S has been issued: a bit for each of the thread's elements, and the
-        # index of its queries among the tiles of dQ.
+        # Of the tile whose S has been issued: a bit for each of the thread's elements.
         self.allowed = cute.make_rmem_tensor(1, Int32)
-        self.tile = cute.make_rmem_tensor(1, Int32)
 
     @cute.jit
     def run(self):
@@ -150,6 +148,7 @@ class Tile96Consumer:
         work_state = pipeline.make_pipeline_state(CONSUMER, self.work_tiles.pipe.num_stages)
         work_tile = self.work_tiles.look(work_state, ColumnWorkTile)
         count, remaining = work_tile.count, work_tile.remaining
+        self.free_p()
         while count >= 0:
             self.acc_dk.fill(0.0)
             self.acc_dv.fill(0.0)
@@ -178,35 +177,37 @@ class Tile96Consumer:
         """
         stage, following = q_state.index, q_state.clone()
         following.advance()
+        do_state = single_stage(q_state, consumer=True)
         acc_dp = cute.make_rmem_tensor(self.acc_s.shape, Float32)
-        self.do_pipe.consumer_wait(q_state)
-        self.gemms.gemm_dp(acc_dp, stage)
+        self.do_pipe.consumer_wait(do_state)
+        self.gemms.gemm_dp(acc_dp)
         p = self.probabilities(stage)
-        self.store(p, self.sP, stage)
+        self.wait_for_p()
+        self.store(p, self.sP)
         self.sync(Tile96BackwardBarrier.P)
-        self.gemms.gemm_dv(self.acc_dv, stage)
-        place = self.sums_of()
+        self.gemms.gemm_dv(self.acc_dv)
         delta = self.statistics(1, stage)
         warpgroup.wait_group(1)  # dP
         if const_expr(last):
             self.v_pipe.consumer_release(k_state)
-        self.store(self.derive(acc_dp, p, delta, remaining), self.sdS, 0)
+        self.store(self.derive(acc_dp, p, delta, remaining), self.sdS)
         self.sync(Tile96BackwardBarrier.DS)
         acc_dq = cute.make_rmem_tensor(
             self.mma_dq.partition_shape_C((self.config.tile_m, self.columns)), Float32
         )
         self.gemms.gemm_dq(acc_dq)
         self.gemms.gemm_dk(self.acc_dk, stage)
-        warpgroup.wait_group(1)  # dQ
+        warpgroup.wait_group(1)  # dV and dQ
+        self.free_p()
+        self.do_pipe.consumer_release(do_state)
         if const_expr(last):
             self.k_pipe.consumer_release(k_state)
-        self.add_dq(acc_dq, place)
+        self.stage_dq(acc_dq, q_state.count)
         if const_expr(not last):
             self.q_pipe.consumer_wait(following)
             self.acc_s.fill(0.0)  # frees its registers: the old content is dead
             self.gemms.gemm_s(self.acc_s, following.index)
         warpgroup.wait_group(0 if const_expr(last) else 1)  # dK
-        self.do_pipe.consumer_release(q_state)
         self.q_pipe.consumer_release(q_state)
         if const_expr(not last):
             self.read_tile(following.index, remaining)
@@ -216,16 +217,14 @@ class Tile96Consumer:
 
     @cute.jit
     def read_tile(self, stage, remaining):
-        """Read which elements are masked, and where dQ is added, while S is computed.
+        """Read which elements are masked, while S is computed.
 
-        Only the lane that releases the stage for its warp reads the words of the tile.
+        Only the lane that releases the stage for its warp reads the bit tile.
         """
-        words = cute.make_rmem_tensor(2, Int32)
-        words.fill(0)
+        bit_tile = Int32(0)
         if self.thread % 32 == 0:
-            for i in cutlass.range_constexpr(2):
-                words[i] = self.sTiles[stage, i]
-        bit_tile, self.tile[0] = (cute.arch.shuffle_sync(words[i], 0) for i in range(2))
+            bit_tile = self.sTiles[stage, 0]
+        bit_tile = cute.arch.shuffle_sync(bit_tile, 0)
         self.allowed[0] = allowed_elements(self.bits, bit_tile, self.group, self.thread, remaining)
 
     @cute.jit
@@ -261,13 +260,11 @@ class Tile96Consumer:
         return ds
 
     @cute.jit
-    def store(self, values, buffer, stage):
+    def store(self, values, buffer):
         """Store the warpgroup's columns of P or dS to shared memory, for GEMMs."""
-        m, n = self.config.tile_m, self.config.tile_n
-        keys = n // GROUPS
-        shape = (m, keys, GROUPS, cute.size(buffer, mode=[2]))
-        goal = cute.composition(buffer, cute.make_layout(shape, stride=(1, m, m * keys, m * n)))
-        goal = goal[None, None, self.group, stage]
+        m, keys = self.config.tile_m, self.config.tile_n // GROUPS
+        layout = cute.make_layout((m, keys, GROUPS), stride=(1, m, m * keys))
+        goal = cute.composition(buffer, layout)[None, None, self.group]
         stmatrix = cute.make_copy_atom(warp.StMatrix8x8x16bOp(num_matrices=4), self.dtype)
         copy = cute.make_tiled_copy_C(stmatrix, self.mma_s).get_slice(self.thread)
         cute.copy(stmatrix, copy.retile(values), copy.partition_D(goal))
@@ -279,24 +276,33 @@ class Tile96Consumer:
         cute.arch.barrier(barrier_id=barrier, number_of_threads=GROUPS * 128)
 
     @cute.jit
-    def sums_of(self):
-        """Where the thread adds dQ: its address, the pointer to the tile's state, and the state."""
-        chunk = 2 * self.tile[0]  # each tile of queries has two; the arrays are contiguous
-        address = self.dq_sum.iterator.toint() + Int64(chunk) * (4 * self.config.dq_chunk)
-        address += self.group * (self.columns * 256) + 16 * self.thread
-        done = self.done.iterator + chunk
-        return address, done, load_relaxed(done)
+    def free_p(self):
+        """Tell that this thread's GEMMs have read P."""
+        cute.arch.barrier_arrive(
+            barrier_id=Tile96BackwardBarrier.P_FREE, number_of_threads=2 * GROUPS * 128
+        )
 
     @cute.jit
-    def add_dq(self, acc, place):
-        """Add the warpgroup's columns of dQ to the sums, or store them if the warp is the first."""
-        address, done, found = place
-        begun, first = Int32(1) << (4 * self.group + self.thread // 32), Int32(0)
-        if (found & begun << 16) == 0:
-            first = self.claim_rows(done, begun)
-        self.add(acc, address, first)
-        if first != 0:
-            self.mark_stored(done, begun)
+    def wait_for_p(self):
+        """Wait until all GEMMs have read the P of the previous tile."""
+        check_arrivals("P", {"read": GROUPS * 128, "waiting": GROUPS * 128}, 2 * GROUPS * 128)
+        cute.arch.barrier(
+            barrier_id=Tile96BackwardBarrier.P_FREE, number_of_threads=2 * GROUPS * 128
+        )
+
+    @cute.jit
+    def stage_dq(self, acc, count):
+        """Store the warpgroup's columns of dQ for its store warp, in register order.
+
+        count: Number of tiles before this one.
+        """
+        cute.arch.mbarrier_wait(self.read + self.group, count & 1)
+        goal = self.sdQ[None, self.thread, None, self.group]
+        cute.autovec_copy(cute.make_tensor(acc.iterator, goal.shape), goal)
+        cute.arch.fence_view_async_shared()
+        check_arrivals("dQ", {"warpgroup": 128, "store warp": 32}, STORE_THREADS)
+        ready = Tile96BackwardBarrier.READY + self.group
+        cute.arch.barrier_arrive(barrier_id=ready, number_of_threads=STORE_THREADS)
 
     @cute.jit
     def zero_beyond(self, remaining):

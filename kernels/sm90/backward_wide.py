@@ -60,16 +60,17 @@ class BackwardWideSm90(BackwardSm90):
         stats = cute.make_tensor(stats.iterator, cute.select(stats.layout, mode=[3, 2, 1, 0]))
         m, n, stages = config.tile_m, config.tile_n, config.q_stages
         q_layout = smem_layout(self.dtype, m, width, stages)
+        do_layout = smem_layout(self.dtype, m, width, config.do_stages)
         k_layout = smem_layout(self.dtype, n, width, config.k_stages)
         v_layout = smem_layout(self.dtype, n, width, config.v_stages)
         p_layout, ds_layout = self._score_layouts()
         stats_layout = cute.make_layout((m, 2, stages), stride=(1, m, 2 * m))
-        loaded = ((q, q_layout), (dout, q_layout), (k, k_layout), (v, v_layout))
+        loaded = ((q, q_layout), (dout, do_layout), (k, k_layout), (v, v_layout))
         loaded = (*loaded, (stats, stats_layout))
         self.kernel(
             tuple(tma(LOAD(), *tensor_and_layout) for tensor_and_layout in loaded),
             results,
-            (q_layout, k_layout, v_layout, p_layout, ds_layout, stats_layout),
+            (q_layout, do_layout, k_layout, v_layout, p_layout, ds_layout, stats_layout),
             self._tiled_mmas(),
             lists,
             (
@@ -77,7 +78,7 @@ class BackwardWideSm90(BackwardSm90):
                 cute.ceil_div(cute.size(q, mode=[0]), m),
             ),
             scales,
-            self._storage(q_layout, k_layout, v_layout, p_layout, ds_layout),
+            self._storage(q_layout, do_layout, k_layout, v_layout, p_layout, ds_layout),
         ).launch(
             grid=(num_ctas, 1, 1),
             block=(THREADS, 1, 1),
@@ -105,12 +106,12 @@ class BackwardWideSm90(BackwardSm90):
                 cpasync.prefetch_descriptor(atom)
         smem = cutlass.utils.SmemAllocator().allocate(storage)
         *pipes, work_pipe = self._pipelines(smem, layouts)
-        q_layout, k_layout, v_layout, p_layout, ds_layout, stats_layout = layouts
+        q_layout, do_layout, k_layout, v_layout, p_layout, ds_layout, stats_layout = layouts
         sQ, sdO, sK, sV, sdS = (
             smem_tensor(field, layout)
             for field, layout in (
                 (smem.q, q_layout),
-                (smem.do, q_layout),
+                (smem.do, do_layout),
                 (smem.k, k_layout),
                 (smem.v, v_layout),
                 (smem.ds, ds_layout),
@@ -120,21 +121,24 @@ class BackwardWideSm90(BackwardSm90):
         sTiles = smem.tiles.get_tensor(cute.make_layout((config.q_stages, config.tile_words)))
         kv_lens, work, tiles, bits, counter, counts = lists
         work_tiles = WorkList(work, counter, counts, smem.work, work_pipe)
+        staging = self._staging(smem)
         if warp_idx < WARPS:
             cute.arch.setmaxregister_decrease(self._registers()[0])
             if warp_idx == 0:
                 inputs = (kv_lens, tiles, heads, None)
                 outside = ((sQ, sdO, sK, sV, sStats), sTiles, pipes[:4], work_tiles, inputs)
                 BackwardProducer(config, loads, *outside).run()
+            else:
+                self._store(warp_idx, staging, results[1], work_tiles, (tiles, heads, None))
         else:
             buffers, inputs = (sQ, sdO, sK, sV, sP, sdS), (sStats, sTiles)
-            shared = (buffers, inputs, pipes, (work_tiles, tiles, bits), heads)
+            shared = (buffers, inputs, pipes, (work_tiles, tiles, bits), heads, staging)
             self._consume(warp_idx, tiled_mmas, shared, results, scales)
 
     @cute.jit
     def _consume(self, warp_idx, tiled_mmas, shared, results, scales):
         """Run the role of a consumer warp."""
-        (sQ, sdO, sK, sV, sP, sdS), (sStats, sTiles), pipes, lists, heads = shared
+        (sQ, sdO, sK, sV, sP, sdS), (sStats, sTiles), pipes, lists, heads, _ = shared
         (q_pipe, do_pipe, k_pipe, v_pipe, p_pipe, ds_pipe), (work_tiles, tiles, bits) = pipes, lists
         (dv, dk), (dq_sum, done), (dv_splits, dk_splits) = results
         mma_s, mma_dkv, mma_dq = tiled_mmas
@@ -153,6 +157,13 @@ class BackwardWideSm90(BackwardSm90):
             cute.arch.setmaxregister_decrease(registers[2])
             outside = ((sK, k_pipe), (sdS, ds_pipe), (dq_sum, done, tiles, heads))
             QueryGradient(*common, mma_dq, *outside).run()
+
+    def _staging(self, smem):
+        """Shared memory of dQ on its way to memory: none, it is added from registers."""
+        return
+
+    def _store(self, warp_idx, staging, sums, work_tiles, inputs):
+        """Run another warp of the producer's warpgroup: none has work."""
 
     def _registers(self):
         """Registers per thread of the producer, and of each consumer warpgroup."""
@@ -180,7 +191,7 @@ class BackwardWideSm90(BackwardSm90):
         mma_dq = make_tiled_mma(self.dtype, (64, config.wide_dq_columns), columns, columns)
         return mma_s, mma_dkv, mma_dq
 
-    def _storage(self, q_layout, k_layout, v_layout, p_layout, ds_layout):
+    def _storage(self, q_layout, do_layout, k_layout, v_layout, p_layout, ds_layout):
         config, dtype = self.config, self.dtype
 
         @cute.struct
@@ -198,7 +209,7 @@ class BackwardWideSm90(BackwardSm90):
                 cute.struct.MemRange[Float32, 2 * config.tile_m * config.q_stages], 128
             ]
             q: tile_storage(dtype, q_layout)
-            do: tile_storage(dtype, q_layout)
+            do: tile_storage(dtype, do_layout)
             k: tile_storage(dtype, k_layout)
             v: tile_storage(dtype, v_layout)
             p: tile_storage(dtype, p_layout)
@@ -209,8 +220,8 @@ class BackwardWideSm90(BackwardSm90):
     def _pipelines(self, smem, layouts):
         """Pipelines: Q with its row statistics, dO, K, V (by TMA), P', dS', and work tiles."""
         config = self.config
-        queries, keys = (tile_bytes(layouts[i], self.dtype) for i in range(2))
-        statistics = tile_bytes(layouts[5], Float32)
+        queries, keys = (tile_bytes(layouts[i], self.dtype) for i in (0, 2))
+        statistics = tile_bytes(layouts[-1], Float32)
         # Consumers of Q and dO: the warpgroups of dV and dK; of K those of dV and dQ.
         q = tma_pipeline(smem.q_barriers, config.q_stages, 2 * WARPS, queries + statistics)
         do = tma_pipeline(smem.do_barriers, config.q_stages, 2 * WARPS, queries)

@@ -40,6 +40,8 @@ class Tile96BackwardBarrier(IntEnum):
     ALL = 0  # the whole CTA
     P = 1  # the consumers: P is stored
     DS = 2  # likewise, dS
+    P_FREE = 3  # likewise, P has been read
+    READY = 4  # one for each warpgroup with its store warp: dQ is staged
 
 
 class WideBackwardBarrier(IntEnum):

@@ -264,6 +264,12 @@ def register_pipeline(storage, stages, producers, consumers):
     )
 
 
+def single_stage(state, consumer: bool = False):
+    """The state, at the same item, of a pipeline with one stage."""
+    phase = state.count & 1
+    return pipeline.PipelineState(1, state.count, Int32(0), phase if consumer else phase ^ 1)
+
+
 @cute.jit
 def arrive_once(barriers, stage):
     """Arrive at a pipeline's full or empty barrier of a stage, once per warp."""
