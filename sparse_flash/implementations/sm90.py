@@ -75,8 +75,9 @@ class Sm90:
             scored = scored_attention.forward_plan(layout, q, k, flags)
             if not call.needs_grad:
                 return Plans(scored, None)
-            given = (layout, q, k, call.deterministic, flags)
-            biases = bias_sums.plan_of(call, _arguments(call)) if _sums_apart(call) else None
+            terms = _arguments(call, backward=True)
+            given = (layout, q, k, call.deterministic, terms.flags)
+            biases = bias_sums.plan_of(call, terms) if _sums_apart(call) else None
             backward_plans = scored_attention.backward_plans(*given)
             return Plans(scored, backward_plans, biases=biases)
         at_positions = _at_positions(call)
@@ -135,10 +136,11 @@ class Sm90:
             at = (call.q_offset, call.kv_starts)
             return positions.backward_at(*inputs, *at, scale, transient=transient)
         if call.terms is not None:
-            found = scored_attention.backward(*inputs, scale, _arguments(call), transient=transient)
+            terms = _arguments(call, backward=True)
+            found = scored_attention.backward(*inputs, scale, terms, transient=transient)
             biases: tuple[Any, ...] = (*found.bias, None)
             if _sums_apart(call):
-                given = (call.plan.biases, _arguments(call), (out, lse), (dout, dlse))
+                given = (call.plan.biases, terms, (out, lse), (dout, dlse))
                 biases = bias_sums.gradients_of(call, *given)
             return found.dq, found.dk, found.dv, *_gradients_of_terms(call, biases, found.sinks)
         dq, dk, dv = attention.backward(*inputs, scale, transient=transient)
@@ -153,14 +155,15 @@ def _at_positions(call: AttentionCall) -> bool:
     return call.q_offset is not None or (one and call.q.shape[3] == call.v.shape[3])
 
 
-def _arguments(call: AttentionCall) -> ScoreArguments:
+def _arguments(call: AttentionCall, backward: bool = False) -> ScoreArguments:
+    """The terms of the forward or of the backward kernel."""
     assert call.terms is not None
-    terms, graded = call.terms, call.needs_grad and any(call.terms.wants[:2])
+    terms, graded = call.terms, backward and any(call.terms.wants[:2])
     graded = graded and not _sums_apart(call)
     bias, slopes = None, terms.slopes
-    # ALiBi alone is computed in registers, of which other terms and gradients leave too few.
+    # ALiBi alone has a forward kernel of its own. Beside other terms it is a bias by distance.
     at = call.q_offset is not None
-    others = (terms.softcap, terms.seed is not None, call.needs_grad, at)
+    others = (terms.softcap, terms.seed is not None, backward, at)
     if terms.table is not None or (slopes is not None and any(others)):
         bias, slopes = DistanceBias(slopes, terms.table), None
     return ScoreArguments(
@@ -187,7 +190,7 @@ def _unsupported_terms(call: AttentionCall) -> str | None:
 
 
 def _unsupported_gradients(call: AttentionCall) -> str | None:
-    flags, width = _arguments(call).flags, max(call.q.shape[3], call.v.shape[3])
+    flags, width = _arguments(call, backward=True).flags, max(call.q.shape[3], call.v.shape[3])
     if any(flags.of_backward.values()) and width > MOST_HEAD_DIM:
         return (
             f"it computes gradients with softcap, bias or dropout up to head_dim "
