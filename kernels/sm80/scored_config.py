@@ -47,6 +47,8 @@ _SMALL_FORWARD = {
     192: ForwardConfig(_ANY, 192, tile_m=64, tile_n=64, ctas_per_sm=1),
     256: ForwardConfig(_ANY, 256, tile_m=64, tile_n=64, ctas_per_sm=1),
 }
+# Tiles for an image bias without softcap or dropout, where the small ones spill.
+_IMAGE_FORWARD = {("sm_120", 192): ForwardConfig(_ANY, 192, tile_m=64, tile_n=32)}
 # Tiles for a softcap, dropout and biases that are looked up, where the small ones spill.
 _CROWDED_FORWARD = {64: ForwardConfig(_ANY, 64, tile_m=64, tile_n=64, stages=2)}
 # A GPU takes the first that fits its shared memory, or where there is none the plain tiles.
@@ -101,15 +103,17 @@ def scored_forward_configs(
     if listed and older and max(map(forward.space, listed)) <= shared_memory:
         configs = listed
     elif _is_heavy(flags) or (used and not older):
-        configs = (_small_forward(size, flags, older),)
+        configs = (_small_forward(size, flags, target),)
     features = of_forward(flags)
     return tuple(replace(c, dtype=dtype, arch=target, **features) for c in configs)
 
 
-def _small_forward(size: int, flags: ScoreFlags, older: bool) -> ForwardConfig:
-    small = _SMALL_FORWARD[size]
-    if size == 256 and _biases(flags) and not (older or flags.softcap or flags.dropout):
+def _small_forward(size: int, flags: ScoreFlags, target: str) -> ForwardConfig:
+    small, weighted = _SMALL_FORWARD[size], flags.softcap or flags.dropout
+    if size == 256 and _biases(flags) and not (_is_older(target) or weighted):
         return replace(small, recompute=2)  # ptxas spills otherwise
+    if flags.image_bias and not weighted:
+        small = _IMAGE_FORWARD.get((target, size), small)
     return _CROWDED_FORWARD.get(size, small) if _is_crowded(flags) else small
 
 
@@ -141,7 +145,7 @@ def scored_forward_at_config(
     config = forward.forward_at_config(dtype, head_dim, target, shared_memory)
     if not any(flags):
         return config
-    small = _small_forward(config.head_dim, flags, _is_older(target))
+    small = _small_forward(config.head_dim, flags, target)
     double = replace(small, stages=2)
     if small.recompute and _biases(flags) == 1 and forward.space(double) <= shared_memory:
         small = double  # with one stage ptxas spills for sm_100
@@ -218,7 +222,8 @@ def _for_v_in_registers(config: BackwardConfig, flags: ScoreFlags) -> dict[str, 
         return {"stats_stages": 2, "dq_warps": 1}
     if capped_image and config.fixed_point:
         return {"stats_stages": 2, "split_dq": True}
-    return {}
+    plain = not (older or flags.softcap or config.fixed_point)
+    return {"recompute": flags.image_bias and plain}
 
 
 def unsupported_gradients(head_dim: int, shared_memory: int, flags: ScoreFlags) -> str | None:

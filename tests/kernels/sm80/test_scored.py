@@ -37,7 +37,9 @@ LOG2_E = math.log2(math.e)
 ALL = ScoreFlags(softcap=True, alibi=True, sinks=True, dropout=True)
 BIASES = ScoreFlags(distance_bias=True, image_bias=True)
 GRADED = BIASES._replace(distance_grads=True, image_grads=True, dropout=True)
-ALIBI, SOFTCAP = ScoreFlags(alibi=True), ScoreFlags(softcap=True)
+CAPPED = GRADED._replace(softcap=True)
+CAPPED_IMAGE = CAPPED._replace(distance_grads=False)
+ALIBI, SOFTCAP, IMAGE = (ScoreFlags(**{n: True}) for n in ("alibi", "softcap", "image_bias"))
 
 
 def limits(target, dim, dtype="bfloat16"):
@@ -55,7 +57,12 @@ SOME = [
     scored_backward_config(*limits("sm_86", 256), False, BIASES._replace(softcap=True)),
     scored_backward_config(*limits("sm_120", 256), True, BIASES._replace(softcap=True), True),
     bias_gradients_config("bfloat16", 64, "sm_120", True, GRADED, offsets=True),
-    bias_gradients_config("float16", 256, "sm_80", False, GRADED._replace(softcap=True)),
+    bias_gradients_config("float16", 256, "sm_80", False, CAPPED),
+    scored_forward_configs(*limits("sm_120", 192, "float16"), IMAGE)[0],
+    scored_forward_at_config(*limits("sm_120", 192), BIASES),
+    scored_backward_config(*limits("sm_120", 256), False, IMAGE, True),
+    bias_gradients_config("bfloat16", 256, "sm_120", False, CAPPED, offsets=True),
+    bias_gradients_config("float16", 256, "sm_120", True, CAPPED_IMAGE, offsets=True),
 ]
 
 
@@ -95,13 +102,18 @@ def test_some_compile_well(compile_for, config):
 def is_listed(config):
     """Whether the matrix has it: each feature alone, and all together with each kind of bias.
 
-    Of the gradients with V in registers at head_dim 256 it has all: each pair may spill.
+    It has all where other sets spilled: of the gradients with V in registers at head_dim 256, and
+    of the tiles and options for sm_120 alone.
     """
     used = {n for n in (*TERMS, "distance_grads", "image_grads") if has(config, n)}
     if isinstance(config, BiasGradientsConfig):
+        if config.recompute:
+            return True
         of_both = {"distance_bias", "image_bias", "distance_grads", "image_grads"}
         return len(used) == 2 or used == of_both | {"softcap", "dropout"}
     if config.head_dim == 256 and has(config, "v_in_registers"):
+        return True
+    if isinstance(config, ForwardConfig) and config.head_dim == 192 and config.tile_n == 32:
         return True
     others = {"softcap", "dropout", *(["sinks"] if isinstance(config, ForwardConfig) else [])}
     return len(used) == 1 or others < used
