@@ -109,10 +109,10 @@ def scored_forward_configs(
 
 
 def _small_forward(size: int, flags: ScoreFlags, target: str) -> ForwardConfig:
-    small, weighted = _SMALL_FORWARD[size], flags.softcap or flags.dropout
-    if size == 256 and _biases(flags) and not (_is_older(target) or weighted):
+    small, spared = _SMALL_FORWARD[size], flags.dropout and target != "sm_120"
+    if size == 256 and _biases(flags) and not (_is_older(target) or flags.softcap or spared):
         return replace(small, recompute=2)  # ptxas spills otherwise
-    if flags.image_bias and not weighted:
+    if flags.image_bias and not (flags.softcap or flags.dropout):
         small = _IMAGE_FORWARD.get((target, size), small)
     return _CROWDED_FORWARD.get(size, small) if _is_crowded(flags) else small
 

@@ -37,6 +37,7 @@ LOG2_E = math.log2(math.e)
 ALL = ScoreFlags(softcap=True, alibi=True, sinks=True, dropout=True)
 BIASES = ScoreFlags(distance_bias=True, image_bias=True)
 GRADED = BIASES._replace(distance_grads=True, image_grads=True, dropout=True)
+DROPPED = ScoreFlags(dropout=True, distance_bias=True)
 CAPPED = GRADED._replace(softcap=True)
 CAPPED_IMAGE = CAPPED._replace(distance_grads=False)
 ALIBI, SOFTCAP, IMAGE = (ScoreFlags(**{n: True}) for n in ("alibi", "softcap", "image_bias"))
@@ -60,6 +61,7 @@ SOME = [
     bias_gradients_config("float16", 256, "sm_80", False, CAPPED),
     scored_forward_configs(*limits("sm_120", 192, "float16"), IMAGE)[0],
     scored_forward_at_config(*limits("sm_120", 192), BIASES),
+    scored_forward_configs(*limits("sm_120", 256), DROPPED)[0],
     scored_backward_config(*limits("sm_120", 256), False, IMAGE, True),
     bias_gradients_config("bfloat16", 256, "sm_120", False, CAPPED, offsets=True),
     bias_gradients_config("float16", 256, "sm_120", True, CAPPED_IMAGE, offsets=True),
