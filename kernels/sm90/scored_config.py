@@ -20,11 +20,6 @@ from sparse_flash.kernels.sm90.position_config import forward_at_config
 MOST_HEAD_DIM = 128  # of gradients with softcap, bias or dropout
 MOST_WITH_BIAS_AND_DROPOUT = 96  # likewise, of gradients of a bias with dropout
 MOST_SHARED_MEMORY = 227 << 10  # of a CTA, in bytes
-_HELD = {  # of each term, by size
-    "distance_bias": {32: 32, 64: 64, 96: 96, 128: 64},
-    "softcap": {64: 64, 96: 96},
-    "dropout": {32: 32, 96: 96},
-}
 _CLEARED = ((32, True), (64, False), (96, True))  # head_dim, and whether there is dropout
 
 
@@ -68,7 +63,7 @@ def scored_backward_configs(
 ) -> tuple[BackwardConfig, ...]:
     """The backward configs of a head_dim with these features; sinks need no kernel of their own.
 
-    The terms take the registers of V, and often those of K.
+    The terms take the registers of K and V, but for K at head_dim 64 beside a bias alone.
     """
     used = flags.of_backward
     if not any(used.values()):
@@ -81,19 +76,11 @@ def scored_backward_configs(
     if size == 96 and deterministic:
         size = 128
     config = backward_configs(dtype, size, deterministic)[0]
-    held = {"k_in_registers": _held_columns(size, deterministic, flags), "v_in_registers": 0}
-    changes = used | held | _changes(size, deterministic, flags)
+    without = {"k_in_registers": 0, "v_in_registers": 0}
+    changes = used | without | _changes(size, deterministic, flags)
     if deterministic:
         changes |= {"k_stages": 1, "v_stages": 1}  # the exponents take registers too
     return (replace(config, **changes),)
-
-
-def _held_columns(size: int, deterministic: bool, flags: ScoreFlags) -> int:
-    """Columns of K in registers: as many as ptxas does not spill beside one term."""
-    terms = [name for name in _HELD if getattr(flags, name)]
-    if deterministic or flags.distance_grads or len(terms) != 1:
-        return 0
-    return _HELD[terms[0]].get(size, 0)
 
 
 def _changes(size: int, deterministic: bool, flags: ScoreFlags) -> dict[str, Any]:
@@ -105,6 +92,8 @@ def _changes(size: int, deterministic: bool, flags: ScoreFlags) -> dict[str, Any
         slices: dict[str, Any] = {"p_slices": 1} if flags.dropout else {"p_slices": 2}
         if flags.softcap:
             slices = {"p_slices": 4, "sliced_statistics": True, "early_weights": True}
+        if flags.distance_bias and not (crowded or deterministic):
+            slices["k_in_registers"] = 64
         return slices | {"v_stages": 1} | ({"k_stages": 1} if crowded else {})
     if crowded:
         found = {"k_stages": 1, "sliced_statistics": True}
