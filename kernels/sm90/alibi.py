@@ -62,7 +62,7 @@ class Alibi:
         # the end.
         self.position = cute.make_rmem_tensor(1, Float32)
         self.of_warp = cute.make_rmem_tensor(1, Int32)
-        # Sign of the distances for which operand A is, or 0: no bias. And what it leaves to rows.
+        # Sign of the distances for which operand A is, or 0: no bias. And the bias of its rows.
         self.sign = cute.make_rmem_tensor(1, Int32)
         self.row_bias = cute.make_rmem_tensor(2, Float32)
 
