@@ -69,10 +69,11 @@ def calls(monkeypatch):
     return seen
 
 
-def backward_config(dim, deterministic=False):
+def backward_config(dim, deterministic=False, dense=False):
     """What computes the gradients of these tests."""
     if dim > 128:
-        variant = BackwardVariant.DKDV if deterministic else BackwardVariant.WIDE
+        wide = BackwardVariant.TILE96 if dense and dim <= 192 else BackwardVariant.WIDE
+        variant = BackwardVariant.DKDV if deterministic else wide
     else:
         variant = BackwardVariant.DETERMINISTIC if deterministic else BackwardVariant.DQ
     return variant_config(variant, "bfloat16", dim)
@@ -146,8 +147,7 @@ def test_gradients_are_those_of_attention(calls, dim, deterministic):
     )
     for a, b in zip(got, expected, strict=True):
         assert (a.double() - b).norm() < 0.01 * b.norm()
-    # Tiles of 96 keys cover this short layout worse than those of 64.
-    assert calls[-1] == (q.shape, backward_config(dim, deterministic), False)
+    assert calls[-1] == (q.shape, backward_config(dim, deterministic, dense=True), False)
 
 
 def test_only_the_lse_is_used(calls):
@@ -207,10 +207,7 @@ def test_only_deterministic_gradients_above_128_take_two_kernels(calls, dim, det
     q = torch.zeros(1, 1024, 2, 1).bfloat16().expand(-1, -1, -1, dim)
     for mask in (masks.full(), masks.causal(), masks.per_head([masks.full(), masks.local(100)])):
         plans = sm90.backward_plans(mask.layout(1024), q, q, deterministic)
-        config = backward_config(dim, deterministic)
-        if dim <= 192 and not deterministic:
-            config = variant_config(BackwardVariant.TILE96, "bfloat16", dim)
-        assert plans.dkdv.config == config
+        assert plans.dkdv.config == backward_config(dim, deterministic, dense=True)
         assert (plans.dq is not None) == deterministic
 
 
