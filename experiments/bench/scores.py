@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from sparse_flash.experiments.bench.baselines import BASELINES, _compiled, _firs
 from sparse_flash.experiments.bench.turns import Turns, take_turns
 from sparse_flash.experiments.machine import describe
 from sparse_flash.masks import causal
+from sparse_flash.masks.files import atomic_write
 from torch import Tensor
 
 from sparse_flash import block_sparse_attention, scores
@@ -201,23 +202,21 @@ def rows_of(which: str, head_dim: int, turns: Turns) -> list[Row]:
     return rows
 
 
-def measure(head_dims: list[int], seconds: float) -> list[Row]:
-    """Rows of all terms, passes and installed implementations."""
+def passes(head_dims: list[int], seconds: float) -> Iterator[list[Row]]:
+    """Rows of all terms and installed implementations, one pass of a head_dim after another."""
     installed = {baseline.name for baseline in BASELINES if baseline.version}
     peers = [peer for peer in TERMS if peer in installed]
-    rows: list[Row] = []
     for head_dim in head_dims:
         stream = torch.cuda.Stream()
         calls, left_out = prepared(head_dim, peers, stream)
-        rows += left_out
+        yield left_out
         for which, of_pass in calls.items():
             turns = take_turns(of_pass, seconds=seconds, stream=stream)
             found = rows_of(which, head_dim, turns)
-            rows += found
             print(*map(_line, found), sep="\n", flush=True)
+            yield found
         del calls
         torch.cuda.empty_cache()
-    return rows
 
 
 def _line(row: Row) -> str:
@@ -234,10 +233,19 @@ def main() -> None:
     parser.add_argument("--head-dims", type=int, nargs="+", default=[64, 128])
     parser.add_argument("--seconds", type=float, default=4.0, help="of the turns of a pass")
     given = parser.parse_args()
-    rows = measure(given.head_dims, given.seconds)
+    save(given.file, passes(given.head_dims, given.seconds))
+
+
+def save(file: Path, batches: Iterable[list[Row]]) -> None:
+    """Write a record, and again with each batch of rows, so that a run may be cut short."""
     versions = {b.name: b.version for b in BASELINES if b.name in TERMS}
-    report = {"machine": describe("cuda"), "versions": versions, "rows": rows}
-    given.file.write_text(json.dumps(report, indent=1) + "\n")
+    rows: list[Row] = []
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    report = {"machine": describe(device), "versions": versions, "rows": rows}
+    for batch in batches:
+        rows += batch
+        with atomic_write(file) as target:
+            target.write(json.dumps(report, indent=1).encode() + b"\n")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """The benchmark of score terms."""
 
+import json
+
 import pytest
 import torch
 from sparse_flash.experiments.bench import scores as bench
@@ -27,12 +29,24 @@ def test_each_peer_has_only_terms_of_ours():
         assert set(terms) <= set(bench.TERMS[bench.OURS])
 
 
+def test_a_run_that_is_cut_short_leaves_the_passes_before(tmp_path):
+    def batches():
+        yield [{"pass": "forward", "ms": 1.0}]
+        yield [{"pass": "backward", "ms": 2.0}]
+        raise KeyboardInterrupt
+
+    file = tmp_path / "costs.json"
+    with pytest.raises(KeyboardInterrupt):
+        bench.save(file, batches())
+    assert [row["ms"] for row in json.loads(file.read_text())["rows"]] == [1.0, 2.0]
+
+
 @pytest.mark.gpu
 def test_all_terms_run(monkeypatch):
     monkeypatch.setattr(bench, "LENGTH", 512)
     monkeypatch.setattr(bench, "TERMS", {bench.OURS: bench.TERMS[bench.OURS]})
     bench._layout.cache_clear()
-    rows = bench.measure([64], seconds=0.01)
+    rows = [row for batch in bench.passes([64], seconds=0.01) for row in batch]
     bench._layout.cache_clear()
     torch.cuda.synchronize()
     assert len(rows) == 2 * len(bench.TERMS[bench.OURS])
