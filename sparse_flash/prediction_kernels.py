@@ -14,6 +14,7 @@ from sparse_flash.kernels.sm80 import backward_config as sm80_backward
 from sparse_flash.kernels.sm80 import gradients
 from sparse_flash.kernels.sm80.config import shared_memory_of, target_of
 from sparse_flash.kernels.sm90 import attention as sm90
+from sparse_flash.kernels.sm90.config import backward_configs, forward_configs
 from sparse_flash.masks import BlockLayout
 from sparse_flash.prediction_devices import Cost, Gpu
 from sparse_flash.prediction_work import busiest, most_parts
@@ -137,7 +138,8 @@ def cost_of(kernel: Kernel, gpu: Gpu, costs: dict[str, Cost]) -> tuple[Cost, str
     """What work costs in a kernel, and where that comes from where it was not measured.
 
     A kernel without constants takes those of the nearest head_dim for the same number of
-    operations; without any constants, its main loop runs at a fraction of the peak.
+    operations, or of other tiles of its own head_dim by the cost that plans give them. Without any
+    constants, its main loop runs at a fraction of the peak.
     """
     if kernel.name in costs:
         return costs[kernel.name], ""
@@ -149,6 +151,8 @@ def cost_of(kernel: Kernel, gpu: Gpu, costs: dict[str, Cost]) -> tuple[Cost, str
         height, width = map(int, size.split("x"))
         flops = 2 * _GEMMS[kernel.which] * height * width * int(head_dim)
         ratio, base = kernel.tile_flops / flops * kernel.slowdown, costs[name]
+        if int(head_dim) == wanted:
+            ratio = _ratio_of_tiles(kernel, (height, width)) or ratio
         scaled = {
             field: getattr(base, field) * ratio for field in ("item", "tile", "partial", "split")
         }
@@ -156,3 +160,17 @@ def cost_of(kernel: Kernel, gpu: Gpu, costs: dict[str, Cost]) -> tuple[Cost, str
     speed = gpu.tflops * 1e6 * _EFFICIENCY[kernel.which] / kernel.slots  # operations in 1 us
     us = kernel.tile_flops / speed
     return Cost(_FIXED_US[kernel.which], 1.5 * us, us, 0.1 * us, us, 0.1, 0.0), "peak"
+
+
+def _ratio_of_tiles(kernel: Kernel, tile: tuple[int, int]) -> float | None:
+    """Time of a tile over that of another kernel for Hopper of this head_dim; None: there is none.
+
+    tile: Of the other kernel.
+    """
+    mine = kernel.plan.config
+    make: Any = forward_configs if kernel.which == "forward" else backward_configs
+    found: list[Any] = [c for c in make(mine.dtype, mine.head_dim) if c.tile == tile]
+    if mine.arch != "sm_90a" or not found:
+        return None
+    busy, other = (c.tile_cost * max(1, getattr(c, "resident_ctas", 1)) for c in (mine, found[0]))
+    return busy / other

@@ -102,6 +102,7 @@ TEXTS: dict[str, Callable[[], str]] = {
     "traffic": io_model.traffic,
     "traffic-factor": io_model.factor,
     "prediction-errors": tables.prediction_errors,
+    "prediction-of-benchmark": tables.prediction_of_benchmark,
     "gallery": gallery.markdown,
 }
 _MARKED = re.compile(r"(<!-- report: ([\w-]+) -->)(\n?).*?(\n?<!-- end -->)", re.DOTALL)

@@ -128,10 +128,23 @@ def prediction_errors() -> str:
     """Errors of predictions on layouts that the constants were not fitted to."""
     from sparse_flash.experiments.bench import calibrate
 
+    head, rows = calibrate.read_times(RESULTS / "costs" / "h200-seed1.jsonl")
+    return _errors(head["gpu"], rows)
+
+
+def prediction_of_benchmark() -> str:
+    """Errors of predictions on the recorded benchmark."""
+    from sparse_flash.experiments.bench import calibrate
+
+    return _errors(*calibrate.read_record(BENCH / "h200" / "bench.json"))
+
+
+def _errors(machine: str, rows: list[dict[str, Any]]) -> str:
+    from sparse_flash.experiments.bench import calibrate
+
     from sparse_flash.prediction_devices import constants_of, gpu_of
 
-    head, rows = calibrate.read_times(RESULTS / "costs" / "h200-seed1.jsonl")
-    gpu = gpu_of(head["gpu"])
+    gpu = gpu_of(machine)
     found = calibrate.errors(rows, gpu, constants_of(gpu)[1])
     sizes = sorted(abs(error) for _, error in found)
     within = sum(size <= 0.15 for size in sizes)

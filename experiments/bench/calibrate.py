@@ -3,7 +3,9 @@
     python -m sparse_flash.experiments.bench.calibrate measure times.jsonl   # on the GPU
     python -m sparse_flash.experiments.bench.calibrate fit times.jsonl       # anywhere
     python -m sparse_flash.experiments.bench.calibrate check other.jsonl     # errors alone
+    python -m sparse_flash.experiments.bench.calibrate extend bench.json     # other head_dims
 
+The last one takes a record of the benchmark, for kernels that the layouts above do not reach.
 Layouts for validation come from another seed: `measure --seed 1`.
 """
 
@@ -21,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from sparse_flash.experiments.bench.baselines import BASELINES
-from sparse_flash.experiments.bench.cases import Case
+from sparse_flash.experiments.bench.cases import SUITES, Case
 from sparse_flash.experiments.bench.measure import _backward
 from sparse_flash.experiments.bench.turns import take_turns
 from sparse_flash.masks import (
@@ -138,7 +140,8 @@ def kernels_of_rows(
         case = row["case"]
         if row["index"] not in layouts:
             layouts[row["index"]] = case.pattern.layout(case.length, block=(case.block,) * 2)
-        call = Call(case.batch, case.heads, case.heads, case.head_dim, torch.bfloat16)
+        kv_heads = case.kv_heads or case.heads
+        call = Call(case.batch, case.heads, kv_heads, case.head_dim, torch.bfloat16)
         kernels = kernels_of(layouts[row["index"]], call, gpu, row["pass"])
         yield row, kernels, mega_of(call, case.length)
 
@@ -167,6 +170,47 @@ def fit(rows: list[dict[str, Any]], gpu: Gpu, rounds: int = 8) -> dict[str, Cost
             # An error counts by its size, not by its square: some times are disturbed.
             weights = np.maximum(np.abs(lines @ solution - 1), 0.03) ** -0.5
         found[name] = cost
+    return found
+
+
+def read_record(path: Path) -> tuple[str, list[dict[str, Any]]]:
+    """The GPU of a record of the benchmark, and the times of ours, each with its case."""
+    record = json.loads(path.read_text())
+    cases = {case.label: (index, case) for index, case in enumerate(SUITES[record["suite"]])}
+    rows = []
+    for row in record["rows"]:
+        if row["peer"] == "ours" and row["case"] in cases:
+            index, case = cases[row["case"]]
+            rows.append({"index": index, "pass": row["pass"], "ms": row["ms"], "case": case})
+    return record["machine"]["gpu"], rows
+
+
+def extend(rows: list[dict[str, Any]], gpu: Gpu, costs: dict[str, Cost]) -> dict[str, Cost]:
+    """Constants of kernels that have none, from few times.
+
+    The times of an item and of a tile are fitted, for the least relative errors, none negative. The
+    others are those of the nearest head_dim: see `cost_of`.
+    """
+    from scipy.optimize import nnls
+
+    samples: dict[str, list[tuple[Kernel, float, float]]] = {}
+    for row, kernels, mega in kernels_of_rows(rows, gpu):
+        if len(kernels) == 1 and kernels[0].name not in costs:
+            samples.setdefault(kernels[0].name, []).append((kernels[0], mega, 1e3 * row["ms"]))
+    found = {}
+    for name, measured in samples.items():
+        cost = cost_of(measured[0][0], gpu, costs)[0]
+        share = cost.partial / cost.tile
+        for _ in range(8):
+            lines, rest = [], []
+            for kernel, mega, us in measured:
+                fixed, items, tiles, partials, *others = _amounts(kernel, mega, cost)
+                around = np.dot([fixed, *others], [cost.fixed, *cost[4:]])
+                lines.append([items / us, (tiles + share * partials) / us])
+                rest.append(max(1 - around / us, 0.0))
+            (item, tile), _ = nnls(np.array(lines), np.array(rest))
+            cost = cost._replace(item=item, tile=tile, partial=share * tile)
+        found[name] = Cost(*(round(float(x), 4) for x in cost))
     return found
 
 
@@ -217,9 +261,9 @@ def show_errors(found: list[tuple[dict[str, Any], float]]) -> None:
 
 
 def main() -> None:
-    """The command line: measure, fit, or check."""
+    """The command line: measure, fit, check, or extend."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["measure", "fit", "check"])
+    parser.add_argument("what", choices=["measure", "fit", "check", "extend"])
     parser.add_argument("file", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--number", type=int, default=40)
@@ -232,6 +276,13 @@ def main() -> None:
             for row in itertools.chain([head], measure_cases(cases, given.budget)):
                 file.write(json.dumps(row) + "\n")
                 file.flush()
+        return
+    if given.what == "extend":
+        machine, rows = read_record(given.file)
+        gpu = gpu_of(machine)
+        before = constants_of(gpu)[1]
+        write_constants(machine, before | extend(rows, gpu, before))
+        show_errors(list(errors(rows, gpu, constants_of(gpu)[1])))
         return
     head, rows = read_times(given.file)
     gpu = gpu_of(head["gpu"])

@@ -8,6 +8,7 @@ import re
 import pytest
 import torch
 from sparse_flash.experiments.bench import calibrate
+from sparse_flash.experiments.bench.cases import Case
 
 from sparse_flash import BlockLayout, masks, predict, prediction_devices, prediction_io
 from sparse_flash.command import main
@@ -148,6 +149,37 @@ def test_constants_are_found_again(tmp_path, monkeypatch):
     assert predict(LAYOUT, 8, 64, device="A100").source == "estimated from peak numbers"
     (kernel,) = kernels_of(LAYOUT, Call(1, 8, 8, 64, torch.bfloat16), GPUS[4], "forward")
     assert cost_of(kernel, GPUS[4], {})[1] == "peak"
+
+
+def test_kernels_without_constants_are_found_from_few_times():
+    """An item and a tile; the other constants stay those of the nearest head_dim."""
+    costs = {"forward-64-128x128": Cost(6, 2.0, 1.5, 0.3, 1, 2, 0.5)}
+    specs = [masks.full(), masks.causal(), masks.local(500), masks.random_blocks(0.2, 128, 0)]
+    cases = [Case(str(i), mask, 8192, 8, 96) for i, mask in enumerate(specs)]
+    rows = [{"index": i, "pass": "forward", "case": case} for i, case in enumerate(cases)]
+    true = {}
+    for row, (kernel,), mega in calibrate.kernels_of_rows(rows, H200):
+        base = cost_of(kernel, H200, costs)[0]
+        true[kernel.name] = base._replace(
+            item=9.0, tile=4.0, partial=4.0 * base.partial / base.tile
+        )
+        row["ms"] = kernel.milliseconds(true[kernel.name], mega)
+    found = calibrate.extend(rows, H200, costs)
+    assert set(found) == set(true)
+    assert max(abs(error) for _, error in calibrate.errors(rows, H200, found)) < 0.01
+    assert not calibrate.extend(rows, H200, costs | found)  # measured ones stay
+
+
+def test_other_tiles_of_a_head_dim_cost_what_plans_say():
+    """At head_dim 192 a tile of 64 keys takes 0.81 times that of 96, not two thirds."""
+    call = Call(1, 8, 8, 192, torch.bfloat16)
+    layout = masks.random_blocks(0.1, 128, 0).layout(8192)
+    (kernel,) = kernels_of(layout, call, H200, "backward")
+    assert kernel.name == "backward-192-64x64"
+    base = Cost(20, 0, 3.0, 0, 0, 0, 2)
+    cost, origin = cost_of(kernel, H200, {"backward-192-96x64": base})
+    assert cost.tile == pytest.approx(3.0 * 0.5 / 0.62)
+    assert origin == "head_dim 192"
 
 
 def test_the_table_of_constants():
