@@ -113,7 +113,9 @@ def check_tile96(config, sass):
     hgmma = len(re.findall(r"\bHGMMA\.", sass))
     assert hgmma == 2 * scores + 2 * (scores + 2 * keys + queries)
     assert len(re.findall(r"MUFU\.EX2", sass)) == 2 * config.tile_m * config.tile_n // 3 // 128
-    assert len(re.findall(r"\bREDG?\.E\.ADD\.F32x4", sass)) == 2 * config.head_dim // 3 // 8
+    assert not re.findall(r"\bREDG?\.E\.ADD\.F32x4", sass)  # dQ goes through shared memory
+    assert len(re.findall(r"\bUBLKRED\.\S*ADD\.F32", sass)) == 1
+    assert len(re.findall(r"\bSTS\.128", sass)) >= 2 * config.head_dim // 3 // 8
 
 
 def check_wide(config, sass):
