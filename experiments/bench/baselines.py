@@ -75,7 +75,7 @@ def _flash_attention_4(case: Case, layout: BlockLayout, q: Tensor, k: Tensor, v:
 
     if case.built_in:
         causal = case.built_in == "causal"
-        return lambda: _first(flash_attn_func(q, k, v, causal=causal))
+        return lambda: output_of(flash_attn_func(q, k, v, causal=causal))
     if layout.num_partial:
         raise UnsupportedError("partial tiles need a predicate compiled into its kernel")
 
@@ -87,7 +87,7 @@ def _flash_attention_4(case: Case, layout: BlockLayout, q: Tensor, k: Tensor, v:
     sparse = {"block_sparse_tensors": tensors(layout)}
     if q.requires_grad:
         sparse["block_sparse_tensors_bwd"] = tensors(layout.transpose())
-    return lambda: _first(flash_attn_func(q, k, v, **sparse))
+    return lambda: output_of(flash_attn_func(q, k, v, **sparse))
 
 
 def _grouped(q: Tensor, k: Tensor) -> bool:
@@ -95,7 +95,8 @@ def _grouped(q: Tensor, k: Tensor) -> bool:
     return q.shape[2] != k.shape[2]
 
 
-def _first(result: Tensor | tuple[Tensor, ...]) -> Tensor:
+def output_of(result: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """The output of a call that may return more."""
     return result if isinstance(result, Tensor) else result[0]
 
 
@@ -118,7 +119,7 @@ def _flex_attention(case: Case, layout: BlockLayout, q: Tensor, k: Tensor, v: Te
         *kinds, BLOCK_SIZE=layout.block, mask_mod=predicate, seq_lengths=lengths
     )
     heads_first = [x.transpose(1, 2) for x in (q, k, v)]
-    compiled = _compiled(flex_attention)
+    compiled = compile_once(flex_attention)
     gqa = _grouped(q, k)
     return lambda: compiled(*heads_first, block_mask=blocks, enable_gqa=gqa).transpose(1, 2)
 
@@ -156,7 +157,8 @@ def _bits(layout: BlockLayout) -> Callable[[Tensor, Tensor, Tensor, Tensor], Ten
 
 
 @functools.cache
-def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def compile_once(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The compiled function, the same at each call; it raises where it cannot be compiled."""
     torch._dynamo.config.recompile_limit = 1000  # a graph for each shape, not one for all
     torch._functorch.config.donated_buffer = False  # the backward pass is timed again and again
     # The whole of it: else what cannot be compiled would run uncompiled, unnoticed.

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from sparse_flash.experiments.bench.baselines import BASELINES
 from sparse_flash.experiments.bench.cases import SUITES, Case
-from sparse_flash.experiments.bench.measure import _backward
+from sparse_flash.experiments.bench.measure import backward_of
 from sparse_flash.experiments.bench.turns import take_turns
 from sparse_flash.masks import (
     Mask,
@@ -113,7 +113,7 @@ def measure_cases(cases: list[Case], budget: float) -> Iterator[dict[str, Any]]:
             q, k, v, dout = tensors
             q, k, v = (x.requires_grad_() for x in (q, k, v))
             forward = BASELINES[0].prepare(case, layout, q, k, v)
-            backward = _backward(forward, (q, k, v), dout)
+            backward = backward_of(forward, (q, k, v), dout)
 
         def without_grad(forward: Any = forward) -> Any:
             with torch.no_grad():

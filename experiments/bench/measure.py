@@ -103,7 +103,7 @@ def _prepare(
         try:
             call = baseline.prepare(case, layout, q, k, v)
             if which == "backward":
-                call = _backward(call, (q, k, v), dout)
+                call = backward_of(call, (q, k, v), dout)
             out = call()
             _wait(device)
         except UnsupportedError as reason:
@@ -151,7 +151,7 @@ def _enter(row: Row, turns: Turns, flops: float) -> None:
     row |= turns.record()
 
 
-def _backward(call: Call, inputs: tuple[Tensor, ...], dout: Tensor) -> Call:
+def backward_of(call: Call, inputs: tuple[Tensor, ...], dout: Tensor) -> Call:
     """The backward pass of a call."""
     out = call()
     return lambda: torch.autograd.grad(out, inputs, dout, retain_graph=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sparse_flash.experiments.bench.baselines import BASELINES, _compiled, _first
+from sparse_flash.experiments.bench.baselines import BASELINES, compile_once, output_of
 from sparse_flash.experiments.bench.turns import Turns, take_turns
 from sparse_flash.experiments.machine import describe
 from sparse_flash.masks import causal
@@ -121,7 +121,7 @@ def flex(term: str, head_dim: int) -> Problem:
         "relative": lambda s, b, h, i, j: s + table[h, (i - j).clamp(-RADIUS, RADIUS) + RADIUS],
     }
     options = {"score_mod": mods[term.partition(",")[0]], "block_mask": _mask()}
-    heads_first, compiled = [x.transpose(1, 2) for x in inputs], _compiled(flex_attention)
+    heads_first, compiled = [x.transpose(1, 2) for x in inputs], compile_once(flex_attention)
     inputs += [table] * table.requires_grad
     return Problem(lambda: compiled(*heads_first, **options).transpose(1, 2), inputs)
 
@@ -149,7 +149,7 @@ def flash_attention_4(term: str, head_dim: int) -> Problem:
         sinks = torch.randn(HEADS, device="cuda", dtype=q.dtype, requires_grad=True)
         arguments["learnable_sink"] = sinks
         inputs.append(sinks)
-    return Problem(lambda: _first(flash_attn_func(q, k, v, causal=True, **arguments)), inputs)
+    return Problem(lambda: output_of(flash_attn_func(q, k, v, causal=True, **arguments)), inputs)
 
 
 MAKERS = {OURS: ours, FLEX: flex, FA4: flash_attention_4}
