@@ -38,9 +38,14 @@ def best_config(layout: BlockLayout, configs: Sequence[Config], transposed: bool
         if area / math.prod(config.tile) * config.tile_cost < least:
             tile = config.tile[::-1] if transposed else config.tile
             cost = cover(layout, tile) * config.tile_cost
-            if cost < least and (_aligned(config, transposed) or _all_read(layout, transposed)):
+            if cost < least and suits(config, layout, transposed):
                 best, least = config, cost
     return best
+
+
+def suits(config: KernelConfig, layout: BlockLayout, transposed: bool) -> bool:
+    """Whether no tile of the config reaches into blocks that nothing reads."""
+    return _aligned(config, transposed) or _all_read(on_host(layout), transposed)
 
 
 def _aligned(config: KernelConfig, transposed: bool) -> bool:

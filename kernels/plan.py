@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
-from sparse_flash.kernels.choice import best_config
+from sparse_flash.kernels.choice import best_config, suits
 from sparse_flash.kernels.config import KernelConfig
 from sparse_flash.kernels.data_schedules import MakeSchedule
 from sparse_flash.kernels.device import DeviceFacts
@@ -46,6 +46,7 @@ class Plan(Generic[Config]):
         schedule: Its schedule.
         reschedule: Makes the schedule of another layout for the same tensors. None in plans that
             were unpacked: the plan that they were packed from follows for them.
+        suits: Whether the config may compute another layout, see `choice.suits`; None: any.
 
     Attributes:
         lists: The schedule's work, tiles and bits, as a launch takes them.
@@ -58,6 +59,7 @@ class Plan(Generic[Config]):
     config: Config
     schedule: Schedule
     reschedule: Callable[[BlockLayout], Schedule] | None = field(default=None, repr=False)
+    suits: Callable[[BlockLayout], bool] | None = field(default=None, repr=False)
     kernel: Kernel | None = field(default=None, repr=False)
     captured: bool = False  # a CUDA graph reads the arrays
     # Of layouts of data: why block rows are not as asked for, uint8 (P, nq); None: no row can be.
@@ -82,17 +84,33 @@ class Plan(Generic[Config]):
         return self.schedule.nbytes
 
     @plain_torch()
-    def follow(self, layout: BlockLayout) -> Callable[[], None]:
+    def follow(self, layout: BlockLayout) -> Callable[[], None] | None:
         """The step that makes this the plan of another layout, in place; nothing changes before.
 
+        None: this plan does not suit the other layout, and no CUDA graph depends on it.
+
         Raises:
-            ValueError: The other layout needs more work items, tiles, bit tiles or parts than this
-                plan's arrays have space for.
+            ValueError: A CUDA graph depends on this plan. The other layout needs more work items,
+                tiles, bit tiles or parts than its arrays have space for, or another config.
         """
         assert self.reschedule is not None
         new = self.reschedule(layout)
-        self.schedule.check_capacity(new)
+        try:
+            self._check_config(layout)
+            self.schedule.check_capacity(new)
+        except ValueError:
+            if self.captured:
+                raise
+            return None
         return functools.partial(self.schedule.update_, new)
+
+    def _check_config(self, layout: BlockLayout) -> None:
+        if self.suits is not None and not self.suits(layout):
+            raise ValueError(
+                f"tiles of {self.config.tile} would reach into blocks that nothing reads in the "
+                "new pattern, and might find NaN there: capture the CUDA graph with a pattern that "
+                "leaves such blocks, too"
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,7 +185,8 @@ def _build(layout: BlockLayout, key: PlanKey) -> Plan[Any]:
     configs = _possible_configs(key)
     config = best_config(layout, configs, key.planner.transposed)
     reschedule = functools.partial(_schedule, key, config, split_last_wave=False)
-    return Plan(config, _schedule(key, config, layout), reschedule)
+    may = functools.partial(suits, config, transposed=key.planner.transposed)
+    return Plan(config, _schedule(key, config, layout), reschedule, may)
 
 
 def _possible_configs(key: PlanKey) -> list[Any]:

@@ -100,14 +100,20 @@ class PositionPlan(Generic[Config]):
         """Memory of all arrays."""
         return sum(x.numel() * x.element_size() for x in self.arrays())
 
-    def follow(self, layout: BlockLayout) -> Callable[[], None]:
-        """The step that makes this the plan of another layout, in place; nothing changes before.
-
-        Raises:
-            ValueError: The other layout needs more of something than this plan's arrays have.
-        """
+    def follow(self, layout: BlockLayout) -> Callable[[], None] | None:
+        """As `Plan.follow`."""
         assert self.rebuild is not None
         new = self.rebuild(layout)
+        try:
+            self._check_capacity(new, layout)
+        except ValueError:
+            if self.captured:
+                raise
+            return None
+        return functools.partial(self._take, new)
+
+    def _check_capacity(self, new: PositionPlan[Config], layout: BlockLayout) -> None:
+        """ValueError: the plan of this layout needs more of something than these arrays have."""
         for name in ("rows", "pattern_map", "tiles", "bits"):
             given, capacity = len(getattr(new, name)), len(getattr(self, name))
             if given > capacity and not (name == "bits" and layout.num_bit_tiles <= capacity):
@@ -115,7 +121,6 @@ class PositionPlan(Generic[Config]):
                     f"no space for {given} entries of `{name}`: there were {capacity}; begin with "
                     "the layout that needs most"
                 )
-        return functools.partial(self._take, new)
 
     def _take(self, new: PositionPlan[Config]) -> None:
         for name in ("rows", "pattern_map", "tiles", "bits"):

@@ -86,6 +86,7 @@ tile density 0.75, computed 0.75, cpu)
     transpose_order: Tensor = field(init=False)
     # Objects derived from this layout, such as schedules; they live as long as the layout.
     # `update_` calls `follow(other)` of each: it may refuse, and returns a function to run later.
+    # None: it cannot follow, and another one may take its place.
     derived: dict[Hashable, Any] = field(init=False)
     # Prepared calls of attention with this layout; see `api`.
     calls: dict[Hashable, Any] = field(init=False)
@@ -127,14 +128,19 @@ tile density 0.75, computed 0.75, cpu)
                 f"the layout has a pattern map of {tuple(other.pattern_map.shape)}, but this one "
                 f"of {tuple(self.pattern_map.shape)}"
             )
-        follow = [value.follow(other) for value in list(self.derived.values())]  # may refuse
+        derived = dict(self.derived)
+        follow = {key: value.follow(other) for key, value in derived.items()}  # may refuse
         for name in (*ARRAYS, "ccol_indices", "row_indices", "transpose_order"):
             setattr(self, name, getattr(other, name))
         # Values cached from the old arrays.
         for name in ("_host", "num_partial", "pattern_densities", "_computed"):
             self.__dict__.pop(name, None)
-        for step in follow:
-            step()
+        for key, step in follow.items():
+            if step is not None:
+                step()
+            else:  # the next call derives another one
+                self.derived.pop(key, None)
+                self.calls.clear()  # they hold it
 
     def __getstate__(self) -> dict[str, Any]:
         """Lengths and defining arrays; the rest is derived from them."""

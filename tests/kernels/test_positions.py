@@ -360,8 +360,11 @@ def test_a_plan_follows_another_layout():
     assert torch.equal(plan.tiles[:size], expected.tiles)
     assert torch.equal(plan.bits[: other.num_bit_tiles], expected.bits[: other.num_bit_tiles])
     assert plan.longest == expected.longest
+    small = build_plan(masks.block_local(128, 0).layout(1024, 500), key)
+    assert small.follow(layout) is None  # another plan takes its place
+    small.captured = True
     with pytest.raises(ValueError, match="no space for 17 entries of `tiles`: there were 5"):
-        build_plan(masks.block_local(128, 0).layout(1024, 500), key).follow(layout)
+        small.follow(layout)
 
 
 def test_configs():

@@ -271,10 +271,40 @@ def test_plans_follow_an_updated_layout(calls):
     assert plans[1].schedule.counts.tolist() == expected.counts.tolist()
 
 
+@pytest.mark.parametrize("dim", [128, 192])
+def test_an_update_takes_no_tile_that_reaches_into_keys_that_nothing_reads(calls, dim):
+    """Plans of other tiles take its place; a CUDA graph cannot."""
+    x = torch.zeros(1, 8192, 2, 1).bfloat16().expand(-1, -1, -1, dim)
+    layout = masks.full().layout(8192)
+
+    def plans():
+        forward = sm90.forward_plan(layout, x, x)
+        return forward, sm90.backward_plans(layout, x, x).dkdv
+
+    before = plans()
+    block_sparse_attention(*[torch.zeros(1, 8192, 1, dim).bfloat16()] * 3, layout)
+    assert layout.calls
+    unread = (masks.causal() & ~masks.sinks(128)).layout(8192)
+    layout.update_(unread)
+    assert not layout.calls
+    for plan, old in zip(plans(), before, strict=True):
+        assert plan is not old
+        tile = plan.config.tile
+        assert not any(128 % n for n in (tile if plan is not plans()[0] else tile[1:]))
+        assert torch.equal(plan.schedule.tiles, plan.reschedule(unread).tiles)
+    layout = masks.full().layout(8192)
+    (captured, _), columns = plans(), layout.col_indices
+    captured.captured = True
+    with pytest.raises(ValueError, match="reach into blocks that nothing reads"):
+        layout.update_(unread)
+    assert layout.col_indices is columns
+
+
 def test_an_update_that_finds_no_room_changes_nothing(calls):
     q, k, _ = tensors(False)
     layout = masks.sinks(64).layout(200, block=(64, 64))
     plans = [sm90.forward_plan(layout, q[:n], k[:n]) for n in (1, 2)]
+    plans[1].captured = True
 
     def arrays():
         return [x for plan in plans for x in plan.schedule.arrays()]
@@ -283,6 +313,10 @@ def test_an_update_that_finds_no_room_changes_nothing(calls):
     with pytest.raises(ValueError, match="no room"):
         layout.update_(masks.full().layout(200, block=(64, 64)))
     assert layout.col_indices is before
+    assert all(torch.equal(a, b) for a, b in zip(arrays(), kept, strict=True))
+    plans[1].captured = False  # then other plans take their place
+    layout.update_(masks.full().layout(200, block=(64, 64)))
+    assert sm90.forward_plan(layout, q, k) is not plans[1]
     assert all(torch.equal(a, b) for a, b in zip(arrays(), kept, strict=True))
 
 
