@@ -85,8 +85,7 @@ tile density 0.75, computed 0.75, cpu)
     row_indices: Tensor = field(init=False)
     transpose_order: Tensor = field(init=False)
     # Objects derived from this layout, such as schedules; they live as long as the layout.
-    # `update_` calls `follow(other)` of each: it may refuse, and returns a function to run later.
-    # None: it cannot follow, and another one may take its place.
+    # `update_` calls `follow(other)` of each: it may refuse, and returns a step; None replaces it.
     derived: dict[Hashable, Any] = field(init=False)
     # Prepared calls of attention with this layout; see `api`.
     calls: dict[Hashable, Any] = field(init=False)
@@ -123,18 +122,14 @@ tile density 0.75, computed 0.75, cpu)
             if getattr(self, what) != getattr(other, what):
                 given, had = getattr(other, what), getattr(self, what)
                 raise ValueError(f"the layout has {what} {given}, but this one has {had}")
-        if self.pattern_map.shape != other.pattern_map.shape:
-            raise ValueError(
-                f"the layout has a pattern map of {tuple(other.pattern_map.shape)}, but this one "
-                f"of {tuple(self.pattern_map.shape)}"
-            )
-        derived = dict(self.derived)
-        follow = {key: value.follow(other) for key, value in derived.items()}  # may refuse
+        given, had = (tuple(x.pattern_map.shape) for x in (other, self))
+        if given != had:
+            raise ValueError(f"the layout has a pattern map of {given}, but this one of {had}")
+        follow = {key: x.follow(other) for key, x in dict(self.derived).items()}  # may refuse
         for name in (*ARRAYS, "ccol_indices", "row_indices", "transpose_order"):
             setattr(self, name, getattr(other, name))
-        # Values cached from the old arrays.
         for name in ("_host", "num_partial", "pattern_densities", "_computed"):
-            self.__dict__.pop(name, None)
+            self.__dict__.pop(name, None)  # cached from the old arrays
         for key, step in follow.items():
             if step is not None:
                 step()

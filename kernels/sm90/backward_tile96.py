@@ -29,6 +29,7 @@ from sparse_flash.kernels.sm90.backward_tile96_consumer import (
     Tile96Consumer,
 )
 from sparse_flash.kernels.sm90.backward_wide import THREADS, WARPS, BackwardWideSm90
+from sparse_flash.kernels.sm90.backward_wide_consumer import QueryGradient
 from sparse_flash.kernels.sm90.barriers import Tile96BackwardBarrier
 from sparse_flash.kernels.sm90.primitives import (
     WORK_STAGES,
@@ -159,6 +160,8 @@ class Tile96Storer(BackwardStorer):
     begins, and bit 16 + g when it is visible.
     """
 
+    claim_rows = QueryGradient.claim_rows
+
     def __init__(self, config, sums, staging, work_tiles, inputs, group):
         self.config, self.work_tiles, self.group = config, work_tiles, group
         (self.dq_sum, self.done), (self.sdQ, self.read) = sums, staging
@@ -192,30 +195,18 @@ class Tile96Storer(BackwardStorer):
         cute.arch.barrier(
             barrier_id=Tile96BackwardBarrier.READY + self.group, number_of_threads=STORE_THREADS
         )
-        state = Int32(READY)
+        first = Int32(0)
         if (found & begun << 16) == 0:
-            state = self.claim(done, begun)
+            first = self.claim_rows(done, begun)
+        state = Int32(READY) if first == 0 else Int32(FREE)
         cute.arch.fence_proxy("async.global")
         size = self.config.tile_m * self.config.head_dim // GROUPS
         sums = sum_address(self.dq_sum, coord) + 4 * size * self.group
         self.bulk(sums, self.sdQ[None, None, None, self.group].iterator, 4 * size, state)
         cute.arch.cp_async_bulk_wait_group(0, read=True)
         self.release()
-        if state == FREE:
+        if first != 0:
             self.publish(done, begun)
-
-    @cute.jit
-    def claim(self, done, begun):
-        """Wait until this CTA may add to its columns. Returns FREE if it is the first one."""
-        found = Int32(0)
-        if cute.arch.lane_idx() == 0:
-            # Relaxed: the additions happen in the L2 cache and read no stale data.
-            found = cute.arch.atomic_or(done, begun, sem="relaxed", scope="gpu")
-        found = cute.arch.shuffle_sync(found, 0) & begun
-        if found != 0:
-            while (load_relaxed(done) & begun << 16) == 0:
-                pass
-        return Int32(READY) if found != 0 else Int32(FREE)
 
     @cute.jit
     def publish(self, done, begun):
