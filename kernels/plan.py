@@ -94,9 +94,9 @@ class Plan(Generic[Config]):
                 tiles, bit tiles or parts than its arrays have space for, or another config.
         """
         assert self.reschedule is not None
-        new = self.reschedule(layout)
         try:
-            self._check_config(layout)
+            self._check_config(layout)  # first: a schedule would be made in vain
+            new = self.reschedule(layout)
             self.schedule.check_capacity(new)
         except ValueError:
             if self.captured:

@@ -280,8 +280,9 @@ def main() -> None:
     if given.what == "extend":
         machine, rows = read_record(given.file)
         gpu = gpu_of(machine)
-        before = constants_of(gpu)[1]
-        write_constants(machine, before | extend(rows, gpu, before))
+        fitted = {str(case.head_dim) for case in FIXED}  # by `fit`; others are replaced
+        costs = {k: c for k, c in constants_of(gpu)[1].items() if k.split("-")[1] in fitted}
+        write_constants(machine, costs | extend(rows, gpu, costs))
         show_errors(list(errors(rows, gpu, constants_of(gpu)[1])))
         return
     head, rows = read_times(given.file)
