@@ -27,6 +27,7 @@ class BackwardConfig:
             next K is loaded meanwhile.
         v_stages: Pipeline stages of V, which is released earlier.
         buffers: Buffers per warpgroup for dQ chunks on their way to memory; dV and dK use them too.
+            With `small`, buffers of a warp for `staged_columns` of its rows of dQ.
         k_in_registers: Columns of K in registers for the whole work tile, as many as fit: these
             kernels are bound by shared-memory bandwidth.
         v_in_registers: Columns of V in registers for the whole work tile.
@@ -39,6 +40,8 @@ class BackwardConfig:
         small: Whether a CTA has one warpgroup and 64 keys, for layouts of small blocks.
         tiles_per_step: Tiles of the schedule that a step of tile_m queries computes, only with
             `small`. The queries of several tiles need not be neighbors.
+        staged_columns: Columns of dQ in a buffer, with `small`; they divide head_dim / 2.
+        stage_in_do: Whether the buffers lie in the stage of dO that a step has read, with `small`.
         resident_ctas: CTAs that share a multiprocessor.
     """
 
@@ -60,6 +63,8 @@ class BackwardConfig:
     fixed_point: bool = False
     small: bool = False
     tiles_per_step: int = 1
+    staged_columns: int = 0
+    stage_in_do: bool = False
     resident_ctas: int = 1
     offsets: bool = False  # queries at positions, see position_work_tiles.py
     softcap: bool = False  # see score_terms.py, as the next three
@@ -83,6 +88,11 @@ class BackwardConfig:
             assert not self.scored
             assert not self.offsets
             assert not self.fixed_point
+            for columns in (self.head_dim // 2, self.small_dq_columns):
+                assert columns % self.staged_columns == 0
+            if self.stage_in_do:
+                assert self.q_stages == 2  # the other stage is the one of the previous step
+                assert self.dq_staging <= 2 * self.tile_m * self.head_dim
             # A multiprocessor has 228 KiB; each CTA reserves 1 KiB more.
             assert self.resident_ctas * (self.shared_memory + 1024) <= 228 * 1024
         elif self.wide:
@@ -220,7 +230,7 @@ class BackwardConfig:
         if self.tile96:
             return 0.62
         if self.small:
-            cost = 0.42 * self.query_block / 64
+            cost = 0.39 * self.query_block / 64
             return cost * 1.04 if self.tiles_per_step > 1 else cost
         return (1.17 * 64 if self.tile_m == 80 else self.tile_m) / 128
 
@@ -263,6 +273,11 @@ class BackwardConfig:
         return self.dq_tile[0] * self.dq_tile[1]
 
     @property
+    def dq_staging(self) -> int:
+        """Bytes of shared memory for dQ on its way to memory, with `small`."""
+        return 4 * self.buffers * self.tile_m * self.staged_columns
+
+    @property
     def results(self) -> int:
         """Number of results (dV, dK) of a warpgroup that fit into one buffer."""
         return 2 * self.dq_chunk // (64 * self.head_dim)
@@ -279,7 +294,7 @@ class BackwardConfig:
         if self.tile96:
             scores, results = 2 * scores, 2 * self.tile_m * self.head_dim
         if self.small:
-            results = 0
+            results = 0 if self.stage_in_do else self.dq_staging // 2
         statistics = 8 * self.tile_m * self.q_stages
         windows = self.q_stages * window_bytes(self.tile) if self.distance_bias else 0
         others = statistics + windows + 4 * self.scratch + 1024

@@ -227,6 +227,14 @@ class BackwardStorer:
         cute.arch.cp_async_bulk_commit_group()
 
     @cute.jit
+    def publish_rows(self, done, begun):
+        """As `mark_ready`, with states whose bit `begun` << 16 tells that a part is stored."""
+        cute.arch.cp_async_bulk_wait_group(0)
+        if cute.arch.lane_idx() == 0:  # the lane that issued the store
+            cute.arch.fence_proxy("async.global")
+            cute.arch.atomic_or(done, begun << 16, sem="release", scope="gpu")
+
+    @cute.jit
     def store(self, coord, buffer):
         """Store the warpgroup's dV and dK by TMA, which drops rows out of bounds.
 

@@ -6,8 +6,9 @@ consumer warpgroup, and two CTAs share a multiprocessor: while one waits or comp
 the other one's GEMMs run. Work tiles, splits and results are those of `BackwardSm90`.
 
 A step takes 64 queries, in one tile of the schedule or in several, whose queries need not be
-neighbors: each has its own loads of Q, dO and row statistics, and its own rows of dQ. dQ is added
-to memory from registers, as in backward_wide.py.
+neighbors: each has its own loads of Q, dO and row statistics, and its own rows of dQ. Each warp
+adds its rows of dQ to memory by bulk reductions from shared memory. Where there is no memory for
+them, they take the place of dO of the step.
 """
 
 import cutlass
@@ -139,9 +140,20 @@ class BackwardSmallSm90(BackwardSm90):
                 SmallProducer(config, loads, *outside).run()
         else:
             cute.arch.setmaxregister_increase(config.registers[1])
-            buffers = (sQ, sdO, sK, sV, sdS)
+            buffers = (sQ, sdO, sK, sV, sdS, self._staging(smem))
             outside = (buffers, (sStats, sTiles), pipes, (work_tiles, bits), results, scales)
             SmallConsumer(config, self.dtype, tiled_mmas, *outside).run()
+
+    def _staging(self, smem):
+        """Buffers of dQ: (four numbers, lane, 8 columns, buffer, warp, stage)."""
+        config = self.config
+        storage, stages = (smem.do, config.q_stages) if config.stage_in_do else (smem.dq, 1)
+        shape = (4, 32, config.staged_columns // 8, config.buffers, WARPS)
+        layout = cute.append(
+            cute.make_ordered_layout(shape, order=(0, 1, 2, 3, 4)),
+            cute.make_layout(stages, stride=config.tile_m * config.head_dim // 2),
+        )
+        return cute.make_tensor(cute.recast_ptr(storage.data_ptr(), dtype=Float32), layout)
 
     def _tiled_mmas(self):
         """Tiled MMAs of S (K in shared memory), S (K in registers), dK and dV (P' and dS' in
@@ -175,6 +187,10 @@ class BackwardSmallSm90(BackwardSm90):
             k: tile_storage(dtype, k_layout)
             v: tile_storage(dtype, v_layout)
             ds: tile_storage(dtype, ds_layout)
+            dq: cute.struct.Align[
+                cute.struct.MemRange[Float32, 0 if config.stage_in_do else config.dq_staging // 4],
+                128,
+            ]
 
         return Storage
 

@@ -2,6 +2,11 @@
 
 The GEMMs of a tile are those of backward_consumer.py, but one warpgroup has all of dS', so dQ
 belongs to the same step. S' of the next tile is issued before dQ of this one is added to memory.
+
+A warp stages its 16 rows of dQ in shared memory, some columns at a time, and one lane issues a bulk
+reduction of them. No warp waits for another one meanwhile. Each buffer is filled again once its
+reduction has read it. With `stage_in_do` the buffers lie in the stage of dO that all GEMMs of the
+step have read. The next step releases that stage.
 """
 
 import cutlass
@@ -9,7 +14,13 @@ from cutlass import Float32, Int32, const_expr, cute, pipeline
 from cutlass.cute.nvgpu import warp, warpgroup
 from sparse_flash.kernels import online_softmax as online
 from sparse_flash.kernels.sm90.backward_gemms import BackwardGemms
-from sparse_flash.kernels.sm90.backward_producer import load_relaxed, sum_address
+from sparse_flash.kernels.sm90.backward_producer import (
+    FREE,
+    READY,
+    BackwardStorer,
+    load_relaxed,
+    sum_address,
+)
 from sparse_flash.kernels.sm90.backward_scores import BackwardScores
 from sparse_flash.kernels.sm90.backward_wide_consumer import QueryGradient
 from sparse_flash.kernels.sm90.barriers import SmallBackwardBarrier
@@ -46,17 +57,15 @@ class SmallGemms(BackwardGemms):
 class SmallConsumer(BackwardScores):
     """State of the warpgroup: accumulators of dK and dV, operands, pipelines."""
 
-    add, claim_rows, mark_stored = (
-        QueryGradient.add,
-        QueryGradient.claim_rows,
-        QueryGradient.mark_stored,
-    )
+    claim_rows = QueryGradient.claim_rows
+    bulk, publish_rows = BackwardStorer.bulk, BackwardStorer.publish_rows
 
     def __init__(self, config, dtype, tiled_mmas, buffers, inputs, pipes, lists, results, scales):
         self.config, self.dtype = config, dtype
         self.work_tiles, self.bits = lists
         self.scale, self.scale_log2 = scales
         self.sStats, self.sTiles = inputs
+        *buffers, self.sdQ = buffers
         _, _, self.sK, _, self.sdS = buffers
         self.q_pipe, self.do_pipe, self.k_pipe, self.v_pipe = pipes
         self.results, (self.dq_sum, self.done), self.splits = results  # of dV and dK
@@ -101,6 +110,7 @@ class SmallConsumer(BackwardScores):
             self.finish(work_tile)
             work_tile = self.work_tiles.take(work_state, ColumnWorkTile)
             work_state.advance()
+        cute.arch.cp_async_bulk_wait_group(0)
 
     @cute.jit
     def step(self, q_state, shared, last: cutlass.Constexpr):
@@ -121,6 +131,8 @@ class SmallConsumer(BackwardScores):
             of_slice = self.of_slice(0, stage, p_slice, lse)
             self.probabilities(p, (p, None), of_slice, masking, p_slice)
             self.gemms.gemm_dv(self.acc_dv, p, stage, p_slice)
+        if const_expr(config.stage_in_do):
+            self.release_previous(q_state)
         delta = self.statistics(1, stage)
         warpgroup.wait_group(config.p_slices)
         self.zero_rows(acc_dp, remaining)
@@ -130,12 +142,15 @@ class SmallConsumer(BackwardScores):
             if const_expr(p_slice == config.p_slices - 1):
                 self.store_ds(ds)
             self.gemms.gemm_dk(self.acc_dk, ds, stage, p_slice)
+        if const_expr(config.stage_in_do):
+            warpgroup.wait_group(config.p_slices)  # dV: after the barrier no GEMM reads dO
         self.sync()  # dS' of all warps is stored
         acc_dq = self.dq_accumulator()
         self.gemms.gemm_dq_chunk(acc_dq, 0, k_state.index)
         warpgroup.wait_group(1)  # the GEMMs have read P' and dS'
         self.q_pipe.consumer_release(q_state)
-        self.do_pipe.consumer_release(q_state)
+        if const_expr(not config.stage_in_do):
+            self.do_pipe.consumer_release(q_state)
         following = q_state.clone()
         following.advance()
         if const_expr(not last):
@@ -143,15 +158,24 @@ class SmallConsumer(BackwardScores):
             self.acc_s.fill(0.0)  # frees its registers: the old content is dead
             self.gemms.gemm_s(self.acc_s, k_state.index, following.index)
         warpgroup.wait_group(0 if const_expr(last) else 1)
-        self.add_chunk(acc_dq, place, 0)
+        self.add_chunk(acc_dq, place, 0, stage)
         for chunk in cutlass.range_constexpr(1, config.head_dim // config.small_dq_columns):
             rest = self.dq_accumulator()
             self.gemms.gemm_dq_chunk(rest, chunk, k_state.index)
             warpgroup.wait_group(0)
-            self.add_chunk(rest, place, chunk)
+            self.add_chunk(rest, place, chunk, stage)
         # Not later: ptxas would serialize GEMMs in flight across iterations.
         warpgroup.wait_group(0)
         return following
+
+    @cute.jit
+    def release_previous(self, q_state):
+        """Release dO of the step before, once the reductions have read dQ in its place."""
+        cute.arch.cp_async_bulk_wait_group(0, read=True)
+        if q_state.count > 0:
+            index = 1 - q_state.index
+            state = pipeline.PipelineState(2, q_state.count, index, q_state.phase)
+            self.do_pipe.consumer_release(state)
 
     @cute.jit
     def read_tiles(self, stage):
@@ -223,29 +247,62 @@ class SmallConsumer(BackwardScores):
     def sums_of(self, batch, block, head):
         """Where the warp adds its rows of dQ.
 
-        Whether there is a tile, the thread's address, the pointer to the state of the tile of 64
-        queries, the state, and the slice of 16 rows.
+        Whether there is a tile, the address of the rows' first half of the columns, the pointer to
+        the state of the tile of 64 queries, the state, and the slice of 16 rows.
         """
         size, warp_idx = self.config.tiles_per_step, self.thread // 32
         there, block = block >= 0, cutlass.max(block, Int32(0))
         coord = (batch, head, 2 * (block // size))
         slot = block % size * (4 // size) + warp_idx % (4 // size)
-        lane = cute.arch.lane_idx()
-        address = sum_address(self.dq_sum, coord) + 16 * (32 * slot + lane)
+        address = sum_address(self.dq_sum, coord) + self.config.dq_chunk * slot  # of 4 slices
         done = self.done.iterator + cute.crd2idx(coord, self.done.layout)
         return there, address, done, load_relaxed(done), slot
 
     @cute.jit
-    def add_chunk(self, acc, place, chunk: cutlass.Constexpr):
+    def add_chunk(self, acc, place, chunk: cutlass.Constexpr, stage):
         """Add a chunk of dQ to the sums, or store it if the warp is the first at its rows."""
-        there, address, done, found, slot = place
+        config, (there, address, done, found, slot) = self.config, place
+        rounds = config.small_dq_columns // config.staged_columns
         if there:
             begun, first = Int32(1) << (4 * chunk + slot), Int32(0)
             if (found & begun << 16) == 0:
                 first = self.claim_rows(done, begun)
-            self.add(acc, address + chunk * (self.config.small_dq_columns * 256), first)
+            cute.arch.fence_proxy("async.global")
+            for i in cutlass.range_constexpr(rounds):
+                self.add_columns(acc, i, address, chunk * rounds + i, stage, first)
             if first != 0:
-                self.mark_stored(done, begun)
+                self.publish_rows(done, begun)
+
+    @cute.jit
+    def add_columns(self, acc, i: cutlass.Constexpr, address, nth: cutlass.Constexpr, stage, first):
+        """Add or store `staged_columns` of the warp's rows: the i-th of the accumulator, the nth of
+        the tile.
+        """
+        config = self.config
+        self.wait_for_buffer(nth)
+        index = stage if const_expr(config.stage_in_do) else 0
+        buffer = self.sdQ[None, None, None, nth % config.buffers, self.thread // 32, index]
+        goal = buffer[None, cute.arch.lane_idx(), None]
+        source = cute.make_tensor(acc.iterator + i * cute.size(goal), goal.shape)
+        cute.autovec_copy(source, goal)
+        cute.arch.fence_view_async_shared()
+        cute.arch.sync_warp()
+        # A half of the columns is a chunk of the sums.
+        half, part = divmod(nth, config.head_dim // 2 // config.staged_columns)
+        size = 64 * config.staged_columns
+        found = Int32(READY) if first == 0 else Int32(FREE)
+        sums = address + (half * 4 * config.dq_chunk + part * size)
+        self.bulk(sums, buffer.iterator, size, found)
+
+    @cute.jit
+    def wait_for_buffer(self, nth: cutlass.Constexpr):
+        """Wait until the reduction before has read the buffer of the nth columns of a tile."""
+        buffers = self.config.buffers
+        if const_expr(nth >= buffers or (nth == 0 and not self.config.stage_in_do)):
+            # All reductions of the tile before must have read theirs, of this one all but the last.
+            pending = buffers - 1 if const_expr(nth > 0) else 0
+            cute.arch.cp_async_bulk_wait_group(pending, read=True)
+            cute.arch.sync_warp()
 
     @cute.jit
     def finish(self, work_tile):

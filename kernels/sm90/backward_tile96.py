@@ -206,15 +206,7 @@ class Tile96Storer(BackwardStorer):
         cute.arch.cp_async_bulk_wait_group(0, read=True)
         self.release()
         if first != 0:
-            self.publish(done, begun)
-
-    @cute.jit
-    def publish(self, done, begun):
-        """Mark the columns once their first addend is visible."""
-        cute.arch.cp_async_bulk_wait_group(0)
-        if cute.arch.lane_idx() == 0:  # the lane that issued the store
-            cute.arch.fence_proxy("async.global")
-            cute.arch.atomic_or(done, begun << 16, sem="release", scope="gpu")
+            self.publish_rows(done, begun)
 
     @cute.jit
     def release(self):

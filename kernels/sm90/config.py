@@ -138,13 +138,19 @@ _TILE80 = {128: BackwardConfig(_ANY, 128, tile_m=80, dq=True, p_slices=5)}
 
 
 def _small_dq(
-    head_dim: int, kv_stages: tuple[int, int], held: int, p_slices: int
+    head_dim: int,
+    kv_stages: tuple[int, int],
+    held: int,
+    p_slices: int,
+    staging: tuple[int, int],
+    **options: Any,
 ) -> BackwardConfig:
     """A config for layouts of small blocks: tiles of 64 keys and 64 queries.
 
     held: Columns of K and V in registers.
+    staging: Buffers of dQ of each warp, and columns in each.
     """
-    k_stages, v_stages = kv_stages
+    (k_stages, v_stages), (buffers, staged_columns) = kv_stages, staging
     return BackwardConfig(
         *(_ANY, head_dim, 64, True, 64),
         k_stages=k_stages,
@@ -154,15 +160,19 @@ def _small_dq(
         v_in_registers=held,
         p_slices=p_slices,
         small=True,
+        buffers=buffers,
+        staged_columns=staged_columns,
         resident_ctas=2,
+        **options,
     )
 
 
+# At head_dim 128 only 6 KiB are left for buffers of dQ.
 _SMALL_DQ = {
-    32: _small_dq(32, (2, 2), 32, 1),
-    64: _small_dq(64, (2, 2), 64, 1),
-    96: _small_dq(96, (2, 1), 0, 2),
-    128: _small_dq(128, (1, 1), 0, 1),
+    32: _small_dq(32, (2, 2), 32, 1, (2, 16)),
+    64: _small_dq(64, (2, 2), 64, 1, (2, 32)),
+    96: _small_dq(96, (2, 1), 0, 2, (3, 24)),
+    128: _small_dq(128, (1, 1), 0, 1, (1, 64), stage_in_do=True),
 }
 _GATHERED_DQ = {
     size: replace(config, tiles_per_step=2, p_slices=2 if size == 128 else config.p_slices)

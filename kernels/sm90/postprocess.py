@@ -58,6 +58,7 @@ class Postprocess:
         The sums are in accumulator order: four elements of each thread, then the next four of each.
         The first four of lane t of the slice's warp are two adjacent ones in row t / 4, columns
         2 (t % 4) and 2 (t % 4) + 1, and two in row t / 4 + 8; the next four are 8 columns further.
+        All slices of 8 columns are neighbors, or with `small` all columns of a slice.
         """
         config, (batch, head, chunk) = self.config, coord
         lane = cute.arch.lane_idx()
@@ -69,9 +70,13 @@ class Postprocess:
             column += nth * ROWS
         else:
             row += nth * ROWS
-        start = sum_address(dq_sum, coord) + 16 * (nth * 32 + lane)
-        numbers = [read_four(start + 2048 * i) for i in range(config.dq_tile[1] // 8)]
-        # One state for both chunks in kernels that add dQ from registers.
+        pieces = config.dq_tile[1] // 8
+        offset, stride = 16 * (nth * 32 + lane), 512 * SLICES
+        if const_expr(config.small):
+            offset, stride = 16 * (nth * 32 * pieces + lane), 512
+        start = sum_address(dq_sum, coord) + offset
+        numbers = [read_four(start + stride * i) for i in range(pieces)]
+        # One state for both chunks where each part of a tile has a bit of it.
         state = chunk // 2 * 2 if const_expr(config.one_state) else chunk
         there = Int32(0) if done[batch, head, state] == FREE else Int32(-1)
         if const_expr(config.small):  # a bit for each slice: a step may have half of the tile

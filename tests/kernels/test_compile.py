@@ -103,8 +103,10 @@ def check_small(config, sass):
     hgmma = len(re.findall(r"\bHGMMA\.", sass))
     assert hgmma == 2 * scores + 2 * (scores + 2 * keys + chunks * queries)
     assert len(re.findall(r"MUFU\.EX2", sass)) == 2 * config.tile_m // 2
-    adds = re.findall(r"\bREDG?\.E\.ADD\.F32x4", sass)
-    assert len(adds) == 2 * config.head_dim // 8
+    assert not re.findall(r"\bREDG?\.E\.ADD\.F32x4", sass)  # dQ goes through shared memory
+    adds = re.findall(r"\bUBLKRED\.\S*ADD\.F32", sass)
+    assert len(adds) == 2 * config.head_dim // config.staged_columns
+    assert len(re.findall(r"\bSTS\.128", sass)) >= 2 * config.head_dim // 8
 
 
 def check_tile96(config, sass):
