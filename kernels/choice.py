@@ -99,12 +99,13 @@ def cover(layout: BlockLayout, tile: tuple[int, int]) -> int:
         for n, block, t in zip((layout.q_len, layout.kv_len), layout.block, tile, strict=True)
     ]
     (height, top, bottom, down), (width, left, right, across) = sizes
-    rows, cols = numbers(layout.tile_rows), numbers(layout.col_indices)
-    if layout.num_patterns > 1:
-        before = blockwise.arange(layout.num_patterns, rows)[:, None] * height
-        top, bottom = ((x + before).reshape(-1) for x in (top, bottom))
-    top, left = take(top * width, rows), take(left, cols)
-    bottom = take(bottom * width, rows) if down > 1 else top
+    starts, cols = numbers(layout.crow_indices), numbers(layout.col_indices)
+    counts = (starts[:, 1:] - starts[:, :-1]).reshape(-1)
+    before = blockwise.arange(layout.num_patterns, starts)[:, None] * height
+    top, bottom = (((x + before) * width).reshape(-1) for x in (top, bottom))
+    top = blockwise.spread(top, counts)
+    left = cols if tile[1] == layout.block[1] else take(left, cols)
+    bottom = blockwise.spread(bottom, counts) if down > 1 else top
     right = take(right, cols) if across > 1 else left
     size = layout.num_patterns * height * width
     touched = [
@@ -114,7 +115,7 @@ def cover(layout: BlockLayout, tile: tuple[int, int]) -> int:
     ]
     if size > _GRID:
         return len(torch.cat([tensor(x) for x in touched]).unique())
-    seen = blockwise.zeros((size,), rows, "bool")
+    seen = blockwise.zeros((size,), cols, "bool")
     for tiles in touched:
         seen[tiles] = True
     return host.count(tensor(seen))
@@ -123,9 +124,10 @@ def cover(layout: BlockLayout, tile: tuple[int, int]) -> int:
 def _cover_of_table(layout: BlockLayout, tile: tuple[int, int]) -> int:
     """As `cover`, from a table of all blocks."""
     shape = layout.num_patterns, layout.num_block_rows, layout.num_block_cols
-    place = numbers(layout.tile_rows)
-    place *= shape[2]
-    place += numbers(layout.col_indices)
+    starts = numbers(layout.crow_indices)
+    counts = (starts[:, 1:] - starts[:, :-1]).reshape(-1)
+    place = blockwise.spread(shape[2] * blockwise.arange(len(counts), starts), counts)
+    place += numbers(layout.col_indices)  # in place: new memory takes as long as arithmetic
     stored = blockwise.zeros((math.prod(shape),), place, "bool")
     stored[place] = True
     stored = stored.reshape(shape)
@@ -140,6 +142,9 @@ def _cover_of_table(layout: BlockLayout, tile: tuple[int, int]) -> int:
 
 def _touched(length: int, block: int, tile: int, like: Numbers) -> tuple[Numbers, Numbers, int]:
     """The first and the last tile that each block touches, and the largest number of them."""
+    if block == tile:
+        first = blockwise.arange(-(-length // block), like)
+        return first, first, 1
     first = blockwise.arange(-(-length // block), like) * block
     last = minimum(first + (block - 1), length - 1) // tile
     most = (block - math.gcd(block, tile) + 2 * tile - 1) // tile

@@ -15,7 +15,8 @@ from sparse_flash.kernels.data_bits import fragments
 from sparse_flash.kernels.data_recipes import Lines, ScheduleSizes
 from sparse_flash.kernels.data_schedules import MakeSchedule, schedule_by_kernels
 from sparse_flash.kernels.device import DeviceFacts
-from sparse_flash.kernels.schedule import EVEN, WORK_FIELDS, CostModel, Schedule, group_count
+from sparse_flash.kernels.head_groups import group_count
+from sparse_flash.kernels.schedule import EVEN, WORK_FIELDS, CostModel, Schedule
 from sparse_flash.masks.device_layout import DeviceLayout
 from sparse_flash.masks.device_tiles import DeviceTiles
 from torch import Tensor
@@ -344,7 +345,7 @@ def _order(
     sizes: ScheduleSizes,
     costs: CostModel,
 ) -> Tensor:
-    """The order of the items, as `schedule._longest_first`; items that do not exist come last.
+    """The order of the items, as `head_groups.longest_first`; items that do not exist come last.
 
     limits: Work of a CTA, and the largest cost of an item.
     """

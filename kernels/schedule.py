@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from sparse_flash.kernels.device import DeviceFacts
 from sparse_flash.kernels.fragment import fragment_order
+from sparse_flash.kernels.head_groups import group_count, head_groups, longest_first
 from sparse_flash.masks import blockwise, host
 from sparse_flash.masks.blockwise import (
     Numbers,
-    argsort,
     convert,
     int64,
     maximum,
@@ -52,13 +52,13 @@ class CostModel:
         item: Cost of a work item besides its tiles: loading Q, the first softmax, writing O.
         largest_share: Largest cost of one item, as a fraction of the mean work of a CTA.
         long_item: Cost of an item, in units of the mean item, above which items must be few: they
-            may come before all groups of heads (see `_longest_first`).
+            may come before all groups of heads (see `longest_first`).
         fewest_tiles: Least number of tiles of a part; shorter ones cost more than they balance.
         split: Cost of writing a split and reading it again.
         combine: Cost of launching the kernel that combines parts.
         l2_share: Fraction of the L2 cache for the keys and values of a group of heads; each half
             of the cache may hold a copy.
-        last_l2_share: The same for groups that join the last one (see `_head_groups`).
+        last_l2_share: The same for groups that join the last one (see `head_groups`).
     """
 
     partial_tile: float
@@ -73,9 +73,9 @@ class CostModel:
 
     def rows(self, layout: BlockLayout) -> Numbers:
         """The cost of each block row `(patterns, block rows)`, float32."""
-        partial = blockwise.starts(numbers(layout.bit_tile_indices) != FULL_TILE)
         starts = int64(numbers(layout.crow_indices))
-        before = take(partial, starts)
+        partial = blockwise.nonzero(numbers(layout.bit_tile_indices) != FULL_TILE)
+        before = blockwise.searchsorted(partial, starts)  # partial tiles before each row
         tiles, partials = (x[:, 1:] - x[:, :-1] for x in (starts, before))
         # The kernel walks through an empty row as through one tile.
         cost = maximum(tiles, 1) + (self.partial_tile - 1) * convert(partials, "float64")
@@ -227,66 +227,91 @@ def schedule(
     >>> s.work[0, 4].item(), s.work[-1, 4].item(), s.num_splits, len(s.combine)
     (52, 1, 80, 8)
     """
-    device = layout.device
-    layout = rows_in(on_host(layout, batch * heads, tile), tile)
-    starts = int64(numbers(layout.crow_indices))
+    rows = rows_in(on_host(layout, batch * heads, tile), tile)
+    made = _of_rows(rows, batch, heads, facts, costs, kv_bytes, split_last_wave)
+    return made if layout.device == rows.device else made.to(layout.device)
+
+
+def _of_rows(
+    layout: BlockLayout,
+    batch: int,
+    heads: int,
+    facts: DeviceFacts,
+    costs: CostModel,
+    kv_bytes: int,
+    split_last_wave: bool,
+    kv_len: int | None = None,
+) -> Schedule:
+    """As `schedule`, where the layout's blocks are the tiles. kv_len: Number of keys."""
+    pairs, starts = batch * heads, int64(numbers(layout.crow_indices))
     owners = int64(numbers(layout.pattern_map.expand(batch, heads))).reshape(-1)  # of pairs
+    begin, tiles, cost = starts[:, :-1], starts[:, 1:] - starts[:, :-1], costs.rows(layout)
     # Of (batch, head, row) triples, as all that follows.
-    begin, end = (take(x, owners).reshape(-1) for x in (starts[:, :-1], starts[:, 1:]))
-    tiles, cost = end - begin, take(costs.rows(layout), owners).reshape(-1)
+    begin, tiles, cost = (
+        take(x, owners).reshape(-1)
+        for x in (where(tiles > 0, begin, layout.num_tiles), tiles, cost)
+    )
     share = cost.sum() / facts.num_sms
     parts = costs.parts(tiles, cost, share)
     if split_last_wave:
         _split_last(parts, tiles, cost, facts.num_sms, costs)
-    shape = (heads, layout.num_block_rows)
     row = blockwise.repeat(parts)
-    first, count, part = _items(row, parts, tiles, begin)
-    first = where(count > 0, first, layout.num_tiles)
-    item_cost = take(cost, row) * maximum(count, 1) / maximum(take(tiles, row), 1)
+    records = _records((batch, heads, layout.num_block_rows), begin, tiles)
+    work, item_cost, combine = take(records, row), convert(take(cost, row), "float64"), records[:0]
+    num_splits = len(row) - len(parts)
+    if num_splits:
+        combine = _split(work, item_cost, row, parts, records)
+        num_splits += len(combine)
     long = costs.long_item * share * facts.num_sms / len(row)
     longest = cost.max() if len(cost) else share
     common = minimum(minimum(longest, costs.limit(share)), long)
-    groups, left = _head_groups(
-        batch * heads, group_count(batch * heads, kv_bytes, facts, costs), share, common, parts
-    )
-    pair = row // shape[1]
-    order = _longest_first(item_cost, take(groups, pair), take(left, pair), long)
-    in_parts = where(parts > 1, parts, 0)
-    combined, splits = blockwise.nonzero(in_parts), blockwise.starts(in_parts)
-    combine = (combined, shape, take(splits, combined), take(parts, combined))
-    made = Schedule(
-        counts=torch.tensor([len(row), len(combined)], dtype=torch.int32, device=layout.device),
-        work=tensor(take(_records(row, shape, first, count, part), order)),
+    count = group_count(pairs, kv_bytes, facts, costs)
+    groups, left = head_groups(pairs, count, share, common, parts)
+    pair = row // layout.num_block_rows
+    late = item_cost > take(maximum(left, long), pair)
+    order = longest_first(item_cost, take(groups, pair), late)
+    lens = layout.kv_len if kv_len is None else kv_len
+    return Schedule(
+        counts=tensor(blockwise.int32([len(row), len(combine)], row)),
+        work=tensor(take(work, order)),
         tiles=_tiles(layout),
         bits=_with_spares(fragment_order(layout.bit_tiles)),
         num_bit_tiles=layout.num_bit_tiles,
-        combine=tensor(_records(*combine)),
-        kv_lens=torch.full((batch,), layout.kv_len, dtype=torch.int32, device=layout.device),
-        num_splits=int(splits[-1]),
+        combine=tensor(combine),
+        kv_lens=tensor(blockwise.int32([lens] * batch, row)),
+        num_splits=num_splits,
         num_ctas=min(len(row), facts.num_sms),
-        tile=tile,
+        tile=layout.block,
     )
-    return made if device == layout.device else made.to(device)
 
 
-def _items(
-    row: Numbers, parts: Numbers, tiles: Numbers, begin: Numbers
-) -> tuple[Numbers, Numbers, Numbers]:
-    """First tile and number of tiles of each item, and its number among all parts, or -1.
+def _split(work: Numbers, cost: Numbers, row: Numbers, parts: Numbers, records: Numbers) -> Numbers:
+    """Give each part of a row its share of the tiles and of the cost, in place.
 
     Args:
+        work: Records of the items, of which all parts of a row have that of the whole row.
+        cost: Their costs, likewise.
         row: The row of each item.
         parts: Number of parts of each row.
-        tiles: Number of tiles of each row.
-        begin: First tile of each row.
+        records: Records of the rows.
+
+    Returns:
+        Records of the split rows, for `Schedule.combine`.
     """
-    of, length = take(parts, row), take(tiles, row)
-    nth = blockwise.arange(len(row), row) - take(blockwise.starts(parts), row)
+    of = take(parts, row)
+    some = blockwise.nonzero(of > 1)
+    of, row = take(of, some), take(row, some)
+    part, length = blockwise.arange(len(some), row), int64(take(work[:, 4], some))
+    nth = some - take(blockwise.starts(parts), row)
     # Quotients of floats are exact below 2^53, and take a tenth of the time of `//`.
     start, stop = (int64(convert(length * n, "float64") / of) for n in (nth, nth + 1))
-    split = of > 1
-    part = where(split, split.cumsum(0) - 1, -1)
-    return take(begin, row) + start, stop - start, part
+    cost[some] = take(cost, some) * maximum(stop - start, 1) / maximum(length, 1)
+    for field, value in ((3, take(work[:, 3], some) + start), (4, stop - start), (5, part)):
+        work[some, field] = convert(value, "int32")
+    combined = blockwise.nonzero(parts > 1)
+    combine, parts = take(records, combined), take(parts, combined)
+    combine[:, 3], combine[:, 4], combine[:, 5] = blockwise.starts(parts)[:-1], parts, 0
+    return combine
 
 
 def on_host(
@@ -338,9 +363,17 @@ def backward_schedule(
     device = layout.device
     layout = on_host(layout, batch * heads[0], tile[::-1])
     stacked = stack_heads(rows_in(RowLayout.of_columns(layout), tile), heads[0] // heads[1])
-    plan = schedule(stacked, batch, heads[1], tile, facts, costs, q_bytes, split_last_wave)
-    plan = replace(plan, kv_lens=torch.full_like(plan.kv_lens, layout.kv_len))
-    return plan if device == layout.device else plan.to(device)
+    made = _of_rows(
+        on_host(stacked, batch * heads[1], tile),
+        batch,
+        heads[1],
+        facts,
+        costs,
+        q_bytes,
+        split_last_wave,
+        kv_len=layout.kv_len,
+    )
+    return made if device == made.work.device else made.to(device)
 
 
 def stack_heads(layout: BlockLayout, size: int) -> BlockLayout:
@@ -404,17 +437,21 @@ def _split_last(
 def _with_spares(bits: Tensor) -> Tensor:
     """Space for the bit tiles of other patterns (see `update_`): as many again, to some 2 MiB."""
     spares = min(len(bits) + 16, 1024)
-    return host.cat([bits, host.zeros((spares, *bits.shape[1:]), bits.dtype, bits.device)])
+    made = host.zeros((len(bits) + spares, *bits.shape[1:]), bits.dtype, bits.device)
+    numbers(made)[: len(bits)] = numbers(bits)
+    return made
 
 
-def _records(row: Numbers, sizes: tuple[int, int], *fields: Numbers) -> Numbers:
-    """m_block, head, batch and the fields of each row index: int32 (n, WORK_FIELDS)."""
-    heads, rows = sizes
-    pair = row // rows
-    matrix = blockwise.zeros((len(row), WORK_FIELDS), row)
-    for i, column in enumerate((row - pair * rows, pair % heads, pair // heads, *fields)):
-        matrix[:, i] = column
-    return matrix
+def _records(sizes: tuple[int, int, int], begin: Numbers, tiles: Numbers) -> Numbers:
+    """Items that are whole rows: int32 (batch x heads x rows, WORK_FIELDS)."""
+    batch, heads, rows = sizes
+    matrix = blockwise.zeros((*sizes, WORK_FIELDS), begin)
+    matrix[..., 0] = blockwise.arange(rows, begin)
+    matrix[..., 1] = blockwise.arange(heads, begin)[:, None]
+    matrix[..., 2] = blockwise.arange(batch, begin)[:, None, None]
+    records = matrix.reshape(-1, WORK_FIELDS)
+    records[:, 3], records[:, 4], records[:, 5] = begin, tiles, -1
+    return records
 
 
 def _tiles(layout: BlockLayout) -> Tensor:
@@ -424,53 +461,3 @@ def _tiles(layout: BlockLayout) -> Tensor:
     for i, column in enumerate(columns):
         matrix[:-1, i] = column
     return tensor(matrix)
-
-
-def _longest_first(cost: Numbers, group: Numbers, left: Numbers, long: Any) -> Numbers:
-    """The order of the items: group by group, in each the longest first.
-
-    Long items that would be the last to end if they began with their group come before all groups.
-    They must be few, for they mix the groups, and what these read no longer fits the L2 cache: so
-    they cost more than `long`, much more than most. Shorter ones begin in time, as the last groups
-    are joined (see `_head_groups`).
-    """
-    late = (cost > left) & (cost > long)
-    by_cost = argsort(-cost)
-    return take(by_cost, argsort(take(where(late, -1, group), by_cost)))
-
-
-def group_count(pairs: int, kv_bytes: int, facts: DeviceFacts, costs: CostModel) -> tuple[int, int]:
-    """In how many groups to compute (batch, head) pairs, and the first one that others may join."""
-    size, most = (
-        max(1, int(share * facts.l2_bytes) // max(1, kv_bytes))
-        for share in (costs.l2_share, costs.last_l2_share)
-    )
-    count = -(-pairs // size)
-    first = (pairs - most - 1) * count // max(pairs, 1) + 1
-    return count, max(0, min(first, count - 1))
-
-
-def _head_groups(
-    pairs: int, count: tuple[int, int], share: Any, common: Any, like: Numbers
-) -> tuple[Numbers, Numbers]:
-    """The group of each (batch, head) pair, and the work that a CTA has left when it begins.
-
-    A group must not begin with less work left than its common long items take, for which CTAs
-    would wait in the end: such groups join the last one before them, as long as the L2 cache can
-    hold their keys and values.
-
-    Args:
-        pairs: Number of pairs.
-        count: Of `group_count`.
-        share: Work of a CTA.
-        common: Cost of an item of which a group may have many.
-        like: Numbers of the kind to return.
-
-    Returns:
-        Groups `(pairs,)`, int16 if possible: numpy sorts them by radix. Work left `(pairs,)`.
-    """
-    number, first = count
-    groups = blockwise.arange(pairs, like) * number // pairs  # of equal size, or nearly
-    groups = minimum(groups, maximum(int64(number * (1 - common / share)), first))
-    groups = convert(groups, "int16") if pairs < 1 << 15 else groups
-    return groups, share * (number - groups) / number

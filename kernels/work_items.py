@@ -29,8 +29,8 @@ class WorkItems:
     """The kernel for all layouts. A warp writes the items of a row.
 
     The rank of an item is the number of items that come before it (sorting by counting). Heads
-    are computed in groups, of which the last are joined as in `schedule._head_groups`. So only the
-    rows of its own group need to be compared, unless some are so long that they come before all.
+    are computed in groups, of which the last are joined as in head_groups.py. So only the rows of
+    its own group need to be compared, unless some are so long that they come before all.
 
     begins, tiles, partials: First tile, tiles, and partial tiles of each line, int32 (lines,).
     work, combine: As of a `Schedule`.

@@ -59,6 +59,13 @@ def full(like: Numbers, value: int) -> Numbers:
     return np.full(like.shape, value, np.int64)
 
 
+def int32(values: list[int], like: Numbers) -> Numbers:
+    """A few numbers as int32."""
+    if isinstance(like, Tensor):
+        return torch.tensor(values, dtype=torch.int32, device=like.device)
+    return np.array(values, np.int32)
+
+
 def states(like: Numbers, value: int) -> Numbers:
     """The same int8 for each block."""
     if isinstance(like, Tensor):
@@ -144,6 +151,13 @@ def repeat(counts: Numbers) -> Numbers:
     return np.repeat(np.arange(len(counts)), counts)
 
 
+def spread(values: Numbers, counts: Numbers) -> Numbers:
+    """Each value as often as its count."""
+    if isinstance(values, Tensor):
+        return torch.repeat_interleave(values, counts)
+    return values.repeat(counts)
+
+
 def starts(counts: Numbers) -> Numbers:
     """Where runs of such lengths begin, and where the last one ends: one more, int64."""
     if isinstance(counts, Tensor):
@@ -156,6 +170,13 @@ def starts(counts: Numbers) -> Numbers:
 def nonzero(truth: Numbers) -> Numbers:
     """Indices where a truth `(n,)` holds, int64."""
     return truth.nonzero().squeeze(1) if isinstance(truth, Tensor) else np.flatnonzero(truth)
+
+
+def searchsorted(ascending: Numbers, x: Numbers) -> Numbers:
+    """How many of the ascending numbers are below each of `x`, int64."""
+    if isinstance(x, Tensor):
+        return torch.searchsorted(ascending, x)
+    return np.searchsorted(ascending, x)
 
 
 def argsort(x: Numbers) -> Numbers:

@@ -39,6 +39,8 @@ def retile(layout: BlockLayout, block: tuple[int, int]) -> BlockLayout:
 @plain_torch()
 def rows_in(layout: BlockLayout, block: tuple[int, int]) -> BlockLayout:
     """As `retile`. The result may have no transpose."""
+    if block == layout.block:
+        return layout
     return _retiled(layout, block, RowLayout)
 
 

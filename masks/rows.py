@@ -22,7 +22,7 @@ class RowLayout(BlockLayout):
         arrays = (
             layout.ccol_indices,
             layout.row_indices,
-            host.take(layout.bit_tile_indices, layout.transpose_order.long()),
+            host.take(layout.bit_tile_indices, layout.transpose_order),
             bits.transposed(layout.bit_tiles, layout.block[1]),
             layout.pattern_map,
         )
