@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sparse_flash.masks import bits, host
+from sparse_flash.masks import bits, blockwise, host
+from sparse_flash.masks.blockwise import argsort, int64, numbers, take, tensor, where
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -55,48 +56,41 @@ def arrays_of_tiles(
 
 def transposed(layout: BlockLayout) -> tuple[Tensor, Tensor, Tensor]:
     """ccol_indices, row_indices and transpose_order of a layout, from its rows."""
-    rows, nk, nq = layout.tile_rows, layout.num_block_cols, layout.num_block_rows
-    patterns, device, cols = layout.num_patterns, rows.device, layout.col_indices
-    if patterns > 1:
-        pattern, rows = host.divided(rows, nq)
-        cols = cols + pattern * nk
+    nk, nq, patterns = layout.num_block_cols, layout.num_block_rows, layout.num_patterns
+    crow, cols, device = layout.crow_indices, layout.col_indices, layout.device
     if device.type == "cpu" and patterns * nk <= _RADIX:
-        starts, rows, order = _by_columns(rows.numpy(), cols.numpy(), (patterns * nk, nq))
-    else:
-        number = host.arange(len(rows), device)
-        _, rows, order, starts = _in_order(host.int64(cols), rows, number, (patterns * nk, nq))
-    if patterns == 1:
-        return host.int32(starts)[None], host.int32(rows), host.int32(order)
+        ccol, rows, order = map(torch.from_numpy, _by_columns(crow.numpy(), cols.numpy(), (nq, nk)))
+        return ccol, rows, order
+    pattern, rows = host.divided(layout.tile_rows, nq)
+    cols, number = host.int64(cols) + pattern * nk, host.arange(len(rows), device)
+    _, rows, order, starts = _in_order(cols, rows, number, (patterns * nk, nq))
     cells = torch.arange(patterns, device=device)[:, None] * nk
     cells = cells + torch.arange(nk + 1, device=device)
     return host.int32(host.take(starts, cells)), host.int32(rows), host.int32(order)
 
 
 def _by_columns(
-    rows: NDArray[np.int64], cols: NDArray[Any], grid: tuple[int, int]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Tiles that are in the order of their rows, in the order of their columns.
-
-    Args:
-        rows: Their rows.
-        cols: Their stacked columns.
-        grid: Numbers of stacked columns and of rows.
-
-    Returns:
-        The first tile of each column and the end of the last; rows and numbers of tiles, in order.
-    """
-    counts = np.bincount(cols, minlength=grid[0])
-    size = grid[0] * grid[1]
-    order: NDArray[Any]
+    crow: NDArray[np.int32], cols: NDArray[Any], grid: tuple[int, int]
+) -> list[NDArray[np.int32]]:
+    """As `transposed`, from crow_indices, col_indices, and the numbers of rows and of columns."""
+    patterns, (nq, nk) = len(crow), grid
+    rows = np.tile(np.arange(nq, dtype=np.int32), patterns).repeat(np.diff(crow).reshape(-1))
+    if patterns > 1:  # stacked columns
+        cols = cols + np.arange(0, patterns * nk, nk).repeat(crow[:, -1] - crow[:, 0])
+    ends = np.bincount(cols, minlength=patterns * nk).cumsum().reshape(patterns, nk)
+    ccol = np.zeros((patterns, nk + 1), np.int32)
+    ccol[:, 1:], ccol[1:, 0] = ends, ends[:-1, -1]
+    size, order = patterns * nk * nq, np.arange(len(cols), dtype=np.int32)
     if len(cols) <= host.MOST or size > 8 * len(cols) + _SMALL:
-        order = np.argsort(cols.astype(np.uint16), kind="stable")  # radix sort
-    else:  # a table takes less time
-        table, place = np.full(size, -1, np.int32), np.multiply(cols, grid[1], dtype=np.int64)
-        place += rows
-        table[place] = np.arange(len(cols), dtype=np.int32)
-        order = table[table >= 0]
-    starts = np.concatenate([[0], counts.cumsum()])
-    return torch.from_numpy(starts), torch.from_numpy(rows.take(order)), torch.from_numpy(order)
+        by_column = np.argsort(cols.astype(np.uint16), kind="stable")  # radix sort
+        return [ccol, rows.take(by_column), order.take(by_column)]
+    width = nq + 8  # columns that are powers of two apart would share few sets of the cache
+    place = np.multiply(cols, width, dtype=np.int64)
+    place += rows
+    table = np.full(patterns * nk * width, -1, np.int32)
+    table[place] = order  # takes less time than sorting
+    order = table[table >= 0]
+    return [ccol, rows.take(order), order]
 
 
 def _in_order(
@@ -142,24 +136,26 @@ def dtype_of(num_bit_tiles: int) -> type[np.int16 | np.int32]:
 def numbered(packed: Tensor, areas: Tensor) -> tuple[Tensor, Tensor]:
     """The index of each tile among the distinct ones, EMPTY_TILE or FULL_TILE; the distinct."""
     distinct, twin = bits.deduplicate(packed)
-    allowed = host.take(bits.count(distinct), twin)
-    found = torch.where(allowed == areas, FULL_TILE, twin)
-    return torch.where(allowed == 0, EMPTY_TILE, found), distinct
+    allowed = numbers(host.take(bits.count(distinct), twin))
+    found = where(allowed == numbers(areas), FULL_TILE, numbers(twin))
+    return tensor(where(allowed == 0, EMPTY_TILE, found)), distinct
 
 
 def renumber(packed: Tensor, entries: Tensor, are_distinct: bool) -> tuple[Tensor, Tensor]:
     """Keep the distinct bit tiles in use, in the order of first use."""
-    partial = host.positions(entries, 0)
-    index = host.take(entries, partial)
-    if not len(index):
-        return packed[:0], entries
-    if are_distinct and len(index) == len(packed) and bool((index[1:] > index[:-1]).all()):
-        return packed, entries  # each tile has its own, in this order
-    used, index = host.unique(index, len(packed))
-    distinct = packed if len(used) == len(packed) else host.take(packed, used)
+    entry = numbers(entries)
+    partial = blockwise.nonzero(entry >= 0)
+    index = int64(take(entry, partial))
     if not are_distinct:
-        distinct, twin = bits.deduplicate(distinct)
-        index = host.take(twin, index)
-    order = host.argsort(host.firsts(index, len(distinct)))
-    host.put(entries, partial, host.take(bits.inverse(order), index))
-    return host.take(distinct, order), entries
+        packed, twin = bits.deduplicate(packed)
+        index = take(numbers(twin), index)
+    first = numbers(host.firsts(tensor(index), len(packed)))
+    used = blockwise.nonzero(first < len(index))
+    order = take(used, argsort(take(first, used)))
+    if are_distinct and len(order) == len(packed) and bool((order[1:] > order[:-1]).all()):
+        return packed, entries
+    first[order] = blockwise.arange(len(order), order)  # the number of each
+    if len(index) == len(entry):  # all are partial
+        return host.take(packed, tensor(order)), tensor(take(first, index))
+    entry[partial] = take(first, index)
+    return host.take(packed, tensor(order)), entries

@@ -29,13 +29,22 @@ def pack(tiles: Tensor) -> Tensor:
     tensor([[[5, 1]]], dtype=torch.uint8)
     """
     if tiles.device.type == "cpu":
-        array = np.ascontiguousarray(tiles.numpy())
-        return torch.from_numpy(np.packbits(array, axis=-1, bitorder="little"))
+        return torch.from_numpy(pack_arrays(tiles.numpy()))
     n, rows, cols = tiles.shape
     padded = tiles.new_zeros(n, rows, -(-cols // 8) * 8)
     padded[..., :cols] = tiles
     words = padded.view(torch.int64)
     return ((words * _GATHER) >> 56).to(torch.uint8)
+
+
+def pack_arrays(tiles: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    """As `pack`, of any shape."""
+    tiles = np.ascontiguousarray(tiles)
+    *shape, width = tiles.shape
+    if width % 8:
+        return np.packbits(tiles, axis=-1, bitorder="little")
+    # All at once: along an axis it would take several times as long.
+    return np.packbits(tiles.reshape(-1), bitorder="little").reshape(*shape, width // 8)
 
 
 def unpack(packed: Tensor, block_kv: int) -> Tensor:
@@ -108,7 +117,7 @@ def deduplicate(packed: Tensor) -> tuple[Tensor, Tensor]:
     >>> len(distinct), torch.equal(distinct[index], tiles)
     (2, True)
     """
-    flat = packed.reshape(len(packed), packed.shape[1] * packed.shape[2])
+    flat = host.reshaped(packed, (len(packed), packed.shape[1] * packed.shape[2]))
     rest = -flat.shape[1] % 8
     words = (pad(flat, (0, rest)) if rest else flat.contiguous()).view(torch.int64)
     first, index = distinct_rows(words)
@@ -147,9 +156,15 @@ def distinct_rows(words: Tensor) -> tuple[Tensor, Tensor]:
 
 def _by_content(words: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
     """As `distinct_rows`, for a few rows."""
-    first: dict[bytes, int] = {}
-    twin = np.array([first.setdefault(row.tobytes(), i) for i, row in enumerate(words)])
-    return _of_twins(twin)
+    first: dict[Any, int] = {}
+    hashes = words @ _factors(words.shape[1], 0).numpy()
+    twin = [first.setdefault(row, i) for i, row in enumerate(hashes.tolist())]
+    if len(first) < len(twin) and not np.array_equal(words.take(twin, axis=0), words):
+        first.clear()  # two rows have the same hash
+        twin = [first.setdefault(row.tobytes(), i) for i, row in enumerate(words)]
+    number = {i: n for n, i in enumerate(first.values())}
+    index = np.array([number[i] for i in twin], np.int64)
+    return torch.from_numpy(np.array(list(first.values()), np.int64)), torch.from_numpy(index)
 
 
 def _by_buckets(words: NDArray[np.int64]) -> tuple[Tensor, Tensor] | None:
@@ -157,14 +172,19 @@ def _by_buckets(words: NDArray[np.int64]) -> tuple[Tensor, Tensor] | None:
 
     All rows in a bucket of hashes must agree with the first of them.
     """
-    if len(_by_content(words[:_FEW])[0]) > _FEW // 2:
+    factors = _factors(words.shape[1], 0).numpy()
+    if len(set((words[:_FEW] @ factors).tolist())) > _FEW // 2:
         return None
     columns = np.ascontiguousarray(words.T)
-    bucket = (_factors(len(columns), 0).numpy() @ columns >> 32) & (_BUCKETS - 1)
+    bucket = np.zeros(len(words), np.int64)
+    for column, factor in zip(columns, factors, strict=True):
+        bucket += column * factor  # several times as fast as a product of matrices
+    bucket >>= 32
+    bucket &= _BUCKETS - 1
     first = np.empty(_BUCKETS, np.int64)
     first[bucket[::-1]] = np.arange(len(words))[::-1]  # the last assignment counts
     twin = first.take(bucket)
-    if any(not np.array_equal(column.take(twin), column) for column in columns):
+    if any(not (column.take(twin) == column).all() for column in columns):
         return None
     return _of_twins(twin)
 

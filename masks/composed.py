@@ -122,7 +122,7 @@ def evaluated(leaf: Any, tiles: Tiles) -> Bits:
         kv = np.minimum(some.cols[:, None] * block_kv + np.arange(block_kv), kv_len - 1)
         truth = leaf.allowed(q[:, :, None], kv[:, None])
         truth = np.broadcast_to(truth, (len(q), block_q, block_kv))
-        found[start : start + step] = np.packbits(truth, axis=2, bitorder="little")
+        found[start : start + step] = bits.pack_arrays(truth)
     return found
 
 

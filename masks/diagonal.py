@@ -58,18 +58,16 @@ def _classified(predicate: Any, lengths: Lengths) -> tuple[NDArray[np.int64], ND
 
 def bits_at(predicate: Any, offsets: NDArray[np.int64], block: int) -> NDArray[np.uint8]:
     """The bits of tiles whose first elements are at these distances."""
-    distinct, twin = np.unique(offsets, return_inverse=True)
-    lines = _truth(predicate, distinct, block)
-    packed: NDArray[np.uint8] = _packed(lines, block).numpy()[twin]
-    return packed
+    first, twin = kinds(offsets // block, np.zeros_like(offsets))
+    lines = _truth(predicate, offsets.take(first.numpy()), block)
+    return _packed(lines, block).numpy().take(twin.numpy(), axis=0)
 
 
 def kinds(rows: NDArray[np.int64], cols: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
     """The first tile of each diagonal, and the diagonal of each tile at these block indices."""
     distance = rows - cols
-    least = distance.min(initial=0)
-    distinct, twin = host.unique(tensor(distance - least), int(distance.max(initial=0) - least) + 1)
-    return host.firsts(twin, len(distinct)), twin
+    distance -= distance.min(initial=0)
+    return host.kinds(tensor(distance), int(distance.max(initial=0)) + 1)
 
 
 def _lines(
@@ -103,4 +101,4 @@ def _packed(lines: NDArray[np.bool_], block: int) -> Tensor:
     step, shape = lines.shape[1], (len(lines), block, block)
     backwards = np.ascontiguousarray(lines[:, ::-1])
     tiles = as_strided(backwards[:, block - 1 :], shape, (step, -1, 1))
-    return tensor(np.packbits(np.ascontiguousarray(tiles), axis=2, bitorder="little"))
+    return tensor(bits.pack_arrays(tiles))

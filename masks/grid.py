@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sparse_flash.masks import composed, diagonal, host, undecided
-from sparse_flash.masks.assemble import EMPTY_TILE, dtype_of, renumber
+from sparse_flash.masks import blockwise, composed, diagonal, host, undecided
+from sparse_flash.masks.assemble import EMPTY_TILE, FULL_TILE, dtype_of, renumber
 from sparse_flash.masks.blockwise import numbers, tensor
 from sparse_flash.masks.composed import Tiles
 from sparse_flash.masks.elements import Predicate, TooLargeError
 from sparse_flash.masks.io import Lengths
-from sparse_flash.masks.ternary import UNKNOWN, Blocks, Ternary
+from sparse_flash.masks.ternary import FULL, UNKNOWN, Blocks, Ternary
 from torch import Tensor
 
 _MOST = 1 << 18  # tiles of a table
@@ -40,22 +40,21 @@ def tiles(predicate: Predicate, lengths: Lengths, most: int | None) -> tuple[Tab
     """
     if diagonal.applies(predicate, lengths):
         return diagonal.tiles(predicate, lengths)
-    found, open_, of_leaves = _states(predicate, lengths)
-    if most is not None and np.count_nonzero(found) > most:
+    table, open_, of_leaves = _states(predicate, lengths)
+    if most is not None and np.count_nonzero(table != EMPTY_TILE) + len(open_.rows) > most:
         raise TooLargeError
     index, packed = undecided.evaluate(predicate, open_, of_leaves, most and 256 * most)
-    table = ((found >> 1) + EMPTY_TILE).astype(dtype_of(len(packed)))  # of full tiles FULL_TILE
+    table = table.astype(dtype_of(len(packed)), copy=False)
     table[open_.rows, open_.cols] = index
     return table, packed
 
 
-def _states(
-    predicate: Predicate, lengths: Lengths
-) -> tuple[NDArray[np.int8], Tiles, list[NDArray[np.int8]]]:
-    """EMPTY, UNKNOWN or FULL for each tile: of rectangles first, then within unknown ones.
+def _states(predicate: Predicate, lengths: Lengths) -> tuple[Table, Tiles, list[NDArray[np.int8]]]:
+    """The state of each tile: of rectangles first, then within unknown ones.
 
     Returns:
-        The states; the unknown tiles, and the states of each leaf of the predicate in these.
+        FULL_TILE for full tiles, else EMPTY_TILE; the unknown tiles, and the states of each leaf of
+        the predicate in these.
     """
     leaves, (down, across) = composed.leaves(predicate), _grid(lengths)
     side = _SIDE if down * across > _FEW else 1
@@ -67,22 +66,28 @@ def _states(
     rows, cols = np.divmod(open_, coarse[1])
     of_leaves = [x.reshape(-1).take(open_) for x in of_leaves]
     if side == 1:
-        return states, Tiles(rows, cols, lengths), of_leaves
+        return _entries(states), Tiles(rows, cols, lengths), of_leaves
     parts = [
         _within(leaf, x, rows, cols, lengths) for leaf, x in zip(leaves, of_leaves, strict=True)
     ]
     within = _combined(predicate, parts)
-    table = states.repeat(side, 1).repeat(side, 0)
-    table.reshape(coarse[0], side, coarse[1], side)[rows, :, cols] = within
+    table = _entries(states).repeat(side, 1).repeat(side, 0)
+    table.reshape(coarse[0], side, coarse[1], side)[rows, :, cols] = _entries(within)
     open_ = np.flatnonzero(within == UNKNOWN)
     of_leaves = [x.reshape(-1).take(open_) for x in parts]
-    nth, row, col = np.unravel_index(open_, within.shape)
+    line, col = blockwise.floor_divide(open_, side), blockwise.remainder(open_, side)
+    nth, row = blockwise.floor_divide(line, side), blockwise.remainder(line, side)
     tiles = Tiles(side * rows[nth] + row, side * cols[nth] + col, lengths)
     if down % side or across % side:  # rectangles reach beyond the lengths
         exist = np.flatnonzero((tiles.rows < down) & (tiles.cols < across))
         tiles, of_leaves = tiles[exist], [x[exist] for x in of_leaves]
         table = np.ascontiguousarray(table[:down, :across])
     return table, tiles, of_leaves
+
+
+def _entries(states: NDArray[np.int8]) -> NDArray[np.int16]:
+    """FULL_TILE for FULL, else EMPTY_TILE."""
+    return np.where(states == FULL, np.int16(FULL_TILE), np.int16(EMPTY_TILE))
 
 
 def _combined(predicate: Predicate, of_leaves: list[NDArray[np.int8]]) -> NDArray[np.int8]:
@@ -125,15 +130,13 @@ def _classified(
     """
     if side == 1 and diagonal.applies(predicate, lengths):
         return diagonal.states(predicate, *cells, lengths)
-    first = [np.minimum(x * block, n - 1) for x, block, n in _axes(cells, lengths)]
-    last = [np.minimum((x + side) * block, n) - 1 for x, block, n in _axes(cells, lengths)]
-    blocks = Blocks(first[0], last[0], first[1], last[1], max(lengths[:2]))
-    found = numbers(predicate.classify(blocks))
-    return np.broadcast_to(found, np.broadcast_shapes(cells[0].shape, cells[1].shape))
-
-
-def _axes(cells: tuple[NDArray[Any], NDArray[Any]], lengths: Lengths) -> Any:
-    return zip(cells, lengths[2], lengths[:2], strict=True)
+    q_len, kv_len, (block_q, block_kv) = lengths
+    q, kv = cells[0] * block_q, cells[1] * block_kv
+    q_hi = np.minimum(q + (side * block_q - 1), q_len - 1)
+    kv_hi = np.minimum(kv + (side * block_kv - 1), kv_len - 1)
+    blocks = Blocks(np.minimum(q, q_hi), q_hi, np.minimum(kv, kv_hi), kv_hi, max(q_len, kv_len))
+    found: NDArray[np.int8] = numbers(predicate.classify(blocks))
+    return found
 
 
 def _grid(lengths: Lengths) -> tuple[int, int]:
@@ -188,5 +191,5 @@ def arrays_of_stored(
     bit_tiles = packed if isinstance(packed, Tensor) else host.cat(packed)
     distinct = shared or len(stored) == 1
     bit_tiles, indices = renumber(bit_tiles, host.cat([tensor(x) for x in of_all]), distinct)
-    starts = tensor(np.stack(crow).astype(np.int32))
-    return starts, host.cat([tensor(x) for x in cols]), indices, bit_tiles
+    starts = tensor(np.array(crow, np.int32))
+    return starts, host.cat([tensor(x) for x in cols]), host.int32(indices), bit_tiles

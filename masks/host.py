@@ -15,6 +15,7 @@ from torch import Tensor
 
 MOST = (1 << 15) - 1  # elements of an operation that torch computes in the calling thread
 _MOST_CUDA = 1 << 20
+_SOME = 1 << 14  # elements that are looked at first
 
 
 def pieces(n: int, device: torch.device, each: int = 1) -> Iterator[slice]:
@@ -37,10 +38,13 @@ def cat(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:
-    """`x[index]` for indices of the first dimension, int64 `(n,)`."""
+    """`x[index]` for indices of the first dimension, `(n,)`."""
     if x.device.type != "cpu":
         return x[index]
-    return torch.from_numpy(x.numpy().take(index.numpy(), axis=0))
+    array = x.numpy()
+    if not array.flags.c_contiguous:  # `take` would copy all of it
+        return torch.from_numpy(array[index.numpy()])
+    return torch.from_numpy(array.take(index.numpy(), axis=0))
 
 
 def put(x: Tensor, index: Tensor, values: Tensor) -> None:
@@ -134,14 +138,34 @@ def unique(x: Tensor, end: int | None = None) -> tuple[Tensor, Tensor]:
 
 
 def firsts(index: Tensor, n: int) -> Tensor:
-    """The first position of each of 0..n - 1 in `index`, int64 `(n,)`; all must occur."""
+    """The first position of each of 0..n - 1 in `index`, int64 `(n,)`; `len(index)` if none."""
     if index.device.type != "cpu":
         first = torch.full((n,), len(index), device=index.device)
         every = torch.arange(len(index), device=index.device)
         return first.scatter_reduce_(0, index, every, "amin")
-    found = np.empty(n, np.int64)
-    found[index.numpy()[::-1]] = np.arange(len(index))[::-1]  # the last assignment counts
+    array, found, step = index.numpy(), np.full(n, len(index)), max(_SOME, n)
+    for start in range(0, len(array), step):  # most often, all occur early
+        some = array[start : start + step][::-1]
+        here = np.full(n, len(array))
+        here[some] = np.arange(start + len(some) - 1, start - 1, -1)  # the last assignment counts
+        np.minimum(found, here, out=found)
+        if found.max() < len(array):
+            break
     return torch.from_numpy(found)
+
+
+def kinds(x: Tensor, end: int) -> tuple[Tensor, Tensor]:
+    """The first position of each distinct integer of `x` `(n,)`; for each element, which it is.
+
+    The distinct ones ascend. end: As in `unique`.
+    """
+    if x.device.type != "cpu":
+        distinct, index = unique(x, end)
+        return firsts(index, len(distinct)), index
+    first = firsts(x, end).numpy()
+    occurs = first < len(x)
+    index = torch.from_numpy((occurs.cumsum() - 1).take(x.numpy()))
+    return torch.from_numpy(first[occurs]), index
 
 
 def divided(x: Tensor, n: int) -> tuple[Tensor, Tensor]:

@@ -44,7 +44,7 @@ class _Strips:
 
     def pack_into(self, packed: NDArray[np.uint8], found: NDArray[np.bool_]) -> None:
         """Write the bits of bools `found` to their rectangles, `(n, height, bytes)`."""
-        some = np.packbits(found, axis=2, bitorder="little")
+        some = bits.pack_arrays(found)
         some = some.reshape(*some.shape[:2], self.rectangles.shape[1], packed.shape[2])
         if packed.shape[2] in _WORDS:  # rows of a rectangle as one number each
             some, packed = (x.view(_WORDS[packed.shape[2]]) for x in (some, packed))

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from sparse_flash.masks import bits, grid, host
 from sparse_flash.masks.assemble import EMPTY_TILE, dtype_of, numbered
@@ -93,19 +92,15 @@ def regrid(
 def _codes(layout: BlockLayout, parts: tuple[int, int], dtype: Any) -> Iterator[NDArray[Any]]:
     """A table of the entries of each pattern, with empty tiles below and to the right."""
     shape = layout.num_block_rows + parts[0], layout.num_block_cols + parts[1]
-    rows, cols = layout.tile_rows.numpy(), layout.col_indices.numpy()
+    cols, first = layout.col_indices.numpy(), shape[1] * np.arange(layout.num_block_rows)
     # Assigned in another dtype, they would take several times as long.
     entries = (layout.bit_tile_indices.numpy() + _OFFSET).astype(dtype)
-    crow = layout.crow_indices
-    for pattern, (start, end) in enumerate(
-        zip(crow[:, 0].tolist(), crow[:, -1].tolist(), strict=True)
-    ):
+    for starts in layout.crow_indices.numpy():
+        some = slice(starts[0], starts[-1])
+        place = first.repeat(np.diff(starts))
+        place += cols[some]  # in place: new memory takes as long as arithmetic
         codes = np.zeros(shape, dtype)
-        place = rows[start:end]  # in place: new memory takes as long as arithmetic
-        place -= pattern * layout.num_block_rows
-        place *= shape[1]
-        place += cols[start:end]
-        codes.ravel()[place] = entries[start:end]
+        codes.ravel()[place] = entries[some]
         yield codes
 
 
@@ -146,9 +141,10 @@ def _made(
 ) -> tuple[NDArray[np.int64], Tensor]:
     """Of distinct numbers: the index of their bit tile, EMPTY_TILE or FULL_TILE; the bit tiles."""
     down, across = axes
-    old, width = layout.bit_tiles.numpy(), -(-block[1] // 8)
-    ones = bits.pack(torch.ones(1, *layout.block, dtype=torch.bool)).numpy()
-    old = np.concatenate([np.zeros_like(ones), ones, old])
+    given, width = layout.bit_tiles.numpy(), -(-block[1] // 8)
+    old = np.zeros((_OFFSET + len(given), *given.shape[1:]), np.uint8)
+    old[1] = np.packbits(np.ones(layout.block[1], np.bool_), bitorder="little")
+    old[_OFFSET:] = given
     number, col_kind = np.divmod(number, len(across.sizes))
     number, row_kind = np.divmod(number, len(down.sizes))
     codes = np.empty((len(number), down.parts * across.parts), np.int64)

@@ -64,6 +64,8 @@ def _kinds(leaf: Any, states: NDArray[np.int8], tiles: Tiles) -> tuple[NDArray[n
     code = (states == FULL).astype(np.int64)
     open_ = np.flatnonzero(states == UNKNOWN)
     some = tiles[open_]
+    if not len(open_):
+        return code, some
     if diagonal.applies(leaf, tiles.lengths):
         first, twin = diagonal.kinds(some.rows, some.cols)
     else:
@@ -88,8 +90,7 @@ def _combinations(
     if size > _TABLE:
         first, twin = bits.distinct_rows(tensor(number[:, None]))
     else:
-        distinct, twin = host.unique(tensor(number), size)
-        first = host.firsts(twin, len(distinct))
+        first, twin = host.kinds(tensor(number), size)
     return first.numpy(), twin.numpy()
 
 
