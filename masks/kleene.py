@@ -171,8 +171,8 @@ class Ternary(Symbol):
     def of(
         cls, surely: Numbers, possibly: Numbers, decided_by: Callable[[], Columns] | None = None
     ) -> Ternary:
-        """FULL where `surely`, UNKNOWN where only `possibly`, EMPTY elsewhere."""
-        value = blockwise.int8(surely) + blockwise.int8(surely | possibly)
+        """FULL where `surely` (and `possibly`), UNKNOWN where only `possibly`, EMPTY elsewhere."""
+        value = blockwise.int8(surely) + blockwise.int8(possibly)
         if decided_by is None:
             return cls(value)
         return cls(value, lambda: [value, *decided_by()])  # a column marks undecided leaves by 1

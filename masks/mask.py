@@ -105,7 +105,7 @@ class Mask(Traceable, Rule):
         EMPTY and FULL are certain; UNKNOWN rectangles must be evaluated.
         """
         states = blockwise.tensor(self.allowed(blocks.q, blocks.kv).value)
-        return states.expand(blocks.shape)
+        return states if states.shape == blocks.shape else states.expand(blocks.shape)
 
     def signature(self, blocks: Blocks) -> Tensor | None:
         """A few integers for each rectangle, int64 `(n, k)`; equal ones mean equal elements.

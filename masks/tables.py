@@ -82,16 +82,20 @@ class RangeTable:
             least, most = self._of_tensors(lo, hi)
             return least.long(), most.long()
         level = bit_length(hi - lo + 1) - 1
+        if level.size and level.min() == level.max():
+            return self._of_level(int(level.min()), lo, hi)
         found = np.empty(lo.shape, np.int64), np.empty(lo.shape, np.int64)
-        for k in range(int(level.min()), int(level.max()) + 1) if level.size else ():
+        for k in np.unique(level).tolist():
             at = level == k
-            if not at.any():
-                continue
-            first, second = lo[at], hi[at] + 1 - (1 << k)  # two ranges cover lo..hi
-            low, high = self._level(k)
-            found[0][at] = np.minimum(low.take(first), low.take(second))
-            found[1][at] = np.maximum(high.take(first), high.take(second))
+            found[0][at], found[1][at] = self._of_level(k, lo[at], hi[at])
         return found
+
+    def _of_level(self, k: int, lo: Numbers, hi: Numbers) -> tuple[Numbers, Numbers]:
+        """As `bounds`, of ranges of 2^k to 2^(k + 1) - 1 entries: two of 2^k cover each."""
+        (low, high), second = self._level(k), hi + 1 - (1 << k)
+        least = minimum(take(low, lo), take(low, second))
+        most = maximum(take(high, lo), take(high, second))
+        return blockwise.int64(least), blockwise.int64(most)
 
     def _level(self, k: int) -> tuple[Numbers, Numbers]:
         """Minima and maxima of all ranges of 2^k entries."""

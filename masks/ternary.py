@@ -159,8 +159,9 @@ class Interval(Symbol):
         base, parameters = self._form(modulus)
         if parameters:  # a constant value has none
             constant = self.lo == self.hi
-            base = where(constant, self.lo, base)
-            parameters = [where(constant, _NONE, p) for p in parameters]
+            if not blockwise.is_zero(constant):
+                base = where(constant, self.lo, base)
+                parameters = [where(constant, _NONE, p) for p in parameters]
         self._forms[modulus] = base, parameters
         return base, parameters
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from sparse_flash.masks.arguments import integers
 from sparse_flash.masks.blockwise import bit_length, is_zero, maximum, where
 from sparse_flash.masks.kleene import Columns
@@ -50,14 +52,19 @@ class butterfly(Pattern):
     def allowed(self, q: Index, kv: Index) -> Truth:
         """The block indices differ in at most one bit, below n_factors."""
         i, j = q // self.block, kv // self.block
-        limit = 1 << (62 if self.n_factors is None else min(self.n_factors, 62))
+        limit = None if self.n_factors is None else 1 << min(self.n_factors, 62)
         if isinstance(i, Interval):
             return _classify(i, j, limit)
-        differ = i ^ j
-        return (differ & (differ - 1) == 0) & (differ < limit)
+        return _one_bit(i ^ j, limit)
 
 
-def _classify(i: Interval, j: Interval, limit: int) -> Ternary:
+def _one_bit(differ: Any, limit: int | None, shift: Any = 0) -> Any:
+    """Whether numbers have at most one bit, and are below the limit if shifted to the left."""
+    one = differ & (differ - 1) == 0
+    return one if limit is None else one & (differ << shift < limit)
+
+
+def _classify(i: Interval, j: Interval, limit: int | None) -> Ternary:
     """Decide by the bits that are constant in both intervals.
 
     Above bit m, i and j are constant, and so is their XOR. Below, every combination may occur. An
@@ -70,11 +77,9 @@ def _classify(i: Interval, j: Interval, limit: int) -> Ternary:
 
     differ = i.lo ^ j.lo
     if is_zero(i.lo ^ i.hi) and is_zero(j.lo ^ j.hi):  # single blocks
-        one = (differ & (differ - 1) == 0) & (differ < limit)
+        one = _one_bit(differ, limit)
         return Ternary.of(one, one, columns)
     vary = (i.lo ^ i.hi) | (j.lo ^ j.hi)
     m = where(vary < 0, 63, bit_length(maximum(vary, 0)))
-    differ = differ >> m
-    at_most_one_bit = (differ & (differ - 1) == 0) & (differ << m < limit)
-    at_most_one_bit = at_most_one_bit | (m == 63)
+    at_most_one_bit = _one_bit(differ >> m, limit, m) | (m == 63)
     return Ternary.of(at_most_one_bit & (m == 0), at_most_one_bit, columns)
