@@ -48,6 +48,19 @@ def as_pairs(values):
 
 
 @cute.jit
+def round_to(goal, values):
+    """Round a register tensor of floats to one of 16-bit elements, pair by pair.
+
+    A conversion of the whole vector moves halves of registers where their number is not a power of
+    two. ptxas then ends a group of WGMMAs after each one, and a wait for an earlier group waits
+    for almost all of them.
+    """
+    pairs = as_pairs(goal)
+    for i in cutlass.range_constexpr(cute.size(pairs)):
+        pairs[i] = round_pair(values[2 * i], values[2 * i + 1], goal.element_type)
+
+
+@cute.jit
 def vector_at(tensor, coord, alignment: cutlass.Constexpr):
     """VECTOR adjacent elements of a row, starting at a four-mode coordinate."""
     start = (tensor.iterator + cute.crd2idx(coord, tensor.layout)).align(alignment)

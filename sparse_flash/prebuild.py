@@ -69,7 +69,7 @@ def builds(
         ValueError: A name, a width or a compute capability that has no kernels.
 
     >>> [build.name for build in builds("sm_90", head_dims=[256], kernels=["forward"])]
-    ['forward-sm_90a-bfloat16-256-128x64']
+    ['forward-sm_90a-bfloat16-256-128x64', 'forward-sm_90a-bfloat16-256-128x80']
     """
     for what, given, known in (("kernels", kernels, KERNELS), ("dtype", dtypes, DTYPES)):
         for name in given:

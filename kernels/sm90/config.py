@@ -74,22 +74,28 @@ _ANY = "bfloat16"  # stands for either
 _FORWARD = {
     32: (
         ForwardConfig(_ANY, 32, tile_m=128),  # short rows: Q would not stay in registers for long
-        ForwardConfig(_ANY, 32, tile_m=192, q_in_registers=True),
+        ForwardConfig(_ANY, 32, tile_m=192, q_in_registers=True, exp_before_pv_wait=True),
     ),
-    64: (ForwardConfig(_ANY, 64, tile_m=128), ForwardConfig(_ANY, 64, tile_m=192)),
+    64: (ForwardConfig(_ANY, 64, tile_m=128, kv_stages=3), ForwardConfig(_ANY, 64, tile_m=192)),
     96: (
         ForwardConfig(_ANY, 96, tile_m=128),
-        ForwardConfig(_ANY, 96, tile_m=192, tile_n=96, turns=False),
+        ForwardConfig(_ANY, 96, 192, tile_n=96, exp_before_pv_wait=True),
+        ForwardConfig(
+            *(_ANY, 96, 192, 112), clear_tile_info=True, turns=False, exp_before_pv_wait=True
+        ),
     ),
     128: (
         ForwardConfig(_ANY, 128, tile_m=128, q_in_registers=True),
-        ForwardConfig(_ANY, 128, 192, tile_n=80, q_stages=1, clear_tile_info=True),
+        ForwardConfig(_ANY, 128, 192, tile_n=80),
     ),
     192: (
         ForwardConfig(_ANY, 192, 128, 64, q_stages=1, kv_stages=3, o_columns=64, turns=False),
-        ForwardConfig(_ANY, 192, 128, 112, q_stages=1, o_columns=32, turns=False),
+        ForwardConfig(_ANY, 192, 128, 112, q_stages=1, o_columns=32),
     ),
-    256: (ForwardConfig(_ANY, 256, 128, tile_n=64, q_stages=1, kv_stages=2, o_columns=64),),
+    256: (
+        ForwardConfig(_ANY, 256, 128, tile_n=64, q_stages=1, kv_stages=2, o_columns=64),
+        ForwardConfig(_ANY, 256, 128, tile_n=80, q_stages=1, direct_store=True),
+    ),
 }
 
 

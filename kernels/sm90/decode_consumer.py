@@ -7,6 +7,7 @@ from sparse_flash.kernels import online_softmax as online
 from sparse_flash.kernels.sm90.barriers import DecodeBarrier
 from sparse_flash.kernels.sm90.forward_consumer import RESCALE_THRESHOLD
 from sparse_flash.kernels.sm90.primitives import clear_rows, gemm
+from sparse_flash.kernels.vectors import round_to
 from sparse_flash.masks.layout import FULL_TILE
 
 CONSUMER = pipeline.PipelineUserType.Consumer
@@ -63,7 +64,7 @@ class DecodeConsumer:
         grown, decay = online.update_row_max(acc_s, self.stats, self.scale_log2, rescale_threshold)
         online.exp2_and_sum(acc_s, self.stats, self.scale_log2)
         # Accumulators of S lie just as the first operand of the next product wants P.
-        self.p.store(acc_s.load().to(self.dtype).reshape(self.p.shape))
+        round_to(self.p, acc_s)
         if grown:
             online.rescale(self.acc_o, decay)
         self.v_pipe.consumer_wait(state)

@@ -12,6 +12,7 @@ from cutlass.cute.nvgpu import warpgroup
 from sparse_flash.kernels import online_softmax as online
 from sparse_flash.kernels.sm90.forward_consumer import CONSUMER, ForwardConsumer, StepKind
 from sparse_flash.kernels.sm90.primitives import gemm, mul_pairs
+from sparse_flash.kernels.vectors import round_to
 from sparse_flash.kernels.work_tiles import PositionWorkTile, RowWorkTile
 from sparse_flash.masks.layout import FULL_TILE
 
@@ -106,7 +107,7 @@ class DqConsumer(ForwardConsumer):
             within = online.columns_within(remaining, self.thread)
             online.apply_mask(acc_s, words, within, 0.0)
         p = cute.make_rmem_tensor(self.ds.shape, self.dtype)
-        p.store(acc_s.load().to(self.dtype).reshape(p.shape))
+        round_to(p, acc_s)
         warpgroup.wait_group(pending)
         self.v_pipe.consumer_release(kv_state)
         if remaining < config.tile_n:  # values beyond the length may be NaN

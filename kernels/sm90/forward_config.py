@@ -22,6 +22,9 @@ class ForwardConfig:
         tiles_per_step: Tiles of the schedule that a step of tile_n keys computes. The keys of
             several tiles need not be neighbors: see forward_gather.py.
         turns: Warpgroups alternate their GEMMs. Off where that measured faster, by 1 to 2 %.
+        exp_before_pv_wait: Wait for O += P V only after the exponentials. ptxas moves that wait
+            ahead of them. On where that measured faster: at head_dim 32 by 6 %, at 96 by 5 to 10 %.
+            At 64 and 128 it costs 2 %.
         direct_store: Store the output from registers, without shared memory.
         resident_ctas: CTAs that share a multiprocessor.
     """
@@ -36,6 +39,7 @@ class ForwardConfig:
     q_in_registers: bool = False  # for the whole work tile
     clear_tile_info: bool = False  # for fewer registers, see `ForwardConsumer.read_tile_info`
     turns: bool = True
+    exp_before_pv_wait: bool = False
     tiles_per_step: int = 1
     direct_store: bool = False
     resident_ctas: int = 1
@@ -51,6 +55,8 @@ class ForwardConfig:
         if not self.o_columns:
             object.__setattr__(self, "o_columns", self.head_dim)
         assert self.tile_m in (64, 128, 192)  # a warpgroup for each 64 rows
+        # ptxas would put the cleared words where the zeros of ALiBi's operand A are in use.
+        assert not (self.alibi and self.clear_tile_info)
         if self.tile_m == 64:
             assert not self.scored
             assert not self.offsets
@@ -74,14 +80,16 @@ class ForwardConfig:
     def tile_cost(self) -> float:
         """Time of a full tile, in units of one of 128 x 128.
 
-        Measured on an H200. At head_dim 64: 571 TFLOP/s with tile_m 192, 461 with 128; at 128, 2 %
-        more with tile_m 192. Tiles of 64 rows reach 0.86 of the speed of 128 rows with whole tiles,
-        and 0.75 with gathered ones. At head_dim 192 tiles of 112 keys take
-        0.93 to 0.98 of the time of 64 in causal layouts, and 0.98 to 1.01 in dense ones.
+        Measured on an H200, dense and causal. With tile_m 192 speeds are those of 128 times 1.2 at
+        head_dim 64, 1.1 at 96 and 1.05 at 128. Tiles of 64 rows reach 0.86 of the speed of 128 rows
+        with whole tiles, and 0.75 with gathered ones. At head_dim 192 tiles of 112 keys take 0.89
+        to 0.97 of the time of 64, at 256 tiles of 80 keys 0.98 to 1.01, and at 96 tiles of 112 keys
+        0.97 of the time of 96.
         """
-        tall = 1.47 if self.head_dim == 128 else 1.2
+        tall = {96: 1.38, 128: 1.42}.get(self.head_dim, 1.2)
+        wide = {(96, 112): 0.97, (192, 112): 0.93, (256, 80): 0.985}
         cost = {64: 0.58, 128: 1.0, 192: tall}[self.tile_m] * self.kv_block / 128
-        return cost * (1.15 if self.gathers else 0.97 if self.tile_n == 112 else 1.0)
+        return cost * (1.15 if self.gathers else wide.get((self.head_dim, self.tile_n), 1.0))
 
     @property
     def gathers(self) -> bool:
@@ -117,15 +125,6 @@ class ForwardConfig:
     def takes_turns(self) -> bool:
         """Whether the warpgroups alternate their GEMMs."""
         return self.turns and self.warpgroups > 1
-
-    @property
-    def exp_before_pv_wait(self) -> bool:
-        """Whether to wait for O += P V only after the exponentials.
-
-        ptxas moves that wait ahead of them. On an H200 three warpgroups then lose 2 to 10 %, while
-        two gain up to 2 %.
-        """
-        return self.warpgroups == 3
 
     @property
     def skips_constant_bias(self) -> bool:

@@ -28,7 +28,7 @@ from sparse_flash.kernels.sm90.primitives import (
     load_a_to_registers,
 )
 from sparse_flash.kernels.sm90.softcap import Softcap, caps_alone
-from sparse_flash.kernels.vectors import pack_pair, store_pairs
+from sparse_flash.kernels.vectors import pack_pair, round_to, store_pairs
 from sparse_flash.kernels.work_tiles import PositionWorkTile, RowWorkTile
 from sparse_flash.masks.layout import FULL_TILE
 
@@ -200,7 +200,7 @@ class ForwardConsumer:
             warpgroup.wait_group(0)
             self.v_pipe.consumer_release(v_state)
         # S accumulators have the register layout of operand A of the next GEMM.
-        self.p.store(acc_s.load().to(self.dtype).reshape(self.p.shape))
+        round_to(self.p, acc_s)
         self.apply_dropout(remaining)
         if const_expr(kind == StepKind.INNER):
             if grown:

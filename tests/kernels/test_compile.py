@@ -34,7 +34,9 @@ DATA = data_kernel_names()
 
 
 def compile_well(compiler, kind, index, kernels, tmp_path, warpgroups=2, resident=1):
-    """The SASS. No spills, no stack; products by WGMMA, and not one after the other."""
+    """The SASS. No spills, no stack; products by WGMMA, not one after the other, whose registers
+    nothing overwrites.
+    """
     status = compiler(tmp_path, kind, index)
     log = (tmp_path / "log").read_text()
     assert status == 0, log
@@ -56,6 +58,26 @@ def compile_well(compiler, kind, index, kernels, tmp_path, warpgroups=2, residen
     return sass
 
 
+def groups_of_wgmma(sass):
+    """The ends of groups of WGMMAs. Where registers of an operand move between them, ptxas ends one
+    after each, and a wait for an earlier GEMM waits for almost all of the later one.
+    """
+    return len(re.findall(r"\bHGMMA\..*\bgsb0", sass))
+
+
+def backward_gemms(config):
+    """GEMMs of the kernel of two warpgroups.
+
+    S before an item's first tile (across items: of the first item and of later ones), and in all
+    steps but those of a last tile; in each step dP, dV, dK.
+    """
+    steps, before_last = (4, 2) if config.dq else (2, 1)  # first, inner, last, only; inner, last
+    gemms = (1 + config.overlap_items + before_last) + steps * (1 + 2 * config.p_slices)
+    if config.dq:  # inner, last, after the last; and across items in an item's first step
+        gemms += 5 if config.overlap_items else 3
+    return gemms
+
+
 @pytest.mark.parametrize("index", common_first(CONFIGS), ids=lambda i: name(CONFIGS[i]))
 def test_forward_compiles_well(compiler, index, tmp_path):
     config = CONFIGS[index]
@@ -65,6 +87,7 @@ def test_forward_compiles_well(compiler, index, tmp_path):
     hgmma = len(re.findall(r"\bHGMMA\.", sass))
     # Three steps (first, inner, boundary) with S, and three places (inner, boundary, last) with O.
     assert hgmma == 3 * (config.head_dim // 16 + config.tile_n // 16)
+    assert groups_of_wgmma(sass) == 3 * 2
     # Each step: a thread's tile_n / 2 of P and two decays; and one more in the combination.
     assert len(re.findall(r"MUFU\.EX2", sass)) == 3 * (config.tile_n // 2 + 2) + 1
 
@@ -85,12 +108,11 @@ def test_backward_compiles_well(compiler, index, tmp_path):
     if config.wide:
         check_wide(config, sass)
         return
+    assert groups_of_wgmma(sass) == backward_gemms(config)
     scores, keys, queries = config.head_dim // 16, config.tile_m // 16, config.tile_n // 16
-    # S before an item's first tile (across items: of the first item and of later ones), and in all
-    # steps but those of a last tile; in each step dP, dV, dK.
-    steps, before_last = (4, 2) if config.dq else (2, 1)  # first, inner, last, only; inner, last
+    steps, before_last = (4, 2) if config.dq else (2, 1)  # as in `backward_gemms`
     hgmma = (1 + config.overlap_items + before_last) * scores + steps * (scores + 2 * keys)
-    if config.dq:  # inner, last, after the last; and across items in an item's first step
+    if config.dq:
         hgmma += (5 if config.overlap_items else 3) * queries
     assert len(re.findall(r"\bHGMMA\.", sass)) == hgmma
     assert len(re.findall(r"MUFU\.EX2", sass)) == steps * config.tile_m // 2  # each once
@@ -102,6 +124,7 @@ def check_small(config, sass):
     chunks = config.head_dim // config.small_dq_columns
     hgmma = len(re.findall(r"\bHGMMA\.", sass))
     assert hgmma == 2 * scores + 2 * (scores + 2 * keys + chunks * queries)
+    assert groups_of_wgmma(sass) == 2 + 2 * (1 + 2 * config.p_slices + chunks)
     assert len(re.findall(r"MUFU\.EX2", sass)) == 2 * config.tile_m // 2
     assert not re.findall(r"\bREDG?\.E\.ADD\.F32x4", sass)  # dQ goes through shared memory
     adds = re.findall(r"\bUBLKRED\.\S*ADD\.F32", sass)
@@ -114,6 +137,7 @@ def check_tile96(config, sass):
     scores, keys, queries = config.head_dim // 16, config.tile_m // 16, config.tile_n // 16
     hgmma = len(re.findall(r"\bHGMMA\.", sass))
     assert hgmma == 2 * scores + 2 * (scores + 2 * keys + queries)
+    assert groups_of_wgmma(sass) == 2 + 2 * 4
     assert len(re.findall(r"MUFU\.EX2", sass)) == 2 * config.tile_m * config.tile_n // 3 // 128
     assert not re.findall(r"\bREDG?\.E\.ADD\.F32x4", sass)  # dQ goes through shared memory
     assert len(re.findall(r"\bUBLKRED\.\S*ADD\.F32", sass)) == 1
@@ -126,6 +150,7 @@ def check_wide(config, sass):
     chunks = config.head_dim // config.wide_columns
     hgmma = len(re.findall(r"\bHGMMA\.", sass))
     assert hgmma == 2 * 2 * (scores + chunks * steps) + config.tile_n // 16
+    assert groups_of_wgmma(sass) == 2 * 2 * (1 + chunks) + 1
     assert len(re.findall(r"MUFU\.EX2", sass)) == 2 * config.tile_m // 2
     assert len(re.findall(r"\bREDG?\.E\.ADD\.F32x4", sass)) == config.wide_dq_columns // 8, "adds"
 
@@ -145,6 +170,7 @@ def test_dq_compiles_well(compiler, index, tmp_path):
     # Two steps (first, inner) with S and dP, and two places (inner, last) with dQ.
     hgmma = len(re.findall(r"\bHGMMA\.", sass))
     assert hgmma == 4 * config.head_dim // 16 + 2 * config.tile_n // 16
+    assert groups_of_wgmma(sass) == 4 + 2
     assert len(re.findall(r"MUFU\.EX2", sass)) == 2 * config.tile_n // 2  # each once
 
 

@@ -92,7 +92,7 @@ def test_the_config_that_was_chosen_is_the_one_that_is_launched(monkeypatch):
 
 def test_configs_that_do_not_fit_the_gpu_are_not_taken():
     layout = masks.full().layout(4096)
-    small, large, *_ = sm90.FORWARD[torch.bfloat16, 64].configs
+    small, large, *_ = sm90.FORWARD[torch.bfloat16, 32].configs
     planner = Planner((small, large), FORWARD_COSTS, 256)
     assert plan_of(layout, key_of(planner)).config == large
     facts = replace(H200, shared_memory=small.shared_memory)
