@@ -99,6 +99,18 @@ def row_max_abs(acc_s, row: int):
     return _reduce([absolute(acc_s[i]) for i in row_elements(acc_s, row)], cute.arch.fmax)
 
 
+def row_norm(acc_s, row: int, groups: int = 4):
+    """A bound of the absolute values of a row's elements in this thread, 1 + 2^-16 times the
+    largest norm of `groups` of them: an FMA for each takes half the time of a maximum.
+    """
+    values = [acc_s[i] for i in row_elements(acc_s, row)]
+    sums = [x * x for x in values[:groups]]
+    for i, x in enumerate(values[groups:]):
+        sums[i % groups] = x * x + sums[i % groups]
+    # The factor covers rounding.
+    return cute.math.sqrt(_reduce(sums, cute.arch.fmax), fastmath=True) * Float32(1 + 2**-16)
+
+
 @cute.jit
 def update_max(tops, stats, scale_log2, rescale_threshold):
     """As `update_row_max`. tops: Maxima of the thread's elements of both rows."""

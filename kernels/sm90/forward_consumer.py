@@ -83,7 +83,8 @@ class ForwardConsumer:
         if const_expr(config.skips_constant_bias):
             self.bias = cute.make_rmem_tensor(1, Float32)  # see `add_bias`
         if const_expr(caps_alone(config)):
-            self.softcap = Softcap(self.terms.cap_scale, scale_log2, dtype)
+            by_norm = config.warpgroups == 2
+            self.softcap = Softcap(self.terms.cap_scale, scale_log2, dtype, by_norm)
         if const_expr(config.dropout):
             self.dropout = Dropout(self.terms.seed, self.terms.dropped, False, by_factors=True)
             self.keep_flags = cute.make_rmem_tensor(config.tile_n // 8, Uint32)

@@ -20,6 +20,10 @@ from sparse_flash.kernels.sm90.position_config import forward_at_config
 MOST_HEAD_DIM = 128  # of gradients with softcap, bias or dropout
 MOST_WITH_BIAS_AND_DROPOUT = 96  # likewise, of gradients of a bias with dropout
 MOST_SHARED_MEMORY = 227 << 10  # of a CTA, in bytes
+# (head_dim, tile_n) of forward configs that leave no registers or shared memory for terms.
+_WITHOUT_TERMS = ((96, 112), (192, 112), (256, 80))
+# Columns of K in registers beside a bias alone, by head_dim: 2 % faster as measured.
+_K_BESIDE_BIAS = {64: 64, 96: 96, 128: 64}
 _CLEARED = ((32, True), (64, False), (96, True))  # head_dim, and whether there is dropout
 
 
@@ -28,11 +32,13 @@ def scored_forward_configs(
     dtype: str, head_dim: int, flags: ScoreFlags
 ) -> tuple[ForwardConfig, ...]:
     """The forward configs of a head_dim with these features, of tiles of 128 rows or more."""
-    tall = 128 if 96 < head_dim <= 128 else 192  # there are no registers for 192 rows
+    few = not (flags.softcap or flags.alibi or flags.distance_bias)
+    # With the other terms at head_dim 128, 192 rows took 3 to 5 % more time than 128.
+    tall = 128 if 96 < head_dim <= 128 and not few else 192
     configs = [
         c
         for c in forward_configs(dtype, head_dim)
-        if 128 <= c.tile_m <= tall and c.tile_n != 112  # leaves no memory for windows
+        if 128 <= c.tile_m <= tall and (c.head_dim, c.tile_n) not in _WITHOUT_TERMS
     ]
     return tuple(_with_terms(c, flags) for c in configs)
 
@@ -47,14 +53,29 @@ def _with_terms(config: ForwardConfig, flags: ScoreFlags) -> ForwardConfig:
     the output.
     """
     config = replace(config, **flags.of_forward)
-    if config.warpgroups == 3 and flags.softcap and flags.distance_bias:
-        # As compiled: ptxas spills without it here, and with it in some of the others.
-        config = replace(config, clear_tile_info=(config.head_dim, flags.dropout) in _CLEARED)
+    if config.warpgroups == 3:
+        config = replace(config, **_changes_of_three(config.head_dim, flags))
     if config.draws_ahead:
         config = replace(config, q_in_registers=False)
     if config.shared_memory > MOST_SHARED_MEMORY:
         config = replace(config, o_columns=config.o_columns // 2)
     return config
+
+
+def _changes_of_three(head_dim: int, flags: ScoreFlags) -> dict[str, bool]:
+    """Changes of a forward config with three warpgroups.
+
+    Turns, and where the exponentials come first, are as measured: 1 to 5 % with dropout, up to 4 %
+    with other terms. `clear_tile_info` is as compiled: ptxas spills without it here, and with it in
+    some of the others. With a softcap and a bias it spills too unless the exponentials come first.
+    """
+    both = flags.softcap and flags.distance_bias
+    clear = (head_dim, flags.dropout) in _CLEARED if both else head_dim == 64
+    return {
+        "exp_before_pv_wait": (head_dim == 96 and not flags.dropout) or both,
+        "turns": not (flags.dropout and head_dim >= 96),
+        "clear_tile_info": clear and flags.distance_bias,
+    }
 
 
 @functools.cache
@@ -63,7 +84,7 @@ def scored_backward_configs(
 ) -> tuple[BackwardConfig, ...]:
     """The backward configs of a head_dim with these features; sinks need no kernel of their own.
 
-    The terms take the registers of K and V, but for K at head_dim 64 beside a bias alone.
+    The terms take the registers of K and V, but for those of K beside a bias alone.
     """
     used = flags.of_backward
     if not any(used.values()):
@@ -86,15 +107,16 @@ def scored_backward_configs(
 def _changes(size: int, deterministic: bool, flags: ScoreFlags) -> dict[str, Any]:
     """Changes of the config of a head_dim that leave enough registers and shared memory."""
     crowded = flags.softcap + flags.dropout + flags.distance_bias + flags.distance_grads > 1
+    held = {}
+    if flags.distance_bias and size in _K_BESIDE_BIAS and not (crowded or deterministic):
+        held = {"k_in_registers": _K_BESIDE_BIAS[size]}
     if size == 32:
         return {"v_stages": 1, "k_stages": 1} if crowded else {}
     if size == 64:
         slices: dict[str, Any] = {"p_slices": 1} if flags.dropout else {"p_slices": 2}
         if flags.softcap:
             slices = {"p_slices": 4, "sliced_statistics": True, "early_weights": True}
-        if flags.distance_bias and not (crowded or deterministic):
-            slices["k_in_registers"] = 64
-        return slices | {"v_stages": 1} | ({"k_stages": 1} if crowded else {})
+        return slices | held | {"v_stages": 1} | ({"k_stages": 1} if crowded else {})
     if crowded:
         found = {"k_stages": 1, "sliced_statistics": True}
         if size == 128 and flags.softcap:
@@ -102,7 +124,7 @@ def _changes(size: int, deterministic: bool, flags: ScoreFlags) -> dict[str, Any
         return found
     if flags.softcap and size == 128:
         return {"p_slices": 1}
-    return {"k_stages": 1} if flags.distance_bias and size == 128 else {}
+    return held | ({"k_stages": 1} if flags.distance_bias and size == 128 else {})
 
 
 def _changes_of_softcap(deterministic: bool, flags: ScoreFlags) -> dict[str, Any]:

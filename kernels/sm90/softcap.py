@@ -4,10 +4,11 @@ A tanh for each score would double the work of the special-function unit, which 
 at small head_dims. Where no score of a warp's tile exceeds LIMIT times the softcap, the exponent
 is a polynomial in S, which the FMA units compute. The other tiles take the tanh.
 
-The maximum of |S| decides between both. In bfloat16 it is also the bound that replaces the row's
-maximum, so it costs no further instruction: P may then be as small as 2^-GAP. Float16 has no such
-range, and takes the maximum and the minimum. Tiles with masked elements take the maximum of the
-others: P of a row's only key is 1, which rounding leaves as it is.
+A bound of |S| decides between both. In bfloat16 it also replaces the row's maximum, so it costs no
+further instruction: P may then be as small as 2^-GAP. With three warpgroups it is the maximum of
+|S|; with two, which wait less for each other, a norm is faster. Float16 has no such range, and
+takes the maximum and the minimum. Tiles with masked elements take the maximum of the others: P of a
+row's only key is 1, which rounding leaves as it is.
 """
 
 import cutlass
@@ -32,10 +33,13 @@ def caps_alone(config) -> bool:
 
 
 class Softcap:
-    """The softcap of a launch. cap_scale: softmax_scale / softcap. scale_log2: softcap log2(e)."""
+    """The softcap of a launch. cap_scale: softmax_scale / softcap. scale_log2: softcap log2(e).
 
-    def __init__(self, cap_scale, scale_log2, dtype) -> None:
-        self.cap_scale, self.scale_log2 = cap_scale, scale_log2
+    by_norm: Whether the bound of |S| is a norm.
+    """
+
+    def __init__(self, cap_scale, scale_log2, dtype, by_norm: bool = False) -> None:
+        self.cap_scale, self.scale_log2, self.by_norm = cap_scale, scale_log2, by_norm
         self.with_minimum = dtype is not BFloat16
         square = cap_scale * cap_scale
         factors = [scale_log2 * cap_scale]
@@ -83,8 +87,8 @@ class Softcap:
         if self.with_minimum:
             top, low = online.row_max(acc_s, row), online.row_min(acc_s, row)
             return top, cute.arch.fmax(top, -low)
-        top = online.row_max_abs(acc_s, row)
-        return top, top
+        bound = (online.row_norm if self.by_norm else online.row_max_abs)(acc_s, row)
+        return bound, bound
 
     @cute.jit
     def exp2_of_polynomial(self, acc_s, stats):

@@ -16,6 +16,7 @@ from sparse_flash.kernels.sm90.config import (
 )
 
 from tests.kernels.helpers import common_first
+from tests.kernels.sass import overwritten_registers
 
 cute = pytest.importorskip("cutlass.cute")
 cutlass = pytest.importorskip("cutlass")
@@ -49,6 +50,7 @@ def compile_well(compiler, kind, index, kernels, tmp_path, warpgroups=2, residen
     assert "setmaxnreg ignored" not in log
     sass = "".join(path.read_text() for path in tmp_path.glob("*.sass"))
     assert not re.search(r"\b(LDL|STL)\b", sass)
+    assert not overwritten_registers(sass)
     low, *high = sorted(int(n, 16) for n in re.findall(r"USETMAXREG.* 0x([0-9a-f]+)", sass))
     high = high * warpgroups if len(high) == 1 else high  # of all, or of each
     assert len(high) == warpgroups
@@ -63,6 +65,27 @@ def groups_of_wgmma(sass):
     after each, and a wait for an earlier GEMM waits for almost all of the later one.
     """
     return len(re.findall(r"\bHGMMA\..*\bgsb0", sass))
+
+
+@pytest.mark.parametrize(
+    ("write", "hits"),
+    [
+        ("@!P1 MOV R130, R8 ;", 1),  # operand A
+        ("LDS.64 R87, [R2] ;", 1),  # the accumulator, with the second register
+        ("FADD R127, R8, R9 ;", 1),
+        ("MOV R132, R130 ;", 0),
+        ("STS.64 [R130], R4 ;", 0),
+        ("R2UR UR4, R130 ;", 0),
+    ],
+)
+def test_registers_in_flight(write, hits):
+    """Until the wait that covers the group of a WGMMA."""
+    gemm = "HGMMA.64x80x16.F32.BF16 R88, R128, gdesc[UR16], RZ, !UPT, gsb0 ;"
+    later = "HGMMA.64x64x16.F32.BF16 R24, R148, gdesc[UR16].tnspB, R24, gsb0 ;"
+    wait = "WARPGROUP.DEPBAR.LE gsb0, 0x{} ;"
+    for before, after in ((wait.format(1), write), (write, wait.format(1))):
+        sass = "\n".join(f"/*0{i}0*/ {x}" for i, x in enumerate((gemm, later, before, after)))
+        assert len(overwritten_registers(sass)) == hits * (before == write)
 
 
 def backward_gemms(config):

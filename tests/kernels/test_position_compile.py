@@ -7,6 +7,7 @@ from sparse_flash.kernels.sm90.backward_config import BackwardConfig
 from sparse_flash.kernels.sm90.position_config import DecodeConfig, all_position_configs
 
 from tests.kernels.helpers import common_first
+from tests.kernels.sass import overwritten_registers
 
 pytest.importorskip("cutlass.cute")
 CONFIGS = all_position_configs()
@@ -42,6 +43,7 @@ def test_compiles_well(compiler, index, tmp_path):
     assert "setmaxnreg ignored" not in log
     sass = "".join(path.read_text() for path in tmp_path.glob("*.sass"))
     assert not re.search(r"\b(LDL|STL)\b", sass)
+    assert not overwritten_registers(sass)
     if isinstance(config, DecodeConfig):
         hgmma = len(re.findall(r"\bHGMMA\.", sass))
         assert hgmma == config.head_dim // 16 + config.tile_n // 16  # S and O of the one step
