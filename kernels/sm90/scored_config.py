@@ -62,7 +62,7 @@ def _with_terms(config: ForwardConfig, flags: ScoreFlags) -> ForwardConfig:
     return config
 
 
-def _changes_of_three(head_dim: int, flags: ScoreFlags) -> dict[str, bool]:
+def _changes_of_three(head_dim: int, flags: ScoreFlags) -> dict[str, Any]:
     """Changes of a forward config with three warpgroups.
 
     Turns, and where the exponentials come first, are as measured: 1 to 5 % with dropout, up to 4 %

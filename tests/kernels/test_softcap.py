@@ -49,7 +49,7 @@ def on_host(monkeypatch):
         monkeypatch.setattr(module, "tanh", cute.math.tanh)
 
 
-def compiled(dtype):
+def compiled(dtype, by_norm):
     """Compiles: P, and maxima and sums of both rows, from S, the scales, and the mask."""
 
     @cute.jit
@@ -66,7 +66,7 @@ def compiled(dtype):
         for i in cutlass.range_constexpr(SIZE):
             acc[i] = s[i]
         online.reset(state)
-        cap = softcap.Softcap(cap_scale, scale_log2, dtype)
+        cap = softcap.Softcap(cap_scale, scale_log2, dtype, by_norm)
         masking = (bit_tile, [word, word], Int32(COLUMNS), Int32(0))
         cap.probabilities(acc, state, masking, Float32(8.0) / scale_log2)
         for i in cutlass.range_constexpr(SIZE):
@@ -83,10 +83,13 @@ ROW = torch.arange(SIZE) // 2 % 2
 BIT = torch.arange(SIZE) // 4 * 2 + torch.arange(SIZE) % 2
 
 
-@pytest.mark.parametrize("dtype", [cutlass.BFloat16, cutlass.Float16])
-def test_probabilities(on_host, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "by_norm"),
+    [(cutlass.BFloat16, False), (cutlass.BFloat16, True), (cutlass.Float16, False)],
+)
+def test_probabilities(on_host, dtype, by_norm):
     """Of all paths: with and without masked elements, and of scores beyond the polynomial."""
-    run = compiled(dtype)
+    run = compiled(dtype, by_norm)
     torch.manual_seed(0)
     for size, cap, shift in [
         (0.01, 30, 0), (0.2, 30, -0.5), (0.7, 50, 0), (0.05, 50, -0.6), (3, 20, 0), (0.2, 200, 0)
