@@ -5,10 +5,23 @@ from __future__ import annotations
 import re
 
 _WGMMA = re.compile(r"HGMMA\.64x(\d+)x16\S* R(\d+), (?:R(\d+), gdesc)?")
-_WRITE = re.compile(r"(?:@!?U?P\d+ +)?(\S+) +R(\d+)\b")
+# A shuffle, a vote or a logical operation may have a predicate before its result.
+_WRITE = re.compile(r"(?:@!?U?P\d+ +)?(\S+) +(?:P[\dT]+, +)?R(\d+)\b")
 _WAIT = re.compile(r"DEPBAR\.LE gsb0, 0x([0-9a-f]+)")
 # Instructions whose first register is not a result.
-_NO_RESULT = ("ST", "RED", "BAR", "SYNCS", "HGMMA", "UTMA", "UBLK", "R2UR", "R2P", "WARPSYNC")
+_NO_RESULT = (
+    "ST",
+    "RED",
+    "BAR",
+    "SYNCS",
+    "HGMMA",
+    "UTMA",
+    "UBLK",
+    "R2UR",
+    "R2P",
+    "WARPSYNC",
+    "FCHK",
+)
 
 
 def overwritten_registers(sass: str) -> list[tuple[str, str]]:

@@ -73,6 +73,9 @@ def groups_of_wgmma(sass):
         ("@!P1 MOV R130, R8 ;", 1),  # operand A
         ("LDS.64 R87, [R2] ;", 1),  # the accumulator, with the second register
         ("FADD R127, R8, R9 ;", 1),
+        ("SHFL.IDX PT, R130, R4, RZ, 0x1f ;", 1),
+        ("LOP3.LUT P0, R129, R4, R5, RZ, 0xc0, !PT ;", 1),
+        ("ISETP.GE.AND P0, PT, R130, RZ, PT ;", 0),
         ("MOV R132, R130 ;", 0),
         ("STS.64 [R130], R4 ;", 0),
         ("R2UR UR4, R130 ;", 0),
