@@ -12,8 +12,9 @@ from cutlass import Float32, Int32, cute
 from sparse_flash.kernels.score_terms import ScoreTerms
 from sparse_flash.kernels.vectors import VECTOR, vector_at
 
-GRADIENT_THREADS = 256  # of a CTA that adds gradients
-ROWS = 16  # of a CTA of four warps; a warp takes a row at a time
+GRADIENT_THREADS = 64  # of a CTA that adds gradients
+ROWS = 4  # of a CTA, a warp for each: few rows are split, and all loads then overlap
+UNROLL = 4  # splits whose loads overlap
 LOG2_E = math.log2(math.e)
 
 
@@ -31,7 +32,7 @@ class CombineOutput:
         """
         self.kernel(out, lse, combine, counts, out_splits, lse_splits, terms).launch(
             grid=(cute.size(combine, mode=[0]), self.tile_m // ROWS, 1),
-            block=(128, 1, 1),
+            block=(32 * ROWS, 1, 1),
             stream=stream,
         )
 
@@ -46,7 +47,7 @@ class CombineOutput:
         lse_splits: cute.Tensor,
         terms,
     ):
-        """Four rows for each warp."""
+        """One row for each warp."""
         record, chunk, _ = cute.arch.block_idx()
         warp, lane = cute.arch.warp_idx(), cute.arch.lane_idx()
         if record < counts[1]:
@@ -56,12 +57,11 @@ class CombineOutput:
                 combine[record, 2],
             )
             splits = (combine[record, 3], combine[record, 4])
-            for i in cutlass.range(ROWS // 4, unroll=1):
-                row = chunk * ROWS + i * 4 + warp
-                q_idx = m_block * self.tile_m + row
-                if q_idx < cute.size(out, mode=[1]):
-                    coord = (batch, q_idx, head)
-                    self.row(out, lse, out_splits, lse_splits, splits, row, coord, lane, terms)
+            row = chunk * ROWS + warp
+            q_idx = m_block * self.tile_m + row
+            if q_idx < cute.size(out, mode=[1]):
+                coord = (batch, q_idx, head)
+                self.row(out, lse, out_splits, lse_splits, splits, row, coord, lane, terms)
 
     @cute.jit
     def row(self, out, lse, out_splits, lse_splits, splits, row, coord, lane, terms):
@@ -69,8 +69,10 @@ class CombineOutput:
         first, count = splits
         batch, q_idx, head = coord
         top = -Float32.inf
-        for split_idx in cutlass.range(first, first + count, unroll=1):
+        for split_idx in cutlass.range(first + lane, first + count, 32, unroll=1):
             top = cute.arch.fmax(top, lse_splits[split_idx, row])
+        for step in cutlass.range_constexpr(5):
+            top = cute.arch.fmax(top, cute.arch.shuffle_sync_bfly(top, offset=1 << step))
         if cutlass.const_expr(terms is not None):
             sink = ScoreTerms(*terms).sink(head)
             top = cute.arch.fmax(top, sink / LOG2_E)
@@ -80,7 +82,7 @@ class CombineOutput:
             total = cute.math.exp2(sink - shift * LOG2_E, fastmath=True)
         sums = cute.make_rmem_tensor(self.head_dim // 32, Float32)
         sums.fill(0.0)
-        for split_idx in cutlass.range(first, first + count, unroll=1):
+        for split_idx in cutlass.range(first, first + count, unroll=UNROLL):
             weight = cute.math.exp2((lse_splits[split_idx, row] - shift) * LOG2_E, fastmath=True)
             total += weight
             for j in cutlass.range_constexpr(self.head_dim // 32):
@@ -107,15 +109,15 @@ class CombineGradients:
         """Launch on the stream; `splits` holds those of each result. See `Schedule.combine`."""
         rows = GRADIENT_THREADS // self.threads
         self.kernel(results, combine, counts, splits).launch(
-            grid=(cute.size(combine, mode=[0]), cute.ceil_div(self.height, rows), 1),
+            grid=(cute.size(combine, mode=[0]), cute.ceil_div(self.height, rows), len(results)),
             block=(GRADIENT_THREADS, 1, 1),
             stream=stream,
         )
 
     @cute.kernel
     def kernel(self, results, combine: cute.Tensor, counts: cute.Tensor, splits):
-        """VECTOR elements of each result for each thread."""
-        record, chunk, _ = cute.arch.block_idx()
+        """VECTOR elements of a result for each thread."""
+        record, chunk, which = cute.arch.block_idx()
         thread = cute.arch.thread_idx()[0]
         row = chunk * (GRADIENT_THREADS // self.threads) + thread // self.threads
         column = thread % self.threads * VECTOR
@@ -128,7 +130,7 @@ class CombineGradients:
                 GRADIENT_THREADS // self.threads
             ):
                 for i in cutlass.range_constexpr(len(results)):
-                    if column < cute.size(results[i], mode=[3]):
+                    if which == i and column < cute.size(results[i], mode=[3]):
                         coord = (batch, index, head, column)
                         self.add(results[i], splits[i], (first, count), row, coord)
 
@@ -138,8 +140,8 @@ class CombineGradients:
         first, count = which
         total = cute.make_rmem_tensor(VECTOR, Float32)
         total.fill(0.0)
-        value = cute.make_rmem_tensor(VECTOR, Float32)
-        for split_idx in cutlass.range(first, first + count, unroll=1):
+        for split_idx in cutlass.range(first, first + count, unroll=UNROLL):
+            value = cute.make_rmem_tensor(VECTOR, Float32)
             cute.autovec_copy(self.split_vector(splits, split_idx, row, coord[3]), value)
             total.store(total.load() + value.load())
         rounded = cute.make_rmem_tensor(VECTOR, self.dtype)

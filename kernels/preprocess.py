@@ -7,6 +7,7 @@ from cutlass import Float32, Int32, cute
 from sparse_flash.kernels.vectors import VECTOR, bits_of, from_bits, grid_coord, load_vector
 
 THREADS = 256
+REPEAT = 4  # rows of a thread, whose loads overlap
 LOG2_E = math.log2(math.e)
 
 
@@ -30,7 +31,7 @@ class Preprocess:
         self.config = config
         # Threads per row: a power of two.
         self.lanes = 1 << (config.head_dim // VECTOR - 1).bit_length()
-        self.rows = THREADS // self.lanes
+        self.rows = THREADS // self.lanes  # at once
 
     @cute.jit
     def __call__(
@@ -50,7 +51,7 @@ class Preprocess:
         """Launch on the stream. offsets: q_pad, in a tuple, or `None`. keep_scale: Factor of dP
         with dropout.
         """
-        chunks = cute.ceil_div(cute.size(stats, mode=[3]), self.rows)
+        chunks = cute.ceil_div(cute.size(stats, mode=[3]), REPEAT * self.rows)
         # A 1-D grid: the other dimensions are limited to 65,535.
         grid = (chunks * cute.size(out, mode=[2]) * cute.size(out, mode=[0]), 1, 1)
         given = (bounds, offsets, has_dlse, keep_scale)
@@ -72,41 +73,63 @@ class Preprocess:
         has_dlse: Int32,
         keep_scale,
     ):
-        """VECTOR elements per thread."""
-        chunks = cute.ceil_div(cute.size(stats, mode=[3]), self.rows)
+        """VECTOR elements of REPEAT rows per thread."""
+        chunks = cute.ceil_div(cute.size(stats, mode=[3]), REPEAT * self.rows)
         chunk, head, batch = grid_coord(chunks, cute.size(out, mode=[2]))
         thread = cute.arch.thread_idx()[0]
-        row, column = chunk * self.rows + thread // self.lanes, thread % self.lanes * VECTOR
+        first = chunk * (REPEAT * self.rows) + thread // self.lanes
+        column = thread % self.lanes * VECTOR
+        queries = [self.query_of(first + i * self.rows, batch, out, offsets) for i in range(REPEAT)]
+        loaded = [
+            [load_vector(x, (batch, query, head, column)) for x in (out, dout)]
+            for query, _ in queries
+        ]
+        last = cute.size(out, mode=[1]) - 1
+        log_sums = [lse[batch, head, cutlass.min(query, last)] for query, _ in queries]
+        for i in cutlass.range_constexpr(REPEAT):
+            row, (query, inside), (a, b) = first + i * self.rows, queries[i], loaded[i]
+            there = inside and column < cute.size(out, mode=[3])
+            sums = self.sums_of_row(a, b, there)
+            if column == 0 and row < cute.size(stats, mode=[3]):
+                coord = (batch, head, row, query)
+                given = (log_sums[i], dlse, bounds, has_dlse, keep_scale)
+                self.store(stats, done, coord, inside, sums, given)
+
+    @cute.jit
+    def query_of(self, row, batch, out, offsets):
+        """Query of a row, at least 0, and whether there is one."""
         query = row
         inside = row < cute.size(out, mode=[1])
         if cutlass.const_expr(self.config.offsets):
             query = row - offsets[0][batch]
             inside = query >= 0 and query < cute.size(out, mode=[1])
             query = cutlass.max(query, 0)
-        a, b = (load_vector(x, (batch, query, head, column)) for x in (out, dout))
-        there = inside and column < cute.size(out, mode=[3])
-        total, square = self.sums_of_row(a, b, there)
-        if column == 0 and row < cute.size(stats, mode=[3]):
-            log_sum, given = Float32.inf, Float32(0.0)
-            if inside:
-                value = lse[batch, head, query]
-                log_sum = Float32.inf if value == -Float32.inf else value * LOG2_E
-                if has_dlse != 0:
-                    given = dlse[batch, head, query]
-                    total -= given
-            if cutlass.const_expr(self.config.fixed_point):
-                kv_head = head // (cute.size(out, mode=[2]) // cute.size(bounds, mode=[2]))
-                norm, largest = (from_bits(bounds[n, batch, kv_head]) for n in range(2))
-                if cutlass.const_expr(keep_scale is not None):
-                    norm *= keep_scale
-                found = (norm, largest)
-                log_sum, total = with_exponent(log_sum, total, found, square, given)
-            stats[batch, head, 0, row] = log_sum
-            stats[batch, head, 1, row] = total
-            if cutlass.const_expr(self.config.dq):
-                if row % self.config.tile_m == 0:
-                    for n in cutlass.range_constexpr(2):
-                        done[batch, head, row // self.config.tile_m * 2 + n] = Int32(0)
+        return query, inside
+
+    @cute.jit
+    def store(self, stats, done, coord, inside, sums, given):
+        """Store the statistics of a row, and clear the states of its tile's chunks."""
+        batch, head, row, query = coord
+        value, dlse, bounds, has_dlse, keep_scale = given
+        total, square = sums
+        log_sum, d_lse = Float32.inf, Float32(0.0)
+        if inside:
+            log_sum = Float32.inf if value == -Float32.inf else value * LOG2_E
+            if has_dlse != 0:
+                d_lse = dlse[batch, head, query]
+                total -= d_lse
+        if cutlass.const_expr(self.config.fixed_point):
+            kv_head = head // (cute.size(stats, mode=[1]) // cute.size(bounds, mode=[2]))
+            norm, largest = (from_bits(bounds[n, batch, kv_head]) for n in range(2))
+            if cutlass.const_expr(keep_scale is not None):
+                norm *= keep_scale
+            log_sum, total = with_exponent(log_sum, total, (norm, largest), square, d_lse)
+        stats[batch, head, 0, row] = log_sum
+        stats[batch, head, 1, row] = total
+        if cutlass.const_expr(self.config.dq):
+            if row % self.config.tile_m == 0:
+                for n in cutlass.range_constexpr(2):
+                    done[batch, head, row // self.config.tile_m * 2 + n] = Int32(0)
 
     @cute.jit
     def sums_of_row(self, a, b, there):
