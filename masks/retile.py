@@ -7,6 +7,7 @@ from sparse_flash.masks import validation
 from sparse_flash.masks.blockwise import tensor
 from sparse_flash.masks.build import build_layout
 from sparse_flash.masks.cells import cell_of, retile_by_cells
+from sparse_flash.masks.cut import cut
 from sparse_flash.masks.layout import FULL_TILE, BlockLayout
 from sparse_flash.masks.modes import plain_torch
 from sparse_flash.masks.regrid import regrid
@@ -48,9 +49,10 @@ def _retiled(layout: BlockLayout, block: tuple[int, int], kind: type[BlockLayout
     lengths = validation.checked_lengths(layout.q_len, layout.kv_len, block)
     if lengths == layout.lengths:
         return layout
-    made = regrid(layout, lengths[2], kind)
-    if made is not None:
-        return made
+    for method in (cut, regrid):
+        made = method(layout, lengths[2], kind)
+        if made is not None:
+            return made
     cell = cell_of(layout.block, lengths[2])
     if cell is not None:
         return retile_by_cells(layout, lengths[2], cell)
