@@ -274,11 +274,13 @@ class SmallProducer(BackwardProducer):
             m_block, bit_tile, published = self.heads[1], Int32(NO_TILE), Int32(-1)
         self.q_pipe.sync_object_empty.wait(state.index, state.phase)
         sTiles, barrier = self.sTiles, self.q_pipe.producer_get_barrier(state)
-        if lane < size:
-            for i, value in enumerate((bit_tile, published, head)):
-                sTiles[state.index, i * size + lane] = value
-        cute.arch.sync_warp()
-        if lane == 0:  # this arrival releases the stores above
+        values = [
+            cute.arch.shuffle_sync(x, i) for x in (bit_tile, published, head) for i in range(size)
+        ]
+        if lane == 0:
+            for i in cutlass.range_constexpr(3 * size):
+                sTiles[state.index, i] = values[i]
+            # This arrival releases the stores above.
             size_of_stage = self.q_pipe.sync_object_full.tx_count
             cute.arch.mbarrier_arrive_and_expect_tx(barrier, size_of_stage)
         coord = (m_block, head, batch)
