@@ -35,7 +35,7 @@ def attention_densities(
 
     >>> found = attention_densities(AttentionKind.of("local(64)"), 2048, 128, 32)
     >>> {name: round(value, 2) for name, value in found.items()}
-    {'density': 0.06, 'tile_density': 0.18, 'computed_density': 0.18}
+    {'density': 0.06, 'tile_density': 0.18, 'computed_density': 0.09}
     """
     if kind.name == "selected":
         return kind.user.densities(length, head_dim)

@@ -16,6 +16,9 @@ from sparse_flash.masks.blockwise import Numbers, minimum, numbers, take, tensor
 from sparse_flash.masks.layout import BlockLayout
 
 _GRID = 1 << 24  # tiles of which a table of bools is made
+_SAMPLE = 512  # bit tiles
+_INTEGERS = {8: torch.int8, 16: torch.int16, 32: torch.int32, 64: torch.int64}  # of n bits
+_WORTH_CUTTING = 1.2  # a layout in other tiles takes time on the host
 _FEW = 1 << 14  # blocks of which such a table takes less time than an operation on each tile
 
 Config = TypeVar("Config", bound=KernelConfig)
@@ -24,9 +27,10 @@ Config = TypeVar("Config", bound=KernelConfig)
 def best_config(layout: BlockLayout, configs: Sequence[Config], transposed: bool = False) -> Config:
     """The config whose tiles cover the layout, or its transpose, at the least cost.
 
-    Tiles are counted over the stored blocks, as if all these were full: exact where neither
-    granularity cuts the blocks of the other, and else close enough. Tiles that would reach into
-    blocks which nothing reads are not taken: these may hold NaN, and 0 times NaN is NaN.
+    Tiles are counted over the stored blocks, as if all these were full. But where the blocks are
+    multiples of the tiles, tiles without elements count less. Partial tiles and rows of tiles have
+    costs, too. Tiles that would reach into blocks which nothing reads are not taken: these may hold
+    NaN, and 0 times NaN is NaN.
     """
     if len(configs) == 1:
         return configs[0]
@@ -34,13 +38,75 @@ def best_config(layout: BlockLayout, configs: Sequence[Config], transposed: bool
     area = _stored_area(layout)
     best, least = configs[0], math.inf
     for config in configs:
-        # At best its tiles cover nothing but stored blocks.
-        if area / math.prod(config.tile) * config.tile_cost < least:
-            tile = config.tile[::-1] if transposed else config.tile
-            cost = cover(layout, tile) * config.tile_cost
+        tile = config.tile[::-1] if transposed else config.tile
+        length = layout.kv_len if transposed else layout.q_len
+        rows = layout.num_patterns * -(-length // config.tile[0])
+        # At best its tiles cover nothing but stored blocks, or one part of each partial block.
+        fewest = area / math.prod(tile)
+        if _divides(tile, layout.block):
+            fewest -= layout.num_partial * (math.prod(layout.block) / math.prod(tile) - 1)
+        if _cost(config, fewest, 0, rows) < least:
+            tiles, partial = _tiles(layout, tile, area)
+            cost = _cost(config, tiles, partial, rows)
             if cost < least and suits(config, layout, transposed):
                 best, least = config, cost
     return best
+
+
+def _cost(config: KernelConfig, tiles: float, partial: float, rows: int) -> float:
+    """Cost of a layout of so many tiles, some of which are partial, and rows."""
+    # Only some configs say what partial tiles and rows cost.
+    of_partial = partial * getattr(config, "partial_cost", 0.0)
+    cost = config.tile_cost * (tiles + of_partial) + rows * getattr(config, "row_cost", 0.0)
+    return cost if partial < getattr(config, "most_partial", math.inf) else math.inf
+
+
+def _divides(tile: tuple[int, int], block: tuple[int, int]) -> bool:
+    """Whether blocks consist of whole tiles, whose rows of bits are integers."""
+    return tile != block and tile[1] in _INTEGERS and not (block[0] % tile[0] or block[1] % tile[1])
+
+
+def _tiles(layout: BlockLayout, tile: tuple[int, int], area: int) -> tuple[float, float]:
+    """How many tiles of this size count, and how many of them are partial."""
+    divides = _divides(tile, layout.block)
+    ragged = layout.q_len % tile[0] or layout.kv_len % tile[1]
+    tiles = area / math.prod(tile) if divides and not ragged else cover(layout, tile)
+    if not layout.num_partial:
+        return tiles, 0
+    if not divides:
+        return tiles, tiles * layout.num_partial / layout.num_tiles
+    held, full = _parts_of_partial(layout, tile)
+    empty = _parts(layout, tile) - held
+    return min(tiles, _WORTH_CUTTING * (tiles - empty)), held - full
+
+
+def _parts_of_partial(layout: BlockLayout, tile: tuple[int, int]) -> tuple[float, float]:
+    """How many tiles of this size, which divides the blocks, hold elements of partial blocks, and
+    how many are full. Of many bit tiles, it counts in a sample.
+    """
+    step = -(-layout.num_bit_tiles // _SAMPLE)
+    lines = numbers(layout.bit_tiles[::step].contiguous().view(_INTEGERS[tile[1]]))
+    shape = (len(lines), layout.block[0] // tile[0], tile[0], layout.block[1] // tile[1])
+    lines = lines.reshape(shape)
+    counts = (lines != 0).any(2).sum((1, 2)), (lines == -1).all(2).sum((1, 2))
+    if step > 1:
+        held, full = (layout.num_partial * int(x.sum()) / len(lines) for x in counts)
+        return held, full
+    entries = numbers(layout.bit_tile_indices)
+    held, full = (int(take(x, entries[entries >= 0]).sum()) for x in counts)
+    return held, full
+
+
+def _parts(layout: BlockLayout, tile: tuple[int, int]) -> int:
+    """Number of tiles of this size, which divides the blocks, in partial blocks."""
+    (block_q, block_kv), (q_len, kv_len) = layout.block, layout.lengths[:2]
+    if not (q_len % block_q or kv_len % block_kv):
+        return layout.num_partial * (block_q // tile[0]) * (block_kv // tile[1])
+    which = layout.bit_tile_indices >= 0
+    rows = layout.tile_rows[which] % layout.num_block_rows
+    heights = (q_len - rows * block_q).clamp(max=block_q)
+    widths = (kv_len - layout.col_indices[which].long() * block_kv).clamp(max=block_kv)
+    return int(((heights + tile[0] - 1) // tile[0] * ((widths + tile[1] - 1) // tile[1])).sum())
 
 
 def suits(config: KernelConfig, layout: BlockLayout, transposed: bool) -> bool:

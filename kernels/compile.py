@@ -38,7 +38,7 @@ def _load(config: Any, build: Callable[[Any], Any]) -> Callable[..., None]:
 
 
 def name_of(config: KernelConfig) -> str:
-    """A readable name: computation, architecture, dtype, head_dim and tile.
+    """A readable name: computation, architecture, dtype, head_dim and tile, and slots if several.
 
     >>> from sparse_flash.kernels.sm90.config import forward_configs
     >>> name_of(forward_configs("bfloat16", 64)[0])
@@ -46,7 +46,9 @@ def name_of(config: KernelConfig) -> str:
     """
     computation = type(config).__name__.removesuffix("Config").lower()
     height, width = config.tile
-    return f"{computation}-{config.arch}-{config.dtype}-{config.head_dim}-{height}x{width}"
+    name = f"{computation}-{config.arch}-{config.dtype}-{config.head_dim}-{height}x{width}"
+    slots = getattr(config, "slots", 1)
+    return f"{name}-{slots}" if slots > 1 else name
 
 
 class Arguments:

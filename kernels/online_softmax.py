@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 
 import cutlass
-from cutlass import Float32, Int32, const_expr, cute
+from cutlass import Float32, Int16, Int32, const_expr, cute
 from sparse_flash.kernels.score_terms import absolute, with_sink
 
 LN2 = math.log(2.0)
@@ -29,6 +29,21 @@ def mask_words(bits, bit_tile, group, thread):
     if bit_tile >= 0:
         words[0] = bits[bit_tile, group, thread, 0]
         words[1] = bits[bit_tile, group, thread, 1]
+    return words
+
+
+@cute.jit
+def half_mask_words(bits, start, group, thread):
+    """As `mask_words`, of one half of a tile's columns: the lower 16 bits of each word.
+
+    start: Index of the first 16-bit word of the half, as `bits` holds those of both halves in turn.
+    """
+    words = cute.make_rmem_tensor(2, Int32)
+    words.fill(-1)
+    if start >= 0:
+        halves = cute.recast_ptr(bits.iterator, dtype=Int16) + start
+        mine = cute.make_tensor(halves + 4 * (128 * group + thread), cute.make_layout(4))
+        words[0], words[1] = mine[0].to(Int32), mine[2].to(Int32)
     return words
 
 

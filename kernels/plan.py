@@ -182,11 +182,26 @@ def plan_of(layout: BlockLayout, key: PlanKey) -> Plan[Any]:
 
 @plain_torch()  # a plan outlives the modes and transforms of the call that asks for it
 def _build(layout: BlockLayout, key: PlanKey) -> Plan[Any]:
-    configs = _possible_configs(key)
-    config = best_config(layout, configs, key.planner.transposed)
+    config = best_config(layout, _configs_for(layout, key), key.planner.transposed)
     reschedule = functools.partial(_schedule, key, config, split_last_wave=False)
     may = functools.partial(suits, config, transposed=key.planner.transposed)
-    return Plan(config, _schedule(key, config, layout), reschedule, may)
+    plan = Plan(config, _schedule(key, config, layout), reschedule, may)
+    if getattr(config, "slots", 1) > 1:  # few work tiles then begin on as many multiprocessors
+        plan.num_ctas = min(plan.num_ctas, key.facts.num_sms)
+    return plan
+
+
+def _configs_for(layout: BlockLayout, key: PlanKey) -> list[Any]:
+    """The possible configs; without those of several slots where there are few rows of tiles: with
+    one slot in use these take longer than others.
+    """
+    configs, pairs = _possible_configs(key), key.batch * key.heads
+    kept = [
+        c
+        for c in configs
+        if getattr(c, "slots", 1) == 1 or pairs * -(-layout.q_len // c.tile[0]) > key.facts.num_sms
+    ]
+    return kept or configs
 
 
 def _possible_configs(key: PlanKey) -> list[Any]:
@@ -203,21 +218,28 @@ def _possible_configs(key: PlanKey) -> list[Any]:
 
 
 def slots_of(facts: DeviceFacts, config: KernelConfig) -> DeviceFacts:
-    """The GPU as a schedule sees it: a multiprocessor for each CTA of the config that it runs."""
-    resident = getattr(config, "resident_ctas", 1)  # facts of other architectures count them
-    return facts if resident == 1 else replace(facts, num_sms=facts.num_sms * resident)
+    """The GPU as a schedule sees it: a multiprocessor for each work tile that it runs at once."""
+    at_once = tiles_at_once(config)
+    return facts if at_once == 1 else replace(facts, num_sms=facts.num_sms * at_once)
+
+
+def tiles_at_once(config: KernelConfig) -> int:
+    """Work tiles that a multiprocessor computes at once."""
+    # Facts of other architectures count them.
+    return getattr(config, "resident_ctas", 1) * getattr(config, "slots", 1)
 
 
 def fitting(layout: BlockLayout, planner: Planner[Any]) -> list[Any]:
     """The configs of a planner whose tiles can be listed on the device for a layout's blocks.
 
-    Not those for small blocks: to choose them takes a count of the tiles, for which the host waits.
+    Not those with several work tiles on a multiprocessor, such as those for small blocks: to choose
+    them takes a count of the tiles, for which the host waits.
     Nor those whose bit tiles are padded to a multiple of 64 rows, which the lists do not expect.
     """
     return [
         c
         for c in planner.configs
-        if getattr(c, "resident_ctas", 1) == 1
+        if tiles_at_once(c) == 1
         and c.tile[0] % 64 == 0
         and grid_of(layout.lengths, c.tile[::-1] if planner.transposed else c.tile)
     ]

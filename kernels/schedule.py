@@ -122,7 +122,7 @@ class Schedule:
         a CUDA graph's replays see what `update_` has changed.
     num_bit_tiles: Entries of `bits` in use.
     num_splits: Number of splits of all split rows; the config's `split_shapes` are those of each.
-    num_ctas: Number of CTAs to launch; they take items off the list until none is left.
+    num_ctas: Number of CTAs, or of their slots, that take items off the list until none is left.
     tile: Height and width of the tiles.
     """
 

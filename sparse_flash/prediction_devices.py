@@ -109,7 +109,8 @@ def _matches(name: str, given: str) -> bool:
 def constants_of(gpu: Gpu) -> tuple[str, dict[str, Cost]]:
     """Where and when the constants of a GPU were measured, and they by kernel; none: ('', {}).
 
-    A kernel is named pass-head_dim-tile_m x tile_n, as "forward-64-192x128".
+    A kernel is named pass-head_dim-tile_m x tile_n, as "forward-64-192x128". Where a CTA computes
+    several work tiles at once, their number follows.
     """
     for entry in json.loads(CONSTANTS.read_text())["devices"]:
         if _matches(gpu.name, entry["machine"].lower()):

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from sparse_flash.kernels.attention import DTYPES
-from sparse_flash.kernels.plan import Plan, PlanKey, plan_of, slots_of
+from sparse_flash.kernels.plan import Plan, PlanKey, plan_of, slots_of, tiles_at_once
 from sparse_flash.kernels.sm80 import attention as sm80
 from sparse_flash.kernels.sm80 import backward_config as sm80_backward
 from sparse_flash.kernels.sm80 import gradients
@@ -40,7 +40,7 @@ class Kernel(NamedTuple):
     plan: Its plan.
     which: Pass, "forward" or "backward".
     transposed: Whether it computes by key blocks.
-    slots: CTAs that the GPU runs at a time.
+    slots: Work tiles that the GPU computes at a time.
     """
 
     plan: Plan[Any]
@@ -50,7 +50,7 @@ class Kernel(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Name in the table of constants: pass, head_dim and tile.
+        """Name in the table of constants: pass, head_dim and tile, and slots of a CTA if several.
 
         >>> from sparse_flash import masks
         >>> from sparse_flash.prediction_devices import GPUS
@@ -59,7 +59,8 @@ class Kernel(NamedTuple):
         ['forward-128-128x128']
         """
         config = self.plan.config
-        return f"{self.which}-{config.head_dim}-{config.tile[0]}x{config.tile[1]}"
+        slots = f"-{config.slots}" if getattr(config, "slots", 1) > 1 else ""
+        return f"{self.which}-{config.head_dim}-{config.tile[0]}x{config.tile[1]}{slots}"
 
     @property
     def gemms(self) -> int:
@@ -79,11 +80,11 @@ class Kernel(NamedTuple):
 
     @property
     def slowdown(self) -> float:
-        """Time of an operation of a CTA, in units of that of a CTA with a multiprocessor alone."""
+        """Time of an operation, in units of that of a work tile with a multiprocessor alone."""
         config = self.plan.config
-        resident = getattr(config, "resident_ctas", 1)
+        at_once = tiles_at_once(config)
         area = config.tile[0] * config.tile[1] / 128**2
-        return resident * config.tile_cost / area if resident > 1 else 1.0
+        return at_once * config.tile_cost / area if at_once > 1 else 1.0
 
     def milliseconds(self, cost: Cost, mega: float) -> float:
         """Predicted time. mega: Elements of q / 2^20."""
@@ -143,9 +144,12 @@ def cost_of(kernel: Kernel, gpu: Gpu, costs: dict[str, Cost]) -> tuple[Cost, str
     """
     if kernel.name in costs:
         return costs[kernel.name], ""
-    near = [name for name in costs if name.startswith(f"{kernel.which}-")]
+    # Without kernels of several slots, which have a fourth part in their names.
+    near = [n for n in costs if n.startswith(f"{kernel.which}-") and n.count("-") == 2]
     if near:
         wanted = kernel.plan.config.head_dim
+        same = "{}x{}".format(*kernel.plan.config.tile)
+        near.sort(key=lambda name: not name.endswith(same))  # of as near ones, the same tile
         name = min(near, key=lambda n: abs(math.log(int(n.split("-")[1]) / wanted)))
         head_dim, _, size = name.partition("-")[2].partition("-")
         height, width = map(int, size.split("x"))
@@ -172,5 +176,5 @@ def _ratio_of_tiles(kernel: Kernel, tile: tuple[int, int]) -> float | None:
     found: list[Any] = [c for c in make(mine.dtype, mine.head_dim) if c.tile == tile]
     if mine.arch != "sm_90a" or not found:
         return None
-    busy, other = (c.tile_cost * max(1, getattr(c, "resident_ctas", 1)) for c in (mine, found[0]))
+    busy, other = (c.tile_cost * tiles_at_once(c) for c in (mine, found[0]))
     return busy / other

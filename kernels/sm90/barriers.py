@@ -7,8 +7,8 @@ class ForwardBarrier(IntEnum):
     """Named barriers of the kernels with one work tile per query block."""
 
     ALL = 0  # the whole CTA
-    TURN = 1  # one per warpgroup (two or three): its turn to issue GEMMs
-    OWN = 4  # one per warpgroup, among its own threads
+    TURN = 1  # one per warpgroup (two to four): its turn to issue GEMMs
+    OWN = 5  # one per warpgroup, among its own threads
 
 
 class DecodeBarrier(IntEnum):

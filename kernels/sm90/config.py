@@ -27,12 +27,19 @@ class DqConfig:
     warpgroups: int = 2
     consumer_registers: int = 240
     producer_registers: int = 24
-    clear_tile_info = False  # see ForwardConfig
+    # See ForwardConfig.
+    clear_tile_info = False
+    steps_per_tile = 1
 
     @property
     def tile(self) -> tuple[int, int]:
         """(tile_m, tile_n)."""
         return self.tile_m, self.tile_n
+
+    @property
+    def kv_block(self) -> int:
+        """Keys of a tile of the schedule."""
+        return self.tile_n
 
     @property
     def tile_cost(self) -> float:
@@ -71,12 +78,24 @@ BACKWARD_COSTS = replace(FORWARD_COSTS, partial_tile=1.05)  # more GEMMs per mas
 
 DTYPES = ("bfloat16", "float16")
 _ANY = "bfloat16"  # stands for either
+
+
+def _two_slots(head_dim: int, **options: Any) -> ForwardConfig:
+    """A config with four warpgroups of fewer registers: half of the keys of a tile at a time."""
+    return ForwardConfig(_ANY, head_dim, 128, 64, kv_stages=3, steps_per_tile=2, slots=2, **options)
+
+
 _FORWARD = {
     32: (
         ForwardConfig(_ANY, 32, tile_m=128),  # short rows: Q would not stay in registers for long
+        _two_slots(32, q_in_registers=True),
         ForwardConfig(_ANY, 32, tile_m=192, q_in_registers=True, exp_before_pv_wait=True),
     ),
-    64: (ForwardConfig(_ANY, 64, tile_m=128, kv_stages=3), ForwardConfig(_ANY, 64, tile_m=192)),
+    64: (
+        ForwardConfig(_ANY, 64, tile_m=128, kv_stages=3),
+        _two_slots(64),
+        ForwardConfig(_ANY, 64, tile_m=192),
+    ),
     96: (
         ForwardConfig(_ANY, 96, tile_m=128),
         ForwardConfig(_ANY, 96, 192, tile_n=96, exp_before_pv_wait=True),

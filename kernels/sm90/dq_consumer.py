@@ -35,6 +35,7 @@ class DqConsumer(ForwardConsumer):
             self.q_pad, self.dq = others
         self.thread = cute.arch.thread_idx()[0] % 128
         self.group = cute.arch.make_warp_uniform(cute.arch.thread_idx()[0] // 128 - 1)
+        self.warpgroup = self.group  # among all consumers
         mma_s, mma_dq = self.mma_s.get_slice(0), self.mma_dq.get_slice(0)
         self.tSrQ = self.mma_s.make_fragment_A(mma_s.partition_A(sQ))
         self.tdPrdO = self.mma_s.make_fragment_A(mma_s.partition_A(sdO))

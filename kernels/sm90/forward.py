@@ -1,9 +1,10 @@
 """The forward kernel for Hopper: persistent, warp-specialized, and driven by a Schedule.
 
-A CTA has one producer warp and `config.warpgroups` consumer warpgroups. The producer takes work
-tiles from a common list (the first one by the CTA index, the next ones by an atomic counter) and
-loads Q, K and V tiles by TMA. Each consumer warpgroup owns 64 query rows and runs FlashAttention
-with the overlaps of FlashAttention-3 (Shah et al., 2024): see forward_consumer.py.
+A CTA has one producer warp and `config.warpgroups` consumer warpgroups, or these for each of two
+slots, which compute work tiles side by side. The producer takes work tiles from a common list (the
+first one by the index of the CTA and slot, the next ones by an atomic counter) and loads Q, K and V
+tiles by TMA. Each consumer warpgroup owns 64 query rows and runs FlashAttention with the overlaps
+of FlashAttention-3 (Shah et al., 2024): see forward_consumer.py.
 
 The kernel knows no mask. A tile is full, or names a bit tile in fragment order (fragment.py), or
 extends beyond the number of keys.
@@ -31,6 +32,7 @@ from sparse_flash.kernels.sm90.primitives import (
     by_tiles,
     check_arrivals,
     make_tiled_mma,
+    moved_pipeline,
     smem_layout,
     smem_tensor,
     tile_bytes,
@@ -120,7 +122,7 @@ class ForwardSm90:
             self._storage(q_layout, kv_layout, o_layout),
         ).launch(
             grid=(num_ctas, 1, 1),
-            block=(128 + self.consumers, 1, 1),
+            block=(128 + config.slots * self.consumers, 1, 1),
             stream=stream,
             min_blocks_per_mp=config.resident_ctas,
             # All for shared memory: the DSL would ask a driver for the size.
@@ -148,8 +150,8 @@ class ForwardSm90:
         if warp_idx == 0:
             for atom, _ in loads if config.direct_store else (*loads, store):
                 cpasync.prefetch_descriptor(atom)
-        smem = cutlass.utils.SmemAllocator().allocate(storage)
-        *pipes, work_pipe = self._pipelines(smem, layouts)
+        slot = self._slot(warp_idx)
+        smem, (*pipes, work_pipe) = self._of_slot(storage, layouts, slot)
         q_layout, kv_layout, o_layout = layouts
         sQ, sK, sV = (
             smem_tensor(field, layout)
@@ -168,10 +170,10 @@ class ForwardSm90:
             fill_columns(columns)
             cute.arch.sync_threads()
         kv_lens, work, tiles, bits, counter, counts = lists
-        work_tiles = WorkList(work, counter, counts, smem.work, work_pipe)
+        work_tiles = WorkList(work, counter, counts, smem.work, work_pipe, config.slots, slot)
         if warp_idx < 4:
             cute.arch.setmaxregister_decrease(config.producer_registers)
-            if warp_idx == 0:
+            if warp_idx < config.slots:
                 inputs = (kv_lens, tiles, group_size)
                 outside = (sTiles, pipes, work_tiles, inputs, positions_of(config, positions))
                 if cutlass.const_expr(config.gathers):
@@ -228,6 +230,30 @@ class ForwardSm90:
 
         return Storage
 
+    @cute.jit
+    def _slot(self, warp_idx):
+        """Slot of a consumer warp, or of one of the first warps, which produce."""
+        slot = Int32(0)
+        if cutlass.const_expr(self.config.slots > 1):
+            slot = warp_idx
+            if warp_idx >= 4:
+                slot = (warp_idx // 4 - 1) // self.config.warpgroups
+            slot = cute.arch.make_warp_uniform(slot)
+        return slot
+
+    def _of_slot(self, storage, layouts, slot):
+        """Shared memory and pipelines of a slot. Sets up the pipelines of all slots."""
+        slots = self.config.slots
+        size = -(-storage.size_in_bytes() // 1024) * 1024
+        start = cutlass.utils.SmemAllocator().allocate(slots * size, 1024)
+        pipes = [self._pipelines(storage(start + i * size), layouts) for i in range(slots)]
+        cute.arch.mbarrier_init_fence()
+        cute.arch.sync_threads()
+        if cutlass.const_expr(slots == 1):
+            return storage(start), pipes[0]
+        offset = cute.assume(slot * size, divby=1024)
+        return storage(start + offset), [moved_pipeline(pipe, offset) for pipe in pipes[0]]
+
     def _pipelines(self, smem, layouts):
         """Pipelines: Q, K, V (filled by TMA), and work tiles (filled by the producer)."""
         config, warps = self.config, self.consumers // 32
@@ -239,6 +265,4 @@ class ForwardSm90:
         k = tma_pipeline(smem.k_barriers, config.kv_stages, warps, keys + windows)
         v = tma_pipeline(smem.v_barriers, config.kv_stages, warps, keys)
         work = work_pipeline(smem.work_barriers, self.consumers)
-        cute.arch.mbarrier_init_fence()
-        cute.arch.sync_threads()
         return q, k, v, work

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from sparse_flash.kernels.distance_table import window_bytes
@@ -21,6 +22,9 @@ class ForwardConfig:
     Args:
         tiles_per_step: Tiles of the schedule that a step of tile_n keys computes. The keys of
             several tiles need not be neighbors: see forward_gather.py.
+        steps_per_tile: Steps that compute a tile of the schedule, one or two.
+        slots: Work tiles that a CTA computes at once. Each slot has its own warpgroups, pipelines
+            and shared memory; all share the producer warpgroup, which has a warp for each.
         turns: Warpgroups alternate their GEMMs. Off where that measured faster, by 1 to 2 %.
         exp_before_pv_wait: Wait for O += P V only after the exponentials. ptxas moves that wait
             ahead of them. On where that measured faster: at head_dim 32 by 6 %, at 96 with 112 keys
@@ -41,6 +45,8 @@ class ForwardConfig:
     turns: bool = True
     exp_before_pv_wait: bool = False
     tiles_per_step: int = 1
+    steps_per_tile: int = 1
+    slots: int = 1
     direct_store: bool = False
     resident_ctas: int = 1
     offsets: bool = False  # queries at positions, see position_work_tiles.py
@@ -62,6 +68,11 @@ class ForwardConfig:
             assert not self.offsets
             # A multiprocessor has 228 KiB; each CTA reserves 1 KiB more.
             assert self.resident_ctas * (self.shared_memory + 1024) <= 228 * 1024
+        if self.slots > 1:
+            assert self.warpgroups == self.slots == 2  # as `consumer_registers` expects
+            assert not self.scored
+            assert not self.offsets
+        assert self.steps_per_tile in (1, 2)  # see `half_mask_words`
         assert self.tile_n % 16 == 0
         assert self.tile_n <= 128  # a thread's mask bits of a row fit one 32-bit word
 
@@ -81,15 +92,43 @@ class ForwardConfig:
         """Time of a full tile, in units of one of 128 x 128.
 
         Measured on an H200, dense and causal. With tile_m 192 speeds are those of 128 times 1.2 at
-        head_dim 64, 1.1 at 96 and 1.05 at 128. Tiles of 64 rows reach 0.86 of the speed of 128 rows
-        with whole tiles, and 0.75 with gathered ones. At head_dim 192 tiles of 112 keys take 0.89
-        to 0.97 of the time of 64, at 256 tiles of 80 keys 0.98 to 1.01, and at 96 tiles of 112 keys
-        0.97 of the time of 96.
+        head_dim 64, 1.1 at 96 and 1.05 at 128. Tiles of 64 rows with whole tiles reach 0.98 of the
+        speed of 128 rows at head_dim 64, 0.86 at 96 and 0.78 at 128, and with gathered ones 0.7 to
+        0.97 of that. At head_dim 192 tiles of 112 keys take 0.89 to 0.97 of the time of 64, at 256
+        tiles of 80 keys 0.98 to 1.01, and at 96 tiles of 112 keys 0.97 of the time of 96. Two slots
+        take 0.89 of the time of one at head_dim 32, and 0.92 at 64.
         """
         tall = {96: 1.38, 128: 1.42}.get(self.head_dim, 1.2)
         wide = {(96, 112): 0.97, (192, 112): 0.93, (256, 80): 0.985}
-        cost = {64: 0.58, 128: 1.0, 192: tall}[self.tile_m] * self.kv_block / 128
-        return cost * (1.15 if self.gathers else wide.get((self.head_dim, self.tile_n), 1.0))
+        low = {32: 0.49, 64: 0.515, 96: 0.58}.get(self.head_dim, 0.645)
+        cost = {64: low, 128: 1.0, 192: tall}[self.tile_m] * self.kv_block / 128
+        if self.slots > 1:
+            cost *= {32: 0.89, 64: 0.92}[self.head_dim]
+        gathered = {32: 1.42, 64: 1.08, 128: 1.04}.get(self.head_dim, 1.15)
+        return cost * (gathered if self.gathers else wide.get((self.head_dim, self.tile_n), 1.0))
+
+    @property
+    def row_cost(self) -> float:
+        """Time of a row of tiles besides its tiles, in the units of `tile_cost`.
+
+        From rows of three and four tiles on an H200, at head_dims 32 and 64.
+        """
+        return {64: 0.4, 128: 0.8, 192: 2.3}[self.tile_m]
+
+    @property
+    def partial_cost(self) -> float:
+        """Time that bits add to a tile, in units of the time of a full one.
+
+        From a band of 200 keys with global tokens on an H200, at head_dims 32 and 64.
+        """
+        if self.gathers:
+            return 0.75
+        return 0.35 if self.slots > 1 else 0.25
+
+    @property
+    def most_partial(self) -> float:
+        """Number of bit tiles whose 16-bit words have an index of 31 bits, where that counts."""
+        return 2**31 / (512 * self.warpgroups) if self.steps_per_tile > 1 else math.inf
 
     @property
     def gathers(self) -> bool:
@@ -99,7 +138,7 @@ class ForwardConfig:
     @property
     def kv_block(self) -> int:
         """Keys of a tile of the schedule."""
-        return self.tile_n // self.tiles_per_step
+        return self.tile_n * self.steps_per_tile // self.tiles_per_step
 
     @property
     def box_columns(self) -> int:
@@ -143,6 +182,8 @@ class ForwardConfig:
         """Registers per consumer thread. With the producer's they fill the register file."""
         if self.warpgroups == 1:
             return {2: 216, 3: 136}[self.resident_ctas]
+        if self.slots == 2:
+            return 112
         return {2: 232, 3: 160}[self.warpgroups]
 
     @property
@@ -150,6 +191,8 @@ class ForwardConfig:
         """Registers per producer thread."""
         if self.warpgroups == 1:
             return {2: 40, 3: 24}[self.resident_ctas]
+        if self.slots == 2:
+            return 24
         return {2: 40, 3: 32}[self.warpgroups]
 
     @property
@@ -159,4 +202,4 @@ class ForwardConfig:
         windows = self.kv_stages * window_bytes(self.tile) if self.distance_bias else 0
         windows += 32 * self.tile_n if self.alibi else 0  # see alibi.py
         outputs = 0 if self.direct_store else self.tile_m * self.o_columns
-        return 2 * (rows * self.head_dim + outputs) + windows + 1024
+        return self.slots * (2 * (rows * self.head_dim + outputs) + windows + 1024)

@@ -98,7 +98,11 @@ class ForwardConsumer:
         self.lse, self.out_splits, self.lse_splits, *others = results
         if const_expr(config.offsets or config.direct_store):
             (self.out,) = others
-        self.group = cute.arch.make_warp_uniform(cute.arch.thread_idx()[0] // 128 - 1)
+        # Among all consumers, and among those of the slot.
+        self.warpgroup = cute.arch.make_warp_uniform(cute.arch.thread_idx()[0] // 128 - 1)
+        self.group = self.warpgroup
+        if const_expr(config.slots > 1):
+            self.group = self.warpgroup % config.warpgroups
         # V as operand B of O += P V: (head_dim, keys).
         shape = (config.head_dim, config.tile_n, config.kv_stages)
         sVt = cute.composition(self.sV, cute.make_ordered_layout(shape, order=(1, 0, 2)))
@@ -243,7 +247,9 @@ class ForwardConsumer:
         if const_expr(self.config.gathers):
             return read_gathered_mask(self.config, (self.sTiles, self.bits), stage, self.thread)
         bit_tile, remaining = self.read_tile_info(stage)
-        return bit_tile, remaining, online.mask_words(self.bits, bit_tile, self.group, self.thread)
+        halves = const_expr(self.config.steps_per_tile == 2)
+        words_of = online.half_mask_words if halves else online.mask_words
+        return bit_tile, remaining, words_of(self.bits, bit_tile, self.group, self.thread)
 
     @cute.jit
     def add_terms(self, acc_s, remaining, kv_state):
@@ -337,22 +343,25 @@ class ForwardConsumer:
     def take_turn(self):
         """Wait until the previous warpgroup has issued its GEMMs."""
         if const_expr(self.config.takes_turns):
-            cute.arch.barrier(barrier_id=ForwardBarrier.TURN + self.group, number_of_threads=PAIR)
+            turn = ForwardBarrier.TURN + self.warpgroup
+            cute.arch.barrier(barrier_id=turn, number_of_threads=PAIR)
 
     @cute.jit
     def pass_turn(self):
         """Let the next warpgroup issue its GEMMs."""
         groups = self.config.warpgroups
         if const_expr(self.config.takes_turns):
-            following = ForwardBarrier.TURN + (self.group + 1) % groups
+            first = ForwardBarrier.TURN + (self.warpgroup - self.group)  # of the slot
+            following = first + (self.group + 1) % groups
             check_arrivals("turn", {"waiting": WARPGROUP, "passing": WARPGROUP}, PAIR)
-            assert groups <= ForwardBarrier.OWN - ForwardBarrier.TURN
+            assert self.config.slots * groups <= ForwardBarrier.OWN - ForwardBarrier.TURN
             cute.arch.barrier_arrive(barrier_id=following, number_of_threads=PAIR)
 
     @cute.jit
     def sync_warpgroup(self):
         """A barrier among the threads of this warpgroup."""
-        cute.arch.barrier(barrier_id=ForwardBarrier.OWN + self.group, number_of_threads=WARPGROUP)
+        own = ForwardBarrier.OWN + self.warpgroup
+        cute.arch.barrier(barrier_id=own, number_of_threads=WARPGROUP)
 
     @cute.jit
     def zero_beyond(self, tensor, stage, remaining):

@@ -43,7 +43,7 @@ class GatherProducer(ForwardProducer):
         k_state = pipeline.make_pipeline_state(PRODUCER, config.kv_stages)
         v_state = pipeline.make_pipeline_state(PRODUCER, config.kv_stages)
         work_state = pipeline.make_pipeline_state(PRODUCER, self.work_tiles.pipe.num_stages)
-        index = cute.arch.block_idx()[0]
+        index = self.work_tiles.first_index()
         # Coordinates of the tiles whose V is due; none at first.
         v_coord = KeyTile(Int32(-1), Int32(0), Int32(0), Int32(0))
         while index < self.work_tiles.counts[0]:
@@ -102,12 +102,12 @@ class GatherProducer(ForwardProducer):
         size, lane = self.config.tiles_per_step, cute.arch.lane_idx()
         self.k_pipe.sync_object_empty.wait(state.index, state.phase)
         sTiles, barrier = self.sTiles, self.k_pipe.producer_get_barrier(state)
-        if lane < size:
-            sTiles[state.index, lane] = bit_tile
+        bit_tiles = [cute.arch.shuffle_sync(bit_tile, i) for i in range(size)]
         if lane == 0:
+            for i in cutlass.range_constexpr(size):
+                sTiles[state.index, i] = bit_tiles[i]
             sTiles[state.index, size] = remaining
-        cute.arch.sync_warp()
-        if lane == 0:  # this arrival releases the stores above
+            # This arrival releases the stores above.
             cute.arch.mbarrier_arrive_and_expect_tx(barrier, self.k_pipe.sync_object_full.tx_count)
         self.load_keys(1, coord, state, barrier)
 

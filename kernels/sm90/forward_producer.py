@@ -54,7 +54,7 @@ class ForwardProducer:
         k_state = pipeline.make_pipeline_state(PRODUCER, self.config.kv_stages)
         v_state = pipeline.make_pipeline_state(PRODUCER, self.config.kv_stages)
         work_state = pipeline.make_pipeline_state(PRODUCER, self.work_tiles.pipe.num_stages)
-        index = cute.arch.block_idx()[0]
+        index = self.work_tiles.first_index()
         # Coordinates of the tile whose V is due; none at first.
         v_coord = KeyTile(Int32(-1), Int32(0), Int32(0), Int32(0))
         num_work_tiles = self.num_work_tiles()
@@ -65,13 +65,13 @@ class ForwardProducer:
             q_state.advance()
             first, count = load.first, load.count
             kv_head = load.head // self.group_size
-            n_block, bit_tile = self.tiles[first, 0], self.tiles[first, 1]
+            n_block, bit_tile = self.tile_of_step(first, Int32(0))
             for j in cutlass.range(count, unroll=1):
                 if j == cutlass.max(count - 2, 0):
                     index = self.work_tiles.next_index()
                 # Prefetch: the wait below hides the latency.
-                following = first + cutlass.min(j + 1, count - 1)
-                next_block, next_bit_tile = self.tiles[following, 0], self.tiles[following, 1]
+                following = cutlass.min(j + 1, count - 1)
+                next_block, next_bit_tile = self.tile_of_step(first, following)
                 coord = KeyTile(n_block, kv_head, load.batch, load.key_start)
                 self.load_k(k_state, coord, bit_tile, load)
                 k_state.advance()
@@ -102,9 +102,34 @@ class ForwardProducer:
         limit = self.kv_lens[batch]
         if count == 0:  # a row without tiles: all keys of its placeholder tile are masked
             count, limit = Int32(1), Int32(0)
-        count = tiles_within(self.tiles, first, count, limit, self.config.tile_n)
+        count = self.steps_within(first, count, limit)
         self.work_tiles.announce(work_state, RowWorkTile(m_block, head, batch, count, split_idx))
         return Load(m_block, head, batch, first, count, limit, Int32(0), Int32(0))
+
+    @cute.jit
+    def steps_within(self, first, count, limit):
+        """Number of steps of a work tile that begin before key `limit`; at least 1."""
+        config, steps = self.config, self.config.steps_per_tile
+        count = tiles_within(self.tiles, first, count, limit, config.kv_block)
+        if const_expr(steps > 1):
+            keys = limit - self.tiles[first + count - 1, 0] * config.kv_block  # of the last tile
+            of_last = cutlass.min(cutlass.max(cute.ceil_div(keys, config.tile_n), 1), steps)
+            count = steps * (count - 1) + of_last
+        return count
+
+    @cute.jit
+    def tile_of_step(self, first, step):
+        """N_block of a step, in units of its keys, and its bit tile.
+
+        Where a tile takes two steps, instead of a bit tile: see `half_mask_words`.
+        """
+        steps = self.config.steps_per_tile
+        if const_expr(steps == 1):
+            return self.tiles[first + step, 0], self.tiles[first + step, 1]
+        tile, part = first + step // steps, step % steps
+        n_block, bit_tile = self.tiles[tile, 0], self.tiles[tile, 1]
+        words = steps * 2 * 128 * self.config.warpgroups  # of a bit tile, of 16 bits
+        return steps * n_block + part, words * bit_tile + part if bit_tile >= 0 else bit_tile
 
     @cute.jit
     def begin_at_positions(self, index, work_state):

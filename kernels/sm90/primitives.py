@@ -1,5 +1,7 @@
 """Building blocks of the Hopper kernels: GEMMs, TMA, pipelines, and the work list."""
 
+import copy
+
 import cutlass
 from cutlass import Int32, cute, pipeline
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
@@ -250,6 +252,16 @@ def tma_pipeline(storage, stages, consumers, size):
     )
 
 
+def moved_pipeline(pipe, offset):
+    """The pipeline whose barriers are `offset` bytes behind those of `pipe`."""
+    pipe = copy.copy(pipe)
+    for name in ("sync_object_full", "sync_object_empty"):
+        barriers = copy.copy(getattr(pipe, name))
+        barriers.barrier_storage = barriers.mbarrier_base = barriers.mbarrier_base + offset // 8
+        object.__setattr__(pipe, name, barriers)  # a frozen dataclass
+    return pipe
+
+
 def register_pipeline(storage, stages, producers, consumers):
     """A pipeline of stages that threads fill from registers.
 
@@ -297,17 +309,25 @@ def work_pipeline(storage, consumers):
 class WorkList:
     """The work list that all CTAs share; a CTA publishes its work tiles to its warps.
 
+    slots: Work tiles that a CTA computes at once. This is the list as slot `slot` sees it.
+
     (Values written inside a dynamic `if` must be local names: the DSL cannot carry attributes.)
     """
 
-    def __init__(self, work, counter, counts, storage, pipe):
+    def __init__(self, work, counter, counts, storage, pipe, slots=1, slot=0):
+        self.slots, self.slot = slots, slot
         self.work, self.counter, self.counts, self.pipe = work, counter, counts, pipe
         layout = cute.make_layout((WORK_STAGES, WORK_FIELDS), stride=(WORK_FIELDS, 1))
         self.sWork = storage.get_tensor(layout)
 
     @cute.jit
+    def first_index(self):
+        """Index of the first work tile of the slot: those of a CTA are a grid apart."""
+        return self.slot * cute.arch.grid_dim()[0] + cute.arch.block_idx()[0]
+
+    @cute.jit
     def next_index(self):
-        """Index of the next unclaimed work tile; the first one of a CTA is its block index.
+        """Index of the next unclaimed work tile, after the first ones of all slots.
 
         Call it near the end of the current work tile. An early claim may keep a work tile from an
         idle CTA, and the last work tiles then end late.
@@ -317,7 +337,7 @@ class WorkList:
             ticket = cute.arch.atomic_add(
                 self.counter.iterator, Int32(1), sem="relaxed", scope="gpu"
             )
-        return cute.arch.grid_dim()[0] + cute.arch.shuffle_sync(ticket, 0)
+        return self.slots * cute.arch.grid_dim()[0] + cute.arch.shuffle_sync(ticket, 0)
 
     @cute.jit
     def announce(self, state, fields):
@@ -347,10 +367,10 @@ class WorkList:
 
     @cute.jit
     def reset_counters(self):
-        """Reset the counters to zero, in the last CTA that finds no more work."""
+        """Reset the counters to zero, in the last slot that finds no more work."""
         counter = self.counter
         if cute.arch.lane_idx() == 0:
             done = cute.arch.atomic_add(counter.iterator + 1, Int32(1), sem="acq_rel", scope="gpu")
-            if done == cute.arch.grid_dim()[0] - 1:
+            if done == self.slots * cute.arch.grid_dim()[0] - 1:
                 counter[0] = Int32(0)
                 counter[1] = Int32(0)

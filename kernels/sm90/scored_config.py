@@ -38,7 +38,7 @@ def scored_forward_configs(
     configs = [
         c
         for c in forward_configs(dtype, head_dim)
-        if 128 <= c.tile_m <= tall and (c.head_dim, c.tile_n) not in _WITHOUT_TERMS
+        if 128 <= c.tile_m <= tall and c.slots == 1 and (c.head_dim, c.tile_n) not in _WITHOUT_TERMS
     ]
     return tuple(_with_terms(c, flags) for c in configs)
 

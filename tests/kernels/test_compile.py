@@ -109,7 +109,7 @@ def backward_gemms(config):
 def test_forward_compiles_well(compiler, index, tmp_path):
     config = CONFIGS[index]
     # Attention, and the combination.
-    sizes = config.warpgroups, config.resident_ctas
+    sizes = config.slots * config.warpgroups, config.resident_ctas
     sass = compile_well(compiler, "forward", index, 2, tmp_path, *sizes)
     hgmma = len(re.findall(r"\bHGMMA\.", sass))
     # Three steps (first, inner, boundary) with S, and three places (inner, boundary, last) with O.

@@ -80,21 +80,24 @@ def test_tensors_and_arrays_give_the_same(name, monkeypatch):
         assert (a.num_splits, a.num_ctas) == (b.num_splits, b.num_ctas)
 
 
-CALLS = {  # of Python and of C, in the plans of both passes at 65,536 tokens and head_dim 64
-    "local({})": 1250,
-    "causal({})": 1800,
-    "local({}) | global_tokens(64) | butterfly(128)": 1400,
-}
+# Calls of Python and of C in the plans of both passes at 65,536 tokens and head_dim 64, of the
+# second of two layouts. Bands are computed in small tiles, into which their blocks are cut.
+CALLS = [
+    ("local({})", (200, 205), 2100),
+    ("local({})", (3, 5), 3400),
+    ("causal({})", (3, 5), 1900),
+    ("local({}) | global_tokens(64) | butterfly(128)", (200, 205), 1850),
+]
 
 
-@pytest.mark.parametrize("spec", CALLS)
-def test_calls_of_plans(spec):
+@pytest.mark.parametrize(("spec", "widths", "most"), CALLS)
+def test_calls_of_plans(spec, widths, most):
     keys = [
         PlanKey(planners[torch.bfloat16, 64], 1, 8, 8, H200) for planners in (FORWARD, BACKWARD)
     ]
-    first, second = (masks.parse(spec.format(n)).layout(65536) for n in (3, 5))
+    first, second = (masks.parse(spec.format(n)).layout(65536) for n in widths)
     for key in keys:
         plan_of(first, key)
     calls = count_calls(lambda: [plan_of(second, key) for key in keys])
     print(f"{spec}: {calls} calls")
-    assert calls <= CALLS[spec]
+    assert calls <= most

@@ -92,7 +92,7 @@ def test_the_config_that_was_chosen_is_the_one_that_is_launched(monkeypatch):
 
 def test_configs_that_do_not_fit_the_gpu_are_not_taken():
     layout = masks.full().layout(4096)
-    small, large, *_ = sm90.FORWARD[torch.bfloat16, 32].configs
+    small, _, large, *_ = sm90.FORWARD[torch.bfloat16, 32].configs
     planner = Planner((small, large), FORWARD_COSTS, 256)
     assert plan_of(layout, key_of(planner)).config == large
     facts = replace(H200, shared_memory=small.shared_memory)
@@ -104,8 +104,9 @@ def test_configs_that_do_not_fit_the_gpu_are_not_taken():
 
 
 def test_a_transposed_plan_has_the_config_of_the_transposed_layout():
-    layout = masks.custom(lambda q, kv: (q < 64) & (kv >= 0)).layout(768, block=(64, 64))
-    small, large, *_ = forward_configs("bfloat16", 64)
+    every_sixth = masks.custom(lambda q, kv: (q // 64 % 6 == 0) & (kv >= 0))
+    layout = every_sixth.layout(6144, block=(64, 64))
+    small, _, large, *_ = forward_configs("bfloat16", 64)
     planner = Planner((small, large), FORWARD_COSTS, 256)
     assert plan_of(layout, key_of(planner)).config == small  # 64 of 192 rows would be used
     assert plan_of(layout, key_of(replace(planner, transposed=True))).config == large

@@ -165,8 +165,9 @@ def show(capsys, *arguments):
 def test_mask_show_takes_the_length_of_the_mask(capsys):
     code, out, _ = show(capsys, "neighborhood(32, 32, 5)", "--width", "4")
     assert code == 0
-    assert "1024 x 1024, density 9.89 %, tile density 53.1 %, computed density 53.1 % (192" in out
-    assert "hint: 9.89 % of elements in 53.1 % of tiles" in out
+    assert "1024 x 1024, density 9.89 %, tile density 53.1 %, computed density 39.1 % (64" in out
+    out = show(capsys, "neighborhood(32, 32, 5)", "--head-dim", "256")[1]
+    assert "hint: 9.89 % of elements in 43.8 % of tiles" in out
     assert "4096 x 4096" in show(capsys, "causal()", "--width", "4")[1]
     code, out, _ = show(capsys, "causal()", "--length", "256", "--head-dim", "128", "--width", "2")
     assert "256 x 256, density 50.2 %, tile density 75 %, computed density 75 % (128 x 128" in out
