@@ -38,8 +38,6 @@ TEXTS: dict[str, Callable[[], str]] = {
     "range-backward": lambda: tables.ratio_range("backward"),
     "range-flex": tables.flex_range,
     "ahead": tables.ahead,
-    "ahead-later": lambda: tables.ahead("h200-flash-attention-4"),
-    "later": tables.later,
     "score-costs": tables.score_costs,
     "documents": tables.documents,
     "steps": lambda: tables.steps("h200-steps"),

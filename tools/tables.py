@@ -160,34 +160,18 @@ def ratio_range(which: str) -> str:
     return f"{min(ratios):.2f}x to {max(ratios):.2f}x"
 
 
-def speed_ups(which: str, folder: str = "h200") -> list[float]:
+def speed_ups(which: str) -> list[float]:
     """Speed-up over the fastest baseline in each case: the median of the ratio within a turn."""
     found = (
-        [row for name, row in rows.items() if name != "ours"]
-        for rows in _by_case(BENCH / folder, which).values()
+        [row for name, row in rows.items() if name != "ours"] for rows in bench_rows(which).values()
     )
     return [min(others, key=lambda row: row["ms"])["ratio"] for others in found if others]
 
 
-def ahead(folder: str = "h200") -> str:
+def ahead() -> str:
     """In how many passes of all cases no baseline is ahead by more than 1 %."""
-    ratios = [ratio for which in ("forward", "backward") for ratio in speed_ups(which, folder)]
+    ratios = [ratio for which in ("forward", "backward") for ratio in speed_ups(which)]
     return f"{sum(ratio >= 0.99 for ratio in ratios)} of {len(ratios)}"
-
-
-def later() -> str:
-    """Cases of a later run against FlashAttention-4 alone: those whose kernels are others since."""
-    cases = ["16K dense d128", "16K causal d128", "8K GQA 32:8 causal d128", "16K dense d64"]
-    cases += ["16K dense d96", "8K causal d192", "8K dense d192", "8K causal d256", "8K dense d256"]
-    small = [f"16K random {size}-blocks 0.1 d128" for size in (64, 32)]
-    lines = []
-    for which, shown in (("forward", cases), ("backward", small)):
-        rows = _by_case(BENCH / "h200-flash-attention-4", which)
-        for case in shown:
-            found = rows[case]
-            cells = [_tflops(found.get(name)) for name in BASELINES[:2]]
-            lines.append([which, case, *cells, markdown.speed_up_text(found)])
-    return table(["pass", "case", "sparse_flash", "FlashAttention-4", "speed-up"], lines)
 
 
 def flex_range() -> str:
