@@ -12,13 +12,13 @@ import torch
 from sparse_flash.kernels.config import KernelConfig
 from sparse_flash.kernels.schedule import on_host
 from sparse_flash.masks import blockwise, host
-from sparse_flash.masks.blockwise import Numbers, minimum, numbers, take, tensor
+from sparse_flash.masks.blockwise import Numbers, int64, minimum, numbers, take, tensor
 from sparse_flash.masks.layout import BlockLayout
 
 _GRID = 1 << 24  # tiles of which a table of bools is made
-_SAMPLE = 512  # bit tiles
+_SAMPLE = 512  # partial blocks
 _INTEGERS = {8: torch.int8, 16: torch.int16, 32: torch.int32, 64: torch.int64}  # of n bits
-_WORTH_CUTTING = 1.2  # a layout in other tiles takes time on the host
+_WORTH_CUTTING = 1.2  # to cut a layout into other tiles takes time on the host
 _FEW = 1 << 14  # blocks of which such a table takes less time than an operation on each tile
 
 Config = TypeVar("Config", bound=KernelConfig)
@@ -28,7 +28,8 @@ def best_config(layout: BlockLayout, configs: Sequence[Config], transposed: bool
     """The config whose tiles cover the layout, or its transpose, at the least cost.
 
     Tiles are counted over the stored blocks, as if all these were full. But where the blocks are
-    multiples of the tiles, tiles without elements count less. Partial tiles and rows of tiles have
+    multiples of the tiles, with widths of `_INTEGERS`, those without elements do not count, and the
+    others count `_WORTH_CUTTING` times, if that is less. Partial tiles and rows of tiles have
     costs, too. Tiles that would reach into blocks which nothing reads are not taken: these may hold
     NaN, and 0 times NaN is NaN.
     """
@@ -58,7 +59,7 @@ def _cost(config: KernelConfig, tiles: float, partial: float, rows: int) -> floa
     # Only some configs say what partial tiles and rows cost.
     of_partial = partial * getattr(config, "partial_cost", 0.0)
     cost = config.tile_cost * (tiles + of_partial) + rows * getattr(config, "row_cost", 0.0)
-    return cost if partial < getattr(config, "most_partial", math.inf) else math.inf
+    return cost if partial < getattr(config, "most_bit_tiles", math.inf) else math.inf
 
 
 def _divides(tile: tuple[int, int], block: tuple[int, int]) -> bool:
@@ -82,18 +83,19 @@ def _tiles(layout: BlockLayout, tile: tuple[int, int], area: int) -> tuple[float
 
 def _parts_of_partial(layout: BlockLayout, tile: tuple[int, int]) -> tuple[float, float]:
     """How many tiles of this size, which divides the blocks, hold elements of partial blocks, and
-    how many are full. Of many bit tiles, it counts in a sample.
+    how many are full. With many bit tiles, from a sample of the blocks.
     """
-    step = -(-layout.num_bit_tiles // _SAMPLE)
-    lines = numbers(layout.bit_tiles[::step].contiguous().view(_INTEGERS[tile[1]]))
+    entries = numbers(layout.bit_tile_indices)
+    packed, index = layout.bit_tiles, entries[entries >= 0]
+    if len(packed) > _SAMPLE:
+        some = index[:: -(-len(index) // _SAMPLE)]
+        packed, index = host.take(packed, tensor(int64(some))), blockwise.arange(len(some), some)
+    packed = packed.clone(memory_format=torch.contiguous_format)  # may begin at any byte
+    lines = numbers(packed.view(_INTEGERS[tile[1]]))
     shape = (len(lines), layout.block[0] // tile[0], tile[0], layout.block[1] // tile[1])
     lines = lines.reshape(shape)
     counts = (lines != 0).any(2).sum((1, 2)), (lines == -1).all(2).sum((1, 2))
-    if step > 1:
-        held, full = (layout.num_partial * int(x.sum()) / len(lines) for x in counts)
-        return held, full
-    entries = numbers(layout.bit_tile_indices)
-    held, full = (int(take(x, entries[entries >= 0]).sum()) for x in counts)
+    held, full = (layout.num_partial * int(take(x, index).sum()) / len(index) for x in counts)
     return held, full
 
 

@@ -36,7 +36,7 @@ def mask_words(bits, bit_tile, group, thread):
 def half_mask_words(bits, start, group, thread):
     """As `mask_words`, of one half of a tile's columns: the lower 16 bits of each word.
 
-    start: Index of the first 16-bit word of the half, as `bits` holds those of both halves in turn.
+    start: Index of the first 16-bit word of the half: lower and upper words alternate in `bits`.
     """
     words = cute.make_rmem_tensor(2, Int32)
     words.fill(-1)

@@ -9,6 +9,7 @@ CUDA graphs and compiled graphs hold the plan's arrays; `layout.update_` changes
 from __future__ import annotations
 
 import functools
+import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -294,14 +295,29 @@ def _plan_of_data(layout: DeviceLayout, key: PlanKey) -> Plan[Any]:
 def _schedule(
     key: PlanKey, config: KernelConfig, layout: BlockLayout, split_last_wave: bool = True
 ) -> Schedule:
-    """The schedule of a layout; parts for the last wave may not fit where a plan follows."""
+    """The schedule of a layout; parts for the last wave may not fit where a plan follows.
+
+    Raises:
+        ValueError: It has more bit tiles than the kernel can index.
+    """
     planner, facts = key.planner, slots_of(key.facts, config)
     if not planner.transposed:
         size = planner.token_bytes * layout.kv_len
-        sizes = (key.batch, key.heads)
-        return schedule(layout, *sizes, config.tile, facts, planner.costs, size, split_last_wave)
-    size = planner.token_bytes * layout.q_len * key.heads // key.kv_heads
-    heads = (key.heads, key.kv_heads)
-    return backward_schedule(
-        layout, key.batch, heads, config.tile, facts, planner.costs, size, split_last_wave
-    )
+        made = schedule(
+            *(layout, key.batch, key.heads, config.tile),
+            *(facts, planner.costs, size, split_last_wave),
+        )
+    else:
+        size = planner.token_bytes * layout.q_len * key.heads // key.kv_heads
+        heads = (key.heads, key.kv_heads)
+        made = backward_schedule(
+            *(layout, key.batch, heads, config.tile),
+            *(facts, planner.costs, size, split_last_wave),
+        )
+    most = getattr(config, "most_bit_tiles", math.inf)
+    if made.num_bit_tiles > most:
+        raise ValueError(
+            f"the layout has {made.num_bit_tiles} distinct partial tiles, and the kernel can index "
+            f"{most:.0f}: use a layout of full blocks, or compute the patterns in several calls"
+        )
+    return made

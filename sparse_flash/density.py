@@ -104,8 +104,8 @@ def computed_density(
 ) -> float:
     """Elements in the tiles that the forward pass executes / all elements, 0..1.
 
-    It predicts the time, relative to that of dense attention. The tiles of the backward pass are no
-    larger. Arguments and errors are those of `densities`.
+    It predicts the time of that pass, relative to that of dense attention. The backward pass may
+    have other tiles. Arguments and errors are those of `densities`.
 
     >>> from sparse_flash import masks
     >>> layout = masks.random_blocks(0.1, block=32).layout(16384, block=(32, 32))
@@ -122,6 +122,7 @@ def executed_tile(
 ) -> tuple[int, int]:
     """(rows, columns) of the tiles that the forward pass computes a layout by.
 
+    With few rows of all heads, a plan may take others than these.
     Where no kernel takes the head_dim, the dtype or the GPU, the reference implementation computes
     the layout by its own blocks. Arguments and errors are those of `densities`.
 

@@ -222,7 +222,8 @@ def forward_configs(dtype: str, head_dim: int) -> tuple[ForwardConfig, ...]:
     """The configs that compute this head_dim, the default first; none above 256.
 
     Taller tiles keep more warps busy at small head_dims, but only suit layouts whose neighboring
-    rows agree. Those of 64 rows suit layouts of small blocks. The plan decides by the layout.
+    rows agree. Those of 64 rows suit small blocks and bands, two slots short rows.
+    The plan decides by the layout.
     """
     for size, configs in _FORWARD.items():
         if head_dim <= size:

@@ -12,7 +12,7 @@ from sparse_flash.kernels.distance_table import window_bytes
 class ForwardConfig:
     """One compiled forward kernel.
 
-    A CTA computes tiles of tile_m x tile_n. head_dim is the largest supported one; the loads pad
+    A step computes tile_m x tile_n elements. head_dim is the largest supported one; the loads pad
     smaller ones with zeros. The epilogue stores o_columns columns of the output at a time through
     shared memory.
 
@@ -72,7 +72,11 @@ class ForwardConfig:
             assert self.warpgroups == self.slots == 2  # as `consumer_registers` expects
             assert not self.scored
             assert not self.offsets
-        assert self.steps_per_tile in (1, 2)  # see `half_mask_words`
+        assert self.steps_per_tile in (1, 2)
+        if self.steps_per_tile > 1:  # see `half_mask_words`
+            assert self.kv_block == 128
+            assert self.slots > 1  # no gathering, offsets or score terms
+            assert not self.gathers
         assert self.tile_n % 16 == 0
         assert self.tile_n <= 128  # a thread's mask bits of a row fit one 32-bit word
 
@@ -111,7 +115,7 @@ class ForwardConfig:
     def row_cost(self) -> float:
         """Time of a row of tiles besides its tiles, in the units of `tile_cost`.
 
-        From rows of three and four tiles on an H200, at head_dims 32 and 64.
+        From rows of three and four tiles on an H200 at head_dims 32 and 64, also taken for others.
         """
         return {64: 0.4, 128: 0.8, 192: 2.3}[self.tile_m]
 
@@ -119,14 +123,14 @@ class ForwardConfig:
     def partial_cost(self) -> float:
         """Time that bits add to a tile, in units of the time of a full one.
 
-        From a band of 200 keys with global tokens on an H200, at head_dims 32 and 64.
+        From bands of 3 and 200 keys on an H200 at head_dims 32 and 64, also taken for others.
         """
         if self.gathers:
-            return 0.75
+            return 1.2
         return 0.35 if self.slots > 1 else 0.25
 
     @property
-    def most_partial(self) -> float:
+    def most_bit_tiles(self) -> float:
         """Number of bit tiles whose 16-bit words have an index of 31 bits, where that counts."""
         return 2**31 / (512 * self.warpgroups) if self.steps_per_tile > 1 else math.inf
 
@@ -179,7 +183,7 @@ class ForwardConfig:
 
     @property
     def consumer_registers(self) -> int:
-        """Registers per consumer thread. With the producer's they fill the register file."""
+        """Registers per consumer thread. With the producer's they fit those of the launch."""
         if self.warpgroups == 1:
             return {2: 216, 3: 136}[self.resident_ctas]
         if self.slots == 2:

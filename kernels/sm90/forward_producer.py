@@ -121,7 +121,8 @@ class ForwardProducer:
     def tile_of_step(self, first, step):
         """N_block of a step, in units of its keys, and its bit tile.
 
-        Where a tile takes two steps, instead of a bit tile: see `half_mask_words`.
+        Where a tile takes two steps, the second number is the index of the half's first 16-bit word
+        (see `half_mask_words`), unless it is negative.
         """
         steps = self.config.steps_per_tile
         if const_expr(steps == 1):

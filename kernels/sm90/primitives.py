@@ -253,7 +253,7 @@ def tma_pipeline(storage, stages, consumers, size):
 
 
 def moved_pipeline(pipe, offset):
-    """The pipeline whose barriers are `offset` bytes behind those of `pipe`."""
+    """The pipeline whose barriers are `offset` bytes after those of `pipe`."""
     pipe = copy.copy(pipe)
     for name in ("sync_object_full", "sync_object_empty"):
         barriers = copy.copy(getattr(pipe, name))

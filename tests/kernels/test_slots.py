@@ -117,6 +117,10 @@ class TestForward:
         q, k, v = tensors(1, 128, 2, head_dim, 20000)
         assert compare(masks.random_blocks(0.4, 128), q, k, v).num_splits
 
+    def test_more_splits_of_a_row_than_lanes_of_a_warp(self, head_dim):
+        q, k, v = tensors(1, 128, 1, head_dim, 65536)
+        assert compare(masks.full(), q, k, v).num_splits > 32
+
     @pytest.mark.parametrize("length", [1, 63, 64, 65, 127, 128, 129, 191, 192, 193])
     def test_ragged_ends(self, head_dim, length):
         q, k, v = tensors(2, length, 2, head_dim)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from sparse_flash.experiments.bench.cases import SUITES
-from sparse_flash.kernels.choice import best_config, cover
+from sparse_flash.kernels.choice import _parts_of_partial, best_config, cover
 from sparse_flash.kernels.device import DeviceFacts
 from sparse_flash.kernels.fragment import fragment_order
 from sparse_flash.kernels.plan import PlanKey, Planner, fitting, plan_of
@@ -456,3 +456,27 @@ def test_whole_calls(block, deterministic):
     found = torch.autograd.grad(out, (q, k, v), dout)
     wait()
     check_gradients(found, q, k, v, truth(mask, q, k), dout)
+
+
+def test_bit_tiles_may_begin_at_any_byte():
+    made = masks.local(40).layout(1024)
+    arrays = made.arrays()
+    packed = arrays["bit_tiles"]
+    memory = torch.zeros(packed.numel() + 3, dtype=torch.uint8)
+    memory[3:] = packed.flatten()
+    arrays["bit_tiles"] = memory[3:].view(packed.shape)
+    layout = BlockLayout(1024, 1024, (128, 128), **arrays)
+    configs = forward_configs("bfloat16", 64)
+    assert best_config(layout, configs) == best_config(made, configs)
+
+
+def test_many_bit_tiles_are_sampled_by_their_use():
+    """A corner of distinct tiles does not hide what most blocks are."""
+    noise = masks.custom(lambda q, kv: (q * q + 3 * q * kv + 7 * kv * kv) % 1009 < 500)
+    corner = noise & masks.custom(lambda q, kv: (q < 4096) & (kv < 4096))
+    layout = (masks.local(3) | corner).layout(65536)
+    assert layout.num_bit_tiles > 512
+    held, full = _parts_of_partial(layout, (64, 64))
+    true = masks.retile(layout, (64, 64))
+    assert held == pytest.approx(true.num_tiles, rel=0.15)
+    assert full == 0
