@@ -141,9 +141,13 @@ def predict(
             dense[which] += kernel.dense_milliseconds(cost, call, lengths)
             origins.add(origin)
     flops = 4.0 * _stored_elements(layout) * call.head_dim * call.heads * call.batch
-    even = layout.density * sum(dense.values()) / sum(times.values())
     forward_plan, backward_plan = (kernels[which][0].plan for which in PASSES)
     forward_hbm, backward_hbm = _traffic(layout, call, gpu, forward_plan)
+    for which, nbytes in zip(PASSES, (forward_hbm, backward_hbm), strict=True):
+        # No kernel is faster than its memory. The L2 cache may hold some of the data already.
+        least = max(nbytes - gpu.facts.l2_bytes, 0.0) / gpu.hbm_gbs / 1e6
+        times[which] = max(times[which], least)
+    even = layout.density * sum(dense.values()) / sum(times.values())
     forward_mib = _forward_bytes(call, layout, forward_plan) / _MIB
     made = Prediction(
         forward_ms=times["forward"],

@@ -34,6 +34,17 @@ def test_more_of_everything_takes_longer():
     assert predict(LAYOUT, 8, 64, device="A100").forward_ms > 1.5 * base.forward_ms
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_no_pass_is_faster_than_its_memory(head_dim):
+    """Elements of a narrow band cost little, but all tokens are read."""
+    made = predict(masks.local(3).layout(65536), 8, head_dim, device="H200")
+    for ms, mb in (
+        (made.forward_ms, made.forward_hbm_mb),
+        (made.backward_ms, made.backward_hbm_mb),
+    ):
+        assert ms >= 0.99 * (mb - 65) / 4800
+
+
 def test_dense_is_as_fast_as_dense():
     made = predict(masks.full().layout(8192), 8, 128, device="H200")
     assert made.speed_up == pytest.approx(1, abs=0.05)
