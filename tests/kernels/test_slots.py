@@ -56,6 +56,15 @@ class TestPlans:
         assert plan.num_ctas == ctas
         assert plan.schedule.num_ctas == min(264, plan.schedule.num_items)
 
+    def test_more_bit_tiles_than_it_can_index_are_refused(self, monkeypatch):
+        assert config_of(64).most_bit_tiles == 1 << 21
+        monkeypatch.setattr(type(config_of(64)), "most_bit_tiles", 2)
+        planner = Planner((config_of(64),), FORWARD_COSTS, 256)
+        key = PlanKey(planner, 1, 1, 1, H200)
+        assert plan_of(masks.causal().layout(1024), key)  # one bit tile
+        with pytest.raises(ValueError, match=r"3 distinct partial tiles.*index 2: use"):
+            plan_of(masks.local(10).layout(1024), key)
+
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("head_dim", SIZES)
